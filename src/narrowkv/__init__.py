@@ -1,0 +1,23 @@
+"""NarrowKV keeps a language model's key/value cache in 2, 3 or 4 bits instead of 16."""
+
+__version__ = "0.1.0"
+
+from narrowkv.calibration import Calibration
+from narrowkv.codec import Scheme
+from narrowkv.errors import NarrowKVError
+from narrowkv.integrations import PackedCache, calibrate, calibrate_many, load_model
+from narrowkv.methods import Recipe, get_recipe, recipe_names
+
+__all__ = [
+    "Calibration",
+    "NarrowKVError",
+    "PackedCache",
+    "Recipe",
+    "Scheme",
+    "__version__",
+    "calibrate",
+    "calibrate_many",
+    "get_recipe",
+    "load_model",
+    "recipe_names",
+]

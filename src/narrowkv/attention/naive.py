@@ -1,0 +1,60 @@
+"""Attention in plain torch: decode everything, rotate, softmax in float32. Slow and obviously right: what every kernel
+is tested against.
+"""
+
+import torch
+from torch import Tensor
+
+from narrowkv.attention.rope import Rope
+from narrowkv.store import LayerStore
+
+QUERY_SLICE = 256  # queries at a time, which bounds the memory of the scores
+
+
+def attend(
+    query: Tensor,
+    store: LayerStore,
+    *,
+    past: int,
+    new: tuple[Tensor, Tensor] | None,
+    rope: Rope | None,
+    positions: Tensor,
+    padding: Tensor | None,
+    scaling: float,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """Causal attention of the newest queries over the packed cache.
+
+    query: [batch, query_heads, queries, head_dim], already rotated; the last query is the last token of the sequence.
+    past: how many stored tokens are read from the packed form. new: exact keys (rotated) and values that follow them,
+    [batch, kv_heads, n, head_dim] each, or None. rope: rotates the stored keys, None where they were stored rotated.
+    positions: [batch, past] of the stored tokens. padding: [batch, past + n] bool, False where a token must not be seen.
+    scaling: factor on the scores. sliding_window: a query sees only that many of the newest tokens, itself included.
+    Returns [batch, query_heads, queries, head_dim] float32; a query that sees nothing
+    yields zeros.
+    """
+    parts = []
+    if past:
+        keys, values = store.read(past)
+        parts.append((rope.rotate(keys, positions) if rope else keys.float(), values.float()))
+    if new:
+        parts.append((new[0].float(), new[1].float()))
+    keys, values = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
+    batch, query_heads, queries, dim = query.shape
+    kv_heads, length = keys.shape[1], keys.shape[2]
+    group = query_heads // kv_heads
+    key_index = torch.arange(length, device=query.device)
+    outputs = []
+    for start in range(0, queries, QUERY_SLICE):
+        rows = query[:, :, start : start + QUERY_SLICE].float()
+        grouped = rows.reshape(batch, kv_heads, -1, dim)  # [batch, kv_heads, group * rows, head_dim]
+        scores = (grouped @ keys.transpose(2, 3) * scaling).unflatten(2, (group, -1))
+        query_index = torch.arange(start, start + rows.shape[2], device=query.device) + length - queries
+        hidden = key_index > query_index[:, None]  # [rows, length]
+        if sliding_window is not None:
+            hidden = hidden | (key_index <= query_index[:, None] - sliding_window)
+        if padding is not None:
+            hidden = hidden | ~padding[:, None, None, None, :length]
+        weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1).nan_to_num_(0.0)
+        outputs.append((weights.flatten(2, 3) @ values).view(batch, query_heads, -1, dim))
+    return torch.cat(outputs, dim=2)

@@ -1,0 +1,110 @@
+"""From streams of keys or values to a quantizer: ranges first, then the codebook."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from narrowkv.calibration.kmeans import optimal_codebook
+from narrowkv.calibration.statistics import TILE_NUMBERS, CodebookHistogram, Quantiles
+from narrowkv.codec import Quantizer, Scheme
+from narrowkv.codec.datatypes import boundaries, uniform
+from narrowkv.codec.ranges import to_scale_zero
+
+
+class Fit:
+    """Learns one scheme of one tensor of one layer in two passes over the data: `see_range`, then `see_codebook`.
+
+    Sinks and padding must be left out by the caller.
+    """
+
+    def __init__(self, scheme: Scheme):
+        self.scheme = scheme
+        self.needs_range = scheme.static or (scheme.outliers > 0 and scheme.outlier_scope == "matrix")
+        self.needs_codebook = scheme.datatype == "nuq"
+        self.needs_gradient = self.needs_codebook and scheme.weighting != "none"
+        self.quantiles = Quantiles()
+        self.histogram = CodebookHistogram()
+        self._ranges: Quantizer | None = None
+
+    def see_range(self, x: Tensor) -> None:
+        """First pass. x: [tokens, kv_heads, head_dim]."""
+        if self.needs_range:
+            self.quantiles.add(x.flatten(1))
+
+    def see_codebook(self, x: Tensor, gradient: Tensor | None) -> None:
+        """Second pass, after all of the first. x: [tokens, kv_heads, head_dim]; gradient of the loss: the same shape, or
+        None for weights of 1. Weights are F s^2 with F the squared gradient (KVQuant, section 3.3 and appendix E).
+        """
+        if not self.needs_codebook:
+            return
+        ranges = self.ranges(x.shape[1:])
+        step = max(TILE_NUMBERS // (x.shape[1] * x.shape[2]), 1)
+        for start in range(0, len(x), step):
+            numbers = x[start : start + step].float().transpose(0, 1)[None]  # [1, kv_heads, tokens, head_dim]
+            normalised, scale = ranges.normalise(numbers)
+            weight = None
+            if self.needs_gradient and gradient is not None:
+                weight = gradient[start : start + step].float().transpose(0, 1)[None].square()
+                if self.scheme.weighting == "fisher_scaled":
+                    weight = weight * scale**2
+                weight = weight.flatten()
+            self.histogram.add(normalised.flatten(), weight)
+
+    def ranges(self, shape: tuple[int, ...]) -> Quantizer:
+        """The quantizer with its ranges and an evenly spaced codebook. shape: kv_heads, head_dim."""
+        if self._ranges is None:
+            tables = self._static_tables(shape) if self.needs_range else {}
+            placeholder = uniform(self.scheme.bits) if self.needs_codebook else None
+            self._ranges = Quantizer(self.scheme, codebook=placeholder, **tables)
+        return self._ranges
+
+    def _static_tables(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """Thresholds (KVQuant, section 3.4) and, for channels, the ranges between them."""
+        scheme, quantiles = self.scheme, self.quantiles
+        matrix = scheme.outlier_scope == "matrix" and scheme.outliers > 0
+        tail = scheme.outliers / 2
+        tables: dict[str, Tensor] = {}
+        if scheme.outliers == 0:
+            lower, upper = quantiles.smallest, quantiles.largest
+        else:
+            lower, upper = quantiles.quantile(tail, pooled=matrix), quantiles.quantile(1 - tail, pooled=matrix)
+            form = (1, 1) if matrix else shape
+            tables = {"lower": lower.view(form).clone(), "upper": upper.view(form).clone()}
+        if scheme.static:
+            if matrix:
+                lower, upper = quantiles.smallest.clamp(lower, upper), quantiles.largest.clamp(lower, upper)
+            scale, zero = to_scale_zero(lower.view(shape), upper.view(shape))
+            tables |= {"scale": scale.contiguous(), "zero": zero.contiguous()}
+        return tables
+
+    def quantizer(self, shape: tuple[int, ...], scheme: Scheme) -> Quantizer:
+        """The finished quantizer. shape: kv_heads, head_dim. scheme: this fit's, or one that differs from it only in bits
+        or Q-Norm, which the two passes do not depend on.
+        """
+        ranges = replace(self.ranges(shape), scheme=scheme)
+        if not self.needs_codebook:
+            return ranges
+        histogram = self.histogram
+        weight = histogram.weight if histogram.weight.sum() > 0 else histogram.count
+        moment = histogram.moment if histogram.weight.sum() > 0 else histogram.count * histogram.centers
+        points = torch.where(weight > 0, moment / weight.clamp(min=1e-300), histogram.centers)
+        codebook = torch.from_numpy(optimal_codebook(points.numpy(), weight.numpy(), 2**scheme.bits))
+        borders = boundaries(codebook)
+        if scheme.qnorm:
+            codebook = q_norm(codebook, borders, histogram)
+        return replace(ranges, codebook=codebook.float(), boundaries=borders.float())
+
+
+def q_norm(codebook: Tensor, borders: Tensor, histogram: CodebookHistogram) -> Tensor:
+    """Shift and stretch the levels so that the rounded numbers keep their mean and standard deviation (KVQuant v1).
+
+    The codes are still chosen with the borders of the levels as fitted. codebook: [levels]; returns the same shape.
+    """
+    share = histogram.count / histogram.count.sum().clamp(min=1)
+    rounded = codebook[torch.bucketize(histogram.centers, borders)]
+    mean, mean_rounded = (share * histogram.centers).sum(), (share * rounded).sum()
+    deviation = (share * (histogram.centers - mean) ** 2).sum().sqrt()
+    deviation_rounded = (share * (rounded - mean_rounded) ** 2).sum().sqrt()
+    stretch = deviation / deviation_rounded if deviation_rounded > 0 else torch.tensor(1.0)
+    return (codebook - mean_rounded) * stretch + mean

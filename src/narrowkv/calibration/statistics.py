@@ -1,0 +1,110 @@
+"""Streaming statistics: what calibration keeps of keys and values. Memory does not grow with the number of samples."""
+
+import torch
+from torch import Tensor
+
+QUANTILE_BINS = 1024
+CODEBOOK_BINS = 4096
+TILE_NUMBERS = 2**20  # numbers counted at a time, so that intermediate results stay in the processor's cache
+
+
+class Quantiles:
+    """Histograms of many channels, from which any quantile can be read to within a thousandth of the channel's range.
+
+    counts: [channels, bins]. A histogram starts with the range of the first numbers; where later ones fall outside, its
+    bins double in width and neighbours merge.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Tensor | None = None  # [channels, bins] float32
+        self.low = self.width = self.smallest = self.largest = torch.empty(0)  # [channels] float32
+
+    def add(self, x: Tensor) -> None:
+        """Count numbers: x [samples, channels], any float dtype."""
+        if x.shape[0] == 0:
+            return
+        smallest, largest = (part.float() for part in torch.aminmax(x, dim=0))
+        if self.counts is None:
+            self.counts = torch.zeros(x.shape[1], QUANTILE_BINS, device=x.device)
+            self.smallest, self.largest, self.low = smallest, largest, smallest.clone()
+            self.width = (largest - smallest).clamp_(min=1e-12).mul_(1 + 1e-6)
+        self.smallest, self.largest = torch.minimum(self.smallest, smallest), torch.maximum(self.largest, largest)
+        self._widen()
+        step = max(TILE_NUMBERS // len(x), 1)
+        for start in range(0, x.shape[1], step):
+            stop = min(start + step, x.shape[1])
+            self._count(x[:, start:stop], start, stop)
+
+    def _widen(self) -> None:
+        assert self.counts is not None
+        for upwards in (True, False):
+            while True:
+                outside = self.largest > self.low + self.width if upwards else self.smallest < self.low
+                if not outside.any():
+                    break
+                merged = self.counts[outside].unflatten(1, (-1, 2)).sum(2)
+                empty = torch.zeros_like(merged)
+                self.counts[outside] = torch.cat([merged, empty] if upwards else [empty, merged], dim=1)
+                if not upwards:
+                    self.low[outside] -= self.width[outside]
+                self.width[outside] *= 2
+
+    def _count(self, x: Tensor, start: int, stop: int) -> None:
+        assert self.counts is not None
+        per_unit = QUANTILE_BINS / self.width[start:stop]
+        bins = torch.addcmul(-self.low[start:stop] * per_unit, x.float(), per_unit)
+        bins = bins.to(torch.int32).clamp_(0, QUANTILE_BINS - 1)
+        bins += torch.arange(stop - start, dtype=torch.int32, device=x.device) * QUANTILE_BINS
+        found = torch.bincount(bins.flatten(), minlength=(stop - start) * QUANTILE_BINS)
+        self.counts[start:stop] += found.view(-1, QUANTILE_BINS)
+
+    def quantile(self, fraction: float, pooled: bool = False) -> Tensor:
+        """The number below which `fraction` of each channel lies, interpolated within its bin: [channels] float32.
+
+        pooled: of all channels taken together, [1].
+        """
+        assert self.counts is not None
+        edges = (
+            self.low[:, None] + self.width[:, None] * torch.arange(QUANTILE_BINS + 1, device=self.low.device) / QUANTILE_BINS
+        )
+        edges = edges.clamp(self.smallest[:, None], self.largest[:, None])
+        if pooled:
+            ends, order = edges[:, 1:].flatten().sort()
+            total = self.counts.flatten()[order].double().cumsum(0)
+            place = torch.searchsorted(total, fraction * total[-1]).clamp(max=len(ends) - 1)
+            return ends[place].view(1)
+        total = self.counts.double().cumsum(1)
+        target = (fraction * total[:, -1:]).contiguous()
+        place = torch.searchsorted(total, target).clamp(max=QUANTILE_BINS - 1)  # [channels, 1]
+        count = self.counts.gather(1, place).double()
+        inside = ((target - (total.gather(1, place) - count)) / count.clamp(min=1)).clamp(0, 1).float()
+        below, above = edges.gather(1, place), edges.gather(1, place + 1)
+        return (below + (above - below) * inside).squeeze(1)
+
+
+class CodebookHistogram:
+    """A fine histogram of normalised numbers in [-1, 1]: what a codebook is fitted to.
+
+    weight, moment: [bins] float64, sums of w and w * a. count: [bins] float64, numbers seen, for Q-Norm.
+    """
+
+    def __init__(self) -> None:
+        self.weight, self.moment, self.count = torch.zeros(3, CODEBOOK_BINS, dtype=torch.float64)
+
+    def add(self, normalised: Tensor, weight: Tensor | None) -> None:
+        """Add numbers [n] float32 with their weights [n] float32 (None: 1 each); those outside [-1, 1] are left out."""
+        inside = normalised.abs() <= 1
+        if not inside.all():
+            normalised = normalised[inside]
+            weight = None if weight is None else weight[inside]
+        bins = ((normalised + 1) * (CODEBOOK_BINS / 2)).to(torch.int32).clamp_(0, CODEBOOK_BINS - 1)
+        count = torch.bincount(bins, minlength=CODEBOOK_BINS).double().cpu()
+        mass = weight if weight is not None else torch.ones_like(normalised)
+        self.count += count
+        self.weight += torch.bincount(bins, mass, minlength=CODEBOOK_BINS).double().cpu()
+        self.moment += torch.bincount(bins, mass * normalised, minlength=CODEBOOK_BINS).double().cpu()
+
+    @property
+    def centers(self) -> Tensor:
+        """[bins] float64."""
+        return (torch.arange(CODEBOOK_BINS, dtype=torch.float64) + 0.5) * (2 / CODEBOOK_BINS) - 1

@@ -1,0 +1,43 @@
+"""`narrowkv calibrate`: learn a recipe's tables from a model and a text."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from narrowkv.cli.common import (
+    DeviceOption,
+    DtypeOption,
+    ModelArgument,
+    RecipeOption,
+    SamplesOption,
+    WindowOption,
+    default_text,
+    learn,
+    out,
+)
+from narrowkv.errors import TextError
+from narrowkv.integrations import load_model
+from narrowkv.methods import get_recipe
+
+
+def calibrate(
+    model: ModelArgument,
+    target: Annotated[Path, typer.Option("--out", help="Folder to write the calibration to.")],
+    recipe: RecipeOption = "nuq3-1%",
+    text: Annotated[str | None, typer.Option(help="A text file or a data set's name.")] = None,
+    window: WindowOption = 2048,
+    samples: SamplesOption = 16,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+) -> None:
+    """Learn a recipe's codebooks, ranges and thresholds for a model, and save them."""
+    chosen = get_recipe(recipe)
+    source = default_text(model, text, "narrowkv://train")
+    if source is None:
+        raise TextError("Calibration needs a text; give one with --text FILE.")
+    loaded, tokenizer = load_model(model, dtype, device)
+    calibration = learn(loaded, tokenizer, [chosen], source, window, samples)[0]
+    calibration.save_pretrained(target)
+    seen = calibration.provenance
+    out.print(f"{chosen.name} learned from {seen['tokens']:,} tokens in {seen['sequences']} sequences, saved in {target}.")

@@ -1,0 +1,97 @@
+"""What the commands share: options, progress bars, and finding the tables that a recipe needs."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from narrowkv.calibration import Calibration
+from narrowkv.evaluate import Quality, cut_windows
+from narrowkv.evaluate.sources import read_text
+from narrowkv.integrations import calibrate_many
+from narrowkv.integrations.models import DEMO
+from narrowkv.methods import Recipe, get_recipe
+
+out = Console()
+err = Console(stderr=True)
+
+ModelArgument = Annotated[str, typer.Argument(help="A local folder, a hub id, or narrowkv://demo.", metavar="MODEL")]
+RecipeOption = Annotated[str, typer.Option(help="A recipe's name or a JSON file; see `narrowkv recipes`.")]
+CalibrationOption = Annotated[Path | None, typer.Option(help="A folder that `narrowkv calibrate` wrote.")]
+CalibrationTextOption = Annotated[
+    str | None, typer.Option(help="Text to calibrate on first, where there is no calibration: a file or a data set's name.")
+]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu or cuda.")]
+WindowOption = Annotated[int, typer.Option(min=2, help="Tokens per sequence.")]
+SamplesOption = Annotated[int, typer.Option(min=1, help="Sequences to calibrate on.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error; yields the function to call with (done, total)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def default_text(model: str, text: str | None, built_in: str) -> str | None:
+    """The text that was named, or for the built-in model the built-in one."""
+    return built_in if text is None and model == DEMO else text
+
+
+def learn(model: Any, tokenizer: Any, recipes: list[Recipe], text: str, window: int, samples: int) -> list[Calibration]:
+    """Calibrate on the first windows of a text, with a progress bar."""
+    batches = cut_windows(tokenizer, read_text(text), window, samples).split(1)
+    with progress("calibrating") as advance:
+        return calibrate_many(model, batches, recipes, on_batch=advance)
+
+
+def find_source(
+    model: Any, tokenizer: Any, recipe: str, calibration: Path | None, text: str | None, window: int, samples: int
+) -> Calibration | Recipe:
+    """The calibration in a folder, or the recipe, calibrated first on `text` if it needs that and a text is given."""
+    if calibration is not None:
+        return Calibration.from_pretrained(calibration, model)
+    chosen = get_recipe(recipe)
+    if chosen.needs_calibration and text is not None:
+        return learn(model, tokenizer, [chosen], text, window, samples)[0]
+    chosen.quantizers(0)  # a recipe that lacks its calibration says so
+    return chosen
+
+
+def quality_table(rows: list[Quality], title: str) -> Table:
+    """The figures of several recipes as a table."""
+    table = Table(title=title, title_justify="left")
+    for heading in ("recipe", "bits", "bytes", "of 16 bit", "ppl strict", "ppl stream", "KLD strict", "recall"):
+        table.add_column(heading, justify="left" if heading == "recipe" else "right")
+    for row in rows:
+        table.add_row(
+            row.recipe,
+            f"{row.bits_per_element:.2f}",
+            f"{row.nbytes:,}",
+            f"{row.nbytes / row.nbytes_fp16:.0%}",
+            f"{row.perplexity_strict:.3f}",
+            f"{row.perplexity_stream:.3f}",
+            f"{row.kld_strict:.4f}",
+            "-" if row.recall is None else f"{row.recall:.0%}",
+        )
+    return table
+
+
+def quality_caption(rows: list[Quality]) -> str:
+    """What the table's columns mean, with the figures that all rows share."""
+    first = rows[0]
+    recall = "" if first.recall_fp is None else f", recall {first.recall_fp:.0%}"
+    return (
+        f"{first.tokens:,} tokens in windows of {first.window}; unquantised perplexity {first.perplexity_fp:.3f}{recall}.\n"
+        "bits: allocated for each number held, everything counted. strict: every number attended to is quantised.\n"
+        f"stream: chunks of {first.stream_chunk} tokens attend exactly to themselves and to the packed past."
+    )

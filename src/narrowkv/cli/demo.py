@@ -1,0 +1,56 @@
+"""`narrowkv demo`: a real model generates from a packed cache, and a table says what each recipe costs."""
+
+from typing import Annotated
+
+import typer
+
+from narrowkv.calibration import Calibration
+from narrowkv.cli.common import JsonOption, err, learn, out, progress, quality_caption, quality_table
+from narrowkv.cli.generate import continue_text, summary
+from narrowkv.evaluate import cut_windows, measure
+from narrowkv.evaluate.recall import facts, passages
+from narrowkv.evaluate.sources import read_text
+from narrowkv.files import write_json
+from narrowkv.integrations import PackedCache, load_model
+from narrowkv.integrations.models import DEMO
+from narrowkv.methods import get_recipe
+
+RECIPES = ("fp16", "nuq4-1%", "nuq3-1%", "nuq2-1%", "nuq4", "nuq3", "nuq2", "int4", "int3", "int2")
+WINDOW = 2048
+PROMPT = "The password of Matilda is silent harbour.\n\nA function definition"
+QUESTION = "\n\nThe password of Matilda is"
+
+
+def demo(
+    json_file: JsonOption = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of text to score.")] = 8,
+    samples: Annotated[int, typer.Option(min=1, help="Windows of text to calibrate on.")] = 16,
+    recall_distance: Annotated[int, typer.Option(min=128)] = 512,
+    recall_rows: Annotated[int, typer.Option(min=1)] = 64,
+) -> None:
+    """Calibrate the built-in model, let it speak from a packed cache, and compare recipes."""
+    model, tokenizer = load_model(DEMO)
+    recipes = [get_recipe(name) for name in RECIPES]
+    calibrated = learn(model, tokenizer, [r for r in recipes if r.needs_calibration], "narrowkv://train", WINDOW, samples)
+    learned = {calibration.recipe.name: calibration for calibration in calibrated}
+    sources: list = [learned.get(recipe.name, recipe) for recipe in recipes]
+    speak(model, tokenizer, learned["nuq3-1%"])
+    text = read_text("narrowkv://held-out")
+    filler = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    recall = [make(tokenizer, filler, recall_distance, recall_rows, 0) for make in (facts, passages)]
+    with progress("measuring") as advance:
+        rows = measure(model, sources, cut_windows(tokenizer, text, WINDOW, windows), recall, on_step=advance)
+    out.print(quality_table(rows, "The built-in model, on text it was not trained on"))
+    out.print(quality_caption(rows) + f"\nrecall: facts and passages met {recall_distance} tokens earlier.", highlight=False)
+    if json_file is not None:
+        write_json(json_file, [row.to_dict() for row in rows])
+
+
+def speak(model, tokenizer, calibration: Calibration) -> None:
+    """Generate a little, and print it with what the cache took."""
+    cache = PackedCache(model, calibration)
+    words = continue_text(model, tokenizer, cache, PROMPT, 60)
+    out.print(f"[bold]{PROMPT}[/bold]", highlight=False)
+    out.print(words, markup=False, highlight=False)
+    err.print(summary(cache), highlight=False)
+    out.print()

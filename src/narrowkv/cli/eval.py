@@ -1,0 +1,69 @@
+"""`narrowkv eval`: what recipes cost on a model and a text."""
+
+from typing import Annotated
+
+import typer
+
+from narrowkv.cli.common import (
+    CalibrationOption,
+    CalibrationTextOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    SamplesOption,
+    WindowOption,
+    default_text,
+    find_source,
+    out,
+    progress,
+    quality_caption,
+    quality_table,
+)
+from narrowkv.errors import TextError
+from narrowkv.evaluate import cut_windows, measure
+from narrowkv.evaluate.quality import STREAM_CHUNK
+from narrowkv.evaluate.recall import facts, passages
+from narrowkv.evaluate.sources import read_text
+from narrowkv.files import write_json
+from narrowkv.integrations import load_model
+
+
+def evaluate(
+    model: ModelArgument,
+    recipe: Annotated[str, typer.Option(help="A recipe's name or a JSON file.")] = "nuq3-1%",
+    calibration: CalibrationOption = None,
+    calibration_text: CalibrationTextOption = None,
+    text: Annotated[str | None, typer.Option(help="Text to score: a file or a data set's name.")] = None,
+    window: WindowOption = 2048,
+    samples: SamplesOption = 16,
+    limit: Annotated[int | None, typer.Option(min=1, help="Score at most this many windows.")] = None,
+    stream_chunk: Annotated[int, typer.Option(min=1, help="Tokens per chunk when streaming.")] = STREAM_CHUNK,
+    recall_distance: Annotated[int, typer.Option(min=0, help="Also test recall over this many tokens; 0 does not.")] = 0,
+    recall_rows: Annotated[int, typer.Option(min=1)] = 32,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+    json_file: JsonOption = None,
+) -> None:
+    """Measure bits, bytes, perplexity (strict and stream), divergence and recall of a recipe or calibration."""
+    source_text = default_text(model, text, "narrowkv://held-out")
+    if source_text is None:
+        raise TextError("Evaluation needs a text; give one with --text FILE.")
+    words = read_text(source_text)
+    loaded, tokenizer = load_model(model, dtype, device)
+    windows = cut_windows(tokenizer, words, window, limit)
+    learned_from = default_text(model, calibration_text, "narrowkv://train")
+    source = find_source(loaded, tokenizer, recipe, calibration, learned_from, window, samples)
+    batches = []
+    if recall_distance:
+        filler = tokenizer.encode(words, add_special_tokens=False, verbose=False)
+        try:
+            batches = [make(tokenizer, filler, recall_distance, recall_rows, 0) for make in (facts, passages)]
+        except ValueError as error:
+            raise TextError(f"Recall over {recall_distance} tokens cannot be tested: {error}.") from error
+    with progress("measuring") as advance:
+        rows = measure(loaded, [source], windows, batches, stream_chunk=stream_chunk, on_step=advance)
+    out.print(quality_table(rows, f"{model} on {source_text}"))
+    out.print(quality_caption(rows), highlight=False)
+    if json_file is not None:
+        write_json(json_file, [row.to_dict() for row in rows])

@@ -1,0 +1,76 @@
+"""`narrowkv generate`: continue a prompt from a packed cache."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from narrowkv.cli.common import (
+    CalibrationOption,
+    CalibrationTextOption,
+    DeviceOption,
+    DtypeOption,
+    ModelArgument,
+    RecipeOption,
+    SamplesOption,
+    WindowOption,
+    default_text,
+    err,
+    find_source,
+    out,
+)
+from narrowkv.errors import TextError
+from narrowkv.evaluate.sources import read_text
+from narrowkv.integrations import PackedCache, load_model
+
+
+def continue_text(model: Any, tokenizer: Any, cache: PackedCache, prompt: str, tokens: int, temperature: float = 0.0) -> str:
+    """The continuation of a prompt; raises TextError if the prompt is empty."""
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    if not prompt or inputs["input_ids"].shape[1] == 0:
+        raise TextError("The prompt is empty; give at least one word.")
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with torch.inference_mode():
+        ids = model.generate(**inputs, past_key_values=cache, max_new_tokens=tokens, pad_token_id=pad, **sampling)
+    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def summary(cache: PackedCache) -> str:
+    """One line on what a cache holds and what it takes."""
+    exact = 2 * cache.numbers
+    return (
+        f"{cache.recipe.name}: {cache.get_seq_length()} tokens in {cache.nbytes:,} bytes ({cache.bits_per_element:.2f} bits a "
+        f"number, everything counted), {exact / cache.nbytes:.1f} times smaller than 16 bit; attention: {cache.backend}."
+    )
+
+
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
+    prompt_file: Annotated[str | None, typer.Option(help="A file with the text to continue.")] = None,
+    recipe: RecipeOption = "nuq3-1%",
+    calibration: CalibrationOption = None,
+    calibration_text: CalibrationTextOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    seed: int = 0,
+    window: WindowOption = 2048,
+    samples: SamplesOption = 16,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+) -> None:
+    """Continue a prompt; the model's cache is packed by the recipe."""
+    if (prompt is None) == (prompt_file is None):
+        raise TextError("Give either --prompt TEXT or --prompt-file FILE.")
+    text = prompt if prompt is not None else read_text(str(Path(prompt_file or "")))
+    if not text:
+        raise TextError("The prompt is empty; give at least one word.")
+    loaded, tokenizer = load_model(model, dtype, device)
+    learned_from = default_text(model, calibration_text, "narrowkv://train")
+    source = find_source(loaded, tokenizer, recipe, calibration, learned_from, window, samples)
+    cache = PackedCache(loaded, source)
+    torch.manual_seed(seed)
+    out.print(continue_text(loaded, tokenizer, cache, text, max_new_tokens, temperature), markup=False, highlight=False)
+    err.print(summary(cache), highlight=False)

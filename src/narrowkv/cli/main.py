@@ -1,0 +1,42 @@
+"""The command `narrowkv`."""
+
+import sys
+from collections.abc import Sequence
+
+import typer
+from transformers.utils import logging as transformers_logging
+
+from narrowkv import __version__
+from narrowkv.cli import calibrate, demo, env, eval, generate, recipes
+from narrowkv.cli.common import err, out
+from narrowkv.errors import NarrowKVError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command()(demo.demo)
+app.command()(calibrate.calibrate)
+app.command()(generate.generate)
+app.command("eval")(eval.evaluate)
+app.add_typer(recipes.app, name="recipes")
+app.command()(env.env)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        out.print(__version__, highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def main(version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True)) -> None:
+    """Keep a language model's key/value cache in 2, 3 or 4 bits instead of 16."""
+
+
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; errors of ours become one sentence on standard error and exit status 1."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        app(arguments)
+    except NarrowKVError as error:
+        err.print(f"[bold red]Error:[/bold red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(1)

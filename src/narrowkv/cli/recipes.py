@@ -1,0 +1,53 @@
+"""`narrowkv recipes`: what recipes there are, and what one of them says."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from narrowkv.cli.common import out
+from narrowkv.codec import Scheme
+from narrowkv.files import write_json
+from narrowkv.methods import get_recipe, recipe_names
+
+app = typer.Typer(help="List recipes, or show one.", no_args_is_help=True)
+
+
+def describe(scheme: Scheme) -> str:
+    """A scheme in a few words."""
+    if scheme.datatype == "exact":
+        return "exact"
+    parts = [f"{scheme.datatype}{scheme.bits}", f"per {scheme.axis.replace('_', ' and ')}"]
+    parts += ["pre-RoPE"] if scheme.pre_rope else []
+    parts += [f"{100 * scheme.outliers:g}% exact"] if scheme.outliers else []
+    return ", ".join([*parts, "Q-Norm"] if scheme.qnorm else parts)
+
+
+@app.command("list")
+def list_recipes() -> None:
+    """All named recipes, with their schemes."""
+    table = Table("recipe", "keys", "values", "exact tokens", "calibration")
+    for name in recipe_names():
+        recipe = get_recipe(name)
+        exact = ", ".join(
+            text
+            for count, text in ((recipe.sinks, f"first {recipe.sinks}"), (recipe.window, f"newest {recipe.window}"))
+            if count
+        )
+        needed = "needed" if recipe.needs_calibration else "none"
+        table.add_row(name, describe(recipe.keys), describe(recipe.values), exact or "-", needed)
+    out.print(table)
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="A recipe's name or a JSON file.")],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the recipe to this file, to be edited.")] = None,
+) -> None:
+    """One recipe in full, as JSON."""
+    plain = get_recipe(name).to_dict()
+    if json_file is not None:
+        write_json(json_file, plain)
+    out.print_json(json.dumps(plain))

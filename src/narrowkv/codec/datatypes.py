@@ -1,0 +1,32 @@
+"""Codebooks that need no calibration, all over the normalised range [-1, 1], and the boundaries between their levels."""
+
+import torch
+from torch import Tensor
+
+
+def uniform(bits: int) -> Tensor:
+    """Evenly spaced levels: with scale (max - min) / 2 and zero (max + min) / 2 this is asymmetric integer rounding
+    whose zero point stays in floating point. Returns [2**bits] float32.
+    """
+    return torch.linspace(-1, 1, 2**bits)
+
+
+def normal_float(bits: int) -> Tensor:
+    """NormalFloat levels (QLoRA, section 3): quantiles of the normal distribution, with an exact zero, scaled to [-1, 1].
+
+    2**(bits - 1) levels are at or above zero's positive side and 2**(bits - 1) below or at zero; the two zeros are one.
+    Returns [2**bits] float32, ascending.
+    """
+    half = 2 ** (bits - 1)
+    offset = (1 - 1 / (2 * 2**bits) + 1 - 1 / (2 * (2**bits - 1))) / 2
+    positive = torch.special.ndtri(torch.linspace(0.5, offset, half + 1, dtype=torch.float64))
+    negative = -torch.special.ndtri(torch.linspace(0.5, offset, half, dtype=torch.float64)[1:]).flip(0)
+    return torch.cat([negative / negative.abs().max(), positive / positive.max()]).float()
+
+
+def boundaries(codebook: Tensor) -> Tensor:
+    """Mid-points between neighbouring levels: a number above boundary i and not above boundary i + 1 has code i + 1.
+
+    codebook: [..., levels] ascending. Returns [..., levels - 1].
+    """
+    return (codebook[..., 1:] + codebook[..., :-1]) / 2

@@ -1,0 +1,95 @@
+"""Encoded: quantised numbers before they are packed, the form in which a cache's open tail is held."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Encoded:
+    """Numbers [batch, kv_heads, tokens, head_dim] in codes; every operation here moves codes, none re-quantises.
+
+    codes: [batch, kv_heads, tokens, head_dim], uint8, or the exact numbers themselves in the model's dtype.
+    scale, zero: [batch, 1 or kv_heads, tokens, 1] float16, or None where the range is static.
+    outlier_index: [n] int64, ascending positions in the flattened codes; outlier_values: [n] in 16 bits. Or None.
+    """
+
+    codes: Tensor
+    scale: Tensor | None = None
+    zero: Tensor | None = None
+    outlier_index: Tensor | None = None
+    outlier_values: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.codes.shape[2]
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors that are held."""
+        parts = (self.codes, self.scale, self.zero, self.outlier_index, self.outlier_values)
+        return [part for part in parts if part is not None]
+
+    def _with(self, select, keep_outlier, move_outlier) -> "Encoded":
+        """Apply `select` to the dense parts; keep outliers by (row, head, token, channel) and move them alike."""
+        codes = select(self.codes).contiguous()
+        scale, zero = (None if part is None else select(part).contiguous() for part in (self.scale, self.zero))
+        if self.outlier_index is None or self.outlier_values is None:
+            return Encoded(codes, scale, zero)
+        where = torch.unravel_index(self.outlier_index, self.codes.shape)
+        keep = keep_outlier(*where)
+        index = ravel(move_outlier(*(part[keep] for part in where)), codes.shape)
+        return Encoded(codes, scale, zero, index, self.outlier_values[keep])
+
+    def slice(self, start: int, stop: int) -> "Encoded":
+        """The tokens from `start` to before `stop`."""
+        return self._with(
+            lambda part: part[:, :, start:stop],
+            lambda row, head, token, channel: (token >= start) & (token < stop),
+            lambda row, head, token, channel: (row, head, token - start, channel),
+        )
+
+    def rows(self, index: Tensor) -> "Encoded":
+        """The batch rows named by `index` [rows] int64, in that order, repeats allowed."""
+        picked = [
+            self._with(
+                lambda part, row=row: part[row : row + 1],
+                lambda r, head, token, channel, row=row: r == row,
+                lambda r, head, token, channel: (torch.zeros_like(r), head, token, channel),
+            )
+            for row in index.tolist()
+        ]
+        return Encoded.cat(picked, dim=0)
+
+    @staticmethod
+    def cat(parts: list["Encoded"], dim: int = 2) -> "Encoded":
+        """Join along tokens (dim 2) or rows (dim 0)."""
+        if len(parts) == 1:
+            return parts[0]
+        codes = torch.cat([part.codes for part in parts], dim=dim)
+        first = parts[0]
+        if first.scale is None or first.zero is None:
+            scale = zero = None
+        else:
+            scale = torch.cat([part.scale for part in parts if part.scale is not None], dim=dim)
+            zero = torch.cat([part.zero for part in parts if part.zero is not None], dim=dim)
+        if first.outlier_index is None:
+            return Encoded(codes, scale, zero)
+        indices, values, offset = [], [], 0
+        for part in parts:
+            assert part.outlier_index is not None and part.outlier_values is not None
+            where = list(torch.unravel_index(part.outlier_index, part.codes.shape))
+            where[dim] = where[dim] + offset
+            offset += part.codes.shape[dim]
+            indices.append(ravel(where, codes.shape))
+            values.append(part.outlier_values)
+        index, order = torch.cat(indices).sort()
+        return Encoded(codes, scale, zero, index, torch.cat(values)[order])
+
+
+def ravel(where, shape) -> Tensor:
+    """Flat index of the coordinates `where`, one int64 tensor per dimension of `shape`."""
+    flat = where[0]
+    for part, size in zip(where[1:], shape[1:], strict=True):
+        flat = flat * size + part
+    return flat

@@ -1,0 +1,155 @@
+"""Quantizer: a scheme together with what was learned for one layer; encodes and decodes one tensor.
+
+Every method decodes as x = codebook[code] * scale + zero, except outliers, which are exact.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from narrowkv.codec import datatypes
+from narrowkv.codec.encoded import Encoded
+from narrowkv.codec.ranges import online_range, to_16_bits, to_scale_zero
+from narrowkv.codec.scheme import Scheme
+from narrowkv.errors import ActivationError, RecipeError
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """One tensor's scheme and tables. All tensors float32.
+
+    codebook: [levels] what a code decodes to, normalised. boundaries: [levels - 1] between the levels when encoding
+        (they differ from the codebook's mid-points under Q-Norm, which moves the levels after the codes are chosen).
+    scale, zero: [kv_heads, head_dim], static ranges of channels; None where ranges are taken online.
+    lower, upper: [kv_heads, head_dim] or [1, 1], outlier thresholds learned offline; None where taken online, or without
+        outliers.
+    Raises RecipeError if the scheme needs tables that are not given.
+    """
+
+    scheme: Scheme
+    codebook: Tensor | None = None
+    boundaries: Tensor | None = None
+    scale: Tensor | None = None
+    zero: Tensor | None = None
+    lower: Tensor | None = None
+    upper: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        scheme = self.scheme
+        if scheme.datatype in ("int", "nf") and self.codebook is None:
+            make = datatypes.uniform if scheme.datatype == "int" else datatypes.normal_float
+            object.__setattr__(self, "codebook", make(scheme.bits))
+        if self.codebook is not None and self.boundaries is None:
+            object.__setattr__(self, "boundaries", datatypes.boundaries(self.codebook))
+        learned = {
+            "codebook": scheme.datatype == "nuq",
+            "scale": scheme.static,
+            "lower": scheme.outliers > 0 and (scheme.static or scheme.outlier_scope == "matrix"),
+        }
+        for name, needed in learned.items():
+            if needed and getattr(self, name) is None:
+                raise RecipeError(f"This scheme needs a calibration ({name} is learned offline); calibrate the model first.")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tables by name, those that exist."""
+        named = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: value for name, value in named if isinstance(value, Tensor)}
+
+    def to(self, device: torch.device) -> "Quantizer":
+        """The same quantizer with its tables on `device`."""
+        moved: dict[str, Any] = {name: table.to(device) for name, table in self.tensors().items()}
+        return Quantizer(self.scheme, **moved)
+
+    def encode(self, x: Tensor, skip: Tensor | None = None) -> Encoded:
+        """Quantise numbers, once and for all.
+
+        x: [batch, kv_heads, tokens, head_dim], any float dtype. skip: [batch, tokens] bool, tokens whose numbers are
+        never read from the codes (padding, attention sinks): no outliers are spent on them.
+        Raises ActivationError where x is NaN or infinite, or does not fit 16 bits.
+        """
+        if not torch.isfinite(x).all():
+            raise ActivationError(
+                "Keys or values contain NaN or infinity; check the model's weights and dtype (float16 overflows easily, "
+                "bfloat16 does not)."
+            )
+        if self.scheme.datatype == "exact":
+            return Encoded(x.contiguous())
+        assert self.boundaries is not None
+        numbers = x.float().contiguous()
+        lower, upper = self._thresholds(numbers)
+        scale, zero = self._range(numbers, lower, upper)
+        codes = torch.bucketize(_normalise(numbers, scale, zero), self.boundaries, out_int32=True).to(torch.uint8)
+        static = self.scheme.static
+        encoded = Encoded(codes, None if static else scale, None if static else zero)
+        if self.scheme.outliers:
+            assert lower is not None and upper is not None
+            outside = (numbers < lower) | (numbers > upper)
+            if skip is not None:
+                outside &= ~skip[:, None, :, None]
+            if self.scheme.outlier_cap is not None:
+                outside &= self._within_cap(numbers, outside, lower, upper)
+            encoded.outlier_index = outside.flatten().nonzero().squeeze(1)
+            dtype = x.dtype if x.dtype.itemsize == 2 else torch.float16
+            encoded.outlier_values = to_16_bits(numbers.flatten()[encoded.outlier_index], dtype, "Outliers")
+        return encoded
+
+    def normalise(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Numbers as a codebook sees them, NaN where they are outliers, and the scale they were divided by.
+
+        numbers: [batch, kv_heads, tokens, head_dim] float32. Returns two tensors, the second broadcasts to the first.
+        """
+        lower, upper = self._thresholds(numbers)
+        scale, zero = self._range(numbers, lower, upper)
+        normalised = _normalise(numbers, scale, zero)
+        if self.scheme.outliers and lower is not None and upper is not None:
+            normalised = normalised.masked_fill((numbers < lower) | (numbers > upper), torch.nan)
+        return normalised.clamp_(-1, 1), scale.float()
+
+    def decode(self, encoded: Encoded) -> Tensor:
+        """What the codes stand for: [batch, kv_heads, tokens, head_dim] float32 (exact numbers keep their dtype)."""
+        if self.scheme.datatype == "exact":
+            return encoded.codes
+        assert self.codebook is not None
+        numbers = self.codebook[encoded.codes.int()]
+        if self.scale is not None and self.zero is not None:
+            numbers = numbers.mul_(self.scale[:, None]).add_(self.zero[:, None])
+        else:
+            assert encoded.scale is not None and encoded.zero is not None
+            numbers = numbers.mul_(encoded.scale.float()).add_(encoded.zero.float())
+        if encoded.outlier_index is not None and encoded.outlier_values is not None:
+            numbers.view(-1)[encoded.outlier_index] = encoded.outlier_values.float()
+        return numbers
+
+    def _thresholds(self, numbers: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        if self.lower is not None and self.upper is not None:
+            return self.lower[:, None], self.upper[:, None]  # [kv_heads or 1, 1, head_dim or 1]
+        if self.scheme.static:
+            return None, None
+        return online_range(numbers, self.scheme.axis, self.scheme.outliers)
+
+    def _range(self, numbers: Tensor, lower: Tensor | None, upper: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.scale is not None and self.zero is not None:
+            return self.scale[:, None], self.zero[:, None]
+        assert lower is not None and upper is not None
+        if self.lower is not None:  # thresholds per matrix: the range is that of the numbers inside them
+            lower, upper = online_range(numbers.clamp(lower, upper), self.scheme.axis, 0.0)
+        scale, zero = to_scale_zero(lower, upper)
+        return to_16_bits(scale, torch.float16, "Ranges"), to_16_bits(zero, torch.float16, "Ranges")
+
+    def _within_cap(self, numbers: Tensor, outside: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+        """Which outliers are among the `outlier_cap` of their token that lie farthest out, in widths of their range."""
+        width = (upper - lower).clamp(min=torch.finfo(torch.float32).tiny)
+        distance = torch.maximum(lower - numbers, numbers - upper) / width
+        distance = distance.masked_fill(~outside, -1).transpose(1, 2)  # [batch, tokens, kv_heads, head_dim]
+        per_token = distance.flatten(2)
+        count = min(self.scheme.outlier_cap or 0, per_token.shape[-1])
+        kept = torch.zeros_like(per_token, dtype=torch.bool).scatter_(-1, per_token.topk(count).indices, True)
+        return kept.unflatten(-1, distance.shape[2:]).transpose(1, 2)
+
+
+def _normalise(numbers: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """(numbers - zero) / scale in float32; 0 where the range is empty."""
+    scale = scale.float()
+    return (numbers - zero.float()) * torch.where(scale > 0, 1 / scale, 0)

@@ -1,0 +1,72 @@
+"""Scheme: how one tensor, the keys or the values, is quantised. Plain data; what is learned is in `Quantizer`."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args, get_type_hints
+
+from narrowkv.errors import RecipeError
+
+Datatype = Literal["exact", "int", "nf", "nuq"]
+Axis = Literal["channel", "token", "token_head"]
+OutlierScope = Literal["vector", "matrix"]
+Weighting = Literal["fisher_scaled", "fisher", "none"]
+
+MAX_OUTLIERS = 0.02
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one tensor [batch, kv_heads, tokens, head_dim] is quantised.
+
+    bits: 2, 3, 4 or 8 for codes; 16 means the model's own dtype and goes with datatype `exact` only.
+    datatype: `int` (evenly spaced), `nf` (NormalFloat), `nuq` (codebook learned per layer), `exact` (not quantised).
+    axis: who shares a scale and zero: a `channel` over the whole run (static, learned offline), a `token` over all its
+        KV heads, or a token in one head (`token_head`), both taken online.
+    pre_rope: keys are stored before the rotary embedding and rotated when read. Values ignore it.
+    outliers: fraction of the numbers kept exact, half at each tail, 0 to 0.02.
+    outlier_scope: thresholds per `vector` (the channel, or the token), or one pair per layer (`matrix`, for ablation).
+    outlier_cap: at most this many exact numbers per token over all KV heads, the farthest out first.
+    weighting: what the codebook minimises: `fisher_scaled` is sum F s^2 (a - Q(a))^2 (KVQuant, section 3.3 and
+        appendix E), `fisher` leaves s^2 out, `none` is plain k-means.
+    qnorm: shift and stretch the codebook so that mean and deviation survive rounding (KVQuant v1, Q-Norm).
+
+    Raises RecipeError where these contradict each other.
+    """
+
+    bits: int
+    datatype: Datatype
+    axis: Axis = "token"
+    pre_rope: bool = False
+    outliers: float = 0.0
+    outlier_scope: OutlierScope = "vector"
+    outlier_cap: int | None = None
+    weighting: Weighting = "fisher_scaled"
+    qnorm: bool = False
+
+    def __post_init__(self) -> None:
+        for field, hint in get_type_hints(type(self)).items():
+            choices = [choice for choice in get_args(hint) if isinstance(choice, str)]
+            if choices and getattr(self, field) not in choices:
+                raise RecipeError(f"{field} {getattr(self, field)!r} does not exist; choose one of {', '.join(choices)}.")
+        if self.datatype == "exact":
+            if self.bits != 16 or self.outliers or self.qnorm:
+                raise RecipeError("An exact scheme has 16 bits and neither outliers nor Q-Norm; drop those settings.")
+        elif self.bits not in (2, 3, 4, 8) or isinstance(self.bits, bool):
+            raise RecipeError(f"{self.bits} bits are not supported; choose 2, 3, 4 or 8 (or the recipe fp16).")
+        if self.datatype in ("nf", "nuq") and self.bits == 8:
+            raise RecipeError(f"Datatype {self.datatype} has 2, 3 or 4 bits; with 8 bits choose int.")
+        if not isinstance(self.outliers, (int, float)) or not 0 <= self.outliers <= MAX_OUTLIERS:
+            raise RecipeError(f"An outlier fraction of {self.outliers} is outside 0 to {MAX_OUTLIERS} (0% to 2%).")
+        if self.outlier_cap is not None and (self.outlier_cap < 1 or not self.outliers):
+            raise RecipeError("An outlier cap is at least 1 and needs an outlier fraction above 0.")
+        if self.qnorm and self.datatype != "nuq":
+            raise RecipeError("Q-Norm adjusts a learned codebook; it needs datatype nuq.")
+
+    @property
+    def static(self) -> bool:
+        """Whether scale and zero are fixed by calibration."""
+        return self.datatype != "exact" and self.axis == "channel"
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether anything of it is learned offline."""
+        return self.static or self.datatype == "nuq" or (self.outliers > 0 and self.outlier_scope == "matrix")

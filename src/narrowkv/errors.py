@@ -1,0 +1,37 @@
+"""Every error that NarrowKV raises on purpose: one sentence that names the cause and the remedy."""
+
+
+class NarrowKVError(Exception):
+    """Base class of all errors of this package."""
+
+
+class RecipeError(NarrowKVError, ValueError):
+    """A recipe that does not exist, contradicts itself or cannot be built."""
+
+
+class CalibrationError(NarrowKVError, ValueError):
+    """A calibration that cannot be made, or that belongs to another model or recipe."""
+
+
+class FileFormatError(NarrowKVError, ValueError):
+    """A file that is missing, truncated, altered, or of another version."""
+
+
+class UnsupportedModelError(NarrowKVError, ValueError):
+    """A model, or a way of calling it, that the packed cache cannot serve."""
+
+
+class CacheUseError(NarrowKVError, RuntimeError):
+    """A cache used in a way that does not fit what it holds."""
+
+
+class ActivationError(NarrowKVError, ValueError):
+    """Keys or values that cannot be stored: NaN, infinity, or beyond the range of 16 bits."""
+
+
+class TextError(NarrowKVError, ValueError):
+    """A text that is missing, empty or too short for what was asked."""
+
+
+class OutputError(NarrowKVError, OSError):
+    """A result that could not be written."""

@@ -1,0 +1,177 @@
+"""What a recipe costs: perplexity, divergence and recall beside the 16-bit model, and the bytes that were allocated.
+
+Two ways of counting, always both named. strict: every number attended to has gone through the quantiser, inside the prompt
+too. stream: the text is read in chunks, each chunk attends exactly to itself and to the packed past, as in use.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from narrowkv.calibration import Calibration
+from narrowkv.errors import ActivationError, TextError
+from narrowkv.evaluate.recall import RecallBatch, accuracy
+from narrowkv.integrations import PackedCache, prepare
+from narrowkv.methods import Recipe
+
+Source = Calibration | Recipe
+STREAM_CHUNK = 128
+LOGIT_ROWS = 512  # tokens compared at a time, which bounds the memory of wide vocabularies
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One row of a table.
+
+    bits_per_element, nbytes: allocated by a cache that holds one window; nbytes_fp16: what 16 bits a number would take.
+    perplexity_strict, perplexity_stream, perplexity_fp: the last without quantisation. kld_strict: mean over tokens of
+    KL(16-bit || quantised), in nats. recall, recall_fp: share of recall rows answered without error, strict; nan where
+    there were none. tokens: scored. window: tokens per sequence. stream_chunk: tokens per chunk when streaming.
+    """
+
+    recipe: str
+    bits_per_element: float
+    nbytes: int
+    nbytes_fp16: int
+    perplexity_strict: float
+    perplexity_stream: float
+    perplexity_fp: float
+    kld_strict: float
+    recall: float | None
+    recall_fp: float | None
+    tokens: int
+    window: int
+    stream_chunk: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+@dataclass
+class _Sums:
+    """Running sums of one recipe."""
+
+    strict: float = 0.0
+    stream: float = 0.0
+    divergence: float = 0.0
+    right: list[float] = field(default_factory=list)
+    nbytes: int = 0
+    numbers: int = 0
+
+
+def cut_windows(tokenizer: Any, text: str, window: int, limit: int | None = None) -> Tensor:
+    """Token ids [n, window] int64 of consecutive pieces of a text, each after the tokenizer's beginning-of-text token, if
+    it has one. Raises TextError if the text is shorter than one window.
+    """
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    body = window - len(start)
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    count = len(ids) // body if body > 0 else 0
+    if count == 0:
+        raise TextError(f"The text has {len(ids)} tokens, one window needs {body}; give a longer text or a smaller --window.")
+    count = min(count, limit) if limit else count
+    return torch.tensor([start + ids[i * body : (i + 1) * body] for i in range(count)])
+
+
+@torch.inference_mode()
+def measure(
+    model: PreTrainedModel,
+    sources: Sequence[Source],
+    windows: Tensor,
+    recall: Sequence[RecallBatch] = (),
+    *,
+    stream_chunk: int = STREAM_CHUNK,
+    on_step: Callable[[int, int], None] | None = None,
+) -> list[Quality]:
+    """Measure several recipes on the same tokens.
+
+    windows: [n, tokens] int64. recall: batches of rows. on_step: called with (steps done, steps in all). Returns one Quality
+    per source. Raises ActivationError where the model itself computes NaN or infinity.
+    """
+    prepare(model)
+    sums = [_Sums() for _ in sources]
+    loss_fp, recall_fp = 0.0, []
+    total, done = (len(windows) + len(recall)) * (len(sources) + 1), 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if on_step:
+            on_step(done, total)
+
+    for row in windows.to(model.device):
+        ids = row[None]
+        baseline = model(ids, use_cache=False).logits[0, :-1]
+        if not torch.isfinite(baseline).all():
+            raise ActivationError("The model computes NaN or infinity on this text; check its weights and dtype.")
+        loss_fp += _loss(baseline, row)
+        step()
+        for source, held in zip(sources, sums, strict=True):
+            cache = PackedCache(model, source, strict=True)
+            logits = model(ids, past_key_values=cache, use_cache=True).logits[0, :-1]
+            held.strict += _loss(logits, row)
+            held.divergence += _divergence(baseline, logits)
+            held.nbytes, held.numbers = cache.nbytes, cache.numbers
+            held.stream += _loss(_streamed(model, source, ids, stream_chunk)[0, :-1], row)
+            step()
+    for batch in recall:
+        recall_fp.append(_recall(model, None, batch))
+        step()
+        for source, held in zip(sources, sums, strict=True):
+            held.right.append(_recall(model, source, batch))
+            step()
+    scored = windows.shape[0] * (windows.shape[1] - 1)
+    return [
+        Quality(
+            recipe=(source.recipe if isinstance(source, Calibration) else source).name,
+            bits_per_element=8 * held.nbytes / held.numbers,
+            nbytes=held.nbytes,
+            nbytes_fp16=2 * held.numbers,
+            perplexity_strict=math.exp(held.strict / scored),
+            perplexity_stream=math.exp(held.stream / scored),
+            perplexity_fp=math.exp(loss_fp / scored),
+            kld_strict=held.divergence / scored,
+            recall=sum(held.right) / len(held.right) if held.right else None,
+            recall_fp=sum(recall_fp) / len(recall_fp) if recall_fp else None,
+            tokens=scored,
+            window=windows.shape[1],
+            stream_chunk=stream_chunk,
+        )
+        for source, held in zip(sources, sums, strict=True)
+    ]
+
+
+def _streamed(model: PreTrainedModel, source: Source, ids: Tensor, chunk: int) -> Tensor:
+    cache = PackedCache(model, source)
+    return torch.cat([model(part, past_key_values=cache, use_cache=True).logits for part in ids.split(chunk, dim=1)], dim=1)
+
+
+def _recall(model: PreTrainedModel, source: Source | None, batch: RecallBatch) -> float:
+    ids = batch.input_ids.to(model.device)
+    cache = None if source is None else PackedCache(model, source, strict=True)
+    keep = int(batch.answer_mask.sum(1).max()) + 1
+    logits = model(ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep).logits
+    return accuracy(logits, batch)
+
+
+def _loss(logits: Tensor, row: Tensor) -> float:
+    """Summed negative log-likelihood of row[1:] under logits [tokens - 1, vocabulary]."""
+    return sum(
+        torch.nn.functional.cross_entropy(part.float(), target, reduction="sum").item()
+        for part, target in zip(logits.split(LOGIT_ROWS), row[1:].split(LOGIT_ROWS), strict=True)
+    )
+
+
+def _divergence(baseline: Tensor, logits: Tensor) -> float:
+    """Summed KL(baseline || logits) over tokens, [tokens, vocabulary] each, in nats."""
+    total = 0.0
+    for ours, theirs in zip(baseline.split(LOGIT_ROWS), logits.split(LOGIT_ROWS), strict=True):
+        expected, found = ours.float().log_softmax(-1), theirs.float().log_softmax(-1)
+        total += (expected.exp() * (expected - found)).sum().item()
+    return total

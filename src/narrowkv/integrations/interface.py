@@ -1,0 +1,147 @@
+"""The hold on a transformers model: unrotated keys and queries on the way in, our attention on the way out.
+
+No module is replaced. A hook hands each attention module an identity rotary embedding whenever one of our caches is in use,
+so the cache is given keys as they are before it; the true cosines, sines and positions travel beside them in a `Step`. The
+cache's `update` returns a `Handle` in place of tensors, and the attention function registered under the name `narrowkv` lets
+the handle attend. Without one of our caches a prepared model computes exactly what it did before.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
+
+from narrowkv.errors import CacheUseError, UnsupportedModelError
+from narrowkv.integrations.support import attention_modules, describe
+
+NAME = "narrowkv"
+
+
+class LazyMask:
+    """What transformers asked of the mask, made dense only if somebody needs it so."""
+
+    def __init__(self, **request: Any):
+        self.request = request
+        self._dense: dict[str, Tensor | None] = {}
+
+    @property
+    def padding(self) -> Tensor | None:
+        """[batch, tokens] bool, False where a token is padding, or None where there is none."""
+        return self.request["attention_mask"]
+
+    def dense(self, implementation: str) -> Tensor | None:
+        """The mask as the named attention implementation of transformers wants it."""
+        if implementation not in self._dense:
+            make = AttentionMaskInterface()[implementation]
+            self._dense[implementation] = make(**self.request)
+        return self._dense[implementation]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one forward pass tells every layer about its new tokens.
+
+    cos, sin: [1 or batch, new, head_dim], as the model made them. positions: [1 or batch, new] int64.
+    mask: as made by the model for our attention.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    positions: Tensor
+    mask: LazyMask
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Turn x [batch, heads, new, head_dim] in its own dtype, to the last bit as the model itself would."""
+        first, second = x.chunk(2, dim=-1)
+        turned = torch.cat((-second, first), dim=-1)
+        return x * self.cos[:, None] + turned * self.sin[:, None]
+
+    def valid(self, new: int) -> Tensor | None:
+        """[batch, new] bool, False for padding among the new tokens; None where all count."""
+        if self.mask.padding is None:
+            return None
+        valid = self.mask.padding[:, -new:]
+        return None if valid.all() else valid
+
+
+class InterceptingCache(Cache):
+    """A cache that wants keys before the rotary embedding."""
+
+    def begin(self, layer: int, step: Step) -> None:
+        """Called before each attention module runs: tells its layer what the coming `update` is about."""
+        receiver: Any = self.layers[layer]
+        receiver.step = step
+
+
+class Handle(Protocol):
+    """What such a cache returns from `update` in place of tensors."""
+
+    def attend(self, module: nn.Module, query: Tensor, scaling: float, **kwargs: Any) -> Tensor:
+        """query: [batch, query_heads, new, head_dim] unrotated. Returns [batch, new, query_heads, head_dim]."""
+        ...
+
+
+def model_attention(
+    module: nn.Module, query: Tensor, keys: Tensor, values: Tensor, mask: LazyMask | Tensor | None, **kwargs: Any
+):
+    """The attention that the model used before `prepare`, on ordinary tensors; returns what that returns."""
+    implementation = getattr(module, "narrowkv_previous", "sdpa")
+    if isinstance(mask, LazyMask):
+        mask = mask.dense(implementation)
+    eager: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
+    return AttentionInterface().get_interface(implementation, eager)(module, query, keys, values, mask, **kwargs)
+
+
+def attention_function(module: nn.Module, query: Tensor, key: Any, value: Any, attention_mask: Any, **kwargs: Any):
+    """The function registered with transformers: handles attend themselves, tensors go to the model's own attention."""
+    if isinstance(key, Tensor):
+        return model_attention(module, query, key, value, attention_mask, **kwargs)
+    return key.attend(module, query, **kwargs), None
+
+
+def _before_attention(module: Any, args: tuple, kwargs: dict[str, Any]):
+    """Hook: where one of our caches is in use, exchange the rotary embedding for the identity."""
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, InterceptingCache):
+        return None
+    cos, sin = kwargs["position_embeddings"]
+    mask = kwargs.get("attention_mask")
+    if kwargs["position_ids"].shape[1] == 0:
+        raise CacheUseError("The prompt is empty; pass at least one token.")
+    if not isinstance(mask, LazyMask) or mask.request["use_vmap"]:
+        raise UnsupportedModelError(
+            "The packed cache takes attention masks of 2 dimensions only (1 for tokens, 0 for padding); pass one or none."
+        )
+    cache.begin(int(module.layer_idx), Step(cos, sin, kwargs["position_ids"], mask))
+    return args, {**kwargs, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
+
+
+def prepare(model: PreTrainedModel) -> None:
+    """Make a model ready for our caches, once; raises UnsupportedModelError where that cannot be."""
+    describe(model)
+    AttentionInterface.register(NAME, attention_function)
+    AttentionMaskInterface.register(NAME, LazyMask)
+    if model.config._attn_implementation == NAME:
+        return
+    previous = model.config._attn_implementation
+    if previous not in ("eager", "sdpa"):
+        raise UnsupportedModelError(
+            f"Attention implementation {previous!r} is not supported; load the model with 'sdpa' or 'eager'."
+        )
+    for module in attention_modules(model):
+        module.narrowkv_previous = previous
+        module.register_forward_pre_hook(_before_attention, with_kwargs=True)
+    model.set_attn_implementation(NAME)
+
+
+def require_step(step: Step | None) -> Step:
+    """The step that `begin` announced; raises CacheUseError if there was none."""
+    if step is None:
+        raise CacheUseError(
+            "This cache was made for another model; make one with calibration.cache(model) or recipe.cache(model)."
+        )
+    return step

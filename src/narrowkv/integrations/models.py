@@ -1,0 +1,40 @@
+"""Loading models and tokenizers: a local folder, a hub id, or the built-in model."""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from narrowkv.errors import UnsupportedModelError
+
+DEMO = "narrowkv://demo"
+
+
+def model_folder(name: str) -> str:
+    """The local folder of a built-in name, or `name` unchanged."""
+    if not name.startswith("narrowkv://"):
+        return name
+    if name != DEMO:
+        raise UnsupportedModelError(f"There is no built-in model {name!r}; the built-in model is {DEMO}.")
+    return str(Path(str(files("narrowkv"))) / "models" / "demo")
+
+
+def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[PreTrainedModel, Any]:
+    """A model in evaluation mode and its tokenizer.
+
+    name: a local folder, a hub id or `narrowkv://demo`. dtype: auto, float32, bfloat16 or float16. Weights are read from
+    safetensors only, and no code that comes with a model is run. Raises UnsupportedModelError where that fails.
+    """
+    folder = model_folder(name)
+    wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype, None)
+    if wanted is None:
+        raise UnsupportedModelError(f"There is no dtype {dtype!r}; choose auto, float32, bfloat16 or float16.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, use_safetensors=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnsupportedModelError(f"Cannot load the model {name}: {reason}") from error
+    return model.to(device).eval(), tokenizer

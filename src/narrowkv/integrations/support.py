@@ -1,0 +1,56 @@
+"""Which transformers models the packed cache serves, and what it must know of them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from narrowkv.attention import Rope
+from narrowkv.errors import UnsupportedModelError
+
+FAMILIES = ("llama", "mistral", "qwen2")
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Of the decoder: layers, query_heads, kv_heads, head_dim, and the rotary embedding of stored keys."""
+
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    rope: Rope
+
+
+def describe(model: PreTrainedModel) -> ModelFacts:
+    """Facts of a model that is supported; raises UnsupportedModelError with the reason for one that is not."""
+    config = model.config
+    family = config.model_type
+    if family not in FAMILIES:
+        raise UnsupportedModelError(
+            f"Models of type {family!r} are not supported yet (supported: {', '.join(FAMILIES)}); use DynamicCache."
+        )
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if head_dim % 8:
+        raise UnsupportedModelError(
+            f"A head_dim of {head_dim} is not supported (it must be a multiple of 8); use DynamicCache."
+        )
+    rotary: Any = model.base_model.rotary_emb
+    if rotary.rope_type not in STATIC_ROPE:
+        raise UnsupportedModelError(
+            f"Rotary embeddings of type {rotary.rope_type!r} change with the length of the sequence and are not supported yet "
+            f"(supported: {', '.join(STATIC_ROPE)}); use DynamicCache."
+        )
+    rope = Rope(rotary.inv_freq.detach().float(), float(rotary.attention_scaling))
+    if 2 * len(rope.inverse_frequencies) != head_dim:
+        raise UnsupportedModelError("Partial rotary embeddings are not supported yet; use DynamicCache.")
+    return ModelFacts(config.num_hidden_layers, heads, config.num_key_value_heads, head_dim, rope)
+
+
+def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The self-attention modules by layer."""
+    found = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "k_proj")]
+    return sorted(found, key=lambda module: int(module.layer_idx))  # type: ignore[arg-type]

@@ -1,0 +1,114 @@
+"""Recipe: how a whole cache is quantised. Plain data, validated, printable, with a published name."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from narrowkv.codec import Quantizer, Scheme
+from narrowkv.errors import RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from narrowkv.integrations import PackedCache
+
+
+@dataclass(frozen=True)
+class LayerSchemes:
+    """The schemes of one layer."""
+
+    keys: Scheme
+    values: Scheme
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One scheme for keys and one for values, and what stays exact.
+
+    sinks: the first real tokens of each sequence, kept exact (KVQuant, section 3.5). window: the newest tokens, kept
+    exact until they leave it. layers: schemes of single layers that differ from the rest.
+    Raises RecipeError where the settings contradict each other.
+    """
+
+    name: str
+    keys: Scheme
+    values: Scheme
+    sinks: int = 0
+    window: int = 0
+    layers: dict[int, LayerSchemes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("sinks", "window"):
+            count = getattr(self, name)
+            if not isinstance(count, int) or count < 0:
+                raise RecipeError(f"{name} must be a whole number of tokens, 0 or more, not {count!r}.")
+        if self.values.pre_rope or any(pair.values.pre_rope for pair in self.layers.values()):
+            raise RecipeError("Values have no rotary embedding; pre_rope is for keys.")
+
+    def schemes(self, layer: int) -> LayerSchemes:
+        """The schemes of one layer."""
+        return self.layers.get(layer, LayerSchemes(self.keys, self.values))
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether any part is learned offline."""
+        every = [LayerSchemes(self.keys, self.values), *self.layers.values()]
+        return any(scheme.needs_calibration for pair in every for scheme in (pair.keys, pair.values))
+
+    def quantizers(self, layer: int) -> tuple[Quantizer, Quantizer]:
+        """Quantizers for keys and values of a calibration-free recipe; raises RecipeError where calibration is needed."""
+        if self.needs_calibration:
+            raise RecipeError(
+                f"Recipe {self.name} learns its tables from a model; run `narrowkv calibrate MODEL --recipe {self.name}` "
+                "(or narrowkv.calibrate) and make the cache from that calibration."
+            )
+        pair = self.schemes(layer)
+        return Quantizer(pair.keys), Quantizer(pair.values)
+
+    def cache(self, model: "PreTrainedModel", *, strict: bool = False) -> "PackedCache":
+        """A new cache for `model`, for `model.generate(past_key_values=...)`; see `narrowkv.PackedCache`."""
+        from narrowkv.integrations import PackedCache  # the one step upwards: sugar for users
+
+        return PackedCache(model, self, strict=strict)
+
+    def with_options(self, **changes: Any) -> "Recipe":
+        """A copy with fields replaced, for instance `with_options(sinks=5, window=32)`."""
+        unknown = set(changes) - {f.name for f in fields(self)}
+        if unknown:
+            raise RecipeError(
+                f"A recipe has no {', '.join(sorted(unknown))}; it has {', '.join(f.name for f in fields(self))}."
+            )
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `from_dict` reads back; keys of `layers` become text, as JSON wants them."""
+        plain = asdict(self)
+        plain["layers"] = {str(layer): schemes for layer, schemes in plain["layers"].items()}
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> "Recipe":
+        """Inverse of `to_dict`; raises RecipeError on unknown, missing or wrong fields."""
+        try:
+            layers = {
+                int(layer): LayerSchemes(Scheme(**pair["keys"]), Scheme(**pair["values"]))
+                for layer, pair in plain.get("layers", {}).items()
+            }
+            rest = {name: setting for name, setting in plain.items() if name not in ("keys", "values", "layers")}
+            return cls(keys=Scheme(**plain["keys"]), values=Scheme(**plain["values"]), layers=layers, **rest)
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            if isinstance(error, RecipeError):
+                raise
+            raise RecipeError(f"This is not a recipe: {error}; `narrowkv recipes show NAME` prints a valid one.") from error
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "Recipe":
+        """Read a recipe from a JSON file, as `narrowkv recipes show NAME --json FILE` writes it."""
+        try:
+            plain = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise RecipeError(f"Cannot read a recipe from {path}: {error}.") from error
+        if not isinstance(plain, dict):
+            raise RecipeError(f"{path} holds no recipe (a JSON object is expected).")
+        return cls.from_dict(plain)

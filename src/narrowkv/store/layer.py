@@ -1,0 +1,257 @@
+"""LayerStore: the keys and values of one layer for one batch: sealed blocks, an open tail, sinks and an exact window."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from narrowkv.codec import Encoded, Quantizer
+from narrowkv.errors import CacheUseError
+from narrowkv.store.page import BLOCK, PackedSide, Page, from_blocks, to_blocks
+
+TILE_NUMBERS = 2**19  # numbers encoded or decoded at a time, which bounds the memory of intermediate results
+GROWTH = 16  # while decoding, a new page holds one more sixteenth of what is stored
+
+
+@dataclass
+class Column:
+    """One block of every sequence: where it lies, and how many of its tokens count."""
+
+    page: Page
+    slots: Tensor  # [batch] int64, on the CPU
+    count: int
+
+
+class LayerStore:
+    """Append-only packed storage of keys and values [batch, kv_heads, tokens, head_dim].
+
+    sinks: the first real tokens of each sequence stay exact. window: the newest tokens stay exact; the rest is encoded
+    as soon as it leaves the window, one block at a time sealed. A number is quantised once; `select` and `crop` move or
+    drop codes and never touch them.
+    """
+
+    def __init__(self, keys: Quantizer, values: Quantizer, sinks: int = 0, window: int = 0):
+        self.quantizers = (keys, values)
+        self.sinks = sinks
+        self.window = window
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything; recipes and tables stay."""
+        self.columns: list[Column] = []
+        self.tail: tuple[Encoded, Encoded] | None = None
+        self.recent: tuple[Tensor, Tensor] | None = None  # [batch, kv_heads, up to window, head_dim] each
+        self.recent_skip: Tensor | None = None
+        self.sink_numbers: tuple[Tensor, Tensor] | None = None  # [batch, kv_heads, sinks, head_dim] each
+        self.sink_index: Tensor | None = None  # [batch, sinks] int64 token index, -1 where not yet seen
+        self.shape: tuple[int, int, int] | None = None  # batch, kv_heads, head_dim
+
+    @property
+    def length(self) -> int:
+        """Tokens held, padding included."""
+        tail = self.tail[0].tokens if self.tail else 0
+        recent = self.recent[0].shape[2] if self.recent else 0
+        return sum(column.count for column in self.columns) + tail + recent
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors that are held, each once."""
+        pages = {id(column.page): column.page for column in self.columns}
+        found = [tensor for page in pages.values() for tensor in page.tensors()]
+        for part in self.tail or ():
+            found += part.tensors()
+        found += [*(self.recent or ()), *(self.sink_numbers or ())]
+        return found + [part for part in (self.sink_index, self.recent_skip) if part is not None]
+
+    def append(self, keys: Tensor, values: Tensor, valid: Tensor | None = None) -> None:
+        """Store new tokens.
+
+        keys, values: [batch, kv_heads, new, head_dim]. valid: [batch, new] bool, False for padding; None if all count.
+        Raises CacheUseError if batch, heads or head_dim differ from what is held, ActivationError on NaN and infinity.
+        """
+        shape = (keys.shape[0], keys.shape[1], keys.shape[3])
+        if self.shape is not None and shape != self.shape:
+            raise CacheUseError(
+                f"This cache holds batch {self.shape[0]}, {self.shape[1]} KV heads of {self.shape[2]}, but got batch "
+                f"{shape[0]}, {shape[1]} heads of {shape[2]}; call cache.reset() or make a new cache."
+            )
+        self.shape = shape
+        skip = self._take_sinks(keys, values, valid)
+        if self.window == 0:
+            self._encode(keys, values, skip)
+            return
+        if self.recent is not None and self.recent_skip is not None:
+            keys, values = (torch.cat(pair, dim=2) for pair in zip(self.recent, (keys, values), strict=True))
+            skip = torch.cat([self.recent_skip, skip], dim=1)
+        leaving = max(keys.shape[2] - self.window, 0)
+        if leaving:
+            self._encode(keys[:, :, :leaving], values[:, :, :leaving], skip[:, :leaving])
+        self.recent = (keys[:, :, leaving:].clone(), values[:, :, leaving:].clone())
+        self.recent_skip = skip[:, leaving:].clone()
+
+    def _take_sinks(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> Tensor:
+        """Copy the first real tokens of each sequence; returns [batch, new] bool, tokens not read from the codes."""
+        batch, _, new, dim = keys.shape
+        skip = torch.zeros(batch, new, dtype=torch.bool, device=keys.device) if valid is None else ~valid
+        if self.sinks == 0:
+            return skip
+        if self.sink_index is None:
+            self.sink_index = torch.full((batch, self.sinks), -1, dtype=torch.int64, device=keys.device)
+            blank = keys.new_zeros(batch, keys.shape[1], self.sinks, dim)
+            self.sink_numbers = (blank, blank.clone())
+        if bool((self.sink_index[:, -1] >= 0).all()):
+            return skip
+        assert self.sink_numbers is not None
+        have = (self.sink_index >= 0).sum(1)
+        rank = have[:, None] + (~skip).cumsum(1) - 1  # of each real token within its sequence
+        row, token = ((rank < self.sinks) & ~skip & (have < self.sinks)[:, None]).nonzero(as_tuple=True)
+        place = rank[row, token]
+        self.sink_index[row, place] = token + self.length
+        for held, numbers in zip(self.sink_numbers, (keys, values), strict=True):
+            held[row, :, place] = numbers[row, :, token]
+        skip[row, token] = True
+        return skip
+
+    def _encode(self, keys: Tensor, values: Tensor, skip: Tensor) -> None:
+        """Quantise tokens tile by tile; every whole block is sealed, the rest becomes the tail."""
+        batch, heads, new, dim = keys.shape
+        tile = max(TILE_NUMBERS // (batch * heads * dim) // BLOCK, 1) * BLOCK
+        to_seal = ((self.tail[0].tokens if self.tail else 0) + new) // BLOCK
+        page: Page | None = None
+        start = 0
+        while start < new:
+            stop = min(start + tile - (self.tail[0].tokens if self.tail else 0), new)
+            pair = tuple(
+                quantizer.encode(numbers[:, :, start:stop], skip[:, start:stop])
+                for quantizer, numbers in zip(self.quantizers, (keys, values), strict=True)
+            )
+            if self.tail:
+                pair = tuple(Encoded.cat([old, fresh]) for old, fresh in zip(self.tail, pair, strict=True))
+            whole = pair[0].tokens // BLOCK * BLOCK
+            if whole:
+                blocks = [to_blocks(part.slice(0, whole)) for part in pair]
+                page = page or self._page(to_seal, blocks[0], blocks[1])
+                slots = torch.tensor(page.put(blocks[0], blocks[1])).view(-1, batch)
+                self.columns += [Column(page, column, BLOCK) for column in slots]
+            rest = [part.slice(whole, part.tokens) for part in pair] if whole else pair
+            self.tail = (rest[0], rest[1]) if rest[0].tokens else None
+            start = stop
+        if page:
+            page.commit()
+
+    def _page(self, columns: int, keys: Encoded, values: Encoded) -> Page:
+        """A page for `columns` columns, of which these are the first: one just large enough where many come at once,
+        one with room to grow where they come singly.
+        """
+        assert self.shape is not None
+        batch = self.shape[0]
+        if columns == 1:
+            if self.columns and self.columns[-1].page.fits(keys, values):
+                return self.columns[-1].page
+            grow = max(len(self.columns) // GROWTH, 1)
+        else:
+            grow = columns
+        sides = []
+        for quantizer, blocks, channel_major in zip(self.quantizers, (keys, values), (True, False), strict=True):
+            found = len(blocks.outlier_index) if blocks.outlier_index is not None else 0
+            room = 0 if grow == columns else (found + found // 8 + 1) * grow
+            sides.append(PackedSide(quantizer, grow * batch, blocks, channel_major, room))
+        return Page(grow * batch, sides[0], sides[1])
+
+    def tiles(self, stop: int | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Decode the first `stop` tokens (all by default) piece by piece.
+
+        Yields (first token, keys, values) with keys and values [batch, kv_heads, tokens, head_dim] float32, or in the
+        model's dtype where they are exact; sinks are put in place.
+        """
+        stop = self.length if stop is None else min(stop, self.length)
+        start = 0
+        for pair in self._pieces(stop):
+            count = min(pair[0].shape[2], stop - start)
+            if count <= 0:
+                return
+            keys, values = (part[:, :, :count] for part in pair)
+            self._put_sinks(start, keys, values)
+            yield start, keys, values
+            start += count
+
+    def _pieces(self, stop: int) -> Iterator[tuple[Tensor, ...]]:
+        start = i = 0
+        while i < len(self.columns) and start < stop:
+            assert self.shape is not None
+            first = self.columns[i]
+            limit = max(TILE_NUMBERS // (BLOCK * self.shape[0] * self.shape[1] * self.shape[2]), 1)
+            run = [first]
+            while len(run) < limit and i + len(run) < len(self.columns) and start + len(run) * BLOCK < stop:
+                following = self.columns[i + len(run)]
+                if following.page is not first.page or run[-1].count < BLOCK:
+                    break
+                run.append(following)
+            slots = torch.cat([column.slots for column in run])
+            tokens = (len(run) - 1) * BLOCK + run[-1].count
+            yield tuple(
+                from_blocks(quantizer.decode(side.take(slots)), self.shape[0])[:, :, :tokens]
+                for quantizer, side in zip(self.quantizers, (first.page.keys, first.page.values), strict=True)
+            )
+            start += tokens
+            i += len(run)
+        if self.tail:
+            yield tuple(q.decode(part).clone() for q, part in zip(self.quantizers, self.tail, strict=True))
+        if self.recent:
+            yield tuple(part.clone() for part in self.recent)
+
+    def _put_sinks(self, start: int, keys: Tensor, values: Tensor) -> None:
+        if self.sink_index is None or self.sink_numbers is None:
+            return
+        inside = (self.sink_index >= start) & (self.sink_index < start + keys.shape[2])
+        row, place = inside.nonzero(as_tuple=True)
+        token = self.sink_index[row, place] - start
+        for numbers, held in zip((keys, values), self.sink_numbers, strict=True):
+            numbers[row, :, token] = held[row, :, place].to(numbers.dtype)
+
+    def read(self, stop: int | None = None) -> tuple[Tensor, Tensor]:
+        """The first `stop` tokens decoded at once: keys, values [batch, kv_heads, stop, head_dim]."""
+        pieces = [(keys, values) for _, keys, values in self.tiles(stop)]
+        if not pieces:
+            raise CacheUseError("There is nothing to read: the cache holds no token yet.")
+        keys, values = (torch.cat(parts, dim=2) for parts in zip(*pieces, strict=True))
+        return keys, values
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the sequences named by `rows` [n] int64, in that order, repeats allowed; sealed blocks are shared."""
+        rows = rows.cpu()
+        for column in self.columns:
+            column.slots = column.slots[rows]
+        if self.tail:
+            self.tail = (self.tail[0].rows(rows), self.tail[1].rows(rows))
+        if self.recent:
+            self.recent = (self.recent[0][rows], self.recent[1][rows])
+        if self.sink_numbers:
+            self.sink_numbers = (self.sink_numbers[0][rows], self.sink_numbers[1][rows])
+        self.sink_index, self.recent_skip = (
+            None if part is None else part[rows] for part in (self.sink_index, self.recent_skip)
+        )
+        if self.shape:
+            self.shape = (len(rows), *self.shape[1:])
+
+    def crop(self, length: int) -> None:
+        """Drop all tokens from `length` on; a block that is cut keeps its codes and counts fewer tokens."""
+        drop = max(self.length - length, 0)
+        if self.recent and self.recent_skip is not None:
+            keep = max(self.recent[0].shape[2] - drop, 0)
+            drop -= self.recent[0].shape[2] - keep
+            self.recent = (self.recent[0][:, :, :keep], self.recent[1][:, :, :keep])
+            self.recent_skip = self.recent_skip[:, :keep]
+        if self.tail and drop:
+            keep = max(self.tail[0].tokens - drop, 0)
+            drop -= self.tail[0].tokens - keep
+            self.tail = (self.tail[0].slice(0, keep), self.tail[1].slice(0, keep)) if keep else None
+        while drop and self.columns:
+            last = self.columns[-1]
+            taken = min(last.count, drop)
+            last.count -= taken
+            drop -= taken
+            if last.count == 0:
+                self.columns.pop()
+        if self.sink_index is not None:
+            self.sink_index[self.sink_index >= length] = -1

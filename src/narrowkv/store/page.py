@@ -1,0 +1,167 @@
+"""Pages of packed blocks. A block is 64 tokens of one sequence; it is written once and never changes.
+
+A page has room for some blocks, its slots. Pages are allocated as a sequence grows and never moved, so appending copies
+nothing that is already stored.
+"""
+
+import torch
+from torch import Tensor
+
+from narrowkv.codec import Encoded, Quantizer
+from narrowkv.codec.encoded import ravel
+from narrowkv.codec.packing import PLANES, pack, plane_bytes, unpack
+
+BLOCK = 64
+OUTLIER_BYTES = 4  # a 16-bit value and a 16-bit index
+
+
+def to_blocks(encoded: Encoded) -> Encoded:
+    """Cut tokens into blocks: [batch, kv_heads, n * 64, head_dim] -> [n * batch, kv_heads, 64, head_dim], block-major."""
+    batch, count = encoded.codes.shape[0], encoded.codes.shape[2] // BLOCK
+
+    def cut(part: Tensor) -> Tensor:
+        blocks = part.unflatten(2, (count, BLOCK))  # [batch, heads, n, 64, dim]
+        return blocks.permute(2, 0, 1, 3, 4).flatten(0, 1)
+
+    scale, zero = (None if part is None else cut(part) for part in (encoded.scale, encoded.zero))
+    codes = cut(encoded.codes)
+    if encoded.outlier_index is None or encoded.outlier_values is None:
+        return Encoded(codes, scale, zero)
+    row, head, token, channel = torch.unravel_index(encoded.outlier_index, encoded.codes.shape)
+    block = token // BLOCK * batch + row
+    index, order = ravel((block, head, token % BLOCK, channel), codes.shape).sort()
+    return Encoded(codes, scale, zero, index, encoded.outlier_values[order])
+
+
+def from_blocks(blocks: Tensor, batch: int) -> Tensor:
+    """Inverse of `to_blocks` for decoded numbers: [n * batch, kv_heads, 64, d] -> [batch, kv_heads, n * 64, d]."""
+    return blocks.unflatten(0, (-1, batch)).permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+
+class PackedSide:
+    """The keys, or the values, of a page.
+
+    planes: keys [slots, kv_heads, head_dim, bytes of 64 codes], so that neighbouring codes are neighbouring tokens of a
+        channel; values [slots, kv_heads, 64, bytes of head_dim codes]. One tensor per plane of bits. Exact numbers lie
+        as they come: [slots, kv_heads, 64, head_dim].
+    scale, zero: [slots, 1 or kv_heads, 64, 1] float16 where ranges are online.
+    outlier_values, outlier_index: [room] 16-bit value and index token * head_dim + channel, sorted by slot, head, token,
+        channel; those of slot s and head h begin at outlier_offsets[s * kv_heads + h].
+    """
+
+    def __init__(self, quantizer: Quantizer, slots: int, like: Encoded, channel_major: bool, outlier_room: int):
+        heads, dim = like.codes.shape[1], like.codes.shape[3]
+        device = like.codes.device
+        self.bits = quantizer.scheme.bits
+        self.channel_major = channel_major
+        self.shape = (heads, BLOCK, dim)
+        rows, length = (dim, BLOCK) if channel_major else (BLOCK, dim)
+        self.planes = (
+            [torch.empty(slots, heads, BLOCK, dim, dtype=like.codes.dtype, device=device)]
+            if self.bits == 16
+            else [
+                torch.empty(slots, heads, rows, plane_bytes(length, plane), dtype=torch.uint8, device=device)
+                for plane in PLANES[self.bits]
+            ]
+        )
+        self.scale = self.zero = self.outlier_values = self.outlier_index = self.outlier_offsets = None
+        if like.scale is not None:
+            self.scale = torch.empty(slots, *like.scale.shape[1:2], BLOCK, 1, dtype=torch.float16, device=device)
+            self.zero = torch.empty_like(self.scale)
+        if like.outlier_values is not None:
+            self.outlier_values = torch.empty(outlier_room, dtype=like.outlier_values.dtype, device=device)
+            self.outlier_index = torch.empty(outlier_room, dtype=torch.int16, device=device)
+            self.outlier_offsets = torch.zeros(slots * heads + 1, dtype=torch.int32, device=device)
+        self.outliers_used = 0
+        self._pending: list[tuple[Tensor, Tensor]] = []
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors that are held."""
+        rest = (self.scale, self.zero, self.outlier_values, self.outlier_index, self.outlier_offsets)
+        return [*self.planes, *(part for part in rest if part is not None)]
+
+    def put(self, slot: int, blocks: Encoded) -> None:
+        """Write blocks [n, kv_heads, 64, head_dim] into slots slot..slot+n; outliers wait for `commit`."""
+        stop = slot + blocks.codes.shape[0]
+        rows = blocks.codes.transpose(2, 3) if self.channel_major and self.bits < 16 else blocks.codes
+        for plane, packed in zip(self.planes, [rows] if self.bits == 16 else pack(rows, self.bits), strict=True):
+            plane[slot:stop] = packed
+        if self.scale is not None and self.zero is not None:
+            assert blocks.scale is not None and blocks.zero is not None
+            self.scale[slot:stop], self.zero[slot:stop] = blocks.scale, blocks.zero
+        if self.outlier_offsets is not None:
+            assert blocks.outlier_index is not None and blocks.outlier_values is not None
+            heads, tokens, dim = self.shape
+            group = blocks.outlier_index // (tokens * dim)
+            ends = torch.bincount(group, minlength=(stop - slot) * heads).cumsum(0) + self.outliers_used
+            self.outlier_offsets[slot * heads + 1 : stop * heads + 1] = ends.int()
+            self.outlier_offsets[stop * heads + 1 :] = ends[-1].int()
+            self.outliers_used += len(group)
+            self._pending.append(((blocks.outlier_index % (tokens * dim)).short(), blocks.outlier_values))
+
+    def commit(self) -> None:
+        """Move the outliers of all `put` since the last commit to their place; a page made without room is fitted."""
+        if not self._pending:
+            return
+        index, values = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
+        self._pending = []
+        assert self.outlier_values is not None and self.outlier_index is not None
+        if len(self.outlier_values) == 0:
+            self.outlier_index, self.outlier_values = index, values
+        else:
+            start = self.outliers_used - len(index)
+            self.outlier_index[start : self.outliers_used] = index
+            self.outlier_values[start : self.outliers_used] = values
+
+    def take(self, slots: Tensor) -> Encoded:
+        """The blocks in `slots` [n] int64, as codes [n, kv_heads, 64, head_dim]."""
+        planes = [plane[slots] for plane in self.planes]
+        codes = planes[0] if self.bits == 16 else unpack(planes, self.bits)
+        if self.channel_major and self.bits < 16:
+            codes = codes.transpose(2, 3).contiguous()
+        scale, zero = (None if part is None else part[slots] for part in (self.scale, self.zero))
+        if self.outlier_offsets is None or self.outlier_index is None or self.outlier_values is None:
+            return Encoded(codes, scale, zero)
+        heads, tokens, dim = self.shape
+        offsets = self.outlier_offsets.long()
+        begin = offsets[:-1].view(-1, heads)[slots].flatten()
+        count = offsets[1:].view(-1, heads)[slots].flatten() - begin
+        group = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
+        position = torch.arange(len(group), device=count.device) + (begin - (count.cumsum(0) - count))[group]
+        index = group * (tokens * dim) + self.outlier_index[position].long()
+        return Encoded(codes, scale, zero, index, self.outlier_values[position])
+
+
+class Page:
+    """Slots for blocks of keys and of values, filled from the front."""
+
+    def __init__(self, slots: int, keys: PackedSide, values: PackedSide):
+        self.slots = slots
+        self.used = 0
+        self.keys = keys
+        self.values = values
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.keys.tensors(), *self.values.tensors()]
+
+    def fits(self, keys: Encoded, values: Encoded) -> bool:
+        """Whether these blocks find free slots and room for their outliers."""
+        free = self.slots - self.used >= keys.codes.shape[0]
+        return free and all(
+            side.outlier_values is None
+            or side.outliers_used + len(blocks.outlier_index if blocks.outlier_index is not None else ())
+            <= len(side.outlier_values)
+            for side, blocks in ((self.keys, keys), (self.values, values))
+        )
+
+    def put(self, keys: Encoded, values: Encoded) -> range:
+        """Write blocks of keys and values into the next slots and tell which."""
+        start = self.used
+        self.keys.put(start, keys)
+        self.values.put(start, values)
+        self.used += keys.codes.shape[0]
+        return range(start, self.used)
+
+    def commit(self) -> None:
+        self.keys.commit()
+        self.values.commit()
