@@ -86,7 +86,7 @@ class Calibration:
             raise FileFormatError(f"{folder / DESCRIPTION_FILE} is not a NarrowKV calibration; name a folder with one.")
         if description.get("format_version") != FORMAT_VERSION:
             raise FileFormatError(
-                f"{folder} has calibration format {description.get('format_version')!r}, this NarrowKV reads {FORMAT_VERSION}; "
+                f"{folder} has format {description.get('format_version')!r}, this NarrowKV reads {FORMAT_VERSION}; "
                 "calibrate again, or install the version that wrote it."
             )
         if description.get("description_sha256") != _description_checksum(description):

@@ -9,7 +9,7 @@ from narrowkv.calibration.kmeans import optimal_codebook
 from narrowkv.calibration.statistics import TILE_NUMBERS, CodebookHistogram, Quantiles
 from narrowkv.codec import Quantizer, Scheme
 from narrowkv.codec.datatypes import boundaries, uniform
-from narrowkv.codec.ranges import to_scale_zero
+from narrowkv.codec.ranges import require_finite, to_scale_zero
 
 
 class Fit:
@@ -28,7 +28,8 @@ class Fit:
         self._ranges: Quantizer | None = None
 
     def see_range(self, x: Tensor) -> None:
-        """First pass. x: [tokens, kv_heads, head_dim]."""
+        """First pass. x: [tokens, kv_heads, head_dim]. Raises ActivationError on NaN and infinity."""
+        require_finite(x, "Keys or values")
         if self.needs_range:
             self.quantiles.add(x.flatten(1))
 
@@ -38,6 +39,8 @@ class Fit:
         """
         if not self.needs_codebook:
             return
+        if gradient is not None:
+            require_finite(gradient, "Gradients")
         ranges = self.ranges(x.shape[1:])
         step = max(TILE_NUMBERS // (x.shape[1] * x.shape[2]), 1)
         for start in range(0, len(x), step):
@@ -47,9 +50,9 @@ class Fit:
             if self.needs_gradient and gradient is not None:
                 weight = gradient[start : start + step].float().transpose(0, 1)[None].square()
                 if self.scheme.weighting == "fisher_scaled":
-                    weight = weight * scale**2
-                weight = weight.flatten()
-            self.histogram.add(normalised.flatten(), weight)
+                    weight *= scale**2
+                weight = weight.transpose(1, 2).flatten()  # in the order in which it lies in memory
+            self.histogram.add(normalised.transpose(1, 2).flatten(), weight)
 
     def ranges(self, shape: tuple[int, ...]) -> Quantizer:
         """The quantizer with its ranges and an evenly spaced codebook. shape: kv_heads, head_dim."""
@@ -87,9 +90,7 @@ class Fit:
             return ranges
         histogram = self.histogram
         weight = histogram.weight if histogram.weight.sum() > 0 else histogram.count
-        moment = histogram.moment if histogram.weight.sum() > 0 else histogram.count * histogram.centers
-        points = torch.where(weight > 0, moment / weight.clamp(min=1e-300), histogram.centers)
-        codebook = torch.from_numpy(optimal_codebook(points.numpy(), weight.numpy(), 2**scheme.bits))
+        codebook = torch.from_numpy(optimal_codebook(histogram.centers.numpy(), weight.numpy(), 2**scheme.bits))
         borders = boundaries(codebook)
         if scheme.qnorm:
             codebook = q_norm(codebook, borders, histogram)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+NEGLIGIBLE = 1e-13  # of all weight: less would vanish in the running sums
 
 
 def optimal_codebook(points: Floats, weights: Floats, levels: int) -> Floats:
@@ -17,7 +18,7 @@ def optimal_codebook(points: Floats, weights: Floats, levels: int) -> Floats:
     points: [n] ascending. weights: [n], not negative. Returns [levels] ascending; where there are fewer distinct points
     with weight than levels, the last one repeats. Without any weight, the levels are spread evenly over the points.
     """
-    kept = weights > 0
+    kept = weights > NEGLIGIBLE * weights.sum()
     points, weights = points[kept], weights[kept]
     if len(points) == 0:
         return np.linspace(-1.0, 1.0, levels)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 QUANTILE_BINS = 1024
 CODEBOOK_BINS = 4096
-TILE_NUMBERS = 2**20  # numbers counted at a time, so that intermediate results stay in the processor's cache
+TILE_NUMBERS = 2**18  # numbers counted at a time, so that intermediate results stay in the processor's cache
 
 
 class Quantiles:
@@ -53,10 +53,9 @@ class Quantiles:
         assert self.counts is not None
         per_unit = QUANTILE_BINS / self.width[start:stop]
         bins = torch.addcmul(-self.low[start:stop] * per_unit, x.float(), per_unit)
-        bins = bins.to(torch.int32).clamp_(0, QUANTILE_BINS - 1)
-        bins += torch.arange(stop - start, dtype=torch.int32, device=x.device) * QUANTILE_BINS
-        found = torch.bincount(bins.flatten(), minlength=(stop - start) * QUANTILE_BINS)
-        self.counts[start:stop] += found.view(-1, QUANTILE_BINS)
+        bins = bins.clamp_(0, QUANTILE_BINS - 1).to(torch.int64)
+        bins += torch.arange(stop - start, device=x.device) * QUANTILE_BINS
+        _count_into(self.counts[start:stop].view(-1), bins.view(-1))
 
     def quantile(self, fraction: float, pooled: bool = False) -> Tensor:
         """The number below which `fraction` of each channel lies, interpolated within its bin: [channels] float32.
@@ -85,26 +84,32 @@ class Quantiles:
 class CodebookHistogram:
     """A fine histogram of normalised numbers in [-1, 1]: what a codebook is fitted to.
 
-    weight, moment: [bins] float64, sums of w and w * a. count: [bins] float64, numbers seen, for Q-Norm.
+    weight: [bins] float64, sums of the weights. count: [bins] float64, numbers seen, for Q-Norm and where no weight is above 0.
     """
 
     def __init__(self) -> None:
-        self.weight, self.moment, self.count = torch.zeros(3, CODEBOOK_BINS, dtype=torch.float64)
+        self.weight, self.count = torch.zeros(2, CODEBOOK_BINS, dtype=torch.float64)
 
     def add(self, normalised: Tensor, weight: Tensor | None) -> None:
         """Add numbers [n] float32 with their weights [n] float32 (None: 1 each); those outside [-1, 1] are left out."""
-        inside = normalised.abs() <= 1
-        if not inside.all():
-            normalised = normalised[inside]
-            weight = None if weight is None else weight[inside]
-        bins = ((normalised + 1) * (CODEBOOK_BINS / 2)).to(torch.int32).clamp_(0, CODEBOOK_BINS - 1)
-        count = torch.bincount(bins, minlength=CODEBOOK_BINS).double().cpu()
-        mass = weight if weight is not None else torch.ones_like(normalised)
-        self.count += count
-        self.weight += torch.bincount(bins, mass, minlength=CODEBOOK_BINS).double().cpu()
-        self.moment += torch.bincount(bins, mass * normalised, minlength=CODEBOOK_BINS).double().cpu()
+        last = CODEBOOK_BINS + 1  # bins 0 and `last` take what lies outside
+        slope = CODEBOOK_BINS / 2 * (1 - 1e-5)  # the ends of a range are inside, whatever their rounding
+        bins = normalised.mul(slope).add_(CODEBOOK_BINS / 2 + 1).clamp_(0, last).to(torch.int64)
+        count, mass = torch.zeros(2, last + 1, device=normalised.device)
+        _count_into(count, bins)
+        self.count += count[1:last].double().cpu()
+        if weight is None:
+            mass = count
+        else:
+            mass.scatter_add_(0, bins, weight)
+        self.weight += mass[1:last].double().cpu()
 
     @property
     def centers(self) -> Tensor:
         """[bins] float64."""
         return (torch.arange(CODEBOOK_BINS, dtype=torch.float64) + 0.5) * (2 / CODEBOOK_BINS) - 1
+
+
+def _count_into(counts: Tensor, bins: Tensor) -> None:
+    """Add 1 to counts [m] float32 for each of bins [n] int64. `torch.bincount` takes several times as long."""
+    counts.scatter_add_(0, bins, counts.new_ones(1).expand_as(bins))

@@ -24,12 +24,12 @@ def pack(codes: Tensor, bits: int) -> list[Tensor]:
     """
     planes, shift = [], 0
     for plane in PLANES[bits]:
-        part = (codes >> shift) & (2**plane - 1)
-        rows = part.unflatten(-1, (8 // plane, -1))  # [..., per_byte, bytes]
-        packed = rows[..., 0, :].clone()
+        part = ((codes >> shift) & (2**plane - 1)).unflatten(-1, (8 // plane, -1))
+        rows = part.movedim(-2, 0).contiguous()  # [per_byte, ..., bytes]
+        packed = rows[0]
         for i in range(1, 8 // plane):
-            packed |= rows[..., i, :] << (plane * i)
-        planes.append(packed)
+            packed |= rows[i] << (plane * i)
+        planes.append(packed.clone())  # not a view of all rows
         shift += plane
     return planes
 

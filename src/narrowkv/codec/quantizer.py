@@ -11,9 +11,9 @@ from torch import Tensor
 
 from narrowkv.codec import datatypes
 from narrowkv.codec.encoded import Encoded
-from narrowkv.codec.ranges import online_range, to_16_bits, to_scale_zero
+from narrowkv.codec.ranges import online_range, require_finite, to_16_bits, to_scale_zero
 from narrowkv.codec.scheme import Scheme
-from narrowkv.errors import ActivationError, RecipeError
+from narrowkv.errors import RecipeError
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,16 @@ class Quantizer:
         never read from the codes (padding, attention sinks): no outliers are spent on them.
         Raises ActivationError where x is NaN or infinite, or does not fit 16 bits.
         """
-        if not torch.isfinite(x).all():
-            raise ActivationError(
-                "Keys or values contain NaN or infinity; check the model's weights and dtype (float16 overflows easily, "
-                "bfloat16 does not)."
-            )
+        require_finite(x, "Keys or values")
         if self.scheme.datatype == "exact":
             return Encoded(x.contiguous())
         assert self.boundaries is not None
         numbers = x.float().contiguous()
         lower, upper = self._thresholds(numbers)
         scale, zero = self._range(numbers, lower, upper)
-        codes = torch.bucketize(_normalise(numbers, scale, zero), self.boundaries, out_int32=True).to(torch.uint8)
+        if not self.scheme.static:
+            scale, zero = (to_16_bits(part, torch.float16, "Ranges") for part in (scale, zero))
+        codes = _count_below(_normalise(numbers, scale, zero), self.boundaries)
         static = self.scheme.static
         encoded = Encoded(codes, None if static else scale, None if static else zero)
         if self.scheme.outliers:
@@ -96,16 +94,13 @@ class Quantizer:
         return encoded
 
     def normalise(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """Numbers as a codebook sees them, NaN where they are outliers, and the scale they were divided by.
+        """Numbers as a codebook sees them, outside [-1, 1] where they are outliers, and the scale they were divided by.
 
         numbers: [batch, kv_heads, tokens, head_dim] float32. Returns two tensors, the second broadcasts to the first.
         """
         lower, upper = self._thresholds(numbers)
         scale, zero = self._range(numbers, lower, upper)
-        normalised = _normalise(numbers, scale, zero)
-        if self.scheme.outliers and lower is not None and upper is not None:
-            normalised = normalised.masked_fill((numbers < lower) | (numbers > upper), torch.nan)
-        return normalised.clamp_(-1, 1), scale.float()
+        return _normalise(numbers, scale, zero), scale
 
     def decode(self, encoded: Encoded) -> Tensor:
         """What the codes stand for: [batch, kv_heads, tokens, head_dim] float32 (exact numbers keep their dtype)."""
@@ -135,8 +130,7 @@ class Quantizer:
         assert lower is not None and upper is not None
         if self.lower is not None:  # thresholds per matrix: the range is that of the numbers inside them
             lower, upper = online_range(numbers.clamp(lower, upper), self.scheme.axis, 0.0)
-        scale, zero = to_scale_zero(lower, upper)
-        return to_16_bits(scale, torch.float16, "Ranges"), to_16_bits(zero, torch.float16, "Ranges")
+        return to_scale_zero(lower, upper)
 
     def _within_cap(self, numbers: Tensor, outside: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
         """Which outliers are among the `outlier_cap` of their token that lie farthest out, in widths of their range."""
@@ -152,4 +146,14 @@ class Quantizer:
 def _normalise(numbers: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """(numbers - zero) / scale in float32; 0 where the range is empty."""
     scale = scale.float()
-    return (numbers - zero.float()) * torch.where(scale > 0, 1 / scale, 0)
+    return (numbers - zero.float()).mul_(torch.where(scale > 0, 1 / scale, 0))
+
+
+def _count_below(x: Tensor, boundaries: Tensor) -> Tensor:
+    """How many boundaries lie below each number, as uint8: `torch.bucketize`, several times as fast for few boundaries."""
+    if len(boundaries) > 15:
+        return torch.bucketize(x, boundaries, out_int32=True).to(torch.uint8)
+    codes = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
+    for boundary in boundaries:
+        codes += x > boundary
+    return codes

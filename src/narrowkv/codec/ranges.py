@@ -42,6 +42,14 @@ def to_scale_zero(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     return (upper - lower) / 2, (upper + lower) / 2
 
 
+def require_finite(x: Tensor, what: str) -> None:
+    """Raise ActivationError if any number is NaN or infinite; one pass, since both ends show either."""
+    if x.numel() and not torch.stack(torch.aminmax(x)).isfinite().all():
+        raise ActivationError(
+            f"{what} contain NaN or infinity; check the model's weights and dtype (float16 overflows easily, bfloat16 does not)."
+        )
+
+
 def to_16_bits(x: Tensor, dtype: torch.dtype, what: str) -> Tensor:
     """Round to a 16-bit dtype; raises ActivationError where the number does not fit."""
     rounded = x.to(dtype)

@@ -1,0 +1,19 @@
+import pytest
+
+from narrowkv.calibration import Fingerprint
+from narrowkv.errors import CalibrationError
+
+
+def test_what_it_notes(tiny):
+    found = Fingerprint.of(tiny("qwen2", heads=4, kv_heads=2, head_dim=16, layers=3))
+    assert (found.architecture, found.layers, found.kv_heads, found.head_dim, found.vocabulary) == ("qwen2", 3, 2, 16, 97)
+    assert len(found.embedding) == 64
+
+
+def test_a_difference_is_named(tiny):
+    ours = Fingerprint.of(tiny())
+    ours.check(Fingerprint.of(tiny()))
+    with pytest.raises(CalibrationError, match="other weights"):
+        ours.check(Fingerprint.of(tiny(seed=5)))
+    with pytest.raises(CalibrationError, match="kv_heads 2 there, 4 here"):
+        ours.check(Fingerprint.of(tiny(kv_heads=4)))

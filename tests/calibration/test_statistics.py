@@ -1,0 +1,50 @@
+import pytest
+import torch
+
+from narrowkv.calibration.statistics import CODEBOOK_BINS, CodebookHistogram, Quantiles
+
+
+def test_streamed_quantiles_are_those_of_all_numbers():
+    x = torch.randn(6000, 9) * torch.arange(1, 10) + torch.arange(9)
+    x[5000:] *= 5  # ranges grow in both directions, several times over
+    quantiles = Quantiles()
+    for part in x.split(700):
+        quantiles.add(part)
+    width = x.amax(0) - x.amin(0)
+    for fraction in (0.005, 0.05, 0.5, 0.995):
+        found, bin_width = quantiles.quantile(fraction), width * 2 / 1024
+        assert ((x < found - bin_width).float().mean(0) <= fraction + 1e-4).all()
+        assert ((x <= found + bin_width).float().mean(0) >= fraction - 1e-4).all()
+    assert torch.equal(quantiles.largest, x.amax(0))
+    assert quantiles.counts.sum() == x.numel()
+    pooled = quantiles.quantile(0.99, pooled=True)
+    assert pooled.item() == pytest.approx(x.flatten().quantile(0.99).item(), abs=0.01 * width.max().item())
+
+
+def test_memory_does_not_grow_with_samples():
+    quantiles = Quantiles()
+    quantiles.add(torch.randn(100, 5))
+    size = quantiles.counts.numel()
+    for _ in range(20):
+        quantiles.add(torch.randn(500, 5))
+    assert quantiles.counts.numel() == size
+
+
+def test_a_constant_channel_has_one_quantile():
+    quantiles = Quantiles()
+    quantiles.add(torch.full((50, 2), 3.0))
+    assert quantiles.quantile(0.005).tolist() == [3.0, 3.0]
+    assert quantiles.quantile(0.995).tolist() == [3.0, 3.0]
+
+
+def test_histogram_holds_weights_and_leaves_out_what_is_outside():
+    x = torch.cat([torch.rand(5000) * 2 - 1, torch.tensor([1.5, -1.01, 40.0])])
+    weight = torch.rand(len(x))
+    histogram = CodebookHistogram()
+    for part, mass in zip(x.split(999), weight.split(999), strict=True):
+        histogram.add(part, mass)
+    assert histogram.count.sum() == 5000
+    assert histogram.weight.sum().item() == pytest.approx(weight[:5000].sum().item(), rel=1e-5)
+    mean = (histogram.weight * histogram.centers).sum() / histogram.weight.sum()
+    exact = (weight[:5000] * x[:5000]).sum() / weight[:5000].sum()
+    assert mean.item() == pytest.approx(exact.item(), abs=1 / CODEBOOK_BINS)

@@ -1,0 +1,149 @@
+"""The quantizer against the formulas, written again in a few plain lines."""
+
+import pytest
+import torch
+
+from narrowkv.codec import Quantizer, Scheme
+from narrowkv.errors import ActivationError, RecipeError
+
+SHAPES = [(1, 1, 63, 80), (3, 2, 64, 16), (2, 4, 1, 8)]
+
+
+def static_tables(x, outliers):
+    flat = x.transpose(1, 2).flatten(0, 1)  # [samples, heads, dim]
+    lower, upper = flat.quantile(outliers / 2, dim=0), flat.quantile(1 - outliers / 2, dim=0)
+    tables = {"scale": (upper - lower) / 2, "zero": (upper + lower) / 2}
+    return tables | ({"lower": lower, "upper": upper} if outliers else {})
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("axis", ["token", "token_head"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_integer_rounding_per_token(shape, axis, bits):
+    x = torch.randn(shape)
+    dims = (1, 3) if axis == "token" else (3,)
+    low, high = x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
+    step = (high - low) / (2**bits - 1)
+    middle, half = ((high + low) / 2).half().float(), ((high - low) / 2).half().float()
+    levels = torch.arange(2**bits) * 2 / (2**bits - 1) - 1
+    expected = levels[((x - middle)[..., None] / half[..., None] - levels).abs().argmin(-1)] * half + middle
+    quantizer = Quantizer(Scheme(bits, "int", axis=axis))
+    found = quantizer.decode(quantizer.encode(x))
+    torch.testing.assert_close(found, expected)
+    assert ((found - x).abs() <= step / 2 + 2e-3 * x.abs().max()).all()
+
+
+@pytest.mark.parametrize("outliers", [0.0, 0.01, 0.02])
+def test_static_keys_per_channel_with_outliers(outliers):
+    x = torch.randn(1, 2, 400, 24) * torch.rand(2, 1, 24) * 5
+    codebook = torch.tensor([-0.8, -0.3, 0.2, 0.9])
+    quantizer = Quantizer(Scheme(2, "nuq", axis="channel", outliers=outliers), codebook=codebook, **static_tables(x, outliers))
+    encoded = quantizer.encode(x)
+    scale, zero = quantizer.scale[:, None], quantizer.zero[:, None]
+    a = (x - zero) / scale
+    expected = codebook[(a[..., None] - codebook).abs().argmin(-1)] * scale + zero
+    outside = a.abs() > 1 + 1e-6 if outliers else torch.zeros_like(a, dtype=torch.bool)
+    expected[outside] = x[outside].half().float()
+    torch.testing.assert_close(quantizer.decode(encoded), expected)
+    assert encoded.scale is None
+    assert outside.float().mean() == pytest.approx(outliers, abs=0.006)
+    if outliers:
+        assert len(encoded.outlier_values) == outside.sum()
+
+
+@pytest.mark.parametrize("axis", ["token", "token_head"])
+def test_online_outliers_are_the_extremes_of_each_vector(axis):
+    x = torch.randn(2, 4, 5, 64)
+    quantizer = Quantizer(Scheme(2, "int", axis=axis, outliers=0.02))
+    encoded = quantizer.encode(x)
+    vectors = x.transpose(1, 2).flatten(2) if axis == "token" else x
+    count = int(vectors.shape[-1] * 0.01 + 0.5)
+    mask = torch.zeros_like(vectors, dtype=torch.bool)
+    for largest in (True, False):
+        mask.scatter_(-1, vectors.topk(count, largest=largest).indices, True)
+    mask = mask.unflatten(2, (4, 64)).transpose(1, 2) if axis == "token" else mask
+    assert torch.equal(encoded.outlier_index, mask.flatten().nonzero().squeeze(1))
+    assert torch.equal(quantizer.decode(encoded)[mask], x[mask].half().float())
+
+
+def test_thresholds_per_matrix():
+    x = torch.randn(1, 2, 50, 16)
+    bounds = {"lower": torch.full((1, 1), -1.5), "upper": torch.full((1, 1), 1.5)}
+    quantizer = Quantizer(Scheme(4, "int", outliers=0.01, outlier_scope="matrix"), **bounds)
+    found = quantizer.decode(quantizer.encode(x))
+    assert torch.equal(found[x.abs() > 1.5], x[x.abs() > 1.5].half().float())
+    assert (found - x).abs().max() < 3 / 15 / 2 + 1e-2
+
+
+def test_cap_keeps_the_farthest_outliers_of_each_token():
+    x = torch.zeros(1, 2, 3, 8)
+    x[0, 0, 0, :4] = torch.tensor([3.0, 5.0, 2.0, 4.0])
+    x[0, 1, 0, 2] = -9.0
+    tables = {"scale": torch.ones(2, 8), "zero": torch.zeros(2, 8), "lower": -torch.ones(2, 8), "upper": torch.ones(2, 8)}
+    quantizer = Quantizer(Scheme(4, "int", axis="channel", outliers=0.01, outlier_cap=2), **tables)
+    assert quantizer.encode(x).outlier_values.tolist() == [5.0, -9.0]
+
+
+def test_skipped_tokens_spend_no_outliers():
+    x = torch.randn(2, 2, 4, 64)
+    quantizer = Quantizer(Scheme(2, "int", outliers=0.02))
+    skip = torch.tensor([[True, False, False, False], [True, True, True, True]])
+    where = torch.unravel_index(quantizer.encode(x, skip).outlier_index, x.shape)
+    assert not skip[where[0], where[2]].any()
+    assert len(where[0]) == 3 * 2
+
+
+def test_qnorm_decodes_with_other_levels_than_it_encodes():
+    levels = torch.tensor([-0.75, -0.25, 0.25, 0.75])
+    plain = Quantizer(Scheme(2, "nuq"), codebook=levels)
+    moved = Quantizer(Scheme(2, "nuq", qnorm=True), codebook=levels * 1.1, boundaries=plain.boundaries)
+    x = torch.randn(1, 1, 10, 32)
+    assert torch.equal(plain.encode(x).codes, moved.encode(x).codes)
+
+
+@pytest.mark.parametrize("axis", ["token", "token_head"])
+def test_constant_vectors_come_back(axis):
+    for constant in (0.0, 2.5):
+        x = torch.full((1, 2, 3, 16), constant)
+        for scheme in (Scheme(2, "int", axis=axis), Scheme(2, "nf", axis=axis, outliers=0.02)):
+            quantizer = Quantizer(scheme)
+            assert torch.equal(quantizer.decode(quantizer.encode(x)), x)
+
+
+def test_constant_channel_comes_back():
+    tables = {"scale": torch.zeros(1, 8), "zero": torch.full((1, 8), 1.5)}
+    quantizer = Quantizer(Scheme(3, "int", axis="channel"), **tables)
+    x = torch.full((1, 1, 5, 8), 1.5)
+    assert torch.equal(quantizer.decode(quantizer.encode(x)), x)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_infinity_are_refused(bad):
+    x = torch.randn(1, 1, 4, 8)
+    x[0, 0, 2, 3] = bad
+    for scheme in (Scheme(16, "exact"), Scheme(4, "int")):
+        with pytest.raises(ActivationError, match="NaN or infinity"):
+            Quantizer(scheme).encode(x)
+
+
+def test_numbers_beyond_float16_are_refused():
+    x = torch.randn(1, 1, 4, 8)
+    x[0, 0, 2, 3] = 1e6
+    with pytest.raises(ActivationError, match="float16"):
+        Quantizer(Scheme(4, "int")).encode(x)
+
+
+def test_a_scheme_without_its_tables_is_refused():
+    with pytest.raises(RecipeError, match="calibrat"):
+        Quantizer(Scheme(3, "nuq"))
+    with pytest.raises(RecipeError, match="scale"):
+        Quantizer(Scheme(3, "int", axis="channel"))
+    with pytest.raises(RecipeError, match="lower"):
+        Quantizer(Scheme(3, "int", outliers=0.01, outlier_scope="matrix"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_outliers_keep_the_models_dtype_in_16_bits(dtype):
+    x = torch.randn(1, 2, 4, 64, dtype=dtype)
+    values = Quantizer(Scheme(4, "int", outliers=0.02)).encode(x).outlier_values
+    assert values.dtype == (dtype if dtype != torch.float32 else torch.float16)

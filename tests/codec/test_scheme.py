@@ -1,0 +1,34 @@
+import pytest
+
+from narrowkv.codec import Scheme
+from narrowkv.errors import RecipeError
+
+
+@pytest.mark.parametrize(
+    ("settings", "cause"),
+    [
+        ({"bits": 7, "datatype": "nuq"}, "7 bits"),
+        ({"bits": 16, "datatype": "nuq"}, "16 bits"),
+        ({"bits": True, "datatype": "int"}, "bits"),
+        ({"bits": 3, "datatype": "int", "outliers": -0.01}, "outlier fraction"),
+        ({"bits": 3, "datatype": "int", "outliers": 0.03}, "outlier fraction"),
+        ({"bits": 3, "datatype": "int", "outliers": float("nan")}, "outlier fraction"),
+        ({"bits": 3, "datatype": "float"}, "datatype"),
+        ({"bits": 3, "datatype": "int", "axis": "head"}, "axis"),
+        ({"bits": 16, "datatype": "exact", "outliers": 0.01}, "exact"),
+        ({"bits": 8, "datatype": "nuq"}, "8 bits"),
+        ({"bits": 2, "datatype": "int", "qnorm": True}, "Q-Norm"),
+        ({"bits": 2, "datatype": "int", "outlier_cap": 4}, "cap"),
+    ],
+)
+def test_contradictions_are_refused(settings, cause):
+    with pytest.raises(RecipeError, match=cause):
+        Scheme(**settings)
+
+
+def test_what_needs_calibration():
+    assert Scheme(3, "nuq").needs_calibration
+    assert Scheme(4, "int", axis="channel").needs_calibration
+    assert Scheme(4, "int", outliers=0.01, outlier_scope="matrix").needs_calibration
+    assert not Scheme(4, "int", outliers=0.01).needs_calibration
+    assert not Scheme(16, "exact").needs_calibration

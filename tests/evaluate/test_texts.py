@@ -1,0 +1,39 @@
+import pytest
+
+from narrowkv.errors import TextError
+from narrowkv.evaluate.sources import read_text
+from narrowkv.evaluate.texts import held_out_text, training_text
+
+
+def paragraphs(text):
+    return {" ".join(piece.split()) for piece in text.split("\n\n")}
+
+
+def test_nothing_held_out_is_trained_on():
+    shared = paragraphs(held_out_text()) & paragraphs(training_text())
+    assert all(len(paragraph) <= 40 for paragraph in shared)
+    assert len(held_out_text()) > 60_000
+    assert len(training_text()) > 3 * len(held_out_text())
+
+
+def test_texts_by_name(tmp_path):
+    assert read_text("narrowkv://held-out") == held_out_text()
+    assert read_text("narrowkv://train") == training_text()
+    path = tmp_path / "mine.txt"
+    path.write_text("Ein Haus.", encoding="utf-8")
+    assert read_text(str(path)) == "Ein Haus."
+
+
+@pytest.mark.parametrize("content", [b"", b"  \n ", b"\xff\xfe\x00"])
+def test_files_without_text_are_refused(tmp_path, content):
+    path = tmp_path / "bad.txt"
+    path.write_bytes(content)
+    with pytest.raises(TextError, match="bad.txt"):
+        read_text(str(path))
+
+
+def test_names_of_nothing_are_refused():
+    with pytest.raises(TextError, match="check the path"):
+        read_text("no/such/file.txt")
+    with pytest.raises(TextError, match="datasets"):
+        read_text("no-such-data-set")

@@ -1,0 +1,171 @@
+"""The plumbing: an exact recipe gives the tokens of DynamicCache, in every shape and dtype."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from narrowkv import PackedCache, calibrate, get_recipe
+from narrowkv.codec import Scheme
+from narrowkv.errors import CacheUseError, RecipeError
+
+SHAPES = {
+    "gqa": {"heads": 4, "kv_heads": 2},
+    "mqa": {"heads": 4, "kv_heads": 1},
+    "mha": {"heads": 3, "kv_heads": 3},
+    "head_dim 8": {"heads": 2, "kv_heads": 1, "head_dim": 8},
+    "head_dim 80": {"heads": 2, "kv_heads": 2, "head_dim": 80},
+}
+EXTRAS = {
+    "llama": [{}, {"attention_bias": True}, {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}],
+    "mistral": [{}, {"sliding_window": 24}],
+    "qwen2": [{}],
+}
+
+
+def greedy(model, ids, cache, tokens=40, **options):
+    with torch.inference_mode():
+        return model.generate(ids, past_key_values=cache, max_new_tokens=tokens, do_sample=False, pad_token_id=0, **options)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("family", EXTRAS)
+def test_exact_recipe_gives_the_tokens_of_dynamic_cache(tiny, family, shape):
+    for extra in EXTRAS[family]:
+        model = tiny(family, **SHAPES[shape], **extra)
+        ids = torch.randint(2, 97, (1, 45))
+        assert torch.equal(greedy(model, ids, PackedCache(model, "fp16")), greedy(model, ids, DynamicCache()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_in_every_dtype_and_with_either_attention(tiny, dtype, attention):
+    model = tiny(dtype=dtype, attn_implementation=attention)
+    ids = torch.randint(2, 97, (2, 30))
+    expected = greedy(model, ids, DynamicCache())
+    cache = PackedCache(model, "fp16")
+    assert torch.equal(greedy(model, ids, cache), expected)
+    assert torch.equal(greedy(model, ids, DynamicCache()), expected)  # foreign caches go on as before
+    assert cache.bits_per_element < 8 * dtype.itemsize * 1.25
+
+
+@pytest.mark.parametrize("family", EXTRAS)
+def test_left_padding(tiny, family):
+    model = tiny(family)
+    ids = torch.randint(2, 97, (3, 40))
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    mask[2, :33] = 0
+    expected = greedy(model, ids, DynamicCache(), attention_mask=mask)
+    assert torch.equal(greedy(model, ids, PackedCache(model, "fp16"), attention_mask=mask), expected)
+    assert not torch.equal(greedy(model, ids, PackedCache(model, "fp16")), expected)
+
+
+@pytest.mark.parametrize("recipe", ["fp16", "int8"])
+def test_each_row_of_a_padded_batch_is_what_it_is_alone(tiny, recipe):
+    """Also for a quantised recipe with sinks and a window: padding changes nothing for the others."""
+    model = tiny()
+    source = get_recipe(recipe)
+    source = source if recipe == "fp16" else source.with_options(sinks=3, window=5)
+    long, short = torch.randint(2, 97, (1, 40)), torch.randint(2, 97, (1, 13))
+    batch = torch.cat([long, torch.cat([torch.zeros(1, 27, dtype=torch.long), short], dim=1)])
+    mask = torch.ones_like(batch)
+    mask[1, :27] = 0
+    together = greedy(model, batch, PackedCache(model, source), 20, attention_mask=mask)
+    for row, alone in enumerate((long, short)):
+        assert torch.equal(together[row, 40:], greedy(model, alone, PackedCache(model, source), 20)[0, alone.shape[1] :])
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65])
+def test_prompts_of_any_length(tiny, length):
+    model = tiny()
+    ids = torch.randint(2, 97, (1, length))
+    assert torch.equal(greedy(model, ids, PackedCache(model, "fp16"), 70), greedy(model, ids, DynamicCache(), 70))
+
+
+def test_several_turns_on_one_cache(tiny):
+    model = tiny()
+    ours, theirs = PackedCache(model, "fp16"), DynamicCache()
+    ids = expected = torch.randint(2, 97, (1, 20))
+    for _ in range(3):
+        ids, expected = greedy(model, ids, ours, 15), greedy(model, expected, theirs, 15)
+        assert torch.equal(ids, expected)
+        turn = torch.randint(2, 97, (1, 10))
+        ids, expected = torch.cat([ids, turn], dim=1), torch.cat([expected, turn], dim=1)
+    assert ours.get_seq_length() == theirs.get_seq_length()
+    ours.reset()
+    assert ours.get_seq_length() == 0 and ours.numbers == 0
+    assert torch.equal(greedy(model, turn, ours), greedy(model, turn, DynamicCache()))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 100])
+def test_prefill_in_chunks(tiny, chunk):
+    model = tiny()
+    ids = torch.randint(2, 97, (2, 100))
+    expected = greedy(model, ids, DynamicCache())
+    assert torch.equal(greedy(model, ids, PackedCache(model, "fp16"), prefill_chunk_size=chunk), expected)
+
+
+def tokens_after(model, source, ids, chunks, strict=True):
+    cache = PackedCache(model, source, strict=strict)
+    with torch.inference_mode():
+        return torch.cat([model(part, past_key_values=cache).logits for part in ids.split(chunks, dim=1)], dim=1)
+
+
+@pytest.mark.parametrize("name", ["int4", "int2", "nuq3-1%"])
+def test_strict_results_do_not_depend_on_how_the_text_is_cut(tiny, name):
+    model = tiny()
+    ids = torch.randint(2, 97, (2, 150))
+    recipe = get_recipe(name).with_options(sinks=2)
+    source = calibrate(model, ids.split(1), recipe) if recipe.needs_calibration else recipe
+    whole = tokens_after(model, source, ids, 150)
+    for chunks in (1, 50, 64, 149):
+        found = tokens_after(model, source, ids, chunks)
+        # other matrix shapes round otherwise, which now and then moves a number to the next code
+        assert ((found - whole).abs() < 2e-3).float().mean() > 0.98
+
+
+def test_stream_mode_attends_exactly_to_the_chunk_itself(tiny):
+    model = tiny()
+    ids = torch.randint(2, 97, (1, 64))
+    with torch.inference_mode():
+        expected = model(ids).logits
+    torch.testing.assert_close(tokens_after(model, "int2", ids, 64, strict=False), expected)
+    assert (tokens_after(model, "int2", ids, 32, strict=False) - expected)[:, 32:].abs().max() > 0.1
+    assert (tokens_after(model, "int2", ids, 64, strict=True) - expected).abs().max() > 0.1
+
+
+def test_eight_bits_stay_close_to_sixteen(tiny):
+    for family in EXTRAS:
+        model = tiny(family)
+        ids = torch.randint(2, 97, (2, 100))
+        with torch.inference_mode():
+            expected = model(ids).logits
+        found = tokens_after(model, "int8", ids, 30)
+        assert (found - expected).abs().mean() < 0.05 * expected.abs().mean()
+
+
+def test_a_changed_batch_is_refused(tiny):
+    model = tiny()
+    cache = PackedCache(model, "int4")
+    with torch.inference_mode():
+        model(torch.randint(2, 97, (2, 5)), past_key_values=cache)
+        with pytest.raises(CacheUseError, match="holds batch 2.*batch 3"):
+            model(torch.randint(2, 97, (3, 1)), past_key_values=cache)
+
+
+def test_an_empty_prompt_is_refused(tiny):
+    model = tiny()
+    with pytest.raises(CacheUseError, match="empty"), torch.inference_mode():
+        model(torch.zeros(1, 0, dtype=torch.long), past_key_values=PackedCache(model, "int4"))
+
+
+def test_layers_may_have_recipes_of_their_own(tiny):
+    model = tiny()
+    exact = Scheme(16, "exact")
+    mixed = get_recipe("int4")
+    layers = {1: type(mixed.schemes(0))(exact, exact)}
+    cache = PackedCache(model, mixed.with_options(layers=layers))
+    greedy(model, torch.randint(2, 97, (1, 70)), cache)
+    assert [layer.is_exact for layer in cache.packed] == [False, True]
+    with pytest.raises(RecipeError, match="names layer 9"):
+        PackedCache(model, mixed.with_options(layers={9: layers[1]}))

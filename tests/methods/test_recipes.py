@@ -1,0 +1,74 @@
+import json
+
+import pytest
+
+from narrowkv import Recipe, Scheme, get_recipe, recipe_names
+from narrowkv.errors import RecipeError
+from narrowkv.methods import LayerSchemes
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_name_gives_its_recipe_and_survives_json(name):
+    recipe = get_recipe(name)
+    assert recipe.name == name
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+def test_published_names_mean_what_they_say():
+    recipe = get_recipe("nuq3-1%")
+    assert recipe.keys == Scheme(3, "nuq", axis="channel", pre_rope=True, outliers=0.01)
+    assert recipe.values == Scheme(3, "nuq", axis="token", outliers=0.01)
+    assert recipe.sinks == 1
+    assert get_recipe("nuq2-0.5%").values.outliers == 0.005
+    assert get_recipe("nuq2-1%-qnorm").keys.qnorm
+    assert not get_recipe("int4").needs_calibration
+    assert not get_recipe("int4").keys.pre_rope
+
+
+@pytest.mark.parametrize("name", ["nuq7", "nuq3--1%", "nuq3-5%", "int5", "kvquant", ""])
+def test_impossible_names_are_refused(name):
+    with pytest.raises(RecipeError):
+        get_recipe(name)
+
+
+def test_unknown_name_lists_what_exists():
+    with pytest.raises(RecipeError, match=r"nuq3-1%.*int4"):
+        get_recipe("gguf")
+
+
+def test_options():
+    recipe = get_recipe("nuq3-1%").with_options(sinks=5, window=32)
+    assert (recipe.sinks, recipe.window) == (5, 32)
+    with pytest.raises(RecipeError, match="has no sink;"):
+        recipe.with_options(sink=5)
+    with pytest.raises(RecipeError, match="sinks must be"):
+        recipe.with_options(sinks=-1)
+
+
+def test_values_have_no_rotary_embedding():
+    scheme = Scheme(4, "int", pre_rope=True)
+    with pytest.raises(RecipeError, match="rotary"):
+        Recipe("wrong", keys=scheme, values=scheme)
+
+
+def test_layers_may_differ():
+    base = get_recipe("int4")
+    exact = Scheme(16, "exact")
+    recipe = base.with_options(layers={1: LayerSchemes(exact, exact)})
+    assert recipe.schemes(0).keys == base.keys
+    assert recipe.schemes(1).keys == exact
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"name": "x"}', '{"name": "x", "keys": {"bits": 7}, "values": {}}'])
+def test_files_that_are_no_recipe_are_refused(tmp_path, content):
+    path = tmp_path / "recipe.json"
+    path.write_text(content)
+    with pytest.raises(RecipeError):
+        get_recipe(str(path))
+
+
+def test_recipe_from_file(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(get_recipe("nuq2").with_options(name="mine").to_dict()))
+    assert get_recipe(str(path)).name == "mine"

@@ -1,0 +1,160 @@
+"""The store against a plain list of tensors: what comes out is what the quantizer made of what went in."""
+
+import pytest
+import torch
+
+from narrowkv.codec import Quantizer, Scheme
+from narrowkv.errors import CacheUseError
+from narrowkv.store import BLOCK, LayerStore
+
+EXACT = Scheme(16, "exact")
+SCHEMES = {
+    "exact": (EXACT, EXACT),
+    "int4": (Scheme(4, "int"), Scheme(4, "int")),
+    "int3 sparse": (Scheme(3, "int", outliers=0.02), Scheme(3, "int", axis="token_head", outliers=0.02)),
+    "mixed": (EXACT, Scheme(2, "nf")),
+}
+
+
+def make_store(name, **options):
+    keys, values = SCHEMES[name]
+    return LayerStore(Quantizer(keys), Quantizer(values), **options)
+
+
+def fill(store, keys, values, cuts):
+    start = 0
+    for stop in [*cuts, keys.shape[2]]:
+        store.append(keys[:, :, start:stop], values[:, :, start:stop])
+        start = stop
+
+
+def decoded(store, keys, values):
+    return tuple(q.decode(q.encode(x)) for q, x in zip(store.quantizers, (keys, values), strict=True))
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("shape", [(1, 1, 63, 80), (3, 2, 200, 56), (2, 1, 64, 8)], ids=str)
+def test_results_do_not_depend_on_how_tokens_arrive(name, shape):
+    keys, values = torch.randn(shape), torch.randn(shape)
+    tokens = shape[2]
+    for cuts in ([], range(1, tokens), [tokens // 3, tokens // 3 + 1], [tokens - 1]):
+        store = make_store(name)
+        fill(store, keys, values, cuts)
+        assert store.length == tokens
+        for found, expected in zip(store.read(), decoded(store, keys, values), strict=True):
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_small_tiles_change_nothing(name, monkeypatch):
+    keys, values = torch.randn(2, 2, 333, 56), torch.randn(2, 2, 333, 56)
+    whole = make_store(name)
+    whole.append(keys, values)
+    monkeypatch.setattr("narrowkv.store.layer.TILE_NUMBERS", 1)
+    tiled = make_store(name)
+    tiled.append(keys, values)
+    starts = [start for start, _, _ in tiled.tiles()]
+    assert starts == list(range(0, 333, BLOCK))
+    for found, expected in zip(tiled.read(), whole.read(), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("stop", [1, 63, 64, 65, 150])
+def test_reading_a_prefix(stop):
+    keys, values = torch.randn(2, 2, 150, 16), torch.randn(2, 2, 150, 16)
+    store = make_store("int4")
+    fill(store, keys, values, [70, 100])
+    for found, expected in zip(store.read(stop), store.read(), strict=True):
+        assert torch.equal(found, expected[:, :, :stop])
+
+
+@pytest.mark.parametrize("window", [1, 30, 128])
+def test_the_newest_tokens_stay_exact(window):
+    keys, values = torch.randn(2, 2, 200, 16), torch.randn(2, 2, 200, 16)
+    store = make_store("int4", window=window)
+    fill(store, keys, values, [5, 6, 150])
+    for found, exact, coded in zip(store.read(), (keys, values), decoded(store, keys, values), strict=True):
+        assert torch.equal(found[:, :, -window:], exact[:, :, -window:])
+        assert torch.equal(found[:, :, :-window], coded[:, :, :-window])
+
+
+@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize("chunks", [[], [1, 2, 3], [10, 25]], ids=["at once", "one by one", "chunks"])
+def test_the_first_real_tokens_stay_exact_behind_any_padding(chunks, window):
+    batch, tokens, sinks = 3, 100, 4
+    keys, values = torch.randn(batch, 2, tokens, 16), torch.randn(batch, 2, tokens, 16)
+    valid = torch.ones(batch, tokens, dtype=torch.bool)
+    valid[1, :17] = False
+    valid[2, :2] = False
+    store = make_store("int3 sparse", sinks=sinks, window=window)
+    start = 0
+    for stop in [*chunks, tokens]:
+        store.append(keys[:, :, start:stop], values[:, :, start:stop], valid[:, start:stop])
+        start = stop
+    found = store.read()[0]
+    for row, first in enumerate((0, 17, 2)):
+        assert torch.equal(found[row, :, first : first + sinks], keys[row, :, first : first + sinks])
+        assert store.sink_index[row].tolist() == list(range(first, first + sinks))
+    assert not torch.equal(found[0, :, sinks : tokens - window], keys[0, :, sinks : tokens - window])
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_select_shares_blocks_and_re_encodes_nothing(name):
+    keys, values = torch.randn(3, 2, 150, 56), torch.randn(3, 2, 150, 56)
+    store = make_store(name, sinks=2)
+    fill(store, keys, values, [64])
+    before = store.read()
+    rows = torch.tensor([2, 0, 2, 1])
+    pages = {id(column.page) for column in store.columns}
+    store.select(rows)
+    assert {id(column.page) for column in store.columns} == pages
+    for found, expected in zip(store.read(), before, strict=True):
+        assert torch.equal(found, expected[rows])
+    more = torch.randn(4, 2, 70, 56)
+    store.append(more, more)
+    for found, expected in zip(store.read(150), before, strict=True):
+        assert torch.equal(found, expected[rows])
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("length", [0, 1, 63, 64, 100, 129, 149])
+def test_crop_keeps_what_is_left_bit_for_bit(name, length):
+    keys, values = torch.randn(2, 2, 150, 56), torch.randn(2, 2, 150, 56)
+    store = make_store(name, sinks=2)
+    fill(store, keys, values, [64])
+    before = store.read()
+    store.crop(length)
+    assert store.length == length
+    more = torch.randn(2, 2, 90, 56)
+    store.append(more, more)
+    assert store.length == length + 90
+    for found, expected in zip(store.read(), before, strict=True):
+        assert torch.equal(found[:, :, :length], expected[:, :, :length])
+
+
+def test_appending_copies_nothing_that_is_sealed():
+    store = make_store("int4")
+    keys = torch.randn(1, 2, 640, 16)
+    store.append(keys, keys)
+    addresses = [plane.data_ptr() for column in store.columns for plane in column.page.keys.planes]
+    for _ in range(200):
+        store.append(keys[:, :, :1], keys[:, :, :1])
+    assert [plane.data_ptr() for column in store.columns[:10] for plane in column.page.keys.planes] == addresses
+
+
+def test_another_shape_is_refused():
+    store = make_store("int4")
+    store.append(torch.randn(2, 2, 3, 16), torch.randn(2, 2, 3, 16))
+    with pytest.raises(CacheUseError, match="batch 2, 2 KV heads of 16, but got batch 3"):
+        store.append(torch.randn(3, 2, 1, 16), torch.randn(3, 2, 1, 16))
+    with pytest.raises(CacheUseError, match="nothing to read"):
+        make_store("int4").read()
+
+
+def test_reset_forgets():
+    store = make_store("int4", sinks=1)
+    store.append(torch.randn(2, 2, 70, 16), torch.randn(2, 2, 70, 16))
+    store.reset()
+    assert store.length == 0
+    assert store.tensors() == []
+    store.append(torch.randn(1, 3, 2, 8), torch.randn(1, 3, 2, 8))
