@@ -1,14 +1,21 @@
 """Shared fixtures: tiny random models, the real models where they are at hand, and poisoned memory."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
-from transformers import PreTrainedModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from narrowkv import load_model
 
@@ -88,8 +95,8 @@ def asset(*parts: str) -> Path:
 
 
 @pytest.fixture(params=["stories260K", "babyllama-tok105"])
-def real_model(request: pytest.FixtureRequest) -> Iterator[tuple[PreTrainedModel, Any]]:
-    yield load_model(str(asset("models", request.param)), "float32")
+def real_model(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, Any]:
+    return load_model(str(asset("models", request.param)), "float32")
 
 
 @pytest.fixture(scope="session")

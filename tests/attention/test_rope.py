@@ -6,7 +6,9 @@ from narrowkv.attention import Rope
 
 
 def test_rotation_is_that_of_the_model():
-    config = LlamaConfig(hidden_size=64, num_attention_heads=4, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4})
+    config = LlamaConfig(
+        hidden_size=64, num_attention_heads=4, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+    )
     module = LlamaRotaryEmbedding(config)
     x, positions = torch.randn(2, 4, 9, 16), torch.randint(0, 5000, (2, 9))
     expected, _ = apply_rotary_pos_emb(x, x, *module(x, positions))

@@ -53,7 +53,9 @@ def test_codebook_minimises_the_weighted_error(data, side, weighting, outliers):
     scheme = Scheme(3, "nuq", axis="channel" if side == "keys" else "token", outliers=outliers, weighting=weighting)
     quantizer = run(scheme, x, gradient)
     a, scale, inside = (keys_normalised if side == "keys" else values_normalised)(x, outliers)
-    weight = {"fisher_scaled": gradient.square() * scale**2, "fisher": gradient.square(), "none": torch.ones_like(x)}[weighting]
+    weight = {"fisher_scaled": gradient.square() * scale**2, "fisher": gradient.square(), "none": torch.ones_like(x)}[
+        weighting
+    ]
     a, weight = a[inside], weight[inside]
     ours = objective(quantizer.codebook, a, weight)
     for _ in range(30):  # no codebook near it is better by more than the resolution of the histogram

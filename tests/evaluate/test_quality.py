@@ -14,10 +14,12 @@ from narrowkv.evaluate.recall import facts
 
 def fake_quantise(x, quantizer, dims):
     """x [batch, heads, tokens, dim] rounded by the paper's formulas. dims: those that share a range, None if static."""
-    scheme = quantizer.scheme
+    scheme, dtype, x = quantizer.scheme, x.dtype, x.float()
     if dims is None:
         scale, zero = quantizer.scale[:, None], quantizer.zero[:, None]
-        outside = (x < quantizer.lower[:, None]) | (x > quantizer.upper[:, None]) if scheme.outliers else torch.zeros_like(x) > 0
+        outside = (
+            (x < quantizer.lower[:, None]) | (x > quantizer.upper[:, None]) if scheme.outliers else torch.zeros_like(x) > 0
+        )
     else:
         ordered = x.transpose(1, 2).flatten(2).sort(-1).values
         count = int(ordered.shape[-1] * scheme.outliers / 2 + 0.5)
@@ -29,7 +31,7 @@ def fake_quantise(x, quantizer, dims):
     rounded = quantizer.codebook[torch.searchsorted(borders, a.contiguous())] * scale + zero
     rounded = torch.where(outside, x.half().float(), rounded)
     rounded[:, :, :1] = x[:, :, :1]  # the sink
-    return rounded
+    return rounded.to(dtype)
 
 
 def fake_perplexity(model, calibration, windows, monkeypatch):
@@ -61,14 +63,14 @@ def fake_perplexity(model, calibration, windows, monkeypatch):
 
 def test_strict_perplexity_is_that_of_fake_quantisation(real_model, stories_text, monkeypatch):
     model, tokenizer = real_model
-    windows = cut_windows(tokenizer, stories_text, 192, 40)
+    model.double()  # in float32 the last bit of a sum may move a number to the next code, in one of the two or the other
+    windows = cut_windows(tokenizer, stories_text, 192, 12)
     recipes = [get_recipe(name) for name in ("nuq4-1%", "nuq3-2%", "nuq2")]
     calibrations = calibrate_many(model, windows[:6].split(2), recipes)
     rows = measure(model, calibrations, windows[6:])
     for row, calibration in zip(rows, calibrations, strict=True):
-        # the last bit of a product may move a number to the next code, either way: over many tokens that evens out
         expected = fake_perplexity(model, calibration, windows[6:], monkeypatch)
-        assert row.perplexity_strict == pytest.approx(expected, rel=1e-4)
+        assert row.perplexity_strict == pytest.approx(expected, rel=1e-5)
 
 
 def test_figures_of_a_real_model(real_model, stories_text):

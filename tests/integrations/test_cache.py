@@ -71,7 +71,11 @@ def test_nan_activations_are_refused(tiny):
 def test_masks_of_four_dimensions_are_refused(tiny):
     model = tiny()
     with pytest.raises(UnsupportedModelError, match="2 dimensions"), torch.inference_mode():
-        model(torch.randint(2, 97, (1, 4)), attention_mask=torch.ones(1, 1, 4, 4, dtype=torch.bool), past_key_values=PackedCache(model, "int4"))
+        model(
+            torch.randint(2, 97, (1, 4)),
+            attention_mask=torch.ones(1, 1, 4, 4, dtype=torch.bool),
+            past_key_values=PackedCache(model, "int4"),
+        )
 
 
 def test_what_is_not_done_yet_says_so(tiny):
@@ -79,7 +83,10 @@ def test_what_is_not_done_yet_says_so(tiny):
     for options in ({"num_beams": 2}, {"prompt_lookup_num_tokens": 2}):
         with pytest.raises(UnsupportedModelError, match="greedy"), torch.inference_mode():
             model.generate(
-                torch.randint(2, 97, (1, 9)).repeat(1, 3), past_key_values=PackedCache(model, "int4"), max_new_tokens=9, **options
+                torch.randint(2, 97, (1, 9)).repeat(1, 3),
+                past_key_values=PackedCache(model, "int4"),
+                max_new_tokens=9,
+                **options,
             )
 
 

@@ -35,10 +35,14 @@ def test_keys_values_and_gradients_are_those_of_the_projections(tiny, family):
     prepare(model)
     seen = {}
 
+    def note(key, numbers):
+        return lambda gradient: seen.update({key: (numbers, gradient)})
+
     def listen(layer, keys, values):
         for side, numbers in (("k_proj", keys), ("v_proj", values)):
-            numbers.requires_grad_() if not numbers.requires_grad else None
-            numbers.register_hook(lambda gradient, key=(layer, side), x=numbers.detach(): seen.update({key: (x, gradient)}))
+            if not numbers.requires_grad:
+                numbers.requires_grad_()
+            numbers.register_hook(note((layer, side), numbers.detach()))
 
     model.requires_grad_(False)
     logits = model(ids, past_key_values=CaptureCache(2, listen)).logits
@@ -62,7 +66,12 @@ def test_calibrating_leaves_the_model_as_it_was(tiny):
 def test_recipes_learned_together_are_as_learned_alone(tiny):
     model = tiny()
     batches = torch.randint(2, 97, (3, 40)).split(1)
-    recipes = [get_recipe("nuq2"), get_recipe("nuq3-1%").with_options(sinks=4), get_recipe("nuq2-1%-qnorm"), get_recipe("int4")]
+    recipes = [
+        get_recipe("nuq2"),
+        get_recipe("nuq3-1%").with_options(sinks=4),
+        get_recipe("nuq2-1%-qnorm"),
+        get_recipe("int4"),
+    ]
     for together, recipe in zip(calibrate_many(model, batches, recipes), recipes, strict=True):
         alone = calibrate(model, batches, recipe)
         assert together.recipe == alone.recipe == recipe

@@ -31,7 +31,13 @@ def test_what_is_not_supported_is_refused_when_the_cache_is_made(make, cause):
 
 def test_scaled_rotary_embeddings():
     for parameters in (
-        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
     ):
         model = llama(rope_parameters={**parameters, "rope_theta": 1e4}, initializer_range=0.4).eval()

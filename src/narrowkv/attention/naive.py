@@ -1,5 +1,6 @@
-"""Attention in plain torch: decode everything, rotate, softmax in float32. Slow and obviously right: what every kernel
-is tested against.
+"""Attention in plain torch: decode everything, rotate, softmax. Slow and obviously right: what kernels are tested against.
+
+It computes in float32, or in float64 for queries in float64.
 """
 
 import torch
@@ -30,23 +31,23 @@ def attend(
     [batch, kv_heads, n, head_dim] each, or None. rope: rotates the stored keys, None where they were stored rotated.
     positions: [batch, past] of the stored tokens. padding: [batch, past + n] bool, False where a token must not be seen.
     scaling: factor on the scores. sliding_window: a query sees only that many of the newest tokens, itself included.
-    Returns [batch, query_heads, queries, head_dim] float32; a query that sees nothing
-    yields zeros.
+    Returns [batch, query_heads, queries, head_dim] float32 (or float64); a query that sees nothing yields zeros.
     """
+    precision = torch.promote_types(query.dtype, torch.float32)
     parts = []
     if past:
-        keys, values = store.read(past)
-        parts.append((rope.rotate(keys, positions) if rope else keys.float(), values.float()))
+        keys, values = (part.to(precision) for part in store.read(past))
+        parts.append((rope.rotate(keys, positions) if rope else keys, values))
     if new:
-        parts.append((new[0].float(), new[1].float()))
-    keys, values = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
+        parts.append(new)
+    keys, values = (torch.cat([x.to(precision) for x in side], dim=2) for side in zip(*parts, strict=True))
     batch, query_heads, queries, dim = query.shape
     kv_heads, length = keys.shape[1], keys.shape[2]
     group = query_heads // kv_heads
     key_index = torch.arange(length, device=query.device)
     outputs = []
     for start in range(0, queries, QUERY_SLICE):
-        rows = query[:, :, start : start + QUERY_SLICE].float()
+        rows = query[:, :, start : start + QUERY_SLICE].to(precision)
         grouped = rows.reshape(batch, kv_heads, -1, dim)  # [batch, kv_heads, group * rows, head_dim]
         scores = (grouped @ keys.transpose(2, 3) * scaling).unflatten(2, (group, -1))
         query_index = torch.arange(start, start + rows.shape[2], device=query.device) + length - queries

@@ -23,8 +23,9 @@ class Rope:
         return angles.cos() * self.scaling, angles.sin() * self.scaling
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Turn x: [batch, heads, tokens, head_dim] float32 by positions: [batch, tokens]. Same shape, float32."""
-        cos, sin = (table[:, None] for table in self.cos_sin(positions))
+        """Turn x: [batch, heads, tokens, head_dim] by positions: [batch, tokens]. Same shape, float32 or more."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        cos, sin = (table[:, None].to(x.dtype) for table in self.cos_sin(positions))
         half = cos.shape[-1]
-        first, second, rest = x.float().split([half, half, x.shape[-1] - 2 * half], dim=-1)
+        first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)

@@ -84,7 +84,7 @@ class Quantiles:
 class CodebookHistogram:
     """A fine histogram of normalised numbers in [-1, 1]: what a codebook is fitted to.
 
-    weight: [bins] float64, sums of the weights. count: [bins] float64, numbers seen, for Q-Norm and where no weight is above 0.
+    weight: [bins] float64, sums of the weights. count: [bins] float64, numbers seen: for Q-Norm, and where all weights are 0.
     """
 
     def __init__(self) -> None:

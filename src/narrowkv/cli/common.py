@@ -70,13 +70,13 @@ def find_source(
 def quality_table(rows: list[Quality], title: str) -> Table:
     """The figures of several recipes as a table."""
     table = Table(title=title, title_justify="left")
-    for heading in ("recipe", "bits", "bytes", "of 16 bit", "ppl strict", "ppl stream", "KLD strict", "recall"):
+    for heading in ("recipe", "bits", "kB", "of 16 bit", "ppl strict", "ppl stream", "KLD strict", "recall"):
         table.add_column(heading, justify="left" if heading == "recipe" else "right")
     for row in rows:
         table.add_row(
             row.recipe,
             f"{row.bits_per_element:.2f}",
-            f"{row.nbytes:,}",
+            f"{row.nbytes / 1000:,.0f}",
             f"{row.nbytes / row.nbytes_fp16:.0%}",
             f"{row.perplexity_strict:.3f}",
             f"{row.perplexity_stream:.3f}",

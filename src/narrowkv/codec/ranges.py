@@ -46,7 +46,7 @@ def require_finite(x: Tensor, what: str) -> None:
     """Raise ActivationError if any number is NaN or infinite; one pass, since both ends show either."""
     if x.numel() and not torch.stack(torch.aminmax(x)).isfinite().all():
         raise ActivationError(
-            f"{what} contain NaN or infinity; check the model's weights and dtype (float16 overflows easily, bfloat16 does not)."
+            f"{what} contain NaN or infinity; check the model's weights and dtype (float16 overflows, bfloat16 does not)."
         )
 
 

@@ -1,6 +1,5 @@
 """Loading models and tokenizers: a local folder, a hub id, or the built-in model."""
 
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ def model_folder(name: str) -> str:
         return name
     if name != DEMO:
         raise UnsupportedModelError(f"There is no built-in model {name!r}; the built-in model is {DEMO}.")
-    return str(Path(str(files("narrowkv"))) / "models" / "demo")
+    return str(Path(__file__).parents[1] / "models" / "demo")
 
 
 def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[PreTrainedModel, Any]:

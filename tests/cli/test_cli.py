@@ -1,0 +1,133 @@
+"""The command line as a user meets it: exit status, one sentence on errors, files written."""
+
+import json
+
+import pytest
+from tests.conftest import asset
+
+from narrowkv.cli.main import run
+
+
+@pytest.fixture
+def narrowkv(capsys):
+    """Run the command; returns (exit status, standard output, standard error)."""
+
+    def call(*arguments):
+        status = 0
+        try:
+            run([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            status = stop.code or 0
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def stories():
+    return asset("models", "stories260K")
+
+
+@pytest.fixture
+def stories_file():
+    return asset("text", "tinystories-sample.txt")
+
+
+def test_recipes(narrowkv, tmp_path):
+    status, out, _ = narrowkv("recipes", "list")
+    assert status == 0 and "nuq3-1%" in out and "int4" in out
+    status, out, _ = narrowkv("recipes", "show", "nuq2-1%", "--json", tmp_path / "mine.json")
+    assert status == 0 and json.loads(out)["keys"]["outliers"] == 0.01
+    status, again, _ = narrowkv("recipes", "show", tmp_path / "mine.json")
+    assert status == 0 and json.loads(again) == json.loads(out)
+
+
+def test_env(narrowkv, tmp_path):
+    status, out, _ = narrowkv("env", "--json", tmp_path / "env.json")
+    assert status == 0 and "transformers" in out
+    assert json.loads((tmp_path / "env.json").read_text())["narrowkv"] == "0.1.0"
+    assert narrowkv("--version")[1].strip() == "0.1.0"
+
+
+@pytest.mark.parametrize("model", ["stories260K", "babyllama-tok105"])
+def test_calibrate_then_generate_and_evaluate(narrowkv, tmp_path, stories_file, model):
+    folder, target = asset("models", model), tmp_path / "calibration"
+    status, out, _ = narrowkv(
+        "calibrate", folder, "--recipe", "nuq3-1%", "--text", stories_file, "--window", 256, "--samples", 4, "--out", target
+    )
+    assert status == 0 and "1,024 tokens in 4 sequences" in " ".join(out.split())
+    status, out, err = narrowkv(
+        "generate", folder, "--prompt", "Once upon a time", "--calibration", target, "--max-new-tokens", 30
+    )
+    assert status == 0 and len(out.strip()) > 10
+    assert "nuq3-1%" in err and "bits a" in err and "attention: naive" in " ".join(err.split())
+    report = tmp_path / "report.json"
+    options = ("--text", stories_file, "--window", 256, "--limit", 2, "--json", report)
+    status, out, _ = narrowkv("eval", folder, "--calibration", target, *options)
+    assert status == 0 and "strict" in out and "stream" in out
+    (row,) = json.loads(report.read_text())
+    assert row["recipe"] == "nuq3-1%"
+    assert row["perplexity_fp"] < row["perplexity_strict"] < 1.5 * row["perplexity_fp"]
+    assert 0 < row["kld_strict"] < 0.5
+    assert row["recall"] is None
+    status, _, _ = narrowkv("eval", folder, "--recipe", "int4", *options)
+    assert status == 0 and json.loads(report.read_text())[0]["recipe"] == "int4"
+
+
+def test_generate_calibrates_first_if_given_a_text(narrowkv, stories, stories_file):
+    common = ("--recipe", "nuq2", "--calibration-text", stories_file, "--window", 128, "--samples", 2, "--max-new-tokens", 5)
+    status, _, err = narrowkv("generate", stories, "--prompt", "Tom", "--temperature", "0.8", *common)
+    assert status == 0 and "nuq2" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (("recipes", "show", "nuq7"), "7 bits"),
+        (("recipes", "show", "gguf"), "nuq3-1%"),
+        (("generate", "no/such/model", "--prompt", "x"), "Cannot load the model"),
+        (("generate", "narrowkv://other", "--prompt", "x"), "no built-in model"),
+        (("generate", "MODEL", "--prompt", ""), "prompt is empty"),
+        (("generate", "MODEL"), "either --prompt"),
+        (("generate", "MODEL", "--prompt", "x"), "narrowkv calibrate"),
+        (("generate", "MODEL", "--prompt", "x", "--calibration", "no/such/folder"), "no folder"),
+        (("calibrate", "MODEL", "--out", "OUT"), "needs a text"),
+        (("calibrate", "MODEL", "--out", "OUT", "--text", "no/such/text.txt"), "check the path"),
+        (("calibrate", "MODEL", "--out", "OUT", "--text", "SHORT"), "one window needs"),
+        (("calibrate", "MODEL", "--out", "/proc/x", "--text", "LONG", "--window", "64", "--samples", "1"), "Cannot write"),
+        (("eval", "MODEL", "--recipe", "int4"), "needs a text"),
+        (("eval", "MODEL", "--recipe", "int4", "--text", "SHORT"), "one window needs"),
+        (
+            ("eval", "MODEL", "--recipe", "int4", "--text", "LONG", "--window", "64", "--limit", "1", "--json", "/proc/x/y"),
+            "Cannot write",
+        ),
+        (("eval", "MODEL", "--recipe", "int4", "--text", "LONG", "--window", "64", "--recall-distance", "9"), "Recall over 9"),
+        (("eval", "MODEL", "--recipe", "int4", "--text", "LONG", "--dtype", "float3"), "dtype"),
+        (("recipes", "show", "int4", "--json", "/proc/x/y"), "Cannot write"),
+    ],
+    ids=lambda part: " ".join(part)[:60] if isinstance(part, tuple) else "",
+)
+def test_bad_input_is_one_sentence_and_a_status(narrowkv, stories, stories_file, tmp_path, arguments, cause):
+    short = tmp_path / "short.txt"
+    short.write_text("Once upon a time")
+    names = {"MODEL": stories, "OUT": tmp_path / "out", "SHORT": short, "LONG": stories_file}
+    status, _, err = narrowkv(*(names.get(argument, argument) for argument in arguments))
+    assert status == 1
+    assert err.strip().startswith("Error:") and cause in " ".join(err.split())
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_calibration_of_another_model_is_refused(narrowkv, stories, stories_file, tmp_path):
+    options = ("--text", stories_file, "--window", 64, "--samples", 1, "--out", tmp_path / "c")
+    assert narrowkv("calibrate", stories, *options)[0] == 0
+    status, _, err = narrowkv(
+        "generate", asset("models", "babyllama-tok105"), "--prompt", "x", "--calibration", tmp_path / "c"
+    )
+    assert status == 1 and "another model" in err
+
+
+def test_usage_errors_are_typers(narrowkv):
+    assert narrowkv("calibrate")[0] == 2
+    assert narrowkv("no-such-command")[0] == 2

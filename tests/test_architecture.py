@@ -1,0 +1,60 @@
+"""The floors of the house: a module imports only from its own floor and those below."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "src" / "narrowkv"
+FLOORS = ["codec", "methods", "store", "attention", "calibration", "integrations", "evaluate", "cli"]
+FOUNDATION = {"errors", "files", "__init__", "_kernels", "__version__"}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(path):
+    """Names imported when the module is: not inside functions, nor for type checkers only."""
+    pending = list(ast.parse(path.read_text(encoding="utf-8")).body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (
+                [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "narrowkv" else [node.module]
+            )
+        elif isinstance(node, ast.Try):
+            pending += node.body
+
+
+def floor(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_downwards(path):
+    here = floor(path)
+    if here in FOUNDATION:
+        return
+    for name in imported(path):
+        if name.startswith("narrowkv."):
+            there = name.split(".")[1]
+            assert there in FOUNDATION or FLOORS.index(there) <= FLOORS.index(here), f"{here} imports {name}"
+        if FLOORS.index(here) < FLOORS.index("integrations"):
+            assert not name.startswith("transformers"), f"{here} imports {name}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_the_command_line_prints(path):
+    calls = [
+        node.func.id
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    ]
+    assert not {"print", "eval", "exec"} & set(calls)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_pickle(path):
+    text = path.read_text(encoding="utf-8")
+    assert "import pickle" not in text and "torch.load" not in text and "trust_remote_code" not in text
+    assert len(text.splitlines()) <= 320
