@@ -1,5 +1,7 @@
 """A calibration on disk: it comes back bit for bit, and damage is noticed."""
 
+import copy
+import dataclasses
 import json
 
 import pytest
@@ -94,6 +96,17 @@ def test_tensors_of_another_calibration_are_refused(calibration, tmp_path):
     save_file({name: tensor + 1 for name, tensor in tensors.items()}, tmp_path / TENSOR_FILE)
     with pytest.raises(FileFormatError, match="checksum"):
         Calibration.from_pretrained(tmp_path)
+
+
+def test_tables_of_a_wrong_shape_are_refused_even_with_the_right_checksums(calibration, tmp_path):
+    quantizer = calibration.layers[1][0]
+    for name, table in (("scale", quantizer.scale[:1]), ("lower", quantizer.lower.T.contiguous())):
+        damaged = copy.copy(quantizer)
+        object.__setattr__(damaged, name, table)
+        layers = [calibration.layers[0], (damaged, calibration.layers[1][1])]
+        dataclasses.replace(calibration, layers=layers).save_pretrained(tmp_path)
+        with pytest.raises(FileFormatError, match=r"layers\.1\.keys"):
+            Calibration.from_pretrained(tmp_path)
 
 
 def test_missing_files_are_named(calibration, tmp_path):

@@ -92,6 +92,11 @@ def test_generate_calibrates_first_if_given_a_text(narrowkv, stories, stories_fi
         (("generate", "MODEL"), "either --prompt"),
         (("generate", "MODEL", "--prompt", "x"), "narrowkv calibrate"),
         (("generate", "MODEL", "--prompt", "x", "--calibration", "no/such/folder"), "no folder"),
+        (
+            ("generate", "MODEL", "--prompt", "x", "--calibration", "OUT", "--recipe", "int4"),
+            "either --calibration or --recipe",
+        ),
+        (("generate", "MODEL", "--prompt", "x", "--recipe", "int4", "--device", "cuda"), "no CUDA device"),
         (("calibrate", "MODEL", "--out", "OUT"), "needs a text"),
         (("calibrate", "MODEL", "--out", "OUT", "--text", "no/such/text.txt"), "check the path"),
         (("calibrate", "MODEL", "--out", "OUT", "--text", "SHORT"), "one window needs"),

@@ -61,6 +61,15 @@ def test_a_cache_of_another_model_is_refused(tiny):
         run(stranger, cache)
 
 
+def test_attention_exchanged_behind_our_back_is_noticed(tiny):
+    model = tiny()
+    cache = PackedCache(model, "int4")
+    model.set_attn_implementation("eager")
+    with pytest.raises(CacheUseError, match="'eager' after the cache was made"):
+        run(model, cache)
+    run(model, PackedCache(model, "int4"))
+
+
 def test_nan_activations_are_refused(tiny):
     model = tiny()
     model.model.layers[1].self_attn.v_proj.weight.data[3] = float("nan")

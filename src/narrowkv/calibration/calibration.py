@@ -120,6 +120,9 @@ class Calibration:
             for side, scheme in (("keys", schemes.keys), ("values", schemes.values)):
                 prefix = f"layers.{i}.{side}."
                 tables = {name.removeprefix(prefix): part for name, part in tensors.items() if name.startswith(prefix)}
+                expected = ((fingerprint.kv_heads, fingerprint.head_dim), (1, 1))
+                if any(tables[name].shape not in expected for name in ("scale", "zero", "lower", "upper") if name in tables):
+                    raise FileFormatError(f"the tables of {prefix[:-1]} do not have one entry for each channel")
                 pair.append(Quantizer(scheme, **tables))
             layers.append((pair[0], pair[1]))
         return cls(recipe, fingerprint, layers, description["provenance"])

@@ -85,7 +85,7 @@ class Fit:
         """The finished quantizer. shape: kv_heads, head_dim. scheme: this fit's, or one that differs from it only in bits
         or Q-Norm, which the two passes do not depend on.
         """
-        ranges = replace(self.ranges(shape), scheme=scheme)
+        ranges = self.ranges(shape)
         if not self.needs_codebook:
             return ranges
         histogram = self.histogram
@@ -94,7 +94,7 @@ class Fit:
         borders = boundaries(codebook)
         if scheme.qnorm:
             codebook = q_norm(codebook, borders, histogram)
-        return replace(ranges, codebook=codebook.float(), boundaries=borders.float())
+        return replace(ranges, scheme=scheme, codebook=codebook.float(), boundaries=borders.float())
 
 
 def q_norm(codebook: Tensor, borders: Tensor, histogram: CodebookHistogram) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from narrowkv.cli.common import (
+    DEFAULT_RECIPE,
     DeviceOption,
     DtypeOption,
     ModelArgument,
@@ -24,7 +25,7 @@ from narrowkv.methods import get_recipe
 def calibrate(
     model: ModelArgument,
     target: Annotated[Path, typer.Option("--out", help="Folder to write the calibration to.")],
-    recipe: RecipeOption = "nuq3-1%",
+    recipe: RecipeOption = None,
     text: Annotated[str | None, typer.Option(help="A text file or a data set's name.")] = None,
     window: WindowOption = 2048,
     samples: SamplesOption = 16,
@@ -32,7 +33,7 @@ def calibrate(
     device: DeviceOption = "cpu",
 ) -> None:
     """Learn a recipe's codebooks, ranges and thresholds for a model, and save them."""
-    chosen = get_recipe(recipe)
+    chosen = get_recipe(recipe or DEFAULT_RECIPE)
     source = default_text(model, text, "narrowkv://train")
     if source is None:
         raise TextError("Calibration needs a text; give one with --text FILE.")

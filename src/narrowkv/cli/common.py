@@ -11,17 +11,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from narrowkv.calibration import Calibration
+from narrowkv.errors import RecipeError
 from narrowkv.evaluate import Quality, cut_windows
 from narrowkv.evaluate.sources import read_text
 from narrowkv.integrations import calibrate_many
 from narrowkv.integrations.models import DEMO
 from narrowkv.methods import Recipe, get_recipe
 
+DEFAULT_RECIPE = "nuq3-1%"
+
 out = Console()
 err = Console(stderr=True)
 
 ModelArgument = Annotated[str, typer.Argument(help="A local folder, a hub id, or narrowkv://demo.", metavar="MODEL")]
-RecipeOption = Annotated[str, typer.Option(help="A recipe's name or a JSON file; see `narrowkv recipes`.")]
+RecipeOption = Annotated[
+    str | None, typer.Option(help="A recipe's name or a JSON file, see `narrowkv recipes`.", show_default=DEFAULT_RECIPE)
+]
 CalibrationOption = Annotated[Path | None, typer.Option(help="A folder that `narrowkv calibrate` wrote.")]
 CalibrationTextOption = Annotated[
     str | None, typer.Option(help="Text to calibrate on first, where there is no calibration: a file or a data set's name.")
@@ -55,12 +60,14 @@ def learn(model: Any, tokenizer: Any, recipes: list[Recipe], text: str, window: 
 
 
 def find_source(
-    model: Any, tokenizer: Any, recipe: str, calibration: Path | None, text: str | None, window: int, samples: int
+    model: Any, tokenizer: Any, recipe: str | None, calibration: Path | None, text: str | None, window: int, samples: int
 ) -> Calibration | Recipe:
     """The calibration in a folder, or the recipe, calibrated first on `text` if it needs that and a text is given."""
     if calibration is not None:
+        if recipe is not None:
+            raise RecipeError("A calibration has its own recipe; give either --calibration or --recipe.")
         return Calibration.from_pretrained(calibration, model)
-    chosen = get_recipe(recipe)
+    chosen = get_recipe(recipe or DEFAULT_RECIPE)
     if chosen.needs_calibration and text is not None:
         return learn(model, tokenizer, [chosen], text, window, samples)[0]
     chosen.quantizers(0)  # a recipe that lacks its calibration says so

@@ -11,6 +11,7 @@ from narrowkv.cli.common import (
     DtypeOption,
     JsonOption,
     ModelArgument,
+    RecipeOption,
     SamplesOption,
     WindowOption,
     default_text,
@@ -31,7 +32,7 @@ from narrowkv.integrations import load_model
 
 def evaluate(
     model: ModelArgument,
-    recipe: Annotated[str, typer.Option(help="A recipe's name or a JSON file.")] = "nuq3-1%",
+    recipe: RecipeOption = None,
     calibration: CalibrationOption = None,
     calibration_text: CalibrationTextOption = None,
     text: Annotated[str | None, typer.Option(help="Text to score: a file or a data set's name.")] = None,

@@ -50,7 +50,7 @@ def generate(
     model: ModelArgument,
     prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
     prompt_file: Annotated[str | None, typer.Option(help="A file with the text to continue.")] = None,
-    recipe: RecipeOption = "nuq3-1%",
+    recipe: RecipeOption = None,
     calibration: CalibrationOption = None,
     calibration_text: CalibrationTextOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,

@@ -32,8 +32,12 @@ class Encoded:
 
     def _with(self, select, keep_outlier, move_outlier) -> "Encoded":
         """Apply `select` to the dense parts; keep outliers by (row, head, token, channel) and move them alike."""
-        codes = select(self.codes).contiguous()
-        scale, zero = (None if part is None else select(part).contiguous() for part in (self.scale, self.zero))
+
+        def copy(part: Tensor) -> Tensor:  # never a view, which would keep all of the old storage
+            return select(part).clone(memory_format=torch.contiguous_format)
+
+        codes = copy(self.codes)
+        scale, zero = (None if part is None else copy(part) for part in (self.scale, self.zero))
         if self.outlier_index is None or self.outlier_values is None:
             return Encoded(codes, scale, zero)
         where = torch.unravel_index(self.outlier_index, self.codes.shape)

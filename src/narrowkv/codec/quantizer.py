@@ -43,6 +43,12 @@ class Quantizer:
             object.__setattr__(self, "codebook", make(scheme.bits))
         if self.codebook is not None and self.boundaries is None:
             object.__setattr__(self, "boundaries", datatypes.boundaries(self.codebook))
+        if self.codebook is not None and self.boundaries is not None:
+            levels = (len(self.codebook), len(self.boundaries) + 1)
+            if levels != (2**scheme.bits, 2**scheme.bits):
+                raise RecipeError(
+                    f"{scheme.bits} bits need {2**scheme.bits} levels, but the tables have {levels}; calibrate again."
+                )
         learned = {
             "codebook": scheme.datatype == "nuq",
             "scale": scheme.static,
@@ -71,7 +77,7 @@ class Quantizer:
         """
         require_finite(x, "Keys or values")
         if self.scheme.datatype == "exact":
-            return Encoded(x.contiguous())
+            return Encoded(x.clone(memory_format=torch.contiguous_format))
         assert self.boundaries is not None
         numbers = x.float().contiguous()
         lower, upper = self._thresholds(numbers)

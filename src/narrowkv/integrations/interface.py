@@ -108,6 +108,10 @@ def _before_attention(module: Any, args: tuple, kwargs: dict[str, Any]):
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, InterceptingCache):
         return None
+    if module.config._attn_implementation != NAME:
+        raise CacheUseError(
+            f"The model's attention was set to {module.config._attn_implementation!r} after the cache was made; make another."
+        )
     cos, sin = kwargs["position_embeddings"]
     mask = kwargs.get("attention_mask")
     if kwargs["position_ids"].shape[1] == 0:
@@ -125,16 +129,16 @@ def prepare(model: PreTrainedModel) -> None:
     describe(model)
     AttentionInterface.register(NAME, attention_function)
     AttentionMaskInterface.register(NAME, LazyMask)
-    if model.config._attn_implementation == NAME:
-        return
-    previous = model.config._attn_implementation
-    if previous not in ("eager", "sdpa"):
+    chosen = model.config._attn_implementation
+    if chosen not in ("eager", "sdpa", NAME):
         raise UnsupportedModelError(
-            f"Attention implementation {previous!r} is not supported; load the model with 'sdpa' or 'eager'."
+            f"Attention implementation {chosen!r} is not supported; load the model with 'sdpa' or 'eager'."
         )
     for module in attention_modules(model):
-        module.narrowkv_previous = previous
-        module.register_forward_pre_hook(_before_attention, with_kwargs=True)
+        known = getattr(module, "narrowkv_previous", None)
+        if known is None:
+            module.register_forward_pre_hook(_before_attention, with_kwargs=True)
+        setattr(module, "narrowkv_previous", chosen if chosen != NAME else known or "sdpa")  # noqa: B010
     model.set_attn_implementation(NAME)
 
 

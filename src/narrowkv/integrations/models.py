@@ -30,6 +30,8 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Pre
     wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype, None)
     if wanted is None:
         raise UnsupportedModelError(f"There is no dtype {dtype!r}; choose auto, float32, bfloat16 or float16.")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UnsupportedModelError("This torch has no CUDA device; choose --device cpu, or install a CUDA build of torch.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, use_safetensors=True)
