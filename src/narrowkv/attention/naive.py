@@ -43,19 +43,21 @@ def attend(
     keys, values = (torch.cat([x.to(precision) for x in side], dim=2) for side in zip(*parts, strict=True))
     batch, query_heads, queries, dim = query.shape
     kv_heads, length = keys.shape[1], keys.shape[2]
-    group = query_heads // kv_heads
     key_index = torch.arange(length, device=query.device)
     outputs = []
     for start in range(0, queries, QUERY_SLICE):
-        rows = query[:, :, start : start + QUERY_SLICE].to(precision)
-        grouped = rows.reshape(batch, kv_heads, -1, dim)  # [batch, kv_heads, group * rows, head_dim]
-        scores = (grouped @ keys.transpose(2, 3) * scaling).unflatten(2, (group, -1))
-        query_index = torch.arange(start, start + rows.shape[2], device=query.device) + length - queries
-        hidden = key_index > query_index[:, None]  # [rows, length]
+        rows = query[:, :, start : start + QUERY_SLICE].to(precision) * scaling
+        query_index = key_index[length - queries + start :][: rows.shape[2], None]  # [rows, 1]
+        seen = length - queries + start + rows.shape[2]  # no query of this slice sees further
+        hidden = key_index[:seen] > query_index  # [rows, seen]
         if sliding_window is not None:
-            hidden = hidden | (key_index <= query_index[:, None] - sliding_window)
+            hidden = hidden | (key_index[:seen] <= query_index - sliding_window)
         if padding is not None:
-            hidden = hidden | ~padding[:, None, None, None, :length]
-        weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1).nan_to_num_(0.0)
-        outputs.append((weights.flatten(2, 3) @ values).view(batch, query_heads, -1, dim))
+            hidden = hidden | ~padding[:, None, None, None, :seen]
+        grouped = rows.reshape(batch, kv_heads, -1, dim)  # [batch, kv_heads, group * rows, head_dim]
+        scores = (grouped @ keys[:, :, :seen].transpose(2, 3)).unflatten(2, (-1, rows.shape[2]))
+        weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
+        if padding is not None:
+            weights = weights.nan_to_num(0.0)  # a query that sees nothing
+        outputs.append((weights.flatten(2, 3) @ values[:, :, :seen]).view(batch, query_heads, -1, dim))
     return torch.cat(outputs, dim=2)

@@ -114,12 +114,12 @@ def calibrate_many(
 ) -> list[Calibration]:
     """Learn several recipes from the same two passes over the data.
 
-    batches: token ids [batch, tokens] int64, without padding. on_batch: called with (batches done, batches in both passes).
+    batches: token ids [batch, tokens] int64, without padding; a single tensor is taken row by row. on_batch: called with (batches done, batches in both passes).
     Returns one Calibration per recipe. Raises CalibrationError where the data is empty, ActivationError where the model
     computes NaN or infinity.
     """
     chosen = [get_recipe(recipe) for recipe in recipes]
-    data = [batch for batch in batches if batch.numel()]
+    data = [batch for batch in (batches.split(1) if isinstance(batches, Tensor) else batches) if batch.numel()]
     if not data or any(batch.dim() != 2 or batch.shape[1] < 2 for batch in data):
         raise CalibrationError(
             "Calibration needs batches of token ids [batch, tokens] of 2 tokens or more; give it more text."
