@@ -25,7 +25,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that nobody wrote holds NaN (or 0xAB), so that reading it is noticed."""
+    """Memory that nobody wrote holds NaN (or 0x2B), so that reading it is noticed."""
     empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
 
     def poison(tensor: torch.Tensor) -> torch.Tensor:

@@ -25,11 +25,6 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise OutputError(f"Cannot write {path}: {reason}; choose a folder that is writable and has space.") from error
-    except Exception as error:
-        # safetensors reports a full disk as an exception of its own
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise OutputError(f"Cannot write {path}: {error}; choose a folder that is writable and has space.") from error
     finally:
         if temporary is not None:
             with contextlib.suppress(OSError):
@@ -38,7 +33,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write readable JSON, atomically."""
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise OutputError(f"Cannot write {path}: a figure is NaN or infinite, which JSON cannot hold.") from error
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

@@ -7,7 +7,7 @@ from narrowkv.errors import CalibrationError
 def test_what_it_notes(tiny):
     found = Fingerprint.of(tiny("qwen2", heads=4, kv_heads=2, head_dim=16, layers=3))
     assert (found.architecture, found.layers, found.kv_heads, found.head_dim, found.vocabulary) == ("qwen2", 3, 2, 16, 97)
-    assert len(found.embedding) == 64
+    assert len(found.weights) == 16 and all(len(numbers) == 8 for numbers in found.weights.values())
 
 
 def test_a_difference_is_named(tiny):
@@ -15,5 +15,10 @@ def test_a_difference_is_named(tiny):
     ours.check(Fingerprint.of(tiny()))
     with pytest.raises(CalibrationError, match="other weights"):
         ours.check(Fingerprint.of(tiny(seed=5)))
+    other = tiny()
+    for layer in other.model.layers:
+        layer.self_attn.k_proj.weight.data *= 3
+    with pytest.raises(CalibrationError, match=r"k_proj\.weight"):
+        ours.check(Fingerprint.of(other))
     with pytest.raises(CalibrationError, match="kv_heads 2 there, 4 here"):
         ours.check(Fingerprint.of(tiny(kv_heads=4)))

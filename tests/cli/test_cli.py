@@ -1,6 +1,7 @@
 """The command line as a user meets it: exit status, one sentence on errors, files written."""
 
 import json
+import shutil
 
 import pytest
 from tests.conftest import asset
@@ -86,6 +87,10 @@ def test_generate_calibrates_first_if_given_a_text(narrowkv, stories, stories_fi
     [
         (("recipes", "show", "nuq7"), "7 bits"),
         (("recipes", "show", "gguf"), "nuq3-1%"),
+        (("recipes", "show", "x[/bold]"), "x[/bold]"),
+        (("generate", "BROKEN", "--prompt", "x", "--recipe", "int4"), "Cannot load the model"),
+        (("generate", "MODEL", "--prompt", "x", "--recipe", "int4", "--device", "cpux"), "on cpux"),
+        (("generate", "MODEL", "--prompt", "x", "--recipe", "int4", "--dtype", "Tensor"), "no dtype 'Tensor'"),
         (("generate", "no/such/model", "--prompt", "x"), "Cannot load the model"),
         (("generate", "narrowkv://other", "--prompt", "x"), "no built-in model"),
         (("generate", "MODEL", "--prompt", ""), "prompt is empty"),
@@ -116,7 +121,10 @@ def test_generate_calibrates_first_if_given_a_text(narrowkv, stories, stories_fi
 def test_bad_input_is_one_sentence_and_a_status(narrowkv, stories, stories_file, tmp_path, arguments, cause):
     short = tmp_path / "short.txt"
     short.write_text("Once upon a time")
-    names = {"MODEL": stories, "OUT": tmp_path / "out", "SHORT": short, "LONG": stories_file}
+    broken = tmp_path / "broken"
+    shutil.copytree(stories, broken)
+    (broken / "model.safetensors").write_bytes((stories / "model.safetensors").read_bytes()[:5000])
+    names = {"BROKEN": broken, "MODEL": stories, "OUT": tmp_path / "out", "SHORT": short, "LONG": stories_file}
     status, _, err = narrowkv(*(names.get(argument, argument) for argument in arguments))
     assert status == 1
     assert err.strip().startswith("Error:") and cause in " ".join(err.split())

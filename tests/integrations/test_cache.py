@@ -23,7 +23,8 @@ def test_nbytes_is_the_sum_over_real_tensors(tiny):
         + window * 2 * 16 * 4  # exact, float32
         + 2 * 2 * 16 * 4  # sinks
     )
-    rest = 3 * 200 * 4 + 2 * (3 * 2 * 8 + 3 * 8)  # positions; where the sinks are and which of the window are skipped
+    # positions; where the sinks are, which of the window are skipped, and in which slots the blocks lie
+    rest = 3 * 200 * 4 + 2 * (3 * 2 * 8 + 3 * 8 + 3 * blocks * 8)
     tables = 2 * 2 * (16 + 15) * 4
     assert cache.nbytes == 2 * 2 * per_layer_side + rest + tables
     assert cache.bits_per_element == 8 * cache.nbytes / numbers
@@ -56,9 +57,37 @@ def test_unknown_backends_and_recipes_are_refused(tiny):
 
 def test_a_cache_of_another_model_is_refused(tiny):
     cache = PackedCache(tiny(), "int4")
-    stranger = tiny(seed=1)
-    with pytest.raises(CacheUseError, match="another model"):
-        run(stranger, cache)
+    for stranger in (tiny(seed=1), tiny(seed=1)):
+        with pytest.raises(CacheUseError, match="another model"):
+            run(stranger, cache)
+        PackedCache(stranger, "int4")  # which prepares it
+        with pytest.raises(CacheUseError, match="another model"):
+            run(stranger, cache)
+
+
+def test_a_call_that_failed_leaves_the_cache_as_it_was_or_says_so(tiny):
+    model = tiny()
+    fresh, cache = (
+        PackedCache(model, get_recipe("int4").with_options(sinks=2)),
+        PackedCache(model, get_recipe("int4").with_options(sinks=2)),
+    )
+    for layer in (0, 1):
+        weight = model.model.layers[layer].self_attn.v_proj.weight.data
+        kept = weight[3].clone()
+        weight[3] = float("nan")
+        with pytest.raises(ActivationError, match="NaN"):
+            run(model, cache)
+        weight[3] = kept
+        if layer == 1:
+            with pytest.raises(CacheUseError, match="half-way"):
+                run(model, cache)
+            cache.reset()
+        torch.manual_seed(9)
+        found = run(model, cache)
+        torch.manual_seed(9)
+        assert torch.equal(found, run(model, fresh))
+        for each in (cache, fresh):
+            each.reset()
 
 
 def test_attention_exchanged_behind_our_back_is_noticed(tiny):
@@ -85,18 +114,6 @@ def test_masks_of_four_dimensions_are_refused(tiny):
             attention_mask=torch.ones(1, 1, 4, 4, dtype=torch.bool),
             past_key_values=PackedCache(model, "int4"),
         )
-
-
-def test_what_is_not_done_yet_says_so(tiny):
-    model = tiny()
-    for options in ({"num_beams": 2}, {"prompt_lookup_num_tokens": 2}):
-        with pytest.raises(UnsupportedModelError, match="greedy"), torch.inference_mode():
-            model.generate(
-                torch.randint(2, 97, (1, 9)).repeat(1, 3),
-                past_key_values=PackedCache(model, "int4"),
-                max_new_tokens=9,
-                **options,
-            )
 
 
 def test_the_model_is_untouched_without_one_of_our_caches(tiny):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from narrowkv import calibrate, calibrate_many, get_recipe
-from narrowkv.errors import ActivationError, CalibrationError
+from narrowkv.errors import ActivationError, CalibrationError, RecipeError
 from narrowkv.integrations.capture import CaptureCache
 from narrowkv.integrations.interface import prepare
 
@@ -101,6 +101,23 @@ def test_progress_is_reported(tiny):
 def test_too_little_text_is_refused(tiny, batches):
     with pytest.raises(CalibrationError, match="more text"):
         calibrate(tiny(), batches, "nuq2")
+
+
+def test_sequences_of_nothing_but_sinks_and_layers_that_are_not_there_are_refused(tiny):
+    recipe, ids = get_recipe("nuq2"), torch.randint(2, 97, (1, 8))
+    with pytest.raises(CalibrationError, match="longer than the 8 sinks"):
+        calibrate(tiny(), [ids], recipe.with_options(sinks=8))
+    with pytest.raises(RecipeError, match=r"names layers \[-1\]"):
+        calibrate(tiny(), [ids], recipe.with_options(layers={-1: recipe.schemes(0)}))
+
+
+def test_calibrating_works_where_gradients_are_off(tiny):
+    model, ids = tiny(), torch.randint(2, 97, (2, 40))
+    expected = calibrate(model, ids, "nuq2")
+    for off in (torch.no_grad, torch.inference_mode):
+        with off():
+            found = calibrate(model, ids.clone(), "nuq2")
+        assert torch.equal(found.layers[1][1].codebook, expected.layers[1][1].codebook)
 
 
 def test_nan_activations_are_refused(tiny):

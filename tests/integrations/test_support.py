@@ -16,13 +16,14 @@ def llama(**extra):
     [
         (lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=30)), "type 'gpt2'"),
         (lambda: llama(hidden_size=24, num_attention_heads=2), "head_dim of 12"),
+        (lambda: llama(head_dim=520), "head_dim of 520"),
         (
             lambda: llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
             "type 'dynamic'",
         ),
         (lambda: llama(attn_implementation="flex_attention"), "flex_attention"),
     ],
-    ids=["family", "head_dim", "rope", "attention"],
+    ids=["family", "odd head_dim", "large head_dim", "rope", "attention"],
 )
 def test_what_is_not_supported_is_refused_when_the_cache_is_made(make, cause):
     with pytest.raises(UnsupportedModelError, match=cause):

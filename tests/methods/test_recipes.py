@@ -41,8 +41,11 @@ def test_options():
     assert (recipe.sinks, recipe.window) == (5, 32)
     with pytest.raises(RecipeError, match="has no sink;"):
         recipe.with_options(sink=5)
-    with pytest.raises(RecipeError, match="sinks must be"):
-        recipe.with_options(sinks=-1)
+    for wrong in (-1, True, 1.0):
+        with pytest.raises(RecipeError, match="sinks must be"):
+            recipe.with_options(sinks=wrong)
+    with pytest.raises(RecipeError, match="name is text"):
+        recipe.with_options(name=5)
 
 
 def test_values_have_no_rotary_embedding():

@@ -6,6 +6,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from narrowkv import get_recipe
 from narrowkv.calibration import Fit
+from narrowkv.codec import Quantizer, Scheme
 from narrowkv.store import LayerStore
 
 HEADS, HEAD_DIM, TOKENS, CHUNK = 32, 128, 32_768, 2048
@@ -61,9 +62,23 @@ def test_decoding_token_by_token_wastes_little():
     assert 8 * held_bytes(store) / (2 * 1984 * HEADS * HEAD_DIM) <= 1.15 * 2.40
 
 
+@pytest.mark.parametrize("pieces", [[100] * 300, [96] * 300, [140, *[1] * 80] * 60], ids=["100s", "96s", "turns"])
+@pytest.mark.parametrize("name", ["int2", "int3 with outliers"])
+def test_tokens_that_come_in_odd_pieces_waste_little(pieces, name):
+    scheme = Scheme(2, "int") if name == "int2" else Scheme(3, "int", outliers=0.02)
+    store = LayerStore(Quantizer(scheme), Quantizer(scheme))
+    whole = LayerStore(Quantizer(scheme), Quantizer(scheme))
+    x = torch.randn(1, 2, sum(pieces), 64, dtype=torch.bfloat16)
+    whole.append(x, x)
+    for piece in x.split(pieces, dim=2):
+        store.append(piece, piece)
+    assert torch.equal(store.read()[0], whole.read()[0])
+    assert held_bytes(store) <= 1.12 * held_bytes(whole)
+
+
 def test_exact_storage_is_counted_at_its_width():
     recipe = get_recipe("fp16")
     store = LayerStore(*recipe.quantizers(0))
     x = torch.randn(2, 2, 640, 16, dtype=torch.bfloat16)
     store.append(x, x)
-    assert held_bytes(store) == 2 * x.nbytes
+    assert held_bytes(store) == 2 * x.nbytes + 2 * 10 * 8  # and in which slots the ten blocks of each row lie

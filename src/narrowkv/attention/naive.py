@@ -58,6 +58,6 @@ def attend(
         scores = (grouped @ keys[:, :, :seen].transpose(2, 3)).unflatten(2, (-1, rows.shape[2]))
         weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
         if padding is not None:
-            weights = weights.nan_to_num(0.0)  # a query that sees nothing
+            weights = weights.masked_fill(hidden.all(-1, keepdim=True), 0.0)
         outputs.append((weights.flatten(2, 3) @ values[:, :, :seen]).view(batch, query_heads, -1, dim))
     return torch.cat(outputs, dim=2)

@@ -43,11 +43,11 @@ class Calibration:
         """Quantizers for the keys and values of one layer."""
         return self.layers[layer]
 
-    def cache(self, model: "PreTrainedModel", *, strict: bool = False) -> "PackedCache":
-        """A new cache for `model`, for `model.generate(past_key_values=...)`; see `narrowkv.PackedCache`."""
+    def cache(self, model: "PreTrainedModel", **options: Any) -> "PackedCache":
+        """A new cache for `model`, for `model.generate(past_key_values=...)`; options as of `narrowkv.PackedCache`."""
         from narrowkv.integrations import PackedCache  # the one step upwards: sugar for users
 
-        return PackedCache(model, self, strict=strict)
+        return PackedCache(model, self, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `narrowkv.json` and `narrowkv.safetensors` into a folder; raises OutputError where that fails."""

@@ -1,22 +1,22 @@
 """Fingerprint of a model: tells whether a calibration was made for it, whatever dtype it is loaded in."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from narrowkv.errors import CalibrationError
 
-SAMPLES = 64
-TOLERANCE = 0.02  # of the largest sample: loading in bfloat16 moves a number by 0.4%, another model by all of it
+MATRICES, NUMBERS = 16, 8
+TOLERANCE = 0.02  # of a matrix's largest sample: loading in bfloat16 moves a number by 0.4%, another model by all of it
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Shape of the attention, and some numbers of the input embedding.
+    """Shape of the attention, and some numbers of the weights.
 
     architecture: the model's type. layers, kv_heads, head_dim: of its attention. vocabulary: rows of the embedding.
-    embedding: 64 numbers spread over it.
+    weights: by name of up to 16 matrices spread over the model, 8 numbers spread over each.
     """
 
     architecture: str
@@ -24,33 +24,49 @@ class Fingerprint:
     kv_heads: int
     head_dim: int
     vocabulary: int
-    embedding: list[float] = field(repr=False)
+    weights: dict[str, list[float]] = field(repr=False)
 
     @classmethod
     def of(cls, model: Any) -> "Fingerprint":
         """Fingerprint of a loaded transformers model."""
         config = model.config.get_text_config(decoder=True)
-        table = model.get_input_embeddings().weight.detach()
-        place = torch.linspace(0, table.numel() - 1, SAMPLES, dtype=torch.float64).long().to(table.device)
         heads = config.num_attention_heads
+        matrices = sorted(
+            (name, part) for name, part in model.named_parameters() if part.dim() == 2 and part.is_floating_point()
+        )
+        picked = sorted({i * (len(matrices) - 1) // (MATRICES - 1) for i in range(MATRICES)})
         return cls(
             architecture=config.model_type,
             layers=config.num_hidden_layers,
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            vocabulary=table.shape[0],
-            embedding=[round(number, 6) for number in table.flatten()[place].float().tolist()],
+            vocabulary=model.get_input_embeddings().weight.shape[0],
+            weights={name: _sample(part) for name, part in (matrices[i] for i in picked)},
         )
 
     def check(self, other: "Fingerprint") -> None:
         """Raise CalibrationError if `other`, of the model at hand, is of another model than this one."""
-        for name, expected in asdict(self).items():
-            found = getattr(other, name)
-            if name == "embedding":
-                ours, theirs = torch.tensor(expected), torch.tensor(found)
-                same = ours.shape == theirs.shape and (ours - theirs).abs().max() <= TOLERANCE * ours.abs().max()
-            else:
-                same = expected == found
-            if not same:
-                detail = "other weights" if name == "embedding" else f"{name} {expected} there, {found} here"
-                raise CalibrationError(f"This calibration belongs to another model ({detail}); calibrate this model.")
+        for name in ("architecture", "layers", "kv_heads", "head_dim", "vocabulary"):
+            expected, found = getattr(self, name), getattr(other, name)
+            if expected != found:
+                raise CalibrationError(
+                    f"This calibration belongs to another model ({name} {expected} there, {found} here); calibrate this model."
+                )
+        for name, expected in self.weights.items():
+            if not _alike(expected, other.weights.get(name, [])):
+                raise CalibrationError(
+                    f"This calibration belongs to another model (other weights in {name}); calibrate this model."
+                )
+
+
+def _sample(matrix: torch.Tensor) -> list[float]:
+    flat = matrix.detach().flatten()
+    place = torch.linspace(0, len(flat) - 1, NUMBERS, dtype=torch.float64).long().to(flat.device)
+    return flat[place].float().tolist()
+
+
+def _alike(expected: list[float], found: list[float]) -> bool:
+    largest = max((abs(number) for number in expected), default=0.0)
+    return len(expected) == len(found) and all(
+        abs(ours - theirs) <= TOLERANCE * largest for ours, theirs in zip(expected, found, strict=True)
+    )

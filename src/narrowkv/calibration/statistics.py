@@ -9,10 +9,10 @@ TILE_NUMBERS = 2**18  # numbers counted at a time, so that intermediate results 
 
 
 class Quantiles:
-    """Histograms of many channels, from which any quantile can be read to within a thousandth of the channel's range.
+    """Histograms of many channels, from which any quantile can be read to within one bin.
 
     counts: [channels, bins]. A histogram starts with the range of the first numbers; where later ones fall outside, its
-    bins double in width and neighbours merge.
+    bins double in width and neighbours merge, so a bin is a thousandth to a few hundredths of the channel's range.
     """
 
     def __init__(self) -> None:
@@ -58,27 +58,22 @@ class Quantiles:
         _count_into(self.counts[start:stop].view(-1), bins.view(-1))
 
     def quantile(self, fraction: float, pooled: bool = False) -> Tensor:
-        """The number below which `fraction` of each channel lies, interpolated within its bin: [channels] float32.
+        """The outer edge of the bin in which the quantile `fraction` of each channel lies: [channels] float32.
 
+        Outer, since a frequent number at the end of a channel must not be cut off: interpolating within the bin would.
         pooled: of all channels taken together, [1].
         """
         assert self.counts is not None
-        edges = (
-            self.low[:, None] + self.width[:, None] * torch.arange(QUANTILE_BINS + 1, device=self.low.device) / QUANTILE_BINS
-        )
+        steps = torch.arange(QUANTILE_BINS + 1, device=self.low.device) / QUANTILE_BINS
+        edges = self.low[:, None] + self.width[:, None] * steps
         edges = edges.clamp(self.smallest[:, None], self.largest[:, None])
+        outer, counts = edges[:, :-1] if fraction < 0.5 else edges[:, 1:], self.counts.double()
         if pooled:
-            ends, order = edges[:, 1:].flatten().sort()
-            total = self.counts.flatten()[order].double().cumsum(0)
-            place = torch.searchsorted(total, fraction * total[-1]).clamp(max=len(ends) - 1)
-            return ends[place].view(1)
-        total = self.counts.double().cumsum(1)
-        target = (fraction * total[:, -1:]).contiguous()
-        place = torch.searchsorted(total, target).clamp(max=QUANTILE_BINS - 1)  # [channels, 1]
-        count = self.counts.gather(1, place).double()
-        inside = ((target - (total.gather(1, place) - count)) / count.clamp(min=1)).clamp(0, 1).float()
-        below, above = edges.gather(1, place), edges.gather(1, place + 1)
-        return (below + (above - below) * inside).squeeze(1)
+            outer, order = outer.flatten().sort()
+            outer, counts = outer[None], counts.flatten()[order][None]
+        total = counts.cumsum(1)
+        place = torch.searchsorted(total, fraction * total[:, -1:]).clamp(max=total.shape[1] - 1)
+        return outer.gather(1, place).squeeze(1)
 
 
 class CodebookHistogram:

@@ -41,4 +41,7 @@ def calibrate(
     calibration = learn(loaded, tokenizer, [chosen], source, window, samples)[0]
     calibration.save_pretrained(target)
     seen = calibration.provenance
-    out.print(f"{chosen.name} learned from {seen['tokens']:,} tokens in {seen['sequences']} sequences, saved in {target}.")
+    out.print(
+        f"{chosen.name} learned from {seen['tokens']:,} tokens in {seen['sequences']} sequences, saved in {target}.",
+        markup=False,
+    )

@@ -25,7 +25,7 @@ def demo(
     json_file: JsonOption = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of text to score.")] = 8,
     samples: Annotated[int, typer.Option(min=1, help="Windows of text to calibrate on.")] = 16,
-    recall_distance: Annotated[int, typer.Option(min=128)] = 512,
+    recall_distance: Annotated[int, typer.Option(min=128, max=2000)] = 512,
     recall_rows: Annotated[int, typer.Option(min=1)] = 64,
 ) -> None:
     """Calibrate the built-in model, let it speak from a packed cache, and compare recipes."""

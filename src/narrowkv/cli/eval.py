@@ -3,6 +3,7 @@
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from narrowkv.cli.common import (
     CalibrationOption,
@@ -64,7 +65,7 @@ def evaluate(
             raise TextError(f"Recall over {recall_distance} tokens cannot be tested: {error}.") from error
     with progress("measuring") as advance:
         rows = measure(loaded, [source], windows, batches, stream_chunk=stream_chunk, on_step=advance)
-    out.print(quality_table(rows, f"{model} on {source_text}"))
+    out.print(quality_table(rows, escape(f"{model} on {source_text}")))
     out.print(quality_caption(rows), highlight=False)
     if json_file is not None:
         write_json(json_file, [row.to_dict() for row in rows])

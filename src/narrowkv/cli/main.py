@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 import typer
+from rich.markup import escape
 from transformers.utils import logging as transformers_logging
 
 from narrowkv import __version__
@@ -38,5 +39,5 @@ def run(arguments: Sequence[str] | None = None) -> None:
     try:
         app(arguments)
     except NarrowKVError as error:
-        err.print(f"[bold red]Error:[/bold red] {error}", highlight=False, soft_wrap=True)
+        err.print(f"[bold red]Error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)

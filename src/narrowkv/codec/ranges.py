@@ -54,8 +54,8 @@ def to_16_bits(x: Tensor, dtype: torch.dtype, what: str) -> Tensor:
     """Round to a 16-bit dtype; raises ActivationError where the number does not fit."""
     rounded = x.to(dtype)
     if not torch.isfinite(rounded).all():
+        name = str(dtype).removeprefix("torch.")
         raise ActivationError(
-            f"{what} exceed the range of {str(dtype).removeprefix('torch.')} (largest {x.abs().max().item():.3g}); "
-            "run the model in bfloat16, or use the recipe fp16."
+            f"{what} exceed the range of {name}, in which they are kept (largest {x.abs().max().item():.3g}); use recipe fp16."
         )
     return rounded

@@ -50,14 +50,17 @@ class Scheme:
         if self.datatype == "exact":
             if self.bits != 16 or self.outliers or self.qnorm:
                 raise RecipeError("An exact scheme has 16 bits and neither outliers nor Q-Norm; drop those settings.")
-        elif self.bits not in (2, 3, 4, 8) or isinstance(self.bits, bool):
+        elif self.bits not in (2, 3, 4, 8) or type(self.bits) is not int:
             raise RecipeError(f"{self.bits} bits are not supported; choose 2, 3, 4 or 8 (or the recipe fp16).")
         if self.datatype in ("nf", "nuq") and self.bits == 8:
             raise RecipeError(f"Datatype {self.datatype} has 2, 3 or 4 bits; with 8 bits choose int.")
         if not isinstance(self.outliers, (int, float)) or not 0 <= self.outliers <= MAX_OUTLIERS:
             raise RecipeError(f"An outlier fraction of {self.outliers} is outside 0 to {MAX_OUTLIERS} (0% to 2%).")
-        if self.outlier_cap is not None and (self.outlier_cap < 1 or not self.outliers):
-            raise RecipeError("An outlier cap is at least 1 and needs an outlier fraction above 0.")
+        if self.outlier_cap is not None and (type(self.outlier_cap) is not int or self.outlier_cap < 1 or not self.outliers):
+            raise RecipeError("An outlier cap is a whole number from 1 and needs an outlier fraction above 0.")
+        for name in ("pre_rope", "qnorm"):
+            if not isinstance(getattr(self, name), bool):
+                raise RecipeError(f"{name} is true or false, not {getattr(self, name)!r}.")
         if self.qnorm and self.datatype != "nuq":
             raise RecipeError("Q-Norm adjusts a learned codebook; it needs datatype nuq.")
 

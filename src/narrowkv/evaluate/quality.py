@@ -30,7 +30,7 @@ class Quality:
 
     bits_per_element, nbytes: allocated by a cache that holds one window; nbytes_fp16: what 16 bits a number would take.
     perplexity_strict, perplexity_stream, perplexity_fp: the last without quantisation. kld_strict: mean over tokens of
-    KL(16-bit || quantised), in nats. recall, recall_fp: share of recall rows answered without error, strict; nan where
+    KL(16-bit || quantised), in nats. recall, recall_fp: share of recall rows answered without error, strict; None where
     there were none. tokens: scored. window: tokens per sequence. stream_chunk: tokens per chunk when streaming.
     """
 

@@ -1,17 +1,19 @@
 """PackedCache: a drop-in `past_key_values` for transformers that stores keys and values packed."""
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from narrowkv.attention import BACKENDS, Rope
 from narrowkv.calibration import Calibration, Fingerprint
-from narrowkv.errors import RecipeError, UnsupportedModelError
-from narrowkv.integrations.interface import InterceptingCache, Step, model_attention, prepare, require_step
-from narrowkv.integrations.support import describe
+from narrowkv.errors import CacheUseError, RecipeError, UnsupportedModelError
+from narrowkv.integrations.interface import ANOTHER_MODEL, InterceptingCache, Step, model_attention, prepare, require_step
+from narrowkv.integrations.support import attention_modules, describe
 from narrowkv.methods import Recipe, get_recipe
 from narrowkv.store import LayerStore, Ledger
 
@@ -28,6 +30,8 @@ class PackedLayer(CacheLayerMixin):
         self.rope = rope
         self.backend = backend
         self.strict = strict
+        # whether `crop` leaves no trace: tokens that have left an exact window cannot become exact again
+        self.is_croppable = store.window == 0
         self.step: Step | None = None
 
     @property
@@ -44,7 +48,12 @@ class PackedLayer(CacheLayerMixin):
         self.lazy_initialization(key_states, value_states)
         past = self.store.length
         stored = key_states if self.store.quantizers[0].scheme.pre_rope else step.rotate(key_states)
-        self.store.append(stored, value_states, step.valid(key_states.shape[2]))
+        new = key_states.shape[2]
+        if self.ledger.length not in (past, past + new):
+            raise CacheUseError(
+                "An earlier call failed half-way and left the layers unequal; call cache.reset() and start again."
+            )
+        self.store.append(stored, value_states, step.valid(past, new))
         if self.ledger.length == past:
             self.ledger.append(step.positions.expand(key_states.shape[0], -1))
         handle = PackedHandle(self, step, past, key_states, value_states)
@@ -62,14 +71,16 @@ class PackedLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.store.reset()
 
-    def _not_yet(self, *args: Any) -> None:
-        raise UnsupportedModelError(
-            "The packed cache does not do beam search, assisted decoding or batch selection yet; use greedy decoding "
-            "or sampling, or DynamicCache."
-        )
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the newest tokens; `tokens_to_remove` is negative or 0, as transformers has it."""
+        if tokens_to_remove > 0:
+            raise CacheUseError(f"crop takes minus the number of tokens to drop, not {tokens_to_remove}.")
+        self.store.crop(max(self.store.length + tokens_to_remove, 0))
 
-    crop = batch_repeat_interleave = batch_select_indices = offload = prefetch = _not_yet
-    reorder_cache = _not_yet  # type: ignore[assignment]
+    def offload(self) -> None:
+        raise UnsupportedModelError("A packed cache is not offloaded; keep it on the model's device, or choose fewer bits.")
+
+    prefetch = offload
 
 
 @dataclass(frozen=True)
@@ -139,9 +150,9 @@ class PackedCache(InterceptingCache):
             source = self.recipe = get_recipe(source)
         if backend not in BACKENDS:
             raise RecipeError(f"There is no backend {backend!r}; there is {', '.join(BACKENDS)}.")
-        if any(layer >= facts.layers for layer in self.recipe.layers):
+        if any(not 0 <= layer < facts.layers for layer in self.recipe.layers):
             raise RecipeError(
-                f"Recipe {self.recipe.name} names layer {max(self.recipe.layers)}; the model has {facts.layers} layers."
+                f"Recipe {self.recipe.name} names layers {sorted(self.recipe.layers)}; the model has 0 to {facts.layers - 1}."
             )
         self.backend = backend
         self.ledger = Ledger()
@@ -154,11 +165,37 @@ class PackedCache(InterceptingCache):
         super().__init__(layers=list(layers))
         self.packed = layers
         prepare(model)
+        self.modules = [weakref.ref(module) for module in attention_modules(model)]
+
+    def begin(self, module: Any, step: Step) -> None:
+        """Called before each attention module runs; raises CacheUseError if it is another model's."""
+        if self.modules[int(module.layer_idx)]() is not module:
+            raise CacheUseError(ANOTHER_MODEL)
+        super().begin(module, step)
 
     def reset(self) -> None:
         """Forget all tokens."""
         super().reset()
         self.ledger.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the newest tokens; `tokens_to_remove` is negative or 0, as transformers has it. Nothing is re-encoded."""
+        super().crop(tokens_to_remove)
+        self.ledger.crop(self.get_seq_length())
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row i continue the sequence of row beam_idx[i]; sealed blocks are shared, not copied."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence, neighbours together."""
+        self.batch_select_indices(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences named by `indices` [n] int64, in that order, repeats allowed."""
+        for layer in self.packed:
+            layer.store.select(indices)
+        self.ledger.select(indices)
 
     @property
     def batch_size(self) -> int:

@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from narrowkv import __version__
 from narrowkv.calibration import Calibration, Fingerprint, Fit
-from narrowkv.errors import ActivationError, CalibrationError
+from narrowkv.errors import ActivationError, CalibrationError, RecipeError
 from narrowkv.integrations.interface import InterceptingCache, Step, model_attention, prepare, require_step
 from narrowkv.integrations.support import describe
 from narrowkv.methods import LayerSchemes, Recipe, get_recipe
@@ -105,6 +105,7 @@ class Need:
 Fits = list[dict[Need, tuple[Fit, Fit]]]  # by layer
 
 
+@torch.inference_mode(False)  # gradients are needed, wherever this is called from
 def calibrate_many(
     model: PreTrainedModel,
     batches: Iterable[Tensor],
@@ -114,9 +115,9 @@ def calibrate_many(
 ) -> list[Calibration]:
     """Learn several recipes from the same two passes over the data.
 
-    batches: token ids [batch, tokens] int64, without padding; a single tensor is taken row by row. on_batch: called with (batches done, batches in both passes).
-    Returns one Calibration per recipe. Raises CalibrationError where the data is empty, ActivationError where the model
-    computes NaN or infinity.
+    batches: token ids [batch, tokens] int64, without padding; a single tensor is taken row by row. on_batch: called with
+    (batches done, batches in both passes). Returns one Calibration per recipe. Raises CalibrationError where the data is
+    empty, ActivationError where the model computes NaN or infinity.
     """
     chosen = [get_recipe(recipe) for recipe in recipes]
     data = [batch for batch in (batches.split(1) if isinstance(batches, Tensor) else batches) if batch.numel()]
@@ -125,6 +126,15 @@ def calibrate_many(
             "Calibration needs batches of token ids [batch, tokens] of 2 tokens or more; give it more text."
         )
     facts = describe(model)
+    for recipe in chosen:
+        if max(batch.shape[1] for batch in data) <= recipe.sinks + 1:
+            raise CalibrationError(
+                f"Sequences must be longer than the {recipe.sinks} sinks of {recipe.name}; give longer ones."
+            )
+        if any(not 0 <= layer < facts.layers for layer in recipe.layers):
+            raise RecipeError(
+                f"Recipe {recipe.name} names layers {sorted(recipe.layers)}; the model has 0 to {facts.layers - 1}."
+            )
     prepare(model)
     needs = [{Need.of(recipe, i) for recipe in chosen} for i in range(facts.layers)]
     fits: Fits = [{need: (Fit(need.schemes.keys), Fit(need.schemes.values)) for need in layer} for layer in needs]
@@ -172,8 +182,8 @@ def calibrate(
 
 def _run(model: PreTrainedModel, layers: int, batch: Tensor, listener: Listener, *, gradients: bool) -> None:
     """One forward pass with a listener, and a backward pass of the summed loss if asked."""
-    ids = batch.to(model.device)
     with torch.set_grad_enabled(gradients):
+        ids = batch.to(model.device).clone()  # an ordinary tensor, wherever the batch was made
         logits = model(ids, past_key_values=CaptureCache(layers, listener), use_cache=True).logits
         if not torch.isfinite(logits[:, -1]).all():
             raise ActivationError("The model computes NaN or infinity on the calibration text; check its weights and dtype.")

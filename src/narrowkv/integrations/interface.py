@@ -19,6 +19,7 @@ from narrowkv.errors import CacheUseError, UnsupportedModelError
 from narrowkv.integrations.support import attention_modules, describe
 
 NAME = "narrowkv"
+ANOTHER_MODEL = "This cache was made for another model; make one with calibration.cache(model) or recipe.cache(model)."
 
 
 class LazyMask:
@@ -60,19 +61,20 @@ class Step:
         turned = torch.cat((-second, first), dim=-1)
         return x * self.cos[:, None] + turned * self.sin[:, None]
 
-    def valid(self, new: int) -> Tensor | None:
-        """[batch, new] bool, False for padding among the new tokens; None where all count."""
+    def valid(self, past: int, new: int) -> Tensor | None:
+        """[batch, new] bool, False for padding among the new tokens, which follow `past` others; None where all count."""
         if self.mask.padding is None:
             return None
-        valid = self.mask.padding[:, -new:]
+        valid = self.mask.padding[:, past : past + new]
         return None if valid.all() else valid
 
 
 class InterceptingCache(Cache):
     """A cache that wants keys before the rotary embedding."""
 
-    def begin(self, layer: int, step: Step) -> None:
+    def begin(self, module: Any, step: Step) -> None:
         """Called before each attention module runs: tells its layer what the coming `update` is about."""
+        layer = int(module.layer_idx)
         receiver: Any = self.layers[layer]
         receiver.step = step
 
@@ -120,7 +122,7 @@ def _before_attention(module: Any, args: tuple, kwargs: dict[str, Any]):
         raise UnsupportedModelError(
             "The packed cache takes attention masks of 2 dimensions only (1 for tokens, 0 for padding); pass one or none."
         )
-    cache.begin(int(module.layer_idx), Step(cos, sin, kwargs["position_ids"], mask))
+    cache.begin(module, Step(cos, sin, kwargs["position_ids"], mask))
     return args, {**kwargs, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
 
 
@@ -143,9 +145,7 @@ def prepare(model: PreTrainedModel) -> None:
 
 
 def require_step(step: Step | None) -> Step:
-    """The step that `begin` announced; raises CacheUseError if there was none."""
+    """The step that `begin` announced; raises CacheUseError if there was none, as in a model that was not prepared."""
     if step is None:
-        raise CacheUseError(
-            "This cache was made for another model; make one with calibration.cache(model) or recipe.cache(model)."
-        )
+        raise CacheUseError(ANOTHER_MODEL)
     return step

@@ -4,11 +4,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from narrowkv.errors import UnsupportedModelError
 
 DEMO = "narrowkv://demo"
+DTYPES: dict[str, Any] = {
+    "auto": "auto",
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 
 
 def model_folder(name: str) -> str:
@@ -23,11 +31,11 @@ def model_folder(name: str) -> str:
 def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[PreTrainedModel, Any]:
     """A model in evaluation mode and its tokenizer.
 
-    name: a local folder, a hub id or `narrowkv://demo`. dtype: auto, float32, bfloat16 or float16. Weights are read from
-    safetensors only, and no code that comes with a model is run. Raises UnsupportedModelError where that fails.
+    name: a local folder, a hub id or `narrowkv://demo`. dtype: auto, float32, bfloat16, float16 or float64. Weights are read
+    from safetensors only, and no code that comes with a model is run. Raises UnsupportedModelError where that fails.
     """
     folder = model_folder(name)
-    wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype, None)
+    wanted = DTYPES.get(dtype)
     if wanted is None:
         raise UnsupportedModelError(f"There is no dtype {dtype!r}; choose auto, float32, bfloat16 or float16.")
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -35,7 +43,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Pre
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, use_safetensors=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        return model.to(device).eval(), tokenizer
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UnsupportedModelError(f"Cannot load the model {name}: {reason}") from error
-    return model.to(device).eval(), tokenizer
+        raise UnsupportedModelError(f"Cannot load the model {name} on {device}: {reason}") from error

@@ -10,6 +10,7 @@ from narrowkv.attention import Rope
 from narrowkv.errors import UnsupportedModelError
 
 FAMILIES = ("llama", "mistral", "qwen2")
+MAX_HEAD_DIM = 512  # the index of an outlier in its block has 16 bits, one of them the sign
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 
@@ -34,10 +35,12 @@ def describe(model: PreTrainedModel) -> ModelFacts:
         )
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    if head_dim % 8:
+    if head_dim % 8 or head_dim > MAX_HEAD_DIM:
         raise UnsupportedModelError(
-            f"A head_dim of {head_dim} is not supported (it must be a multiple of 8); use DynamicCache."
+            f"A head_dim of {head_dim} is not supported (multiples of 8 up to {MAX_HEAD_DIM} are); use DynamicCache."
         )
+    if len({parameter.device for module in attention_modules(model) for parameter in module.parameters()}) > 1:
+        raise UnsupportedModelError("A model spread over several devices is not supported yet; load it on one device.")
     rotary: Any = model.base_model.rotary_emb
     if rotary.rope_type not in STATIC_ROPE:
         raise UnsupportedModelError(

@@ -39,9 +39,11 @@ class Recipe:
     layers: dict[int, LayerSchemes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise RecipeError(f"A recipe's name is text, not {self.name!r}.")
         for name in ("sinks", "window"):
             count = getattr(self, name)
-            if not isinstance(count, int) or count < 0:
+            if type(count) is not int or count < 0:
                 raise RecipeError(f"{name} must be a whole number of tokens, 0 or more, not {count!r}.")
         if self.values.pre_rope or any(pair.values.pre_rope for pair in self.layers.values()):
             raise RecipeError("Values have no rotary embedding; pre_rope is for keys.")
@@ -66,11 +68,11 @@ class Recipe:
         pair = self.schemes(layer)
         return Quantizer(pair.keys), Quantizer(pair.values)
 
-    def cache(self, model: "PreTrainedModel", *, strict: bool = False) -> "PackedCache":
-        """A new cache for `model`, for `model.generate(past_key_values=...)`; see `narrowkv.PackedCache`."""
+    def cache(self, model: "PreTrainedModel", **options: Any) -> "PackedCache":
+        """A new cache for `model`, for `model.generate(past_key_values=...)`; options as of `narrowkv.PackedCache`."""
         from narrowkv.integrations import PackedCache  # the one step upwards: sugar for users
 
-        return PackedCache(model, self, strict=strict)
+        return PackedCache(model, self, **options)
 
     def with_options(self, **changes: Any) -> "Recipe":
         """A copy with fields replaced, for instance `with_options(sinks=5, window=32)`."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from narrowkv.codec import Encoded, Quantizer
+from narrowkv.codec.ranges import require_finite
 from narrowkv.errors import CacheUseError
 from narrowkv.store.page import BLOCK, PackedSide, Page, from_blocks, to_blocks
 
@@ -40,6 +41,7 @@ class LayerStore:
     def reset(self) -> None:
         """Forget everything; recipes and tables stay."""
         self.columns: list[Column] = []
+        self.growing: Page | None = None  # the page with free slots for blocks that come singly
         self.tail: tuple[Encoded, Encoded] | None = None
         self.recent: tuple[Tensor, Tensor] | None = None  # [batch, kv_heads, up to window, head_dim] each
         self.recent_skip: Tensor | None = None
@@ -56,8 +58,9 @@ class LayerStore:
 
     def tensors(self) -> list[Tensor]:
         """All tensors that are held, each once."""
-        pages = {id(column.page): column.page for column in self.columns}
+        pages = {id(page): page for page in (*(column.page for column in self.columns), self.growing) if page}
         found = [tensor for page in pages.values() for tensor in page.tensors()]
+        found += [column.slots for column in self.columns]
         for part in self.tail or ():
             found += part.tensors()
         found += [*(self.recent or ()), *(self.sink_numbers or ())]
@@ -75,6 +78,8 @@ class LayerStore:
                 f"This cache holds batch {self.shape[0]}, {self.shape[1]} KV heads of {self.shape[2]}, but got batch "
                 f"{shape[0]}, {shape[1]} heads of {shape[2]}; call cache.reset() or make a new cache."
             )
+        for numbers in (keys, values):  # before anything is stored, so that a refusal leaves all as it was
+            require_finite(numbers, "Keys or values")
         self.shape = shape
         skip = self._take_sinks(keys, values, valid)
         if self.window == 0:
@@ -132,7 +137,7 @@ class LayerStore:
                 blocks = [to_blocks(part.slice(0, whole)) for part in pair]
                 page = page or self._page(to_seal, blocks[0], blocks[1])
                 slots = torch.tensor(page.put(blocks[0], blocks[1])).view(-1, batch)
-                self.columns += [Column(page, column, BLOCK) for column in slots]
+                self.columns += [Column(page, column.clone(), BLOCK) for column in slots]
             rest = [part.slice(whole, part.tokens) for part in pair] if whole else pair
             self.tail = (rest[0], rest[1]) if rest[0].tokens else None
             start = stop
@@ -144,19 +149,20 @@ class LayerStore:
         one with room to grow where they come singly.
         """
         assert self.shape is not None
-        batch = self.shape[0]
+        batch, room = self.shape[0], columns
         if columns == 1:
-            if self.columns and self.columns[-1].page.fits(keys, values):
-                return self.columns[-1].page
-            grow = max(len(self.columns) // GROWTH, 1)
-        else:
-            grow = columns
+            if self.growing and self.growing.fits(keys, values):
+                return self.growing
+            room = max(len(self.columns) // GROWTH, 1)
         sides = []
         for quantizer, blocks, channel_major in zip(self.quantizers, (keys, values), (True, False), strict=True):
             found = len(blocks.outlier_index) if blocks.outlier_index is not None else 0
-            room = 0 if grow == columns else (found + found // 8 + 1) * grow
-            sides.append(PackedSide(quantizer, grow * batch, blocks, channel_major, room))
-        return Page(grow * batch, sides[0], sides[1])
+            outlier_room = 0 if room == columns else (found + found // 8 + 1) * room
+            sides.append(PackedSide(quantizer, room * batch, blocks, channel_major, outlier_room))
+        page = Page(room * batch, sides[0], sides[1])
+        if columns == 1:
+            self.growing = page
+        return page
 
     def tiles(self, stop: int | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Decode the first `stop` tokens (all by default) piece by piece.
@@ -240,8 +246,8 @@ class LayerStore:
         if self.recent and self.recent_skip is not None:
             keep = max(self.recent[0].shape[2] - drop, 0)
             drop -= self.recent[0].shape[2] - keep
-            self.recent = (self.recent[0][:, :, :keep], self.recent[1][:, :, :keep])
-            self.recent_skip = self.recent_skip[:, :keep]
+            self.recent = (self.recent[0][:, :, :keep].clone(), self.recent[1][:, :, :keep].clone())
+            self.recent_skip = self.recent_skip[:, :keep].clone()
         if self.tail and drop:
             keep = max(self.tail[0].tokens - drop, 0)
             drop -= self.tail[0].tokens - keep

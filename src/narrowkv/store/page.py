@@ -144,6 +144,11 @@ class Page:
     def tensors(self) -> list[Tensor]:
         return [*self.keys.tensors(), *self.values.tensors()]
 
+    def __deepcopy__(self, memo: dict) -> "Page":
+        """Blocks never change, so a copy shares them; neither may write into the free slots any more."""
+        self.slots = self.used
+        return self
+
     def fits(self, keys: Encoded, values: Encoded) -> bool:
         """Whether these blocks find free slots and room for their outliers."""
         free = self.slots - self.used >= keys.codes.shape[0]
