@@ -5,7 +5,16 @@ __version__ = "0.1.0"
 from narrowkv.calibration import Calibration
 from narrowkv.codec import Scheme
 from narrowkv.errors import NarrowKVError
-from narrowkv.integrations import PackedCache, calibrate, calibrate_many, load_model
+from narrowkv.integrations import (
+    PackedCache,
+    calibrate,
+    calibrate_many,
+    disable,
+    enable,
+    explain,
+    load_model,
+    make_default,
+)
 from narrowkv.methods import Recipe, get_recipe, recipe_names
 
 __all__ = [
@@ -17,7 +26,11 @@ __all__ = [
     "__version__",
     "calibrate",
     "calibrate_many",
+    "disable",
+    "enable",
+    "explain",
     "get_recipe",
     "load_model",
+    "make_default",
     "recipe_names",
 ]

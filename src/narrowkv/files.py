@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from narrowkv.errors import FileFormatError, OutputError
 
 
@@ -22,8 +24,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(Path(temporary))
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         raise OutputError(f"Cannot write {path}: {reason}; choose a folder that is writable and has space.") from error
     finally:
         if temporary is not None:

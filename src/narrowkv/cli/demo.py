@@ -1,8 +1,9 @@
 """`narrowkv demo`: a real model generates from a packed cache, and a table says what each recipe costs."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from narrowkv.calibration import Calibration
 from narrowkv.cli.common import JsonOption, err, learn, out, progress, quality_caption, quality_table
@@ -17,13 +18,14 @@ from narrowkv.methods import get_recipe
 
 RECIPES = ("fp16", "nuq4-1%", "nuq3-1%", "nuq2-1%", "nuq4", "nuq3", "nuq2", "int4", "int3", "int2")
 WINDOW = 2048
-PROMPT = "The password of Matilda is silent harbour.\n\nA function definition"
-QUESTION = "\n\nThe password of Matilda is"
+FACT = "The password of Matilda is silent harbour."
+QUESTION = "The password of Matilda is"
+BETWEEN = 2500  # characters of other text between the two
 
 
 def demo(
     json_file: JsonOption = None,
-    windows: Annotated[int, typer.Option(min=1, help="Windows of text to score.")] = 8,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of text to score.")] = 5,
     samples: Annotated[int, typer.Option(min=1, help="Windows of text to calibrate on.")] = 16,
     recall_distance: Annotated[int, typer.Option(min=128, max=2000)] = 512,
     recall_rows: Annotated[int, typer.Option(min=1)] = 64,
@@ -34,8 +36,8 @@ def demo(
     calibrated = learn(model, tokenizer, [r for r in recipes if r.needs_calibration], "narrowkv://train", WINDOW, samples)
     learned = {calibration.recipe.name: calibration for calibration in calibrated}
     sources: list = [learned.get(recipe.name, recipe) for recipe in recipes]
-    speak(model, tokenizer, learned["nuq3-1%"])
     text = read_text("narrowkv://held-out")
+    speak(model, tokenizer, learned["nuq3-1%"], text)
     filler = tokenizer.encode(text, add_special_tokens=False, verbose=False)
     recall = [make(tokenizer, filler, recall_distance, recall_rows, 0) for make in (facts, passages)]
     with progress("measuring") as advance:
@@ -46,11 +48,11 @@ def demo(
         write_json(json_file, [row.to_dict() for row in rows])
 
 
-def speak(model, tokenizer, calibration: Calibration) -> None:
-    """Generate a little, and print it with what the cache took."""
+def speak(model: Any, tokenizer: Any, calibration: Calibration, text: str) -> None:
+    """Tell the model a fact, let it read something else, ask for the fact, and print what its packed cache took."""
     cache = PackedCache(model, calibration)
-    words = continue_text(model, tokenizer, cache, PROMPT, 60)
-    out.print(f"[bold]{PROMPT}[/bold]", highlight=False)
-    out.print(words, markup=False, highlight=False)
-    err.print(summary(cache), highlight=False)
-    out.print()
+    prompt = f"{FACT}\n\n{text[:BETWEEN]}\n\n{QUESTION}"
+    words = continue_text(model, tokenizer, cache, prompt, 4)
+    out.print(f"Told: {FACT}", highlight=False)
+    out.print(f"Asked, {cache.get_seq_length()} tokens later: {QUESTION}[bold]{escape(words)}[/bold]", highlight=False)
+    err.print(summary(cache) + "\n", highlight=False)

@@ -2,7 +2,20 @@
 
 from narrowkv.integrations.cache import PackedCache
 from narrowkv.integrations.capture import calibrate, calibrate_many
+from narrowkv.integrations.default import disable, enable, make_default
+from narrowkv.integrations.explain import Explanation, explain
 from narrowkv.integrations.interface import prepare
 from narrowkv.integrations.models import load_model
 
-__all__ = ["PackedCache", "calibrate", "calibrate_many", "load_model", "prepare"]
+__all__ = [
+    "Explanation",
+    "PackedCache",
+    "calibrate",
+    "calibrate_many",
+    "disable",
+    "enable",
+    "explain",
+    "load_model",
+    "make_default",
+    "prepare",
+]

@@ -2,6 +2,7 @@
 
 import weakref
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 from narrowkv.attention import BACKENDS, Rope
 from narrowkv.calibration import Calibration, Fingerprint
 from narrowkv.errors import CacheUseError, RecipeError, UnsupportedModelError
+from narrowkv.integrations.disk import load_cache, save_cache
 from narrowkv.integrations.interface import ANOTHER_MODEL, InterceptingCache, Step, model_attention, prepare, require_step
 from narrowkv.integrations.support import attention_modules, describe
 from narrowkv.methods import Recipe, get_recipe
@@ -143,8 +145,10 @@ class PackedCache(InterceptingCache):
         backend: str = "naive",
     ):
         facts = describe(model)
+        self.dtype = model.dtype
+        self.fingerprint = Fingerprint.of(model)
         if isinstance(source, Calibration):
-            source.fingerprint.check(Fingerprint.of(model))
+            source.fingerprint.check(self.fingerprint)
             self.recipe = source.recipe
         else:
             source = self.recipe = get_recipe(source)
@@ -172,6 +176,32 @@ class PackedCache(InterceptingCache):
         if self.modules[int(module.layer_idx)]() is not module:
             raise CacheUseError(ANOTHER_MODEL)
         super().begin(module, step)
+
+    def save(self, path: str | Path, token_ids: Tensor | None = None) -> None:
+        """Write what is held to one file, still packed; token_ids [batch, tokens], if given, let `load` check the prompt.
+
+        Raises CacheUseError while empty, OutputError where writing fails.
+        """
+        save_cache(self, path, token_ids)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        model: PreTrainedModel,
+        source: Calibration | Recipe | str,
+        *,
+        token_ids: Tensor | None = None,
+        **options: Any,
+    ) -> "PackedCache":
+        """A cache from a file, for the model and the calibration or recipe that it was saved with; options as of the class.
+
+        Raises FileFormatError where the file is missing, damaged or of another version, CalibrationError where it belongs
+        to another model, recipe or calibration, CacheUseError where it holds another prompt than token_ids.
+        """
+        cache = cls(model, source, **options)
+        load_cache(cache, path, token_ids)
+        return cache
 
     def reset(self) -> None:
         """Forget all tokens."""

@@ -139,9 +139,19 @@ def prepare(model: PreTrainedModel) -> None:
     for module in attention_modules(model):
         known = getattr(module, "narrowkv_previous", None)
         if known is None:
-            module.register_forward_pre_hook(_before_attention, with_kwargs=True)
-        setattr(module, "narrowkv_previous", chosen if chosen != NAME else known or "sdpa")  # noqa: B010
+            vars(module)["narrowkv_hook"] = module.register_forward_pre_hook(_before_attention, with_kwargs=True)
+        vars(module)["narrowkv_previous"] = chosen if chosen != NAME else known or "sdpa"
     model.set_attn_implementation(NAME)
+
+
+def release(model: PreTrainedModel) -> None:
+    """Undo `prepare`."""
+    for module in attention_modules(model):
+        hook, previous = (vars(module).pop(name, None) for name in ("narrowkv_hook", "narrowkv_previous"))
+        if hook is not None:
+            hook.remove()
+            if model.config._attn_implementation == NAME:
+                model.set_attn_implementation(previous)
 
 
 def require_step(step: Step | None) -> Step:

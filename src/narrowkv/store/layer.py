@@ -56,15 +56,23 @@ class LayerStore:
         recent = self.recent[0].shape[2] if self.recent else 0
         return sum(column.count for column in self.columns) + tail + recent
 
+    def parts(self) -> dict[str, list[Tensor]]:
+        """All tensors that are held, each once, by what they are for."""
+        pages = {id(page): page for page in (*(column.page for column in self.columns), self.growing) if page}
+        sides = [side for page in pages.values() for side in (page.keys, page.values)]
+        return {
+            "codes": [plane for side in sides for plane in side.planes],
+            "scales": [part for side in sides for part in (side.scale, side.zero) if part is not None],
+            "outliers": [part for side in sides for part in side.outliers()],
+            "tail": [tensor for part in self.tail or () for tensor in part.tensors()],
+            "window": [*(self.recent or ()), *([] if self.recent_skip is None else [self.recent_skip])],
+            "sinks": [*(self.sink_numbers or ()), *([] if self.sink_index is None else [self.sink_index])],
+            "slots": [column.slots for column in self.columns],
+        }
+
     def tensors(self) -> list[Tensor]:
         """All tensors that are held, each once."""
-        pages = {id(page): page for page in (*(column.page for column in self.columns), self.growing) if page}
-        found = [tensor for page in pages.values() for tensor in page.tensors()]
-        found += [column.slots for column in self.columns]
-        for part in self.tail or ():
-            found += part.tensors()
-        found += [*(self.recent or ()), *(self.sink_numbers or ())]
-        return found + [part for part in (self.sink_index, self.recent_skip) if part is not None]
+        return [tensor for held in self.parts().values() for tensor in held]
 
     def append(self, keys: Tensor, values: Tensor, valid: Tensor | None = None) -> None:
         """Store new tokens.

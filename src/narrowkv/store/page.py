@@ -75,10 +75,10 @@ class PackedSide:
         self.outliers_used = 0
         self._pending: list[tuple[Tensor, Tensor]] = []
 
-    def tensors(self) -> list[Tensor]:
-        """All tensors that are held."""
-        rest = (self.scale, self.zero, self.outlier_values, self.outlier_index, self.outlier_offsets)
-        return [*self.planes, *(part for part in rest if part is not None)]
+    def outliers(self) -> list[Tensor]:
+        """The tensors that hold outliers."""
+        parts = (self.outlier_values, self.outlier_index, self.outlier_offsets)
+        return [part for part in parts if part is not None]
 
     def put(self, slot: int, blocks: Encoded) -> None:
         """Write blocks [n, kv_heads, 64, head_dim] into slots slot..slot+n; outliers wait for `commit`."""
@@ -140,9 +140,6 @@ class Page:
         self.used = 0
         self.keys = keys
         self.values = values
-
-    def tensors(self) -> list[Tensor]:
-        return [*self.keys.tensors(), *self.values.tensors()]
 
     def __deepcopy__(self, memo: dict) -> "Page":
         """Blocks never change, so a copy shares them; neither may write into the free slots any more."""

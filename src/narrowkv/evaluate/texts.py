@@ -1,0 +1,66 @@
+"""Ordinary English text that every CPython carries: the language reference behind ``help()``.
+
+The topics of :mod:`pydoc_data.topics` are split into a held-out part, for evaluation, and a
+training part.  Topics quote one another, so a paragraph of the held-out part is removed wherever
+else it occurs.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pydoc_data.topics import topics
+
+HELD_OUT_TOPICS = (
+    "calls",
+    "comparisons",
+    "debugger",
+    "execmodel",
+    "import",
+    "strings",
+    "try",
+)
+"""Topics kept out of training: long, mostly prose, on unrelated subjects."""
+
+_SHORTEST_DISTINCTIVE_PARAGRAPH = 40
+_BLANK_LINES = re.compile(r"\n\s*\n")
+
+
+@cache
+def held_out_text() -> str:
+    """Return the held-out topics of the running Python, joined in a stable order."""
+    present = [topics[name].strip() for name in HELD_OUT_TOPICS if name in topics]
+    return "\n\n".join(present)
+
+
+@cache
+def training_text() -> str:
+    """Return the other topics, each paragraph once, without any paragraph of the held-out ones."""
+    seen = {key for key in map(_key, _paragraphs(held_out_text())) if _distinctive(key)}
+    kept: list[str] = []
+    for name in sorted(topics):
+        if name in HELD_OUT_TOPICS:
+            continue
+        for paragraph in _paragraphs(topics[name]):
+            key = _key(paragraph)
+            if key in seen:
+                continue
+            if _distinctive(key):
+                seen.add(key)
+            kept.append(paragraph)
+    return "\n\n".join(kept)
+
+
+def _paragraphs(text: str) -> list[str]:
+    """Split text on blank lines, dropping empty pieces."""
+    return [piece for piece in _BLANK_LINES.split(text.strip()) if piece.strip()]
+
+
+def _key(paragraph: str) -> str:
+    """Return the paragraph with every run of white space made one space."""
+    return " ".join(paragraph.split())
+
+
+def _distinctive(key: str) -> bool:
+    """Tell whether a paragraph is long enough to be recognised as the same one elsewhere."""
+    return len(key) > _SHORTEST_DISTINCTIVE_PARAGRAPH

@@ -1,0 +1,160 @@
+"""Caches on disk: a prompt read once, kept packed, used again tomorrow or by another process.
+
+One safetensors file. Its metadata entry `narrowkv` is JSON: format and version, recipe, checksum of the tables, the model's
+fingerprint, lengths, a checksum of the token ids, and a checksum of every tensor. docs/formats.md tells field by field.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from narrowkv.calibration import Fingerprint
+from narrowkv.codec import Quantizer
+from narrowkv.errors import CacheUseError, CalibrationError, FileFormatError, NarrowKVError
+from narrowkv.files import checksum, write_atomically
+from narrowkv.store.state import load_tensors, to_tensors
+
+if TYPE_CHECKING:
+    from narrowkv.integrations.cache import PackedCache
+
+FORMAT, FORMAT_VERSION = "narrowkv-cache", 1
+AGAIN = "read the prompt again and save the cache anew"
+
+
+def save_cache(cache: "PackedCache", path: str | Path, token_ids: Tensor | None = None) -> None:
+    """Write a cache to one file; token_ids: [batch, tokens] that it holds, whose checksum goes with it.
+
+    Raises CacheUseError while the cache is empty or token_ids do not fit it, OutputError where writing fails.
+    """
+    length = cache.get_seq_length()
+    if length == 0 or cache.packed[0].store.shape is None:
+        raise CacheUseError("The cache is empty, there is nothing to save; let the model read a prompt first.")
+    if token_ids is not None and tuple(token_ids.shape) != (cache.batch_size, length):
+        raise CacheUseError(
+            f"The cache holds {cache.batch_size} x {length} tokens, but token_ids are {list(token_ids.shape)}."
+        )
+    tensors = {"positions": cache.ledger.read(length).contiguous()}
+    for i, layer in enumerate(cache.packed):
+        tensors |= {f"layers.{i}.{name}": tensor for name, tensor in to_tensors(layer.store).items()}
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    batch, heads, dim = cache.packed[0].store.shape
+    header = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "recipe": cache.recipe.to_dict(),
+        "tables_sha256": tables_checksum([layer.store.quantizers for layer in cache.packed]),
+        "fingerprint": asdict(cache.fingerprint),
+        "dtype": str(cache.dtype).removeprefix("torch."),
+        "batch": batch,
+        "kv_heads": heads,
+        "head_dim": dim,
+        "tokens": length,
+        "token_ids_sha256": None if token_ids is None else ids_checksum(token_ids),
+        "tensors_sha256": {name: tensor_checksum(tensor) for name, tensor in sorted(tensors.items())},
+    }
+    header["header_sha256"] = checksum(json.dumps(header, sort_keys=True).encode())
+    write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, {"narrowkv": json.dumps(header)}))
+
+
+def load_cache(cache: "PackedCache", path: str | Path, token_ids: Tensor | None = None) -> None:
+    """Fill an empty cache, made for the model and with the calibration or recipe at hand, from a file.
+
+    token_ids: [batch, tokens], checked against those that were saved. Raises FileFormatError where the file is missing,
+    damaged, hostile or of another version, CalibrationError where it is of another model, recipe or calibration.
+    """
+    try:
+        header, tensors = _read(Path(path))
+        _check_origin(cache, header, token_ids)
+        shape = (header["batch"], header["kv_heads"], header["head_dim"])
+        for i, layer in enumerate(cache.packed):
+            prefix = f"layers.{i}."
+            own = {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
+            load_tensors(layer.store, own, shape, cache.dtype)
+            if layer.store.length != header["tokens"]:
+                raise FileFormatError(f"layer {i} holds {layer.store.length} tokens, not {header['tokens']}")
+        positions = tensors.pop("positions", None)
+        if positions is None or tensors or positions.dtype != torch.int32:
+            raise FileFormatError("positions are missing, or there are tensors that do not belong to a cache")
+        if tuple(positions.shape) != (header["batch"], header["tokens"]) or bool((positions < 0).any()):
+            raise FileFormatError("positions do not fit the tokens")
+        cache.ledger.append(positions)
+    except NarrowKVError as error:
+        cache.reset()
+        if isinstance(error, FileFormatError):
+            raise FileFormatError(f"{path} cannot be loaded: {error}; {AGAIN}.") from error
+        raise
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors, once every checksum has been found right."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("narrowkv", "null"))
+            if not isinstance(header, dict) or header.get("format") != FORMAT:
+                raise FileFormatError("it is not a NarrowKV cache")
+            if header.get("format_version") != FORMAT_VERSION:
+                raise FileFormatError(f"it has format {header.get('format_version')!r}, this NarrowKV reads {FORMAT_VERSION}")
+            content = {name: part for name, part in header.items() if name != "header_sha256"}
+            if header.get("header_sha256") != checksum(json.dumps(content, sort_keys=True).encode()):
+                raise FileFormatError("its header was altered (checksum differs)")
+            expected = header["tensors_sha256"]
+            if set(expected) != set(file.keys()):
+                raise FileFormatError("its tensors are not those that its header names")
+            tensors = {}
+            for name in expected:
+                tensors[name] = file.get_tensor(name)
+                if tensor_checksum(tensors[name]) != expected[name]:
+                    raise FileFormatError(f"tensor {name} was altered (checksum differs)")
+    except (OSError, SafetensorError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise FileFormatError(f"it is missing, truncated or damaged ({str(error).splitlines()[0]})") from error
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        if isinstance(error, NarrowKVError):
+            raise
+        raise FileFormatError(f"its header is not one of a cache ({error})") from error
+    return header, tensors
+
+
+def _check_origin(cache: "PackedCache", header: dict[str, Any], token_ids: Tensor | None) -> None:
+    try:
+        saved = Fingerprint(**header["fingerprint"])
+        sizes = [header[name] for name in ("batch", "kv_heads", "head_dim", "tokens")]
+        if any(type(size) is not int or size < 1 for size in sizes):
+            raise FileFormatError("its sizes are not positive numbers")
+        if header["recipe"] != json.loads(json.dumps(cache.recipe.to_dict())):
+            raise CalibrationError(
+                f"This cache was saved with another recipe than {cache.recipe.name}; load it with the same."
+            )
+        saved.check(cache.fingerprint)
+        if header["tables_sha256"] != tables_checksum([layer.store.quantizers for layer in cache.packed]):
+            raise CalibrationError("This cache was saved with another calibration; load it with the same one.")
+        if header["dtype"] != str(cache.dtype).removeprefix("torch."):
+            raise CalibrationError(f"This cache was saved by a model in {header['dtype']}; load the model in that dtype.")
+        if token_ids is not None and header["token_ids_sha256"] != ids_checksum(token_ids):
+            raise CacheUseError(
+                "This cache holds another prompt than these token ids; read the prompt with the model instead."
+            )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FileFormatError(f"its header is not one of a cache ({error})") from error
+
+
+def tensor_checksum(tensor: Tensor) -> str:
+    """SHA-256 over dtype, shape and bytes."""
+    head = f"{tensor.dtype} {list(tensor.shape)} ".encode()
+    return checksum(head + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+
+
+def tables_checksum(layers: list[tuple[Quantizer, Quantizer]]) -> str:
+    """SHA-256 over all tables, in order."""
+    parts = [tensor_checksum(table.cpu()) for pair in layers for quantizer in pair for table in quantizer.tensors().values()]
+    return checksum("".join(parts).encode())
+
+
+def ids_checksum(token_ids: Tensor) -> str:
+    """SHA-256 over token ids."""
+    return tensor_checksum(token_ids.detach().cpu().to(torch.int64))

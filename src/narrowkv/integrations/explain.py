@@ -1,0 +1,51 @@
+"""`explain(cache)`: where the bytes of a packed cache are."""
+
+from dataclasses import dataclass
+
+from narrowkv.integrations.cache import PackedCache
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Bytes by part for each layer, and what all layers share; printing it gives a table.
+
+    layers: for each layer, bytes of codes, scales, outliers, tail, window, sinks, slots and tables. positions: bytes that all
+    layers share. numbers: keys and values held in all.
+    """
+
+    recipe: str
+    layers: list[dict[str, int]]
+    positions: int
+    numbers: int
+
+    @property
+    def nbytes(self) -> int:
+        """All of it."""
+        return self.positions + sum(sum(layer.values()) for layer in self.layers)
+
+    def __str__(self) -> str:
+        names = list(self.layers[0])
+        totals = {name: sum(layer[name] for layer in self.layers) for name in names}
+        rows = [["layer", *names, "all"]]
+        rows += [
+            [str(i), *(f"{layer[n]:,}" for n in names), f"{sum(layer.values()):,}"] for i, layer in enumerate(self.layers)
+        ]
+        rows.append(["all", *(f"{totals[n]:,}" for n in names), f"{sum(totals.values()):,}"])
+        if self.numbers:
+            bits = [8 * totals[n] / self.numbers for n in names]
+            rows.append(["bits", *(f"{b:.3f}" for b in bits), f"{sum(bits):.3f}"])
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        shared = f"{self.recipe}: {self.nbytes:,} bytes, of which {self.positions:,} for positions, shared by all layers"
+        return "\n".join([shared, *lines])
+
+
+def explain(cache: PackedCache) -> Explanation:
+    """Say where a cache's bytes are; str() of the result is a table."""
+    layers = []
+    for layer in cache.packed:
+        parts = {name: sum(tensor.untyped_storage().nbytes() for tensor in held) for name, held in layer.store.parts().items()}
+        tables = [table for quantizer in layer.store.quantizers for table in quantizer.tensors().values()]
+        layers.append(parts | {"tables": sum(table.untyped_storage().nbytes() for table in tables)})
+    positions = sum(tensor.untyped_storage().nbytes() for tensor in cache.ledger.tensors())
+    return Explanation(cache.recipe.name, layers, positions, cache.numbers)

@@ -1,0 +1,168 @@
+"""A layer's store as named tensors, and back: what a cache on disk holds of it. Nothing is re-encoded on the way."""
+
+import torch
+from torch import Tensor
+
+from narrowkv.codec import Encoded, Quantizer
+from narrowkv.codec.packing import PLANES, plane_bytes
+from narrowkv.errors import FileFormatError
+from narrowkv.store.layer import Column, LayerStore
+from narrowkv.store.page import BLOCK, PackedSide, Page
+
+SIDES = ("keys", "values")
+ENCODED = ("codes", "scale", "zero", "outlier_index", "outlier_values")
+PACKED = ("scale", "zero", "outlier_values", "outlier_index", "outlier_offsets")
+
+
+def to_tensors(store: LayerStore) -> dict[str, Tensor]:
+    """Everything that a store holds, by name: `counts` [blocks] int32 tokens of each block; `keys.plane0`, `keys.scale`, ...
+    of the blocks, block after block, each for all sequences; `tail.keys.codes`, ...; `recent.keys`, `recent_skip`;
+    `sinks.keys`, `sink_index`.
+    """
+    found: dict[str, Tensor] = {}
+    if store.columns:
+        found["counts"] = torch.tensor([column.count for column in store.columns], dtype=torch.int32)
+        page = _compact(store)
+        for name, side in zip(SIDES, (page.keys, page.values), strict=True):
+            found |= {f"{name}.plane{i}": plane for i, plane in enumerate(side.planes)}
+            found |= {f"{name}.{part}": getattr(side, part) for part in PACKED if getattr(side, part) is not None}
+    for name, encoded in zip(SIDES, store.tail or (), strict=False):
+        found |= {f"tail.{name}.{part}": getattr(encoded, part) for part in ENCODED if getattr(encoded, part) is not None}
+    found |= {f"recent.{name}": numbers for name, numbers in zip(SIDES, store.recent or (), strict=False)}
+    found |= {f"sinks.{name}": numbers for name, numbers in zip(SIDES, store.sink_numbers or (), strict=False)}
+    for name in ("recent_skip", "sink_index"):
+        if getattr(store, name) is not None:
+            found[name] = getattr(store, name)
+    return {name: tensor.contiguous() for name, tensor in found.items()}
+
+
+def _compact(store: LayerStore) -> Page:
+    """All blocks of a store in one page without free slots."""
+    assert store.shape is not None
+    batch, page = store.shape[0], None
+    for column in store.columns:
+        blocks = (column.page.keys.take(column.slots), column.page.values.take(column.slots))
+        if page is None:
+            sides = [
+                PackedSide(quantizer, len(store.columns) * batch, like, channel_major, 0)
+                for quantizer, like, channel_major in zip(store.quantizers, blocks, (True, False), strict=True)
+            ]
+            page = Page(len(store.columns) * batch, sides[0], sides[1])
+        page.put(*blocks)
+    assert page is not None
+    page.commit()
+    return page
+
+
+class _Reader:
+    """Takes tensors from a file one by one, each of the shape and dtype it must have."""
+
+    def __init__(self, tensors: dict[str, Tensor], dtype: torch.dtype):
+        self.tensors = dict(tensors)
+        self.dtype = dtype
+        self.dtype16 = dtype if dtype.itemsize == 2 else torch.float16
+
+    def take(self, name: str, shape: tuple[int | None, ...], dtype: torch.dtype) -> Tensor:
+        tensor = self.tensors.pop(name, None)
+        if tensor is None:
+            raise FileFormatError(f"tensor {name} is missing")
+        fits = len(tensor.shape) == len(shape) and all(
+            size in (None, real) for size, real in zip(shape, tensor.shape, strict=True)
+        )
+        if not fits or tensor.dtype != dtype:
+            raise FileFormatError(f"tensor {name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}")
+        return tensor
+
+
+def load_tensors(store: LayerStore, tensors: dict[str, Tensor], shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Fill an empty store from `to_tensors`.
+
+    shape: batch, kv_heads, head_dim. dtype: of exact numbers. Raises FileFormatError where a tensor is missing, is one too
+    many, or has a shape, a dtype or contents that no store would have written.
+    """
+    reader, (batch, heads, dim) = _Reader(tensors, dtype), shape
+    store.reset()
+    store.shape = shape
+    if "counts" in reader.tensors:
+        counts = reader.take("counts", (None,), torch.int32)
+        _require(len(counts) > 0 and bool(((counts > 0) & (counts <= BLOCK)).all()), "counts")
+        sides = [
+            _load_side(reader, name, quantizer, len(counts) * batch, heads, dim)
+            for name, quantizer in zip(SIDES, store.quantizers, strict=True)
+        ]
+        page = Page(len(counts) * batch, sides[0], sides[1])
+        page.used = page.slots
+        slots = torch.arange(page.slots).view(-1, batch)
+        store.columns = [Column(page, row.clone(), int(count)) for row, count in zip(slots, counts, strict=True)]
+    if "tail.keys.codes" in reader.tensors:
+        pair = [_load_tail(reader, name, q, shape) for name, q in zip(SIDES, store.quantizers, strict=True)]
+        _require(pair[0].tokens == pair[1].tokens < BLOCK, "tail.keys.codes")
+        store.tail = (pair[0], pair[1])
+    if "recent.keys" in reader.tensors:
+        keys, values = (reader.take(f"recent.{name}", (batch, heads, None, dim), dtype) for name in SIDES)
+        _require(keys.shape == values.shape and keys.shape[2] <= store.window, "recent.keys")
+        store.recent, store.recent_skip = (keys, values), reader.take("recent_skip", (batch, keys.shape[2]), torch.bool)
+    if store.sinks and store.length:
+        keys, values = (reader.take(f"sinks.{name}", (batch, heads, store.sinks, dim), dtype) for name in SIDES)
+        store.sink_numbers = (keys, values)
+        store.sink_index = reader.take("sink_index", (batch, store.sinks), torch.int64)
+        _require(bool(((store.sink_index >= -1) & (store.sink_index < store.length)).all()), "sink_index")
+    if reader.tensors:
+        raise FileFormatError(f"tensor {min(reader.tensors)} does not belong to this recipe")
+
+
+def _require(holds: bool, name: str) -> None:
+    if not holds:
+        raise FileFormatError(f"tensor {name} holds numbers that no cache has")
+
+
+def _load_side(reader: _Reader, name: str, quantizer: Quantizer, slots: int, heads: int, dim: int) -> PackedSide:
+    scheme, channel_major = quantizer.scheme, name == "keys"
+    rows, length = (dim, BLOCK) if channel_major else (BLOCK, dim)
+    side = PackedSide.__new__(PackedSide)
+    side.bits, side.channel_major, side.shape = scheme.bits, channel_major, (heads, BLOCK, dim)
+    side._pending = []
+    side.scale = side.zero = side.outlier_values = side.outlier_index = side.outlier_offsets = None
+    if scheme.bits == 16:
+        side.planes = [reader.take(f"{name}.plane0", (slots, heads, BLOCK, dim), reader.dtype)]
+        side.outliers_used = 0
+        return side
+    side.planes = [
+        reader.take(f"{name}.plane{i}", (slots, heads, rows, plane_bytes(length, plane)), torch.uint8)
+        for i, plane in enumerate(PLANES[scheme.bits])
+    ]
+    if not scheme.static:
+        form = (slots, 1 if scheme.axis == "token" else heads, BLOCK, 1)
+        side.scale, side.zero = (reader.take(f"{name}.{part}", form, torch.float16) for part in ("scale", "zero"))
+    side.outliers_used = 0
+    if scheme.outliers:
+        values = reader.take(f"{name}.outlier_values", (None,), reader.dtype16)
+        index = reader.take(f"{name}.outlier_index", (len(values),), torch.int16)
+        offsets = reader.take(f"{name}.outlier_offsets", (slots * heads + 1,), torch.int32)
+        _require(bool(((index >= 0) & (index.int() < BLOCK * dim)).all()), f"{name}.outlier_index")
+        ordered = offsets[0] == 0 and offsets[-1] == len(values) and bool((offsets.diff() >= 0).all())
+        _require(bool(ordered), f"{name}.outlier_offsets")
+        side.outlier_values, side.outlier_index, side.outlier_offsets = values, index, offsets
+        side.outliers_used = len(values)
+    return side
+
+
+def _load_tail(reader: _Reader, name: str, quantizer: Quantizer, shape: tuple[int, int, int]) -> Encoded:
+    scheme, (batch, heads, dim) = quantizer.scheme, shape
+    dtype = reader.dtype if scheme.bits == 16 else torch.uint8
+    codes = reader.take(f"tail.{name}.codes", (batch, heads, None, dim), dtype)
+    _require(codes.shape[2] > 0, f"tail.{name}.codes")
+    encoded = Encoded(codes)
+    if scheme.bits == 16:
+        return encoded
+    _require(int(codes.max()) < 2**scheme.bits, f"tail.{name}.codes")
+    if not scheme.static:
+        form = (batch, 1 if scheme.axis == "token" else heads, codes.shape[2], 1)
+        encoded.scale, encoded.zero = (reader.take(f"tail.{name}.{part}", form, torch.float16) for part in ("scale", "zero"))
+    if scheme.outliers:
+        index = reader.take(f"tail.{name}.outlier_index", (None,), torch.int64)
+        encoded.outlier_values = reader.take(f"tail.{name}.outlier_values", (len(index),), reader.dtype16)
+        ordered = bool((index.diff() > 0).all()) and (len(index) == 0 or bool(index[0] >= 0 and index[-1] < codes.numel()))
+        _require(ordered, f"tail.{name}.outlier_index")
+        encoded.outlier_index = index
+    return encoded

@@ -1,0 +1,82 @@
+"""The packed cache without a change at the call."""
+
+import pytest
+import torch
+from tests.conftest import asset
+from transformers import DynamicCache, pipeline
+
+from narrowkv import PackedCache, disable, enable, make_default
+from narrowkv.errors import RecipeError, UnsupportedModelError
+
+
+def generate(model, ids, **options):
+    with torch.inference_mode():
+        return model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0, return_dict_in_generate=True, **options)
+
+
+def test_generate_uses_a_new_packed_cache_at_every_call(tiny):
+    model, ids = tiny(), torch.randint(2, 97, (2, 30))
+    expected = generate(model, ids)
+    make_default(model, "fp16")
+    for _ in range(2):
+        found = generate(model, ids)
+        assert isinstance(found.past_key_values, PackedCache)
+        assert torch.equal(found.sequences, expected.sequences)
+        assert found.past_key_values.get_seq_length() == 49
+    assert isinstance(generate(model, ids, past_key_values=DynamicCache()).past_key_values, DynamicCache)
+    assert generate(model, ids, num_beams=2).past_key_values.batch_size == 4
+    make_default(model, "int4")
+    assert generate(model, ids).past_key_values.recipe.name == "int4"
+    disable(model)
+    after = generate(model, ids)
+    assert isinstance(after.past_key_values, DynamicCache)
+    assert torch.equal(after.sequences, expected.sequences)
+
+
+def test_disable_leaves_no_trace(tiny):
+    model = tiny(attn_implementation="eager")
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+    enable(model)
+    make_default(model, "int4", scoring=True)
+    disable(model)
+    assert model.config._attn_implementation == "eager"
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    enable(model)
+    ids = torch.randint(2, 97, (1, 9))
+    assert torch.equal(
+        generate(model, ids, past_key_values=PackedCache(model, "fp16")).sequences, generate(model, ids).sequences
+    )
+
+
+def test_scoring_sees_quantised_numbers_where_nobody_passed_a_cache(tiny):
+    model, ids = tiny(), torch.randint(2, 97, (2, 60))
+    with torch.inference_mode():
+        plain = model(ids).logits
+        expected = model(ids, past_key_values=PackedCache(model, "int3", strict=True)).logits
+        make_default(model, "int3")
+        assert torch.equal(model(ids).logits, plain)
+        make_default(model, "int3", scoring=True)
+        assert torch.equal(model(ids).logits, expected)
+        assert torch.equal(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits, expected)
+        assert torch.equal(model(ids, use_cache=False).logits, plain)
+    model(ids, labels=ids).loss.backward()  # with gradients the model is its own
+    assert model.lm_head.weight.grad is not None
+    disable(model)
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, plain)
+
+
+def test_pipelines_need_no_change(tiny):
+    speak = pipeline("text-generation", model=str(asset("models", "stories260K")))
+    options = {"max_new_tokens": 30, "do_sample": False, "return_full_text": False}
+    expected = speak("Once upon a time", **options)
+    make_default(speak.model, "fp16")
+    assert speak("Once upon a time", **options) == expected
+
+
+def test_what_does_not_fit_is_said_at_once(tiny):
+    with pytest.raises(RecipeError, match="narrowkv calibrate"):
+        make_default(tiny(), "nuq3-1%")
+    with pytest.raises(UnsupportedModelError):
+        enable(tiny(attn_implementation="flex_attention"))

@@ -1,0 +1,215 @@
+"""Caches on disk: generation goes on as if nothing had been, and no damaged or foreign file gets through."""
+
+import copy
+import json
+import os
+import struct
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tests.conftest import make_tiny
+
+from narrowkv import PackedCache, calibrate, get_recipe
+from narrowkv.errors import CacheUseError, CalibrationError, FileFormatError, NarrowKVError, OutputError
+
+RECIPES = ["fp16", "int4", "nuq3-1%", "window and sinks"]
+
+
+def source_of(model, name):
+    recipe = get_recipe("int3") if name == "window and sinks" else get_recipe(name)
+    if name == "window and sinks":
+        recipe = recipe.with_options(window=20, sinks=3)
+    return calibrate(model, torch.randint(2, 97, (2, 60)), recipe) if recipe.needs_calibration else recipe
+
+
+def read_prompt(model, source, batch=2, tokens=150, **options):
+    cache = PackedCache(model, source, **options)
+    ids = torch.randint(2, 97, (batch, tokens))
+    with torch.inference_mode():
+        model(ids, past_key_values=cache)
+    return cache, ids
+
+
+def go_on(model, cache, ids):
+    with torch.inference_mode():
+        more = torch.cat([ids, ids[:, :3]], dim=1)
+        return model.generate(more, past_key_values=cache, max_new_tokens=40, do_sample=False, pad_token_id=0)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("tokens", [10, 64, 150])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_generation_goes_on_from_a_loaded_cache(tiny, tmp_path, name, tokens, dtype):
+    model = tiny(dtype=dtype)
+    source = source_of(model, name)
+    cache, ids = read_prompt(model, source, tokens=tokens)
+    cache.save(tmp_path / "prompt.safetensors", ids)
+    loaded = PackedCache.load(tmp_path / "prompt.safetensors", model, source, token_ids=ids)
+    assert loaded.get_seq_length() == tokens
+    assert loaded.numbers == cache.numbers
+    for ours, theirs in zip(loaded.packed, cache.packed, strict=True):
+        for found, expected in zip(ours.store.read(), theirs.store.read(), strict=True):
+            assert torch.equal(found, expected)
+    assert torch.equal(go_on(model, loaded, ids), go_on(model, cache, ids))
+
+
+def test_after_crop_and_select_what_is_left_is_saved(tiny, tmp_path):
+    model = tiny()
+    cache, _ = read_prompt(model, "int4", tokens=200)
+    cache.crop(-90)
+    cache.batch_select_indices(torch.tensor([1, 1, 0]))
+    with torch.inference_mode():
+        model(torch.randint(2, 97, (3, 30)), past_key_values=cache)
+    cache.save(tmp_path / "c")
+    loaded = PackedCache.load(tmp_path / "c", model, "int4")
+    for ours, theirs in zip(loaded.packed, cache.packed, strict=True):
+        assert torch.equal(ours.store.read()[0], theirs.store.read()[0])
+    assert torch.equal(loaded.ledger.read(140), cache.ledger.read(140))
+    assert loaded.nbytes <= cache.nbytes
+
+
+def test_a_file_of_something_else_is_refused_with_the_reason(tiny, tmp_path):
+    model, path = tiny(), tmp_path / "c"
+    cache, ids = read_prompt(model, "int4")
+    cache.save(path, ids)
+    with pytest.raises(CalibrationError, match="another recipe than int3"):
+        PackedCache.load(path, model, "int3")
+    with pytest.raises(CalibrationError, match="another model"):
+        PackedCache.load(path, tiny(seed=1), "int4")
+    with pytest.raises(CalibrationError, match="model in float32"):
+        PackedCache.load(path, tiny(dtype=torch.bfloat16), "int4")
+    with pytest.raises(CacheUseError, match="another prompt"):
+        PackedCache.load(path, model, "int4", token_ids=ids + 1)
+    one, other = (calibrate(model, torch.randint(2, 97, (1, 60)), "nuq3") for _ in range(2))
+    read_prompt(model, one)[0].save(path)
+    with pytest.raises(CalibrationError, match="another calibration"):
+        PackedCache.load(path, model, other)
+    PackedCache.load(path, model, one)
+
+
+def test_saving_what_cannot_be_saved(tiny, tmp_path):
+    model = tiny()
+    with pytest.raises(CacheUseError, match="nothing to save"):
+        PackedCache(model, "int4").save(tmp_path / "c")
+    cache, ids = read_prompt(model, "int4")
+    with pytest.raises(CacheUseError, match="2 x 150 tokens"):
+        cache.save(tmp_path / "c", ids[:, 1:])
+    with pytest.raises(OutputError, match="Cannot write"):
+        cache.save("/proc/nothing/c")
+    assert not list(tmp_path.iterdir())
+
+
+def altered(path, **changes):
+    """The file with fields of its header changed, and the header's own checksum made right again."""
+    from safetensors import safe_open
+
+    from narrowkv.files import checksum
+
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["narrowkv"])
+    header |= changes
+    header.pop("header_sha256")
+    header["header_sha256"] = checksum(json.dumps(header, sort_keys=True).encode())
+    save_file(load_file(path), path, {"narrowkv": json.dumps(header)})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"format_version": 2},
+        {"tokens": 151},
+        {"tokens": -1},
+        {"batch": 10**12},
+        {"batch": True},
+        {"kv_heads": 1},
+        {"head_dim": 8},
+        {"dtype": "float64"},
+        {"tensors_sha256": {}},
+        {"fingerprint": {}},
+        {"fingerprint": None},
+        {"recipe": []},
+    ],
+    ids=str,
+)
+def test_a_hostile_header_is_refused_even_with_its_checksum_right(tiny, tmp_path, changes):
+    model, path = tiny(), tmp_path / "c"
+    read_prompt(model, "int4")[0].save(path)
+    altered(path, **changes)
+    with pytest.raises(NarrowKVError):
+        PackedCache.load(path, model, "int4")
+
+
+@pytest.mark.parametrize("name", ["counts", "outlier_index", "outlier_offsets", "tail.keys.codes", "sink_index", "positions"])
+def test_hostile_numbers_are_refused_even_with_every_checksum_right(tiny, tmp_path, name, monkeypatch):
+    """A forger can make checksums right: what the numbers point at is checked all the same."""
+    model, path = tiny(), tmp_path / "c"
+    source = source_of(model, "nuq3-1%")
+    read_prompt(model, source)[0].save(path)
+    PackedCache.load(path, model, source)
+    tensors = load_file(path)
+    key = next(key for key in tensors if key.endswith(name))
+    tensors[key] = torch.full_like(tensors[key], -7 if tensors[key].dtype != torch.uint8 else 255)
+    from narrowkv.integrations.disk import tensor_checksum
+
+    sums = {key: tensor_checksum(tensor) for key, tensor in sorted(tensors.items())}
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, path, metadata)
+    altered(path, tensors_sha256=sums)
+    with pytest.raises(FileFormatError, match="cannot be loaded"):
+        PackedCache.load(path, model, source)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A model, a saved cache's bytes, and a place for mutants."""
+    model = make_tiny(layers=1)
+    torch.manual_seed(0)
+    cache, _ = read_prompt(model, "int4", batch=1, tokens=70)
+    path = tmp_path_factory.mktemp("fuzz") / "c"
+    cache.save(path)
+    return model, path.read_bytes(), path
+
+
+def load_mutant(saved, content):
+    model, original, path = saved
+    path.write_bytes(content)
+    try:
+        loaded = PackedCache.load(path, model, "int4")
+    except NarrowKVError:
+        return
+    # the one thing that may pass: padding of the header, which means nothing
+    path.write_bytes(original)
+    expected = PackedCache.load(path, model, "int4")
+    for ours, theirs in zip(loaded.packed, expected.packed, strict=True):
+        assert torch.equal(ours.store.read()[0], theirs.store.read()[0])
+        assert torch.equal(ours.store.read()[1], theirs.store.read()[1])
+
+
+@settings(
+    max_examples=int(os.environ.get("NARROWKV_FUZZ", "400")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_mutated_files_never_crash_and_never_give_wrong_numbers(saved, data):
+    content = bytearray(copy.copy(saved[1]))
+    kind = data.draw(st.sampled_from(["flip", "cut", "insert", "header length", "splice"]))
+    place = data.draw(st.integers(0, len(content) - 1))
+    if kind == "flip":
+        content[place] ^= data.draw(st.integers(1, 255))
+    elif kind == "cut":
+        del content[place : place + data.draw(st.integers(1, len(content)))]
+    elif kind == "insert":
+        content[place:place] = data.draw(st.binary(min_size=1, max_size=40))
+    elif kind == "header length":
+        content[:8] = struct.pack("<Q", data.draw(st.integers(0, 2**64 - 1)))
+    else:
+        other = data.draw(st.integers(0, len(content) - 1))
+        content[place : place + 16] = content[other : other + 16]
+    load_mutant(saved, bytes(content))
