@@ -25,7 +25,7 @@ BETWEEN = 2500  # characters of other text between the two
 
 def demo(
     json_file: JsonOption = None,
-    windows: Annotated[int, typer.Option(min=1, help="Windows of text to score.")] = 5,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of text to score.")] = 4,
     samples: Annotated[int, typer.Option(min=1, help="Windows of text to calibrate on.")] = 16,
     recall_distance: Annotated[int, typer.Option(min=128, max=2000)] = 512,
     recall_rows: Annotated[int, typer.Option(min=1)] = 64,
@@ -52,7 +52,7 @@ def speak(model: Any, tokenizer: Any, calibration: Calibration, text: str) -> No
     """Tell the model a fact, let it read something else, ask for the fact, and print what its packed cache took."""
     cache = PackedCache(model, calibration)
     prompt = f"{FACT}\n\n{text[:BETWEEN]}\n\n{QUESTION}"
-    words = continue_text(model, tokenizer, cache, prompt, 4)
+    words = continue_text(model, tokenizer, cache, prompt, 8).split(".")[0] + "."
     out.print(f"Told: {FACT}", highlight=False)
     out.print(f"Asked, {cache.get_seq_length()} tokens later: {QUESTION}[bold]{escape(words)}[/bold]", highlight=False)
     err.print(summary(cache) + "\n", highlight=False)

@@ -21,6 +21,7 @@ from narrowkv.methods import Recipe
 
 Source = Calibration | Recipe
 STREAM_CHUNK = 128
+RECALL_ROWS = 8  # recall rows at a time
 LOGIT_ROWS = 512  # tokens compared at a time, which bounds the memory of wide vocabularies
 
 
@@ -153,11 +154,12 @@ def _streamed(model: PreTrainedModel, source: Source, ids: Tensor, chunk: int) -
 
 
 def _recall(model: PreTrainedModel, source: Source | None, batch: RecallBatch) -> float:
-    ids = batch.input_ids.to(model.device)
-    cache = None if source is None else PackedCache(model, source, strict=True)
     keep = int(batch.answer_mask.sum(1).max()) + 1
-    logits = model(ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep).logits
-    return accuracy(logits, batch)
+    logits = []
+    for ids in batch.input_ids.to(model.device).split(RECALL_ROWS):
+        cache = None if source is None else PackedCache(model, source, strict=True)
+        logits.append(model(ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep).logits)
+    return accuracy(torch.cat(logits), batch)
 
 
 def _loss(logits: Tensor, row: Tensor) -> float:
