@@ -32,7 +32,7 @@ def test_keys_values_and_gradients_are_those_of_the_projections(tiny, family):
     model = tiny(family)
     ids = torch.randint(2, 97, (2, 30))
     expected = hooked(model, ids)
-    prepare(model)
+    facts = prepare(model)
     seen = {}
 
     def note(key, numbers):
@@ -45,7 +45,7 @@ def test_keys_values_and_gradients_are_those_of_the_projections(tiny, family):
             numbers.register_hook(note((layer, side), numbers.detach()))
 
     model.requires_grad_(False)
-    logits = model(ids, past_key_values=CaptureCache(2, listen)).logits
+    logits = model(ids, past_key_values=CaptureCache(facts, listen)).logits
     torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
     assert seen.keys() == expected.keys()
     for key, (numbers, gradient) in seen.items():

@@ -23,6 +23,8 @@ def attend(
     padding: Tensor | None,
     scaling: float,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of the newest queries over the packed cache.
 
@@ -31,6 +33,8 @@ def attend(
     [batch, kv_heads, n, head_dim] each, or None. rope: rotates the stored keys, None where they were stored rotated.
     positions: [batch, past] of the stored tokens. padding: [batch, past + n] bool, False where a token must not be seen.
     scaling: factor on the scores. sliding_window: a query sees only that many of the newest tokens, itself included.
+    softcap: scores s become softcap * tanh(s / softcap). sink_logits: [query_heads], a score of each head that takes part in
+    the softmax and has no value (GPT-OSS).
     Returns [batch, query_heads, queries, head_dim] float32 (or float64); a query that sees nothing yields zeros.
     """
     precision = torch.promote_types(query.dtype, torch.float32)
@@ -56,7 +60,14 @@ def attend(
             hidden = hidden | ~padding[:, None, None, None, :seen]
         grouped = rows.reshape(batch, kv_heads, -1, dim)  # [batch, kv_heads, group * rows, head_dim]
         scores = (grouped @ keys[:, :, :seen].transpose(2, 3)).unflatten(2, (-1, rows.shape[2]))
-        weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
+        if softcap is not None:
+            scores = (scores / softcap).tanh() * softcap
+        scores = scores.masked_fill(hidden, -torch.inf)
+        if sink_logits is None:
+            weights = scores.softmax(-1)
+        else:
+            sinks = sink_logits.to(precision).view(kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
+            weights = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
         if padding is not None:
             weights = weights.masked_fill(hidden.all(-1, keepdim=True), 0.0)
         outputs.append((weights.flatten(2, 3) @ values[:, :, :seen]).view(batch, query_heads, -1, dim))

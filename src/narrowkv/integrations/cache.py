@@ -15,7 +15,6 @@ from narrowkv.calibration import Calibration, Fingerprint
 from narrowkv.errors import CacheUseError, RecipeError, UnsupportedModelError
 from narrowkv.integrations.disk import load_cache, save_cache
 from narrowkv.integrations.interface import ANOTHER_MODEL, InterceptingCache, Step, model_attention, prepare, require_step
-from narrowkv.integrations.support import attention_modules, describe
 from narrowkv.methods import Recipe, get_recipe
 from narrowkv.store import LayerStore, Ledger
 
@@ -25,7 +24,7 @@ class PackedLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, store: LayerStore, ledger: Ledger, rope: Rope, backend: str, strict: bool):
+    def __init__(self, store: LayerStore, ledger: Ledger, rope: Rope | None, backend: str, strict: bool):
         super().__init__()
         self.store = store
         self.ledger = ledger
@@ -41,6 +40,10 @@ class PackedLayer(CacheLayerMixin):
         """Whether nothing is quantised, so that the model's own attention can read what is stored."""
         return all(quantizer.scheme.datatype == "exact" for quantizer in self.store.quantizers)
 
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Turn x: [batch, heads, new, head_dim] as the model's layer does, in the dtype of x."""
+        return self.rope.rotate(x, positions) if self.rope else x
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
@@ -49,7 +52,7 @@ class PackedLayer(CacheLayerMixin):
         step, self.step = require_step(self.step), None
         self.lazy_initialization(key_states, value_states)
         past = self.store.length
-        stored = key_states if self.store.quantizers[0].scheme.pre_rope else step.rotate(key_states)
+        stored = key_states if self.store.quantizers[0].scheme.pre_rope else self.rotate(key_states, step.positions)
         new = key_states.shape[2]
         if self.ledger.length not in (past, past + new):
             raise CacheUseError(
@@ -106,14 +109,15 @@ class PackedHandle:
         """
         layer, step = self.layer, self.step
         if layer.is_exact or (self.past == 0 and not layer.strict):
-            keys, values = layer.store.read() if layer.is_exact else (step.rotate(self.keys), self.values)
-            output, _ = model_attention(module, step.rotate(query), keys, values, step.mask, scaling=scaling, **kwargs)
+            rotated = layer.rotate(query, step.positions)
+            keys, values = layer.store.read() if layer.is_exact else (layer.rotate(self.keys, step.positions), self.values)
+            output, _ = model_attention(module, rotated, keys, values, step.mask, scaling=scaling, **kwargs)
             return output
-        positions = step.positions.expand(query.shape[0], -1)
-        new = None if layer.strict else (layer.rope.rotate(self.keys, positions), self.values)
+        precise = torch.promote_types(query.dtype, torch.float32)
+        new = None if layer.strict else (layer.rotate(self.keys.to(precise), step.positions), self.values)
         past = layer.store.length if layer.strict else self.past
         output = BACKENDS[layer.backend](
-            layer.rope.rotate(query, positions),
+            layer.rotate(query.to(precise), step.positions),
             layer.store,
             past=past,
             new=new,
@@ -122,6 +126,8 @@ class PackedHandle:
             padding=step.mask.padding,
             scaling=scaling,
             sliding_window=kwargs.get("sliding_window"),
+            softcap=kwargs.get("softcap"),
+            sink_logits=kwargs.get("s_aux"),
         )
         return output.to(query.dtype).transpose(1, 2).contiguous()
 
@@ -144,7 +150,7 @@ class PackedCache(InterceptingCache):
         strict: bool = False,
         backend: str = "naive",
     ):
-        facts = describe(model)
+        facts = prepare(model)
         self.dtype = model.dtype
         self.fingerprint = Fingerprint.of(model)
         if isinstance(source, Calibration):
@@ -154,22 +160,21 @@ class PackedCache(InterceptingCache):
             source = self.recipe = get_recipe(source)
         if backend not in BACKENDS:
             raise RecipeError(f"There is no backend {backend!r}; there is {', '.join(BACKENDS)}.")
-        if any(not 0 <= layer < facts.layers for layer in self.recipe.layers):
+        if any(not 0 <= layer < len(facts) for layer in self.recipe.layers):
             raise RecipeError(
-                f"Recipe {self.recipe.name} names layers {sorted(self.recipe.layers)}; the model has 0 to {facts.layers - 1}."
+                f"Recipe {self.recipe.name} names layers {sorted(self.recipe.layers)}; the model has 0 to {len(facts) - 1}."
             )
         self.backend = backend
         self.ledger = Ledger()
-        rope = Rope(facts.rope.inverse_frequencies.to(model.device), facts.rope.scaling)
         layers: list[PackedLayer] = []
-        for i in range(facts.layers):
+        for i, layer in enumerate(facts):
             keys, values = (quantizer.to(model.device) for quantizer in source.quantizers(i))
+            rope = layer.rope.to(model.device) if layer.rope else None
             store = LayerStore(keys, values, self.recipe.sinks, self.recipe.window)
             layers.append(PackedLayer(store, self.ledger, rope, backend, strict))
         super().__init__(layers=list(layers))
         self.packed = layers
-        prepare(model)
-        self.modules = [weakref.ref(module) for module in attention_modules(model)]
+        self.modules = [weakref.ref(layer.module) for layer in facts]
 
     def begin(self, module: Any, step: Step) -> None:
         """Called before each attention module runs; raises CacheUseError if it is another model's."""

@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from narrowkv import __version__
+from narrowkv.attention import Rope
 from narrowkv.calibration import Calibration, Fingerprint, Fit
 from narrowkv.errors import ActivationError, CalibrationError, RecipeError
 from narrowkv.integrations.interface import InterceptingCache, Step, model_attention, prepare, require_step
-from narrowkv.integrations.support import describe
+from narrowkv.integrations.probe import AttentionFacts
 from narrowkv.methods import LayerSchemes, Recipe, get_recipe
 
 # layer, keys unrotated, values: both [batch, kv_heads, tokens, head_dim]
@@ -24,8 +25,9 @@ Listener = Callable[[int, Tensor, Tensor], None]
 class CaptureLayer(CacheLayerMixin):
     """Stores nothing; hands keys and values to a listener."""
 
-    def __init__(self, index: int, listener: Listener):
+    def __init__(self, index: int, rope: Rope | None, listener: Listener):
         super().__init__()
+        self.rope = rope
         self.index = index
         self.listener = listener
         self.step: Step | None = None
@@ -36,7 +38,7 @@ class CaptureLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any):
         step, self.step = require_step(self.step), None
         self.listener(self.index, key_states, value_states)
-        handle = CaptureHandle(step, key_states, value_states)
+        handle = CaptureHandle(self.rope, step, key_states, value_states)
         return handle, handle
 
     def get_seq_length(self) -> int:
@@ -53,21 +55,24 @@ class CaptureLayer(CacheLayerMixin):
 class CaptureHandle:
     """Lets the model's own attention go on with what was captured."""
 
+    rope: Rope | None
     step: Step
     keys: Tensor
     values: Tensor
 
     def attend(self, module: nn.Module, query: Tensor, scaling: float, **kwargs: Any) -> Tensor:
-        rotate, mask = self.step.rotate, self.step.mask
-        output, _ = model_attention(module, rotate(query), rotate(self.keys), self.values, mask, scaling=scaling, **kwargs)
+        keys = self.keys
+        if self.rope:
+            query, keys = (self.rope.rotate(x, self.step.positions) for x in (query, keys))
+        output, _ = model_attention(module, query, keys, self.values, self.step.mask, scaling=scaling, **kwargs)
         return output
 
 
 class CaptureCache(InterceptingCache):
-    """A cache that shows a listener what every layer would store. Make the model ready with `prepare` first."""
+    """A cache that shows a listener what every layer would store. facts: as `prepare` returns them."""
 
-    def __init__(self, layers: int, listener: Listener):
-        super().__init__(layers=[CaptureLayer(i, listener) for i in range(layers)])
+    def __init__(self, facts: list[AttentionFacts], listener: Listener):
+        super().__init__(layers=[CaptureLayer(i, layer.rope, listener) for i, layer in enumerate(facts)])
 
 
 @contextlib.contextmanager
@@ -125,18 +130,17 @@ def calibrate_many(
         raise CalibrationError(
             "Calibration needs batches of token ids [batch, tokens] of 2 tokens or more; give it more text."
         )
-    facts = describe(model)
+    facts = prepare(model)
     for recipe in chosen:
         if max(batch.shape[1] for batch in data) <= recipe.sinks + 1:
             raise CalibrationError(
                 f"Sequences must be longer than the {recipe.sinks} sinks of {recipe.name}; give longer ones."
             )
-        if any(not 0 <= layer < facts.layers for layer in recipe.layers):
+        if any(not 0 <= layer < len(facts) for layer in recipe.layers):
             raise RecipeError(
-                f"Recipe {recipe.name} names layers {sorted(recipe.layers)}; the model has 0 to {facts.layers - 1}."
+                f"Recipe {recipe.name} names layers {sorted(recipe.layers)}; the model has 0 to {len(facts) - 1}."
             )
-    prepare(model)
-    needs = [{Need.of(recipe, i) for recipe in chosen} for i in range(facts.layers)]
+    needs = [{Need.of(recipe, i) for recipe in chosen} for i in range(len(facts))]
     fits: Fits = [{need: (Fit(need.schemes.keys), Fit(need.schemes.values)) for need in layer} for layer in needs]
     done = 0
 
@@ -148,22 +152,22 @@ def calibrate_many(
 
     with _without_weight_gradients(model):
         for batch in data:
-            _run(model, facts.layers, batch, _range_listener(fits), gradients=False)
+            _run(model, facts, batch, _range_listener(fits), gradients=False)
             report()
         for batch in data:
-            _run(model, facts.layers, batch, _codebook_listener(fits), gradients=True)
+            _run(model, facts, batch, _codebook_listener(fits), gradients=True)
             report()
     provenance = {
         "narrowkv": __version__,
         "sequences": sum(batch.shape[0] for batch in data),
         "tokens": sum(batch.numel() for batch in data),
     }
-    shape = (facts.kv_heads, facts.head_dim)
     calibrations = []
     for recipe in chosen:
         layers = []
-        for i in range(facts.layers):
+        for i in range(len(facts)):
             schemes, (keys, values) = recipe.schemes(i), fits[i][Need.of(recipe, i)]
+            shape = (facts[i].kv_heads, facts[i].head_dim)
             layers.append((keys.quantizer(shape, schemes.keys), values.quantizer(shape, schemes.values)))
         calibrations.append(Calibration(recipe, Fingerprint.of(model), layers, dict(provenance)))
     return calibrations
@@ -180,11 +184,11 @@ def calibrate(
     return calibrate_many(model, batches, [recipe], on_batch=on_batch)[0]
 
 
-def _run(model: PreTrainedModel, layers: int, batch: Tensor, listener: Listener, *, gradients: bool) -> None:
+def _run(model: PreTrainedModel, facts: list[AttentionFacts], batch: Tensor, listener: Listener, *, gradients: bool) -> None:
     """One forward pass with a listener, and a backward pass of the summed loss if asked."""
     with torch.set_grad_enabled(gradients):
         ids = batch.to(model.device).clone()  # an ordinary tensor, wherever the batch was made
-        logits = model(ids, past_key_values=CaptureCache(layers, listener), use_cache=True).logits
+        logits = model(ids, past_key_values=CaptureCache(facts, listener), use_cache=True).logits
         if not torch.isfinite(logits[:, -1]).all():
             raise ActivationError("The model computes NaN or infinity on the calibration text; check its weights and dtype.")
         if gradients:

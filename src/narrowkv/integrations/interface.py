@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 
 from narrowkv.errors import CacheUseError, UnsupportedModelError
-from narrowkv.integrations.support import attention_modules, describe
+from narrowkv.integrations.probe import AttentionFacts, probe
 
 NAME = "narrowkv"
+MAX_LAYERS = 1000
+KNOWN_TENSORS = ("position_ids", "s_aux", "cache_position")
 ANOTHER_MODEL = "This cache was made for another model; make one with calibration.cache(model) or recipe.cache(model)."
 
 
@@ -46,20 +48,11 @@ class LazyMask:
 class Step:
     """What one forward pass tells every layer about its new tokens.
 
-    cos, sin: [1 or batch, new, head_dim], as the model made them. positions: [1 or batch, new] int64.
-    mask: as made by the model for our attention.
+    positions: [1 or batch, new] int64. mask: as made by the model for our attention.
     """
 
-    cos: Tensor
-    sin: Tensor
     positions: Tensor
     mask: LazyMask
-
-    def rotate(self, x: Tensor) -> Tensor:
-        """Turn x [batch, heads, new, head_dim] in its own dtype, to the last bit as the model itself would."""
-        first, second = x.chunk(2, dim=-1)
-        turned = torch.cat((-second, first), dim=-1)
-        return x * self.cos[:, None] + turned * self.sin[:, None]
 
     def valid(self, past: int, new: int) -> Tensor | None:
         """[batch, new] bool, False for padding among the new tokens, which follow `past` others; None where all count."""
@@ -98,60 +91,86 @@ def model_attention(
     return AttentionInterface().get_interface(implementation, eager)(module, query, keys, values, mask, **kwargs)
 
 
+_attending: list[nn.Module] = []  # modules whose attention came through here while a probe ran
+
+
 def attention_function(module: nn.Module, query: Tensor, key: Any, value: Any, attention_mask: Any, **kwargs: Any):
     """The function registered with transformers: handles attend themselves, tensors go to the model's own attention."""
     if isinstance(key, Tensor):
+        _attending.append(module)
+        del _attending[:-MAX_LAYERS]
         return model_attention(module, query, key, value, attention_mask, **kwargs)
+    strange = [name for name, part in kwargs.items() if isinstance(part, Tensor) and name not in KNOWN_TENSORS]
+    if strange:
+        raise UnsupportedModelError(f"The packed cache does not know what to do with {', '.join(strange)}; use DynamicCache.")
     return key.attend(module, query, **kwargs), None
 
 
 def _before_attention(module: Any, args: tuple, kwargs: dict[str, Any]):
     """Hook: where one of our caches is in use, exchange the rotary embedding for the identity."""
-    cache = kwargs.get("past_key_values")
-    if not isinstance(cache, InterceptingCache):
+    cache = next((part for part in kwargs.values() if isinstance(part, InterceptingCache)), None)
+    if cache is None:
         return None
     if module.config._attn_implementation != NAME:
         raise CacheUseError(
             f"The model's attention was set to {module.config._attn_implementation!r} after the cache was made; make another."
         )
-    cos, sin = kwargs["position_embeddings"]
-    mask = kwargs.get("attention_mask")
-    if kwargs["position_ids"].shape[1] == 0:
+    mask, positions = kwargs.get("attention_mask"), kwargs["position_ids"]
+    if positions.shape[1] == 0:
         raise CacheUseError("The prompt is empty; pass at least one token.")
     if not isinstance(mask, LazyMask) or mask.request["use_vmap"]:
         raise UnsupportedModelError(
             "The packed cache takes attention masks of 2 dimensions only (1 for tokens, 0 for padding); pass one or none."
         )
-    cache.begin(module, Step(cos, sin, kwargs["position_ids"], mask))
+    cache.begin(module, Step(positions, mask))
+    if kwargs.get("position_embeddings") is None:
+        return None
+    cos, sin = kwargs["position_embeddings"]
     return args, {**kwargs, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
 
 
-def prepare(model: PreTrainedModel) -> None:
-    """Make a model ready for our caches, once; raises UnsupportedModelError where that cannot be."""
-    describe(model)
-    AttentionInterface.register(NAME, attention_function)
-    AttentionMaskInterface.register(NAME, LazyMask)
+def prepare(model: PreTrainedModel) -> list[AttentionFacts]:
+    """Make a model ready for our caches, once, and return what the probe found of its layers.
+
+    Raises UnsupportedModelError where that cannot be; the model is then as it was.
+    """
+    known: list[AttentionFacts] | None = vars(model).get("narrowkv_facts")
     chosen = model.config._attn_implementation
+    if known and chosen == NAME:
+        return known
     if chosen not in ("eager", "sdpa", NAME):
         raise UnsupportedModelError(
             f"Attention implementation {chosen!r} is not supported; load the model with 'sdpa' or 'eager'."
         )
-    for module in attention_modules(model):
-        known = getattr(module, "narrowkv_previous", None)
-        if known is None:
-            vars(module)["narrowkv_hook"] = module.register_forward_pre_hook(_before_attention, with_kwargs=True)
-        vars(module)["narrowkv_previous"] = chosen if chosen != NAME else known or "sdpa"
+    AttentionInterface.register(NAME, attention_function)
+    AttentionMaskInterface.register(NAME, LazyMask)
+    previous = "sdpa" if chosen == NAME else chosen
     model.set_attn_implementation(NAME)
+    try:
+        _attending.clear()
+        facts = known or probe(model)
+        if not known and not {id(layer.module) for layer in facts} <= {id(module) for module in _attending}:
+            raise UnsupportedModelError(
+                "The model computes attention by itself, not through transformers' interface; use DynamicCache."
+            )
+    except UnsupportedModelError:
+        model.set_attn_implementation(previous)
+        raise
+    for layer in facts:
+        if "narrowkv_hook" not in vars(layer.module):
+            vars(layer.module)["narrowkv_hook"] = layer.module.register_forward_pre_hook(_before_attention, with_kwargs=True)
+        vars(layer.module)["narrowkv_previous"] = previous
+    vars(model)["narrowkv_facts"] = facts
+    return facts
 
 
 def release(model: PreTrainedModel) -> None:
     """Undo `prepare`."""
-    for module in attention_modules(model):
-        hook, previous = (vars(module).pop(name, None) for name in ("narrowkv_hook", "narrowkv_previous"))
-        if hook is not None:
-            hook.remove()
-            if model.config._attn_implementation == NAME:
-                model.set_attn_implementation(previous)
+    for layer in vars(model).pop("narrowkv_facts", []):
+        vars(layer.module).pop("narrowkv_hook").remove()
+        previous = vars(layer.module).pop("narrowkv_previous")
+        if model.config._attn_implementation == NAME:
+            model.set_attn_implementation(previous)
 
 
 def require_step(step: Step | None) -> Step:

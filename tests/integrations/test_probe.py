@@ -1,0 +1,87 @@
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from narrowkv import PackedCache
+from narrowkv.attention import Rope
+from narrowkv.errors import UnsupportedModelError
+from narrowkv.integrations.interface import prepare
+from tests.families import FAMILIES, REFUSED, make
+
+
+def llama(**extra):
+    settings = {"vocab_size": 30, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**{**settings, **extra}))
+
+
+@pytest.mark.parametrize(
+    ("make_model", "cause"),
+    [
+        (lambda: llama(hidden_size=24, num_attention_heads=2), "head_dim of 12"),
+        (lambda: llama(head_dim=520), "head_dim of 520"),
+        (
+            lambda: llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+            "type 'dynamic'",
+        ),
+        (lambda: llama(attn_implementation="flex_attention"), "flex_attention"),
+        *((lambda name=name: make(name), cause) for name, cause in REFUSED.items()),
+    ],
+    ids=["odd head_dim", "large head_dim", "rope", "attention", *REFUSED],
+)
+def test_what_cannot_be_served_is_refused_when_the_cache_is_made_and_left_as_it_was(make_model, cause):
+    model = make_model().eval()
+    before, ids = model.config._attn_implementation, torch.randint(2, 20, (1, 9))
+    with torch.inference_mode():
+        expected = model(ids).logits
+        with pytest.raises(UnsupportedModelError, match=cause):
+            PackedCache(model, "int4")
+        assert model.config._attn_implementation == before
+        assert torch.equal(model(ids).logits, expected)
+
+
+def rope_of(name):
+    return [layer.rope for layer in prepare(make(name))]
+
+
+def test_what_the_probe_finds():
+    assert [rope.interleaved for rope in rope_of("llama")] == [False, False]
+    assert [rope.interleaved for rope in rope_of("cohere")] == [True, True]
+    assert [2 * len(rope.inverse_frequencies) for rope in rope_of("phi")] == [8, 8]  # half of head_dim 16
+    assert rope_of("gpt2") == [None, None]
+    assert [rope is None for rope in rope_of("smollm3")] == [False, True]
+    local, whole = rope_of("gemma3_text")  # each kind of layer has frequencies of its own
+    assert not torch.equal(local.inverse_frequencies, whole.inverse_frequencies)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_scaled_rotary_embeddings_are_recognised_in_every_dtype(dtype):
+    for parameters in (
+        {"rope_type": "linear", "factor": 4.0},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    ):
+        model = llama(rope_parameters={**parameters, "rope_theta": 1e4}, initializer_range=0.4).to(dtype).eval()
+        (layer,) = prepare(model)
+        assert isinstance(layer.rope, Rope)
+        torch.testing.assert_close(layer.rope.inverse_frequencies, model.model.rotary_emb.inv_freq.float())
+        assert layer.rope.scaling == model.model.rotary_emb.attention_scaling
+
+
+def test_probing_leaves_no_trace_and_happens_once(tiny, monkeypatch):
+    model = tiny().train()
+    prepare(model)
+    assert model.training
+    monkeypatch.setattr("narrowkv.integrations.interface.probe", None)
+    PackedCache(model, "int4")
+
+
+def test_every_named_family_is_one_that_transformers_has():
+    for name in FAMILIES:
+        AutoConfig.for_model(name)
+        assert AutoModelForCausalLM
