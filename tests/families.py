@@ -82,13 +82,32 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bitnet": {},
     "ministral3": {},
 }
-REFUSED: dict[str, str] = {}
+# what cannot be served, and the words with which it is refused
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "gptj": ({"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}, "attention by itself"),
+    "codegen": ({"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}, "attention by itself"),
+    "bloom": ({"n_head": 4}, "not told the positions"),
+    "llama4_text": (EXPERTS, "rotates its keys"),
+    "qwen3_next": (EXPERTS, "use DynamicCache"),
+    "deepseek_v3": (
+        {
+            **EXPERTS,
+            "kv_lora_rank": 16,
+            "q_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "head_dim": 8,
+        },
+        "different sizes",
+    ),
+}
 
 
 def make(name: str) -> PreTrainedModel:
     """A random model of two layers in evaluation mode, its logits spread wide."""
     torch.manual_seed(0)
-    extra = dict({**FAMILIES, **{refused: {} for refused in REFUSED}}[name])
+    extra = dict(REFUSED[name][0] if name in REFUSED else FAMILIES[name])
     implementation = extra.pop("attn_implementation", None)
     config = AutoConfig.for_model(name, **{**BASE, **extra})
     return AutoModelForCausalLM.from_config(config, attn_implementation=implementation).float().eval()

@@ -16,10 +16,10 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- demo:begin -->\n", "<!-- demo:end -->"
-FAMILIES = {  # colours that colour-blind readers can tell apart, and a marker each
-    "KVQuant, 1% outliers": ("nuq4-1%", "nuq3-1%", "nuq2-1%", "#0072B2", "o"),
-    "KVQuant, no outliers": ("nuq4", "nuq3", "nuq2", "#009E73", "s"),
-    "integer per token": ("int4", "int3", "int2", "#D55E00", "^"),
+FAMILIES = {  # recipes, a colour that colour-blind readers can tell apart, a marker, where labels stand
+    "KVQuant, 1% outliers": ("nuq4-1%", "nuq3-1%", "nuq2-1%", "#0072B2", "o", (8, 4)),
+    "KVQuant, no outliers": ("nuq4", "nuq3", "nuq2", "#009E73", "s", (-28, -14)),
+    "integer per token": ("int4", "int3", "int2", "#D55E00", "^", (8, 4)),
 }
 
 
@@ -27,12 +27,12 @@ def draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
     """KL divergence over allocated bits, a line for each kind of recipe."""
     plt.rcParams["svg.hashsalt"] = "narrowkv"
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for label, (*names, colour, marker) in FAMILIES.items():
+    for label, (*names, colour, marker, offset) in FAMILIES.items():
         bits = [rows[name]["bits_per_element"] for name in names]
         divergence = [rows[name]["kld_strict"] for name in names]
         axes.plot(bits, divergence, marker=marker, color=colour, label=label, linewidth=2, markersize=8)
         for name, x, y in zip(names, bits, divergence, strict=True):
-            axes.annotate(name, (x, y), textcoords="offset points", xytext=(8, 4), fontsize=9, color=colour)
+            axes.annotate(name, (x, y), textcoords="offset points", xytext=offset, fontsize=9, color=colour)
     axes.set_yscale("log")
     axes.set_xlabel("allocated bits for each number, everything counted")
     axes.set_ylabel("KL divergence from 16 bit (nats, strict)")

@@ -99,6 +99,10 @@ def probe(model: PreTrainedModel) -> list[AttentionFacts]:
         positions = torch.arange(FIRST_POSITION, FIRST_POSITION + TOKENS, device=model.device)[None]
         cache = Cache(layers=[_ProbeLayer(running, updated) for _ in range(layers)])
         model(ids, position_ids=positions, past_key_values=cache, use_cache=True)
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UnsupportedModelError(
+            f"This model does not run with a cache of another make ({str(error).splitlines()[0]}); use DynamicCache."
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -106,7 +110,7 @@ def probe(model: PreTrainedModel) -> list[AttentionFacts]:
         model.train(training)
     if len(updated) != layers:
         raise UnsupportedModelError(
-            f"Of {layers} layers {len(updated)} keep keys and values in a way that the packed cache understands; use DynamicCache."
+            f"Of {layers} layers {len(updated)} keep keys and values as the packed cache understands it; use DynamicCache."
         )
     return [_facts(model, seen, positions, running) for seen in updated]
 
