@@ -45,7 +45,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": EXPERTS,
     "gemma": {},
     "gemma2": {**GEMMA, "attn_implementation": "eager"},
-    "gemma3_text": GEMMA,
+    "gemma3_text": {**GEMMA, "layer_types": ["sliding_attention", "full_attention"]},
     "vaultgemma": {**GEMMA, "attn_implementation": "eager"},
     "phi": {"partial_rotary_factor": 0.5},
     "phi3": {"sliding_window": None, "original_max_position_embeddings": 512},
@@ -88,10 +88,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "codegen": ({"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}, "attention by itself"),
     "bloom": ({"n_head": 4}, "not told the positions"),
     "llama4_text": (EXPERTS, "rotates its keys"),
-    "qwen3_next": (EXPERTS, "use DynamicCache"),
     "deepseek_v3": (
         {
             **EXPERTS,
+            "num_key_value_heads": 4,
             "kv_lora_rank": 16,
             "q_lora_rank": 16,
             "qk_rope_head_dim": 8,

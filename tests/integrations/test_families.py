@@ -16,9 +16,7 @@ MODES = {
     "chunked prefill": {"prefill_chunk_size": 10},
     "prompt lookup": {"prompt_lookup_num_tokens": 4},
 }
-EIGHT_BITS = Recipe(
-    "eight", keys=Scheme(8, "int", axis="token_head", pre_rope=True), values=Scheme(8, "int", axis="token_head")
-)
+UNROTATED = Recipe("unrotated", keys=Scheme(16, "exact", pre_rope=True), values=Scheme(16, "exact"))
 
 
 def prompt(mode):
@@ -49,9 +47,8 @@ def test_family(family):
                 )
             tokens.append(found)
         assert torch.equal(*tokens), f"{family}, {mode}"
-    ids, _ = prompt("greedy")
+    ids, mask = prompt("padded")
     with torch.inference_mode():
-        expected = model(ids, use_cache=False).logits.log_softmax(-1)
-        found = model(ids, past_key_values=PackedCache(model, EIGHT_BITS, strict=True)).logits.log_softmax(-1)
-    divergence = (expected.exp() * (expected - found)).sum(-1).mean()
-    assert divergence < 0.02, f"{family}: rounding to 8 bits moves the predictions by {divergence:.3f} nats"
+        expected = model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+        found = model(ids, attention_mask=mask, past_key_values=PackedCache(model, UNROTATED, strict=True)).logits[mask.bool()]
+    torch.testing.assert_close(found, expected, atol=5e-3, rtol=5e-3)

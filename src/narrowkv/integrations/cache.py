@@ -37,8 +37,9 @@ class PackedLayer(CacheLayerMixin):
 
     @property
     def is_exact(self) -> bool:
-        """Whether nothing is quantised, so that the model's own attention can read what is stored."""
-        return all(quantizer.scheme.datatype == "exact" for quantizer in self.store.quantizers)
+        """Whether numbers are stored as the model's own attention wants them: not quantised, and keys rotated."""
+        schemes = [quantizer.scheme for quantizer in self.store.quantizers]
+        return all(scheme.datatype == "exact" for scheme in schemes) and not schemes[0].pre_rope
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Turn x: [batch, heads, new, head_dim] as the model's layer does, in the dtype of x."""

@@ -145,21 +145,28 @@ def prepare(model: PreTrainedModel) -> list[AttentionFacts]:
     AttentionInterface.register(NAME, attention_function)
     AttentionMaskInterface.register(NAME, LazyMask)
     previous = "sdpa" if chosen == NAME else chosen
+    candidates = [module for module in model.modules() if hasattr(module, "layer_idx")]
+    for module in candidates:
+        vars(module)["narrowkv_previous"] = previous
     model.set_attn_implementation(NAME)
+    facts: list[AttentionFacts] = []
     try:
         _attending.clear()
-        facts = known or probe(model)
-        if not known and not {id(layer.module) for layer in facts} <= {id(module) for module in _attending}:
+        found = known or probe(model)
+        if not known and not {id(layer.module) for layer in found} <= {id(module) for module in _attending}:
             raise UnsupportedModelError(
                 "The model computes attention by itself, not through transformers' interface; use DynamicCache."
             )
-    except UnsupportedModelError:
-        model.set_attn_implementation(previous)
-        raise
+        facts = found
+    finally:
+        for module in candidates:
+            if not any(module is layer.module for layer in facts):
+                del vars(module)["narrowkv_previous"]
+        if not facts:
+            model.set_attn_implementation(previous)
     for layer in facts:
         if "narrowkv_hook" not in vars(layer.module):
             vars(layer.module)["narrowkv_hook"] = layer.module.register_forward_pre_hook(_before_attention, with_kwargs=True)
-        vars(layer.module)["narrowkv_previous"] = previous
     vars(model)["narrowkv_facts"] = facts
     return facts
 

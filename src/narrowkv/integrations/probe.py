@@ -95,7 +95,8 @@ def probe(model: PreTrainedModel) -> list[AttentionFacts]:
     training = model.training
     try:
         model.eval()
-        ids = torch.arange(2, 2 + TOKENS, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
+        embedding: Any = model.get_input_embeddings()
+        ids = torch.arange(2, 2 + TOKENS, device=model.device)[None] % embedding.weight.shape[0]
         positions = torch.arange(FIRST_POSITION, FIRST_POSITION + TOKENS, device=model.device)[None]
         cache = Cache(layers=[_ProbeLayer(running, updated) for _ in range(layers)])
         model(ids, position_ids=positions, past_key_values=cache, use_cache=True)
