@@ -14,7 +14,7 @@ HEAD = """# Models
 
 The probe runs a model on 12 tokens when its first cache is made, and finds its attention modules and how each rotates its
 keys. These are tested with tiny random models of two layers (`tests/integrations/test_families.py`): with the exact recipe the
-greedy tokens are those of `DynamicCache` in greedy decoding, in a padded batch of 3, in beam search with 3 beams on that batch,
+greedy tokens are those of `DynamicCache`, also padded in a batch of 3, in beam search with 3 beams on that batch,
 with prefill in chunks and with prompt lookup; and logits agree when keys are stored before the rotary embedding and rotated on
 read. Trained checkpoints of these families were not at hand. `python tools/list_models.py` writes this page.
 
