@@ -8,21 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
 
 from narrowkv import __version__
 from narrowkv.attention import Rope
 from narrowkv.calibration import Calibration, Fingerprint, Fit
 from narrowkv.errors import ActivationError, CalibrationError, RecipeError
 from narrowkv.integrations.interface import InterceptingCache, Step, model_attention, prepare, require_step
-from narrowkv.integrations.probe import AttentionFacts
+from narrowkv.integrations.probe import AttentionFacts, EmptyLayer
 from narrowkv.methods import LayerSchemes, Recipe, get_recipe
 
 # layer, keys unrotated, values: both [batch, kv_heads, tokens, head_dim]
 Listener = Callable[[int, Tensor, Tensor], None]
 
 
-class CaptureLayer(CacheLayerMixin):
+class CaptureLayer(EmptyLayer):
     """Stores nothing; hands keys and values to a listener."""
 
     def __init__(self, index: int, rope: Rope | None, listener: Listener):
@@ -32,23 +31,11 @@ class CaptureLayer(CacheLayerMixin):
         self.listener = listener
         self.step: Step | None = None
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.is_initialized = True
-
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any):
         step, self.step = require_step(self.step), None
         self.listener(self.index, key_states, value_states)
         handle = CaptureHandle(self.rope, step, key_states, value_states)
         return handle, handle
-
-    def get_seq_length(self) -> int:
-        return 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
 
 
 @dataclass(frozen=True)

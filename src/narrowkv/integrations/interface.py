@@ -19,7 +19,6 @@ from narrowkv.errors import CacheUseError, UnsupportedModelError
 from narrowkv.integrations.probe import AttentionFacts, probe
 
 NAME = "narrowkv"
-MAX_LAYERS = 1000
 KNOWN_TENSORS = ("position_ids", "s_aux", "cache_position")
 ANOTHER_MODEL = "This cache was made for another model; make one with calibration.cache(model) or recipe.cache(model)."
 
@@ -91,14 +90,14 @@ def model_attention(
     return AttentionInterface().get_interface(implementation, eager)(module, query, keys, values, mask, **kwargs)
 
 
-_attending: list[nn.Module] = []  # modules whose attention came through here while a probe ran
+_witnessed: set[int] | None = None  # while a probe runs: ids of the modules whose attention comes through here
 
 
 def attention_function(module: nn.Module, query: Tensor, key: Any, value: Any, attention_mask: Any, **kwargs: Any):
     """The function registered with transformers: handles attend themselves, tensors go to the model's own attention."""
     if isinstance(key, Tensor):
-        _attending.append(module)
-        del _attending[:-MAX_LAYERS]
+        if _witnessed is not None:
+            _witnessed.add(id(module))
         return model_attention(module, query, key, value, attention_mask, **kwargs)
     strange = [name for name, part in kwargs.items() if isinstance(part, Tensor) and name not in KNOWN_TENSORS]
     if strange:
@@ -134,6 +133,7 @@ def prepare(model: PreTrainedModel) -> list[AttentionFacts]:
 
     Raises UnsupportedModelError where that cannot be; the model is then as it was.
     """
+    global _witnessed
     known: list[AttentionFacts] | None = vars(model).get("narrowkv_facts")
     chosen = model.config._attn_implementation
     if known and chosen == NAME:
@@ -151,14 +151,15 @@ def prepare(model: PreTrainedModel) -> list[AttentionFacts]:
     model.set_attn_implementation(NAME)
     facts: list[AttentionFacts] = []
     try:
-        _attending.clear()
+        _witnessed = set()
         found = known or probe(model)
-        if not known and not {id(layer.module) for layer in found} <= {id(module) for module in _attending}:
+        if not known and not {id(layer.module) for layer in found} <= _witnessed:
             raise UnsupportedModelError(
                 "The model computes attention by itself, not through transformers' interface; use DynamicCache."
             )
         facts = found
     finally:
+        _witnessed = None
         for module in candidates:
             if not any(module is layer.module for layer in facts):
                 del vars(module)["narrowkv_previous"]

@@ -44,23 +44,11 @@ class _Seen:
     values: list[Tensor] = field(default_factory=list)
 
 
-class _ProbeLayer(CacheLayerMixin):
-    """Stores nothing and shows what it is given."""
-
-    def __init__(self, running: list[_Seen], updated: list[_Seen]):
-        super().__init__()
-        self.running, self.updated = running, updated
+class EmptyLayer(CacheLayerMixin):
+    """A layer of a cache that holds nothing, for those that only want to see what passes."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        seen = self.running[-1]
-        seen.keys.append(key_states)
-        seen.values.append(value_states)
-        if seen not in self.updated:
-            self.updated.append(seen)
-        return key_states, value_states
 
     def get_seq_length(self) -> int:
         return 0
@@ -70,6 +58,22 @@ class _ProbeLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, 0
+
+
+class _ProbeLayer(EmptyLayer):
+    """Notes the keys and values of the module that is running."""
+
+    def __init__(self, running: list[_Seen], updated: list[_Seen]):
+        super().__init__()
+        self.running, self.updated = running, updated
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        seen = self.running[-1]
+        seen.keys.append(key_states)
+        seen.values.append(value_states)
+        if not any(seen is other for other in self.updated):
+            self.updated.append(seen)
+        return key_states, value_states
 
 
 @torch.inference_mode()
