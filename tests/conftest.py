@@ -71,12 +71,11 @@ def make_tiny(
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         max_position_embeddings=512,
-        initializer_range=0.4,
         bos_token_id=1,
         eos_token_id=None,
         pad_token_id=0,
         tie_word_embeddings=False,
-        **{"sliding_window": None, **extra} if family == "mistral" else extra,
+        **{"initializer_range": 0.4, **({"sliding_window": None} if family == "mistral" else {}), **extra},
     )
     return model_class(config).to(dtype).eval()
 

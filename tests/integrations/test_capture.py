@@ -125,3 +125,11 @@ def test_nan_activations_are_refused(tiny):
     model.model.layers[0].self_attn.k_proj.weight.data[0] = float("nan")
     with pytest.raises(ActivationError, match="NaN"):
         calibrate(model, [torch.randint(2, 97, (1, 20))], "nuq2")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_calibrating_in_16_bits(tiny, dtype):
+    model = tiny(dtype=dtype, initializer_range=0.1)
+    with torch.inference_mode():
+        calibration = calibrate(model, torch.randint(2, 97, (2, 40)), "nuq3-1%")
+    assert all(torch.isfinite(table).all() for pair in calibration.layers for q in pair for table in q.tensors().values())

@@ -76,7 +76,7 @@ class _ProbeLayer(EmptyLayer):
         return key_states, value_states
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def probe(model: PreTrainedModel) -> list[AttentionFacts]:
     """Facts of every attention module, by layer; raises UnsupportedModelError where one of them cannot be served."""
     if len({parameter.device for parameter in model.parameters()}) > 1:
