@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from narrowkv.codec import Quantizer, Scheme
-from narrowkv.errors import CacheUseError
+from narrowkv.errors import ActivationError, CacheUseError
 from narrowkv.store import BLOCK, LayerStore
 
 EXACT = Scheme(16, "exact")
@@ -158,3 +158,38 @@ def test_reset_forgets():
     assert store.length == 0
     assert store.tensors() == []
     store.append(torch.randn(1, 3, 2, 8), torch.randn(1, 3, 2, 8))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["exact", "int4"])
+def test_nan_and_infinity_are_refused_and_leave_the_store_as_it_was(name, bad):
+    store, x = make_store(name), torch.randn(1, 1, 70, 8)
+    store.append(x, x)
+    before, broken = store.read(), x.clone()
+    broken[0, 0, 2, 3] = bad
+    for pair in ((broken, x), (x, broken)):
+        with pytest.raises(ActivationError, match="NaN or infinity"):
+            store.append(*pair)
+    assert all(torch.equal(*sides) for sides in zip(store.read(), before, strict=True))
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_what_is_forgotten_frees_its_memory_and_the_rest_stays_as_it_is(name):
+    keys, values = torch.randn(2, 2, 1000, 16), torch.randn(2, 2, 1000, 16)
+    store = make_store(name, sinks=1)
+    store.append(keys[:, :, :900], values[:, :, :900])
+    before, whole = store.read(), sum(tensor.untyped_storage().nbytes() for tensor in store.tensors())
+    store.forget(799)
+    assert store.first == 768 and store.length == 900
+    assert next(start for start, _, _ in store.tiles()) == 768
+    assert sum(tensor.untyped_storage().nbytes() for tensor in store.tensors()) < 0.3 * whole
+    for found, old in zip(store.read(), before, strict=True):
+        assert torch.equal(found, old[:, :, 768:])
+    store.append(keys[:, :, 900:], values[:, :, 900:])
+    store.crop(850)
+    for found, old in zip(store.read(), before, strict=True):
+        assert torch.equal(found, old[:, :, 768:850])
+    with pytest.raises(CacheUseError, match="forgotten its first 768"):
+        store.crop(700)
+    store.crop(0)
+    assert store.length == 0 and store.first == 0

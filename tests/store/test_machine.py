@@ -41,8 +41,17 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(drop=st.integers(0, 200))
     def crop(self, drop):
         length = max(self.model[0].shape[2] - drop, 0)
+        if length == 0 or length <= self.store.first:
+            return
         self.store.crop(length)
         self.model = [side[:, :, :length] for side in self.model]
+
+    @rule(share=st.floats(0, 1))
+    def forget(self, share):
+        before = int(share * self.store.length)
+        first = self.store.first
+        self.store.forget(before)
+        assert self.store.first <= max(before, first)
 
     @rule(data=st.data())
     def select(self, data):
@@ -58,18 +67,18 @@ class StoreMachine(RuleBasedStateMachine):
         original, expected = self.store, [side.clone() for side in self.model]
         self.store = copy.deepcopy(original)
         self.append(70)
-        if expected[0].shape[2]:
+        if expected[0].shape[2] > original.first:
             for found, side in zip(original.read(), expected, strict=True):
-                assert torch.equal(found.float(), side)
+                assert torch.equal(found.float(), side[:, :, original.first :])
 
     @invariant()
     def same_numbers(self):
         if not hasattr(self, "store"):
             return
         assert self.store.length == self.model[0].shape[2]
-        if self.store.length:
+        if self.store.length > self.store.first:
             for found, side in zip(self.store.read(), self.model, strict=True):
-                assert torch.equal(found.float(), side)
+                assert torch.equal(found.float(), side[:, :, self.store.first :])
 
 
 StoreMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=12, deadline=None)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from narrowkv.codec import datatypes
 from narrowkv.codec.encoded import Encoded
-from narrowkv.codec.ranges import online_range, require_finite, to_16_bits, to_scale_zero
+from narrowkv.codec.ranges import online_range, to_16_bits, to_scale_zero
 from narrowkv.codec.scheme import Scheme
 from narrowkv.errors import RecipeError
 
@@ -71,11 +71,10 @@ class Quantizer:
     def encode(self, x: Tensor, skip: Tensor | None = None) -> Encoded:
         """Quantise numbers, once and for all.
 
-        x: [batch, kv_heads, tokens, head_dim], any float dtype. skip: [batch, tokens] bool, tokens whose numbers are
-        never read from the codes (padding, attention sinks): no outliers are spent on them.
-        Raises ActivationError where x is NaN or infinite, or does not fit 16 bits.
+        x: [batch, kv_heads, tokens, head_dim], any float dtype, finite (who stores checks that). skip: [batch, tokens]
+        bool, tokens whose numbers are never read from the codes (padding, attention sinks): no outliers are spent on them.
+        Raises ActivationError where a range or an outlier does not fit 16 bits.
         """
-        require_finite(x, "Keys or values")
         if self.scheme.datatype == "exact":
             return Encoded(x.clone(memory_format=torch.contiguous_format))
         assert self.boundaries is not None

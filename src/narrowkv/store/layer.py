@@ -1,7 +1,7 @@
 """LayerStore: the keys and values of one layer for one batch: sealed blocks, an open tail, sinks and an exact window."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -9,19 +9,10 @@ from torch import Tensor
 from narrowkv.codec import Encoded, Quantizer
 from narrowkv.codec.ranges import require_finite
 from narrowkv.errors import CacheUseError
-from narrowkv.store.page import BLOCK, PackedSide, Page, from_blocks, to_blocks
+from narrowkv.store.page import BLOCK, Column, PackedSide, Page, from_blocks, gather, to_blocks
 
 TILE_NUMBERS = 2**19  # numbers encoded or decoded at a time, which bounds the memory of intermediate results
 GROWTH = 16  # while decoding, a new page holds one more sixteenth of what is stored
-
-
-@dataclass
-class Column:
-    """One block of every sequence: where it lies, and how many of its tokens count."""
-
-    page: Page
-    slots: Tensor  # [batch] int64, on the CPU
-    count: int
 
 
 class LayerStore:
@@ -41,6 +32,8 @@ class LayerStore:
     def reset(self) -> None:
         """Forget everything; recipes and tables stay."""
         self.columns: list[Column] = []
+        self.sealed = 0  # tokens in columns
+        self.first = 0  # tokens forgotten, all of them before those held
         self.growing: Page | None = None  # the page with free slots for blocks that come singly
         self.tail: tuple[Encoded, Encoded] | None = None
         self.recent: tuple[Tensor, Tensor] | None = None  # [batch, kv_heads, up to window, head_dim] each
@@ -51,10 +44,10 @@ class LayerStore:
 
     @property
     def length(self) -> int:
-        """Tokens held, padding included."""
+        """Tokens of the sequence so far, padding and forgotten ones included."""
         tail = self.tail[0].tokens if self.tail else 0
         recent = self.recent[0].shape[2] if self.recent else 0
-        return sum(column.count for column in self.columns) + tail + recent
+        return self.first + self.sealed + tail + recent
 
     def parts(self) -> dict[str, list[Tensor]]:
         """All tensors that are held, each once, by what they are for."""
@@ -146,6 +139,7 @@ class LayerStore:
                 page = page or self._page(to_seal, blocks[0], blocks[1])
                 slots = torch.tensor(page.put(blocks[0], blocks[1])).view(-1, batch)
                 self.columns += [Column(page, column.clone(), BLOCK) for column in slots]
+                self.sealed += whole
             rest = [part.slice(whole, part.tokens) for part in pair] if whole else pair
             self.tail = (rest[0], rest[1]) if rest[0].tokens else None
             start = stop
@@ -166,20 +160,20 @@ class LayerStore:
         for quantizer, blocks, channel_major in zip(self.quantizers, (keys, values), (True, False), strict=True):
             found = len(blocks.outlier_index) if blocks.outlier_index is not None else 0
             outlier_room = 0 if room == columns else (found + found // 8 + 1) * room
-            sides.append(PackedSide(quantizer, room * batch, blocks, channel_major, outlier_room))
+            sides.append(PackedSide.allocate(quantizer, room * batch, blocks, channel_major, outlier_room))
         page = Page(room * batch, sides[0], sides[1])
         if columns == 1:
             self.growing = page
         return page
 
     def tiles(self, stop: int | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Decode the first `stop` tokens (all by default) piece by piece.
+        """Decode the tokens held before `stop` (all by default) piece by piece.
 
-        Yields (first token, keys, values) with keys and values [batch, kv_heads, tokens, head_dim] float32, or in the
-        model's dtype where they are exact; sinks are put in place.
+        Yields (index of the first token, keys, values) with keys and values [batch, kv_heads, tokens, head_dim] float32,
+        or in the model's dtype where they are exact; sinks are put in place.
         """
         stop = self.length if stop is None else min(stop, self.length)
-        start = 0
+        start = self.first
         for pair in self._pieces(stop):
             count = min(pair[0].shape[2], stop - start)
             if count <= 0:
@@ -190,7 +184,7 @@ class LayerStore:
             start += count
 
     def _pieces(self, stop: int) -> Iterator[tuple[Tensor, ...]]:
-        start = i = 0
+        start, i = self.first, 0
         while i < len(self.columns) and start < stop:
             assert self.shape is not None
             first = self.columns[i]
@@ -224,7 +218,7 @@ class LayerStore:
             numbers[row, :, token] = held[row, :, place].to(numbers.dtype)
 
     def read(self, stop: int | None = None) -> tuple[Tensor, Tensor]:
-        """The first `stop` tokens decoded at once: keys, values [batch, kv_heads, stop, head_dim]."""
+        """The tokens held before `stop`, decoded at once: keys, values [batch, kv_heads, stop - first, head_dim]."""
         pieces = [(keys, values) for _, keys, values in self.tiles(stop)]
         if not pieces:
             raise CacheUseError("There is nothing to read: the cache holds no token yet.")
@@ -248,8 +242,35 @@ class LayerStore:
         if self.shape:
             self.shape = (len(rows), *self.shape[1:])
 
+    def forget(self, before: int) -> None:
+        """Let go of whole blocks of tokens older than the token `before`; whoever calls knows that none will be read."""
+        gone = 0
+        while gone < len(self.columns) and self.first + self.columns[gone].count <= before:
+            self.first += self.columns[gone].count
+            self.sealed -= self.columns[gone].count
+            gone += 1
+        if not gone:
+            return
+        self.columns = self.columns[gone:]
+        run = list(takewhile(lambda column: column.page is self.columns[0].page, self.columns))
+        if run and 2 * len(run) * len(run[0].slots) <= run[0].page.slots:  # a page mostly forgotten is not kept for the rest
+            page = gather(self.quantizers, run)
+            for column, slots in zip(run, torch.arange(page.slots).view(len(run), -1), strict=True):
+                column.page, column.slots = page, slots.clone()
+
     def crop(self, length: int) -> None:
-        """Drop all tokens from `length` on; a block that is cut keeps its codes and counts fewer tokens."""
+        """Drop all tokens from `length` on; a block that is cut keeps its codes and counts fewer tokens.
+
+        Raises CacheUseError where tokens before `length` were forgotten that whoever goes on from there would read.
+        """
+        if length <= self.first and self.first:
+            if length:
+                raise CacheUseError(
+                    f"A sliding-window layer has forgotten its first {self.first} tokens, the cache cannot be cropped to "
+                    f"{length}; call cache.reset() and read the text again."
+                )
+            self.reset()
+            return
         drop = max(self.length - length, 0)
         if self.recent and self.recent_skip is not None:
             keep = max(self.recent[0].shape[2] - drop, 0)
@@ -264,6 +285,7 @@ class LayerStore:
             last = self.columns[-1]
             taken = min(last.count, drop)
             last.count -= taken
+            self.sealed -= taken
             drop -= taken
             if last.count == 0:
                 self.columns.pop()

@@ -1,38 +1,40 @@
-"""Positions of the stored tokens, one record for all layers of a cache."""
+"""What is kept of each token once for all layers: its position, or the angles by which its keys are turned."""
 
 import torch
 from torch import Tensor
 
 
 class Ledger:
-    """The position of every stored token: int32, 4 bytes a token whatever the number of layers."""
+    """One entry for each token of each sequence, growing; integers are held as int32 (a position: 4 bytes a token)."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all positions."""
-        self._held: Tensor | None = None  # [batch, room] int32
+        """Forget all entries."""
+        self._held: Tensor | None = None  # [batch, room, ...]
         self.length = 0
 
     def tensors(self) -> list[Tensor]:
         return [] if self._held is None else [self._held]
 
-    def append(self, positions: Tensor) -> None:
-        """positions: [batch, new] integer."""
-        new = positions.shape[1]
+    def append(self, entries: Tensor) -> None:
+        """entries: [batch, new, ...], integer or floating point."""
+        new = entries.shape[1]
         room = 0 if self._held is None else self._held.shape[1]
         if self.length + new > room:
-            wider = positions.new_empty(positions.shape[0], self.length + new + self.length // 16, dtype=torch.int32)
+            dtype = entries.dtype if entries.is_floating_point() else torch.int32
+            shape = (entries.shape[0], self.length + new + self.length // 16, *entries.shape[2:])
+            wider = entries.new_empty(shape, dtype=dtype)
             if self._held is not None:
                 wider[:, : self.length] = self._held[:, : self.length]
             self._held = wider
         assert self._held is not None
-        self._held[:, self.length : self.length + new] = positions
+        self._held[:, self.length : self.length + new] = entries
         self.length += new
 
     def read(self, stop: int) -> Tensor:
-        """Positions of the first `stop` tokens: [batch, stop] int32."""
+        """Entries of the first `stop` tokens: [batch, stop, ...]."""
         assert self._held is not None
         return self._held[:, :stop]
 

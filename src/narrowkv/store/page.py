@@ -4,6 +4,8 @@ A page has room for some blocks, its slots. Pages are allocated as a sequence gr
 nothing that is already stored.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -49,31 +51,55 @@ class PackedSide:
         channel; those of slot s and head h begin at outlier_offsets[s * kv_heads + h].
     """
 
-    def __init__(self, quantizer: Quantizer, slots: int, like: Encoded, channel_major: bool, outlier_room: int):
-        heads, dim = like.codes.shape[1], like.codes.shape[3]
-        device = like.codes.device
-        self.bits = quantizer.scheme.bits
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        bits: int,
+        channel_major: bool,
+        planes: list[Tensor],
+        scale: Tensor | None = None,
+        zero: Tensor | None = None,
+        outliers: tuple[Tensor, Tensor, Tensor] | None = None,
+    ):
+        """shape: kv_heads, 64, head_dim. outliers: values, index and offsets, all of them in use."""
+        self.shape = shape
+        self.bits = bits
         self.channel_major = channel_major
-        self.shape = (heads, BLOCK, dim)
-        rows, length = (dim, BLOCK) if channel_major else (BLOCK, dim)
-        self.planes = (
-            [torch.empty(slots, heads, BLOCK, dim, dtype=like.codes.dtype, device=device)]
-            if self.bits == 16
-            else [
-                torch.empty(slots, heads, rows, plane_bytes(length, plane), dtype=torch.uint8, device=device)
-                for plane in PLANES[self.bits]
-            ]
-        )
-        self.scale = self.zero = self.outlier_values = self.outlier_index = self.outlier_offsets = None
-        if like.scale is not None:
-            self.scale = torch.empty(slots, *like.scale.shape[1:2], BLOCK, 1, dtype=torch.float16, device=device)
-            self.zero = torch.empty_like(self.scale)
-        if like.outlier_values is not None:
-            self.outlier_values = torch.empty(outlier_room, dtype=like.outlier_values.dtype, device=device)
-            self.outlier_index = torch.empty(outlier_room, dtype=torch.int16, device=device)
-            self.outlier_offsets = torch.zeros(slots * heads + 1, dtype=torch.int32, device=device)
-        self.outliers_used = 0
+        self.planes = planes
+        self.scale, self.zero = scale, zero
+        self.outlier_values: Tensor | None
+        self.outlier_index: Tensor | None
+        self.outlier_offsets: Tensor | None
+        self.outlier_values, self.outlier_index, self.outlier_offsets = outliers or (None, None, None)
+        self.outliers_used = len(outliers[0]) if outliers else 0
         self._pending: list[tuple[Tensor, Tensor]] = []
+
+    @classmethod
+    def allocate(cls, quantizer: Quantizer, slots: int, like: Encoded, channel_major: bool, outlier_room: int) -> "PackedSide":
+        """Memory for `slots` blocks such as those of `like`, not yet written, and for `outlier_room` outliers."""
+        heads, dim = like.codes.shape[1], like.codes.shape[3]
+        device, bits = like.codes.device, quantizer.scheme.bits
+        rows, length = (dim, BLOCK) if channel_major else (BLOCK, dim)
+        if bits == 16:
+            planes = [torch.empty(slots, heads, BLOCK, dim, dtype=like.codes.dtype, device=device)]
+        else:
+            planes = [
+                torch.empty(slots, heads, rows, plane_bytes(length, plane), dtype=torch.uint8, device=device)
+                for plane in PLANES[bits]
+            ]
+        scale = zero = outliers = None
+        if like.scale is not None:
+            scale = torch.empty(slots, *like.scale.shape[1:2], BLOCK, 1, dtype=torch.float16, device=device)
+            zero = torch.empty_like(scale)
+        if like.outlier_values is not None:
+            outliers = (
+                torch.empty(outlier_room, dtype=like.outlier_values.dtype, device=device),
+                torch.empty(outlier_room, dtype=torch.int16, device=device),
+                torch.zeros(slots * heads + 1, dtype=torch.int32, device=device),
+            )
+        side = cls((heads, BLOCK, dim), bits, channel_major, planes, scale, zero, outliers)
+        side.outliers_used = 0
+        return side
 
     def outliers(self) -> list[Tensor]:
         """The tensors that hold outliers."""
@@ -167,3 +193,30 @@ class Page:
     def commit(self) -> None:
         self.keys.commit()
         self.values.commit()
+
+
+@dataclass
+class Column:
+    """One block of every sequence: where it lies, and how many of its tokens count."""
+
+    page: Page
+    slots: Tensor  # [batch] int64, on the CPU
+    count: int
+
+
+def gather(quantizers: tuple[Quantizer, Quantizer], columns: list[Column]) -> Page:
+    """The blocks of all columns, one column after the other, in a page without free slots. Codes are moved, not touched."""
+    page: Page | None = None
+    for column in columns:
+        blocks = (column.page.keys.take(column.slots), column.page.values.take(column.slots))
+        if page is None:
+            slots = sum(len(column.slots) for column in columns)
+            keys, values = (
+                PackedSide.allocate(quantizer, slots, like, channel_major, 0)
+                for quantizer, like, channel_major in zip(quantizers, blocks, (True, False), strict=True)
+            )
+            page = Page(slots, keys, values)
+        page.put(*blocks)
+    assert page is not None
+    page.commit()
+    return page

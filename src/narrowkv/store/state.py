@@ -6,8 +6,8 @@ from torch import Tensor
 from narrowkv.codec import Encoded, Quantizer
 from narrowkv.codec.packing import PLANES, plane_bytes
 from narrowkv.errors import FileFormatError
-from narrowkv.store.layer import Column, LayerStore
-from narrowkv.store.page import BLOCK, PackedSide, Page
+from narrowkv.store.layer import LayerStore
+from narrowkv.store.page import BLOCK, Column, PackedSide, Page, gather
 
 SIDES = ("keys", "values")
 ENCODED = ("codes", "scale", "zero", "outlier_index", "outlier_values")
@@ -15,14 +15,16 @@ PACKED = ("scale", "zero", "outlier_values", "outlier_index", "outlier_offsets")
 
 
 def to_tensors(store: LayerStore) -> dict[str, Tensor]:
-    """Everything that a store holds, by name: `counts` [blocks] int32 tokens of each block; `keys.plane0`, `keys.scale`, ...
-    of the blocks, block after block, each for all sequences; `tail.keys.codes`, ...; `recent.keys`, `recent_skip`;
-    `sinks.keys`, `sink_index`.
+    """Everything that a store holds, by name: `first` [] int64 tokens forgotten; `counts` [blocks] int32 tokens of each
+    block; `keys.plane0`, `keys.scale`, ... of the blocks, block after block, each for all sequences; `tail.keys.codes`, ...;
+    `recent.keys`, `recent_skip`; `sinks.keys`, `sink_index`.
     """
     found: dict[str, Tensor] = {}
+    if store.first:
+        found["first"] = torch.tensor(store.first)
     if store.columns:
         found["counts"] = torch.tensor([column.count for column in store.columns], dtype=torch.int32)
-        page = _compact(store)
+        page = gather(store.quantizers, store.columns)
         for name, side in zip(SIDES, (page.keys, page.values), strict=True):
             found |= {f"{name}.plane{i}": plane for i, plane in enumerate(side.planes)}
             found |= {f"{name}.{part}": getattr(side, part) for part in PACKED if getattr(side, part) is not None}
@@ -34,24 +36,6 @@ def to_tensors(store: LayerStore) -> dict[str, Tensor]:
         if getattr(store, name) is not None:
             found[name] = getattr(store, name)
     return {name: tensor.contiguous() for name, tensor in found.items()}
-
-
-def _compact(store: LayerStore) -> Page:
-    """All blocks of a store in one page without free slots."""
-    assert store.shape is not None
-    batch, page = store.shape[0], None
-    for column in store.columns:
-        blocks = (column.page.keys.take(column.slots), column.page.values.take(column.slots))
-        if page is None:
-            sides = [
-                PackedSide(quantizer, len(store.columns) * batch, like, channel_major, 0)
-                for quantizer, like, channel_major in zip(store.quantizers, blocks, (True, False), strict=True)
-            ]
-            page = Page(len(store.columns) * batch, sides[0], sides[1])
-        page.put(*blocks)
-    assert page is not None
-    page.commit()
-    return page
 
 
 class _Reader:
@@ -83,6 +67,9 @@ def load_tensors(store: LayerStore, tensors: dict[str, Tensor], shape: tuple[int
     reader, (batch, heads, dim) = _Reader(tensors, dtype), shape
     store.reset()
     store.shape = shape
+    if "first" in reader.tensors:
+        store.first = int(reader.take("first", (), torch.int64))
+        _require(store.first > 0, "first")
     if "counts" in reader.tensors:
         counts = reader.take("counts", (None,), torch.int32)
         _require(len(counts) > 0 and bool(((counts > 0) & (counts <= BLOCK)).all()), "counts")
@@ -94,6 +81,7 @@ def load_tensors(store: LayerStore, tensors: dict[str, Tensor], shape: tuple[int
         page.used = page.slots
         slots = torch.arange(page.slots).view(-1, batch)
         store.columns = [Column(page, row.clone(), int(count)) for row, count in zip(slots, counts, strict=True)]
+        store.sealed = int(counts.sum())
     if "tail.keys.codes" in reader.tensors:
         pair = [_load_tail(reader, name, q, shape) for name, q in zip(SIDES, store.quantizers, strict=True)]
         _require(pair[0].tokens == pair[1].tokens < BLOCK, "tail.keys.codes")
@@ -119,22 +107,17 @@ def _require(holds: bool, name: str) -> None:
 def _load_side(reader: _Reader, name: str, quantizer: Quantizer, slots: int, heads: int, dim: int) -> PackedSide:
     scheme, channel_major = quantizer.scheme, name == "keys"
     rows, length = (dim, BLOCK) if channel_major else (BLOCK, dim)
-    side = PackedSide.__new__(PackedSide)
-    side.bits, side.channel_major, side.shape = scheme.bits, channel_major, (heads, BLOCK, dim)
-    side._pending = []
-    side.scale = side.zero = side.outlier_values = side.outlier_index = side.outlier_offsets = None
     if scheme.bits == 16:
-        side.planes = [reader.take(f"{name}.plane0", (slots, heads, BLOCK, dim), reader.dtype)]
-        side.outliers_used = 0
-        return side
-    side.planes = [
+        exact = reader.take(f"{name}.plane0", (slots, heads, BLOCK, dim), reader.dtype)
+        return PackedSide((heads, BLOCK, dim), 16, channel_major, [exact])
+    planes = [
         reader.take(f"{name}.plane{i}", (slots, heads, rows, plane_bytes(length, plane)), torch.uint8)
         for i, plane in enumerate(PLANES[scheme.bits])
     ]
+    scale = zero = outliers = None
     if not scheme.static:
         form = (slots, 1 if scheme.axis == "token" else heads, BLOCK, 1)
-        side.scale, side.zero = (reader.take(f"{name}.{part}", form, torch.float16) for part in ("scale", "zero"))
-    side.outliers_used = 0
+        scale, zero = (reader.take(f"{name}.{part}", form, torch.float16) for part in ("scale", "zero"))
     if scheme.outliers:
         values = reader.take(f"{name}.outlier_values", (None,), reader.dtype16)
         index = reader.take(f"{name}.outlier_index", (len(values),), torch.int16)
@@ -142,9 +125,8 @@ def _load_side(reader: _Reader, name: str, quantizer: Quantizer, slots: int, hea
         _require(bool(((index >= 0) & (index.int() < BLOCK * dim)).all()), f"{name}.outlier_index")
         ordered = offsets[0] == 0 and offsets[-1] == len(values) and bool((offsets.diff() >= 0).all())
         _require(bool(ordered), f"{name}.outlier_offsets")
-        side.outlier_values, side.outlier_index, side.outlier_offsets = values, index, offsets
-        side.outliers_used = len(values)
-    return side
+        outliers = (values, index, offsets)
+    return PackedSide((heads, BLOCK, dim), scheme.bits, channel_major, planes, scale, zero, outliers)
 
 
 def _load_tail(reader: _Reader, name: str, quantizer: Quantizer, shape: tuple[int, int, int]) -> Encoded:
