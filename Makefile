@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint fuzz format clean
+.PHONY: demo test test-all lint fuzz format clean
 
 $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard cpp/*)
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,9 @@ lint: $(INSTALLED)
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-all: lint
+	$(BIN)/python -m pytest -m ''
 
 fuzz: $(INSTALLED)
 	NARROWKV_FUZZ=100000 $(BIN)/python -m pytest tests/integrations/test_disk.py -k mutated

@@ -31,7 +31,7 @@ def test_it_comes_back_bit_for_bit(calibration, model, tmp_path):
     assert loaded.recipe == calibration.recipe
     assert loaded.fingerprint == calibration.fingerprint
     assert loaded.provenance == calibration.provenance == {"narrowkv": "0.1.0", "sequences": 4, "tokens": 256}
-    for ours, theirs in zip(loaded.layers, calibration.layers, strict=True):
+    for ours, theirs in zip(loaded.layers.values(), calibration.layers.values(), strict=True):
         for mine, other in zip(ours, theirs, strict=True):
             assert mine.scheme == other.scheme
             assert mine.tensors().keys() == other.tensors().keys()
@@ -103,7 +103,7 @@ def test_tables_of_a_wrong_shape_are_refused_even_with_the_right_checksums(calib
     for name, table in (("scale", quantizer.scale[:1]), ("lower", quantizer.lower.T.contiguous())):
         damaged = copy.copy(quantizer)
         object.__setattr__(damaged, name, table)
-        layers = [calibration.layers[0], (damaged, calibration.layers[1][1])]
+        layers = {0: calibration.layers[0], 1: (damaged, calibration.layers[1][1])}
         dataclasses.replace(calibration, layers=layers).save_pretrained(tmp_path)
         with pytest.raises(FileFormatError, match=r"layers\.1\.keys"):
             Calibration.from_pretrained(tmp_path)

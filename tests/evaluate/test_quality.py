@@ -45,7 +45,9 @@ def fake_perplexity(model, calibration, windows, monkeypatch):
 
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rounding_rotate)
     hooks = []
-    for attention, (_, quantizer) in zip((block.self_attn for block in model.model.layers), calibration.layers, strict=True):
+    for attention, (_, quantizer) in zip(
+        (block.self_attn for block in model.model.layers), calibration.layers.values(), strict=True
+    ):
         dim = attention.head_dim
 
         def round_values(module, args, output, quantizer=quantizer, dim=dim):

@@ -5,8 +5,8 @@ import torch
 
 from narrowkv import calibrate, calibrate_many, get_recipe
 from narrowkv.errors import ActivationError, CalibrationError, RecipeError
-from narrowkv.integrations.capture import CaptureCache
-from narrowkv.integrations.interface import prepare
+from narrowkv.integrations.capture import capture_cache
+from narrowkv.integrations.preparation import prepare
 
 
 def hooked(model, ids):
@@ -38,14 +38,12 @@ def test_keys_values_and_gradients_are_those_of_the_projections(tiny, family):
     def note(key, numbers):
         return lambda gradient: seen.update({key: (numbers, gradient)})
 
-    def listen(layer, keys, values):
+    def listen(layer, keys, rotated, values):
         for side, numbers in (("k_proj", keys), ("v_proj", values)):
-            if not numbers.requires_grad:
-                numbers.requires_grad_()
             numbers.register_hook(note((layer, side), numbers.detach()))
 
     model.requires_grad_(False)
-    logits = model(ids, past_key_values=CaptureCache(facts, listen)).logits
+    logits = model(ids, past_key_values=capture_cache(model, facts, listen)).logits
     torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
     assert seen.keys() == expected.keys()
     for key, (numbers, gradient) in seen.items():
@@ -75,7 +73,7 @@ def test_recipes_learned_together_are_as_learned_alone(tiny):
     for together, recipe in zip(calibrate_many(model, batches, recipes), recipes, strict=True):
         alone = calibrate(model, batches, recipe)
         assert together.recipe == alone.recipe == recipe
-        for ours, theirs in zip(together.layers, alone.layers, strict=True):
+        for ours, theirs in zip(together.layers.values(), alone.layers.values(), strict=True):
             for mine, other in zip(ours, theirs, strict=True):
                 for name, table in mine.tensors().items():
                     torch.testing.assert_close(table, other.tensors()[name])
@@ -132,4 +130,6 @@ def test_calibrating_in_16_bits(tiny, dtype):
     model = tiny(dtype=dtype, initializer_range=0.1)
     with torch.inference_mode():
         calibration = calibrate(model, torch.randint(2, 97, (2, 40)), "nuq3-1%")
-    assert all(torch.isfinite(table).all() for pair in calibration.layers for q in pair for table in q.tensors().values())
+    assert all(
+        torch.isfinite(table).all() for pair in calibration.layers.values() for q in pair for table in q.tensors().values()
+    )

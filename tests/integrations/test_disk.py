@@ -67,7 +67,6 @@ def test_after_crop_and_select_what_is_left_is_saved(tiny, tmp_path):
     loaded = PackedCache.load(tmp_path / "c", model, "int4")
     for ours, theirs in zip(loaded.packed, cache.packed, strict=True):
         assert torch.equal(ours.store.read()[0], theirs.store.read()[0])
-    assert torch.equal(loaded.ledger.read(140), cache.ledger.read(140))
     assert loaded.nbytes <= cache.nbytes
 
 
@@ -124,8 +123,8 @@ def altered(path, **changes):
         {"tokens": -1},
         {"batch": 10**12},
         {"batch": True},
-        {"kv_heads": 1},
-        {"head_dim": 8},
+        {"shapes": [[1, 16], [1, 16]]},
+        {"shapes": []},
         {"dtype": "float64"},
         {"tensors_sha256": {}},
         {"fingerprint": {}},

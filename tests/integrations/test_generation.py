@@ -179,3 +179,11 @@ def test_layers_may_have_recipes_of_their_own(tiny):
     assert [layer.is_exact for layer in cache.packed] == [False, True]
     with pytest.raises(RecipeError, match=r"names layers \[9\]"):
         PackedCache(model, mixed.with_options(layers={9: layers[1]}))
+
+
+@pytest.mark.parametrize("backend", ["torch", "dense"])
+def test_a_cache_that_is_not_to_be_used_is_refused(tiny, backend):
+    """`generate` would feed the whole text at every step, on top of what is held."""
+    model, ids = tiny(), torch.randint(2, 97, (1, 9))
+    with pytest.raises(CacheUseError, match="use_cache is off"):
+        model.generate(ids, past_key_values=PackedCache(model, "int4", backend=backend), use_cache=False, max_new_tokens=3)

@@ -7,7 +7,7 @@ import torch
 from tests.conftest import asset
 from transformers import DynamicCache, pipeline
 
-from narrowkv import PackedCache, get_recipe
+from narrowkv import PackedCache, calibrate, get_recipe
 from narrowkv.errors import CacheUseError, UnsupportedModelError
 
 RECIPES = ["fp16", "int4"]
@@ -60,6 +60,36 @@ def test_assisted_decoding(tiny):
     expected = generate(model, ids, DynamicCache())
     found = generate(model, ids, PackedCache(model, "fp16"), assistant_model=assistant)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("recipe", ["int4", "nuq3-1%"])
+@pytest.mark.parametrize("mode", ["chunked prefill", "prompt lookup", "assisted", "sampling", "padded", "beam search"])
+def test_a_packed_recipe_gives_the_same_tokens_in_whatever_way_they_are_asked_for(tiny, recipe, mode):
+    """Strictly read, a number is what it is from the moment it arrives: chunks, crops and batches change nothing."""
+    model, ids = tiny().double(), torch.randint(2, 12, (3, 70))
+    if recipe.startswith("nuq"):
+        recipe = calibrate(model, ids, recipe)
+
+    def ours(rows=slice(0, 1), **options):
+        return generate(model, ids[rows], PackedCache(model, recipe, strict=True), 40, **options)
+
+    expected = ours()
+    if mode == "assisted":
+        assert torch.equal(ours(assistant_model=tiny(layers=1).double()), expected)
+    elif mode == "sampling":
+        drawn = []
+        for options in ({}, {"prefill_chunk_size": 9}):
+            torch.manual_seed(4)
+            drawn.append(ours(do_sample=True, num_return_sequences=2, **options))
+        assert torch.equal(*drawn)
+    elif mode == "padded":
+        padded = torch.cat([torch.zeros(3, 5, dtype=torch.long), ids], dim=1)
+        found = generate(model, padded, PackedCache(model, recipe, strict=True), 40, attention_mask=(padded > 0).long())
+        assert torch.equal(found[:1, 5:], expected)
+    elif mode == "beam search":
+        assert torch.equal(ours(num_beams=3, prefill_chunk_size=7), ours(num_beams=3))
+    else:
+        assert torch.equal(ours(**MODES[mode]), expected)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

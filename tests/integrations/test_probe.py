@@ -1,12 +1,12 @@
 import pytest
 import torch
-from tests.families import REFUSED, make
+from tests.families import DENSE, REFUSED, make
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from narrowkv import PackedCache
-from narrowkv.attention import Rope
+from narrowkv.attention import Rope, StoredRope
 from narrowkv.errors import UnsupportedModelError
-from narrowkv.integrations.interface import prepare
+from narrowkv.integrations.preparation import prepare
 
 
 def llama(**extra):
@@ -19,14 +19,11 @@ def llama(**extra):
     [
         (lambda: llama(hidden_size=24, num_attention_heads=2), "head_dim of 12"),
         (lambda: llama(head_dim=520), "head_dim of 520"),
-        (
-            lambda: llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
-            "type 'dynamic'",
-        ),
         (lambda: llama(attn_implementation="flex_attention"), "flex_attention"),
         *((lambda name=name: make(name), cause) for name, (_, cause) in REFUSED.items()),
+        *((lambda name=name: make(name), "choose backend 'dense'") for name in DENSE),
     ],
-    ids=["odd head_dim", "large head_dim", "rope", "attention", *REFUSED],
+    ids=["odd head_dim", "large head_dim", "attention", *REFUSED, *DENSE],
 )
 def test_what_cannot_be_served_is_refused_when_the_cache_is_made_and_left_as_it_was(make_model, cause):
     model = make_model().eval()
@@ -40,7 +37,7 @@ def test_what_cannot_be_served_is_refused_when_the_cache_is_made_and_left_as_it_
 
 
 def rope_of(name):
-    return [layer.rope for layer in prepare(make(name))]
+    return [layer.rope for layer in prepare(make(name)).attention]
 
 
 def test_what_the_probe_finds():
@@ -67,15 +64,29 @@ def test_scaled_rotary_embeddings_are_recognised_in_every_dtype(dtype):
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
     ):
         model = llama(rope_parameters={**parameters, "rope_theta": 1e4}, initializer_range=0.4).to(dtype).eval()
-        (layer,) = prepare(model)
+        (layer,) = prepare(model).attention
         assert isinstance(layer.rope, Rope)
         torch.testing.assert_close(layer.rope.inverse_frequencies, model.model.rotary_emb.inv_freq.float())
         assert layer.rope.scaling == model.model.rotary_emb.attention_scaling
+
+
+def test_a_rotary_embedding_that_changes_is_kept_with_each_token():
+    for name in ("llama, dynamic", "llama, longrope", "qwen2_5_vl", "llama4_text"):
+        rope = rope_of(name)[0]
+        assert isinstance(rope, StoredRope) and rope.record == "angles0"
+
+
+def test_layers_without_attention_and_layers_that_share_keys():
+    assert [layer.layer for layer in prepare(make("lfm2")).attention] == [1]
+    shared = prepare(make("gemma4_text"))
+    assert [layer.layer for layer in shared.attention] == [0, 1]
+    assert [module.layer_idx for module in shared.readers] == [2, 3]
+    assert [layer.head_dim for layer in shared.attention] == [16, 24]
 
 
 def test_probing_leaves_no_trace_and_happens_once(tiny, monkeypatch):
     model = tiny().train()
     prepare(model)
     assert model.training
-    monkeypatch.setattr("narrowkv.integrations.interface.probe", None)
+    monkeypatch.setattr("narrowkv.integrations.preparation.probe", None)
     PackedCache(model, "int4")

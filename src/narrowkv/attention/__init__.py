@@ -1,12 +1,13 @@
-"""Attention over the packed cache: one function, one file per device."""
+"""Attention over the packed cache: one function, one file per backend."""
 
 from collections.abc import Callable
 
 from torch import Tensor
 
-from narrowkv.attention import naive
-from narrowkv.attention.rope import Rope
+from narrowkv.attention import naive, tiled
+from narrowkv.attention.rope import AnyRope, Rope, StoredRope
+from narrowkv.attention.visible import Visible
 
-BACKENDS: dict[str, Callable[..., Tensor]] = {"naive": naive.attend}
+BACKENDS: dict[str, Callable[..., Tensor]] = {"torch": tiled.attend, "naive": naive.attend}
 
-__all__ = ["BACKENDS", "Rope"]
+__all__ = ["BACKENDS", "AnyRope", "Rope", "StoredRope", "Visible"]

@@ -1,42 +1,97 @@
-"""Rotary position embedding by position."""
+"""Rotary position embeddings: those that a position determines, and those whose angles are kept with each token."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+
+# what models hand to their attention modules: cosine and sine [1 or batch, tokens, n], or complex [1 or batch, tokens, n]
+Tables = tuple[Tensor, Tensor] | Tensor
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Turn pairs of channels of x [batch, heads, tokens, head_dim] by angles [batch, tokens, rotary_dim / 2], in x's dtype.
+
+    interleaved: channel 2 i pairs with channel 2 i + 1, else channel i with channel i + rotary_dim / 2. Channels beyond
+    rotary_dim are left alone.
+    """
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    rotary = 2 * cos.shape[-1]
+    turning, rest = x[..., :rotary], x[..., rotary:]
+    first, second = turning.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else turning.chunk(2, dim=-1)
+    pair = (first * cos - second * sin, second * cos + first * sin)
+    turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
 
 
 @dataclass(frozen=True)
 class Rope:
     """A rotary embedding whose frequencies do not change with the length of the sequence.
 
-    inverse_frequencies: [rotary_dim / 2] float32. scaling: factor on cosine and sine (yarn), 1 otherwise. interleaved: whether
-    channel 2 i turns with channel 2 i + 1, or channel i with channel i + rotary_dim / 2 (Llama). Channels beyond rotary_dim
-    are left alone.
+    inverse_frequencies: [rotary_dim / 2] float32. scaling: factor on cosine and sine (yarn), 1 otherwise. interleaved: as in
+    `turn`.
     """
 
     inverse_frequencies: Tensor
     scaling: float = 1.0
     interleaved: bool = False
+    record: ClassVar[str] = "positions"  # under which name the cache keeps what `keep` returns
 
     def to(self, device: torch.device) -> "Rope":
         """The same embedding with its frequencies on `device`."""
-        return Rope(self.inverse_frequencies.to(device), self.scaling, self.interleaved)
+        return replace(self, inverse_frequencies=self.inverse_frequencies.to(device))
 
-    def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions: [batch, tokens] integer. Returns cosine and sine, [batch, tokens, rotary_dim / 2] float32."""
-        angles = positions[..., None].float() * self.inverse_frequencies
+    def keep(self, positions: Tensor | None, tables: Tables | None) -> Tensor:
+        """What is to be kept of new tokens: their positions [1 or batch, tokens]."""
+        assert positions is not None
+        return positions
+
+    def cos_sin(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """kept: [batch, tokens] positions. Returns cosine and sine, [batch, tokens, rotary_dim / 2] float32."""
+        angles = kept[..., None].float() * self.inverse_frequencies
         return angles.cos() * self.scaling, angles.sin() * self.scaling
 
-    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Turn x: [batch, heads, tokens, head_dim] by positions: [1 or batch, tokens], in the dtype of x, as models do."""
-        cos, sin = (table[:, None].to(x.dtype) for table in self.cos_sin(positions))
-        rotary = 2 * cos.shape[-1]
-        turning, rest = x[..., :rotary], x[..., rotary:]
-        if self.interleaved:
-            first, second = turning.unflatten(-1, (-1, 2)).unbind(-1)
-        else:
-            first, second = turning.chunk(2, dim=-1)
-        pair = (first * cos - second * sin, second * cos + first * sin)
-        turned = torch.stack(pair, dim=-1).flatten(-2) if self.interleaved else torch.cat(pair, dim=-1)
-        return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+    def rotate(self, x: Tensor, kept: Tensor) -> Tensor:
+        """Turn x: [batch, heads, tokens, head_dim] by positions [1 or batch, tokens], in the dtype of x, as models do."""
+        return turn(x, *self.cos_sin(kept), self.interleaved)
+
+
+@dataclass(frozen=True)
+class StoredRope:
+    """A rotary embedding whose angles no single position determines: they are kept with each token, as the model gave them.
+
+    Frequencies that change with the length (dynamic, longrope), or several positions of one token (images). record: the name
+    under which the cache keeps them, one for all layers that are given the same. layout: of the model's tables, each angle
+    once, all twice over (`halves`), each twice in a row (`repeated`), or complex.
+    """
+
+    record: str
+    layout: Literal["once", "halves", "repeated", "complex"]
+    interleaved: bool = False
+
+    def to(self, device: torch.device) -> "StoredRope":
+        """Itself: it holds no table."""
+        return self
+
+    def keep(self, positions: Tensor | None, tables: Tables | None) -> Tensor:
+        """What is to be kept of new tokens: cosines and sines [1 or batch, tokens, 2, rotary_dim / 2] in the model's dtype."""
+        if isinstance(tables, Tensor):
+            return torch.view_as_real(tables).transpose(-1, -2)
+        assert tables is not None
+        pair = torch.stack(tables, dim=-2)
+        if self.layout == "halves":
+            return pair[..., : pair.shape[-1] // 2]
+        return pair[..., ::2] if self.layout == "repeated" else pair
+
+    def cos_sin(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """kept: [batch, tokens, 2, rotary_dim / 2]. Returns cosine and sine, [batch, tokens, rotary_dim / 2]."""
+        cos, sin = kept.unbind(-2)
+        return cos, sin
+
+    def rotate(self, x: Tensor, kept: Tensor) -> Tensor:
+        """Turn x: [batch, heads, tokens, head_dim] by what was kept of its tokens, in the dtype of x."""
+        return turn(x, *self.cos_sin(kept), self.interleaved)
+
+
+AnyRope = Rope | StoredRope

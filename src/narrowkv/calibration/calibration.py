@@ -13,7 +13,7 @@ from safetensors.torch import save as save_tensors
 
 from narrowkv.calibration.fingerprint import Fingerprint
 from narrowkv.codec import Quantizer
-from narrowkv.errors import FileFormatError, NarrowKVError
+from narrowkv.errors import CalibrationError, FileFormatError, NarrowKVError
 from narrowkv.files import checksum, read_json, write_atomically, write_json
 from narrowkv.methods import Recipe
 
@@ -30,17 +30,21 @@ DESCRIPTION_FILE, TENSOR_FILE = "narrowkv.json", "narrowkv.safetensors"
 class Calibration:
     """Quantizers for the keys and the values of every layer.
 
-    recipe: what they implement. fingerprint: of the model they were learned from. layers: (keys, values) per layer.
+    recipe: what they implement. fingerprint: of the model they were learned from. layers: (keys, values) of each attention
+    layer by its number. shapes: kv_heads and head_dim of each such layer.
     provenance: tokens seen and the like, plain data for people.
     """
 
     recipe: Recipe
     fingerprint: Fingerprint
-    layers: list[tuple[Quantizer, Quantizer]] = field(repr=False)
+    layers: dict[int, tuple[Quantizer, Quantizer]] = field(repr=False)
+    shapes: dict[int, tuple[int, int]] = field(repr=False)
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def quantizers(self, layer: int) -> tuple[Quantizer, Quantizer]:
-        """Quantizers for the keys and values of one layer."""
+        """Quantizers for the keys and values of one layer; raises CalibrationError where it was not calibrated."""
+        if layer not in self.layers:
+            raise CalibrationError(f"This calibration has no tables for layer {layer}; calibrate this model again.")
         return self.layers[layer]
 
     def cache(self, model: "PreTrainedModel", **options: Any) -> "PackedCache":
@@ -53,7 +57,7 @@ class Calibration:
         """Write `narrowkv.json` and `narrowkv.safetensors` into a folder; raises OutputError where that fails."""
         tensors = {
             f"layers.{i}.{side}.{name}": tensor.detach().cpu().contiguous()
-            for i, pair in enumerate(self.layers)
+            for i, pair in self.layers.items()
             for side, quantizer in zip(("keys", "values"), pair, strict=True)
             for name, tensor in quantizer.tensors().items()
         }
@@ -64,6 +68,7 @@ class Calibration:
             "recipe": self.recipe.to_dict(),
             "fingerprint": asdict(self.fingerprint),
             "provenance": self.provenance,
+            "shapes": {str(layer): list(shape) for layer, shape in self.shapes.items()},
             "tensors_sha256": checksum(content),
         }
         description["description_sha256"] = _description_checksum(description)
@@ -103,7 +108,7 @@ class Calibration:
             )
         try:
             loaded = cls._assemble(description, load_tensors(content))
-        except (KeyError, TypeError, SafetensorError, NarrowKVError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, SafetensorError, NarrowKVError) as error:
             raise FileFormatError(f"{folder} holds no usable calibration ({error}); calibrate again.") from error
         if model is not None:
             loaded.fingerprint.check(Fingerprint.of(model))
@@ -113,19 +118,20 @@ class Calibration:
     def _assemble(cls, description: dict[str, Any], tensors: dict[str, torch.Tensor]) -> "Calibration":
         recipe = Recipe.from_dict(description["recipe"])
         fingerprint = Fingerprint(**description["fingerprint"])
-        layers = []
-        for i in range(fingerprint.layers):
+        layers = {}
+        shapes = {int(layer): (heads, dim) for layer, (heads, dim) in description["shapes"].items()}
+        for i, shape in shapes.items():
             schemes = recipe.schemes(i)
             pair = []
             for side, scheme in (("keys", schemes.keys), ("values", schemes.values)):
                 prefix = f"layers.{i}.{side}."
                 tables = {name.removeprefix(prefix): part for name, part in tensors.items() if name.startswith(prefix)}
-                expected = ((fingerprint.kv_heads, fingerprint.head_dim), (1, 1))
-                if any(tables[name].shape not in expected for name in ("scale", "zero", "lower", "upper") if name in tables):
+                forms = {tuple(tables[name].shape) for name in ("scale", "zero", "lower", "upper") if name in tables}
+                if not forms <= {shape, (1, 1)}:
                     raise FileFormatError(f"the tables of {prefix[:-1]} do not have one entry for each channel")
                 pair.append(Quantizer(scheme, **tables))
-            layers.append((pair[0], pair[1]))
-        return cls(recipe, fingerprint, layers, description["provenance"])
+            layers[i] = (pair[0], pair[1])
+        return cls(recipe, fingerprint, layers, shapes, description["provenance"])
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Upload the two files to a model repository on the Hugging Face hub; returns its address."""

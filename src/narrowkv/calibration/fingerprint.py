@@ -30,7 +30,8 @@ class Fingerprint:
     def of(cls, model: Any) -> "Fingerprint":
         """Fingerprint of a loaded transformers model."""
         config = model.config.get_text_config(decoder=True)
-        heads = config.num_attention_heads
+        first = config.per_layer_config[0]  # some models have heads of their own in each layer
+        heads = first.num_attention_heads
         matrices = sorted(
             (name, part) for name, part in model.named_parameters() if part.dim() == 2 and part.is_floating_point()
         )
@@ -38,8 +39,8 @@ class Fingerprint:
         return cls(
             architecture=config.model_type,
             layers=config.num_hidden_layers,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            kv_heads=getattr(first, "num_key_value_heads", None) or heads,
+            head_dim=getattr(first, "head_dim", None) or config.hidden_size // heads,
             vocabulary=model.get_input_embeddings().weight.shape[0],
             weights={name: _sample(part) for name, part in (matrices[i] for i in picked)},
         )

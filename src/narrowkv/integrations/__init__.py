@@ -4,8 +4,8 @@ from narrowkv.integrations.cache import PackedCache
 from narrowkv.integrations.capture import calibrate, calibrate_many
 from narrowkv.integrations.default import disable, enable, make_default
 from narrowkv.integrations.explain import Explanation, explain
-from narrowkv.integrations.interface import prepare
 from narrowkv.integrations.models import load_model
+from narrowkv.integrations.preparation import prepare
 
 __all__ = [
     "Explanation",

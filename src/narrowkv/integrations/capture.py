@@ -1,65 +1,32 @@
 """Calibrating a model: keys before the rotary embedding, values and their gradients, captured through the cache interface."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from narrowkv import __version__
-from narrowkv.attention import Rope
 from narrowkv.calibration import Calibration, Fingerprint, Fit
-from narrowkv.errors import ActivationError, CalibrationError, RecipeError
-from narrowkv.integrations.interface import InterceptingCache, Step, model_attention, prepare, require_step
-from narrowkv.integrations.probe import AttentionFacts, EmptyLayer
+from narrowkv.errors import ActivationError, CalibrationError
+from narrowkv.integrations.dense import DENSE, facts_for
+from narrowkv.integrations.passing import PassingCache, PassingLayer
+from narrowkv.integrations.probe import ModelFacts, own_layers
 from narrowkv.methods import LayerSchemes, Recipe, get_recipe
 
-# layer, keys unrotated, values: both [batch, kv_heads, tokens, head_dim]
-Listener = Callable[[int, Tensor, Tensor], None]
+# place among the attention layers, keys before and after the rotary embedding, values
+LayerListener = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
-class CaptureLayer(EmptyLayer):
-    """Stores nothing; hands keys and values to a listener."""
-
-    def __init__(self, index: int, rope: Rope | None, listener: Listener):
-        super().__init__()
-        self.rope = rope
-        self.index = index
-        self.listener = listener
-        self.step: Step | None = None
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any):
-        step, self.step = require_step(self.step), None
-        self.listener(self.index, key_states, value_states)
-        handle = CaptureHandle(self.rope, step, key_states, value_states)
-        return handle, handle
-
-
-@dataclass(frozen=True)
-class CaptureHandle:
-    """Lets the model's own attention go on with what was captured."""
-
-    rope: Rope | None
-    step: Step
-    keys: Tensor
-    values: Tensor
-
-    def attend(self, module: nn.Module, query: Tensor, scaling: float, **kwargs: Any) -> Tensor:
-        keys = self.keys
-        if self.rope:
-            query, keys = (self.rope.rotate(x, self.step.positions) for x in (query, keys))
-        output, _ = model_attention(module, query, keys, self.values, self.step.mask, scaling=scaling, **kwargs)
-        return output
-
-
-class CaptureCache(InterceptingCache):
-    """A cache that shows a listener what every layer would store. facts: as `prepare` returns them."""
-
-    def __init__(self, facts: list[AttentionFacts], listener: Listener):
-        super().__init__(layers=[CaptureLayer(i, layer.rope, listener) for i, layer in enumerate(facts)])
+def capture_cache(model: PreTrainedModel, facts: ModelFacts, listener: LayerListener, dense: bool = False) -> PassingCache:
+    """A cache that shows a listener what every attention layer would store. facts: as `facts_for` returns them."""
+    layers = own_layers(model)
+    for i, fact in enumerate(facts.attention):
+        layers[fact.layer] = PassingLayer(fact.rope, functools.partial(listener, i), dense)
+    return PassingCache(layers, intercepts=not dense)
 
 
 @contextlib.contextmanager
@@ -103,13 +70,15 @@ def calibrate_many(
     batches: Iterable[Tensor],
     recipes: Sequence[Recipe | str],
     *,
+    backend: str = "torch",
     on_batch: Callable[[int, int], None] | None = None,
 ) -> list[Calibration]:
     """Learn several recipes from the same two passes over the data.
 
-    batches: token ids [batch, tokens] int64, without padding; a single tensor is taken row by row. on_batch: called with
-    (batches done, batches in both passes). Returns one Calibration per recipe. Raises CalibrationError where the data is
-    empty, ActivationError where the model computes NaN or infinity.
+    batches: token ids [batch, tokens] int64, without padding; a single tensor is taken row by row. backend: that of the caches
+    to be made, of which only `dense` matters here. on_batch: called with (batches done, batches in both passes). Returns one
+    Calibration per recipe. Raises CalibrationError where the data is empty, ActivationError where the model computes NaN or
+    infinity, UnsupportedModelError and RecipeError as PackedCache does.
     """
     chosen = [get_recipe(recipe) for recipe in recipes]
     data = [batch for batch in (batches.split(1) if isinstance(batches, Tensor) else batches) if batch.numel()]
@@ -117,17 +86,13 @@ def calibrate_many(
         raise CalibrationError(
             "Calibration needs batches of token ids [batch, tokens] of 2 tokens or more; give it more text."
         )
-    facts = prepare(model)
+    facts = facts_for(model, backend, chosen)
     for recipe in chosen:
         if max(batch.shape[1] for batch in data) <= recipe.sinks + 1:
             raise CalibrationError(
                 f"Sequences must be longer than the {recipe.sinks} sinks of {recipe.name}; give longer ones."
             )
-        if any(not 0 <= layer < len(facts) for layer in recipe.layers):
-            raise RecipeError(
-                f"Recipe {recipe.name} names layers {sorted(recipe.layers)}; the model has 0 to {len(facts) - 1}."
-            )
-    needs = [{Need.of(recipe, i) for recipe in chosen} for i in range(len(facts))]
+    needs = [{Need.of(recipe, fact.layer) for recipe in chosen} for fact in facts.attention]
     fits: Fits = [{need: (Fit(need.schemes.keys), Fit(need.schemes.values)) for need in layer} for layer in needs]
     done = 0
 
@@ -137,12 +102,13 @@ def calibrate_many(
         if on_batch:
             on_batch(done, 2 * len(data))
 
+    dense = backend == DENSE
     with _without_weight_gradients(model):
         for batch in data:
-            _run(model, facts, batch, _range_listener(fits), gradients=False)
+            _run(model, capture_cache(model, facts, _range_listener(fits), dense), batch, gradients=False)
             report()
         for batch in data:
-            _run(model, facts, batch, _codebook_listener(fits), gradients=True)
+            _run(model, capture_cache(model, facts, _codebook_listener(fits), dense), batch, gradients=True)
             report()
     provenance = {
         "narrowkv": __version__,
@@ -151,12 +117,12 @@ def calibrate_many(
     }
     calibrations = []
     for recipe in chosen:
-        layers = []
-        for i in range(len(facts)):
-            schemes, (keys, values) = recipe.schemes(i), fits[i][Need.of(recipe, i)]
-            shape = (facts[i].kv_heads, facts[i].head_dim)
-            layers.append((keys.quantizer(shape, schemes.keys), values.quantizer(shape, schemes.values)))
-        calibrations.append(Calibration(recipe, Fingerprint.of(model), layers, dict(provenance)))
+        layers, shapes = {}, {}
+        for fact, fitted in zip(facts.attention, fits, strict=True):
+            schemes, (keys, values) = recipe.schemes(fact.layer), fitted[Need.of(recipe, fact.layer)]
+            shapes[fact.layer] = shape = (fact.kv_heads, fact.head_dim)
+            layers[fact.layer] = (keys.quantizer(shape, schemes.keys), values.quantizer(shape, schemes.values))
+        calibrations.append(Calibration(recipe, Fingerprint.of(model), layers, shapes, dict(provenance)))
     return calibrations
 
 
@@ -165,17 +131,18 @@ def calibrate(
     batches: Iterable[Tensor],
     recipe: Recipe | str,
     *,
+    backend: str = "torch",
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Calibration:
     """Learn a recipe's tables from a model and token ids; see `calibrate_many`."""
-    return calibrate_many(model, batches, [recipe], on_batch=on_batch)[0]
+    return calibrate_many(model, batches, [recipe], backend=backend, on_batch=on_batch)[0]
 
 
-def _run(model: PreTrainedModel, facts: list[AttentionFacts], batch: Tensor, listener: Listener, *, gradients: bool) -> None:
-    """One forward pass with a listener, and a backward pass of the summed loss if asked."""
+def _run(model: PreTrainedModel, cache: PassingCache, batch: Tensor, *, gradients: bool) -> None:
+    """One forward pass, and a backward pass of the summed loss if asked."""
     with torch.set_grad_enabled(gradients):
         ids = batch.to(model.device).clone()  # an ordinary tensor, wherever the batch was made
-        logits = model(ids, past_key_values=CaptureCache(facts, listener), use_cache=True).logits
+        logits = model(ids, past_key_values=cache, use_cache=True).logits
         if not torch.isfinite(logits[:, -1]).all():
             raise ActivationError("The model computes NaN or infinity on the calibration text; check its weights and dtype.")
         if gradients:
@@ -188,28 +155,30 @@ def _tokens(x: Tensor, skip: int) -> Tensor:
     return x.detach()[:, :, skip:].transpose(1, 2).flatten(0, 1)
 
 
-def _range_listener(fits: Fits) -> Listener:
-    def listen(layer: int, keys: Tensor, values: Tensor) -> None:
-        for need, pair in fits[layer].items():
-            for fit, numbers in zip(pair, (keys, values), strict=True):
-                fit.see_range(_tokens(numbers, need.sinks))
+def _range_listener(fits: Fits) -> LayerListener:
+    def listen(index: int, keys: Tensor, rotated: Tensor, values: Tensor) -> None:
+        for need, (key_fit, value_fit) in fits[index].items():
+            key_fit.see_range(_tokens(keys if need.schemes.keys.pre_rope else rotated, need.sinks))
+            value_fit.see_range(_tokens(values, need.sinks))
 
     return listen
 
 
-def _codebook_listener(fits: Fits) -> Listener:
-    def listen(layer: int, keys: Tensor, values: Tensor) -> None:
-        for side, numbers in enumerate((keys, values)):
-            if not numbers.requires_grad:
-                numbers.requires_grad_()
-            numbers.register_hook(_when_gradient_known(fits[layer], side, numbers.detach()))
+def _codebook_listener(fits: Fits) -> LayerListener:
+    def listen(index: int, keys: Tensor, rotated: Tensor, values: Tensor) -> None:
+        before = [(need, pair[0]) for need, pair in fits[index].items() if need.schemes.keys.pre_rope]
+        after = [(need, pair[0]) for need, pair in fits[index].items() if not need.schemes.keys.pre_rope]
+        of_values = [(need, pair[1]) for need, pair in fits[index].items()]
+        for numbers, learning in ((keys, before), (rotated, after), (values, of_values)):
+            if learning:
+                numbers.register_hook(_when_gradient_known(learning, numbers.detach()))
 
     return listen
 
 
-def _when_gradient_known(fits: dict[Need, tuple[Fit, Fit]], side: int, numbers: Tensor) -> Callable[[Tensor], None]:
+def _when_gradient_known(learning: list[tuple[Need, Fit]], numbers: Tensor) -> Callable[[Tensor], None]:
     def see(gradient: Tensor) -> None:
-        for need, pair in fits.items():
-            pair[side].see_codebook(_tokens(numbers, need.sinks), _tokens(gradient, need.sinks))
+        for need, fit in learning:
+            fit.see_codebook(_tokens(numbers, need.sinks), _tokens(gradient, need.sinks))
 
     return see

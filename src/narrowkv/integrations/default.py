@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 
 from narrowkv.calibration import Calibration
 from narrowkv.integrations.cache import PackedCache
-from narrowkv.integrations.interface import prepare, release
+from narrowkv.integrations.dense import release_dense
+from narrowkv.integrations.preparation import prepare, release
 from narrowkv.methods import Recipe, get_recipe
 
 
@@ -53,6 +54,7 @@ def disable(model: PreTrainedModel) -> None:
     """Undo `enable` and `make_default`: the model is as it was before it met a packed cache."""
     _forget_default(model)
     release(model)
+    release_dense(model)
 
 
 def _forget_default(model: PreTrainedModel) -> None:

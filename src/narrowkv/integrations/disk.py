@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.cache_utils import DummyLayer
 
 from narrowkv.calibration import Fingerprint
 from narrowkv.codec import Quantizer
@@ -32,18 +33,18 @@ def save_cache(cache: "PackedCache", path: str | Path, token_ids: Tensor | None 
 
     Raises CacheUseError while the cache is empty or token_ids do not fit it, OutputError where writing fails.
     """
-    length = cache.get_seq_length()
-    if length == 0 or cache.packed[0].store.shape is None:
+    length = cache.length
+    if length == 0:
         raise CacheUseError("The cache is empty, there is nothing to save; let the model read a prompt first.")
+    _require_attention_only(cache)
     if token_ids is not None and tuple(token_ids.shape) != (cache.batch_size, length):
         raise CacheUseError(
             f"The cache holds {cache.batch_size} x {length} tokens, but token_ids are {list(token_ids.shape)}."
         )
-    tensors = {"positions": cache.ledger.read(length).contiguous()}
-    for i, layer in enumerate(cache.packed):
+    tensors = {f"ledger.{name}": ledger.read(length).contiguous() for name, ledger in cache.ledgers.items()}
+    for i, layer in zip(cache.modules, cache.packed, strict=True):
         tensors |= {f"layers.{i}.{name}": tensor for name, tensor in to_tensors(layer.store).items()}
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-    batch, heads, dim = cache.packed[0].store.shape
     header = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -51,15 +52,23 @@ def save_cache(cache: "PackedCache", path: str | Path, token_ids: Tensor | None 
         "tables_sha256": tables_checksum([layer.store.quantizers for layer in cache.packed]),
         "fingerprint": asdict(cache.fingerprint),
         "dtype": str(cache.dtype).removeprefix("torch."),
-        "batch": batch,
-        "kv_heads": heads,
-        "head_dim": dim,
+        "batch": cache.batch_size,
+        "shapes": [list(shape) for shape in cache.shapes],
         "tokens": length,
         "token_ids_sha256": None if token_ids is None else ids_checksum(token_ids),
         "tensors_sha256": {name: tensor_checksum(tensor) for name, tensor in sorted(tensors.items())},
     }
     header["header_sha256"] = checksum(json.dumps(header, sort_keys=True).encode())
     write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, {"narrowkv": json.dumps(header)}))
+
+
+def _require_attention_only(cache: "PackedCache") -> None:
+    others = [i for i, layer in enumerate(cache.layers) if i not in cache.modules and not isinstance(layer, DummyLayer)]
+    if others:
+        raise CacheUseError(
+            f"Layers {', '.join(map(str, others))} keep a state of their own (linear attention, convolution), which cannot be "
+            "saved; read the prompt anew instead."
+        )
 
 
 def load_cache(cache: "PackedCache", path: str | Path, token_ids: Tensor | None = None) -> None:
@@ -71,19 +80,22 @@ def load_cache(cache: "PackedCache", path: str | Path, token_ids: Tensor | None 
     try:
         header, tensors = _read(Path(path))
         _check_origin(cache, header, token_ids)
-        shape = (header["batch"], header["kv_heads"], header["head_dim"])
-        for i, layer in enumerate(cache.packed):
+        for i, layer, (heads, dim) in zip(cache.modules, cache.packed, cache.shapes, strict=True):
+            shape = (header["batch"], heads, dim)
             prefix = f"layers.{i}."
             own = {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
             load_tensors(layer.store, own, shape, cache.dtype)
             if layer.store.length != header["tokens"]:
                 raise FileFormatError(f"layer {i} holds {layer.store.length} tokens, not {header['tokens']}")
-        positions = tensors.pop("positions", None)
-        if positions is None or tensors or positions.dtype != torch.int32:
-            raise FileFormatError("positions are missing, or there are tensors that do not belong to a cache")
-        if tuple(positions.shape) != (header["batch"], header["tokens"]) or bool((positions < 0).any()):
-            raise FileFormatError("positions do not fit the tokens")
-        cache.ledger.append(positions)
+        for name, ledger in cache.ledgers.items():
+            entries = tensors.pop(f"ledger.{name}", None)
+            if entries is None or tuple(entries.shape[:2]) != (header["batch"], header["tokens"]):
+                raise FileFormatError(f"ledger.{name} is missing or does not fit the tokens")
+            if name == "positions" and (entries.dtype != torch.int32 or bool((entries < 0).any())):
+                raise FileFormatError("positions are not whole numbers from 0")
+            ledger.append(entries)
+        if tensors:
+            raise FileFormatError(f"tensor {min(tensors)} does not belong to a cache")
     except NarrowKVError as error:
         cache.reset()
         if isinstance(error, FileFormatError):
@@ -123,7 +135,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _check_origin(cache: "PackedCache", header: dict[str, Any], token_ids: Tensor | None) -> None:
     try:
         saved = Fingerprint(**header["fingerprint"])
-        sizes = [header[name] for name in ("batch", "kv_heads", "head_dim", "tokens")]
+        sizes = [header[name] for name in ("batch", "tokens")]
         if any(type(size) is not int or size < 1 for size in sizes):
             raise FileFormatError("its sizes are not positive numbers")
         if header["recipe"] != json.loads(json.dumps(cache.recipe.to_dict())):
@@ -131,6 +143,10 @@ def _check_origin(cache: "PackedCache", header: dict[str, Any], token_ids: Tenso
                 f"This cache was saved with another recipe than {cache.recipe.name}; load it with the same."
             )
         saved.check(cache.fingerprint)
+        if header["shapes"] != [list(shape) for shape in cache.shapes]:
+            raise CalibrationError(
+                "This cache was saved with other heads by layer than this model has; read the prompt again."
+            )
         if header["tables_sha256"] != tables_checksum([layer.store.quantizers for layer in cache.packed]):
             raise CalibrationError("This cache was saved with another calibration; load it with the same one.")
         if header["dtype"] != str(cache.dtype).removeprefix("torch."):

@@ -9,27 +9,25 @@ from narrowkv.integrations.cache import PackedCache
 class Explanation:
     """Bytes by part for each layer, and what all layers share; printing it gives a table.
 
-    layers: for each layer, bytes of codes, scales, outliers, tail, window, sinks, slots and tables. positions: bytes that all
-    layers share. numbers: keys and values held in all.
+    layers: for each packed layer by its number, bytes of codes, scales, outliers, tail, window, sinks, slots and tables.
+    positions: bytes of positions or angles that all layers share. numbers: keys and values held in all.
     """
 
     recipe: str
-    layers: list[dict[str, int]]
+    layers: dict[int, dict[str, int]]
     positions: int
     numbers: int
 
     @property
     def nbytes(self) -> int:
         """All of it."""
-        return self.positions + sum(sum(layer.values()) for layer in self.layers)
+        return self.positions + sum(sum(layer.values()) for layer in self.layers.values())
 
     def __str__(self) -> str:
-        names = list(self.layers[0])
-        totals = {name: sum(layer[name] for layer in self.layers) for name in names}
+        names = list(next(iter(self.layers.values())))
+        totals = {name: sum(layer[name] for layer in self.layers.values()) for name in names}
         rows = [["layer", *names, "all"]]
-        rows += [
-            [str(i), *(f"{layer[n]:,}" for n in names), f"{sum(layer.values()):,}"] for i, layer in enumerate(self.layers)
-        ]
+        rows += [[str(i), *(f"{layer[n]:,}" for n in names), f"{sum(layer.values()):,}"] for i, layer in self.layers.items()]
         rows.append(["all", *(f"{totals[n]:,}" for n in names), f"{sum(totals.values()):,}"])
         if self.numbers:
             bits = [8 * totals[n] / self.numbers for n in names]
@@ -42,10 +40,10 @@ class Explanation:
 
 def explain(cache: PackedCache) -> Explanation:
     """Say where a cache's bytes are; str() of the result is a table."""
-    layers = []
-    for layer in cache.packed:
+    layers = {}
+    for number, layer in zip(cache.modules, cache.packed, strict=True):
         parts = {name: sum(tensor.untyped_storage().nbytes() for tensor in held) for name, held in layer.store.parts().items()}
         tables = [table for quantizer in layer.store.quantizers for table in quantizer.tensors().values()]
-        layers.append(parts | {"tables": sum(table.untyped_storage().nbytes() for table in tables)})
-    positions = sum(tensor.untyped_storage().nbytes() for tensor in cache.ledger.tensors())
+        layers[number] = parts | {"tables": sum(table.untyped_storage().nbytes() for table in tables)}
+    positions = sum(tensor.untyped_storage().nbytes() for ledger in cache.ledgers.values() for tensor in ledger.tensors())
     return Explanation(cache.recipe.name, layers, positions, cache.numbers)

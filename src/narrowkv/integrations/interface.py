@@ -3,20 +3,26 @@
 No module is replaced. A hook hands each attention module an identity rotary embedding whenever one of our caches is in use,
 so the cache is given keys as they are before it; the true cosines, sines and positions travel beside them in a `Step`. The
 cache's `update` returns a `Handle` in place of tensors, and the attention function registered under the name `narrowkv` lets
-the handle attend. Without one of our caches a prepared model computes exactly what it did before.
+the handle attend. Without one of our caches a prepared model computes exactly what it did before. preparation.py puts it all
+in place.
 """
 
+import contextlib
+import functools
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers.masking_utils import causal_mask_function
 
+from narrowkv.attention import Visible
+from narrowkv.attention.rope import Tables
 from narrowkv.errors import CacheUseError, UnsupportedModelError
-from narrowkv.integrations.probe import AttentionFacts, probe
+from narrowkv.integrations.probe import identity
 
 NAME = "narrowkv"
 KNOWN_TENSORS = ("position_ids", "s_aux", "cache_position")
@@ -30,10 +36,22 @@ class LazyMask:
         self.request = request
         self._dense: dict[str, Tensor | None] = {}
 
-    @property
-    def padding(self) -> Tensor | None:
-        """[batch, tokens] bool, False where a token is padding, or None where there is none."""
-        return self.request["attention_mask"]
+    def __getitem__(self, part: tuple[slice, slice, slice, slice]) -> "LazyMask":
+        """The mask of the last queries alone, as models ask for it that need no more (Gemma 4 in layers that share keys)."""
+        nothing, length = slice(None), int(self.request["q_length"])
+        start, stop, step = part[2].indices(length)
+        if (part[0], part[1], part[3]) != (nothing, nothing, nothing) or (stop, step) != (length, 1):
+            raise UnsupportedModelError("This model cuts its attention mask in an unknown way; use DynamicCache.")
+        return LazyMask(**{**self.request, "q_length": length - start, "q_offset": self.request["q_offset"] + start})
+
+    @functools.cached_property
+    def visible(self) -> Visible:
+        """What a query may see, plainly said where it is causal or a sliding window."""
+        padding, rule = self.request["attention_mask"], self.request["mask_function"]
+        if rule is causal_mask_function:
+            return Visible(padding)
+        window = _window_of(rule)
+        return Visible(padding, rule=rule) if window is None else Visible(padding, window)
 
     def dense(self, implementation: str) -> Tensor | None:
         """The mask as the named attention implementation of transformers wants it."""
@@ -43,26 +61,50 @@ class LazyMask:
         return self._dense[implementation]
 
 
+def _window_of(rule: Callable[..., Any]) -> int | None:
+    """The size of the sliding window if a mask function of transformers is one and causal besides, else None."""
+    parts = inspect.getclosurevars(rule).nonlocals.get("mask_functions", ())
+    if len(parts) != 2 or parts[1] is not causal_mask_function:
+        return None
+    if not parts[0].__qualname__.startswith("sliding_window_overlay."):
+        return None
+    window: int = inspect.getclosurevars(parts[0]).nonlocals["sliding_window"]
+    return window
+
+
 @dataclass(frozen=True)
 class Step:
     """What one forward pass tells every layer about its new tokens.
 
-    positions: [1 or batch, new] int64. mask: as made by the model for our attention.
+    positions: [1 or batch, new] int64, or None where the model does not tell its layers. tables: the rotary embedding's, or
+    None. mask: as made by the model for our attention.
     """
 
-    positions: Tensor
+    positions: Tensor | None
+    tables: Tables | None
     mask: LazyMask
 
     def valid(self, past: int, new: int) -> Tensor | None:
-        """[batch, new] bool, False for padding among the new tokens, which follow `past` others; None where all count."""
-        if self.mask.padding is None:
+        """[batch, new] bool, False for padding among the new tokens, which follow `past` others; None where all count.
+
+        Raises CacheUseError where the attention mask does not cover them all.
+        """
+        padding = self.mask.visible.padding
+        if padding is None:
             return None
-        valid = self.mask.padding[:, past : past + new]
+        if padding.shape[1] < past + new:
+            raise CacheUseError(
+                f"The attention mask covers {padding.shape[1]} tokens, but there are {past} in the cache and {new} new ones; "
+                "pass one that covers them all."
+            )
+        valid = padding[:, past : past + new]
         return None if valid.all() else valid
 
 
 class InterceptingCache(Cache):
-    """A cache that wants keys before the rotary embedding."""
+    """A cache that wants keys before the rotary embedding; with `intercepts` false, one that takes the model as it is."""
+
+    intercepts = True
 
     def begin(self, module: Any, step: Step) -> None:
         """Called before each attention module runs: tells its layer what the coming `update` is about."""
@@ -70,12 +112,18 @@ class InterceptingCache(Cache):
         receiver: Any = self.layers[layer]
         receiver.step = step
 
+    def see_mask(self, mask: Tensor | None) -> None:
+        """Called before a model that is taken as it is runs; mask: [batch, tokens], 0 for padding, or None."""
+
 
 class Handle(Protocol):
     """What such a cache returns from `update` in place of tensors."""
 
-    def attend(self, module: nn.Module, query: Tensor, scaling: float, **kwargs: Any) -> Tensor:
-        """query: [batch, query_heads, new, head_dim] unrotated. Returns [batch, new, query_heads, head_dim]."""
+    def attend(self, module: nn.Module, query: Tensor, mask: LazyMask, scaling: float, **kwargs: Any) -> Tensor:
+        """query: [batch, query_heads, queries, head_dim] of the last new tokens, not rotated; mask: theirs.
+
+        Returns [batch, queries, query_heads, head_dim].
+        """
         ...
 
 
@@ -90,7 +138,19 @@ def model_attention(
     return AttentionInterface().get_interface(implementation, eager)(module, query, keys, values, mask, **kwargs)
 
 
-_witnessed: set[int] | None = None  # while a probe runs: ids of the modules whose attention comes through here
+_witnessed: set[int] | None = None
+
+
+@contextlib.contextmanager
+def witnessing() -> Iterator[set[int]]:
+    """While this lasts, ids of the modules whose attention of ordinary tensors comes through our function are noted."""
+    global _witnessed
+    found: set[int] = set()
+    _witnessed = found
+    try:
+        yield found
+    finally:
+        _witnessed = None
 
 
 def attention_function(module: nn.Module, query: Tensor, key: Any, value: Any, attention_mask: Any, **kwargs: Any):
@@ -102,83 +162,43 @@ def attention_function(module: nn.Module, query: Tensor, key: Any, value: Any, a
     strange = [name for name, part in kwargs.items() if isinstance(part, Tensor) and name not in KNOWN_TENSORS]
     if strange:
         raise UnsupportedModelError(f"The packed cache does not know what to do with {', '.join(strange)}; use DynamicCache.")
-    return key.attend(module, query, **kwargs), None
+    return key.attend(module, query, attention_mask, **kwargs), None
 
 
-def _before_attention(module: Any, args: tuple, kwargs: dict[str, Any]):
-    """Hook: where one of our caches is in use, exchange the rotary embedding for the identity."""
+def before_decoder(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Hook on the language model: hand the attention mask to a cache that does not get it from attention.
+
+    Raises CacheUseError where the caller (or the model's configuration) said that no cache is to be used.
+    """
     cache = next((part for part in kwargs.values() if isinstance(part, InterceptingCache)), None)
     if cache is None:
+        return
+    if kwargs.get("use_cache") is False:  # `generate` would then feed the whole text at every step, on top of what is held
+        raise CacheUseError("A cache was passed, but use_cache is off; pass use_cache=True, or set model.config.use_cache.")
+    if not cache.intercepts:
+        cache.see_mask(kwargs.get("attention_mask"))
+
+
+def before_attention(module: Any, args: tuple, kwargs: dict[str, Any]):
+    """Hook: where one of our caches is in use, exchange the rotary embedding for the identity."""
+    cache = next((part for part in kwargs.values() if isinstance(part, InterceptingCache)), None)
+    if cache is None or not cache.intercepts:
         return None
     if module.config._attn_implementation != NAME:
         raise CacheUseError(
             f"The model's attention was set to {module.config._attn_implementation!r} after the cache was made; make another."
         )
-    mask, positions = kwargs.get("attention_mask"), kwargs["position_ids"]
-    if positions.shape[1] == 0:
+    mask, tables = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    if hidden.shape[1] == 0:
         raise CacheUseError("The prompt is empty; pass at least one token.")
     if not isinstance(mask, LazyMask) or mask.request["use_vmap"]:
         raise UnsupportedModelError(
-            "The packed cache takes attention masks of 2 dimensions only (1 for tokens, 0 for padding); pass one or none."
+            "The packed cache takes attention masks of 2 dimensions only (1 for tokens, 0 for padding), and no mask "
+            "functions of the caller's own; pass one or none."
         )
-    cache.begin(module, Step(positions, mask))
-    if kwargs.get("position_embeddings") is None:
-        return None
-    cos, sin = kwargs["position_embeddings"]
-    return args, {**kwargs, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
-
-
-def prepare(model: PreTrainedModel) -> list[AttentionFacts]:
-    """Make a model ready for our caches, once, and return what the probe found of its layers.
-
-    Raises UnsupportedModelError where that cannot be; the model is then as it was.
-    """
-    global _witnessed
-    known: list[AttentionFacts] | None = vars(model).get("narrowkv_facts")
-    chosen = model.config._attn_implementation
-    if known and chosen == NAME:
-        return known
-    if chosen not in ("eager", "sdpa", NAME):
-        raise UnsupportedModelError(
-            f"Attention implementation {chosen!r} is not supported; load the model with 'sdpa' or 'eager'."
-        )
-    AttentionInterface.register(NAME, attention_function)
-    AttentionMaskInterface.register(NAME, LazyMask)
-    previous = "sdpa" if chosen == NAME else chosen
-    candidates = [module for module in model.modules() if hasattr(module, "layer_idx")]
-    for module in candidates:
-        vars(module)["narrowkv_previous"] = previous
-    model.set_attn_implementation(NAME)
-    facts: list[AttentionFacts] = []
-    try:
-        _witnessed = set()
-        found = known or probe(model)
-        if not known and not {id(layer.module) for layer in found} <= _witnessed:
-            raise UnsupportedModelError(
-                "The model computes attention by itself, not through transformers' interface; use DynamicCache."
-            )
-        facts = found
-    finally:
-        _witnessed = None
-        for module in candidates:
-            if not any(module is layer.module for layer in facts):
-                del vars(module)["narrowkv_previous"]
-        if not facts:
-            model.set_attn_implementation(previous)
-    for layer in facts:
-        if "narrowkv_hook" not in vars(layer.module):
-            vars(layer.module)["narrowkv_hook"] = layer.module.register_forward_pre_hook(_before_attention, with_kwargs=True)
-    vars(model)["narrowkv_facts"] = facts
-    return facts
-
-
-def release(model: PreTrainedModel) -> None:
-    """Undo `prepare`."""
-    for layer in vars(model).pop("narrowkv_facts", []):
-        vars(layer.module).pop("narrowkv_hook").remove()
-        previous = vars(layer.module).pop("narrowkv_previous")
-        if model.config._attn_implementation == NAME:
-            model.set_attn_implementation(previous)
+    cache.begin(module, Step(kwargs.get("position_ids"), tables, mask))
+    return None if tables is None else (args, {**kwargs, "position_embeddings": identity(tables)})
 
 
 def require_step(step: Step | None) -> Step:

@@ -10,36 +10,53 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
-from narrowkv.attention import Rope
+from narrowkv.attention import AnyRope, Rope, StoredRope
+from narrowkv.attention.rope import Tables
+from narrowkv.codec.ranges import require_finite
 from narrowkv.errors import UnsupportedModelError
 
 MAX_HEAD_DIM = 512  # the index of an outlier in its block has 16 bits, one of them the sign
 TOKENS, FIRST_POSITION = 12, 3
 TOLERANCE = 2e-2  # of the largest key: bfloat16 rounds cosine, sine and product
-STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
+STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")  # angles that positions alone determine
+LAYOUTS: tuple[Any, ...] = ("halves", "repeated", "once")
 
 
 @dataclass(frozen=True)
 class AttentionFacts:
-    """One attention module: its layer, kv_heads, head_dim, and how it rotates keys (None: not at all)."""
+    """One attention module that keeps keys and values: its layer, kv_heads, head_dim, and how it rotates keys (None: not)."""
 
     module: nn.Module
     layer: int
     kv_heads: int
     head_dim: int
-    rope: Rope | None
+    rope: AnyRope | None
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """attention: the modules that keep keys and values, by layer. readers: those that use another layer's."""
+
+    attention: list[AttentionFacts]
+    readers: list[nn.Module]
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """All attention modules."""
+        return [*(layer.module for layer in self.attention), *self.readers]
 
 
 @dataclass
-class _Seen:
-    """What the probe sees of one attention module."""
+class Seen:
+    """What the probe sees of one attention module: what it was given, stored and returned."""
 
     module: nn.Module
     args: tuple
     kwargs: dict[str, Any]
+    output: Any = None
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
 
@@ -63,7 +80,7 @@ class EmptyLayer(CacheLayerMixin):
 class _ProbeLayer(EmptyLayer):
     """Notes the keys and values of the module that is running."""
 
-    def __init__(self, running: list[_Seen], updated: list[_Seen]):
+    def __init__(self, running: list[Seen], updated: dict[int, Seen]):
         super().__init__()
         self.running, self.updated = running, updated
 
@@ -71,58 +88,112 @@ class _ProbeLayer(EmptyLayer):
         seen = self.running[-1]
         seen.keys.append(key_states)
         seen.values.append(value_states)
-        if not any(seen is other for other in self.updated):
-            self.updated.append(seen)
+        self.updated.setdefault(id(seen.module), seen)
         return key_states, value_states
 
 
+def text_config(model: PreTrainedModel) -> Any:
+    """The configuration of the model's language part."""
+    return model.config.get_text_config(decoder=True)
+
+
+def own_layers(model: PreTrainedModel) -> list[Any]:
+    """The cache layers that transformers would use: those of attention, which a packed cache replaces, and all others."""
+    return list(DynamicCache(config=text_config(model)).layers)
+
+
+def keeps_keys(layer: Any) -> bool:
+    """Whether a packed layer can take this one's place; raises UnsupportedModelError on kinds that nobody has looked at."""
+    if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+        return True
+    if type(layer) in (LinearAttentionLayer, DummyLayer):
+        return False
+    raise UnsupportedModelError(f"Layers of the kind {type(layer).__name__} cannot be packed; use DynamicCache.")
+
+
 @torch.no_grad()
-def probe(model: PreTrainedModel) -> list[AttentionFacts]:
-    """Facts of every attention module, by layer; raises UnsupportedModelError where one of them cannot be served."""
+def probe(model: PreTrainedModel) -> tuple[list[AttentionFacts], list[Seen]]:
+    """Facts of every attention module that keeps keys, by layer, and what was seen of each.
+
+    Raises UnsupportedModelError where one of them cannot be served.
+    """
+    seen, running = watch(model)
+    tables = {id(one.kwargs.get("position_embeddings")): one.kwargs.get("position_embeddings") for one in seen}
+    names = {key: f"angles{i}" for i, key in enumerate(tables)}  # layers that are given the same tables share their record
+    facts = [
+        AttentionFacts(
+            one.module,
+            int(one.module.layer_idx),  # type: ignore[arg-type]
+            one.keys[0].shape[1],
+            one.keys[0].shape[3],
+            _rope(model, one, running, names[id(one.kwargs.get("position_embeddings"))]),
+        )
+        for one in seen
+    ]
+    return facts, seen
+
+
+def watch(model: PreTrainedModel) -> tuple[list[Seen], list[Seen]]:
+    """Run the model once on a few tokens: what its attention modules were given and stored.
+
+    Returns those that stored keys and values, by layer, and the list that such a module must stand in last to be run again.
+    Raises UnsupportedModelError where the model does not store as a packed cache understands it.
+    """
     if len({parameter.device for parameter in model.parameters()}) > 1:
-        raise UnsupportedModelError("A model spread over several devices is not supported yet; load it on one device.")
-    layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    running: list[_Seen] = []
-    updated: list[_Seen] = []
+        raise UnsupportedModelError(
+            "A model spread over several devices by device_map is not supported; use tensor parallelism (docs/processes.md)."
+        )
+    layers, running, updated = own_layers(model), list[Seen](), dict[int, Seen]()
+    expected = {i for i, layer in enumerate(layers) if keeps_keys(layer)}
+    cache = Cache(layers=[_ProbeLayer(running, updated) if i in expected else layer for i, layer in enumerate(layers)])
+    training = model.training
     hooks = []
 
     def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        running.append(_Seen(module, args, kwargs))
+        running.append(Seen(module, args, kwargs))
 
     def leave(module: nn.Module, args: tuple, output: Any) -> None:
-        running.pop()
+        running.pop().output = output
 
     for module in model.modules():
         if hasattr(module, "layer_idx"):
             hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             hooks.append(module.register_forward_hook(leave))
-    training = model.training
     try:
         model.eval()
         embedding: Any = model.get_input_embeddings()
         ids = torch.arange(2, 2 + TOKENS, device=model.device)[None] % embedding.weight.shape[0]
         positions = torch.arange(FIRST_POSITION, FIRST_POSITION + TOKENS, device=model.device)[None]
-        cache = Cache(layers=[_ProbeLayer(running, updated) for _ in range(layers)])
-        model(ids, position_ids=positions, past_key_values=cache, use_cache=True)
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        decoder: Any = model.get_decoder()
+        decoder(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnsupportedModelError(
-            f"This model does not run with a cache of another make ({str(error).splitlines()[0]}); use DynamicCache."
+            f"This model does not run with a cache of another make ({reason}); use DynamicCache."
         ) from error
     finally:
         for hook in hooks:
             hook.remove()
         running.clear()
         model.train(training)
-    if len(updated) != layers:
+    if not expected:
+        raise UnsupportedModelError("This model has no attention layers, so there are no keys and values to pack.")
+    stored = {int(one.module.layer_idx) for one in updated.values()}  # type: ignore[arg-type]
+    if stored != expected:
         raise UnsupportedModelError(
-            f"Of {layers} layers {len(updated)} keep keys and values as the packed cache understands it; use DynamicCache."
+            f"Of {len(expected)} attention layers {len(stored & expected)} keep keys and values as the packed cache "
+            "understands it; use DynamicCache."
         )
-    return [_facts(model, seen, positions, running) for seen in updated]
+    for one in updated.values():
+        _require_shapes(one)
+    return sorted(updated.values(), key=lambda one: int(one.module.layer_idx)), running  # type: ignore[arg-type]
 
 
-def _facts(model: PreTrainedModel, seen: _Seen, positions: Tensor, running: list[_Seen]) -> AttentionFacts:
-    keys, values = seen.keys[0], seen.values[0]
-    layer = int(seen.module.layer_idx)  # type: ignore[arg-type]
+def _require_shapes(seen: Seen) -> None:
+    keys, values, layer = seen.keys[0], seen.values[0], seen.module.layer_idx
+    require_finite(keys, "On a few tokens, keys")
+    if keys.dim() != 4 or keys.shape[2] != TOKENS:
+        raise UnsupportedModelError(f"Layer {layer} stores keys of an unknown shape {list(keys.shape)}; use DynamicCache.")
     if keys.shape[3] % 8 or keys.shape[3] > MAX_HEAD_DIM:
         raise UnsupportedModelError(
             f"A head_dim of {keys.shape[3]} is not supported (multiples of 8 up to {MAX_HEAD_DIM} are); use DynamicCache."
@@ -131,40 +202,64 @@ def _facts(model: PreTrainedModel, seen: _Seen, positions: Tensor, running: list
         raise UnsupportedModelError(
             f"Layer {layer} has keys and values of different sizes (latent attention); use DynamicCache."
         )
-    rope = None
+
+
+def identity(tables: Tables) -> Tables:
+    """Tables of a rotary embedding that leaves everything as it is."""
+    return torch.ones_like(tables) if isinstance(tables, Tensor) else (torch.ones_like(tables[0]), torch.zeros_like(tables[1]))
+
+
+def _rope(model: PreTrainedModel, seen: Seen, running: list[Seen], name: str) -> AnyRope | None:
+    """How a module rotates its keys, found by running it with the identity in place of the rotary embedding."""
     tables = seen.kwargs.get("position_embeddings")
-    if tables is not None and not isinstance(tables, tuple):
+    if tables is None:
+        return None
+    running.append(seen)
+    seen.module(*seen.args, **{**seen.kwargs, "position_embeddings": identity(tables)})
+    running.pop()
+    rotated, unrotated = seen.keys
+    if torch.equal(unrotated, rotated):
+        return None
+    found = _by_position(model, seen.kwargs.get("position_ids"), unrotated, rotated) or _stored(
+        tables, name, unrotated, rotated
+    )
+    if found is None:
+        layer = seen.module.layer_idx
         raise UnsupportedModelError(f"Layer {layer} rotates its keys in a way that is not known; use DynamicCache.")
-    if "position_ids" not in seen.kwargs:
-        raise UnsupportedModelError(f"Layer {layer} is not told the positions of its tokens; use DynamicCache.")
-    if tables is not None:
-        identity = (torch.ones_like(tables[0]), torch.zeros_like(tables[1]))
-        running.append(seen)
-        seen.module(*seen.args, **{**seen.kwargs, "position_embeddings": identity})
-        running.pop()
-        unrotated = seen.keys[1]
-        if not torch.equal(unrotated, keys):
-            rope = _recognise(model, unrotated, keys, positions, layer)
-    return AttentionFacts(seen.module, layer, keys.shape[1], keys.shape[3], rope)
+    return found
 
 
-def _recognise(model: PreTrainedModel, unrotated: Tensor, rotated: Tensor, positions: Tensor, layer: int) -> Rope:
-    """The rotary embedding that makes `rotated` of `unrotated`, both [1, kv_heads, tokens, head_dim]."""
-    largest = rotated.float().abs().max()
+def _makes(rope: AnyRope, kept: Tensor, unrotated: Tensor, rotated: Tensor) -> bool:
+    """Whether an embedding makes `rotated` of `unrotated`, both [1, kv_heads, tokens, head_dim]."""
+    if 2 * rope.cos_sin(kept)[0].shape[-1] > unrotated.shape[-1]:
+        return False
+    difference = (rope.rotate(unrotated.float(), kept) - rotated.float()).abs().max()
+    return bool(difference <= TOLERANCE * rotated.float().abs().max())
+
+
+def _by_position(model: PreTrainedModel, positions: Tensor | None, unrotated: Tensor, rotated: Tensor) -> Rope | None:
+    """The embedding that positions alone determine, if this is one: frequencies that the model holds and never changes."""
+    if positions is None or positions.dim() != 2:
+        return None
+    parameters = getattr(text_config(model), "rope_parameters", None) or {}
+    if "mrope_section" in str(parameters):  # several positions of a token, alike only in text
+        return None
     for frequencies, scaling, kind in _frequencies(model):
         for interleaved in (False, True):
             rope = Rope(frequencies, scaling, interleaved)
-            if 2 * len(frequencies) > unrotated.shape[-1]:
-                continue
-            if (rope.rotate(unrotated.float(), positions) - rotated.float()).abs().max() > TOLERANCE * largest:
-                continue
-            if kind not in STATIC_ROPE:
-                raise UnsupportedModelError(
-                    f"Rotary embeddings of type {kind!r} change with the length of the sequence and are not supported yet "
-                    f"(supported: {', '.join(STATIC_ROPE)}); use DynamicCache."
-                )
-            return rope
-    raise UnsupportedModelError(f"Layer {layer} rotates its keys in a way that is not known; use DynamicCache.")
+            if kind in STATIC_ROPE and _makes(rope, positions, unrotated, rotated):
+                return rope
+    return None
+
+
+def _stored(tables: Tables, name: str, unrotated: Tensor, rotated: Tensor) -> StoredRope | None:
+    """The embedding read off the tables that the model hands to the module."""
+    for layout in ("complex",) if isinstance(tables, Tensor) else LAYOUTS:
+        for interleaved in (False, True):
+            rope = StoredRope(name, layout, interleaved)
+            if _makes(rope, rope.keep(None, tables), unrotated, rotated):
+                return rope
+    return None
 
 
 def _frequencies(model: PreTrainedModel) -> list[tuple[Tensor, float, str]]:

@@ -1,6 +1,7 @@
 """Recipe: how a whole cache is quantised. Plain data, validated, printable, with a published name."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,14 @@ class Recipe:
     def schemes(self, layer: int) -> LayerSchemes:
         """The schemes of one layer."""
         return self.layers.get(layer, LayerSchemes(self.keys, self.values))
+
+    def require_layers(self, layers: Sequence[int]) -> None:
+        """Raise RecipeError where this recipe names a layer that is not among a model's attention layers."""
+        if not set(self.layers) <= set(layers):
+            raise RecipeError(
+                f"Recipe {self.name} names layers {sorted(self.layers)}; the model's attention layers are "
+                f"{', '.join(map(str, layers))}."
+            )
 
     @property
     def needs_calibration(self) -> bool:

@@ -1,0 +1,45 @@
+"""Which stored tokens a query may see."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+# (row of the batch, head, index of the query, index of the key), which broadcast, to True where the query sees the key
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Visible:
+    """A query sees the tokens up to itself, except padding and what a sliding window has left behind; or as a rule has it.
+
+    padding: [batch, tokens of the whole sequence] bool, False where a token is hidden from all; None where none is.
+    sliding_window: a query sees only that many of the newest tokens, itself included. rule: takes the place of both causality
+    and window (chunked attention, pictures that see themselves whole).
+    """
+
+    padding: Tensor | None = None
+    sliding_window: int | None = None
+    rule: Rule | None = None
+
+    def hidden(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """queries [n], keys [m]: indices in the sequence, ascending by one. Returns [batch or 1, 1, n, m] bool."""
+        query, key = queries[None, None, :, None], keys[None, None, None, :]
+        if self.rule is not None:
+            rows = keys.new_zeros(1) if self.padding is None else keys.new_tensor(range(len(self.padding)))
+            hidden = ~self.rule(rows[:, None, None, None], keys.new_zeros(1, 1, 1, 1), query, key)
+        else:
+            hidden = key > query
+            if self.sliding_window is not None:
+                hidden = hidden | (key <= query - self.sliding_window)
+        if self.padding is not None:
+            hidden = hidden | ~self.padding[:, None, None, int(keys[0]) : int(keys[0]) + len(keys)]
+        return hidden
+
+    def none_of(self, keys: range, queries: range) -> bool:
+        """Whether it is plain without looking that no query sees any of the keys."""
+        if self.rule is not None:
+            return False
+        return keys.start >= queries.stop or (
+            self.sliding_window is not None and keys.stop <= queries.start - self.sliding_window + 1
+        )

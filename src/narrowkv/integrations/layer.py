@@ -1,0 +1,157 @@
+"""PackedLayer: one layer of a packed cache, and the handle that it gives to attention in place of tensors."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin
+
+from narrowkv.attention import BACKENDS, AnyRope
+from narrowkv.errors import CacheUseError, UnsupportedModelError
+from narrowkv.integrations.interface import LazyMask, Step, model_attention, require_step
+from narrowkv.store import LayerStore, Ledger
+
+
+class PackedLayer(CacheLayerMixin):
+    """One layer of a PackedCache.
+
+    rope: turns its keys, None where they are not turned. ledger: what `rope` needs of each stored token, None where keys are
+    stored turned. sliding_window: how many of the newest tokens a query of this layer sees, itself included, None for all;
+    older ones are forgotten.
+    """
+
+    def __init__(
+        self,
+        store: LayerStore,
+        rope: AnyRope | None,
+        ledger: Ledger | None,
+        backend: str,
+        strict: bool,
+        sliding_window: int | None,
+    ):
+        super().__init__()
+        self.store = store
+        self.rope = rope
+        self.ledger = ledger
+        self.backend = backend
+        self.strict = strict
+        self.sliding_window = sliding_window
+        self.is_sliding = sliding_window is not None
+        # whether `crop` leaves no trace: tokens that have left an exact window cannot become exact again
+        self.is_croppable = store.window == 0
+        self.step: Step | None = None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether numbers are stored as the model's own attention wants them: not quantised, and keys turned."""
+        return all(quantizer.scheme.datatype == "exact" for quantizer in self.store.quantizers) and self.ledger is None
+
+    def turn(self, x: Tensor, kept: Tensor | None) -> Tensor:
+        """Turn x: [batch, heads, new, head_dim] as the model's layer does, in the dtype of x."""
+        return x if self.rope is None or kept is None else self.rope.rotate(x, kept)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Store new tokens; key_states and value_states: [batch, kv_heads, new, head_dim], keys not turned."""
+        step, self.step = require_step(self.step), None
+        self.lazy_initialization(key_states, value_states)
+        self._forget()
+        past, new = self.store.length, key_states.shape[2]
+        kept = self.rope.keep(step.positions, step.tables) if self.rope else None
+        stored = key_states if self.ledger else self.turn(key_states, kept)
+        self.store.append(stored, value_states, step.valid(past, new))
+        if self.ledger and self.ledger.length == past and kept is not None:
+            self.ledger.append(kept.expand(key_states.shape[0], *kept.shape[1:]))
+        handle = PackedHandle(self, kept, past, key_states, value_states)
+        return handle, handle
+
+    def _forget(self) -> None:
+        """Drop what no query from the next token on can see; what follows from the past alone, so that masks may ask first."""
+        if self.sliding_window is not None:
+            self.store.forget(self.store.length - self.sliding_window + 1)
+
+    def get_seq_length(self) -> int:
+        return self.store.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        self._forget()
+        return self.store.length - self.store.first + query_length, self.store.first
+
+    def reset(self) -> None:
+        self.store.reset()
+
+    def require_croppable(self, length: int) -> None:
+        """Raise CacheUseError where a query after the first `length` tokens would miss some that were forgotten."""
+        if self.sliding_window is not None and length and self.store.first > max(length - self.sliding_window + 1, 0):
+            raise CacheUseError(
+                f"A sliding-window layer has forgotten its first {self.store.first} tokens, so the cache cannot be cropped "
+                f"to {length}; call cache.reset() and read the text again."
+            )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the newest tokens; `tokens_to_remove` is negative or 0, as transformers has it."""
+        if tokens_to_remove > 0:
+            raise CacheUseError(f"crop takes minus the number of tokens to drop, not {tokens_to_remove}.")
+        self.store.crop(max(self.store.length + tokens_to_remove, 0))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row i continue the sequence of row beam_idx[i]; sealed blocks are shared, not copied."""
+        self.store.select(beam_idx)
+
+    batch_select_indices = reorder_cache
+
+    def offload(self) -> None:
+        raise UnsupportedModelError("A packed cache is not offloaded; keep it on the model's device, or choose fewer bits.")
+
+    prefetch = offload
+
+
+@dataclass(frozen=True)
+class PackedHandle:
+    """The new tokens of one layer and the cache that they have joined.
+
+    kept: what turns the new tokens. past: tokens stored before them. keys (not turned), values: [batch, kv_heads, new,
+    head_dim].
+    """
+
+    layer: PackedLayer
+    kept: Tensor | None
+    past: int
+    keys: Tensor
+    values: Tensor
+
+    def attend(self, module: nn.Module, query: Tensor, mask: LazyMask, scaling: float, **kwargs: Any) -> Tensor:
+        """Attention for query [batch, query_heads, queries, head_dim] of the last new tokens, not turned.
+
+        Returns [batch, queries, query_heads, head_dim].
+
+        Exact recipes, and a first chunk that attends to itself alone, use the model's own attention; everything else the
+        cache's backend.
+        """
+        layer = self.layer
+        asking = None if self.kept is None else self.kept[:, -query.shape[2] :]
+        if layer.is_exact or (self.past == 0 and not layer.strict):
+            keys, values = layer.store.read() if layer.is_exact else (layer.turn(self.keys, self.kept), self.values)
+            output, _ = model_attention(module, layer.turn(query, asking), keys, values, mask, scaling=scaling, **kwargs)
+            return output
+        precise = torch.promote_types(query.dtype, torch.float32)
+        past = layer.store.length if layer.strict else self.past
+        output = BACKENDS[layer.backend](
+            layer.turn(query.to(precise), asking),
+            layer.store,
+            past=past,
+            new=None if layer.strict else (layer.turn(self.keys.to(precise), self.kept), self.values),
+            rope=layer.rope if layer.ledger else None,
+            kept=layer.ledger.read(past) if layer.ledger else None,
+            visible=mask.visible,
+            scaling=scaling,
+            softcap=kwargs.get("softcap"),
+            sink_logits=kwargs.get("s_aux"),
+        )
+        return output.to(query.dtype).transpose(1, 2).contiguous()
