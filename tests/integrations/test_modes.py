@@ -195,3 +195,23 @@ def test_text_generation_pipeline_and_streaming(recipe):
     if recipe == "fp16":
         assert found == expected
     assert len(seen) == 42 and cache.get_seq_length() > 40
+
+
+def test_a_compiled_model_decodes_the_same_and_says_why_the_cache_is_not_traced(tiny):
+    model, ids = tiny(), torch.randint(2, 97, (1, 40))
+
+    def decode(forward):
+        cache, found = PackedCache(model, "int4"), []
+        with torch.inference_mode():
+            token = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+            for _ in range(5):
+                token = forward(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+                found.append(token.item())
+        return found
+
+    torch.compiler.reset()
+    assert decode(torch.compile(model.forward, backend="eager")) == decode(model.forward)
+    torch.compiler.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="a packed cache grows page by page"):
+        decode(torch.compile(model.forward, backend="eager", fullgraph=True))
+    torch.compiler.reset()

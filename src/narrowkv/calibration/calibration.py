@@ -47,6 +47,22 @@ class Calibration:
             raise CalibrationError(f"This calibration has no tables for layer {layer}; calibrate this model again.")
         return self.layers[layer]
 
+    def for_heads(self, layer: int, kv_heads: int, rank: int) -> tuple[Quantizer, Quantizer]:
+        """Quantizers of one layer for process `rank` of several that hold `kv_heads` of its heads each.
+
+        Raises CalibrationError where the layer's heads cannot be divided so.
+        """
+        pair, whole = self.quantizers(layer), self.shapes[layer][0]
+        if kv_heads == whole:
+            return pair
+        if whole % kv_heads or (rank + 1) * kv_heads > whole:
+            raise CalibrationError(
+                f"This calibration has {whole} KV heads in layer {layer}, of which {kv_heads} cannot be the part of process "
+                f"{rank}; calibrate this model."
+            )
+        keys, values = (quantizer.of_heads(rank * kv_heads, kv_heads) for quantizer in pair)
+        return keys, values
+
     def cache(self, model: "PreTrainedModel", **options: Any) -> "PackedCache":
         """A new cache for `model`, for `model.generate(past_key_values=...)`; options as of `narrowkv.PackedCache`."""
         from narrowkv.integrations import PackedCache  # the one step upwards: sugar for users

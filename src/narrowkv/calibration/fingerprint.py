@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from narrowkv.calibration.processes import gathered, is_split
 from narrowkv.errors import CalibrationError
 
 MATRICES, NUMBERS = 16, 8
@@ -28,7 +29,19 @@ class Fingerprint:
 
     @classmethod
     def of(cls, model: Any) -> "Fingerprint":
-        """Fingerprint of a loaded transformers model."""
+        """Fingerprint of a loaded transformers model. Where that is split over processes, all of them must ask together the
+        first time, since weights are gathered; then it is remembered.
+        """
+        known: Fingerprint | None = vars(model).get("narrowkv_fingerprint")
+        if known is not None:
+            return known
+        found = cls._read(model)
+        if any(is_split(part) for part in model.parameters()):
+            vars(model)["narrowkv_fingerprint"] = found
+        return found
+
+    @classmethod
+    def _read(cls, model: Any) -> "Fingerprint":
         config = model.config.get_text_config(decoder=True)
         first = config.per_layer_config[0]  # some models have heads of their own in each layer
         heads = first.num_attention_heads
@@ -42,7 +55,7 @@ class Fingerprint:
             kv_heads=getattr(first, "num_key_value_heads", None) or heads,
             head_dim=getattr(first, "head_dim", None) or config.hidden_size // heads,
             vocabulary=model.get_input_embeddings().weight.shape[0],
-            weights={name: _sample(part) for name, part in (matrices[i] for i in picked)},
+            weights={name: _sample(gathered(part)) for name, part in (matrices[i] for i in picked)},
         )
 
     def check(self, other: "Fingerprint") -> None:

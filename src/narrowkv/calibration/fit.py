@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from narrowkv.calibration.kmeans import optimal_codebook
+from narrowkv.calibration.processes import Group
 from narrowkv.calibration.statistics import TILE_NUMBERS, CodebookHistogram, Quantiles
 from narrowkv.codec import Quantizer, Scheme
 from narrowkv.codec.datatypes import boundaries, uniform
@@ -53,6 +54,16 @@ class Fit:
                     weight *= scale**2
                 weight = weight.transpose(1, 2).flatten()  # in the order in which it lies in memory
             self.histogram.add(normalised.transpose(1, 2).flatten(), weight)
+
+    def merge_ranges(self, group: Group) -> None:
+        """After the first pass: take in what the other processes of a group have seen."""
+        if self.needs_range:
+            self.quantiles.merge(group)
+
+    def merge_codebook(self, group: Group) -> None:
+        """After the second pass: take in what the other processes of a group have seen."""
+        if self.needs_codebook:
+            self.histogram.merge(group)
 
     def ranges(self, shape: tuple[int, ...]) -> Quantizer:
         """The quantizer with its ranges and an evenly spaced codebook. shape: kv_heads, head_dim."""

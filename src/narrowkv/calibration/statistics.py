@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from narrowkv.calibration.processes import Group, reduced
+
 QUANTILE_BINS = 1024
 CODEBOOK_BINS = 4096
 TILE_NUMBERS = 2**18  # numbers counted at a time, so that intermediate results stay in the processor's cache
@@ -11,13 +13,15 @@ TILE_NUMBERS = 2**18  # numbers counted at a time, so that intermediate results 
 class Quantiles:
     """Histograms of many channels, from which any quantile can be read to within one bin.
 
-    counts: [channels, bins]. A histogram starts with the range of the first numbers; where later ones fall outside, its
-    bins double in width and neighbours merge, so a bin is a thousandth to a few hundredths of the channel's range.
+    A bin is 2^exponent wide and begins at a multiple of that; the exponent is the smallest with which a channel's range fits
+    into the bins. So the counts depend on the numbers alone, not on the order in which they came or on who counted them.
+    counts: [channels, bins] float32. exponent, first: [channels] int64, width and index of a channel's first bin.
     """
 
     def __init__(self) -> None:
-        self.counts: Tensor | None = None  # [channels, bins] float32
-        self.low = self.width = self.smallest = self.largest = torch.empty(0)  # [channels] float32
+        self.counts: Tensor | None = None
+        self.exponent = self.first = torch.empty(0, dtype=torch.int64)
+        self.smallest = self.largest = torch.empty(0)  # [channels] float32
 
     def add(self, x: Tensor) -> None:
         """Count numbers: x [samples, channels], any float dtype."""
@@ -26,36 +30,40 @@ class Quantiles:
         smallest, largest = (part.float() for part in torch.aminmax(x, dim=0))
         if self.counts is None:
             self.counts = torch.zeros(x.shape[1], QUANTILE_BINS, device=x.device)
-            self.smallest, self.largest, self.low = smallest, largest, smallest.clone()
-            self.width = (largest - smallest).clamp_(min=1e-12).mul_(1 + 1e-6)
-        self.smallest, self.largest = torch.minimum(self.smallest, smallest), torch.maximum(self.largest, largest)
-        self._widen()
+            self.smallest, self.largest = smallest, largest
+            self.exponent, self.first = _grid(smallest, largest)
+        self._widen(torch.minimum(self.smallest, smallest), torch.maximum(self.largest, largest))
         step = max(TILE_NUMBERS // len(x), 1)
         for start in range(0, x.shape[1], step):
             stop = min(start + step, x.shape[1])
             self._count(x[:, start:stop], start, stop)
 
-    def _widen(self) -> None:
+    def merge(self, group: Group) -> None:
+        """Add what the other processes of a group have counted; all of them then hold the same."""
         assert self.counts is not None
-        for upwards in (True, False):
-            while True:
-                outside = self.largest > self.low + self.width if upwards else self.smallest < self.low
-                if not outside.any():
-                    break
-                merged = self.counts[outside].unflatten(1, (-1, 2)).sum(2)
-                empty = torch.zeros_like(merged)
-                self.counts[outside] = torch.cat([merged, empty] if upwards else [empty, merged], dim=1)
-                if not upwards:
-                    self.low[outside] -= self.width[outside]
-                self.width[outside] *= 2
+        self._widen(reduced(self.smallest, "MIN", group), reduced(self.largest, "MAX", group))
+        self.counts = reduced(self.counts, "SUM", group)
+
+    def _widen(self, smallest: Tensor, largest: Tensor) -> None:
+        """Move the counts to the bins of a wider range."""
+        assert self.counts is not None
+        exponent, first = _grid(smallest, largest)
+        moved = (exponent != self.exponent) | (first != self.first)
+        if moved.any():
+            bins = self.first[moved, None] + torch.arange(QUANTILE_BINS, device=first.device)
+            bins = (bins >> (exponent - self.exponent)[moved, None]) - first[moved, None]
+            inside = bins.clamp(0, QUANTILE_BINS - 1)  # bins that fall outside are empty
+            self.counts[moved] = torch.zeros_like(self.counts[moved]).scatter_add_(1, inside, self.counts[moved])
+        self.smallest, self.largest, self.exponent, self.first = smallest, largest, exponent, first
 
     def _count(self, x: Tensor, start: int, stop: int) -> None:
         assert self.counts is not None
-        per_unit = QUANTILE_BINS / self.width[start:stop]
-        bins = torch.addcmul(-self.low[start:stop] * per_unit, x.float(), per_unit)
-        bins = bins.clamp_(0, QUANTILE_BINS - 1).to(torch.int64)
-        bins += torch.arange(stop - start, device=x.device) * QUANTILE_BINS
-        _count_into(self.counts[start:stop].view(-1), bins.view(-1))
+        first = self.first[start:stop]
+        precise = torch.float64 if first.abs().max() > 2**22 else torch.float32  # in which index and bin are whole numbers
+        bins = x.to(precise).mul(torch.exp2(-self.exponent[start:stop].to(precise))).floor_().sub_(first)
+        places = bins.to(torch.int64)
+        places += torch.arange(stop - start, device=x.device) * QUANTILE_BINS
+        _count_into(self.counts[start:stop].view(-1), places.view(-1))
 
     def quantile(self, fraction: float, pooled: bool = False) -> Tensor:
         """The outer edge of the bin in which the quantile `fraction` of each channel lies: [channels] float32.
@@ -64,8 +72,8 @@ class Quantiles:
         pooled: of all channels taken together, [1].
         """
         assert self.counts is not None
-        steps = torch.arange(QUANTILE_BINS + 1, device=self.low.device) / QUANTILE_BINS
-        edges = self.low[:, None] + self.width[:, None] * steps
+        steps = self.first[:, None] + torch.arange(QUANTILE_BINS + 1, device=self.first.device)
+        edges = (steps * torch.exp2(self.exponent[:, None].double())).float()
         edges = edges.clamp(self.smallest[:, None], self.largest[:, None])
         outer, counts = edges[:, :-1] if fraction < 0.5 else edges[:, 1:], self.counts.double()
         if pooled:
@@ -74,6 +82,16 @@ class Quantiles:
         total = counts.cumsum(1)
         place = torch.searchsorted(total, fraction * total[:, -1:]).clamp(max=total.shape[1] - 1)
         return outer.gather(1, place).squeeze(1)
+
+
+def _grid(smallest: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """Exponent of the bins' width and index of the first, [channels] int64 each, for ranges [channels] float32."""
+    low, high = smallest.double(), largest.double()
+    span = torch.maximum(high - low, torch.maximum(low.abs(), high.abs()) * 2**-20).clamp(min=1e-30)
+    exponent = (span / (QUANTILE_BINS - 1)).log2().ceil()
+    first = (low * torch.exp2(-exponent)).floor()
+    exponent += (high * torch.exp2(-exponent)).floor() - first >= QUANTILE_BINS
+    return exponent.to(torch.int64), (low * torch.exp2(-exponent)).floor().to(torch.int64)
 
 
 class CodebookHistogram:
@@ -98,6 +116,10 @@ class CodebookHistogram:
         else:
             mass.scatter_add_(0, bins, weight)
         self.weight += mass[1:last].double().cpu()
+
+    def merge(self, group: Group) -> None:
+        """Add what the other processes of a group have seen; all of them then hold the same."""
+        self.weight, self.count = (reduced(part, "SUM", group) for part in (self.weight, self.count))
 
     @property
     def centers(self) -> Tensor:

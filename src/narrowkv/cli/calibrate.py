@@ -1,5 +1,6 @@
 """`narrowkv calibrate`: learn a recipe's tables from a model and a text."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -32,13 +33,15 @@ def calibrate(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
 ) -> None:
-    """Learn a recipe's codebooks, ranges and thresholds for a model, and save them."""
+    """Learn a recipe's codebooks, ranges and thresholds for a model, and save them. Processes of torchrun share the text."""
     chosen = get_recipe(recipe or DEFAULT_RECIPE)
     source = default_text(model, text, "narrowkv://train")
     if source is None:
         raise TextError("Calibration needs a text; give one with --text FILE.")
     loaded, tokenizer = load_model(model, dtype, device)
     calibration = learn(loaded, tokenizer, [chosen], source, window, samples)[0]
+    if int(os.environ.get("RANK", "0")):  # under torchrun the first process writes
+        return
     calibration.save_pretrained(target)
     seen = calibration.provenance
     out.print(

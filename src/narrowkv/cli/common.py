@@ -11,7 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from narrowkv.calibration import Calibration
-from narrowkv.errors import RecipeError
+from narrowkv.calibration.processes import join_processes
+from narrowkv.errors import RecipeError, TextError
 from narrowkv.evaluate import Quality, cut_windows
 from narrowkv.evaluate.sources import read_text
 from narrowkv.integrations import calibrate_many
@@ -53,10 +54,13 @@ def default_text(model: str, text: str | None, built_in: str) -> str | None:
 
 
 def learn(model: Any, tokenizer: Any, recipes: list[Recipe], text: str, window: int, samples: int) -> list[Calibration]:
-    """Calibrate on the first windows of a text, with a progress bar."""
+    """Calibrate on the first windows of a text, with a progress bar. Under torchrun the processes share the windows."""
     batches = cut_windows(tokenizer, read_text(text), window, samples).split(1)
+    group, rank, size = join_processes(model.device.type)
+    if len(batches) < size:
+        raise TextError(f"{len(batches)} sequences are too few for {size} processes; give more text, or start fewer.")
     with progress("calibrating") as advance:
-        return calibrate_many(model, batches, recipes, on_batch=advance)
+        return calibrate_many(model, batches[rank::size], recipes, group=group, on_batch=advance)
 
 
 def find_source(

@@ -68,6 +68,14 @@ class Quantizer:
         moved: dict[str, Any] = {name: table.to(device) for name, table in self.tensors().items()}
         return Quantizer(self.scheme, **moved)
 
+    def of_heads(self, first: int, count: int) -> "Quantizer":
+        """The same quantizer for some of the KV heads alone."""
+        tables: dict[str, Any] = {
+            name: table[first : first + count] if table.dim() == 2 and table.shape[0] > 1 else table
+            for name, table in self.tensors().items()
+        }
+        return Quantizer(self.scheme, **tables)
+
     def encode(self, x: Tensor, skip: Tensor | None = None) -> Encoded:
         """Quantise numbers, once and for all.
 

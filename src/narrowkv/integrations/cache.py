@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from narrowkv.attention import BACKENDS
 from narrowkv.calibration import Calibration, Fingerprint
+from narrowkv.calibration.processes import tensor_parallel_rank
 from narrowkv.codec import Quantizer
 from narrowkv.errors import CacheUseError, RecipeError
 from narrowkv.integrations.dense import DENSE, DenseLayer, facts_for
@@ -53,9 +54,12 @@ class PackedCache(InterceptingCache):
         self.intercepts = backend != DENSE
         self.ledgers: dict[str, Ledger] = {}
         self.packed: list[PackedLayer] = []
-        layers = own_layers(model)
+        layers, rank = own_layers(model), tensor_parallel_rank(model)
         for fact in facts.attention:
-            quantizers = (self.recipe if not isinstance(source, Calibration) else source).quantizers(fact.layer)
+            if isinstance(source, Calibration):
+                quantizers = source.for_heads(fact.layer, fact.kv_heads, rank)
+            else:
+                quantizers = self.recipe.quantizers(fact.layer)
             layers[fact.layer] = self._layer(fact, quantizers, layers[fact.layer], model.device, strict)
             self.packed.append(layers[fact.layer])
         super().__init__(layers=layers)

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from narrowkv import __version__
 from narrowkv.calibration import Calibration, Fingerprint, Fit
-from narrowkv.errors import ActivationError, CalibrationError
+from narrowkv.calibration.processes import Group, is_split, reduced
+from narrowkv.errors import ActivationError, CalibrationError, UnsupportedModelError
 from narrowkv.integrations.dense import DENSE, facts_for
 from narrowkv.integrations.passing import PassingCache, PassingLayer
 from narrowkv.integrations.probe import ModelFacts, own_layers
@@ -71,20 +72,27 @@ def calibrate_many(
     recipes: Sequence[Recipe | str],
     *,
     backend: str = "torch",
+    group: Group = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> list[Calibration]:
     """Learn several recipes from the same two passes over the data.
 
-    batches: token ids [batch, tokens] int64, without padding; a single tensor is taken row by row. backend: that of the caches
-    to be made, of which only `dense` matters here. on_batch: called with (batches done, batches in both passes). Returns one
-    Calibration per recipe. Raises CalibrationError where the data is empty, ActivationError where the model computes NaN or
-    infinity, UnsupportedModelError and RecipeError as PackedCache does.
+    batches: token ids [batch, tokens] int64, without padding; a single tensor is taken row by row. backend: that of the
+    caches to be made, of which only `dense` matters here. group: of torch.distributed, whose processes each hold the model and
+    give a part of the data; all get what one process would have learned from all of it. on_batch: called with (batches done,
+    batches in both passes). Returns one Calibration per recipe. Raises CalibrationError where the data is empty,
+    ActivationError where the model computes NaN or infinity, UnsupportedModelError and RecipeError as PackedCache does.
     """
     chosen = [get_recipe(recipe) for recipe in recipes]
     data = [batch for batch in (batches.split(1) if isinstance(batches, Tensor) else batches) if batch.numel()]
     if not data or any(batch.dim() != 2 or batch.shape[1] < 2 for batch in data):
         raise CalibrationError(
             "Calibration needs batches of token ids [batch, tokens] of 2 tokens or more; give it more text."
+        )
+    if any(is_split(parameter) for parameter in model.parameters()):
+        raise UnsupportedModelError(
+            "A model that is split over processes cannot be calibrated; calibrate it whole (several processes may share the "
+            "text), and use the calibration with the split model."
         )
     facts = facts_for(model, backend, chosen)
     for recipe in chosen:
@@ -95,6 +103,10 @@ def calibrate_many(
     needs = [{Need.of(recipe, fact.layer) for recipe in chosen} for fact in facts.attention]
     fits: Fits = [{need: (Fit(need.schemes.keys), Fit(need.schemes.values)) for need in layer} for layer in needs]
     done = 0
+
+    def every_fit(group: Group) -> list[Fit]:  # in the same order in every process
+        ordered = ((str(need), pair) for layer in fits for need, pair in layer.items()) if group else ()
+        return [fit for _, pair in sorted(ordered, key=lambda item: item[0]) for fit in pair]
 
     def report() -> None:
         nonlocal done
@@ -107,14 +119,16 @@ def calibrate_many(
         for batch in data:
             _run(model, capture_cache(model, facts, _range_listener(fits), dense), batch, gradients=False)
             report()
+        for fit in every_fit(group):
+            fit.merge_ranges(group)
         for batch in data:
             _run(model, capture_cache(model, facts, _codebook_listener(fits), dense), batch, gradients=True)
             report()
-    provenance = {
-        "narrowkv": __version__,
-        "sequences": sum(batch.shape[0] for batch in data),
-        "tokens": sum(batch.numel() for batch in data),
-    }
+        for fit in every_fit(group):
+            fit.merge_codebook(group)
+    counts = torch.tensor([sum(batch.shape[0] for batch in data), sum(batch.numel() for batch in data)])
+    sequences, tokens = (reduced(counts, "SUM", group) if group else counts).tolist()
+    provenance = {"narrowkv": __version__, "sequences": sequences, "tokens": tokens}
     calibrations = []
     for recipe in chosen:
         layers, shapes = {}, {}
@@ -132,10 +146,11 @@ def calibrate(
     recipe: Recipe | str,
     *,
     backend: str = "torch",
+    group: Group = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Calibration:
     """Learn a recipe's tables from a model and token ids; see `calibrate_many`."""
-    return calibrate_many(model, batches, [recipe], backend=backend, on_batch=on_batch)[0]
+    return calibrate_many(model, batches, [recipe], backend=backend, group=group, on_batch=on_batch)[0]
 
 
 def _run(model: PreTrainedModel, cache: PassingCache, batch: Tensor, *, gradients: bool) -> None:

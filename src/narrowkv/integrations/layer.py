@@ -1,5 +1,6 @@
 """PackedLayer: one layer of a packed cache, and the handle that it gives to attention in place of tensors."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,12 @@ from narrowkv.attention import BACKENDS, AnyRope
 from narrowkv.errors import CacheUseError, UnsupportedModelError
 from narrowkv.integrations.interface import LazyMask, Step, model_attention, require_step
 from narrowkv.store import LayerStore, Ledger
+
+# the rest of the model compiles; what follows chooses tensors by how much is held and by what it finds in them
+not_traced: Any = functools.partial(
+    torch.compiler.disable,
+    reason="a packed cache grows page by page and keeps outliers sparse, so its shapes depend on data: it runs uncompiled",
+)
 
 
 class PackedLayer(CacheLayerMixin):
@@ -54,6 +61,7 @@ class PackedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
+    @not_traced
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Store new tokens; key_states and value_states: [batch, kv_heads, new, head_dim], keys not turned."""
         step, self.step = require_step(self.step), None
@@ -79,6 +87,7 @@ class PackedLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    @not_traced
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         self._forget()
         return self.store.length - self.store.first + query_length, self.store.first
@@ -126,6 +135,7 @@ class PackedHandle:
     keys: Tensor
     values: Tensor
 
+    @not_traced
     def attend(self, module: nn.Module, query: Tensor, mask: LazyMask, scaling: float, **kwargs: Any) -> Tensor:
         """Attention for query [batch, query_heads, queries, head_dim] of the last new tokens, not turned.
 

@@ -1,0 +1,51 @@
+"""More than one process: sums over a group of torch.distributed, and this process's place among those that share a model."""
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = Any  # torch.distributed.ProcessGroup, which does not exist in builds without it
+
+
+def join_processes(device: str) -> tuple[Group, int, int]:
+    """The group of all processes that torchrun has started, this one's rank, and their number: None, 0, 1 without torchrun.
+
+    device: `cpu` or `cuda`, on which the model lies.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return None, 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    return dist.group.WORLD, dist.get_rank(), size
+
+
+def reduced(x: Tensor, operation: str, group: Group) -> Tensor:
+    """x after SUM, MIN or MAX over the processes of a group, the same in all of them."""
+    on_device = x.cuda() if dist.get_backend(group) == "nccl" else x.clone()
+    dist.all_reduce(on_device, getattr(dist.ReduceOp, operation), group=group)
+    return on_device.to(x.device)
+
+
+def gathered(parameter: Tensor) -> Tensor:
+    """A weight as a whole, also where processes hold a part of it each."""
+    split: Any = parameter
+    whole: Tensor = split.full_tensor() if is_split(split) else parameter
+    return whole
+
+
+def is_split(parameter: Any) -> bool:
+    """Whether a weight is spread over processes (tensor parallelism)."""
+    return hasattr(parameter, "full_tensor")
+
+
+def tensor_parallel_rank(model: torch.nn.Module) -> int:
+    """Which part of the heads this process holds: 0 where the model is not split."""
+    split: Any = next((parameter for parameter in model.parameters() if is_split(parameter)), None)
+    if split is None:
+        return 0
+    mesh = split.device_mesh
+    return int(mesh.get_local_rank("tp") if mesh.ndim > 1 else mesh.get_local_rank())
