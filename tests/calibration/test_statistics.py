@@ -61,3 +61,20 @@ def test_histogram_holds_weights_and_leaves_out_what_is_outside():
     mean = (histogram.weight * histogram.centers).sum() / histogram.weight.sum()
     exact = (weight[:5000] * x[:5000]).sum() / weight[:5000].sum()
     assert mean.item() == pytest.approx(exact.item(), abs=1 / CODEBOOK_BINS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_counts_do_not_depend_on_the_order_and_stay_with_their_channel(dtype):
+    x = torch.stack([torch.full((3000,), 0.3), torch.randn(3000) * 1e-3 + 7, torch.randn(3000) * 30, torch.zeros(3000)], 1).to(
+        dtype
+    )
+    x[-1, 3] = 0.01
+    found = []
+    for order in (range(6), (5, 2, 0, 4, 1, 3)):
+        quantiles = Quantiles()
+        for i in order:
+            quantiles.add(x[500 * i : 500 * (i + 1)])
+        assert quantiles.counts.sum(1).tolist() == [3000] * 4
+        found.append(quantiles)
+    for name in ("counts", "exponent", "first", "smallest", "largest"):
+        assert torch.equal(*(getattr(one, name) for one in found))

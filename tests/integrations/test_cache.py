@@ -1,8 +1,11 @@
 import pytest
 import torch
+from tests.families import make
 
-from narrowkv import PackedCache, get_recipe
+from narrowkv import PackedCache, Recipe, Scheme, get_recipe
 from narrowkv.errors import ActivationError, CacheUseError, RecipeError, UnsupportedModelError
+
+UNROTATED = Recipe("unrotated", keys=Scheme(4, "int", pre_rope=True), values=Scheme(4, "int"))
 
 
 def run(model, cache, tokens=130, batch=1):
@@ -126,3 +129,75 @@ def test_the_model_is_untouched_without_one_of_our_caches(tiny):
     loss = model(ids, labels=ids).loss
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_what_a_refused_call_was_about_to_keep_is_not_kept(tiny):
+    model, recipe = tiny(), get_recipe("int4").with_options(sinks=2)
+    cache, ids = PackedCache(model, recipe), torch.randint(2, 97, (1, 20))
+    weight = model.model.layers[0].self_attn.v_proj.weight
+    weight.data *= 1e7
+    with pytest.raises(ActivationError):
+        model(ids, past_key_values=cache)
+    weight.data /= 1e7
+    with torch.inference_mode():
+        found, expected = (model(ids[:, :9], past_key_values=one).logits for one in (cache, PackedCache(model, recipe)))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("family", "backend"), [("lfm2", "torch"), ("gptj", "dense")])
+def test_a_call_that_failed_half_way_is_noticed_whatever_the_layers(family, backend):
+    model, ids = make(family), torch.randint(2, 97, (1, 20))
+    cache, name = PackedCache(model, "int4", backend=backend), "v_proj.weight"
+    last = [part for key, part in model.named_parameters() if key.endswith(name)][-1]
+    good = last.data.clone()
+    last.data[0] = float("nan")
+    with pytest.raises(ActivationError):
+        model(ids, past_key_values=cache)
+    last.data = good
+    with pytest.raises(CacheUseError, match="failed half-way"):
+        model(ids, past_key_values=cache)
+    cache.reset()
+    with torch.inference_mode():
+        fresh = PackedCache(model, "int4", backend=backend)
+        found, expected = (model(ids[:1], past_key_values=one).logits for one in (cache, fresh))
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_hybrid_crops_wholly_or_not_at_all_and_may_change_its_batch_after_a_reset():
+    model, ids = make("lfm2"), torch.randint(2, 97, (3, 10))
+    cache = PackedCache(model, "fp16")
+    with torch.inference_mode():
+        model(ids, past_key_values=cache)
+        with pytest.raises(CacheUseError, match="cannot be cropped"):
+            cache.crop(-3)
+        assert cache.length == 10
+        cache.reset()
+        found, expected = (model(ids[:1], past_key_values=one).logits for one in (cache, PackedCache(model, "fp16")))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_cache_cropped_to_nothing_may_change_its_batch(family):
+    model = make(family)
+    cache = PackedCache(model, UNROTATED)
+    with torch.inference_mode():
+        for tokens in (200, 1):
+            model(torch.randint(2, 97, (3, tokens)), past_key_values=cache)
+        cache.crop(-201)
+        model(torch.randint(2, 97, (1, 9)), past_key_values=cache)
+    assert cache.length == 9 and cache.batch_size == 1
+
+
+def test_positions_are_kept_as_long_as_a_layer_needs_them():
+    model = make("mistral")
+    cache = PackedCache(model, UNROTATED)
+    with torch.inference_mode():
+        for tokens in (900, *[1] * 70):
+            model(torch.randint(2, 97, (1, tokens)), past_key_values=cache)
+    assert sum(tensor.nbytes for tensor in cache.ledgers["positions"].tensors()) < 4 * 300
+
+
+def test_attention_weights_are_not_promised(tiny):
+    model = tiny(attn_implementation="eager")
+    with pytest.raises(UnsupportedModelError, match="attention weights"):
+        model(torch.randint(2, 97, (1, 9)), past_key_values=PackedCache(model, "int4"), output_attentions=True)

@@ -1,5 +1,7 @@
 """The packed cache without a change at the call."""
 
+import copy
+
 import pytest
 import torch
 from tests.conftest import asset
@@ -80,3 +82,30 @@ def test_what_does_not_fit_is_said_at_once(tiny):
         make_default(tiny(), "nuq3-1%")
     with pytest.raises(UnsupportedModelError):
         enable(tiny(attn_implementation="flex_attention"))
+
+
+def test_what_the_caller_had_changed_is_there_again_afterwards(tiny):
+    model = tiny()
+    own = {name: (lambda *args, **kwargs: None) for name in ("prepare_inputs_for_generation", "_prepare_cache_for_generation")}
+    vars(model).update(own)
+    make_default(model, "int4")
+    disable(model)
+    assert all(vars(model)[name] is function for name, function in own.items())
+
+
+def test_a_copy_of_the_model_makes_caches_for_itself(tiny):
+    model, ids = tiny(), torch.randint(2, 97, (1, 30))
+    make_default(model, "int4", scoring=True)
+    twin = copy.deepcopy(model)
+    assert torch.equal(generate(twin, ids).sequences, generate(model, ids).sequences)
+    with torch.inference_mode():
+        assert torch.equal(twin(ids).logits, model(ids).logits)
+
+
+def test_a_cache_passed_by_its_place_is_a_cache(tiny):
+    model, ids = tiny(), torch.randint(2, 97, (1, 30))
+    make_default(model, "int4", scoring=True)
+    cache = DynamicCache()
+    with torch.inference_mode():
+        model(ids, None, None, cache)
+    assert cache.get_seq_length() == 30

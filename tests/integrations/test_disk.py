@@ -9,11 +9,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tests.conftest import make_tiny
+from tests.families import make
 
 from narrowkv import PackedCache, calibrate, get_recipe
 from narrowkv.errors import CacheUseError, CalibrationError, FileFormatError, NarrowKVError, OutputError
+from narrowkv.files import checksum
+from narrowkv.integrations.disk import tensor_checksum
 
 RECIPES = ["fp16", "int4", "nuq3-1%", "window and sinks"]
 
@@ -103,10 +107,6 @@ def test_saving_what_cannot_be_saved(tiny, tmp_path):
 
 def altered(path, **changes):
     """The file with fields of its header changed, and the header's own checksum made right again."""
-    from safetensors import safe_open
-
-    from narrowkv.files import checksum
-
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["narrowkv"])
     header |= changes
@@ -151,11 +151,7 @@ def test_hostile_numbers_are_refused_even_with_every_checksum_right(tiny, tmp_pa
     tensors = load_file(path)
     key = next(key for key in tensors if key.endswith(name))
     tensors[key] = torch.full_like(tensors[key], -7 if tensors[key].dtype != torch.uint8 else 255)
-    from narrowkv.integrations.disk import tensor_checksum
-
     sums = {key: tensor_checksum(tensor) for key, tensor in sorted(tensors.items())}
-    from safetensors import safe_open
-
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     save_file(tensors, path, metadata)
@@ -212,3 +208,30 @@ def test_mutated_files_never_crash_and_never_give_wrong_numbers(saved, data):
         other = data.draw(st.integers(0, len(content) - 1))
         content[place : place + 16] = content[other : other + 16]
     load_mutant(saved, bytes(content))
+
+
+@pytest.mark.parametrize(("family", "first"), [("llama", 64), ("llama", 2**62), ("mistral", 128)])
+def test_a_forger_cannot_make_a_layer_forget_what_it_needs(tmp_path, family, first):
+    model, path = make(family), tmp_path / "c"
+    cache = PackedCache(model, "int4")
+    with torch.inference_mode():
+        for tokens in (130, 1):
+            model(torch.randint(2, 97, (1, tokens)), past_key_values=cache)
+    cache.save(path)
+    assert PackedCache.load(path, model, "int4").length == 131
+    held = cache.packed[0].store.first
+    tensors = load_file(path)
+    tensors |= {f"layers.{i}.first": torch.tensor(first) for i in range(2)}
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, path, metadata)
+    altered(
+        path, tokens=131 + first - held, tensors_sha256={key: tensor_checksum(part) for key, part in sorted(tensors.items())}
+    )
+    if family == "mistral":  # a longer past than there was, all of it out of sight: nothing wrong can come of it
+        loaded = PackedCache.load(path, model, "int4")
+        with torch.inference_mode():
+            assert model(torch.randint(2, 97, (1, 1)), past_key_values=loaded).logits.isfinite().all()
+        return
+    with pytest.raises(FileFormatError, match="cannot be loaded"):
+        PackedCache.load(path, model, "int4")

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from tests.families import make
 from transformers import DynamicCache
 
-from narrowkv import PackedCache, calibrate, get_recipe
+from narrowkv import PackedCache, Recipe, calibrate, get_recipe
 from narrowkv.codec import Scheme
-from narrowkv.errors import CacheUseError, RecipeError
+from narrowkv.errors import CacheUseError, RecipeError, UnsupportedModelError
 
+UNROTATED = Recipe("unrotated", keys=Scheme(16, "exact", pre_rope=True), values=Scheme(16, "exact"))
 SHAPES = {
     "gqa": {"heads": 4, "kv_heads": 2},
     "mqa": {"heads": 4, "kv_heads": 1},
@@ -187,3 +189,35 @@ def test_a_cache_that_is_not_to_be_used_is_refused(tiny, backend):
     model, ids = tiny(), torch.randint(2, 97, (1, 9))
     with pytest.raises(CacheUseError, match="use_cache is off"):
         model.generate(ids, past_key_values=PackedCache(model, "int4", backend=backend), use_cache=False, max_new_tokens=3)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_masks_that_differ_from_row_to_row(padded, strict):
+    """Tokens of a picture see each other whole (Gemma 3): a mask function of the model's own."""
+    model = make("gemma3")
+    ids = torch.randint(2, 97, (2, 30))
+    pictures = torch.zeros_like(ids)
+    pictures[0, 5:12] = pictures[1, 15:28] = 1
+    mask = {"attention_mask": torch.ones_like(ids).index_fill(1, torch.arange(3), 0)} if padded else {}
+    with torch.inference_mode():
+        expected = model(input_ids=ids, token_type_ids=pictures, past_key_values=DynamicCache(config=model.config), **mask)
+        cache = PackedCache(model, UNROTATED, strict=strict)
+        found = model(input_ids=ids, token_type_ids=pictures, past_key_values=cache, **mask)
+        rows = slice(3 if padded else 0, None)
+        torch.testing.assert_close(found.logits[:, rows], expected.logits[:, rows], atol=1e-3, rtol=1e-3)
+
+
+def test_a_prepared_model_runs_with_other_caches_too(tiny):
+    model, ids = tiny(), torch.randint(2, 97, (1, 20))
+    options = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
+    expected = model.generate(ids, **options)
+    PackedCache(model, "int4")
+    assert torch.equal(model.generate(ids, **options), expected)
+
+
+def test_the_dense_path_takes_no_mask_of_four_dimensions(tiny):
+    model = tiny()
+    cache = PackedCache(model, "int4", backend="dense")
+    with pytest.raises(UnsupportedModelError, match="2 dimensions only"):
+        model(torch.randint(2, 97, (1, 5)), attention_mask=torch.zeros(1, 1, 5, 5), past_key_values=cache)

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from tests.families import DENSE, REFUSED, make
-from transformers import LlamaConfig, LlamaForCausalLM
+from tests.families import BASE, DENSE, REFUSED, THETA, WINDOW, make
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from narrowkv import PackedCache
 from narrowkv.attention import Rope, StoredRope
@@ -90,3 +90,35 @@ def test_probing_leaves_no_trace_and_happens_once(tiny, monkeypatch):
     assert model.training
     monkeypatch.setattr("narrowkv.integrations.preparation.probe", None)
     PackedCache(model, "int4")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_embeddings_that_differ_in_slow_frequencies_only_are_told_apart(dtype):
+    """At the probe's few positions their keys are alike to a thousandth; each layer must still get its own."""
+    config = AutoConfig.for_model(
+        "olmo3",
+        **{**BASE, **WINDOW, "head_dim": 64, "layer_types": ["sliding_attention", "full_attention"]},
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", **THETA},
+            "full_attention": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                **THETA,
+                "original_max_position_embeddings": 8192,
+            },
+        },
+    )
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    rotary = model.model.rotary_emb
+    for layer, kind in zip(prepare(model).attention, config.layer_types, strict=True):
+        torch.testing.assert_close(layer.rope.inverse_frequencies, getattr(rotary, f"{kind}_inv_freq").float())
+
+
+def test_a_model_in_training_mode_is_served_and_left_module_by_module_as_it_was(tiny):
+    model = tiny("qwen2", attention_dropout=0.5).train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    PackedCache(model, "int4")
+    assert [module.training for module in model.modules()] == modes

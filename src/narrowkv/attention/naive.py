@@ -29,7 +29,7 @@ def attend(
     query: [batch, query_heads, queries, head_dim], already rotated; the last query is the last token of the sequence.
     past: tokens before this one are read from the packed form. new: exact keys (rotated) and values that follow them,
     [batch, kv_heads, n, head_dim] each, or None. rope: rotates the stored keys, None where they were stored rotated; kept:
-    what it needs of each token of the past, [batch, past, ...]. visible: which tokens a query sees.
+    what it needs of each token that is held, [batch, past - store.first, ...]. visible: which tokens a query sees.
     scaling: factor on the scores. softcap: scores s become softcap * tanh(s / softcap). sink_logits: [query_heads], a score of
     each head that takes part in the softmax and has no value (GPT-OSS).
     Returns [batch, query_heads, queries, head_dim] float32 (or float64); a query that sees nothing yields zeros.
@@ -39,7 +39,7 @@ def attend(
     if past > store.first:
         keys, values = (part.to(precision) for part in store.read(past))
         if rope is not None and kept is not None:
-            keys = rope.rotate(keys, kept[:, store.first :])
+            keys = rope.rotate(keys, kept)
         parts.append((keys, values))
     if new:
         parts.append(new)

@@ -37,14 +37,16 @@ def attend(
     softmax = [
         _RunningSoftmax(query[:, :, row : row + QUERY_SLICE], sink_logits, softcap) for row in range(0, queries, QUERY_SLICE)
     ]
-    index = torch.arange(length, device=query.device)
+    index = torch.arange(store.first, length, device=query.device)
     for start, keys, values in _tiles(store, past, new, rope, kept, precision):
         stop = start + keys.shape[2]
+        key_index = index[start - store.first : stop - store.first]
         for i, part in enumerate(softmax):
             first = length - queries + i * QUERY_SLICE
             asking = range(first, first + part.queries)
             if not visible.none_of(range(start, stop), asking):
-                part.see(keys, values, visible.hidden(index[asking.start : asking.stop], index[start:stop]))
+                query_index = index[asking.start - store.first : asking.stop - store.first]
+                part.see(keys, values, visible.hidden(query_index, key_index))
     return torch.cat([part.result() for part in softmax], dim=2)
 
 
@@ -60,7 +62,8 @@ def _tiles(
     for start, keys, values in store.tiles(past):
         keys = keys.to(precision)
         if rope is not None and kept is not None:
-            keys = rope.rotate(keys, kept[:, start : start + keys.shape[2]])
+            first = start - store.first
+            keys = rope.rotate(keys, kept[:, first : first + keys.shape[2]])
         yield start, keys, values.to(precision)
     if new:
         for start in range(0, new[0].shape[2], KEY_SLICE):

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 # (row of the batch, head, index of the query, index of the key), which broadcast, to True where the query sees the key
@@ -15,18 +16,19 @@ class Visible:
 
     padding: [batch, tokens of the whole sequence] bool, False where a token is hidden from all; None where none is.
     sliding_window: a query sees only that many of the newest tokens, itself included. rule: takes the place of both causality
-    and window (chunked attention, pictures that see themselves whole).
+    and window (chunked attention, pictures that see themselves whole). batch: rows that a rule tells apart.
     """
 
     padding: Tensor | None = None
     sliding_window: int | None = None
     rule: Rule | None = None
+    batch: int = 1
 
     def hidden(self, queries: Tensor, keys: Tensor) -> Tensor:
         """queries [n], keys [m]: indices in the sequence, ascending by one. Returns [batch or 1, 1, n, m] bool."""
         query, key = queries[None, None, :, None], keys[None, None, None, :]
         if self.rule is not None:
-            rows = keys.new_zeros(1) if self.padding is None else keys.new_tensor(range(len(self.padding)))
+            rows = torch.arange(self.batch, device=keys.device)
             hidden = ~self.rule(rows[:, None, None, None], keys.new_zeros(1, 1, 1, 1), query, key)
         else:
             hidden = key > query

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from narrowkv.calibration.processes import Group, reduced
 
-QUANTILE_BINS = 1024
+QUANTILE_BINS = 2048
 CODEBOOK_BINS = 4096
 TILE_NUMBERS = 2**18  # numbers counted at a time, so that intermediate results stay in the processor's cache
 
@@ -13,9 +13,9 @@ TILE_NUMBERS = 2**18  # numbers counted at a time, so that intermediate results 
 class Quantiles:
     """Histograms of many channels, from which any quantile can be read to within one bin.
 
-    A bin is 2^exponent wide and begins at a multiple of that; the exponent is the smallest with which a channel's range fits
-    into the bins. So the counts depend on the numbers alone, not on the order in which they came or on who counted them.
-    counts: [channels, bins] float32. exponent, first: [channels] int64, width and index of a channel's first bin.
+    A bin is 2^exponent wide and begins at a multiple of that; the exponent follows from a channel's range, which fits into the
+    bins. So the counts depend on the numbers alone, not on the order in which they came or on who counted them.
+    counts: [channels, bins] int32. exponent, first: [channels] int64, width and index of a channel's first bin.
     """
 
     def __init__(self) -> None:
@@ -27,9 +27,10 @@ class Quantiles:
         """Count numbers: x [samples, channels], any float dtype."""
         if x.shape[0] == 0:
             return
+        x = x.float() if x.dtype == torch.float64 else x
         smallest, largest = (part.float() for part in torch.aminmax(x, dim=0))
         if self.counts is None:
-            self.counts = torch.zeros(x.shape[1], QUANTILE_BINS, device=x.device)
+            self.counts = torch.zeros(x.shape[1], QUANTILE_BINS, dtype=torch.int32, device=x.device)
             self.smallest, self.largest = smallest, largest
             self.exponent, self.first = _grid(smallest, largest)
         self._widen(torch.minimum(self.smallest, smallest), torch.maximum(self.largest, largest))
@@ -128,5 +129,5 @@ class CodebookHistogram:
 
 
 def _count_into(counts: Tensor, bins: Tensor) -> None:
-    """Add 1 to counts [m] float32 for each of bins [n] int64. `torch.bincount` takes several times as long."""
+    """Add 1 to counts [m] for each of bins [n] int64. `torch.bincount` takes several times as long."""
     counts.scatter_add_(0, bins, counts.new_ones(1).expand_as(bins))

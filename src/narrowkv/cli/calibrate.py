@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from narrowkv.cli.common import (
@@ -38,6 +39,8 @@ def calibrate(
     source = default_text(model, text, "narrowkv://train")
     if source is None:
         raise TextError("Calibration needs a text; give one with --text FILE.")
+    if device == "cuda" and "LOCAL_RANK" in os.environ:  # under torchrun each process has a GPU of its own
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     loaded, tokenizer = load_model(model, dtype, device)
     calibration = learn(loaded, tokenizer, [chosen], source, window, samples)[0]
     if int(os.environ.get("RANK", "0")):  # under torchrun the first process writes

@@ -12,17 +12,18 @@ from narrowkv.attention import BACKENDS
 from narrowkv.calibration import Calibration, Fingerprint
 from narrowkv.calibration.processes import tensor_parallel_rank
 from narrowkv.codec import Quantizer
-from narrowkv.errors import CacheUseError, RecipeError
-from narrowkv.integrations.dense import DENSE, DenseLayer, facts_for
+from narrowkv.errors import CacheUseError, RecipeError, UnsupportedModelError
+from narrowkv.integrations.dense import DENSE, DenseLayer
 from narrowkv.integrations.disk import load_cache, save_cache
-from narrowkv.integrations.interface import ANOTHER_MODEL, InterceptingCache, Step
+from narrowkv.integrations.interface import ANOTHER_MODEL, TWO_DIMENSIONS, NarrowCache, Step
 from narrowkv.integrations.layer import PackedLayer
-from narrowkv.integrations.probe import AttentionFacts, own_layers
+from narrowkv.integrations.preparation import facts_for
+from narrowkv.integrations.probe import AttentionFacts, own_layers, text_config
 from narrowkv.methods import Recipe, get_recipe
 from narrowkv.store import LayerStore, Ledger
 
 
-class PackedCache(InterceptingCache):
+class PackedCache(NarrowCache):
     """The keys and values of one batch of running sequences, stored in few bits.
 
     model: a transformers model, which is made ready for the cache on the way; layers without attention (linear, convolution)
@@ -51,10 +52,13 @@ class PackedCache(InterceptingCache):
         if isinstance(source, Calibration):
             source.fingerprint.check(self.fingerprint)
         self.backend = backend
-        self.intercepts = backend != DENSE
+        self.dense = backend == DENSE
+        self.device = model.device
+        self.before = 0  # tokens held when the model began to run
+        self.running = False  # while the model runs, and after a run that did not come to its end
         self.ledgers: dict[str, Ledger] = {}
         self.packed: list[PackedLayer] = []
-        layers, rank = own_layers(model), tensor_parallel_rank(model)
+        layers, rank = own_layers(text_config(model)), tensor_parallel_rank(model)
         for fact in facts.attention:
             if isinstance(source, Calibration):
                 quantizers = source.for_heads(fact.layer, fact.kv_heads, rank)
@@ -66,6 +70,8 @@ class PackedCache(InterceptingCache):
         self.shapes = [
             (fact.kv_heads, fact.head_dim) for fact in facts.attention
         ]  # kv_heads and head_dim of each packed layer
+        self.rank = rank
+        self.decoder = weakref.ref(model.get_decoder())
         self.modules = {fact.layer: weakref.ref(fact.module) for fact in facts.attention}
 
     def _layer(
@@ -79,23 +85,38 @@ class PackedCache(InterceptingCache):
         return kind(store, rope, ledger, self.backend, strict, getattr(own, "sliding_window", None))
 
     def begin(self, module: Any, step: Step) -> None:
-        """Called before each attention module runs; raises CacheUseError if it is another model's, or after a failed call."""
+        """Called before each attention module runs; raises CacheUseError if it is another model's."""
         layer = int(module.layer_idx)
         if layer not in self.modules:  # a reader of another layer's keys
             return
         if self.modules[layer]() is not module:
             raise CacheUseError(ANOTHER_MODEL)
-        if self.layers[layer] is self.packed[0] and len({part.store.length for part in self.packed}) > 1:
-            raise CacheUseError(
-                "An earlier call failed half-way and left the layers unequal; call cache.reset() and start again."
-            )
         super().begin(module, step)
 
-    def see_mask(self, mask: Tensor | None) -> None:
-        """Called before a model on the dense path runs: padding must not become sinks."""
-        for layer in self.packed:
-            if isinstance(layer, DenseLayer):
-                layer.padding = None if mask is None or mask.dim() != 2 else mask.bool()
+    def start(self, decoder: torch.nn.Module, mask: Any) -> None:
+        """Called before the language model runs; raises CacheUseError if it is another one, or after a call that failed."""
+        if self.decoder() is not decoder:
+            raise CacheUseError(ANOTHER_MODEL)
+        if self.running and not self._is_as_before():
+            raise CacheUseError("An earlier call failed half-way; call cache.reset() and start again.")
+        for record, ledger in self.ledgers.items():
+            users = [layer for layer in self.packed if layer.rope and layer.rope.record == record]
+            ledger.forget(min(layer.store.first for layer in users))
+        if self.dense:
+            if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+                raise UnsupportedModelError(TWO_DIMENSIONS)
+            for layer in self.packed:
+                if isinstance(layer, DenseLayer):
+                    layer.padding = None if mask is None else mask.bool()
+        self.running, self.before = True, self.length
+
+    def _is_as_before(self) -> bool:
+        """Whether a call that failed has left no trace: it was refused before anything was stored."""
+        return len(self.packed) == len(self.layers) and all(layer.store.length == self.before for layer in self.packed)
+
+    def finish(self) -> None:
+        """Called when the language model has run to its end."""
+        self.running = False
 
     def save(self, path: str | Path, token_ids: Tensor | None = None) -> None:
         """Write what is held to one file, still packed; token_ids [batch, tokens], if given, let `load` check the prompt.
@@ -130,18 +151,35 @@ class PackedCache(InterceptingCache):
 
     def reset(self) -> None:
         """Forget all tokens."""
-        super().reset()
+        decoder: Any = self.decoder()
+        fresh = own_layers(decoder.config) if len(self.packed) < len(self.layers) else []
+        self.layers = [layer if i in self.modules else fresh[i] for i, layer in enumerate(self.layers)]
+        for layer in self.packed:
+            layer.reset()
         for ledger in self.ledgers.values():
             ledger.reset()
+        self.running = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the newest tokens; `tokens_to_remove` is negative or 0, as transformers has it. Nothing is re-encoded.
 
-        Raises CacheUseError where a sliding-window layer has forgotten what the next token would need.
+        Raises CacheUseError, and drops nothing, where a layer cannot go back: a sliding window has forgotten what the next
+        token would need, or a layer without attention keeps no record of its past (assisted decoding lets it).
         """
+        length = self.length + tokens_to_remove
+        if tokens_to_remove < 0 and length <= 0:
+            self.reset()
+            return
         for layer in self.packed:
-            layer.require_croppable(max(self.length + tokens_to_remove, 0))
-        super().crop(tokens_to_remove)
+            layer.require_croppable(length)
+        for i, own in enumerate(self.layers):
+            if i not in self.modules and hasattr(own, "crop"):
+                try:
+                    own.crop(tokens_to_remove)
+                except RuntimeError as error:
+                    raise CacheUseError(f"Layer {i} keeps no record of its past and cannot be cropped ({error}).") from error
+        for layer in self.packed:
+            layer.crop(tokens_to_remove)
         for ledger in self.ledgers.values():
             ledger.crop(self.length)
 

@@ -13,9 +13,10 @@ from narrowkv import __version__
 from narrowkv.calibration import Calibration, Fingerprint, Fit
 from narrowkv.calibration.processes import Group, is_split, reduced
 from narrowkv.errors import ActivationError, CalibrationError, UnsupportedModelError
-from narrowkv.integrations.dense import DENSE, facts_for
+from narrowkv.integrations.dense import DENSE
 from narrowkv.integrations.passing import PassingCache, PassingLayer
-from narrowkv.integrations.probe import ModelFacts, own_layers
+from narrowkv.integrations.preparation import facts_for
+from narrowkv.integrations.probe import ModelFacts, evaluating, own_layers, text_config
 from narrowkv.methods import LayerSchemes, Recipe, get_recipe
 
 # place among the attention layers, keys before and after the rotary embedding, values
@@ -24,22 +25,21 @@ LayerListener = Callable[[int, Tensor, Tensor, Tensor], None]
 
 def capture_cache(model: PreTrainedModel, facts: ModelFacts, listener: LayerListener, dense: bool = False) -> PassingCache:
     """A cache that shows a listener what every attention layer would store. facts: as `facts_for` returns them."""
-    layers = own_layers(model)
+    layers = own_layers(text_config(model))
     for i, fact in enumerate(facts.attention):
         layers[fact.layer] = PassingLayer(fact.rope, functools.partial(listener, i), dense)
-    return PassingCache(layers, intercepts=not dense)
+    return PassingCache(layers, dense=dense)
 
 
 @contextlib.contextmanager
 def _without_weight_gradients(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode, and no gradient for any weight, restored afterwards."""
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    training = model.training
     try:
-        model.eval().requires_grad_(False)
-        yield
+        model.requires_grad_(False)
+        with evaluating(model):
+            yield
     finally:
-        model.train(training)
         for parameter, requires in wanted:
             parameter.requires_grad_(requires)
 
@@ -104,9 +104,9 @@ def calibrate_many(
     fits: Fits = [{need: (Fit(need.schemes.keys), Fit(need.schemes.values)) for need in layer} for layer in needs]
     done = 0
 
-    def every_fit(group: Group) -> list[Fit]:  # in the same order in every process
-        ordered = ((str(need), pair) for layer in fits for need, pair in layer.items()) if group else ()
-        return [fit for _, pair in sorted(ordered, key=lambda item: item[0]) for fit in pair]
+    def every_fit() -> list[Fit]:  # in the same order in every process
+        named = ((str(need), pair) for layer in fits for need, pair in layer.items())
+        return [fit for _, pair in sorted(named, key=lambda item: item[0]) for fit in pair]
 
     def report() -> None:
         nonlocal done
@@ -119,13 +119,15 @@ def calibrate_many(
         for batch in data:
             _run(model, capture_cache(model, facts, _range_listener(fits), dense), batch, gradients=False)
             report()
-        for fit in every_fit(group):
-            fit.merge_ranges(group)
+        if group is not None:
+            for fit in every_fit():
+                fit.merge_ranges(group)
         for batch in data:
             _run(model, capture_cache(model, facts, _codebook_listener(fits), dense), batch, gradients=True)
             report()
-        for fit in every_fit(group):
-            fit.merge_codebook(group)
+        if group is not None:
+            for fit in every_fit():
+                fit.merge_codebook(group)
     counts = torch.tensor([sum(batch.shape[0] for batch in data), sum(batch.numel() for batch in data)])
     sequences, tokens = (reduced(counts, "SUM", group) if group else counts).tolist()
     provenance = {"narrowkv": __version__, "sequences": sequences, "tokens": tokens}

@@ -1,6 +1,8 @@
 """`enable`, `disable`, `make_default`: the packed cache without a change at the call."""
 
 import functools
+import inspect
+import types
 from typing import Any
 
 import torch
@@ -8,7 +10,6 @@ from transformers import PreTrainedModel
 
 from narrowkv.calibration import Calibration
 from narrowkv.integrations.cache import PackedCache
-from narrowkv.integrations.dense import release_dense
 from narrowkv.integrations.preparation import prepare, release
 from narrowkv.methods import Recipe, get_recipe
 
@@ -29,22 +30,26 @@ def make_default(model: PreTrainedModel, source: Calibration | Recipe | str, *, 
     source = source if isinstance(source, Calibration) else get_recipe(source)
     PackedCache(model, source, **options)  # what does not fit together is said now, not at the first call
     _forget_default(model)
-    make_own: Any = model._prepare_cache_for_generation
+    before = vars(model).get("_prepare_cache_for_generation")
+    kind: Any = type(model)
+    make_own = before.__func__ if isinstance(before, types.MethodType) else kind._prepare_cache_for_generation
 
     @functools.wraps(make_own)
-    def make_packed(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def make_packed(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = PackedCache(model, source, **options)
-        return make_own(generation_config, model_kwargs, *args, **kwargs)
+            model_kwargs["past_key_values"] = PackedCache(self, source, **options)
+        return make_own(self, generation_config, model_kwargs, *args, **kwargs)
 
-    vars(model)["_prepare_cache_for_generation"] = make_packed
+    # bound to the model, so that a copy of the model makes caches for itself
+    vars(model)["_prepare_cache_for_generation"] = types.MethodType(make_packed, model)
+    vars(model)["narrowkv_before_default"] = before
     if scoring:
 
         def score_packed(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-            unasked = kwargs.get("past_key_values") is None and kwargs.get("use_cache") is not False
-            if not unasked or torch.is_grad_enabled():
+            given = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+            if given.get("past_key_values") is not None or given.get("use_cache") is False or torch.is_grad_enabled():
                 return None
-            cache = PackedCache(model, source, **{**options, "strict": True})
+            cache = PackedCache(module, source, **{**options, "strict": True})
             return args, {**kwargs, "past_key_values": cache, "use_cache": True}
 
         vars(model)["narrowkv_scoring"] = model.register_forward_pre_hook(score_packed, with_kwargs=True)
@@ -54,11 +59,14 @@ def disable(model: PreTrainedModel) -> None:
     """Undo `enable` and `make_default`: the model is as it was before it met a packed cache."""
     _forget_default(model)
     release(model)
-    release_dense(model)
 
 
 def _forget_default(model: PreTrainedModel) -> None:
-    vars(model).pop("_prepare_cache_for_generation", None)
+    if "narrowkv_before_default" in vars(model):
+        del vars(model)["_prepare_cache_for_generation"]
+        before = vars(model).pop("narrowkv_before_default")
+        if before is not None:
+            vars(model)["_prepare_cache_for_generation"] = before
     hook = vars(model).pop("narrowkv_scoring", None)
     if hook is not None:
         hook.remove()

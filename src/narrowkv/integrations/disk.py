@@ -41,7 +41,7 @@ def save_cache(cache: "PackedCache", path: str | Path, token_ids: Tensor | None 
         raise CacheUseError(
             f"The cache holds {cache.batch_size} x {length} tokens, but token_ids are {list(token_ids.shape)}."
         )
-    tensors = {f"ledger.{name}": ledger.read(length).contiguous() for name, ledger in cache.ledgers.items()}
+    tensors = {f"ledger.{name}": ledger.read(ledger.first, length).contiguous() for name, ledger in cache.ledgers.items()}
     for i, layer in zip(cache.modules, cache.packed, strict=True):
         tensors |= {f"layers.{i}.{name}": tensor for name, tensor in to_tensors(layer.store).items()}
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
@@ -53,6 +53,7 @@ def save_cache(cache: "PackedCache", path: str | Path, token_ids: Tensor | None 
         "fingerprint": asdict(cache.fingerprint),
         "dtype": str(cache.dtype).removeprefix("torch."),
         "batch": cache.batch_size,
+        "rank": cache.rank,
         "shapes": [list(shape) for shape in cache.shapes],
         "tokens": length,
         "token_ids_sha256": None if token_ids is None else ids_checksum(token_ids),
@@ -78,7 +79,7 @@ def load_cache(cache: "PackedCache", path: str | Path, token_ids: Tensor | None 
     damaged, hostile or of another version, CalibrationError where it is of another model, recipe or calibration.
     """
     try:
-        header, tensors = _read(Path(path))
+        header, tensors = _read(Path(path), cache.device)
         _check_origin(cache, header, token_ids)
         for i, layer, (heads, dim) in zip(cache.modules, cache.packed, cache.shapes, strict=True):
             shape = (header["batch"], heads, dim)
@@ -87,10 +88,17 @@ def load_cache(cache: "PackedCache", path: str | Path, token_ids: Tensor | None 
             load_tensors(layer.store, own, shape, cache.dtype)
             if layer.store.length != header["tokens"]:
                 raise FileFormatError(f"layer {i} holds {layer.store.length} tokens, not {header['tokens']}")
+            window = layer.sliding_window or header["tokens"] + 1
+            if layer.store.first > max(header["tokens"] - window + 1, 0):
+                raise FileFormatError(f"layer {i} has forgotten tokens that it needs")
         for name, ledger in cache.ledgers.items():
             entries = tensors.pop(f"ledger.{name}", None)
-            if entries is None or tuple(entries.shape[:2]) != (header["batch"], header["tokens"]):
+            users = [layer.store.first for layer in cache.packed if layer.rope and layer.rope.record == name]
+            if entries is None or len(entries) != header["batch"] or entries.shape[1] < header["tokens"] - min(users):
                 raise FileFormatError(f"ledger.{name} is missing or does not fit the tokens")
+            ledger.first = ledger.length = header["tokens"] - entries.shape[1]
+            if ledger.first < 0:
+                raise FileFormatError(f"ledger.{name} has more entries than there are tokens")
             if name == "positions" and (entries.dtype != torch.int32 or bool((entries < 0).any())):
                 raise FileFormatError("positions are not whole numbers from 0")
             ledger.append(entries)
@@ -103,7 +111,7 @@ def load_cache(cache: "PackedCache", path: str | Path, token_ids: Tensor | None 
         raise
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(path: Path, device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors, once every checksum has been found right."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -123,6 +131,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 tensors[name] = file.get_tensor(name)
                 if tensor_checksum(tensors[name]) != expected[name]:
                     raise FileFormatError(f"tensor {name} was altered (checksum differs)")
+                tensors[name] = tensors[name].to(device)
     except (OSError, SafetensorError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise FileFormatError(f"it is missing, truncated or damaged ({str(error).splitlines()[0]})") from error
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
@@ -143,6 +152,8 @@ def _check_origin(cache: "PackedCache", header: dict[str, Any], token_ids: Tenso
                 f"This cache was saved with another recipe than {cache.recipe.name}; load it with the same."
             )
         saved.check(cache.fingerprint)
+        if header["rank"] != cache.rank:
+            raise CalibrationError(f"It holds the heads of process {header['rank']}, this is {cache.rank}; load its own file.")
         if header["shapes"] != [list(shape) for shape in cache.shapes]:
             raise CalibrationError(
                 "This cache was saved with other heads by layer than this model has; read the prompt again."

@@ -25,7 +25,8 @@ from narrowkv.errors import CacheUseError, UnsupportedModelError
 from narrowkv.integrations.probe import identity
 
 NAME = "narrowkv"
-KNOWN_TENSORS = ("position_ids", "s_aux", "cache_position")
+KNOWN_TENSORS = ("position_ids", "s_aux")
+TWO_DIMENSIONS = "The packed cache takes attention masks of 2 dimensions only (1 for tokens, 0 for padding); pass one or none."
 ANOTHER_MODEL = "This cache was made for another model; make one with calibration.cache(model) or recipe.cache(model)."
 
 
@@ -44,6 +45,12 @@ class LazyMask:
             raise UnsupportedModelError("This model cuts its attention mask in an unknown way; use DynamicCache.")
         return LazyMask(**{**self.request, "q_length": length - start, "q_offset": self.request["q_offset"] + start})
 
+    def contiguous(self) -> Tensor:
+        """Dense, as numbers to be added to the scores: `generate` asks this where it makes a mask ahead for a static cache."""
+        dense = self.dense("eager")
+        assert dense is not None
+        return dense.contiguous()
+
     @functools.cached_property
     def visible(self) -> Visible:
         """What a query may see, plainly said where it is causal or a sliding window."""
@@ -51,7 +58,15 @@ class LazyMask:
         if rule is causal_mask_function:
             return Visible(padding)
         window = _window_of(rule)
-        return Visible(padding, rule=rule) if window is None else Visible(padding, window)
+        if window is not None:
+            return Visible(padding, window)
+        return Visible(padding, rule=self._look_up if self.request["use_vmap"] else rule, batch=self.request["batch_size"])
+
+    def _look_up(self, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """A rule for mask functions that take single numbers only: made dense as transformers does it, then looked up."""
+        dense = self.dense("sdpa")
+        assert dense is not None
+        return dense[row, 0, query - self.request["q_offset"], key - self.request["kv_offset"]]
 
     def dense(self, implementation: str) -> Tensor | None:
         """The mask as the named attention implementation of transformers wants it."""
@@ -89,22 +104,29 @@ class Step:
 
         Raises CacheUseError where the attention mask does not cover them all.
         """
-        padding = self.mask.visible.padding
-        if padding is None:
-            return None
-        if padding.shape[1] < past + new:
-            raise CacheUseError(
-                f"The attention mask covers {padding.shape[1]} tokens, but there are {past} in the cache and {new} new ones; "
-                "pass one that covers them all."
-            )
-        valid = padding[:, past : past + new]
-        return None if valid.all() else valid
+        return valid_tokens(self.mask.visible.padding, past, new)
 
 
-class InterceptingCache(Cache):
-    """A cache that wants keys before the rotary embedding; with `intercepts` false, one that takes the model as it is."""
+def valid_tokens(padding: Tensor | None, past: int, new: int) -> Tensor | None:
+    """The part of an attention mask [batch, tokens] bool that is about the new tokens, None where none of them is padding.
 
-    intercepts = True
+    Raises CacheUseError where the mask does not cover all tokens.
+    """
+    if padding is None:
+        return None
+    if padding.shape[1] < past + new:
+        raise CacheUseError(
+            f"The attention mask covers {padding.shape[1]} tokens, but there are {past} in the cache and {new} new ones; "
+            "pass one that covers them all."
+        )
+    valid = padding[:, past : past + new]
+    return None if valid.all() else valid
+
+
+class NarrowCache(Cache):
+    """A cache of ours: given keys before the rotary embedding and handles for tensors, unless it is `dense`."""
+
+    dense = False
 
     def begin(self, module: Any, step: Step) -> None:
         """Called before each attention module runs: tells its layer what the coming `update` is about."""
@@ -112,8 +134,11 @@ class InterceptingCache(Cache):
         receiver: Any = self.layers[layer]
         receiver.step = step
 
-    def see_mask(self, mask: Tensor | None) -> None:
-        """Called before a model that is taken as it is runs; mask: [batch, tokens], 0 for padding, or None."""
+    def start(self, decoder: nn.Module, mask: Any) -> None:
+        """Called before the language model runs; mask: as it is given, of which only a dense cache is not told later."""
+
+    def finish(self) -> None:
+        """Called when the language model has run to its end."""
 
 
 class Handle(Protocol):
@@ -159,6 +184,8 @@ def attention_function(module: nn.Module, query: Tensor, key: Any, value: Any, a
         if _witnessed is not None:
             _witnessed.add(id(module))
         return model_attention(module, query, key, value, attention_mask, **kwargs)
+    if kwargs.get("output_attentions"):
+        raise UnsupportedModelError("A packed cache does not give attention weights; ask without output_attentions.")
     strange = [name for name, part in kwargs.items() if isinstance(part, Tensor) and name not in KNOWN_TENSORS]
     if strange:
         raise UnsupportedModelError(f"The packed cache does not know what to do with {', '.join(strange)}; use DynamicCache.")
@@ -166,23 +193,33 @@ def attention_function(module: nn.Module, query: Tensor, key: Any, value: Any, a
 
 
 def before_decoder(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Hook on the language model: hand the attention mask to a cache that does not get it from attention.
+    """Hook on the language model: tell one of our caches that it begins.
 
     Raises CacheUseError where the caller (or the model's configuration) said that no cache is to be used.
     """
-    cache = next((part for part in kwargs.values() if isinstance(part, InterceptingCache)), None)
+    cache = _cache_in(kwargs)
     if cache is None:
         return
     if kwargs.get("use_cache") is False:  # `generate` would then feed the whole text at every step, on top of what is held
         raise CacheUseError("A cache was passed, but use_cache is off; pass use_cache=True, or set model.config.use_cache.")
-    if not cache.intercepts:
-        cache.see_mask(kwargs.get("attention_mask"))
+    cache.start(module, kwargs.get("attention_mask"))
+
+
+def after_decoder(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    """Hook on the language model: tell one of our caches that it has ended."""
+    cache = _cache_in(kwargs)
+    if cache is not None:
+        cache.finish()
+
+
+def _cache_in(kwargs: dict[str, Any]) -> NarrowCache | None:
+    return next((part for part in kwargs.values() if isinstance(part, NarrowCache)), None)
 
 
 def before_attention(module: Any, args: tuple, kwargs: dict[str, Any]):
     """Hook: where one of our caches is in use, exchange the rotary embedding for the identity."""
-    cache = next((part for part in kwargs.values() if isinstance(part, InterceptingCache)), None)
-    if cache is None or not cache.intercepts:
+    cache = _cache_in(kwargs)
+    if cache is None or cache.dense:
         return None
     if module.config._attn_implementation != NAME:
         raise CacheUseError(
@@ -192,11 +229,8 @@ def before_attention(module: Any, args: tuple, kwargs: dict[str, Any]):
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
     if hidden.shape[1] == 0:
         raise CacheUseError("The prompt is empty; pass at least one token.")
-    if not isinstance(mask, LazyMask) or mask.request["use_vmap"]:
-        raise UnsupportedModelError(
-            "The packed cache takes attention masks of 2 dimensions only (1 for tokens, 0 for padding), and no mask "
-            "functions of the caller's own; pass one or none."
-        )
+    if not isinstance(mask, LazyMask):
+        raise UnsupportedModelError(TWO_DIMENSIONS)
     cache.begin(module, Step(kwargs.get("position_ids"), tables, mask))
     return None if tables is None else (args, {**kwargs, "position_embeddings": identity(tables)})
 

@@ -113,8 +113,6 @@ class PackedLayer(CacheLayerMixin):
         """Let row i continue the sequence of row beam_idx[i]; sealed blocks are shared, not copied."""
         self.store.select(beam_idx)
 
-    batch_select_indices = reorder_cache
-
     def offload(self) -> None:
         raise UnsupportedModelError("A packed cache is not offloaded; keep it on the model's device, or choose fewer bits.")
 
@@ -158,7 +156,7 @@ class PackedHandle:
             past=past,
             new=None if layer.strict else (layer.turn(self.keys.to(precise), self.kept), self.values),
             rope=layer.rope if layer.ledger else None,
-            kept=layer.ledger.read(past) if layer.ledger else None,
+            kept=layer.ledger.read(layer.store.first, past) if layer.ledger else None,
             visible=mask.visible,
             scaling=scaling,
             softcap=kwargs.get("softcap"),

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from narrowkv.attention import AnyRope
-from narrowkv.integrations.interface import InterceptingCache, Step, model_attention, require_step
+from narrowkv.integrations.interface import NarrowCache, Step, model_attention, require_step
 from narrowkv.integrations.probe import EmptyLayer
 
 # keys before and after the rotary embedding, values: all [batch, kv_heads, tokens, head_dim]
 Listener = Callable[[Tensor, Tensor, Tensor], None]
 
 
-class PassingCache(InterceptingCache):
-    """What is stored is only shown to listeners. With `intercepts` false, the model is taken as it is."""
+class PassingCache(NarrowCache):
+    """What is stored is only shown to listeners. dense: the model is given plain tensors."""
 
-    def __init__(self, layers: list[Any], intercepts: bool = True):
-        self.intercepts = intercepts
+    def __init__(self, layers: list[Any], dense: bool = False):
+        self.dense = dense
         super().__init__(layers=layers)
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,11 +10,13 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 from transformers.cache_utils import DummyLayer
 
-from narrowkv.errors import UnsupportedModelError
+from narrowkv.errors import RecipeError, UnsupportedModelError
+from narrowkv.integrations.dense import DENSE
 from narrowkv.integrations.interface import (
     NAME,
-    InterceptingCache,
     LazyMask,
+    NarrowCache,
+    after_decoder,
     attention_function,
     before_attention,
     before_decoder,
@@ -25,10 +28,13 @@ from narrowkv.integrations.probe import (
     AttentionFacts,
     ModelFacts,
     Seen,
+    evaluating,
     own_layers,
     probe,
     text_config,
+    watch,
 )
+from narrowkv.methods import Recipe
 
 BY_ITSELF = (
     "The model computes attention by itself, not through transformers' interface; choose backend 'dense', which decodes the "
@@ -58,7 +64,8 @@ def prepare(model: PreTrainedModel) -> ModelFacts:
     _set_attention(model, NAME)
     facts: ModelFacts | None = known
     try:
-        facts = facts or _find(model, candidates)
+        with evaluating(model):
+            facts = facts or _find(model, candidates)
     finally:
         served = {id(module) for module in facts.modules} if facts else set()
         for module in candidates:
@@ -69,13 +76,54 @@ def prepare(model: PreTrainedModel) -> ModelFacts:
     for module in facts.modules:
         if "narrowkv_hook" not in vars(module):
             vars(module)["narrowkv_hook"] = module.register_forward_pre_hook(before_attention, with_kwargs=True)
-    decoder: Any = model.get_decoder()
-    if "narrowkv_guard" not in vars(decoder):
-        vars(decoder)["narrowkv_guard"] = decoder.register_forward_pre_hook(before_decoder, with_kwargs=True)
+    _guard(model)
     if hasattr(text_config(model), "original_max_position_embeddings"):
         _keep_cache(model)
     vars(model)["narrowkv_facts"] = facts
     return facts
+
+
+@torch.no_grad()
+def prepare_dense(model: PreTrainedModel) -> ModelFacts:
+    """Find the layers of a model that is to be given plain tensors; raises UnsupportedModelError where there are none."""
+    known: ModelFacts | None = vars(model).get("narrowkv_dense")
+    if known is not None:
+        return known
+    with evaluating(model):
+        seen, _ = watch(model)
+    facts = [
+        AttentionFacts(one.module, int(one.module.layer_idx), one.keys[0].shape[1], one.keys[0].shape[3], None)  # type: ignore[arg-type]
+        for one in seen
+    ]
+    vars(model)["narrowkv_dense"] = found = ModelFacts(facts, [])
+    _guard(model)
+    return found
+
+
+def facts_for(model: PreTrainedModel, backend: str, recipes: Sequence[Recipe]) -> ModelFacts:
+    """Make a model ready for caches of these recipes on a backend and return the facts of its layers.
+
+    Raises UnsupportedModelError where the model cannot be served so, RecipeError where a recipe does not fit.
+    """
+    facts = prepare_dense(model) if backend == DENSE else prepare(model)
+    for recipe in recipes:
+        recipe.require_layers([fact.layer for fact in facts.attention])
+        if backend == DENSE and recipe.keys.pre_rope:
+            raise RecipeError(
+                f"Recipe {recipe.name} stores keys before the rotary embedding, which the dense path never sees; choose "
+                f"{recipe.name}-postrope, or another backend."
+            )
+    return facts
+
+
+def _guard(model: PreTrainedModel) -> None:
+    """Let our caches know when the language model begins and when it has ended."""
+    decoder: Any = model.get_decoder()
+    if "narrowkv_guard" not in vars(decoder):
+        vars(decoder)["narrowkv_guard"] = (
+            decoder.register_forward_pre_hook(before_decoder, with_kwargs=True),
+            decoder.register_forward_hook(after_decoder, with_kwargs=True),
+        )
 
 
 def _find(model: PreTrainedModel, candidates: list[nn.Module]) -> ModelFacts:
@@ -86,7 +134,7 @@ def _find(model: PreTrainedModel, candidates: list[nn.Module]) -> ModelFacts:
     if not own <= witnessed:
         raise UnsupportedModelError(BY_ITSELF)
     readers = [module for module in candidates if id(module) in witnessed - own]
-    layers = own_layers(model)
+    layers = own_layers(text_config(model))
     if not all(isinstance(layers[int(module.layer_idx)], DummyLayer) for module in readers):  # type: ignore[arg-type]
         raise UnsupportedModelError(
             "Some attention modules of this model bypass the cache in an unknown way; use DynamicCache."
@@ -136,24 +184,27 @@ def _keep_cache(model: Any) -> None:
     @functools.wraps(own)  # `generate` looks at the signature
     def keep_cache(self: Any, *args: Any, past_key_values: Any = None, **kwargs: Any) -> dict[str, Any]:
         inputs: dict[str, Any] = own(self, *args, past_key_values=past_key_values, **kwargs)
-        if isinstance(past_key_values, InterceptingCache) and inputs.get("past_key_values") is None:
+        if isinstance(past_key_values, NarrowCache) and inputs.get("past_key_values") is None:
             past_key_values.reset()
             inputs["past_key_values"] = past_key_values
         return inputs
 
+    vars(keep_cache)["narrowkv"] = True
     vars(model)["prepare_inputs_for_generation"] = types.MethodType(keep_cache, model)
 
 
 def release(model: PreTrainedModel) -> None:
-    """Undo `prepare`."""
+    """Undo `prepare` and `prepare_dense`."""
+    for hook in vars(model.get_decoder()).pop("narrowkv_guard", ()):
+        hook.remove()
+    vars(model).pop("narrowkv_dense", None)
+    vars(model).pop("narrowkv_fingerprint", None)
+    if getattr(vars(model).get("prepare_inputs_for_generation"), "narrowkv", False):
+        del vars(model)["prepare_inputs_for_generation"]
     facts: ModelFacts | None = vars(model).pop("narrowkv_facts", None)
-    if facts is None:
-        return
-    vars(model).pop("prepare_inputs_for_generation", None)
-    vars(model.get_decoder()).pop("narrowkv_guard").remove()
     previous = "sdpa"
-    for module in facts.modules:
+    for module in facts.modules if facts else ():
         vars(module).pop("narrowkv_hook").remove()
         previous = vars(module).pop("narrowkv_previous")
-    if text_config(model)._attn_implementation == NAME:
+    if facts and text_config(model)._attn_implementation == NAME:
         _set_attention(model, previous)

@@ -5,6 +5,8 @@ rotary embedding and once with the identity in its place; from the two results t
 refused with the reason.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,9 +99,21 @@ def text_config(model: PreTrainedModel) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
-def own_layers(model: PreTrainedModel) -> list[Any]:
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode for a while, and then as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def own_layers(config: Any) -> list[Any]:
     """The cache layers that transformers would use: those of attention, which a packed cache replaces, and all others."""
-    return list(DynamicCache(config=text_config(model)).layers)
+    return list(DynamicCache(config=config).layers)
 
 
 def keeps_keys(layer: Any) -> bool:
@@ -143,10 +157,9 @@ def watch(model: PreTrainedModel) -> tuple[list[Seen], list[Seen]]:
         raise UnsupportedModelError(
             "A model spread over several devices by device_map is not supported; use tensor parallelism (docs/processes.md)."
         )
-    layers, running, updated = own_layers(model), list[Seen](), dict[int, Seen]()
+    layers, running, updated = own_layers(text_config(model)), list[Seen](), dict[int, Seen]()
     expected = {i for i, layer in enumerate(layers) if keeps_keys(layer)}
     cache = Cache(layers=[_ProbeLayer(running, updated) if i in expected else layer for i, layer in enumerate(layers)])
-    training = model.training
     hooks = []
 
     def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -160,7 +173,6 @@ def watch(model: PreTrainedModel) -> tuple[list[Seen], list[Seen]]:
             hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             hooks.append(module.register_forward_hook(leave))
     try:
-        model.eval()
         embedding: Any = model.get_input_embeddings()
         ids = torch.arange(2, 2 + TOKENS, device=model.device)[None] % embedding.weight.shape[0]
         positions = torch.arange(FIRST_POSITION, FIRST_POSITION + TOKENS, device=model.device)[None]
@@ -175,7 +187,6 @@ def watch(model: PreTrainedModel) -> tuple[list[Seen], list[Seen]]:
         for hook in hooks:
             hook.remove()
         running.clear()
-        model.train(training)
     if not expected:
         raise UnsupportedModelError("This model has no attention layers, so there are no keys and values to pack.")
     stored = {int(one.module.layer_idx) for one in updated.values()}  # type: ignore[arg-type]
@@ -220,13 +231,13 @@ def _rope(model: PreTrainedModel, seen: Seen, running: list[Seen], name: str) ->
     rotated, unrotated = seen.keys
     if torch.equal(unrotated, rotated):
         return None
-    found = _by_position(model, seen.kwargs.get("position_ids"), unrotated, rotated) or _stored(
-        tables, name, unrotated, rotated
-    )
-    if found is None:
-        layer = seen.module.layer_idx
-        raise UnsupportedModelError(f"Layer {layer} rotates its keys in a way that is not known; use DynamicCache.")
-    return found
+    for layout in ("complex",) if isinstance(tables, Tensor) else LAYOUTS:
+        for interleaved in (False, True):
+            rope = StoredRope(name, layout, interleaved)
+            if _makes(rope, rope.keep(None, tables), unrotated, rotated):
+                return _by_position(model, seen.kwargs.get("position_ids"), rope, tables) or rope
+    layer = seen.module.layer_idx
+    raise UnsupportedModelError(f"Layer {layer} rotates its keys in a way that is not known; use DynamicCache.")
 
 
 def _makes(rope: AnyRope, kept: Tensor, unrotated: Tensor, rotated: Tensor) -> bool:
@@ -237,27 +248,24 @@ def _makes(rope: AnyRope, kept: Tensor, unrotated: Tensor, rotated: Tensor) -> b
     return bool(difference <= TOLERANCE * rotated.float().abs().max())
 
 
-def _by_position(model: PreTrainedModel, positions: Tensor | None, unrotated: Tensor, rotated: Tensor) -> Rope | None:
-    """The embedding that positions alone determine, if this is one: frequencies that the model holds and never changes."""
+def _by_position(model: PreTrainedModel, positions: Tensor | None, stored: StoredRope, tables: Tables) -> Rope | None:
+    """The same embedding made of positions alone, if frequencies that the model holds and never changes give its tables.
+
+    Every sine must agree for itself: embeddings of one model may differ in their slowest frequencies only.
+    """
     if positions is None or positions.dim() != 2:
         return None
     parameters = getattr(text_config(model), "rope_parameters", None) or {}
     if "mrope_section" in str(parameters):  # several positions of a token, alike only in text
         return None
+    kept = stored.keep(None, tables)
+    expected = torch.cat(stored.cos_sin(kept), dim=-1).double()
+    tolerance = (2**-6 if kept.dtype.itemsize == 2 else 1e-3) * expected.abs() + 1e-6
     for frequencies, scaling, kind in _frequencies(model):
-        for interleaved in (False, True):
-            rope = Rope(frequencies, scaling, interleaved)
-            if kind in STATIC_ROPE and _makes(rope, positions, unrotated, rotated):
-                return rope
-    return None
-
-
-def _stored(tables: Tables, name: str, unrotated: Tensor, rotated: Tensor) -> StoredRope | None:
-    """The embedding read off the tables that the model hands to the module."""
-    for layout in ("complex",) if isinstance(tables, Tensor) else LAYOUTS:
-        for interleaved in (False, True):
-            rope = StoredRope(name, layout, interleaved)
-            if _makes(rope, rope.keep(None, tables), unrotated, rotated):
+        rope = Rope(frequencies, scaling, stored.interleaved)
+        if kind in STATIC_ROPE and 2 * len(frequencies) == expected.shape[-1]:
+            found = torch.cat(rope.cos_sin(positions), dim=-1).double()
+            if bool(((found - expected).abs() <= tolerance).all()):
                 return rope
     return None
 

@@ -81,8 +81,15 @@ class LayerStore:
             )
         for numbers in (keys, values):  # before anything is stored, so that a refusal leaves all as it was
             require_finite(numbers, "Keys or values")
-        self.shape = shape
-        skip = self._take_sinks(keys, values, valid)
+        skip = torch.zeros(shape[0], keys.shape[2], dtype=torch.bool, device=keys.device) if valid is None else ~valid
+        sinks = self._find_sinks(skip)
+        before, self.shape = self.length, shape
+        self._append(keys, values, skip)
+        if sinks is not None:
+            self._take_sinks(keys, values, before, *sinks)
+
+    def _append(self, keys: Tensor, values: Tensor, skip: Tensor) -> None:
+        """Encode what leaves the exact window, and keep the rest."""
         if self.window == 0:
             self._encode(keys, values, skip)
             return
@@ -95,28 +102,30 @@ class LayerStore:
         self.recent = (keys[:, :, leaving:].clone(), values[:, :, leaving:].clone())
         self.recent_skip = skip[:, leaving:].clone()
 
-    def _take_sinks(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> Tensor:
-        """Copy the first real tokens of each sequence; returns [batch, new] bool, tokens not read from the codes."""
-        batch, _, new, dim = keys.shape
-        skip = torch.zeros(batch, new, dtype=torch.bool, device=keys.device) if valid is None else ~valid
-        if self.sinks == 0:
-            return skip
-        if self.sink_index is None:
-            self.sink_index = torch.full((batch, self.sinks), -1, dtype=torch.int64, device=keys.device)
-            blank = keys.new_zeros(batch, keys.shape[1], self.sinks, dim)
-            self.sink_numbers = (blank, blank.clone())
-        if bool((self.sink_index[:, -1] >= 0).all()):
-            return skip
-        assert self.sink_numbers is not None
-        have = (self.sink_index >= 0).sum(1)
+    def _find_sinks(self, skip: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Row, token and place of the first real tokens of each sequence, which are then skipped too, being kept exact.
+
+        skip: [batch, new] bool, padding; changed in place.
+        """
+        if self.sinks == 0 or (self.sink_index is not None and bool((self.sink_index[:, -1] >= 0).all())):
+            return None
+        have = skip.new_zeros(len(skip), dtype=torch.int64) if self.sink_index is None else (self.sink_index >= 0).sum(1)
         rank = have[:, None] + (~skip).cumsum(1) - 1  # of each real token within its sequence
         row, token = ((rank < self.sinks) & ~skip & (have < self.sinks)[:, None]).nonzero(as_tuple=True)
-        place = rank[row, token]
-        self.sink_index[row, place] = token + self.length
+        skip[row, token] = True
+        return row, token, rank[row, token]
+
+    def _take_sinks(self, keys: Tensor, values: Tensor, before: int, row: Tensor, token: Tensor, place: Tensor) -> None:
+        """Keep the sinks among new tokens, which follow `before` others."""
+        batch, heads, _, dim = keys.shape
+        if self.sink_index is None:
+            self.sink_index = torch.full((batch, self.sinks), -1, dtype=torch.int64, device=keys.device)
+            blank = keys.new_zeros(batch, heads, self.sinks, dim)
+            self.sink_numbers = (blank, blank.clone())
+        assert self.sink_numbers is not None
+        self.sink_index[row, place] = token + before
         for held, numbers in zip(self.sink_numbers, (keys, values), strict=True):
             held[row, :, place] = numbers[row, :, token]
-        skip[row, token] = True
-        return skip
 
     def _encode(self, keys: Tensor, values: Tensor, skip: Tensor) -> None:
         """Quantise tokens tile by tile; every whole block is sealed, the rest becomes the tail."""
@@ -252,6 +261,8 @@ class LayerStore:
         if not gone:
             return
         self.columns = self.columns[gone:]
+        if self.growing and all(column.page is not self.growing for column in self.columns):
+            self.growing = None
         run = list(takewhile(lambda column: column.page is self.columns[0].page, self.columns))
         if run and 2 * len(run) * len(run[0].slots) <= run[0].page.slots:  # a page mostly forgotten is not kept for the rest
             page = gather(self.quantizers, run)

@@ -12,31 +12,43 @@ class Ledger:
 
     def reset(self) -> None:
         """Forget all entries."""
-        self._held: Tensor | None = None  # [batch, room, ...]
+        self._held: Tensor | None = None  # [batch, room, ...], of the tokens from `first` on
         self.length = 0
+        self.first = 0
 
     def tensors(self) -> list[Tensor]:
         return [] if self._held is None else [self._held]
 
     def append(self, entries: Tensor) -> None:
         """entries: [batch, new, ...], integer or floating point."""
-        new = entries.shape[1]
+        new, held = entries.shape[1], self.length - self.first
         room = 0 if self._held is None else self._held.shape[1]
-        if self.length + new > room:
-            dtype = entries.dtype if entries.is_floating_point() else torch.int32
-            shape = (entries.shape[0], self.length + new + self.length // 16, *entries.shape[2:])
-            wider = entries.new_empty(shape, dtype=dtype)
-            if self._held is not None:
-                wider[:, : self.length] = self._held[:, : self.length]
-            self._held = wider
+        if held + new > room:
+            self._resize(entries, held + new + held // 16)
         assert self._held is not None
-        self._held[:, self.length : self.length + new] = entries
+        self._held[:, held : held + new] = entries
         self.length += new
 
-    def read(self, stop: int) -> Tensor:
-        """Entries of the first `stop` tokens: [batch, stop, ...]."""
-        assert self._held is not None
-        return self._held[:, :stop]
+    def _resize(self, like: Tensor, room: int) -> None:
+        held = self.length - self.first
+        dtype = like.dtype if like.is_floating_point() else torch.int32
+        resized = like.new_empty((like.shape[0], room, *like.shape[2:]), dtype=dtype)
+        if self._held is not None:
+            resized[:, :held] = self._held[:, :held]
+        self._held = resized
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Entries of the tokens from `start` to before `stop`: [batch, stop - start, ...]."""
+        assert self._held is not None and start >= self.first
+        return self._held[:, start - self.first : stop - self.first]
+
+    def forget(self, before: int) -> None:
+        """Let go of tokens older than the token `before`, once they are half of what is held."""
+        if self._held is None or 2 * (before - self.first) <= self.length - self.first:
+            return
+        self._held = self._held[:, before - self.first :]
+        self.first = before
+        self._resize(self._held, self.length - self.first)
 
     def select(self, rows: Tensor) -> None:
         """Keep these sequences [n] int64."""
