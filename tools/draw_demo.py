@@ -57,7 +57,8 @@ def table(rows: list[dict[str, Any]], hardware: str) -> str:
         )
     caption = (
         f"The built-in model, {first['tokens']:,} tokens in windows of {first['window']}; unquantised perplexity "
-        f"{first['perplexity_fp']:.2f}, recall {first['recall_fp']:.0%}. `narrowkv demo` on {hardware}, {date.today()}."
+        f"{first['perplexity_fp']:.2f}, recall {first['recall_fp']:.0%}. "
+        f"`narrowkv demo --recall-rows 128` on {hardware}, {date.today()}."
     )
     return "\n".join(lines) + f"\n\n{caption}\n"
 

@@ -16,7 +16,7 @@ KEYS = {
 def rows(tmp_path_factory):
     path = tmp_path_factory.mktemp("demo") / "demo.json"
     with pytest.raises(SystemExit) as stop:
-        run(["demo", "--json", str(path)])
+        run(["demo", "--recall-rows", "128", "--json", str(path)])
     assert not stop.value.code
     return {row["recipe"]: row for row in json.loads(path.read_text())}
 

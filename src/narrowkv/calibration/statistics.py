@@ -49,21 +49,20 @@ class Quantiles:
         """Move the counts to the bins of a wider range."""
         assert self.counts is not None
         exponent, first = _grid(smallest, largest)
-        moved = (exponent != self.exponent) | (first != self.first)
-        if moved.any():
-            bins = self.first[moved, None] + torch.arange(QUANTILE_BINS, device=first.device)
-            bins = (bins >> (exponent - self.exponent)[moved, None]) - first[moved, None]
-            inside = bins.clamp(0, QUANTILE_BINS - 1)  # bins that fall outside are empty
-            self.counts[moved] = torch.zeros_like(self.counts[moved]).scatter_add_(1, inside, self.counts[moved])
+        moved = ((exponent != self.exponent) | (first != self.first)).nonzero().squeeze(1)
+        for channels in moved.split(TILE_NUMBERS // QUANTILE_BINS):
+            bins = self.first[channels, None] + torch.arange(QUANTILE_BINS, device=first.device)
+            bins = (bins >> (exponent - self.exponent)[channels, None]) - first[channels, None]
+            old = self.counts[channels]  # bins that fall outside the new ones are empty
+            self.counts[channels] = torch.zeros_like(old).scatter_add_(1, bins.clamp_(0, QUANTILE_BINS - 1), old)
         self.smallest, self.largest, self.exponent, self.first = smallest, largest, exponent, first
 
     def _count(self, x: Tensor, start: int, stop: int) -> None:
         assert self.counts is not None
-        first = self.first[start:stop]
-        precise = torch.float64 if first.abs().max() > 2**22 else torch.float32  # in which index and bin are whole numbers
-        bins = x.to(precise).mul(torch.exp2(-self.exponent[start:stop].to(precise))).floor_().sub_(first)
-        places = bins.to(torch.int64)
-        places += torch.arange(stop - start, device=x.device) * QUANTILE_BINS
+        offset = torch.arange(stop - start, device=x.device) * QUANTILE_BINS - self.first[start:stop]
+        precise = torch.float64 if offset.abs().max() > 2**22 else torch.float32  # in which all of this is whole numbers
+        places = x.to(precise, copy=True).mul_(torch.exp2(-self.exponent[start:stop].to(precise)))
+        places = places.floor_().add_(offset).to(torch.int64)
         _count_into(self.counts[start:stop].view(-1), places.view(-1))
 
     def quantile(self, fraction: float, pooled: bool = False) -> Tensor:
