@@ -5,6 +5,11 @@ import shutil
 
 import pytest
 from tests.conftest import asset
+from tests.families import make
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import PreTrainedTokenizerFast
 
 from narrowkv.cli.main import run
 
@@ -62,7 +67,7 @@ def test_calibrate_then_generate_and_evaluate(narrowkv, tmp_path, stories_file, 
         "generate", folder, "--prompt", "Once upon a time", "--calibration", target, "--max-new-tokens", 30
     )
     assert status == 0 and len(out.strip()) > 10
-    assert "nuq3-1%" in err and "bits a" in err and "attention: naive" in " ".join(err.split())
+    assert "nuq3-1%" in err and "bits a" in err and "attention: torch" in " ".join(err.split())
     report = tmp_path / "report.json"
     options = ("--text", stories_file, "--window", 256, "--limit", 2, "--json", report)
     status, out, _ = narrowkv("eval", folder, "--calibration", target, *options)
@@ -144,3 +149,22 @@ def test_a_calibration_of_another_model_is_refused(narrowkv, stories, stories_fi
 def test_usage_errors_are_typers(narrowkv):
     assert narrowkv("calibrate")[0] == 2
     assert narrowkv("no-such-command")[0] == 2
+
+
+def test_a_model_that_computes_attention_by_itself_is_served_by_the_dense_path_alone(narrowkv, tmp_path, stories_file):
+    model, folder = make("gptj"), tmp_path / "gptj"
+    model.save_pretrained(folder)
+    vocabulary = {token: i for i, token in enumerate("<s> abcdefghijklmnopqrstuvwxyz.,!?")}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="<")), pad_token="<")
+    tokenizer.backend_tokenizer.pre_tokenizer = Split("", "isolated")
+    tokenizer.save_pretrained(folder)
+    options = ("--window", 64, "--samples", 2, "--text", stories_file, "--out", tmp_path / "tables")
+    status, _, err = narrowkv("calibrate", folder, "--recipe", "nuq3", *options)
+    assert status and "choose backend 'dense'" in " ".join(err.split())
+    status, _, err = narrowkv("calibrate", folder, "--recipe", "nuq3", "--backend", "dense", *options)
+    assert status and "nuq3-postrope" in " ".join(err.split())
+    assert narrowkv("calibrate", folder, "--recipe", "nuq3-postrope", "--backend", "dense", *options)[0] == 0
+    dense = ("--calibration", tmp_path / "tables", "--backend", "dense")
+    assert narrowkv("generate", folder, "--prompt", "once upon", "--max-new-tokens", 5, *dense)[0] == 0
+    status, out, _ = narrowkv("eval", folder, "--text", stories_file, "--window", 64, "--limit", 1, *dense)
+    assert status == 0 and "attended to is quantised" in " ".join(out.split())

@@ -9,6 +9,7 @@ import typer
 
 from narrowkv.cli.common import (
     DEFAULT_RECIPE,
+    BackendOption,
     DeviceOption,
     DtypeOption,
     ModelArgument,
@@ -33,6 +34,7 @@ def calibrate(
     samples: SamplesOption = 16,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
+    backend: BackendOption = "torch",
 ) -> None:
     """Learn a recipe's codebooks, ranges and thresholds for a model, and save them. Processes of torchrun share the text."""
     chosen = get_recipe(recipe or DEFAULT_RECIPE)
@@ -42,7 +44,7 @@ def calibrate(
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # under torchrun each process has a GPU of its own
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     loaded, tokenizer = load_model(model, dtype, device)
-    calibration = learn(loaded, tokenizer, [chosen], source, window, samples)[0]
+    calibration = learn(loaded, tokenizer, [chosen], source, window, samples, backend)[0]
     if int(os.environ.get("RANK", "0")):  # under torchrun the first process writes
         return
     calibration.save_pretrained(target)

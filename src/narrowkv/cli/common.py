@@ -34,6 +34,9 @@ CalibrationTextOption = Annotated[
 ]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu or cuda.")]
+BackendOption = Annotated[
+    str, typer.Option(help="Which attention runs: torch, naive, or dense for models that compute attention by themselves.")
+]
 WindowOption = Annotated[int, typer.Option(min=2, help="Tokens per sequence.")]
 SamplesOption = Annotated[int, typer.Option(min=1, help="Sequences to calibrate on.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
@@ -53,18 +56,27 @@ def default_text(model: str, text: str | None, built_in: str) -> str | None:
     return built_in if text is None and model == DEMO else text
 
 
-def learn(model: Any, tokenizer: Any, recipes: list[Recipe], text: str, window: int, samples: int) -> list[Calibration]:
+def learn(
+    model: Any, tokenizer: Any, recipes: list[Recipe], text: str, window: int, samples: int, backend: str = "torch"
+) -> list[Calibration]:
     """Calibrate on the first windows of a text, with a progress bar. Under torchrun the processes share the windows."""
     batches = cut_windows(tokenizer, read_text(text), window, samples).split(1)
     group, rank, size = join_processes(model.device.type)
     if len(batches) < size:
         raise TextError(f"{len(batches)} sequences are too few for {size} processes; give more text, or start fewer.")
     with progress("calibrating") as advance:
-        return calibrate_many(model, batches[rank::size], recipes, group=group, on_batch=advance)
+        return calibrate_many(model, batches[rank::size], recipes, backend=backend, group=group, on_batch=advance)
 
 
 def find_source(
-    model: Any, tokenizer: Any, recipe: str | None, calibration: Path | None, text: str | None, window: int, samples: int
+    model: Any,
+    tokenizer: Any,
+    recipe: str | None,
+    calibration: Path | None,
+    text: str | None,
+    window: int,
+    samples: int,
+    backend: str,
 ) -> Calibration | Recipe:
     """The calibration in a folder, or the recipe, calibrated first on `text` if it needs that and a text is given."""
     if calibration is not None:
@@ -73,7 +85,7 @@ def find_source(
         return Calibration.from_pretrained(calibration, model)
     chosen = get_recipe(recipe or DEFAULT_RECIPE)
     if chosen.needs_calibration and text is not None:
-        return learn(model, tokenizer, [chosen], text, window, samples)[0]
+        return learn(model, tokenizer, [chosen], text, window, samples, backend)[0]
     chosen.quantizers(0)  # a recipe that lacks its calibration says so
     return chosen
 

@@ -6,6 +6,7 @@ import typer
 from rich.markup import escape
 
 from narrowkv.cli.common import (
+    BackendOption,
     CalibrationOption,
     CalibrationTextOption,
     DeviceOption,
@@ -45,6 +46,7 @@ def evaluate(
     recall_rows: Annotated[int, typer.Option(min=1)] = 32,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
+    backend: BackendOption = "torch",
     json_file: JsonOption = None,
 ) -> None:
     """Measure bits, bytes, perplexity (strict and stream), divergence and recall of a recipe or calibration."""
@@ -55,7 +57,7 @@ def evaluate(
     loaded, tokenizer = load_model(model, dtype, device)
     windows = cut_windows(tokenizer, words, window, limit)
     learned_from = default_text(model, calibration_text, "narrowkv://train")
-    source = find_source(loaded, tokenizer, recipe, calibration, learned_from, window, samples)
+    source = find_source(loaded, tokenizer, recipe, calibration, learned_from, window, samples, backend)
     batches = []
     if recall_distance:
         filler = tokenizer.encode(words, add_special_tokens=False, verbose=False)
@@ -64,7 +66,7 @@ def evaluate(
         except ValueError as error:
             raise TextError(f"Recall over {recall_distance} tokens cannot be tested: {error}.") from error
     with progress("measuring") as advance:
-        rows = measure(loaded, [source], windows, batches, stream_chunk=stream_chunk, on_step=advance)
+        rows = measure(loaded, [source], windows, batches, stream_chunk=stream_chunk, backend=backend, on_step=advance)
     out.print(quality_table(rows, escape(f"{model} on {source_text}")))
     out.print(quality_caption(rows), highlight=False)
     if json_file is not None:

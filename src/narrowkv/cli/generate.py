@@ -7,6 +7,7 @@ import torch
 import typer
 
 from narrowkv.cli.common import (
+    BackendOption,
     CalibrationOption,
     CalibrationTextOption,
     DeviceOption,
@@ -60,6 +61,7 @@ def generate(
     samples: SamplesOption = 16,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
+    backend: BackendOption = "torch",
 ) -> None:
     """Continue a prompt; the model's cache is packed by the recipe."""
     if (prompt is None) == (prompt_file is None):
@@ -69,8 +71,8 @@ def generate(
         raise TextError("The prompt is empty; give at least one word.")
     loaded, tokenizer = load_model(model, dtype, device)
     learned_from = default_text(model, calibration_text, "narrowkv://train")
-    source = find_source(loaded, tokenizer, recipe, calibration, learned_from, window, samples)
-    cache = PackedCache(loaded, source)
+    source = find_source(loaded, tokenizer, recipe, calibration, learned_from, window, samples, backend)
+    cache = PackedCache(loaded, source, backend=backend)
     torch.manual_seed(seed)
     out.print(continue_text(loaded, tokenizer, cache, text, max_new_tokens, temperature), markup=False, highlight=False)
     err.print(summary(cache), highlight=False)

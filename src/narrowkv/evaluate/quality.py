@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from narrowkv.calibration import Calibration
 from narrowkv.errors import ActivationError, TextError
 from narrowkv.evaluate.recall import RecallBatch, accuracy
-from narrowkv.integrations import PackedCache, prepare
+from narrowkv.integrations import PackedCache
 from narrowkv.methods import Recipe
 
 Source = Calibration | Recipe
@@ -88,14 +88,14 @@ def measure(
     recall: Sequence[RecallBatch] = (),
     *,
     stream_chunk: int = STREAM_CHUNK,
+    backend: str = "torch",
     on_step: Callable[[int, int], None] | None = None,
 ) -> list[Quality]:
     """Measure several recipes on the same tokens.
 
-    windows: [n, tokens] int64. recall: batches of rows. on_step: called with (steps done, steps in all). Returns one Quality
-    per source. Raises ActivationError where the model itself computes NaN or infinity.
+    windows: [n, tokens] int64. recall: batches of rows. backend: of the caches. on_step: called with (steps done, steps in
+    all). Returns one Quality per source. Raises ActivationError where the model itself computes NaN or infinity.
     """
-    prepare(model)
     sums = [_Sums() for _ in sources]
     loss_fp, recall_fp = 0.0, []
     total, done = (len(windows) + len(recall)) * (len(sources) + 1), 0
@@ -114,18 +114,18 @@ def measure(
         loss_fp += _loss(baseline, row)
         step()
         for source, held in zip(sources, sums, strict=True):
-            cache = PackedCache(model, source, strict=True)
+            cache = PackedCache(model, source, strict=True, backend=backend)
             logits = model(ids, past_key_values=cache, use_cache=True).logits[0, :-1]
             held.strict += _loss(logits, row)
             held.divergence += _divergence(baseline, logits)
             held.nbytes, held.numbers = cache.nbytes, cache.numbers
-            held.stream += _loss(_streamed(model, source, ids, stream_chunk)[0, :-1], row)
+            held.stream += _loss(_streamed(model, PackedCache(model, source, backend=backend), ids, stream_chunk)[0, :-1], row)
             step()
     for batch in recall:
-        recall_fp.append(_recall(model, None, batch))
+        recall_fp.append(_recall(model, None, batch, backend))
         step()
         for source, held in zip(sources, sums, strict=True):
-            held.right.append(_recall(model, source, batch))
+            held.right.append(_recall(model, source, batch, backend))
             step()
     scored = windows.shape[0] * (windows.shape[1] - 1)
     return [
@@ -148,16 +148,15 @@ def measure(
     ]
 
 
-def _streamed(model: PreTrainedModel, source: Source, ids: Tensor, chunk: int) -> Tensor:
-    cache = PackedCache(model, source)
+def _streamed(model: PreTrainedModel, cache: PackedCache, ids: Tensor, chunk: int) -> Tensor:
     return torch.cat([model(part, past_key_values=cache, use_cache=True).logits for part in ids.split(chunk, dim=1)], dim=1)
 
 
-def _recall(model: PreTrainedModel, source: Source | None, batch: RecallBatch) -> float:
+def _recall(model: PreTrainedModel, source: Source | None, batch: RecallBatch, backend: str) -> float:
     keep = int(batch.answer_mask.sum(1).max()) + 1
     logits = []
     for ids in batch.input_ids.to(model.device).split(RECALL_ROWS):
-        cache = None if source is None else PackedCache(model, source, strict=True)
+        cache = None if source is None else PackedCache(model, source, strict=True, backend=backend)
         logits.append(model(ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep).logits)
     return accuracy(torch.cat(logits), batch)
 
