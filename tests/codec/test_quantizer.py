@@ -138,3 +138,31 @@ def test_outliers_keep_the_models_dtype_in_16_bits(dtype):
     x = torch.randn(1, 2, 4, 64, dtype=dtype)
     values = Quantizer(Scheme(4, "int", outliers=0.02)).encode(x).outlier_values
     assert values.dtype == (dtype if dtype != torch.float32 else torch.float16)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_groups_are_rounded_as_kivi_has_it(bits):
+    """Liu et al., section 3: z = min, s = (max - min) / (2^b - 1), x = round((x - z) / s) s + z, group by group."""
+    x, group = torch.randn(2, 3, 64, 16) * torch.rand(16) * 9, 8
+    for axis, dim in (("channel", 2), ("token_head", 3)):
+        numbers = x.unflatten(dim, (-1, group))
+        zero, top = numbers.amin(dim + 1, keepdim=True), numbers.amax(dim + 1, keepdim=True)
+        scale = (top - zero) / (2**bits - 1)
+        expected = (((numbers - zero) / scale).round() * scale + zero).flatten(dim, dim + 1)
+        quantizer = Quantizer(Scheme(bits, "int", axis=axis, group=group))
+        found = quantizer.decode(quantizer.encode(x))
+        step = scale.expand_as(numbers).flatten(dim, dim + 1)
+        off = (found - expected).abs()
+        assert (off < 0.02 * step).float().mean() > 0.995  # scale and zero have 16 bits, so a tie may fall to either side
+        assert (off < 1.02 * step).all()
+
+
+def test_a_group_of_tokens_has_the_range_of_those_that_count():
+    x = torch.randn(1, 1, 32, 8)
+    x[0, 0, :3] *= 1000
+    skip = torch.zeros(1, 32, dtype=torch.bool)
+    skip[0, :3] = True
+    quantizer = Quantizer(Scheme(4, "int", axis="channel", group=16))
+    found = quantizer.decode(quantizer.encode(x, skip))
+    assert (found - x)[0, 0, 3:].abs().max() < 0.3
+    assert torch.isfinite(quantizer.decode(quantizer.encode(x, torch.ones_like(skip)))).all()

@@ -83,3 +83,39 @@ class StoreMachine(RuleBasedStateMachine):
 
 StoreMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=12, deadline=None)
 TestStoreMachine = StoreMachine.TestCase
+
+
+class GroupedMachine(StoreMachine):
+    """Groups of tokens: what leaves the window is encoded by 32, counted from the first token after the last crop."""
+
+    @initialize(batch=st.integers(1, 3), seed=st.integers(0, 2**31), window=st.sampled_from([0, 40]))
+    def begin(self, batch, seed, window):
+        self.generator = torch.Generator().manual_seed(seed)
+        keys, values = Scheme(2, "int", axis="channel", group=32, outliers=0.02), Scheme(4, "int", axis="token_head", group=8)
+        self.store = LayerStore(Quantizer(keys), Quantizer(values), window=window)
+        self.model = [torch.zeros(batch, HEADS, 0, DIM) for _ in range(2)]
+        self.exact = 0  # how many of the newest tokens are
+
+    @rule(new=st.one_of(st.integers(1, 5), st.integers(60, 150)))
+    def append(self, new):
+        fresh = [torch.randn(len(self.model[0]), HEADS, new, DIM, generator=self.generator) for _ in range(2)]
+        self.store.append(*fresh)
+        self.exact += new
+        leaving = max(self.exact - self.store.window, 0) // 32 * 32
+        for side, quantizer in enumerate(self.store.quantizers):
+            every = torch.cat([self.model[side], fresh[side]], dim=2)
+            start = every.shape[2] - self.exact
+            if leaving:
+                every[:, :, start : start + leaving] = quantizer.decode(quantizer.encode(every[:, :, start : start + leaving]))
+            self.model[side] = every
+        self.exact -= leaving
+
+    @rule(drop=st.integers(0, 200))
+    def crop(self, drop):
+        before = self.model[0].shape[2]
+        super().crop(drop)
+        self.exact = max(self.exact - (before - self.model[0].shape[2]), 0)
+
+
+GroupedMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=12, deadline=None)
+TestGroupedMachine = GroupedMachine.TestCase

@@ -82,3 +82,12 @@ def test_exact_storage_is_counted_at_its_width():
     x = torch.randn(2, 2, 640, 16, dtype=torch.bfloat16)
     store.append(x, x)
     assert held_bytes(store) == 2 * x.nbytes + 2 * 10 * 8  # and in which slots the ten blocks of each row lie
+
+
+@pytest.mark.parametrize(("name", "bits"), [("kivi-2-r0", 3.0), ("kivi-4-r0", 5.0)])
+def test_groups_cost_what_they_cost(name, bits):
+    recipe = get_recipe(name)
+    store = LayerStore(*recipe.quantizers(0), recipe.sinks, recipe.window)
+    x = torch.randn(1, 8, 4096, 128).half()
+    store.append(x, x)
+    assert bits <= 8 * held_bytes(store) / (2 * x.numel()) < bits + 0.01

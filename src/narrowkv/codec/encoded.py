@@ -11,7 +11,7 @@ class Encoded:
     """Numbers [batch, kv_heads, tokens, head_dim] in codes; every operation here moves codes, none re-quantises.
 
     codes: [batch, kv_heads, tokens, head_dim], uint8, or the exact numbers themselves in the model's dtype.
-    scale, zero: [batch, 1 or kv_heads, tokens, 1] float16, or None where the range is static.
+    scale, zero: [batch, 1 or kv_heads, tokens or groups, 1, groups or head_dim] float16, or None where the range is static.
     outlier_index: [n] int64, ascending positions in the flattened codes; outlier_values: [n] in 16 bits. Or None.
     """
 
@@ -46,12 +46,30 @@ class Encoded:
         return Encoded(codes, scale, zero, index, self.outlier_values[keep])
 
     def slice(self, start: int, stop: int) -> "Encoded":
-        """The tokens from `start` to before `stop`."""
+        """The tokens from `start`, where a group of them begins, to before `stop`."""
+
+        def cut(part: Tensor) -> Tensor:
+            together = self.tokens // part.shape[2]
+            return part[:, :, start // together : -(-stop // together)]
+
         return self._with(
-            lambda part: part[:, :, start:stop],
+            cut,
             lambda row, head, token, channel: (token >= start) & (token < stop),
             lambda row, head, token, channel: (row, head, token - start, channel),
         )
+
+    def padded(self, tokens: int) -> "Encoded":
+        """The same numbers, followed by tokens that mean nothing, `tokens` in all."""
+
+        def pad(part: Tensor) -> Tensor:
+            room = tokens * part.shape[2] // self.tokens
+            return torch.nn.functional.pad(part, (0, 0, 0, room - part.shape[2]))
+
+        whole, (scale, zero) = pad(self.codes), (None if part is None else pad(part) for part in (self.scale, self.zero))
+        if self.outlier_index is None:
+            return Encoded(whole, scale, zero)
+        index = ravel(torch.unravel_index(self.outlier_index, self.codes.shape), whole.shape)
+        return Encoded(whole, scale, zero, index, self.outlier_values)
 
     def rows(self, index: Tensor) -> "Encoded":
         """The batch rows named by `index` [rows] int64, in that order, repeats allowed."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from narrowkv.codec import datatypes
 from narrowkv.codec.encoded import Encoded
-from narrowkv.codec.ranges import online_range, to_16_bits, to_scale_zero
+from narrowkv.codec.ranges import online_range, spread, to_16_bits, to_scale_zero
 from narrowkv.codec.scheme import Scheme
 from narrowkv.errors import RecipeError
 
@@ -87,15 +87,16 @@ class Quantizer:
             return Encoded(x.clone(memory_format=torch.contiguous_format))
         assert self.boundaries is not None
         numbers = x.float().contiguous()
-        lower, upper = self._thresholds(numbers)
+        lower, upper = self._thresholds(numbers, skip)
         scale, zero = self._range(numbers, lower, upper)
         if not self.scheme.static:
             scale, zero = (to_16_bits(part, torch.float16, "Ranges") for part in (scale, zero))
-        codes = _count_below(_normalise(numbers, scale, zero), self.boundaries)
+        codes = _count_below(_normalise(numbers, *self._spread(numbers, scale, zero)), self.boundaries)
         static = self.scheme.static
         encoded = Encoded(codes, None if static else scale, None if static else zero)
         if self.scheme.outliers:
             assert lower is not None and upper is not None
+            lower, upper = self._spread(numbers, lower, upper)
             outside = (numbers < lower) | (numbers > upper)
             if skip is not None:
                 outside &= ~skip[:, None, :, None]
@@ -112,7 +113,7 @@ class Quantizer:
         numbers: [batch, kv_heads, tokens, head_dim] float32. Returns two tensors, the second broadcasts to the first.
         """
         lower, upper = self._thresholds(numbers)
-        scale, zero = self._range(numbers, lower, upper)
+        scale, zero = self._spread(numbers, *self._range(numbers, lower, upper))
         return _normalise(numbers, scale, zero), scale
 
     def decode(self, encoded: Encoded) -> Tensor:
@@ -125,17 +126,23 @@ class Quantizer:
             numbers = numbers.mul_(self.scale[:, None]).add_(self.zero[:, None])
         else:
             assert encoded.scale is not None and encoded.zero is not None
-            numbers = numbers.mul_(encoded.scale.float()).add_(encoded.zero.float())
+            scale, zero = self._spread(numbers, encoded.scale.float(), encoded.zero.float())
+            numbers = numbers.mul_(scale).add_(zero)
         if encoded.outlier_index is not None and encoded.outlier_values is not None:
             numbers.view(-1)[encoded.outlier_index] = encoded.outlier_values.float()
         return numbers
 
-    def _thresholds(self, numbers: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _spread(self, numbers: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
+        """Two tensors of ranges, repeated within groups so that they broadcast to numbers."""
+        first, second = (spread(part, numbers) if self.scheme.group else part for part in parts)
+        return first, second
+
+    def _thresholds(self, numbers: Tensor, skip: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         if self.lower is not None and self.upper is not None:
             return self.lower[:, None], self.upper[:, None]  # [kv_heads or 1, 1, head_dim or 1]
         if self.scheme.static:
             return None, None
-        return online_range(numbers, self.scheme.axis, self.scheme.outliers)
+        return online_range(numbers, self.scheme.axis, self.scheme.outliers, self.scheme.group, skip)
 
     def _range(self, numbers: Tensor, lower: Tensor | None, upper: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.scale is not None and self.zero is not None:

@@ -12,29 +12,48 @@ def outliers_per_tail(size: int, fraction: float) -> int:
     return int(size * fraction / 2 + 0.5)
 
 
-def as_vectors(x: Tensor, axis: Axis) -> Tensor:
+def as_vectors(x: Tensor, axis: Axis, group: int | None = None) -> Tensor:
     """Lay out x so that the last dimension holds the numbers that share a range.
 
-    x: [batch, kv_heads, tokens, head_dim]. Returns [batch, tokens, kv_heads * head_dim] for axis `token`,
-    [batch, kv_heads, tokens, head_dim] for `token_head`.
+    x: [batch, kv_heads, tokens, head_dim]. Returns [batch, 1, tokens, 1, kv_heads * head_dim] for axis `token`,
+    [batch, kv_heads, tokens, 1 or head_dim / group, ...] for `token_head`, [batch, kv_heads, tokens / group, head_dim,
+    group] for `channel`.
     """
-    return x.transpose(1, 2).flatten(2) if axis == "token" else x
+    if axis == "token":
+        return x.transpose(1, 2).flatten(2)[:, None, :, None]
+    if axis == "channel":
+        return x.unflatten(2, (-1, group or x.shape[2])).transpose(3, 4)
+    return x.unflatten(3, (-1, group or x.shape[3]))
 
 
-def online_range(x: Tensor, axis: Axis, outliers: float) -> tuple[Tensor, Tensor]:
+def spread(part: Tensor, like: Tensor) -> Tensor:
+    """Repeat the ranges of groups so that they broadcast: part [batch, heads, groups, groups or 1] against like's shape."""
+    for dim in (2, 3):
+        if part.shape[dim] not in (1, like.shape[dim]):
+            part = part.repeat_interleave(like.shape[dim] // part.shape[dim], dim=dim)
+    return part
+
+
+def online_range(
+    x: Tensor, axis: Axis, outliers: float, group: int | None = None, skip: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Smallest and largest number of each vector once its outliers are left out (KVQuant, section 3.4).
 
-    x: [batch, kv_heads, tokens, head_dim] float32.
-    Returns lower, upper: [batch, 1 or kv_heads, tokens, 1] float32.
+    x: [batch, kv_heads, tokens, head_dim] float32. skip: [batch, tokens] bool, tokens that a range over several tokens leaves
+    out. Returns lower, upper: [batch, 1 or kv_heads, tokens or groups, 1, groups or head_dim] float32.
     """
-    vectors = as_vectors(x, axis)
-    count = outliers_per_tail(vectors.shape[-1], outliers)
-    if count:
-        upper = vectors.topk(count + 1, dim=-1).values[..., -1:]
-        lower = vectors.topk(count + 1, dim=-1, largest=False).values[..., -1:]
+    if axis == "channel" and skip is not None and skip.any():
+        low, high = (as_vectors(x.masked_fill(skip[:, None, :, None], fill), axis, group) for fill in (torch.inf, -torch.inf))
     else:
-        lower, upper = vectors.amin(-1, keepdim=True), vectors.amax(-1, keepdim=True)
-    return (lower[:, None], upper[:, None]) if axis == "token" else (lower, upper)
+        low = high = as_vectors(x, axis, group)
+    count = outliers_per_tail(low.shape[-1], outliers)
+    if count:
+        upper = high.topk(count + 1, dim=-1).values[..., -1]
+        lower = low.topk(count + 1, dim=-1, largest=False).values[..., -1]
+    else:
+        lower, upper = low.amin(-1), high.amax(-1)
+    nothing = ~(lower <= upper) | lower.isinf() | upper.isinf()  # of a group in which all tokens are left out
+    return (lower.masked_fill(nothing, 0), upper.masked_fill(nothing, 0)) if nothing.any() else (lower, upper)
 
 
 def to_scale_zero(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:

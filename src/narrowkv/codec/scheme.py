@@ -11,6 +11,7 @@ OutlierScope = Literal["vector", "matrix"]
 Weighting = Literal["fisher_scaled", "fisher", "none"]
 
 MAX_OUTLIERS = 0.02
+BLOCK = 64  # tokens of a block, the unit in which a store packs
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class Scheme:
     datatype: `int` (evenly spaced), `nf` (NormalFloat), `nuq` (codebook learned per layer), `exact` (not quantised).
     axis: who shares a scale and zero: a `channel` over the whole run (static, learned offline), a `token` over all its
         KV heads, or a token in one head (`token_head`), both taken online.
+    group: finer than that: this many consecutive tokens of a `channel` (taken online, then), or this many consecutive
+        channels of a token (`token_head`), as KIVI has it. None: no groups.
     pre_rope: keys are stored before the rotary embedding and rotated when read. Values ignore it.
     outliers: fraction of the numbers kept exact, half at each tail, 0 to 0.02.
     outlier_scope: thresholds per `vector` (the channel, or the token), or one pair per layer (`matrix`, for ablation).
@@ -41,6 +44,7 @@ class Scheme:
     outlier_cap: int | None = None
     weighting: Weighting = "fisher_scaled"
     qnorm: bool = False
+    group: int | None = None
 
     def __post_init__(self) -> None:
         for field, hint in get_type_hints(type(self)).items():
@@ -58,16 +62,44 @@ class Scheme:
             raise RecipeError(f"An outlier fraction of {self.outliers} is outside 0 to {MAX_OUTLIERS} (0% to 2%).")
         if self.outlier_cap is not None and (type(self.outlier_cap) is not int or self.outlier_cap < 1 or not self.outliers):
             raise RecipeError("An outlier cap is a whole number from 1 and needs an outlier fraction above 0.")
+        if self.group is not None:
+            self._check_group(self.group)
         for name in ("pre_rope", "qnorm"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"{name} is true or false, not {getattr(self, name)!r}.")
         if self.qnorm and self.datatype != "nuq":
             raise RecipeError("Q-Norm adjusts a learned codebook; it needs datatype nuq.")
 
+    def _check_group(self, group: int) -> None:
+        if type(group) is not int or group < 8 or self.axis == "token" or self.datatype == "exact":
+            raise RecipeError(
+                "A group is a whole number from 8 and goes with axis channel (tokens) or token_head (channels) of codes."
+            )
+        if self.axis == "channel" and BLOCK % group:
+            raise RecipeError(f"Groups of {group} tokens do not fill blocks of {BLOCK}; choose 8, 16, 32 or 64.")
+        if self.outlier_scope == "matrix" and self.outliers:
+            raise RecipeError("Outlier thresholds per matrix are learned offline and do not go with groups; choose vector.")
+
+    def require_head_dim(self, head_dim: int) -> None:
+        """Raise RecipeError where groups of channels do not fill a head."""
+        if self.axis == "token_head" and self.group and head_dim % self.group:
+            raise RecipeError(f"Groups of {self.group} channels do not fill a head_dim of {head_dim}; choose another group.")
+
+    @property
+    def tokens_together(self) -> int:
+        """How many tokens can only be encoded at once."""
+        return self.group if self.axis == "channel" and self.group else 1
+
+    def range_shape(self, kv_heads: int, tokens: int, head_dim: int) -> tuple[int, int, int]:
+        """Shape of online scales and zeros without the batch, for whole groups of tokens."""
+        if self.axis == "channel":
+            return kv_heads, tokens // (self.group or tokens), head_dim
+        return (1 if self.axis == "token" else kv_heads), tokens, (head_dim // self.group if self.group else 1)
+
     @property
     def static(self) -> bool:
         """Whether scale and zero are fixed by calibration."""
-        return self.datatype != "exact" and self.axis == "channel"
+        return self.datatype != "exact" and self.axis == "channel" and self.group is None
 
     @property
     def needs_calibration(self) -> bool:

@@ -78,6 +78,8 @@ class PackedCache(NarrowCache):
         self, fact: AttentionFacts, quantizers: tuple[Quantizer, Quantizer], own: Any, device: torch.device, strict: bool
     ) -> PackedLayer:
         keys, values = (quantizer.to(device) for quantizer in quantizers)
+        for quantizer in (keys, values):
+            quantizer.scheme.require_head_dim(fact.head_dim)
         rope = fact.rope.to(device) if fact.rope else None
         ledger = self.ledgers.setdefault(rope.record, Ledger()) if rope and keys.scheme.pre_rope else None
         store = LayerStore(keys, values, self.recipe.sinks, self.recipe.window)

@@ -46,7 +46,7 @@ class PackedLayer(CacheLayerMixin):
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
         # whether `crop` leaves no trace: tokens that have left an exact window cannot become exact again
-        self.is_croppable = store.window == 0
+        self.is_croppable = store.window == 0 and store.together == 1
         self.step: Step | None = None
 
     @property

@@ -18,15 +18,17 @@ GROWTH = 16  # while decoding, a new page holds one more sixteenth of what is st
 class LayerStore:
     """Append-only packed storage of keys and values [batch, kv_heads, tokens, head_dim].
 
-    sinks: the first real tokens of each sequence stay exact. window: the newest tokens stay exact; the rest is encoded
-    as soon as it leaves the window, one block at a time sealed. A number is quantised once; `select` and `crop` move or
-    drop codes and never touch them.
+    sinks: the first real tokens of each sequence stay exact. window: the newest tokens stay exact (and a few more where
+    several tokens are encoded together); the rest is encoded as soon as it leaves the window, one block at a time sealed.
+    A number is quantised once; `select` and `crop` move or drop codes and never touch them.
     """
 
     def __init__(self, keys: Quantizer, values: Quantizer, sinks: int = 0, window: int = 0):
         self.quantizers = (keys, values)
         self.sinks = sinks
         self.window = window
+        # tokens leave the window by so many, being encoded together
+        self.together = max(quantizer.scheme.tokens_together for quantizer in self.quantizers)
         self.reset()
 
     def reset(self) -> None:
@@ -90,13 +92,13 @@ class LayerStore:
 
     def _append(self, keys: Tensor, values: Tensor, skip: Tensor) -> None:
         """Encode what leaves the exact window, and keep the rest."""
-        if self.window == 0:
+        if self.window == 0 and self.together == 1:
             self._encode(keys, values, skip)
             return
         if self.recent is not None and self.recent_skip is not None:
             keys, values = (torch.cat(pair, dim=2) for pair in zip(self.recent, (keys, values), strict=True))
             skip = torch.cat([self.recent_skip, skip], dim=1)
-        leaving = max(keys.shape[2] - self.window, 0)
+        leaving = max(keys.shape[2] - self.window, 0) // self.together * self.together
         if leaving:
             self._encode(keys[:, :, :leaving], values[:, :, :leaving], skip[:, :leaving])
         self.recent = (keys[:, :, leaving:].clone(), values[:, :, leaving:].clone())
@@ -154,6 +156,16 @@ class LayerStore:
             start = stop
         if page:
             page.commit()
+
+    def _seal_tail(self, count: int) -> None:
+        """Make a block of the tail, of which only the first `count` tokens count: a group cannot be cut."""
+        assert self.tail is not None and self.shape is not None
+        blocks = [to_blocks(part.padded(BLOCK)) for part in self.tail]
+        page = self._page(1, blocks[0], blocks[1])
+        slots = torch.tensor(page.put(blocks[0], blocks[1]))
+        page.commit()
+        self.columns.append(Column(page, slots, count))
+        self.sealed += count
 
     def _page(self, columns: int, keys: Encoded, values: Encoded) -> Page:
         """A page for `columns` columns, of which these are the first: one just large enough where many come at once,
@@ -291,6 +303,9 @@ class LayerStore:
         if self.tail and drop:
             keep = max(self.tail[0].tokens - drop, 0)
             drop -= self.tail[0].tokens - keep
+            if keep % self.together:
+                self._seal_tail(keep)
+                keep = 0
             self.tail = (self.tail[0].slice(0, keep), self.tail[1].slice(0, keep)) if keep else None
         while drop and self.columns:
             last = self.columns[-1]

@@ -12,8 +12,8 @@ from torch import Tensor
 from narrowkv.codec import Encoded, Quantizer
 from narrowkv.codec.encoded import ravel
 from narrowkv.codec.packing import PLANES, pack, plane_bytes, unpack
+from narrowkv.codec.scheme import BLOCK
 
-BLOCK = 64
 OUTLIER_BYTES = 4  # a 16-bit value and a 16-bit index
 
 
@@ -22,7 +22,7 @@ def to_blocks(encoded: Encoded) -> Encoded:
     batch, count = encoded.codes.shape[0], encoded.codes.shape[2] // BLOCK
 
     def cut(part: Tensor) -> Tensor:
-        blocks = part.unflatten(2, (count, BLOCK))  # [batch, heads, n, 64, dim]
+        blocks = part.unflatten(2, (count, -1))  # [batch, heads, n, 64 or groups, dim]
         return blocks.permute(2, 0, 1, 3, 4).flatten(0, 1)
 
     scale, zero = (None if part is None else cut(part) for part in (encoded.scale, encoded.zero))
@@ -46,7 +46,7 @@ class PackedSide:
     planes: keys [slots, kv_heads, head_dim, bytes of 64 codes], so that neighbouring codes are neighbouring tokens of a
         channel; values [slots, kv_heads, 64, bytes of head_dim codes]. One tensor per plane of bits. Exact numbers lie
         as they come: [slots, kv_heads, 64, head_dim].
-    scale, zero: [slots, 1 or kv_heads, 64, 1] float16 where ranges are online.
+    scale, zero: [slots, 1 or kv_heads, 64 or groups, 1, groups or head_dim] float16 where ranges are online.
     outlier_values, outlier_index: [room] 16-bit value and index token * head_dim + channel, sorted by slot, head, token,
         channel; those of slot s and head h begin at outlier_offsets[s * kv_heads + h].
     """
@@ -89,7 +89,7 @@ class PackedSide:
             ]
         scale = zero = outliers = None
         if like.scale is not None:
-            scale = torch.empty(slots, *like.scale.shape[1:2], BLOCK, 1, dtype=torch.float16, device=device)
+            scale = torch.empty(slots, *like.scale.shape[1:], dtype=torch.float16, device=device)
             zero = torch.empty_like(scale)
         if like.outlier_values is not None:
             outliers = (

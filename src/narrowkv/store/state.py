@@ -88,7 +88,7 @@ def load_tensors(store: LayerStore, tensors: dict[str, Tensor], shape: tuple[int
         store.tail = (pair[0], pair[1])
     if "recent.keys" in reader.tensors:
         keys, values = (reader.take(f"recent.{name}", (batch, heads, None, dim), dtype) for name in SIDES)
-        _require(keys.shape == values.shape and keys.shape[2] <= store.window, "recent.keys")
+        _require(keys.shape == values.shape and keys.shape[2] < store.window + store.together, "recent.keys")
         store.recent, store.recent_skip = (keys, values), reader.take("recent_skip", (batch, keys.shape[2]), torch.bool)
     if store.sinks and store.length:
         keys, values = (reader.take(f"sinks.{name}", (batch, heads, store.sinks, dim), dtype) for name in SIDES)
@@ -116,7 +116,7 @@ def _load_side(reader: _Reader, name: str, quantizer: Quantizer, slots: int, hea
     ]
     scale = zero = outliers = None
     if not scheme.static:
-        form = (slots, 1 if scheme.axis == "token" else heads, BLOCK, 1)
+        form = (slots, *scheme.range_shape(heads, BLOCK, dim))
         scale, zero = (reader.take(f"{name}.{part}", form, torch.float16) for part in ("scale", "zero"))
     if scheme.outliers:
         values = reader.take(f"{name}.outlier_values", (None,), reader.dtype16)
@@ -139,7 +139,8 @@ def _load_tail(reader: _Reader, name: str, quantizer: Quantizer, shape: tuple[in
         return encoded
     _require(int(codes.max()) < 2**scheme.bits, f"tail.{name}.codes")
     if not scheme.static:
-        form = (batch, 1 if scheme.axis == "token" else heads, codes.shape[2], 1)
+        _require(codes.shape[2] % scheme.tokens_together == 0, f"tail.{name}.codes")
+        form = (batch, *scheme.range_shape(heads, codes.shape[2], dim))
         encoded.scale, encoded.zero = (reader.take(f"tail.{name}.{part}", form, torch.float16) for part in ("scale", "zero"))
     if scheme.outliers:
         index = reader.take(f"tail.{name}.outlier_index", (None,), torch.int64)
