@@ -1,6 +1,6 @@
 import torch
 
-from narrowkv.codec.datatypes import boundaries, normal_float, uniform
+from narrowkv.codec.datatypes import boundaries, floating_point, normal_float, uniform
 
 
 def test_normal_float_has_the_published_levels():
@@ -22,3 +22,13 @@ def test_boundaries_choose_the_nearest_level():
     x = torch.linspace(-1.2, 1.2, 1001)
     nearest = (x[:, None] - codebook).abs().argmin(1)
     assert torch.equal(torch.bucketize(x, boundaries(codebook)), nearest)
+
+
+def test_floating_point_has_the_levels_of_the_formats():
+    assert (floating_point(4) * 6).tolist() == [-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0, 0.5, 1, 1.5, 2, 3, 4, 6]
+    eight = floating_point(8) * 448
+    assert len(eight) == 256 and eight[-2] == eight[-1] == 448 and (eight.diff() >= 0).all()
+    x = torch.randn(1000) * 100
+    nearest = eight[torch.bucketize(x, boundaries(eight))]
+    expected = x.to(torch.float8_e4m3fn).float()
+    assert ((nearest - x).abs() <= (expected - x).abs() + 1e-6).all()

@@ -13,6 +13,7 @@ SCHEMES = {
     "int4": (Scheme(4, "int"), Scheme(4, "int")),
     "int3 sparse": (Scheme(3, "int", outliers=0.02), Scheme(3, "int", axis="token_head", outliers=0.02)),
     "grouped": (Scheme(2, "int", axis="channel", group=32), Scheme(4, "int", axis="token_head", group=8, outliers=0.02)),
+    "symmetric": (Scheme(4, "fp", axis="token_head", group=8), Scheme(2, "int", axis="token_head", hadamard=True)),
     "mixed": (EXACT, Scheme(2, "nf")),
 }
 AT_ONCE = [name for name in SCHEMES if name != "grouped"]  # every number encoded when it arrives

@@ -24,6 +24,18 @@ def normal_float(bits: int) -> Tensor:
     return torch.cat([negative / negative.abs().max(), positive / positive.max()]).float()
 
 
+def floating_point(bits: int) -> Tensor:
+    """Levels of small floating-point numbers, scaled to [-1, 1]: e2m1 with 4 bits, e4m3 with 8 (the NaNs left out).
+
+    Zero is there twice, and with 8 bits the largest too, as the codes are. Returns [2**bits] float32, ascending.
+    """
+    if bits == 4:
+        magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    else:
+        magnitudes = torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn).float().nan_to_num(448.0)
+    return torch.cat([-magnitudes.flip(0), magnitudes]) / magnitudes[-1]
+
+
 def boundaries(codebook: Tensor) -> Tensor:
     """Mid-points between neighbouring levels: a number above boundary i and not above boundary i + 1 has code i + 1.
 

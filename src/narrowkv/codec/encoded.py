@@ -11,7 +11,8 @@ class Encoded:
     """Numbers [batch, kv_heads, tokens, head_dim] in codes; every operation here moves codes, none re-quantises.
 
     codes: [batch, kv_heads, tokens, head_dim], uint8, or the exact numbers themselves in the model's dtype.
-    scale, zero: [batch, 1 or kv_heads, tokens or groups, 1, groups or head_dim] float16, or None where the range is static.
+    scale, zero: [batch, 1 or kv_heads, tokens or groups, 1, groups or head_dim] float16, or None where the range is
+        static; zero also where it is symmetric.
     outlier_index: [n] int64, ascending positions in the flattened codes; outlier_values: [n] in 16 bits. Or None.
     """
 
@@ -90,11 +91,8 @@ class Encoded:
             return parts[0]
         codes = torch.cat([part.codes for part in parts], dim=dim)
         first = parts[0]
-        if first.scale is None or first.zero is None:
-            scale = zero = None
-        else:
-            scale = torch.cat([part.scale for part in parts if part.scale is not None], dim=dim)
-            zero = torch.cat([part.zero for part in parts if part.zero is not None], dim=dim)
+        scale = None if first.scale is None else torch.cat([part.scale for part in parts if part.scale is not None], dim=dim)
+        zero = None if first.zero is None else torch.cat([part.zero for part in parts if part.zero is not None], dim=dim)
         if first.outlier_index is None:
             return Encoded(codes, scale, zero)
         indices, values, offset = [], [], 0

@@ -3,17 +3,24 @@
 Every method decodes as x = codebook[code] * scale + zero, except outliers, which are exact.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from narrowkv.codec import datatypes
+from narrowkv.codec import datatypes, hadamard
 from narrowkv.codec.encoded import Encoded
 from narrowkv.codec.ranges import online_range, spread, to_16_bits, to_scale_zero
 from narrowkv.codec.scheme import Scheme
 from narrowkv.errors import RecipeError
+
+LEVELS: dict[str, Callable[[int], Tensor]] = {
+    "int": datatypes.uniform,
+    "nf": datatypes.normal_float,
+    "fp": datatypes.floating_point,
+}
 
 
 @dataclass(frozen=True)
@@ -38,9 +45,8 @@ class Quantizer:
 
     def __post_init__(self) -> None:
         scheme = self.scheme
-        if scheme.datatype in ("int", "nf") and self.codebook is None:
-            make = datatypes.uniform if scheme.datatype == "int" else datatypes.normal_float
-            object.__setattr__(self, "codebook", make(scheme.bits))
+        if scheme.datatype in LEVELS and self.codebook is None:
+            object.__setattr__(self, "codebook", LEVELS[scheme.datatype](scheme.bits))
         if self.codebook is not None and self.boundaries is None:
             object.__setattr__(self, "boundaries", datatypes.boundaries(self.codebook))
         if self.codebook is not None and self.boundaries is not None:
@@ -86,14 +92,14 @@ class Quantizer:
         if self.scheme.datatype == "exact":
             return Encoded(x.clone(memory_format=torch.contiguous_format))
         assert self.boundaries is not None
-        numbers = x.float().contiguous()
+        numbers = hadamard.rotate(x.float()) if self.scheme.hadamard else x.float().contiguous()
         lower, upper = self._thresholds(numbers, skip)
         scale, zero = self._range(numbers, lower, upper)
         if not self.scheme.static:
             scale, zero = (to_16_bits(part, torch.float16, "Ranges") for part in (scale, zero))
         codes = _count_below(_normalise(numbers, *self._spread(numbers, scale, zero)), self.boundaries)
-        static = self.scheme.static
-        encoded = Encoded(codes, None if static else scale, None if static else zero)
+        static, symmetric = self.scheme.static, self.scheme.symmetric
+        encoded = Encoded(codes, None if static else scale, None if static or symmetric else zero)
         if self.scheme.outliers:
             assert lower is not None and upper is not None
             lower, upper = self._spread(numbers, lower, upper)
@@ -125,12 +131,13 @@ class Quantizer:
         if self.scale is not None and self.zero is not None:
             numbers = numbers.mul_(self.scale[:, None]).add_(self.zero[:, None])
         else:
-            assert encoded.scale is not None and encoded.zero is not None
-            scale, zero = self._spread(numbers, encoded.scale.float(), encoded.zero.float())
-            numbers = numbers.mul_(scale).add_(zero)
+            assert encoded.scale is not None
+            parts = (encoded.scale, encoded.scale if encoded.zero is None else encoded.zero)
+            scale, zero = self._spread(numbers, *(part.float() for part in parts))
+            numbers = numbers.mul_(scale) if encoded.zero is None else numbers.mul_(scale).add_(zero)
         if encoded.outlier_index is not None and encoded.outlier_values is not None:
             numbers.view(-1)[encoded.outlier_index] = encoded.outlier_values.float()
-        return numbers
+        return hadamard.rotate_back(numbers) if self.scheme.hadamard else numbers
 
     def _spread(self, numbers: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
         """Two tensors of ranges, repeated within groups so that they broadcast to numbers."""
@@ -150,6 +157,9 @@ class Quantizer:
         assert lower is not None and upper is not None
         if self.lower is not None:  # thresholds per matrix: the range is that of the numbers inside them
             lower, upper = online_range(numbers.clamp(lower, upper), self.scheme.axis, 0.0)
+        if self.scheme.symmetric:
+            upper = torch.maximum(upper.abs(), lower.abs())
+            lower = -upper
         return to_scale_zero(lower, upper)
 
     def _within_cap(self, numbers: Tensor, outside: Tensor, lower: Tensor, upper: Tensor) -> Tensor:

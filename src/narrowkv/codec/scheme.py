@@ -5,7 +5,7 @@ from typing import Literal, get_args, get_type_hints
 
 from narrowkv.errors import RecipeError
 
-Datatype = Literal["exact", "int", "nf", "nuq"]
+Datatype = Literal["exact", "int", "nf", "fp", "nuq"]
 Axis = Literal["channel", "token", "token_head"]
 OutlierScope = Literal["vector", "matrix"]
 Weighting = Literal["fisher_scaled", "fisher", "none"]
@@ -19,7 +19,8 @@ class Scheme:
     """How one tensor [batch, kv_heads, tokens, head_dim] is quantised.
 
     bits: 2, 3, 4 or 8 for codes; 16 means the model's own dtype and goes with datatype `exact` only.
-    datatype: `int` (evenly spaced), `nf` (NormalFloat), `nuq` (codebook learned per layer), `exact` (not quantised).
+    datatype: `int` (evenly spaced), `nf` (NormalFloat), `fp` (e2m1 or e4m3, its range symmetric and without a zero point),
+        `nuq` (codebook learned per layer), `exact` (not quantised).
     axis: who shares a scale and zero: a `channel` over the whole run (static, learned offline), a `token` over all its
         KV heads, or a token in one head (`token_head`), both taken online.
     group: finer than that: this many consecutive tokens of a `channel` (taken online, then), or this many consecutive
@@ -31,6 +32,7 @@ class Scheme:
     weighting: what the codebook minimises: `fisher_scaled` is sum F s^2 (a - Q(a))^2 (KVQuant, section 3.3 and
         appendix E), `fisher` leaves s^2 out, `none` is plain k-means.
     qnorm: shift and stretch the codebook so that mean and deviation survive rounding (KVQuant v1, Q-Norm).
+    hadamard: codes are those of the head after a randomised Hadamard rotation, which reading turns back.
 
     Raises RecipeError where these contradict each other.
     """
@@ -45,6 +47,7 @@ class Scheme:
     weighting: Weighting = "fisher_scaled"
     qnorm: bool = False
     group: int | None = None
+    hadamard: bool = False
 
     def __post_init__(self) -> None:
         for field, hint in get_type_hints(type(self)).items():
@@ -56,6 +59,10 @@ class Scheme:
                 raise RecipeError("An exact scheme has 16 bits and neither outliers nor Q-Norm; drop those settings.")
         elif self.bits not in (2, 3, 4, 8) or type(self.bits) is not int:
             raise RecipeError(f"{self.bits} bits are not supported; choose 2, 3, 4 or 8 (or the recipe fp16).")
+        if self.datatype == "fp" and self.bits not in (4, 8):
+            raise RecipeError("Datatype fp has 4 bits (e2m1) or 8 (e4m3).")
+        if self.hadamard and (self.datatype == "exact" or self.needs_calibration):
+            raise RecipeError("The Hadamard rotation goes with codes whose ranges are taken online and need no calibration.")
         if self.datatype in ("nf", "nuq") and self.bits == 8:
             raise RecipeError(f"Datatype {self.datatype} has 2, 3 or 4 bits; with 8 bits choose int.")
         if not isinstance(self.outliers, (int, float)) or not 0 <= self.outliers <= MAX_OUTLIERS:
@@ -64,7 +71,7 @@ class Scheme:
             raise RecipeError("An outlier cap is a whole number from 1 and needs an outlier fraction above 0.")
         if self.group is not None:
             self._check_group(self.group)
-        for name in ("pre_rope", "qnorm"):
+        for name in ("pre_rope", "qnorm", "hadamard"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"{name} is true or false, not {getattr(self, name)!r}.")
         if self.qnorm and self.datatype != "nuq":
@@ -95,6 +102,11 @@ class Scheme:
         if self.axis == "channel":
             return kv_heads, tokens // (self.group or tokens), head_dim
         return (1 if self.axis == "token" else kv_heads), tokens, (head_dim // self.group if self.group else 1)
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether ranges are symmetric, so that there is no zero point."""
+        return self.datatype == "fp"
 
     @property
     def static(self) -> bool:

@@ -90,7 +90,7 @@ class PackedSide:
         scale = zero = outliers = None
         if like.scale is not None:
             scale = torch.empty(slots, *like.scale.shape[1:], dtype=torch.float16, device=device)
-            zero = torch.empty_like(scale)
+            zero = None if like.zero is None else torch.empty_like(scale)
         if like.outlier_values is not None:
             outliers = (
                 torch.empty(outlier_room, dtype=like.outlier_values.dtype, device=device),
@@ -112,9 +112,9 @@ class PackedSide:
         rows = blocks.codes.transpose(2, 3) if self.channel_major and self.bits < 16 else blocks.codes
         for plane, packed in zip(self.planes, [rows] if self.bits == 16 else pack(rows, self.bits), strict=True):
             plane[slot:stop] = packed
-        if self.scale is not None and self.zero is not None:
-            assert blocks.scale is not None and blocks.zero is not None
-            self.scale[slot:stop], self.zero[slot:stop] = blocks.scale, blocks.zero
+        for held, part in ((self.scale, blocks.scale), (self.zero, blocks.zero)):
+            if held is not None and part is not None:
+                held[slot:stop] = part
         if self.outlier_offsets is not None:
             assert blocks.outlier_index is not None and blocks.outlier_values is not None
             heads, tokens, dim = self.shape

@@ -117,7 +117,8 @@ def _load_side(reader: _Reader, name: str, quantizer: Quantizer, slots: int, hea
     scale = zero = outliers = None
     if not scheme.static:
         form = (slots, *scheme.range_shape(heads, BLOCK, dim))
-        scale, zero = (reader.take(f"{name}.{part}", form, torch.float16) for part in ("scale", "zero"))
+        scale = reader.take(f"{name}.scale", form, torch.float16)
+        zero = None if scheme.symmetric else reader.take(f"{name}.zero", form, torch.float16)
     if scheme.outliers:
         values = reader.take(f"{name}.outlier_values", (None,), reader.dtype16)
         index = reader.take(f"{name}.outlier_index", (len(values),), torch.int16)
@@ -141,7 +142,8 @@ def _load_tail(reader: _Reader, name: str, quantizer: Quantizer, shape: tuple[in
     if not scheme.static:
         _require(codes.shape[2] % scheme.tokens_together == 0, f"tail.{name}.codes")
         form = (batch, *scheme.range_shape(heads, codes.shape[2], dim))
-        encoded.scale, encoded.zero = (reader.take(f"tail.{name}.{part}", form, torch.float16) for part in ("scale", "zero"))
+        encoded.scale = reader.take(f"tail.{name}.scale", form, torch.float16)
+        encoded.zero = None if scheme.symmetric else reader.take(f"tail.{name}.zero", form, torch.float16)
     if scheme.outliers:
         index = reader.take(f"tail.{name}.outlier_index", (None,), torch.int64)
         encoded.outlier_values = reader.take(f"tail.{name}.outlier_values", (len(index),), reader.dtype16)
