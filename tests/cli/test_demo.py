@@ -8,7 +8,7 @@ from narrowkv.cli.main import run
 
 KEYS = {
     *("recipe", "bits_per_element", "nbytes", "nbytes_fp16", "perplexity_strict", "perplexity_stream", "perplexity_fp"),
-    *("kld_strict", "recall", "recall_fp"),
+    *("kld_strict", "kld_strict_p99", "recall", "recall_fp"),
 }
 
 

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 
 from narrowkv.errors import TextError
@@ -32,8 +34,11 @@ def test_files_without_text_are_refused(tmp_path, content):
         read_text(str(path))
 
 
-def test_names_of_nothing_are_refused():
+def test_names_of_nothing_are_refused(monkeypatch):
     with pytest.raises(TextError, match="check the path"):
         read_text("no/such/file.txt")
-    with pytest.raises(TextError, match="datasets"):
+    with pytest.raises(TextError, match="cannot be loaded"):
+        read_text("no-such-data-set")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(TextError, match="pip install datasets"):
         read_text("no-such-data-set")

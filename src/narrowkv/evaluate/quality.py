@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from narrowkv.calibration import Calibration
+from narrowkv.codec import Scheme
 from narrowkv.errors import ActivationError, TextError
 from narrowkv.evaluate.recall import RecallBatch, accuracy
 from narrowkv.integrations import PackedCache
@@ -30,9 +31,10 @@ class Quality:
     """One row of a table.
 
     bits_per_element, nbytes: allocated by a cache that holds one window; nbytes_fp16: what 16 bits a number would take.
-    perplexity_strict, perplexity_stream, perplexity_fp: the last without quantisation. kld_strict: mean over tokens of
-    KL(16-bit || quantised), in nats. recall, recall_fp: share of recall rows answered without error, strict; None where
-    there were none. tokens: scored. window: tokens per sequence. stream_chunk: tokens per chunk when streaming.
+    perplexity_strict, perplexity_stream, perplexity_fp: the last without quantisation. kld_strict, kld_strict_p99: mean over
+    tokens of KL(16-bit || quantised), in nats, and its 99th percentile. recall, recall_fp: share of recall rows answered
+    without error, strict; None where there were none. tokens: scored. window: tokens per sequence. stream_chunk: tokens per
+    chunk when streaming.
     """
 
     recipe: str
@@ -43,6 +45,7 @@ class Quality:
     perplexity_stream: float
     perplexity_fp: float
     kld_strict: float
+    kld_strict_p99: float
     recall: float | None
     recall_fp: float | None
     tokens: int
@@ -60,7 +63,7 @@ class _Sums:
 
     strict: float = 0.0
     stream: float = 0.0
-    divergence: float = 0.0
+    divergences: list[Tensor] = field(default_factory=list)
     right: list[float] = field(default_factory=list)
     nbytes: int = 0
     numbers: int = 0
@@ -117,7 +120,7 @@ def measure(
             cache = PackedCache(model, source, strict=True, backend=backend)
             logits = model(ids, past_key_values=cache, use_cache=True).logits[0, :-1]
             held.strict += _loss(logits, row)
-            held.divergence += _divergence(baseline, logits)
+            held.divergences.append(_divergences(baseline, logits))
             held.nbytes, held.numbers = cache.nbytes, cache.numbers
             held.stream += _loss(_streamed(model, PackedCache(model, source, backend=backend), ids, stream_chunk)[0, :-1], row)
             step()
@@ -137,7 +140,8 @@ def measure(
             perplexity_strict=math.exp(held.strict / scored),
             perplexity_stream=math.exp(held.stream / scored),
             perplexity_fp=math.exp(loss_fp / scored),
-            kld_strict=held.divergence / scored,
+            kld_strict=torch.cat(held.divergences).double().mean().item(),
+            kld_strict_p99=torch.cat(held.divergences).quantile(0.99).item(),
             recall=sum(held.right) / len(held.right) if held.right else None,
             recall_fp=sum(recall_fp) / len(recall_fp) if recall_fp else None,
             tokens=scored,
@@ -169,10 +173,33 @@ def _loss(logits: Tensor, row: Tensor) -> float:
     )
 
 
-def _divergence(baseline: Tensor, logits: Tensor) -> float:
-    """Summed KL(baseline || logits) over tokens, [tokens, vocabulary] each, in nats."""
-    total = 0.0
+def _divergences(baseline: Tensor, logits: Tensor) -> Tensor:
+    """KL(baseline || logits) of each token in nats, [tokens] on the CPU; baseline, logits: [tokens, vocabulary]."""
+    found = []
     for ours, theirs in zip(baseline.split(LOGIT_ROWS), logits.split(LOGIT_ROWS), strict=True):
-        expected, found = ours.float().log_softmax(-1), theirs.float().log_softmax(-1)
-        total += (expected.exp() * (expected - found)).sum().item()
-    return total
+        expected = ours.float().log_softmax(-1)
+        found.append((expected.exp() * (expected - theirs.float().log_softmax(-1))).sum(-1).cpu())
+    return torch.cat(found)
+
+
+@torch.inference_mode()
+def bits_at(model: PreTrainedModel, source: Source, ids: Tensor, tokens: int) -> float:
+    """Allocated bits for each number of a cache that holds `tokens` tokens of one sequence, everything counted.
+
+    ids: [1, n] int64; what the model stores for them is stored again and again, without running the model that long.
+    """
+    cache = PackedCache(model, source)
+    exact_keys = Scheme(16, "exact", pre_rope=cache.recipe.keys.pre_rope)
+    seen = PackedCache(model, Recipe("seen", keys=exact_keys, values=Scheme(16, "exact")))
+    model(ids, past_key_values=cache, use_cache=True)
+    model(ids, past_key_values=seen, use_cache=True)
+    for layer, exact in zip(cache.packed, seen.packed, strict=True):
+        keys, values = exact.store.read()
+        while layer.store.length < tokens:
+            room = tokens - layer.store.length
+            layer.store.append(keys[:, :, :room], values[:, :, :room])
+    for ledger in cache.ledgers.values():
+        entries = ledger.read(0, ids.shape[1])
+        while ledger.length < tokens:
+            ledger.append(entries[:, : tokens - ledger.length])
+    return cache.bits_per_element
