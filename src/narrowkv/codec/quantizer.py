@@ -97,12 +97,12 @@ class Quantizer:
         scale, zero = self._range(numbers, lower, upper)
         if not self.scheme.static:
             scale, zero = (to_16_bits(part, torch.float16, "Ranges") for part in (scale, zero))
-        codes = _count_below(_normalise(numbers, *self._spread(numbers, scale, zero)), self.boundaries)
+        codes = _count_below(_normalise(numbers, self._spread(scale, numbers), self._spread(zero, numbers)), self.boundaries)
         static, symmetric = self.scheme.static, self.scheme.symmetric
         encoded = Encoded(codes, None if static else scale, None if static or symmetric else zero)
         if self.scheme.outliers:
             assert lower is not None and upper is not None
-            lower, upper = self._spread(numbers, lower, upper)
+            lower, upper = self._spread(lower, numbers), self._spread(upper, numbers)
             outside = (numbers < lower) | (numbers > upper)
             if skip is not None:
                 outside &= ~skip[:, None, :, None]
@@ -119,7 +119,7 @@ class Quantizer:
         numbers: [batch, kv_heads, tokens, head_dim] float32. Returns two tensors, the second broadcasts to the first.
         """
         lower, upper = self._thresholds(numbers)
-        scale, zero = self._spread(numbers, *self._range(numbers, lower, upper))
+        scale, zero = (self._spread(part, numbers) for part in self._range(numbers, lower, upper))
         return _normalise(numbers, scale, zero), scale
 
     def decode(self, encoded: Encoded) -> Tensor:
@@ -132,17 +132,16 @@ class Quantizer:
             numbers = numbers.mul_(self.scale[:, None]).add_(self.zero[:, None])
         else:
             assert encoded.scale is not None
-            parts = (encoded.scale, encoded.scale if encoded.zero is None else encoded.zero)
-            scale, zero = self._spread(numbers, *(part.float() for part in parts))
-            numbers = numbers.mul_(scale) if encoded.zero is None else numbers.mul_(scale).add_(zero)
+            numbers = numbers.mul_(self._spread(encoded.scale.float(), numbers))
+            if encoded.zero is not None:
+                numbers = numbers.add_(self._spread(encoded.zero.float(), numbers))
         if encoded.outlier_index is not None and encoded.outlier_values is not None:
             numbers.view(-1)[encoded.outlier_index] = encoded.outlier_values.float()
         return hadamard.rotate_back(numbers) if self.scheme.hadamard else numbers
 
-    def _spread(self, numbers: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
-        """Two tensors of ranges, repeated within groups so that they broadcast to numbers."""
-        first, second = (spread(part, numbers) if self.scheme.group else part for part in parts)
-        return first, second
+    def _spread(self, part: Tensor, numbers: Tensor) -> Tensor:
+        """Ranges, repeated within groups so that they broadcast to numbers."""
+        return spread(part, numbers) if self.scheme.group else part
 
     def _thresholds(self, numbers: Tensor, skip: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         if self.lower is not None and self.upper is not None:

@@ -67,9 +67,7 @@ class PackedCache(NarrowCache):
             layers[fact.layer] = self._layer(fact, quantizers, layers[fact.layer], model.device, strict)
             self.packed.append(layers[fact.layer])
         super().__init__(layers=layers)
-        self.shapes = [
-            (fact.kv_heads, fact.head_dim) for fact in facts.attention
-        ]  # kv_heads and head_dim of each packed layer
+        self.shapes = [(fact.kv_heads, fact.head_dim) for fact in facts.attention]
         self.rank = rank
         self.decoder = weakref.ref(model.get_decoder())
         self.modules = {fact.layer: weakref.ref(fact.module) for fact in facts.attention}
@@ -83,7 +81,7 @@ class PackedCache(NarrowCache):
         rope = fact.rope.to(device) if fact.rope else None
         ledger = self.ledgers.setdefault(rope.record, Ledger()) if rope and keys.scheme.pre_rope else None
         store = LayerStore(keys, values, self.recipe.sinks, self.recipe.window)
-        kind = DenseLayer if self.backend == DENSE else PackedLayer
+        kind = DenseLayer if self.dense else PackedLayer
         return kind(store, rope, ledger, self.backend, strict, getattr(own, "sliding_window", None))
 
     def begin(self, module: Any, step: Step) -> None:
@@ -101,9 +99,8 @@ class PackedCache(NarrowCache):
             raise CacheUseError(ANOTHER_MODEL)
         if self.running and not self._is_as_before():
             raise CacheUseError("An earlier call failed half-way; call cache.reset() and start again.")
-        for record, ledger in self.ledgers.items():
-            users = [layer for layer in self.packed if layer.rope and layer.rope.record == record]
-            ledger.forget(min(layer.store.first for layer in users))
+        for ledger in self.ledgers.values():
+            ledger.forget(self.first_needed(ledger))
         if self.dense:
             if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
                 raise UnsupportedModelError(TWO_DIMENSIONS)
@@ -111,6 +108,10 @@ class PackedCache(NarrowCache):
                 if isinstance(layer, DenseLayer):
                     layer.padding = None if mask is None else mask.bool()
         self.running, self.before = True, self.length
+
+    def first_needed(self, ledger: Ledger) -> int:
+        """The oldest token whose entry some layer still reads."""
+        return min(layer.store.first for layer in self.packed if layer.ledger is ledger)
 
     def _is_as_before(self) -> bool:
         """Whether a call that failed has left no trace: it was refused before anything was stored."""

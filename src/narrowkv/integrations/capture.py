@@ -115,30 +115,28 @@ def calibrate_many(
             on_batch(done, 2 * len(data))
 
     dense = backend == DENSE
+    passes = (
+        (_range_listener(fits), False, Fit.merge_ranges),
+        (_codebook_listener(fits), True, Fit.merge_codebook),
+    )
     with _without_weight_gradients(model):
-        for batch in data:
-            _run(model, capture_cache(model, facts, _range_listener(fits), dense), batch, gradients=False)
-            report()
-        if group is not None:
-            for fit in every_fit():
-                fit.merge_ranges(group)
-        for batch in data:
-            _run(model, capture_cache(model, facts, _codebook_listener(fits), dense), batch, gradients=True)
-            report()
-        if group is not None:
-            for fit in every_fit():
-                fit.merge_codebook(group)
+        for listener, gradients, merge in passes:
+            for batch in data:
+                _run(model, capture_cache(model, facts, listener, dense), batch, gradients=gradients)
+                report()
+            for fit in every_fit() if group is not None else ():
+                merge(fit, group)
     counts = torch.tensor([sum(batch.shape[0] for batch in data), sum(batch.numel() for batch in data)])
     sequences, tokens = (reduced(counts, "SUM", group) if group else counts).tolist()
     provenance = {"narrowkv": __version__, "sequences": sequences, "tokens": tokens}
-    calibrations = []
+    fingerprint, calibrations = Fingerprint.of(model), []
     for recipe in chosen:
         layers, shapes = {}, {}
         for fact, fitted in zip(facts.attention, fits, strict=True):
             schemes, (keys, values) = recipe.schemes(fact.layer), fitted[Need.of(recipe, fact.layer)]
             shapes[fact.layer] = shape = (fact.kv_heads, fact.head_dim)
             layers[fact.layer] = (keys.quantizer(shape, schemes.keys), values.quantizer(shape, schemes.values))
-        calibrations.append(Calibration(recipe, Fingerprint.of(model), layers, shapes, dict(provenance)))
+        calibrations.append(Calibration(recipe, fingerprint, layers, shapes, dict(provenance)))
     return calibrations
 
 

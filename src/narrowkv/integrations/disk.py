@@ -93,8 +93,8 @@ def load_cache(cache: "PackedCache", path: str | Path, token_ids: Tensor | None 
                 raise FileFormatError(f"layer {i} has forgotten tokens that it needs")
         for name, ledger in cache.ledgers.items():
             entries = tensors.pop(f"ledger.{name}", None)
-            users = [layer.store.first for layer in cache.packed if layer.rope and layer.rope.record == name]
-            if entries is None or len(entries) != header["batch"] or entries.shape[1] < header["tokens"] - min(users):
+            needed = header["tokens"] - cache.first_needed(ledger)
+            if entries is None or len(entries) != header["batch"] or entries.shape[1] < needed:
                 raise FileFormatError(f"ledger.{name} is missing or does not fit the tokens")
             ledger.first = ledger.length = header["tokens"] - entries.shape[1]
             if ledger.first < 0:

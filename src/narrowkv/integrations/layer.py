@@ -97,11 +97,8 @@ class PackedLayer(CacheLayerMixin):
 
     def require_croppable(self, length: int) -> None:
         """Raise CacheUseError where a query after the first `length` tokens would miss some that were forgotten."""
-        if self.sliding_window is not None and length and self.store.first > max(length - self.sliding_window + 1, 0):
-            raise CacheUseError(
-                f"A sliding-window layer has forgotten its first {self.store.first} tokens, so the cache cannot be cropped "
-                f"to {length}; call cache.reset() and read the text again."
-            )
+        if self.sliding_window is not None:
+            self.store.require_croppable(length, max(length - self.sliding_window + 1, 0))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the newest tokens; `tokens_to_remove` is negative or 0, as transformers has it."""

@@ -91,11 +91,7 @@ def prepare_dense(model: PreTrainedModel) -> ModelFacts:
         return known
     with evaluating(model):
         seen, _ = watch(model)
-    facts = [
-        AttentionFacts(one.module, int(one.module.layer_idx), one.keys[0].shape[1], one.keys[0].shape[3], None)  # type: ignore[arg-type]
-        for one in seen
-    ]
-    vars(model)["narrowkv_dense"] = found = ModelFacts(facts, [])
+    vars(model)["narrowkv_dense"] = found = ModelFacts([one.facts(None) for one in seen], [])
     _guard(model)
     return found
 

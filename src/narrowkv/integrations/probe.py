@@ -62,6 +62,14 @@ class Seen:
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
 
+    @property
+    def layer(self) -> int:
+        return int(self.module.layer_idx)  # type: ignore[arg-type]
+
+    def facts(self, rope: AnyRope | None) -> AttentionFacts:
+        """What is known of the module, given how it rotates keys."""
+        return AttentionFacts(self.module, self.layer, self.keys[0].shape[1], self.keys[0].shape[3], rope)
+
 
 class EmptyLayer(CacheLayerMixin):
     """A layer of a cache that holds nothing, for those that only want to see what passes."""
@@ -134,16 +142,7 @@ def probe(model: PreTrainedModel) -> tuple[list[AttentionFacts], list[Seen]]:
     seen, running = watch(model)
     tables = {id(one.kwargs.get("position_embeddings")): one.kwargs.get("position_embeddings") for one in seen}
     names = {key: f"angles{i}" for i, key in enumerate(tables)}  # layers that are given the same tables share their record
-    facts = [
-        AttentionFacts(
-            one.module,
-            int(one.module.layer_idx),  # type: ignore[arg-type]
-            one.keys[0].shape[1],
-            one.keys[0].shape[3],
-            _rope(model, one, running, names[id(one.kwargs.get("position_embeddings"))]),
-        )
-        for one in seen
-    ]
+    facts = [one.facts(_rope(model, one, running, names[id(one.kwargs.get("position_embeddings"))])) for one in seen]
     return facts, seen
 
 
@@ -189,7 +188,7 @@ def watch(model: PreTrainedModel) -> tuple[list[Seen], list[Seen]]:
         running.clear()
     if not expected:
         raise UnsupportedModelError("This model has no attention layers, so there are no keys and values to pack.")
-    stored = {int(one.module.layer_idx) for one in updated.values()}  # type: ignore[arg-type]
+    stored = {one.layer for one in updated.values()}
     if stored != expected:
         raise UnsupportedModelError(
             f"Of {len(expected)} attention layers {len(stored & expected)} keep keys and values as the packed cache "
@@ -197,11 +196,11 @@ def watch(model: PreTrainedModel) -> tuple[list[Seen], list[Seen]]:
         )
     for one in updated.values():
         _require_shapes(one)
-    return sorted(updated.values(), key=lambda one: int(one.module.layer_idx)), running  # type: ignore[arg-type]
+    return sorted(updated.values(), key=lambda one: one.layer), running
 
 
 def _require_shapes(seen: Seen) -> None:
-    keys, values, layer = seen.keys[0], seen.values[0], seen.module.layer_idx
+    keys, values, layer = seen.keys[0], seen.values[0], seen.layer
     require_finite(keys, "On a few tokens, keys")
     if keys.dim() != 4 or keys.shape[2] != TOKENS:
         raise UnsupportedModelError(f"Layer {layer} stores keys of an unknown shape {list(keys.shape)}; use DynamicCache.")
@@ -236,8 +235,7 @@ def _rope(model: PreTrainedModel, seen: Seen, running: list[Seen], name: str) ->
             rope = StoredRope(name, layout, interleaved)
             if _makes(rope, rope.keep(None, tables), unrotated, rotated):
                 return _by_position(model, seen.kwargs.get("position_ids"), rope, tables) or rope
-    layer = seen.module.layer_idx
-    raise UnsupportedModelError(f"Layer {layer} rotates its keys in a way that is not known; use DynamicCache.")
+    raise UnsupportedModelError(f"Layer {seen.layer} rotates its keys in a way that is not known; use DynamicCache.")
 
 
 def _makes(rope: AnyRope, kept: Tensor, unrotated: Tensor, rotated: Tensor) -> bool:

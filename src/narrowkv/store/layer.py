@@ -281,17 +281,21 @@ class LayerStore:
             for column, slots in zip(run, torch.arange(page.slots).view(len(run), -1), strict=True):
                 column.page, column.slots = page, slots.clone()
 
+    def require_croppable(self, length: int, oldest: int) -> None:
+        """Raise CacheUseError where the first `length` tokens cannot be gone on from: the token `oldest` was forgotten."""
+        if length > 0 and oldest < self.first:
+            raise CacheUseError(
+                f"A sliding-window layer has forgotten its first {self.first} tokens, so the cache cannot be cropped to "
+                f"{length}; call cache.reset() and read the text again."
+            )
+
     def crop(self, length: int) -> None:
         """Drop all tokens from `length` on; a block that is cut keeps its codes and counts fewer tokens.
 
         Raises CacheUseError where tokens before `length` were forgotten that whoever goes on from there would read.
         """
-        if length <= self.first and self.first:
-            if length:
-                raise CacheUseError(
-                    f"A sliding-window layer has forgotten its first {self.first} tokens, the cache cannot be cropped to "
-                    f"{length}; call cache.reset() and read the text again."
-                )
+        self.require_croppable(length, length - 1)
+        if length == 0 and self.first:
             self.reset()
             return
         drop = max(self.length - length, 0)
