@@ -9,7 +9,7 @@ from torch import Tensor
 from narrowkv.codec import Encoded, Quantizer
 from narrowkv.codec.ranges import require_finite
 from narrowkv.errors import CacheUseError
-from narrowkv.store.page import BLOCK, Column, PackedSide, Page, from_blocks, gather, to_blocks
+from narrowkv.store.page import BLOCK, Column, PackedSide, Page, from_blocks, move_together, to_blocks
 
 TILE_NUMBERS = 2**19  # numbers encoded or decoded at a time, which bounds the memory of intermediate results
 GROWTH = 16  # while decoding, a new page holds one more sixteenth of what is stored
@@ -277,9 +277,7 @@ class LayerStore:
             self.growing = None
         run = list(takewhile(lambda column: column.page is self.columns[0].page, self.columns))
         if run and 2 * len(run) * len(run[0].slots) <= run[0].page.slots:  # a page mostly forgotten is not kept for the rest
-            page = gather(self.quantizers, run)
-            for column, slots in zip(run, torch.arange(page.slots).view(len(run), -1), strict=True):
-                column.page, column.slots = page, slots.clone()
+            move_together(self.quantizers, run)
 
     def require_croppable(self, length: int, oldest: int) -> None:
         """Raise CacheUseError where the first `length` tokens cannot be gone on from: the token `oldest` was forgotten."""
@@ -296,8 +294,7 @@ class LayerStore:
         """
         self.require_croppable(length, length - 1)
         if length == 0 and self.first:
-            self.reset()
-            return
+            return self.reset()
         drop = max(self.length - length, 0)
         if self.recent and self.recent_skip is not None:
             keep = max(self.recent[0].shape[2] - drop, 0)

@@ -220,3 +220,10 @@ def gather(quantizers: tuple[Quantizer, Quantizer], columns: list[Column]) -> Pa
     assert page is not None
     page.commit()
     return page
+
+
+def move_together(quantizers: tuple[Quantizer, Quantizer], columns: list[Column]) -> None:
+    """Let columns lie in a page of their own, so that those that they lay in can go."""
+    page = gather(quantizers, columns)
+    for column, slots in zip(columns, torch.arange(page.slots).view(len(columns), -1), strict=True):
+        column.page, column.slots = page, slots.clone()
