@@ -77,7 +77,7 @@ def main() -> None:
     total = sum(seconds.values())
     numbers = data[0][0].flatten()[:LLOYD_SAMPLE].float() / 4
     weights = data[0][1].flatten()[:LLOYD_SAMPLE].float().square()
-    levels = 2 ** get_recipe(arguments.recipe).keys.bits
+    levels = 2 ** get_recipe(arguments.recipe).keys.code_bits
     whole = 2 * SEQUENCES * TOKENS * HEADS * HEAD_DIM / LLOYD_SAMPLE
     peer = lloyd(levels, numbers, weights) * whole
     result = {

@@ -12,7 +12,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from narrowkv.calibration.fingerprint import Fingerprint
-from narrowkv.codec import Quantizer
+from narrowkv.codec import AnyQuantizer, PointQuantizer, quantizer_for
 from narrowkv.errors import CalibrationError, FileFormatError, NarrowKVError
 from narrowkv.files import checksum, read_json, write_atomically, write_json
 from narrowkv.methods import Recipe
@@ -37,17 +37,17 @@ class Calibration:
 
     recipe: Recipe
     fingerprint: Fingerprint
-    layers: dict[int, tuple[Quantizer, Quantizer]] = field(repr=False)
+    layers: dict[int, tuple[AnyQuantizer, AnyQuantizer]] = field(repr=False)
     shapes: dict[int, tuple[int, int]] = field(repr=False)
     provenance: dict[str, Any] = field(default_factory=dict)
 
-    def quantizers(self, layer: int) -> tuple[Quantizer, Quantizer]:
+    def quantizers(self, layer: int) -> tuple[AnyQuantizer, AnyQuantizer]:
         """Quantizers for the keys and values of one layer; raises CalibrationError where it was not calibrated."""
         if layer not in self.layers:
             raise CalibrationError(f"This calibration has no tables for layer {layer}; calibrate this model again.")
         return self.layers[layer]
 
-    def for_heads(self, layer: int, kv_heads: int, rank: int) -> tuple[Quantizer, Quantizer]:
+    def for_heads(self, layer: int, kv_heads: int, rank: int) -> tuple[AnyQuantizer, AnyQuantizer]:
         """Quantizers of one layer for process `rank` of several that hold `kv_heads` of its heads each.
 
         Raises CalibrationError where the layer's heads cannot be divided so.
@@ -142,10 +142,15 @@ class Calibration:
             for side, scheme in (("keys", schemes.keys), ("values", schemes.values)):
                 prefix = f"layers.{i}.{side}."
                 tables = {name.removeprefix(prefix): part for name, part in tensors.items() if name.startswith(prefix)}
-                forms = {tuple(tables[name].shape) for name in ("scale", "zero", "lower", "upper") if name in tables}
+                quantizer = quantizer_for(scheme, **tables)
+                forms: set[tuple[int, ...]]
+                if isinstance(quantizer, PointQuantizer):
+                    forms = {(tables["weight"].shape[0], tables["weight"][0].numel())}
+                else:
+                    forms = {tuple(tables[name].shape) for name in ("scale", "zero", "lower", "upper") if name in tables}
                 if not forms <= {shape, (1, 1)}:
                     raise FileFormatError(f"the tables of {prefix[:-1]} do not have one entry for each channel")
-                pair.append(Quantizer(scheme, **tables))
+                pair.append(quantizer)
             layers[i] = (pair[0], pair[1])
         return cls(recipe, fingerprint, layers, shapes, description["provenance"])
 

@@ -69,7 +69,7 @@ class Fit:
         """The quantizer with its ranges and an evenly spaced codebook. shape: kv_heads, head_dim."""
         if self._ranges is None:
             tables = self._static_tables(shape) if self.needs_range else {}
-            placeholder = uniform(self.scheme.bits) if self.needs_codebook else None
+            placeholder = uniform(self.scheme.code_bits) if self.needs_codebook else None
             self._ranges = Quantizer(self.scheme, codebook=placeholder, **tables)
         return self._ranges
 
@@ -101,7 +101,7 @@ class Fit:
             return ranges
         histogram = self.histogram
         weight = histogram.weight if histogram.weight.sum() > 0 else histogram.count
-        codebook = torch.from_numpy(optimal_codebook(histogram.centers.numpy(), weight.numpy(), 2**scheme.bits))
+        codebook = torch.from_numpy(optimal_codebook(histogram.centers.numpy(), weight.numpy(), 2**scheme.code_bits))
         borders = boundaries(codebook)
         if scheme.qnorm:
             codebook = q_norm(codebook, borders, histogram)

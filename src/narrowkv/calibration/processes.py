@@ -30,6 +30,19 @@ def reduced(x: Tensor, operation: str, group: Group) -> Tensor:
     return on_device.to(x.device)
 
 
+def collected(x: Tensor, group: Group) -> list[Tensor]:
+    """x [n, ...] of every process of a group, in the order of their ranks; n may differ, the rest may not."""
+    sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64)
+    sizes[dist.get_rank(group)] = len(x)
+    sizes = reduced(sizes, "SUM", group)
+    padded = x.new_zeros(int(sizes.max()), *x.shape[1:])
+    padded[: len(x)] = x
+    on_device = padded.cuda() if dist.get_backend(group) == "nccl" else padded
+    parts = [torch.empty_like(on_device) for _ in sizes]
+    dist.all_gather(parts, on_device, group=group)
+    return [part[:size].to(x.device) for part, size in zip(parts, sizes.tolist(), strict=True)]
+
+
 def gathered(parameter: Tensor) -> Tensor:
     """A weight as a whole, also where processes hold a part of it each."""
     split: Any = parameter

@@ -4,8 +4,7 @@ Every method decodes as x = codebook[code] * scale + zero, except outliers, whic
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from narrowkv.codec import datatypes, hadamard
 from narrowkv.codec.encoded import Encoded
 from narrowkv.codec.ranges import online_range, spread, to_16_bits, to_scale_zero
 from narrowkv.codec.scheme import Scheme
+from narrowkv.codec.tables import Tables
 from narrowkv.errors import RecipeError
 
 LEVELS: dict[str, Callable[[int], Tensor]] = {
@@ -24,7 +24,7 @@ LEVELS: dict[str, Callable[[int], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class Quantizer:
+class Quantizer(Tables):
     """One tensor's scheme and tables. All tensors float32.
 
     codebook: [levels] what a code decodes to, normalised. boundaries: [levels - 1] between the levels when encoding
@@ -46,14 +46,14 @@ class Quantizer:
     def __post_init__(self) -> None:
         scheme = self.scheme
         if scheme.datatype in LEVELS and self.codebook is None:
-            object.__setattr__(self, "codebook", LEVELS[scheme.datatype](scheme.bits))
+            object.__setattr__(self, "codebook", LEVELS[scheme.datatype](scheme.code_bits))
         if self.codebook is not None and self.boundaries is None:
             object.__setattr__(self, "boundaries", datatypes.boundaries(self.codebook))
         if self.codebook is not None and self.boundaries is not None:
             levels = (len(self.codebook), len(self.boundaries) + 1)
-            if levels != (2**scheme.bits, 2**scheme.bits):
+            if levels != (2**scheme.code_bits,) * 2:
                 raise RecipeError(
-                    f"{scheme.bits} bits need {2**scheme.bits} levels, but the tables have {levels}; calibrate again."
+                    f"{scheme.bits} bits need {2**scheme.code_bits} levels, but the tables have {levels}; calibrate again."
                 )
         learned = {
             "codebook": scheme.datatype == "nuq",
@@ -63,24 +63,6 @@ class Quantizer:
         for name, needed in learned.items():
             if needed and getattr(self, name) is None:
                 raise RecipeError(f"This scheme needs a calibration ({name} is learned offline); calibrate the model first.")
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The tables by name, those that exist."""
-        named = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return {name: value for name, value in named if isinstance(value, Tensor)}
-
-    def to(self, device: torch.device) -> "Quantizer":
-        """The same quantizer with its tables on `device`."""
-        moved: dict[str, Any] = {name: table.to(device) for name, table in self.tensors().items()}
-        return Quantizer(self.scheme, **moved)
-
-    def of_heads(self, first: int, count: int) -> "Quantizer":
-        """The same quantizer for some of the KV heads alone."""
-        tables: dict[str, Any] = {
-            name: table[first : first + count] if table.dim() == 2 and table.shape[0] > 1 else table
-            for name, table in self.tensors().items()
-        }
-        return Quantizer(self.scheme, **tables)
 
     def encode(self, x: Tensor, skip: Tensor | None = None) -> Encoded:
         """Quantise numbers, once and for all.
@@ -107,7 +89,9 @@ class Quantizer:
             if skip is not None:
                 outside &= ~skip[:, None, :, None]
             if self.scheme.outlier_cap is not None:
-                outside &= self._within_cap(numbers, outside, lower, upper)
+                width = (upper - lower).clamp(min=torch.finfo(torch.float32).tiny)
+                distance = torch.maximum(lower - numbers, numbers - upper) / width
+                outside &= within_cap(distance, outside, self.scheme.outlier_cap)
             encoded.outlier_index = outside.flatten().nonzero().squeeze(1)
             dtype = x.dtype if x.dtype.itemsize == 2 else torch.float16
             encoded.outlier_values = to_16_bits(numbers.flatten()[encoded.outlier_index], dtype, "Outliers")
@@ -161,15 +145,16 @@ class Quantizer:
             lower = -upper
         return to_scale_zero(lower, upper)
 
-    def _within_cap(self, numbers: Tensor, outside: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-        """Which outliers are among the `outlier_cap` of their token that lie farthest out, in widths of their range."""
-        width = (upper - lower).clamp(min=torch.finfo(torch.float32).tiny)
-        distance = torch.maximum(lower - numbers, numbers - upper) / width
-        distance = distance.masked_fill(~outside, -1).transpose(1, 2)  # [batch, tokens, kv_heads, head_dim]
-        per_token = distance.flatten(2)
-        count = min(self.scheme.outlier_cap or 0, per_token.shape[-1])
-        kept = torch.zeros_like(per_token, dtype=torch.bool).scatter_(-1, per_token.topk(count).indices, True)
-        return kept.unflatten(-1, distance.shape[2:]).transpose(1, 2)
+
+def within_cap(distance: Tensor, outside: Tensor, cap: int) -> Tensor:
+    """Which outliers are among the `cap` of their token that lie farthest out: bool, shaped as distance
+    [batch, kv_heads, tokens, codes].
+    """
+    distance = distance.masked_fill(~outside, -1).transpose(1, 2)  # [batch, tokens, kv_heads, codes]
+    per_token = distance.flatten(2)
+    kept = torch.zeros_like(per_token, dtype=torch.bool)
+    kept.scatter_(-1, per_token.topk(min(cap, per_token.shape[-1])).indices, True)
+    return kept.unflatten(-1, distance.shape[2:]).transpose(1, 2)
 
 
 def _normalise(numbers: Tensor, scale: Tensor, zero: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ Datatype = Literal["exact", "int", "nf", "fp", "nuq"]
 Axis = Literal["channel", "token", "token_head"]
 OutlierScope = Literal["vector", "matrix"]
 Weighting = Literal["fisher_scaled", "fisher", "none"]
+Sharing = Literal["layer", "channel", "pair"]
 
 MAX_OUTLIERS = 0.02
 BLOCK = 64  # tokens of a block, the unit in which a store packs
@@ -18,7 +19,8 @@ BLOCK = 64  # tokens of a block, the unit in which a store packs
 class Scheme:
     """How one tensor [batch, kv_heads, tokens, head_dim] is quantised.
 
-    bits: 2, 3, 4 or 8 for codes; 16 means the model's own dtype and goes with datatype `exact` only.
+    bits: of codes for each number: 2, 3, 4 or 8, for pairs 1.5 to 4 in steps of a half; 16 means the model's own dtype and
+        goes with datatype `exact` only.
     datatype: `int` (evenly spaced), `nf` (NormalFloat), `fp` (e2m1 or e4m3, its range symmetric and without a zero point),
         `nuq` (codebook learned per layer), `exact` (not quantised).
     axis: who shares a scale and zero: a `channel` over the whole run (static, learned offline), a `token` over all its
@@ -33,11 +35,16 @@ class Scheme:
         appendix E), `fisher` leaves s^2 out, `none` is plain k-means.
     qnorm: shift and stretch the codebook so that mean and deviation survive rounding (KVQuant v1, Q-Norm).
     hadamard: codes are those of the head after a randomised Hadamard rotation, which reading turns back.
+    codebook: who shares a learned codebook: the `layer` (its levels are normalised), a `channel`, or a `pair` of channels
+        d and d + head_dim / 2, of which one code stands for both numbers (coupled quantisation, arXiv 2405.03917). Those of a
+        channel or a pair are in real units: there are no ranges, and outliers are what a code would miss by most.
+    turn: codes are those of the head after a rotation learned offline, which takes correlations out and lets each pair hold
+        a channel of large and one of small variance; reading turns back.
 
     Raises RecipeError where these contradict each other.
     """
 
-    bits: int
+    bits: float
     datatype: Datatype
     axis: Axis = "token"
     pre_rope: bool = False
@@ -48,6 +55,8 @@ class Scheme:
     qnorm: bool = False
     group: int | None = None
     hadamard: bool = False
+    codebook: Sharing = "layer"
+    turn: bool = False
 
     def __post_init__(self) -> None:
         for field, hint in get_type_hints(type(self)).items():
@@ -57,7 +66,7 @@ class Scheme:
         if self.datatype == "exact":
             if self.bits != 16 or self.outliers or self.qnorm:
                 raise RecipeError("An exact scheme has 16 bits and neither outliers nor Q-Norm; drop those settings.")
-        elif self.bits not in (2, 3, 4, 8) or type(self.bits) is not int:
+        elif self.codebook == "layer" and (self.bits not in (2, 3, 4, 8) or type(self.bits) is not int):
             raise RecipeError(f"{self.bits} bits are not supported; choose 2, 3, 4 or 8 (or the recipe fp16).")
         if self.datatype == "fp" and self.bits not in (4, 8):
             raise RecipeError("Datatype fp has 4 bits (e2m1) or 8 (e4m3).")
@@ -71,11 +80,29 @@ class Scheme:
             raise RecipeError("An outlier cap is a whole number from 1 and needs an outlier fraction above 0.")
         if self.group is not None:
             self._check_group(self.group)
-        for name in ("pre_rope", "qnorm", "hadamard"):
+        for name in ("pre_rope", "qnorm", "hadamard", "turn"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"{name} is true or false, not {getattr(self, name)!r}.")
         if self.qnorm and self.datatype != "nuq":
             raise RecipeError("Q-Norm adjusts a learned codebook; it needs datatype nuq.")
+        self._check_codebook()
+
+    def _check_codebook(self) -> None:
+        if self.codebook == "layer":
+            if self.turn:
+                raise RecipeError("A learned rotation goes with codebooks of channels or pairs.")
+            return
+        if self.datatype != "nuq" or self.axis != "channel" or self.group or self.qnorm or self.outlier_scope == "matrix":
+            raise RecipeError(
+                "Codebooks of channels and pairs are learned (nuq), static per channel; drop groups, Q-Norm and matrix scope."
+            )
+        widths = (1.5, 2, 2.5, 3, 3.5, 4) if self.codebook == "pair" else (2, 3, 4)
+        if self.bits not in widths or isinstance(self.bits, bool):
+            raise RecipeError(
+                f"A codebook of a {self.codebook} has {', '.join(map(str, widths))} bits for each number, not {self.bits}."
+            )
+        if self.turn and self.pre_rope:
+            raise RecipeError("Keys that are stored before the rotary embedding cannot be turned; choose one of the two.")
 
     def _check_group(self, group: int) -> None:
         if type(group) is not int or group < 8 or self.axis == "token" or self.datatype == "exact":
@@ -88,9 +115,26 @@ class Scheme:
             raise RecipeError("Outlier thresholds per matrix are learned offline and do not go with groups; choose vector.")
 
     def require_head_dim(self, head_dim: int) -> None:
-        """Raise RecipeError where groups of channels do not fill a head."""
+        """Raise RecipeError where groups or pairs of channels do not fill a head."""
+        if head_dim % self.numbers:
+            raise RecipeError(f"Pairs of channels do not fill a head_dim of {head_dim}; choose codebooks of channels.")
         if self.axis == "token_head" and self.group and head_dim % self.group:
             raise RecipeError(f"Groups of {self.group} channels do not fill a head_dim of {head_dim}; choose another group.")
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers one code stands for."""
+        return 2 if self.codebook == "pair" else 1
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of one code."""
+        return int(self.bits * self.numbers)
+
+    @property
+    def outlier_shape(self) -> tuple[int, ...]:
+        """Shape of the exact numbers of one outlier: a code's."""
+        return (2,) if self.codebook == "pair" else ()
 
     @property
     def tokens_together(self) -> int:

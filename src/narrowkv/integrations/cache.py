@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from narrowkv.attention import BACKENDS
 from narrowkv.calibration import Calibration, Fingerprint
 from narrowkv.calibration.processes import tensor_parallel_rank
-from narrowkv.codec import Quantizer
+from narrowkv.codec import AnyQuantizer
 from narrowkv.errors import CacheUseError, RecipeError, UnsupportedModelError
 from narrowkv.integrations.dense import DENSE, DenseLayer
 from narrowkv.integrations.disk import load_cache, save_cache
@@ -73,7 +73,7 @@ class PackedCache(NarrowCache):
         self.modules = {fact.layer: weakref.ref(fact.module) for fact in facts.attention}
 
     def _layer(
-        self, fact: AttentionFacts, quantizers: tuple[Quantizer, Quantizer], own: Any, device: torch.device, strict: bool
+        self, fact: AttentionFacts, quantizers: tuple[AnyQuantizer, AnyQuantizer], own: Any, device: torch.device, strict: bool
     ) -> PackedLayer:
         keys, values = (quantizer.to(device) for quantizer in quantizers)
         for quantizer in (keys, values):

@@ -3,21 +3,21 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from narrowkv import __version__
-from narrowkv.calibration import Calibration, Fingerprint, Fit
+from narrowkv.calibration import Calibration, Fingerprint
+from narrowkv.calibration.learning import LayerFits, learn
 from narrowkv.calibration.processes import Group, is_split, reduced
 from narrowkv.errors import ActivationError, CalibrationError, UnsupportedModelError
 from narrowkv.integrations.dense import DENSE
 from narrowkv.integrations.passing import PassingCache, PassingLayer
 from narrowkv.integrations.preparation import facts_for
 from narrowkv.integrations.probe import ModelFacts, evaluating, own_layers, text_config
-from narrowkv.methods import LayerSchemes, Recipe, get_recipe
+from narrowkv.methods import Recipe, get_recipe
 
 # place among the attention layers, keys before and after the rotary embedding, values
 LayerListener = Callable[[int, Tensor, Tensor, Tensor], None]
@@ -42,27 +42,6 @@ def _without_weight_gradients(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for parameter, requires in wanted:
             parameter.requires_grad_(requires)
-
-
-@dataclass(frozen=True)
-class Need:
-    """What a recipe asks of one layer's data. Bits and Q-Norm only matter when a codebook is read off, so recipes that
-    differ in nothing else share their fits.
-    """
-
-    schemes: LayerSchemes
-    sinks: int
-
-    @classmethod
-    def of(cls, recipe: Recipe, layer: int) -> "Need":
-        pair = recipe.schemes(layer)
-        keys, values = (
-            replace(scheme, bits=4, qnorm=False) if scheme.datatype == "nuq" else scheme for scheme in (pair.keys, pair.values)
-        )
-        return cls(LayerSchemes(keys, values), recipe.sinks)
-
-
-Fits = list[dict[Need, tuple[Fit, Fit]]]  # by layer
 
 
 @torch.inference_mode(False)  # gradients are needed, wherever this is called from
@@ -100,13 +79,9 @@ def calibrate_many(
             raise CalibrationError(
                 f"Sequences must be longer than the {recipe.sinks} sinks of {recipe.name}; give longer ones."
             )
-    needs = [{Need.of(recipe, fact.layer) for recipe in chosen} for fact in facts.attention]
-    fits: Fits = [{need: (Fit(need.schemes.keys), Fit(need.schemes.values)) for need in layer} for layer in needs]
+    fits = {fact.layer: LayerFits(chosen, fact.layer, (fact.kv_heads, fact.head_dim)) for fact in facts.attention}
+    by_place = list(fits.values())
     done = 0
-
-    def every_fit() -> list[Fit]:  # in the same order in every process
-        named = ((str(need), pair) for layer in fits for need, pair in layer.items())
-        return [fit for _, pair in sorted(named, key=lambda item: item[0]) for fit in pair]
 
     def report() -> None:
         nonlocal done
@@ -116,27 +91,25 @@ def calibrate_many(
 
     dense = backend == DENSE
     passes = (
-        (_range_listener(fits), False, Fit.merge_ranges),
-        (_codebook_listener(fits), True, Fit.merge_codebook),
+        (lambda place, *numbers: by_place[place].see_range(*numbers), False, LayerFits.merge_ranges),
+        (lambda place, *numbers: by_place[place].see_codebook(*numbers), True, LayerFits.merge_codebooks),
     )
     with _without_weight_gradients(model):
         for listener, gradients, merge in passes:
             for batch in data:
                 _run(model, capture_cache(model, facts, listener, dense), batch, gradients=gradients)
                 report()
-            for fit in every_fit() if group is not None else ():
-                merge(fit, group)
+            for layer in by_place if group is not None else ():
+                merge(layer, group)
     counts = torch.tensor([sum(batch.shape[0] for batch in data), sum(batch.numel() for batch in data)])
     sequences, tokens = (reduced(counts, "SUM", group) if group else counts).tolist()
     provenance = {"narrowkv": __version__, "sequences": sequences, "tokens": tokens}
     fingerprint, calibrations = Fingerprint.of(model), []
+    shapes = {layer: fitted.shape for layer, fitted in fits.items()}
     for recipe in chosen:
-        layers, shapes = {}, {}
-        for fact, fitted in zip(facts.attention, fits, strict=True):
-            schemes, (keys, values) = recipe.schemes(fact.layer), fitted[Need.of(recipe, fact.layer)]
-            shapes[fact.layer] = shape = (fact.kv_heads, fact.head_dim)
-            layers[fact.layer] = (keys.quantizer(shape, schemes.keys), values.quantizer(shape, schemes.values))
-        calibrations.append(Calibration(recipe, fingerprint, layers, shapes, dict(provenance)))
+        learned = learn(recipe, fits)
+        told = provenance | ({"allocation": learned.report} if learned.report else {})
+        calibrations.append(Calibration(learned.recipe, fingerprint, learned.layers, dict(shapes), told))
     return calibrations
 
 
@@ -163,37 +136,3 @@ def _run(model: PreTrainedModel, cache: PassingCache, batch: Tensor, *, gradient
         if gradients:
             loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
             loss.backward()
-
-
-def _tokens(x: Tensor, skip: int) -> Tensor:
-    """[batch, kv_heads, tokens, head_dim] -> [samples, kv_heads, head_dim], the first `skip` tokens of each row left out."""
-    return x.detach()[:, :, skip:].transpose(1, 2).flatten(0, 1)
-
-
-def _range_listener(fits: Fits) -> LayerListener:
-    def listen(index: int, keys: Tensor, rotated: Tensor, values: Tensor) -> None:
-        for need, (key_fit, value_fit) in fits[index].items():
-            key_fit.see_range(_tokens(keys if need.schemes.keys.pre_rope else rotated, need.sinks))
-            value_fit.see_range(_tokens(values, need.sinks))
-
-    return listen
-
-
-def _codebook_listener(fits: Fits) -> LayerListener:
-    def listen(index: int, keys: Tensor, rotated: Tensor, values: Tensor) -> None:
-        before = [(need, pair[0]) for need, pair in fits[index].items() if need.schemes.keys.pre_rope]
-        after = [(need, pair[0]) for need, pair in fits[index].items() if not need.schemes.keys.pre_rope]
-        of_values = [(need, pair[1]) for need, pair in fits[index].items()]
-        for numbers, learning in ((keys, before), (rotated, after), (values, of_values)):
-            if learning:
-                numbers.register_hook(_when_gradient_known(learning, numbers.detach()))
-
-    return listen
-
-
-def _when_gradient_known(learning: list[tuple[Need, Fit]], numbers: Tensor) -> Callable[[Tensor], None]:
-    def see(gradient: Tensor) -> None:
-        for need, fit in learning:
-            fit.see_codebook(_tokens(numbers, need.sinks), _tokens(gradient, need.sinks))
-
-    return see

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import DummyLayer
 
 from narrowkv.calibration import Fingerprint
-from narrowkv.codec import Quantizer
+from narrowkv.codec import AnyQuantizer
 from narrowkv.errors import CacheUseError, CalibrationError, FileFormatError, NarrowKVError
 from narrowkv.files import checksum, write_atomically
 from narrowkv.store.state import load_tensors, to_tensors
@@ -176,7 +176,7 @@ def tensor_checksum(tensor: Tensor) -> str:
     return checksum(head + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
 
 
-def tables_checksum(layers: list[tuple[Quantizer, Quantizer]]) -> str:
+def tables_checksum(layers: list[tuple[AnyQuantizer, AnyQuantizer]]) -> str:
     """SHA-256 over all tables, in order."""
     parts = [tensor_checksum(table.cpu()) for pair in layers for quantizer in pair for table in quantizer.tensors().values()]
     return checksum("".join(parts).encode())

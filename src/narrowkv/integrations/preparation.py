@@ -104,7 +104,7 @@ def facts_for(model: PreTrainedModel, backend: str, recipes: Sequence[Recipe]) -
     facts = prepare_dense(model) if backend == DENSE else prepare(model)
     for recipe in recipes:
         recipe.require_layers([fact.layer for fact in facts.attention])
-        if backend == DENSE and recipe.keys.pre_rope:
+        if backend == DENSE and any(keys.pre_rope for keys, _ in recipe.every_scheme()):
             raise RecipeError(
                 f"Recipe {recipe.name} stores keys before the rotary embedding, which the dense path never sees; choose "
                 f"{recipe.name}-postrope, or another backend."

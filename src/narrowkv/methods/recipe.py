@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from narrowkv.codec import Quantizer, Scheme
+from narrowkv.codec import AnyQuantizer, Quantizer, Scheme
 from narrowkv.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -24,11 +24,31 @@ class LayerSchemes:
 
 
 @dataclass(frozen=True)
+class Choices:
+    """Schemes among which calibration chooses, for the keys and for the values of each layer apart.
+
+    budget: bits for each number that the whole cache may take at 32,768 tokens, tables included. Those schemes are chosen that
+    cost the least loss under it. Raises RecipeError where the budget is no positive number or there is nothing to choose.
+    """
+
+    budget: float
+    keys: tuple[Scheme, ...]
+    values: tuple[Scheme, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.budget, (int, float)) or isinstance(self.budget, bool) or not self.budget > 0:
+            raise RecipeError(f"A budget is a number of bits above 0, not {self.budget!r}.")
+        if not self.keys or not self.values:
+            raise RecipeError("A recipe that chooses needs a scheme for the keys and one for the values at least.")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One scheme for keys and one for values, and what stays exact.
 
     sinks: the first real tokens of each sequence, kept exact (KVQuant, section 3.5). window: the newest tokens, kept
-    exact until they leave it. layers: schemes of single layers that differ from the rest.
+    exact until they leave it. layers: schemes of single layers that differ from the rest. choices: what calibration
+    chooses from, which then fills `layers`.
     Raises RecipeError where the settings contradict each other.
     """
 
@@ -38,6 +58,7 @@ class Recipe:
     sinks: int = 0
     window: int = 0
     layers: dict[int, LayerSchemes] = field(default_factory=dict)
+    choices: Choices | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -46,8 +67,16 @@ class Recipe:
             count = getattr(self, name)
             if type(count) is not int or count < 0:
                 raise RecipeError(f"{name} must be a whole number of tokens, 0 or more, not {count!r}.")
-        if self.values.pre_rope or any(pair.values.pre_rope for pair in self.layers.values()):
+        if any(values.pre_rope for _, values in self.every_scheme()):
             raise RecipeError("Values have no rotary embedding; pre_rope is for keys.")
+
+    def every_scheme(self) -> list[tuple[Scheme, Scheme]]:
+        """Pairs of schemes for keys and values, among them each that this recipe names."""
+        pairs = [(self.keys, self.values), *((pair.keys, pair.values) for pair in self.layers.values())]
+        if self.choices:
+            pairs += [(scheme, self.values) for scheme in self.choices.keys]
+            pairs += [(self.keys, scheme) for scheme in self.choices.values]
+        return pairs
 
     def schemes(self, layer: int) -> LayerSchemes:
         """The schemes of one layer."""
@@ -64,10 +93,9 @@ class Recipe:
     @property
     def needs_calibration(self) -> bool:
         """Whether any part is learned offline."""
-        every = [LayerSchemes(self.keys, self.values), *self.layers.values()]
-        return any(scheme.needs_calibration for pair in every for scheme in (pair.keys, pair.values))
+        return bool(self.choices) or any(scheme.needs_calibration for pair in self.every_scheme() for scheme in pair)
 
-    def quantizers(self, layer: int) -> tuple[Quantizer, Quantizer]:
+    def quantizers(self, layer: int) -> tuple[AnyQuantizer, AnyQuantizer]:
         """Quantizers for keys and values of a calibration-free recipe; raises RecipeError where calibration is needed."""
         if self.needs_calibration:
             raise RecipeError(
@@ -106,8 +134,13 @@ class Recipe:
                 int(layer): LayerSchemes(Scheme(**pair["keys"]), Scheme(**pair["values"]))
                 for layer, pair in plain.get("layers", {}).items()
             }
-            rest = {name: setting for name, setting in plain.items() if name not in ("keys", "values", "layers")}
-            return cls(keys=Scheme(**plain["keys"]), values=Scheme(**plain["values"]), layers=layers, **rest)
+            choices = None
+            if plain.get("choices") is not None:
+                sides = [tuple(Scheme(**scheme) for scheme in plain["choices"][side]) for side in ("keys", "values")]
+                choices = Choices(plain["choices"]["budget"], *sides)
+            rest = {name: setting for name, setting in plain.items() if name not in ("keys", "values", "layers", "choices")}
+            keys, values = Scheme(**plain["keys"]), Scheme(**plain["values"])
+            return cls(keys=keys, values=values, layers=layers, choices=choices, **rest)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             if isinstance(error, RecipeError):
                 raise

@@ -6,7 +6,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from narrowkv.codec import Encoded, Quantizer
+from narrowkv.codec import AnyQuantizer, Encoded
 from narrowkv.codec.ranges import require_finite
 from narrowkv.errors import CacheUseError
 from narrowkv.store.page import BLOCK, Column, PackedSide, Page, from_blocks, move_together, to_blocks
@@ -23,7 +23,7 @@ class LayerStore:
     A number is quantised once; `select` and `crop` move or drop codes and never touch them.
     """
 
-    def __init__(self, keys: Quantizer, values: Quantizer, sinks: int = 0, window: int = 0):
+    def __init__(self, keys: AnyQuantizer, values: AnyQuantizer, sinks: int = 0, window: int = 0):
         self.quantizers = (keys, values)
         self.sinks = sinks
         self.window = window
@@ -178,10 +178,10 @@ class LayerStore:
                 return self.growing
             room = max(len(self.columns) // GROWTH, 1)
         sides = []
-        for quantizer, blocks, channel_major in zip(self.quantizers, (keys, values), (True, False), strict=True):
+        for quantizer, blocks in zip(self.quantizers, (keys, values), strict=True):
             found = len(blocks.outlier_index) if blocks.outlier_index is not None else 0
             outlier_room = 0 if room == columns else (found + found // 8 + 1) * room
-            sides.append(PackedSide.allocate(quantizer, room * batch, blocks, channel_major, outlier_room))
+            sides.append(PackedSide.allocate(quantizer, room * batch, blocks, keys=blocks is keys, outlier_room=outlier_room))
         page = Page(room * batch, sides[0], sides[1])
         if columns == 1:
             self.growing = page

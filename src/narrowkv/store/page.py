@@ -9,12 +9,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from narrowkv.codec import Encoded, Quantizer
+from narrowkv.codec import AnyQuantizer, Encoded, Scheme
 from narrowkv.codec.encoded import ravel
 from narrowkv.codec.packing import PLANES, pack, plane_bytes, unpack
 from narrowkv.codec.scheme import BLOCK
 
 OUTLIER_BYTES = 4  # a 16-bit value and a 16-bit index
+
+
+def is_channel_major(scheme: Scheme, keys: bool) -> bool:
+    """Whether neighbouring codes are neighbouring tokens of a channel: keys, and whatever has a codebook for each channel."""
+    return keys or scheme.codebook != "layer"
 
 
 def to_blocks(encoded: Encoded) -> Encoded:
@@ -43,12 +48,13 @@ def from_blocks(blocks: Tensor, batch: int) -> Tensor:
 class PackedSide:
     """The keys, or the values, of a page.
 
-    planes: keys [slots, kv_heads, head_dim, bytes of 64 codes], so that neighbouring codes are neighbouring tokens of a
-        channel; values [slots, kv_heads, 64, bytes of head_dim codes]. One tensor per plane of bits. Exact numbers lie
-        as they come: [slots, kv_heads, 64, head_dim].
+    planes: channel-major [slots, kv_heads, codes, bytes of 64 codes], so that neighbouring codes are neighbouring tokens of
+        a channel; or token-major [slots, kv_heads, 64, bytes of the codes of a token]. One tensor per plane of bits. A head
+        has head_dim codes, or half as many where a code stands for a pair. Exact numbers lie as they come:
+        [slots, kv_heads, 64, head_dim].
     scale, zero: [slots, 1 or kv_heads, 64 or groups, 1, groups or head_dim] float16 where ranges are online.
-    outlier_values, outlier_index: [room] 16-bit value and index token * head_dim + channel, sorted by slot, head, token,
-        channel; those of slot s and head h begin at outlier_offsets[s * kv_heads + h].
+    outlier_values, outlier_index: [room] (of pairs [room, 2]) 16-bit value and index token * codes + code, sorted by slot,
+        head, token, code; those of slot s and head h begin at outlier_offsets[s * kv_heads + h].
     """
 
     def __init__(
@@ -61,7 +67,7 @@ class PackedSide:
         zero: Tensor | None = None,
         outliers: tuple[Tensor, Tensor, Tensor] | None = None,
     ):
-        """shape: kv_heads, 64, head_dim. outliers: values, index and offsets, all of them in use."""
+        """shape: kv_heads, 64, codes. outliers: values, index and offsets, all of them in use."""
         self.shape = shape
         self.bits = bits
         self.channel_major = channel_major
@@ -75,10 +81,11 @@ class PackedSide:
         self._pending: list[tuple[Tensor, Tensor]] = []
 
     @classmethod
-    def allocate(cls, quantizer: Quantizer, slots: int, like: Encoded, channel_major: bool, outlier_room: int) -> "PackedSide":
+    def allocate(cls, quantizer: AnyQuantizer, slots: int, like: Encoded, *, keys: bool, outlier_room: int) -> "PackedSide":
         """Memory for `slots` blocks such as those of `like`, not yet written, and for `outlier_room` outliers."""
         heads, dim = like.codes.shape[1], like.codes.shape[3]
-        device, bits = like.codes.device, quantizer.scheme.bits
+        device, bits = like.codes.device, quantizer.scheme.code_bits
+        channel_major = is_channel_major(quantizer.scheme, keys)
         rows, length = (dim, BLOCK) if channel_major else (BLOCK, dim)
         if bits == 16:
             planes = [torch.empty(slots, heads, BLOCK, dim, dtype=like.codes.dtype, device=device)]
@@ -93,7 +100,7 @@ class PackedSide:
             zero = None if like.zero is None else torch.empty_like(scale)
         if like.outlier_values is not None:
             outliers = (
-                torch.empty(outlier_room, dtype=like.outlier_values.dtype, device=device),
+                torch.empty(outlier_room, *like.outlier_values.shape[1:], dtype=like.outlier_values.dtype, device=device),
                 torch.empty(outlier_room, dtype=torch.int16, device=device),
                 torch.zeros(slots * heads + 1, dtype=torch.int32, device=device),
             )
@@ -204,25 +211,25 @@ class Column:
     count: int
 
 
-def gather(quantizers: tuple[Quantizer, Quantizer], columns: list[Column]) -> Page:
+def gather(quantizers: tuple[AnyQuantizer, AnyQuantizer], columns: list[Column]) -> Page:
     """The blocks of all columns, one column after the other, in a page without free slots. Codes are moved, not touched."""
     page: Page | None = None
     for column in columns:
         blocks = (column.page.keys.take(column.slots), column.page.values.take(column.slots))
         if page is None:
             slots = sum(len(column.slots) for column in columns)
-            keys, values = (
-                PackedSide.allocate(quantizer, slots, like, channel_major, 0)
-                for quantizer, like, channel_major in zip(quantizers, blocks, (True, False), strict=True)
-            )
-            page = Page(slots, keys, values)
+            sides = [
+                PackedSide.allocate(quantizer, slots, like, keys=keys, outlier_room=0)
+                for quantizer, like, keys in zip(quantizers, blocks, (True, False), strict=True)
+            ]
+            page = Page(slots, sides[0], sides[1])
         page.put(*blocks)
     assert page is not None
     page.commit()
     return page
 
 
-def move_together(quantizers: tuple[Quantizer, Quantizer], columns: list[Column]) -> None:
+def move_together(quantizers: tuple[AnyQuantizer, AnyQuantizer], columns: list[Column]) -> None:
     """Let columns lie in a page of their own, so that those that they lay in can go."""
     page = gather(quantizers, columns)
     for column, slots in zip(columns, torch.arange(page.slots).view(len(columns), -1), strict=True):

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from narrowkv.codec import Encoded, Quantizer
+from narrowkv.codec import AnyQuantizer, Encoded
 from narrowkv.codec.packing import PLANES, plane_bytes
 from narrowkv.errors import FileFormatError
 from narrowkv.store.layer import LayerStore
-from narrowkv.store.page import BLOCK, Column, PackedSide, Page, gather
+from narrowkv.store.page import BLOCK, Column, PackedSide, Page, gather, is_channel_major
 
 SIDES = ("keys", "values")
 ENCODED = ("codes", "scale", "zero", "outlier_index", "outlier_values")
@@ -104,15 +104,16 @@ def _require(holds: bool, name: str) -> None:
         raise FileFormatError(f"tensor {name} holds numbers that no cache has")
 
 
-def _load_side(reader: _Reader, name: str, quantizer: Quantizer, slots: int, heads: int, dim: int) -> PackedSide:
-    scheme, channel_major = quantizer.scheme, name == "keys"
+def _load_side(reader: _Reader, name: str, quantizer: AnyQuantizer, slots: int, heads: int, dim: int) -> PackedSide:
+    scheme, channel_major = quantizer.scheme, is_channel_major(quantizer.scheme, name == "keys")
+    dim //= scheme.numbers
     rows, length = (dim, BLOCK) if channel_major else (BLOCK, dim)
     if scheme.bits == 16:
         exact = reader.take(f"{name}.plane0", (slots, heads, BLOCK, dim), reader.dtype)
         return PackedSide((heads, BLOCK, dim), 16, channel_major, [exact])
     planes = [
         reader.take(f"{name}.plane{i}", (slots, heads, rows, plane_bytes(length, plane)), torch.uint8)
-        for i, plane in enumerate(PLANES[scheme.bits])
+        for i, plane in enumerate(PLANES[scheme.code_bits])
     ]
     scale = zero = outliers = None
     if not scheme.static:
@@ -120,25 +121,26 @@ def _load_side(reader: _Reader, name: str, quantizer: Quantizer, slots: int, hea
         scale = reader.take(f"{name}.scale", form, torch.float16)
         zero = None if scheme.symmetric else reader.take(f"{name}.zero", form, torch.float16)
     if scheme.outliers:
-        values = reader.take(f"{name}.outlier_values", (None,), reader.dtype16)
+        values = reader.take(f"{name}.outlier_values", (None, *scheme.outlier_shape), reader.dtype16)
         index = reader.take(f"{name}.outlier_index", (len(values),), torch.int16)
         offsets = reader.take(f"{name}.outlier_offsets", (slots * heads + 1,), torch.int32)
         _require(bool(((index >= 0) & (index.int() < BLOCK * dim)).all()), f"{name}.outlier_index")
         ordered = offsets[0] == 0 and offsets[-1] == len(values) and bool((offsets.diff() >= 0).all())
         _require(bool(ordered), f"{name}.outlier_offsets")
         outliers = (values, index, offsets)
-    return PackedSide((heads, BLOCK, dim), scheme.bits, channel_major, planes, scale, zero, outliers)
+    return PackedSide((heads, BLOCK, dim), scheme.code_bits, channel_major, planes, scale, zero, outliers)
 
 
-def _load_tail(reader: _Reader, name: str, quantizer: Quantizer, shape: tuple[int, int, int]) -> Encoded:
+def _load_tail(reader: _Reader, name: str, quantizer: AnyQuantizer, shape: tuple[int, int, int]) -> Encoded:
     scheme, (batch, heads, dim) = quantizer.scheme, shape
+    dim //= scheme.numbers
     dtype = reader.dtype if scheme.bits == 16 else torch.uint8
     codes = reader.take(f"tail.{name}.codes", (batch, heads, None, dim), dtype)
     _require(codes.shape[2] > 0, f"tail.{name}.codes")
     encoded = Encoded(codes)
     if scheme.bits == 16:
         return encoded
-    _require(int(codes.max()) < 2**scheme.bits, f"tail.{name}.codes")
+    _require(int(codes.max()) < 2**scheme.code_bits, f"tail.{name}.codes")
     if not scheme.static:
         _require(codes.shape[2] % scheme.tokens_together == 0, f"tail.{name}.codes")
         form = (batch, *scheme.range_shape(heads, codes.shape[2], dim))
@@ -146,7 +148,9 @@ def _load_tail(reader: _Reader, name: str, quantizer: Quantizer, shape: tuple[in
         encoded.zero = None if scheme.symmetric else reader.take(f"tail.{name}.zero", form, torch.float16)
     if scheme.outliers:
         index = reader.take(f"tail.{name}.outlier_index", (None,), torch.int64)
-        encoded.outlier_values = reader.take(f"tail.{name}.outlier_values", (len(index),), reader.dtype16)
+        encoded.outlier_values = reader.take(
+            f"tail.{name}.outlier_values", (len(index), *scheme.outlier_shape), reader.dtype16
+        )
         ordered = bool((index.diff() > 0).all()) and (len(index) == 0 or bool(index[0] >= 0 and index[-1] < codes.numel()))
         _require(ordered, f"tail.{name}.outlier_index")
         encoded.outlier_index = index

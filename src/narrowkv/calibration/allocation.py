@@ -1,0 +1,66 @@
+"""Mixed precision: which scheme for the keys and for the values of each layer, under a budget for the whole cache."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from narrowkv.calibration.samples import Samples
+from narrowkv.codec import AnyQuantizer, Scheme
+from narrowkv.errors import RecipeError
+from narrowkv.store.page import BLOCK, PackedSide, to_blocks
+
+REFERENCE_TOKENS = 32_768  # at which bits are counted, tables included
+CELLS = 2**16  # steps into which a budget is divided
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to keep the keys, or the values, of one layer.
+
+    bits: what it takes for each token at 32,768 tokens, tables included. cost: loss predicted, in nats for each token of text.
+    """
+
+    scheme: Scheme
+    bits: float
+    cost: float
+
+
+def measure(quantizer: AnyQuantizer, samples: Samples, keys: bool) -> Option:
+    """What a quantizer takes and costs, found by storing a sample of tokens as a cache would."""
+    numbers = samples.heads(16 * BLOCK)
+    numbers = numbers.repeat(1, 1, -(-BLOCK // numbers.shape[2]), 1) if numbers.shape[2] < BLOCK else numbers
+    whole = numbers.shape[2] // BLOCK * BLOCK
+    blocks = to_blocks(quantizer.encode(numbers[:, :, :whole]))
+    found = 0 if blocks.outlier_index is None else len(blocks.outlier_index)
+    side = PackedSide.allocate(quantizer, whole // BLOCK, blocks, keys=keys, outlier_room=found)
+    held = [*side.planes, *side.outliers(), *(part for part in (side.scale, side.zero) if part is not None)]
+    tables = sum(table.nbytes for table in quantizer.tensors().values())
+    bits = 8 * (sum(tensor.nbytes for tensor in held) / whole + tables / REFERENCE_TOKENS)
+    return Option(quantizer.scheme, bits, samples.cost(quantizer))
+
+
+def allocate(menus: Sequence[Sequence[Option]], budget: float) -> list[int]:
+    """Which option of each menu to take so that the sum of costs is least and that of bits at most `budget`.
+
+    Exact, by dynamic programming over the budget in 65,536 steps, to which bits are rounded up. Raises RecipeError where even
+    the smallest options exceed the budget.
+    """
+    sizes = [np.ceil(np.array([option.bits for option in menu]) / budget * CELLS).astype(np.int64) for menu in menus]
+    if sum(int(size.min()) for size in sizes) > CELLS:
+        least = sum(min(option.bits for option in menu) for menu in menus) / budget
+        raise RecipeError(f"The least that this recipe can take is {least:.3g} times its budget; allow more bits.")
+    best = np.zeros(CELLS + 1)  # least cost of the menus so far that fit into so many cells
+    taken = []
+    for menu, size in zip(menus, sizes, strict=True):
+        totals = np.full((len(menu), CELLS + 1), np.inf)
+        for option, cells, total in zip(menu, size, totals, strict=True):
+            if cells <= CELLS:
+                total[cells:] = best[: CELLS + 1 - cells] + option.cost
+        taken.append(totals.argmin(0))
+        best = totals.min(0)
+    picks, room = [], CELLS
+    for choice, size in zip(reversed(taken), reversed(sizes), strict=True):
+        picks.append(int(choice[room]))
+        room -= int(size[picks[-1]])
+    return picks[::-1]

@@ -1,0 +1,160 @@
+"""What recipes ask of one layer's data, and the quantizers that come of it; for recipes that choose, the choice."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from narrowkv.calibration.allocation import Option, allocate, measure
+from narrowkv.calibration.fit import Fit
+from narrowkv.calibration.point_fit import PointFit
+from narrowkv.calibration.processes import Group
+from narrowkv.codec import AnyQuantizer, Scheme
+from narrowkv.errors import RecipeError
+from narrowkv.methods import LayerSchemes, Recipe
+
+AnyFit = Fit | PointFit
+
+
+@dataclass(frozen=True)
+class Need:
+    """One tensor to be learned from. Bits and Q-Norm only matter when a codebook is read off, and all codebooks of channels
+    and pairs come from one sample, so recipes that differ in nothing else share their fits.
+    """
+
+    scheme: Scheme
+    keys: bool
+    sinks: int
+
+    @classmethod
+    def of(cls, scheme: Scheme, keys: bool, sinks: int) -> "Need":
+        if scheme.codebook != "layer":
+            return cls.sample(scheme, keys, sinks)
+        return cls(replace(scheme, bits=4, qnorm=False) if scheme.datatype == "nuq" else scheme, keys, sinks)
+
+    @classmethod
+    def sample(cls, scheme: Scheme, keys: bool, sinks: int) -> "Need":
+        """A sample of the tensor that a scheme quantises."""
+        pairs = Scheme(4, "nuq", axis="channel", codebook="pair", pre_rope=scheme.pre_rope)
+        return cls(pairs, keys, sinks)
+
+
+class LayerFits:
+    """All that is learned from one layer for some recipes. shape: kv_heads, head_dim."""
+
+    def __init__(self, recipes: Sequence[Recipe], layer: int, shape: tuple[int, int]):
+        self.shape = shape
+        needs: set[Need] = set()
+        for recipe in recipes:
+            pair = recipe.schemes(layer)
+            for scheme, keys in ((pair.keys, True), (pair.values, False)):
+                schemes = [scheme]
+                if recipe.choices:
+                    schemes = list(recipe.choices.keys if keys else recipe.choices.values)
+                    needs |= {Need.sample(scheme, keys, recipe.sinks) for scheme in schemes}
+                needs |= {Need.of(scheme, keys, recipe.sinks) for scheme in schemes}
+        self.fits: dict[Need, AnyFit] = {
+            need: (PointFit if need.scheme.codebook != "layer" else Fit)(need.scheme) for need in sorted(needs, key=str)
+        }
+
+    def see_range(self, keys: Tensor, rotated: Tensor, values: Tensor) -> None:
+        """First pass: keys before and after the rotary embedding, and values, [batch, kv_heads, tokens, head_dim] each."""
+        for need, fit in self.fits.items():
+            fit.see_range(_tokens(_wanted(need, keys, rotated, values), need.sinks))
+
+    def see_codebook(self, keys: Tensor, rotated: Tensor, values: Tensor) -> None:
+        """Second pass: the same with gradients, which the fits see once they are known."""
+        for numbers in (keys, rotated, values):
+            learning = {need: fit for need, fit in self.fits.items() if _wanted(need, keys, rotated, values) is numbers}
+            if learning:
+                numbers.register_hook(_when_gradient_known(learning, numbers.detach()))
+
+    def merge_ranges(self, group: Group) -> None:
+        for fit in self.fits.values():  # in the same order in every process
+            fit.merge_ranges(group)
+
+    def merge_codebooks(self, group: Group) -> None:
+        for fit in self.fits.values():
+            fit.merge_codebook(group)
+
+    def quantizer(self, scheme: Scheme, keys: bool, sinks: int) -> AnyQuantizer:
+        """The finished quantizer of the keys or of the values."""
+        return self.fits[Need.of(scheme, keys, sinks)].quantizer(self.shape, scheme)
+
+    def menu(self, schemes: Iterable[Scheme], keys: bool, sinks: int) -> list[Option]:
+        """What each of these schemes would take and cost."""
+        menu = []
+        for scheme in schemes:
+            sampled = self.fits[Need.sample(scheme, keys, sinks)]
+            assert isinstance(sampled, PointFit)
+            menu.append(measure(self.quantizer(scheme, keys, sinks), sampled.samples, keys))
+        return menu
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Quantizers of all layers; recipe: with the schemes of each layer where they were chosen; report: plain data on that."""
+
+    recipe: Recipe
+    layers: dict[int, tuple[AnyQuantizer, AnyQuantizer]]
+    report: dict[str, Any]
+
+
+def learn(recipe: Recipe, layers: Mapping[int, LayerFits]) -> Learned:
+    """Finish one recipe. Raises RecipeError where its budget is too small."""
+    recipe, report = _choose(recipe, layers) if recipe.choices else (recipe, {})
+    finished: dict[int, tuple[AnyQuantizer, AnyQuantizer]] = {}
+    for layer, fits in layers.items():
+        pair = recipe.schemes(layer)
+        keys, values = fits.quantizer(pair.keys, True, recipe.sinks), fits.quantizer(pair.values, False, recipe.sinks)
+        finished[layer] = (keys, values)
+    return Learned(recipe, finished, report)
+
+
+def _choose(recipe: Recipe, layers: Mapping[int, LayerFits]) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe with a scheme for each layer, and what that is predicted to take and to cost."""
+    assert recipe.choices
+    menus = []
+    for fits in layers.values():
+        menus += [fits.menu(recipe.choices.keys, True, recipe.sinks), fits.menu(recipe.choices.values, False, recipe.sinks)]
+    numbers = sum(2 * fits.shape[0] * fits.shape[1] for fits in layers.values())
+    try:
+        picks = allocate(menus, recipe.choices.budget * numbers)
+    except RecipeError as error:
+        raise RecipeError(f"{recipe.name} of {recipe.choices.budget:g} bits: {error}") from error
+    options = [menu[pick] for menu, pick in zip(menus, picks, strict=True)]
+    pairs = dict(zip(layers, zip(options[::2], options[1::2], strict=True), strict=True))
+    chosen = {layer: LayerSchemes(keys.scheme, values.scheme) for layer, (keys, values) in pairs.items()}
+    report = {
+        "budget": recipe.choices.budget,
+        "bits": sum(option.bits for option in options) / numbers,
+        "predicted_loss": sum(option.cost for option in options),
+        "layers": {
+            str(layer): {
+                side: {"bits": option.bits / (layers[layer].shape[0] * layers[layer].shape[1]), "predicted_loss": option.cost}
+                for side, option in zip(("keys", "values"), pair, strict=True)
+            }
+            for layer, pair in pairs.items()
+        },
+    }
+    return replace(recipe, layers=chosen, choices=None), report
+
+
+def _wanted(need: Need, keys: Tensor, rotated: Tensor, values: Tensor) -> Tensor:
+    if not need.keys:
+        return values
+    return keys if need.scheme.pre_rope else rotated
+
+
+def _tokens(x: Tensor, skip: int) -> Tensor:
+    """[batch, kv_heads, tokens, head_dim] -> [samples, kv_heads, head_dim], the first `skip` tokens of each row left out."""
+    return x.detach()[:, :, skip:].transpose(1, 2).flatten(0, 1)
+
+
+def _when_gradient_known(learning: dict[Need, AnyFit], numbers: Tensor) -> Callable[[Tensor], None]:
+    def see(gradient: Tensor) -> None:
+        for need, fit in learning.items():
+            fit.see_codebook(_tokens(numbers, need.sinks), _tokens(gradient, need.sinks))
+
+    return see

@@ -1,0 +1,87 @@
+"""Samples: some tokens of a stream of keys or values, and how the loss depends on all of them."""
+
+import torch
+from torch import Tensor
+
+from narrowkv.calibration.processes import Group, collected, reduced
+from narrowkv.codec import AnyQuantizer
+from narrowkv.codec.ranges import require_finite, to_16_bits
+
+CAPACITY = 8192  # tokens kept
+ERROR_TOKENS = 2048  # of which so many are enough to tell what a quantizer costs
+
+
+class Samples:
+    """A uniform sample of tokens and the second moment of the loss's gradient; memory does not grow with the stream.
+
+    Those tokens are kept whose numbers hash to the smallest values, so the sample depends on the tokens alone, not on their
+    order or on who saw them. numbers: [n, kv_heads, head_dim] float16. moment: [kv_heads, head_dim, head_dim] float64, the sum
+    of gradient x gradient over `tokens` tokens: the Fisher information of a head (KVQuant, section 3.3, off its diagonal too).
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.numbers: Tensor | None = None
+        self.hashes = torch.empty(0, dtype=torch.int64)
+        self.moment = torch.empty(0, dtype=torch.float64)
+
+    def add(self, x: Tensor, gradient: Tensor | None) -> None:
+        """x: [tokens, kv_heads, head_dim]; gradient of the loss: the same shape, or None for weights of 1.
+
+        Raises ActivationError on NaN, infinity and numbers that float16 cannot hold.
+        """
+        require_finite(x, "Keys or values")
+        if self.numbers is None:
+            self.numbers = x.new_empty(0, *x.shape[1:], dtype=torch.float16)
+            self.hashes = self.hashes.to(x.device)
+            self.moment = torch.zeros(x.shape[1], x.shape[2], x.shape[2], dtype=torch.float64, device=x.device)
+        rounded = to_16_bits(x, torch.float16, "Keys or values")
+        self._keep(torch.cat([self.numbers, rounded]), torch.cat([self.hashes, _hashes(rounded)]))
+        self.tokens += len(x)
+        if gradient is not None:
+            require_finite(gradient, "Gradients")
+            by_head = gradient.float().transpose(0, 1)  # [kv_heads, tokens, head_dim]
+            self.moment += (by_head.transpose(1, 2) @ by_head).double()
+
+    def merge(self, group: Group) -> None:
+        """Take in what the other processes of a group have seen; all of them then hold the same."""
+        assert self.numbers is not None
+        parts = (torch.cat(collected(part.contiguous(), group)) for part in (self.numbers, self.hashes))
+        self._keep(*parts)
+        self.moment = reduced(self.moment, "SUM", group)
+        self.tokens = int(reduced(torch.tensor(self.tokens), "SUM", group))
+
+    def _keep(self, numbers: Tensor, hashes: Tensor) -> None:
+        self.hashes, order = hashes.sort(stable=True)
+        self.hashes, self.numbers = self.hashes[:CAPACITY].clone(), numbers[order[:CAPACITY]]
+
+    def fisher(self, weighted: bool = True) -> Tensor:
+        """What an error e in a token's head costs, as a matrix: e @ fisher @ e / 2, in nats of loss for each token of text.
+
+        [kv_heads, head_dim, head_dim] float64; the unit matrix where no gradient was seen or none is asked for. A small part
+        of the mean is added to the diagonal: a channel without gradient so far is not one without effect.
+        """
+        unit = torch.eye(self.moment.shape[-1], dtype=torch.float64, device=self.moment.device).expand_as(self.moment)
+        mean = self.moment.diagonal(dim1=1, dim2=2).mean() / max(self.tokens, 1)
+        if not weighted or not mean > 0:
+            return unit
+        return self.moment / self.tokens + 1e-3 * mean * unit
+
+    def heads(self, count: int = CAPACITY) -> Tensor:
+        """The first `count` tokens as [1, kv_heads, n, head_dim] float32."""
+        assert self.numbers is not None
+        return self.numbers[:count].float().transpose(0, 1)[None].contiguous()
+
+    def cost(self, quantizer: AnyQuantizer) -> float:
+        """The loss that a quantizer is predicted to cost, in nats for each token of text, to the second order."""
+        numbers = self.heads(ERROR_TOKENS)
+        missed = (numbers - quantizer.decode(quantizer.encode(numbers)).float())[0].double()  # [kv_heads, n, head_dim]
+        return float(((missed @ self.fisher()) * missed).sum() / 2 / missed.shape[1])
+
+
+def _hashes(numbers: Tensor) -> Tensor:
+    """A hash of each token: [tokens] int64, of numbers [tokens, ...] float16."""
+    bits = numbers.flatten(1).contiguous().view(torch.int16).long()
+    mixed = bits * (torch.arange(bits.shape[1], device=bits.device) * 2 + 1) * 0x2545F4914F6CDD1D
+    total = (mixed ^ (mixed >> 29)).sum(1) * 0x5851F42D4C957F2D
+    return total ^ (total >> 32)

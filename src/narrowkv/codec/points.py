@@ -1,0 +1,131 @@
+"""PointQuantizer: codebooks of channels or of pairs of channels, in real units.
+
+A code names the point of its channel's, or its pair's, codebook that lies nearest, in the metric of the loss. Source of the
+coupling: CQ (arXiv 2405.03917); of weights by the Fisher information: KVQuant, section 3.3.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from narrowkv.codec.encoded import Encoded
+from narrowkv.codec.quantizer import within_cap
+from narrowkv.codec.ranges import to_16_bits
+from narrowkv.codec.scheme import Scheme
+from narrowkv.codec.tables import Tables
+from narrowkv.errors import RecipeError
+
+
+def to_vectors(numbers: Tensor, count: int) -> Tensor:
+    """Channels that share a code: [..., head_dim] -> [..., head_dim / count, count], channel d with d + head_dim / count."""
+    return numbers.unflatten(-1, (count, -1)).transpose(-1, -2)
+
+
+def from_vectors(vectors: Tensor) -> Tensor:
+    """Inverse of `to_vectors`."""
+    return vectors.transpose(-1, -2).flatten(-2)
+
+
+@dataclass(frozen=True)
+class PointQuantizer(Tables):
+    """One tensor's scheme and tables.
+
+    points: [kv_heads, codes, levels, numbers] float16, what a code decodes to; codes = head_dim / numbers of each head.
+    weight: [kv_heads, codes, numbers] float32, what a squared error in each number costs.
+    limit: [1] float32, the cost above which a code's numbers are kept exact; None without outliers.
+    turn: [kv_heads, head_dim, head_dim] float16, orthogonal: codes are those of numbers @ turn; or None.
+    Raises RecipeError if the scheme needs tables that are not given, or tables do not fit it.
+    """
+
+    scheme: Scheme
+    points: Tensor | None = None
+    weight: Tensor | None = None
+    limit: Tensor | None = None
+    turn: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        scheme = self.scheme
+        needed = {"points": True, "weight": True, "limit": scheme.outliers > 0, "turn": scheme.turn}
+        for name, wanted in needed.items():
+            if wanted != (getattr(self, name) is not None):
+                raise RecipeError(f"This scheme's tables do not fit it ({name} is learned offline); calibrate the model.")
+        assert self.points is not None and self.weight is not None
+        heads, codes, levels, numbers = self.points.shape
+        forms = [(2**scheme.code_bits, scheme.numbers), (heads, codes, numbers), (heads, codes * numbers, codes * numbers)]
+        turn = forms[2] if self.turn is None else tuple(self.turn.shape)
+        if forms != [(levels, numbers), tuple(self.weight.shape), turn]:
+            raise RecipeError(
+                f"{scheme.bits} bits need {forms[0][0]} points of {forms[0][1]} numbers, but the tables have {levels} of "
+                f"{numbers}, or weights of another shape; calibrate again."
+            )
+
+    def encode(self, x: Tensor, skip: Tensor | None = None) -> Encoded:
+        """Quantise numbers, once and for all; parameters as of `Quantizer.encode`.
+
+        Codes are [batch, kv_heads, tokens, head_dim / numbers], and an outlier is a code whose numbers are all kept.
+        Raises ActivationError where an outlier does not fit 16 bits.
+        """
+        numbers = self.turned(x)
+        codes, cost = self._nearest(numbers)
+        encoded = Encoded(codes)
+        if self.limit is not None:
+            outside = cost > self.limit
+            if skip is not None:
+                outside &= ~skip[:, None, :, None]
+            if self.scheme.outlier_cap is not None:
+                outside &= within_cap(cost, outside, self.scheme.outlier_cap)
+            encoded.outlier_index = outside.flatten().nonzero().squeeze(1)
+            exact = to_vectors(numbers, self.scheme.numbers).flatten(0, 3)[encoded.outlier_index]  # [n, numbers]
+            dtype = x.dtype if x.dtype.itemsize == 2 else torch.float16
+            encoded.outlier_values = to_16_bits(exact if self.scheme.numbers > 1 else exact.squeeze(1), dtype, "Outliers")
+        return encoded
+
+    def decode(self, encoded: Encoded) -> Tensor:
+        """What the codes stand for: [batch, kv_heads, tokens, head_dim] float32."""
+        assert self.points is not None
+        heads, channels = (torch.arange(size, device=encoded.codes.device) for size in self.points.shape[:2])
+        vectors = self.points[heads[:, None, None], channels, encoded.codes.int()].float()
+        if encoded.outlier_index is not None and encoded.outlier_values is not None:
+            vectors.view(-1, self.scheme.numbers)[encoded.outlier_index] = encoded.outlier_values.float().view(
+                -1, self.scheme.numbers
+            )
+        numbers = from_vectors(vectors)
+        return numbers if self.turn is None else numbers @ self.turn.float().transpose(1, 2)
+
+    def nearest(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes of numbers [batch, kv_heads, tokens, head_dim] and the cost of what they miss: [batch, kv_heads, tokens,
+        codes] uint8 and float32.
+        """
+        return self._nearest(self.turned(x))
+
+    def _nearest(self, turned: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.points is not None and self.weight is not None
+        unit = self.weight.sqrt()
+        vectors = to_vectors(turned, self.scheme.numbers) * unit[:, None]
+        return nearest(vectors, self.points.float() * unit[:, :, None])
+
+    def turned(self, x: Tensor) -> Tensor:
+        """Numbers as the codebooks see them: [batch, kv_heads, tokens, head_dim] float32.
+
+        Multiplied in float64: in float32 the last bit, and with it now and then a code, would depend on how many tokens come
+        at once.
+        """
+        return x.float() if self.turn is None else (x.double() @ self.turn.double()).float()
+
+
+def nearest(vectors: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Code of the nearest point and the squared distance to it.
+
+    vectors: [batch, kv_heads, tokens, codes, numbers] float32. points: [kv_heads, codes, levels, numbers] float32. Returns
+    [batch, kv_heads, tokens, codes] uint8 and float32. The first of several points as near is taken.
+    """
+    parts = vectors.unbind(-1)
+    best = torch.full_like(parts[0], torch.inf, memory_format=torch.contiguous_format)
+    codes = torch.zeros_like(best, dtype=torch.uint8)
+    for code, point in enumerate(points.unbind(2)):
+        distance = sum((part - at[:, None]).square_() for part, at in zip(parts, point.unbind(-1), strict=True))
+        assert isinstance(distance, Tensor)
+        codes.masked_fill_(distance < best, code)
+        best = torch.minimum(best, distance)
+    return codes, best

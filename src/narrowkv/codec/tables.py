@@ -1,0 +1,38 @@
+"""Tables: what quantizers of all kinds have in common, a scheme and the tensors learned for it."""
+
+from dataclasses import fields
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from narrowkv.codec.scheme import Scheme
+
+
+class Tables:
+    """Base of dataclasses whose fields are a scheme and tables of tensors or None.
+
+    Tables whose first dimension is kv_heads have two dimensions or more, and more than one row.
+    """
+
+    scheme: Scheme
+
+    def __init__(self, scheme: Scheme, **tables: Any):
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tables by name, those that exist."""
+        named = ((field.name, getattr(self, field.name)) for field in fields(self))  # type: ignore[arg-type]
+        return {name: value for name, value in named if isinstance(value, Tensor)}
+
+    def to(self, device: torch.device) -> Self:
+        """The same quantizer with its tables on `device`."""
+        return type(self)(self.scheme, **{name: table.to(device) for name, table in self.tensors().items()})
+
+    def of_heads(self, first: int, count: int) -> Self:
+        """The same quantizer for some of the KV heads alone."""
+        tables = {
+            name: table[first : first + count] if table.dim() > 1 and table.shape[0] > 1 else table
+            for name, table in self.tensors().items()
+        }
+        return type(self)(self.scheme, **tables)

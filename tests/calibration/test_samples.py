@@ -1,0 +1,51 @@
+"""Samples: the same whatever the order, uniform, and a cost that is the second-order one."""
+
+import pytest
+import torch
+
+from narrowkv.calibration import samples as module
+from narrowkv.calibration.samples import Samples
+from narrowkv.codec import Quantizer, Scheme
+from narrowkv.errors import ActivationError
+
+
+def test_a_sample_does_not_depend_on_the_order_and_is_uniform(monkeypatch):
+    monkeypatch.setattr(module, "CAPACITY", 100)
+    x = torch.randn(1000, 2, 8)
+    x[:, 0, 0] = torch.arange(1000) / 10
+    gradient = torch.randn_like(x)
+    one, other = Samples(), Samples()
+    for part in torch.arange(1000).split(170):
+        one.add(x[part], gradient[part])
+    for part in torch.arange(999, -1, -1).split(33):
+        other.add(x[part], gradient[part])
+    assert torch.equal(one.numbers, other.numbers) and len(one.numbers) == 100 and one.tokens == 1000
+    torch.testing.assert_close(one.moment, other.moment, rtol=1e-5, atol=1e-4)
+    places = one.numbers[:, 0, 0].float()
+    assert 40 < places.mean() < 60 and places.min() < 10 and places.max() > 90
+
+
+def test_fisher_and_cost_follow_their_formulas():
+    x, gradient = torch.randn(500, 2, 8), torch.randn(500, 2, 8) * torch.rand(8) * 3
+    samples = Samples()
+    samples.add(x, gradient)
+    expected = torch.einsum("nhd,nhe->hde", gradient, gradient).double() / 500
+    torch.testing.assert_close(samples.fisher(), expected, rtol=1e-4, atol=0.02)
+    assert torch.equal(samples.fisher(weighted=False)[0], torch.eye(8).double())
+    quantizer = Quantizer(Scheme(2, "int"))
+    stored = samples.heads()
+    missed = (stored - quantizer.decode(quantizer.encode(stored)))[0].double()
+    by_hand = sum(float(missed[h, n] @ samples.fisher()[h] @ missed[h, n]) / 2 for h in range(2) for n in range(500)) / 500
+    assert samples.cost(quantizer) == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_without_gradient_all_errors_weigh_alike():
+    samples = Samples()
+    samples.add(torch.randn(50, 1, 4), None)
+    assert torch.equal(samples.fisher()[0], torch.eye(4).double())
+
+
+def test_numbers_out_of_range_are_refused():
+    for bad in (torch.full((1, 1, 4), torch.nan), torch.full((1, 1, 4), 1e6)):
+        with pytest.raises(ActivationError):
+            Samples().add(bad, None)
