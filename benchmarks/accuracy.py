@@ -61,7 +61,7 @@ def rows(name: str, window: int, samples: int, windows: int) -> list[dict[str, A
     learn_from, measure_on = texts(name)
     batches = cut_windows(tokenizer, learn_from, window, samples)
     learned = calibrate_many(model, batches, [recipe for recipe in recipes if recipe.needs_calibration])
-    sources: list[Any] = [next((c for c in learned if c.recipe == recipe), recipe) for recipe in recipes]
+    sources: list[Any] = [next((c for c in learned if c.recipe.name == recipe.name), recipe) for recipe in recipes]
     recall = []
     if name == DEMO:
         filler = tokenizer.encode(measure_on, add_special_tokens=False, verbose=False)

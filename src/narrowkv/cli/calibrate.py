@@ -2,11 +2,13 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
+from rich.table import Table
 
+from narrowkv.calibration import Calibration
 from narrowkv.cli.common import (
     DEFAULT_RECIPE,
     BackendOption,
@@ -19,16 +21,25 @@ from narrowkv.cli.common import (
     default_text,
     learn,
     out,
+    progress,
 )
-from narrowkv.errors import TextError
+from narrowkv.errors import RecipeError, TextError
+from narrowkv.evaluate import cut_windows
+from narrowkv.evaluate.parts import part_losses
+from narrowkv.evaluate.sources import read_text
 from narrowkv.integrations import load_model
-from narrowkv.methods import get_recipe
+from narrowkv.methods import get_recipe, narrow
 
 
 def calibrate(
     model: ModelArgument,
     target: Annotated[Path, typer.Option("--out", help="Folder to write the calibration to.")],
     recipe: RecipeOption = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(help="Choose widths for each layer so that a number takes this many bits at 32K tokens, all counted."),
+    ] = None,
+    check: Annotated[int, typer.Option(min=0, help="Measure what each choice costs on this many further windows.")] = 0,
     text: Annotated[str | None, typer.Option(help="A text file or a data set's name.")] = None,
     window: WindowOption = 2048,
     samples: SamplesOption = 16,
@@ -37,7 +48,9 @@ def calibrate(
     backend: BackendOption = "torch",
 ) -> None:
     """Learn a recipe's codebooks, ranges and thresholds for a model, and save them. Processes of torchrun share the text."""
-    chosen = get_recipe(recipe or DEFAULT_RECIPE)
+    if bits is not None and recipe is not None:
+        raise RecipeError("--bits makes a recipe of its own (narrowB.F); give either --bits or --recipe.")
+    chosen = get_recipe(recipe or DEFAULT_RECIPE) if bits is None else narrow.of_budget(bits)
     source = default_text(model, text, "narrowkv://train")
     if source is None:
         raise TextError("Calibration needs a text; give one with --text FILE.")
@@ -47,9 +60,45 @@ def calibrate(
     calibration = learn(loaded, tokenizer, [chosen], source, window, samples, backend)[0]
     if int(os.environ.get("RANK", "0")):  # under torchrun the first process writes
         return
+    if "allocation" in calibration.provenance:
+        found = measure_parts(loaded, tokenizer, calibration, source, window, samples, check) if check else {}
+        out.print(allocation_table(calibration, found))
     calibration.save_pretrained(target)
     seen = calibration.provenance
     out.print(
         f"{chosen.name} learned from {seen['tokens']:,} tokens in {seen['sequences']} sequences, saved in {target}.",
         markup=False,
     )
+
+
+def measure_parts(
+    model: Any, tokenizer: Any, calibration: Calibration, text: str, window: int, samples: int, check: int
+) -> dict[tuple[int, str], float]:
+    """What each choice is found to cost on windows after those of the calibration, noted in its provenance too."""
+    windows = cut_windows(tokenizer, read_text(text), window, samples + check)[samples:]
+    if not len(windows):
+        raise TextError(f"The text ends with the calibration's {samples} windows; give more text, or fewer --samples.")
+    with progress("checking") as advance:
+        found = part_losses(model, calibration, windows, on_step=advance)
+    for (layer, side), loss in found.items():
+        calibration.provenance["allocation"]["layers"][str(layer)][side]["found_loss"] = loss
+    return found
+
+
+def allocation_table(calibration: Calibration, found: dict[tuple[int, str], float]) -> Table:
+    """The bits chosen for each layer and the loss that they are predicted, and were found, to cost."""
+    allocation = calibration.provenance["allocation"]
+    table = Table(
+        title=f"{allocation['bits']:.3f} of {allocation['budget']:g} bits; loss in nats for each token", title_justify="left"
+    )
+    for side in ("keys", "values"):
+        table.add_column("layer" if side == "keys" else "", justify="right")
+        for heading in (f"{side}, bits", "predicted", *(["found"] if found else [])):
+            table.add_column(heading, justify="right")
+    for layer, sides in allocation["layers"].items():
+        cells = []
+        for side in ("keys", "values"):
+            cells += [layer if side == "keys" else "", f"{sides[side]['bits']:.2f}", f"{sides[side]['predicted_loss']:.5f}"]
+            cells += [f"{found[int(layer), side]:.5f}"] if found else []
+        table.add_row(*cells)
+    return table

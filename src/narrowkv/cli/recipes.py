@@ -19,7 +19,10 @@ def describe(scheme: Scheme) -> str:
     """A scheme in a few words."""
     if scheme.datatype == "exact":
         return "exact"
-    parts = [f"{scheme.datatype}{scheme.bits}", f"per {scheme.axis.replace('_', ' and ')}"]
+    if scheme.codebook == "layer":
+        parts = [f"{scheme.datatype}{scheme.bits}", f"per {scheme.axis.replace('_', ' and ')}"]
+    else:
+        parts = [f"{scheme.bits:g} bits, codebooks of {scheme.codebook}s", *(["turned"] if scheme.turn else [])]
     parts += ["pre-RoPE"] if scheme.pre_rope else []
     parts += [f"{100 * scheme.outliers:g}% exact"] if scheme.outliers else []
     return ", ".join([*parts, "Q-Norm"] if scheme.qnorm else parts)
@@ -37,7 +40,13 @@ def list_recipes() -> None:
             if count
         )
         needed = "needed" if recipe.needs_calibration else "none"
-        table.add_row(name, describe(recipe.keys), describe(recipe.values), exact or "-", needed)
+        keys, values = describe(recipe.keys), describe(recipe.values)
+        if recipe.choices:
+            keys, values = (
+                f"one of {len(every)} under {recipe.choices.budget:g} bits"
+                for every in (recipe.choices.keys, recipe.choices.values)
+            )
+        table.add_row(name, keys, values, exact or "-", needed)
     out.print(table)
 
 

@@ -120,7 +120,7 @@ def measure(
             cache = PackedCache(model, source, strict=True, backend=backend)
             logits = model(ids, past_key_values=cache, use_cache=True).logits[0, :-1]
             held.strict += _loss(logits, row)
-            held.divergences.append(_divergences(baseline, logits))
+            held.divergences.append(divergences(baseline, logits))
             held.nbytes, held.numbers = cache.nbytes, cache.numbers
             held.stream += _loss(_streamed(model, PackedCache(model, source, backend=backend), ids, stream_chunk)[0, :-1], row)
             step()
@@ -173,7 +173,7 @@ def _loss(logits: Tensor, row: Tensor) -> float:
     )
 
 
-def _divergences(baseline: Tensor, logits: Tensor) -> Tensor:
+def divergences(baseline: Tensor, logits: Tensor) -> Tensor:
     """KL(baseline || logits) of each token in nats, [tokens] on the CPU; baseline, logits: [tokens, vocabulary]."""
     found = []
     for ours, theirs in zip(baseline.split(LOGIT_ROWS), logits.split(LOGIT_ROWS), strict=True):

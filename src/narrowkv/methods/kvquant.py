@@ -3,18 +3,25 @@
 Keys per channel before the rotary embedding with static ranges, values per token with online ranges, a Fisher-weighted
 codebook per layer for each, P percent of the numbers of each vector kept exact, and the first token exact. With `-postrope`
 keys are quantised as they come out of the rotary embedding (the paper's ablation; all that the dense path can do).
+`nuqB.F`, with a point, is mixed precision: bits, outliers, and ranges by token or by token and head are chosen for the keys
+and the values of each layer under a budget of B.F bits for the whole, everything counted at 32,768 tokens.
 """
 
+import itertools
 import re
 
 from narrowkv.codec import Scheme
-from narrowkv.methods.recipe import Recipe
+from narrowkv.codec.scheme import Axis
+from narrowkv.methods.recipe import Choices, Recipe
 
 NAMES = ("nuq4-1%", "nuq3-1%", "nuq2-1%", "nuq2-1%-qnorm", "nuq4", "nuq3", "nuq2")
 
 
 def recipe(name: str) -> Recipe | None:
     """The recipe called `name`, or None if it is not one of this method's."""
+    mixed = re.fullmatch(r"nuq(\d\.\d+)", name)
+    if mixed:
+        return _mixed(name, float(mixed[1]))
     match = re.fullmatch(r"nuq(\d+)(?:-(-?\d+(?:\.\d+)?)%)?(-qnorm)?(-postrope)?", name)
     if match is None:
         return None
@@ -22,3 +29,15 @@ def recipe(name: str) -> Recipe | None:
     keys = Scheme(bits, "nuq", axis="channel", pre_rope=match[4] is None, outliers=outliers, qnorm=qnorm)
     values = Scheme(bits, "nuq", axis="token", outliers=outliers, qnorm=qnorm)
     return Recipe(name, keys=keys, values=values, sinks=1)
+
+
+def _mixed(name: str, budget: float) -> Recipe:
+    """The recipe that chooses among KVQuant's schemes."""
+    axes: tuple[Axis, ...] = ("token", "token_head")
+    widths, fractions = (2, 3, 4), (0.0, 0.005, 0.01)
+    keys = [
+        Scheme(bits, "nuq", axis="channel", pre_rope=True, outliers=part)
+        for bits, part in itertools.product(widths, fractions)
+    ]
+    values = [Scheme(bits, "nuq", axis=axis, outliers=part) for bits, part, axis in itertools.product(widths, fractions, axes)]
+    return Recipe(name, keys=keys[0], values=values[0], sinks=1, choices=Choices(budget, tuple(keys), tuple(values)))

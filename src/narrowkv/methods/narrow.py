@@ -15,12 +15,16 @@ WIDTHS = (1.5, 2, 2.5, 3, 3.5, 4)
 BUDGETS = {"2": 2.05, "3": 3.05, "4": 4.1}
 
 
+def of_budget(bits: float, name: str | None = None, rotated: bool = False) -> Recipe:
+    """The recipe that takes at most so many bits for each number; rotated: keys are those after the rotary embedding."""
+    pairs = [schemes("pair", width, rotated=rotated) for width in WIDTHS]
+    keys, values = zip(*pairs, strict=True)
+    return Recipe(name or f"narrow{float(bits)}", keys=keys[1], values=values[1], sinks=1, choices=Choices(bits, keys, values))
+
+
 def recipe(name: str) -> Recipe | None:
     """The recipe called `name`, or None if it is not one of this method's."""
     match = re.fullmatch(r"narrow(\d|\d\.\d+)(-postrope)?", name)
     if match is None or ("." not in match[1] and match[1] not in BUDGETS):
         return None
-    pairs = [schemes("pair", width, rotated=match[2] is not None) for width in WIDTHS]
-    keys, values = zip(*pairs, strict=True)
-    choices = Choices(BUDGETS.get(match[1]) or float(match[1]), keys, values)
-    return Recipe(name, keys=keys[1], values=values[1], sinks=1, choices=choices)
+    return of_budget(BUDGETS.get(match[1]) or float(match[1]), name, match[2] is not None)
