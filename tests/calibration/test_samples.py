@@ -49,3 +49,13 @@ def test_numbers_out_of_range_are_refused():
     for bad in (torch.full((1, 1, 4), torch.nan), torch.full((1, 1, 4), 1e6)):
         with pytest.raises(ActivationError):
             Samples().add(bad, None)
+
+
+def test_words_that_look_the_same_everywhere_are_all_sampled(monkeypatch):
+    """In the first layer, numbers before the rotary embedding are those of the word."""
+    monkeypatch.setattr(module, "CAPACITY", 400)
+    words = torch.randn(40, 1, 4)
+    samples = Samples()
+    samples.add(words.repeat(50, 1, 1), torch.randn(2000, 1, 4))
+    counts = (samples.numbers.float()[:, None] - words.half().float()).abs().amax((2, 3)).eq(0).sum(0)
+    assert counts.min() >= 1 and counts.max() < 30

@@ -81,6 +81,23 @@ def test_calibrate_then_generate_and_evaluate(narrowkv, tmp_path, stories_file, 
     assert status == 0 and json.loads(report.read_text())[0]["recipe"] == "int4"
 
 
+def test_calibrate_under_a_budget_says_what_each_choice_costs(narrowkv, tmp_path, stories_file):
+    folder, target = asset("models", "stories260K"), tmp_path / "calibration"
+    common = ("--text", stories_file, "--window", 256, "--samples", 4, "--out", target)
+    status, out, _ = narrowkv("calibrate", folder, "--bits", 2.7, "--check", 1, *common)
+    assert status == 0 and "of 2.7 bits" in out and "predicted" in out and "found" in out and "narrow2.7" in out
+    allocation = json.loads((target / "narrowkv.json").read_text())["provenance"]["allocation"]
+    assert allocation["bits"] <= 2.7
+    assert all(side["found_loss"] > 0 for sides in allocation["layers"].values() for side in sides.values())
+    for options, cause in (
+        (("--bits", 0.5), "too small for this model"),
+        (("--bits", 2.7, "--recipe", "nuq3"), "either --bits or --recipe"),
+        (("--bits", 2.7, "--check", 1, "--samples", 100000), "more text"),
+    ):
+        status, _, err = narrowkv("calibrate", folder, *common, *options)
+        assert status == 1 and cause in " ".join(err.split())
+
+
 def test_generate_calibrates_first_if_given_a_text(narrowkv, stories, stories_file):
     common = ("--recipe", "nuq2", "--calibration-text", stories_file, "--window", 128, "--samples", 2, "--max-new-tokens", 5)
     status, _, err = narrowkv("generate", stories, "--prompt", "Tom", "--temperature", "0.8", *common)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from narrowkv.codec import PointQuantizer, Scheme
-from narrowkv.codec.points import from_vectors, to_vectors
+from narrowkv.codec.points import from_vectors, moments, moments_naive, nearest, nearest_naive, to_vectors
 from narrowkv.errors import ActivationError, RecipeError
 
 SHAPES = [(1, 1, 63, 80), (3, 2, 64, 16), (2, 4, 1, 8)]
@@ -118,3 +118,21 @@ def test_outliers_must_fit_16_bits():
     quantizer = PointQuantizer(kind, **tables(kind, 1, 8))
     with pytest.raises(ActivationError, match="float16"):
         quantizer.encode(torch.full((1, 1, 1, 8), 1e6))
+
+
+@pytest.mark.parametrize("levels", [4, 8, 32, 256])
+@pytest.mark.parametrize(("codes", "numbers"), [(1, 1), (4, 2), (16, 1), (40, 2), (128, 1), (64, 2)])
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (3, 7), (2, 63)])
+def test_the_compiled_search_is_exactly_the_plain_one(levels, codes, numbers, batch, tokens):
+    points = torch.randn(2, codes, levels, numbers)
+    points[:, :, 1] = points[:, :, 0]  # of two points as near, the first
+    x = torch.randn(batch, 2, tokens, codes * numbers)
+    found, cost = nearest(x, points)
+    expected, expected_cost = nearest_naive(x, points)
+    assert torch.equal(found, expected) and torch.equal(cost, expected_cost)
+
+
+@pytest.mark.parametrize(("codes", "count"), [(5, 1), (40, 2)])
+def test_compiled_moments_are_the_plain_ones(codes, count):
+    numbers, found = torch.randn(3, 70, codes * count), torch.randint(0, 8, (3, 70, codes), dtype=torch.uint8)
+    torch.testing.assert_close(moments(numbers, found, 8, count), moments_naive(numbers, found, 8, count))

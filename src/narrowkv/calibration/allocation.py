@@ -40,16 +40,20 @@ def measure(quantizer: AnyQuantizer, samples: Samples, keys: bool) -> Option:
     return Option(quantizer.scheme, bits, samples.cost(quantizer))
 
 
-def allocate(menus: Sequence[Sequence[Option]], budget: float) -> list[int]:
-    """Which option of each menu to take so that the sum of costs is least and that of bits at most `budget`.
+def allocate(menus: Sequence[Sequence[Option]], budget: float, numbers: int = 1) -> list[int]:
+    """Which option of each menu to take so that the sum of costs is least and that of bits at most `budget` for each number.
 
-    Exact, by dynamic programming over the budget in 65,536 steps, to which bits are rounded up. Raises RecipeError where even
-    the smallest options exceed the budget.
+    numbers: of a token, in all layers. Exact, by dynamic programming over the budget in 65,536 steps, to which bits are
+    rounded up. Raises RecipeError where even the smallest options exceed the budget.
     """
-    sizes = [np.ceil(np.array([option.bits for option in menu]) / budget * CELLS).astype(np.int64) for menu in menus]
+    sizes = [
+        np.ceil(np.array([option.bits for option in menu]) / (budget * numbers) * CELLS).astype(np.int64) for menu in menus
+    ]
     if sum(int(size.min()) for size in sizes) > CELLS:
-        least = sum(min(option.bits for option in menu) for menu in menus) / budget
-        raise RecipeError(f"The least that this recipe can take is {least:.3g} times its budget; allow more bits.")
+        least = sum(min(option.bits for option in menu) for menu in menus) / numbers
+        raise RecipeError(
+            f"a budget of {budget:g} bits is too small for this model, on which {least:.3f} is the least; allow more."
+        )
     best = np.zeros(CELLS + 1)  # least cost of the menus so far that fit into so many cells
     taken = []
     for menu, size in zip(menus, sizes, strict=True):

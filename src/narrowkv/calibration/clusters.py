@@ -7,103 +7,110 @@ longest, then Lloyd's iterations settle them. All sizes on the way are codebooks
 import torch
 from torch import Tensor
 
-DISTANCES = 2**22  # distances computed at a time
-GROWING, SETTLING, LAST = 6, 12, 4  # iterations of sizes that are passed, of those that are wanted; those that move no point
-WORTH = 8  # how many times as large an error must be for a point to be moved there
+from narrowkv.codec.points import moments, nearest, to_vectors
+
+GROWING, SETTLING, LAST = 6, 16, 4  # iterations of sizes that are passed, of those that are wanted; those that move no point
 
 
 class Books:
-    """Codebooks of the same vectors in several sizes; each is computed once, from the next smaller one."""
+    """Codebooks of the same numbers in several sizes; each is computed once, from the next smaller one."""
 
-    def __init__(self, vectors: Tensor):
-        """vectors: [problems, samples, 1 or 2 numbers] float32, in units in which errors of all numbers matter alike."""
-        self._center = vectors.mean(1, keepdim=True)
-        self._vectors = vectors - self._center  # so that differences keep their digits
+    def __init__(self, numbers: Tensor, count: int):
+        """numbers: [heads, samples, head_dim] float32, in units in which all errors matter alike. count: of numbers that share
+        a code, 1 or 2.
+        """
+        center = numbers.mean(1, keepdim=True)
+        self._samples = _Samples((numbers - center).contiguous(), count)  # so that differences keep their digits
+        self._center = to_vectors(center, count).transpose(1, 2)  # [heads, codes, 1, count]
         self._points = {0: torch.zeros_like(self._center)}
 
     def points(self, bits: int) -> Tensor:
-        """Codebooks of 2**bits points: [problems, 2**bits, numbers], sorted by their first number."""
+        """Codebooks of 2**bits points: [heads, codes, 2**bits, count], sorted by their first number."""
         if bits not in self._points:
             start = max(width for width in self._points if width < bits)
             points = self._points[start]
             for width in range(start + 1, bits + 1):
-                points = _settle(self._vectors, _split(self._vectors, points), SETTLING if width == bits else GROWING)
+                points = _settle(self._samples, _split(self._samples, points), SETTLING if width == bits else GROWING)
             self._points[bits] = points
         points = self._points[bits] + self._center
-        order = points[..., 0].sort(dim=1, stable=True).indices
-        return points.gather(1, order[..., None].expand_as(points))
+        order = points[..., 0].sort(dim=2, stable=True).indices
+        return points.gather(2, order[..., None].expand_as(points))
 
 
-def _nearest(vectors: Tensor, points: Tensor) -> Tensor:
-    """Index of the nearest point: [problems, samples] int64."""
-    problems, samples, _ = vectors.shape
-    nearest = torch.empty(problems, samples, dtype=torch.int64, device=vectors.device)
-    half = -0.5 * points.square().sum(-1)[:, None]  # [problems, 1, points]
-    rows = max(DISTANCES // (samples * points.shape[1]), 1)
-    for start in range(0, problems, rows):
-        part = slice(start, start + rows)
-        nearest[part] = torch.baddbmm(half[part], vectors[part], points[part].transpose(1, 2)).argmax(-1)
-    return nearest
+class _Samples:
+    """What is clustered: numbers [heads, samples, head_dim]."""
+
+    def __init__(self, numbers: Tensor, count: int):
+        self.numbers = numbers
+        self.count = count
+
+    def clusters(self, points: Tensor) -> "_Clusters":
+        """The clusters of points [heads, codes, points, count]."""
+        codes, _ = nearest(self.numbers[None], points)
+        sums = moments(self.numbers, codes[0], points.shape[2], self.count)
+        size, (total, squares, products) = sums[..., :1], sums[..., 1:].split([self.count, self.count, self.count - 1], dim=-1)
+        filled = size.clamp(min=1)
+        mean = torch.where(size > 0, total / filled, points.double())
+        variance = (squares / filled - (total / filled).square()).clamp(min=0)
+        covariance = products / filled - (total / filled).prod(-1, keepdim=True) if self.count == 2 else None
+        return _Clusters(mean.float(), size.squeeze(-1).float(), variance.float(), covariance)
 
 
-def _sums(numbers: Tensor, nearest: Tensor, count: int) -> Tensor:
-    """Sums over clusters: numbers [problems, samples, n] -> [problems, count, n]."""
-    zeros = numbers.new_zeros(numbers.shape[0], count, numbers.shape[2])
-    return zeros.scatter_add_(1, nearest[..., None].expand(-1, -1, numbers.shape[2]), numbers)
+class _Clusters:
+    """Of each cluster the mean and the variance [heads, codes, points, count], its size, and of pairs the covariance."""
 
+    def __init__(self, mean: Tensor, size: Tensor, variance: Tensor, covariance: Tensor | None):
+        self.mean, self.size, self.variance, self.covariance = mean, size, variance, covariance
 
-def _steps(vectors: Tensor, nearest: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each cluster is longest, by most of its deviation, and its sum of squared errors.
+    @property
+    def error(self) -> Tensor:
+        """Sum of squared errors: [heads, codes, points]."""
+        return self.variance.sum(-1) * self.size
 
-    Returns [problems, points, numbers] and [problems, points].
-    """
-    count = points.shape[1]
-    missed = vectors - points.gather(1, nearest[..., None].expand_as(vectors))
-    size = _sums(torch.ones_like(missed[..., :1]), nearest, count).clamp(min=1)
-    squares = _sums(missed.square(), nearest, count)
-    variance = squares / size
-    if vectors.shape[-1] == 1:
-        step = variance.sqrt()
-    else:  # the longer axis of the ellipse of a 2 x 2 covariance
-        covariance = (_sums(missed.prod(-1, keepdim=True), nearest, count) / size).squeeze(-1)
-        first, second = variance.unbind(-1)
-        angle = torch.atan2(2 * covariance, first - second) / 2
+    @property
+    def step(self) -> Tensor:
+        """Along which a cluster is longest, by most of its deviation: [heads, codes, points, count]."""
+        if self.covariance is None:
+            return 0.8 * self.variance.sqrt()
+        first, second = self.variance.unbind(-1)
+        covariance = self.covariance.squeeze(-1).float()
+        angle = torch.atan2(2 * covariance, first - second) / 2  # of the longer axis of the ellipse
         length = ((first + second) / 2 + torch.hypot((first - second) / 2, covariance)).sqrt()
-        step = length[..., None] * torch.stack([angle.cos(), angle.sin()], dim=-1)
-    return 0.8 * step, squares.sum(-1)
+        return 0.8 * length[..., None] * torch.stack([angle.cos(), angle.sin()], dim=-1)
 
 
-def _split(vectors: Tensor, points: Tensor) -> Tensor:
+def _split(samples: _Samples, points: Tensor) -> Tensor:
     """Two points for each, one either way."""
-    step, _ = _steps(vectors, _nearest(vectors, points), points)
-    return torch.cat([points - step, points + step], dim=1)
+    step = samples.clusters(points).step
+    return torch.cat([points - step, points + step], dim=2)
 
 
-def _settle(vectors: Tensor, points: Tensor, iterations: int) -> Tensor:
-    """Lloyd's iterations; in the first of them, points of clusters without much error help out where there is most."""
-    count = points.shape[1]
+def _settle(samples: _Samples, points: Tensor, iterations: int) -> Tensor:
+    """Lloyd's iterations; all but the last of them move points that are hardly needed to where there is most error."""
     for iteration in range(iterations):
-        nearest = _nearest(vectors, points)
-        size = _sums(torch.ones_like(vectors[..., :1]), nearest, count)
-        points = torch.where(size > 0, _sums(vectors, nearest, count) / size.clamp(min=1), points)
-        if iteration < iterations - LAST and count > 1:
-            points = _move(vectors, nearest, points)
+        clusters = samples.clusters(points)
+        points = clusters.mean if iteration >= iterations - LAST else _move(clusters)
     return points
 
 
-def _move(vectors: Tensor, nearest: Tensor, points: Tensor) -> Tensor:
-    """Take points away where the error is small and put them beside those where it is WORTH times as large.
+def _move(clusters: _Clusters) -> Tensor:
+    """The means, but for points that cost little to take away: these go where half of a cluster's error is more than that.
 
     An optimal codebook has about the same error in all clusters (Gersho 1979), to which plain iterations find slowly.
     """
-    step, error = _steps(vectors, nearest, points)
-    ordered, order = error.sort(dim=1)
-    few = max(points.shape[1] // 4, 1)
-    moving = ordered[:, :few] * WORTH < ordered.flip(1)[:, :few]
-    idle, busy = (
-        order[:, :few, None].expand(-1, -1, points.shape[2]),
-        order.flip(1)[:, :few, None].expand(-1, -1, points.shape[2]),
-    )
-    center, side = points.gather(1, busy), torch.where(moving[..., None], step.gather(1, busy), 0)
-    moved = points.scatter(1, busy, center - side)
-    return moved.scatter(1, idle, torch.where(moving[..., None], center + side, points.gather(1, idle)))
+    points = clusters.mean
+    loss, idle = (clusters.size * _nearest_other(points)).sort(dim=2)
+    gain, busy = clusters.error.sort(dim=2, descending=True)
+    few = max(points.shape[2] // 4, 1)
+    moving = (loss < gain / 2)[:, :, :few, None]
+    idle, busy = (part[:, :, :few, None].expand(-1, -1, -1, points.shape[3]) for part in (idle, busy))
+    center, side = points.gather(2, busy), torch.where(moving, clusters.step.gather(2, busy), 0)
+    moved = points.scatter(2, busy, center - side)
+    return moved.scatter(2, idle, torch.where(moving, center + side, moved.gather(2, idle)))
+
+
+def _nearest_other(points: Tensor) -> Tensor:
+    """Squared distance of each point to the nearest other one: [heads, codes, points]."""
+    own = torch.eye(points.shape[2], dtype=torch.bool, device=points.device)
+    distances = [torch.cdist(head, head).masked_fill_(own, torch.inf).amin(-1) for head in points]  # a head at a time
+    return torch.stack(distances).square()

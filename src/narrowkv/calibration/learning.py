@@ -120,9 +120,9 @@ def _choose(recipe: Recipe, layers: Mapping[int, LayerFits]) -> tuple[Recipe, di
         menus += [fits.menu(recipe.choices.keys, True, recipe.sinks), fits.menu(recipe.choices.values, False, recipe.sinks)]
     numbers = sum(2 * fits.shape[0] * fits.shape[1] for fits in layers.values())
     try:
-        picks = allocate(menus, recipe.choices.budget * numbers)
+        picks = allocate(menus, recipe.choices.budget, numbers)
     except RecipeError as error:
-        raise RecipeError(f"{recipe.name} of {recipe.choices.budget:g} bits: {error}") from error
+        raise RecipeError(f"Recipe {recipe.name}: {error}") from error
     options = [menu[pick] for menu, pick in zip(menus, picks, strict=True)]
     pairs = dict(zip(layers, zip(options[::2], options[1::2], strict=True), strict=True))
     chosen = {layer: LayerSchemes(keys.scheme, values.scheme) for layer, (keys, values) in pairs.items()}

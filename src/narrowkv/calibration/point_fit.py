@@ -9,7 +9,7 @@ from narrowkv.calibration.clusters import Books
 from narrowkv.calibration.processes import Group
 from narrowkv.calibration.samples import Samples
 from narrowkv.codec import PointQuantizer, Scheme
-from narrowkv.codec.points import to_vectors
+from narrowkv.codec.points import from_vectors, to_vectors
 from narrowkv.codec.ranges import require_finite, to_16_bits
 
 
@@ -38,7 +38,7 @@ class PointFit:
     def quantizer(self, shape: tuple[int, ...], scheme: Scheme) -> PointQuantizer:
         """The finished quantizer of any scheme with codebooks of channels or pairs. shape: kv_heads, head_dim."""
         books, weight, turn = self._prepare(scheme)
-        points = books.points(scheme.code_bits).unflatten(0, weight.shape[:2]) / weight.sqrt()[:, :, None]
+        points = books.points(scheme.code_bits) / weight.sqrt()[:, :, None]
         rounded = to_16_bits(points, torch.float16, "Codebooks")
         limit = torch.full((1,), torch.inf) if scheme.outliers else None
         quantizer = PointQuantizer(scheme, rounded, weight, limit, turn)
@@ -57,8 +57,8 @@ class PointFit:
                 turn = rotation(numbers[0].double(), fisher).half()
                 numbers, fisher = (numbers.double() @ turn.double()).float(), turn.double().mT @ fisher @ turn.double()
             weight = to_vectors(fisher.diagonal(dim1=1, dim2=2), scheme.numbers).float().contiguous()
-            vectors = to_vectors(numbers[0], scheme.numbers) * weight.sqrt()[:, None]  # [kv_heads, n, codes, numbers]
-            self._books[key] = (Books(vectors.transpose(1, 2).flatten(0, 1).contiguous()), weight, turn)
+            books = Books(numbers[0] * from_vectors(weight.sqrt())[:, None], scheme.numbers)
+            self._books[key] = (books, weight, turn)
         return self._books[key]
 
 

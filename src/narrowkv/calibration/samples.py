@@ -14,9 +14,12 @@ ERROR_TOKENS = 2048  # of which so many are enough to tell what a quantizer cost
 class Samples:
     """A uniform sample of tokens and the second moment of the loss's gradient; memory does not grow with the stream.
 
-    Those tokens are kept whose numbers hash to the smallest values, so the sample depends on the tokens alone, not on their
-    order or on who saw them. numbers: [n, kv_heads, head_dim] float16. moment: [kv_heads, head_dim, head_dim] float64, the sum
-    of gradient x gradient over `tokens` tokens: the Fisher information of a head (KVQuant, section 3.3, off its diagonal too).
+    Those tokens are kept whose numbers and gradients hash to the smallest values, so the sample depends on the tokens alone,
+    not on their order or on who saw them. (Numbers alone would not do: in the first layer they follow from the word, and some
+    words would never be sampled.)
+
+    numbers: [n, kv_heads, head_dim] float16. moment: [kv_heads, head_dim, head_dim] float64, the sum of gradient x gradient
+    over `tokens` tokens: the Fisher information of a head (KVQuant, section 3.3, off its diagonal too).
     """
 
     def __init__(self) -> None:
@@ -36,12 +39,14 @@ class Samples:
             self.hashes = self.hashes.to(x.device)
             self.moment = torch.zeros(x.shape[1], x.shape[2], x.shape[2], dtype=torch.float64, device=x.device)
         rounded = to_16_bits(x, torch.float16, "Keys or values")
-        self._keep(torch.cat([self.numbers, rounded]), torch.cat([self.hashes, _hashes(rounded)]))
-        self.tokens += len(x)
+        hashes = _hashes(rounded.view(torch.int16))
         if gradient is not None:
             require_finite(gradient, "Gradients")
+            hashes = hashes ^ _hashes(gradient.float().contiguous().view(torch.int32))
             by_head = gradient.float().transpose(0, 1)  # [kv_heads, tokens, head_dim]
             self.moment += (by_head.transpose(1, 2) @ by_head).double()
+        self._keep(torch.cat([self.numbers, rounded]), torch.cat([self.hashes, hashes]))
+        self.tokens += len(x)
 
     def merge(self, group: Group) -> None:
         """Take in what the other processes of a group have seen; all of them then hold the same."""
@@ -79,9 +84,9 @@ class Samples:
         return float(((missed @ self.fisher()) * missed).sum() / 2 / missed.shape[1])
 
 
-def _hashes(numbers: Tensor) -> Tensor:
-    """A hash of each token: [tokens] int64, of numbers [tokens, ...] float16."""
-    bits = numbers.flatten(1).contiguous().view(torch.int16).long()
+def _hashes(bits: Tensor) -> Tensor:
+    """A hash of each token: [tokens] int64, of the bits of its numbers [tokens, ...] int16 or int32."""
+    bits = bits.flatten(1).long()
     mixed = bits * (torch.arange(bits.shape[1], device=bits.device) * 2 + 1) * 0x2545F4914F6CDD1D
     total = (mixed ^ (mixed >> 29)).sum(1) * 0x5851F42D4C957F2D
     return total ^ (total >> 32)

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from narrowkv import _kernels
 from narrowkv.codec.encoded import Encoded
 from narrowkv.codec.quantizer import within_cap
 from narrowkv.codec.ranges import to_16_bits
 from narrowkv.codec.scheme import Scheme
 from narrowkv.codec.tables import Tables
 from narrowkv.errors import RecipeError
+
+LANES = 16  # codes that the compiled search takes at a time
 
 
 def to_vectors(numbers: Tensor, count: int) -> Tensor:
@@ -102,8 +105,7 @@ class PointQuantizer(Tables):
     def _nearest(self, turned: Tensor) -> tuple[Tensor, Tensor]:
         assert self.points is not None and self.weight is not None
         unit = self.weight.sqrt()
-        vectors = to_vectors(turned, self.scheme.numbers) * unit[:, None]
-        return nearest(vectors, self.points.float() * unit[:, :, None])
+        return nearest(turned * from_vectors(unit)[:, None], self.points.float() * unit[:, :, None])
 
     def turned(self, x: Tensor) -> Tensor:
         """Numbers as the codebooks see them: [batch, kv_heads, tokens, head_dim] float32.
@@ -114,13 +116,27 @@ class PointQuantizer(Tables):
         return x.float() if self.turn is None else (x.double() @ self.turn.double()).float()
 
 
-def nearest(vectors: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Code of the nearest point and the squared distance to it.
+def nearest(numbers: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Code of the nearest point and the squared distance to it; compiled for the CPU, `nearest_naive` elsewhere.
 
-    vectors: [batch, kv_heads, tokens, codes, numbers] float32. points: [kv_heads, codes, levels, numbers] float32. Returns
+    numbers: [batch, kv_heads, tokens, head_dim] float32. points: [kv_heads, codes, levels, numbers] float32. Returns
     [batch, kv_heads, tokens, codes] uint8 and float32. The first of several points as near is taken.
     """
-    parts = vectors.unbind(-1)
+    if not numbers.is_cpu:
+        return nearest_naive(numbers, points)
+    count, missing = points.shape[1], -points.shape[1] % LANES
+    parts, table = numbers.detach().unflatten(3, (-1, count)), points.permute(0, 2, 3, 1)
+    if missing:
+        parts, table = (torch.nn.functional.pad(part, (0, missing)) for part in (parts, table))
+    codes = torch.empty(*numbers.shape[:3], count + missing, dtype=torch.uint8)
+    cost = torch.empty_like(codes, dtype=torch.float32)
+    _kernels.nearest(parts.flatten(3).contiguous(), table.contiguous(), codes, cost, torch.get_num_threads())
+    return codes[..., :count].contiguous(), cost[..., :count].contiguous()
+
+
+def nearest_naive(numbers: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in plain torch, exactly."""
+    parts = to_vectors(numbers, points.shape[3]).unbind(-1)
     best = torch.full_like(parts[0], torch.inf, memory_format=torch.contiguous_format)
     codes = torch.zeros_like(best, dtype=torch.uint8)
     for code, point in enumerate(points.unbind(2)):
@@ -129,3 +145,25 @@ def nearest(vectors: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
         codes.masked_fill_(distance < best, code)
         best = torch.minimum(best, distance)
     return codes, best
+
+
+def moments(numbers: Tensor, codes: Tensor, levels: int, count: int) -> Tensor:
+    """How many vectors fell to each level, and sums of their numbers, squares and products; compiled for the CPU.
+
+    numbers: [kv_heads, tokens, head_dim] float32. codes: [kv_heads, tokens, head_dim / count] uint8. Returns [kv_heads, codes,
+    levels, 3 or 6] float64: 1, x, xx of single numbers, or 1, x, y, xx, yy, xy of pairs.
+    """
+    if not numbers.is_cpu:
+        return moments_naive(numbers, codes, levels, count)
+    sums = torch.zeros(numbers.shape[0], levels, 3 * count, codes.shape[2], dtype=torch.float64)
+    _kernels.moments(numbers.contiguous(), codes.contiguous(), sums, torch.get_num_threads())
+    return sums.permute(0, 3, 1, 2)
+
+
+def moments_naive(numbers: Tensor, codes: Tensor, levels: int, count: int) -> Tensor:
+    """The same in plain torch."""
+    vectors = to_vectors(numbers, count).double()
+    kinds = [torch.ones_like(vectors[..., :1]), vectors, vectors.square(), *([vectors.prod(-1, True)] if count == 2 else [])]
+    parts = torch.cat(kinds, dim=-1)  # [kv_heads, tokens, codes, 3 or 6]
+    sums = parts.new_zeros(parts.shape[0], levels, *parts.shape[2:])
+    return sums.scatter_add_(1, codes.long()[..., None].expand_as(parts), parts).transpose(1, 2)
