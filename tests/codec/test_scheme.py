@@ -22,6 +22,9 @@ from narrowkv.errors import RecipeError
         ({"bits": 8, "datatype": "nuq"}, "8 bits"),
         ({"bits": 2, "datatype": "int", "qnorm": True}, "Q-Norm"),
         ({"bits": 2, "datatype": "int", "outlier_cap": 4}, "cap"),
+        ({"bits": 4, "datatype": "int", "scale_dtype": "float8"}, "8 bits"),
+        ({"bits": 4, "datatype": "fp", "scale_dtype": "float32"}, "scale_dtype"),
+        ({"bits": 4, "datatype": "fp", "scale_dtype": "float8", "outliers": 0.01}, "8 bits"),
     ],
 )
 def test_contradictions_are_refused(settings, cause):

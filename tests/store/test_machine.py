@@ -17,6 +17,7 @@ SCHEMES = st.sampled_from(
         Scheme(4, "int"),
         Scheme(3, "nf", axis="token_head"),
         Scheme(2, "int", outliers=0.02),
+        Scheme(4, "fp", axis="token_head", group=8, scale_dtype="float8"),
         Scheme(3, "nuq", axis="channel", codebook="channel", outliers=0.01),
         *(Scheme(bits, "nuq", axis="channel", codebook="pair", turn=turned) for bits, turned in ((1.5, True), (3.5, False))),
         Scheme(2.5, "nuq", axis="channel", codebook="pair", outliers=0.01, turn=True),

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, get_args, get_type_hints
 
+import torch
+
 from narrowkv.errors import RecipeError
 
 Datatype = Literal["exact", "int", "nf", "fp", "nuq"]
@@ -10,6 +12,8 @@ Axis = Literal["channel", "token", "token_head"]
 OutlierScope = Literal["vector", "matrix"]
 Weighting = Literal["fisher_scaled", "fisher", "none"]
 Sharing = Literal["layer", "channel", "pair"]
+ScaleDtype = Literal["float16", "float8"]
+RangeForm = tuple[tuple[int, int, int], torch.dtype]
 
 MAX_OUTLIERS = 0.02
 BLOCK = 64  # tokens of a block, the unit in which a store packs
@@ -40,6 +44,8 @@ class Scheme:
         channel or a pair are in real units: there are no ranges, and outliers are what a code would miss by most.
     turn: codes are those of the head after a rotation learned offline, which takes correlations out and lets each pair hold
         a channel of large and one of small variance; reading turns back.
+    scale_dtype: in which online scales are held: `float16`, or `float8` (e4m3, for datatype `fp`), as multiples of a float32
+        scale that each token has over all its KV heads.
 
     Raises RecipeError where these contradict each other.
     """
@@ -57,6 +63,7 @@ class Scheme:
     hadamard: bool = False
     codebook: Sharing = "layer"
     turn: bool = False
+    scale_dtype: ScaleDtype = "float16"
 
     def __post_init__(self) -> None:
         for field, hint in get_type_hints(type(self)).items():
@@ -70,6 +77,8 @@ class Scheme:
             raise RecipeError(f"{self.bits} bits are not supported; choose 2, 3, 4 or 8 (or the recipe fp16).")
         if self.datatype == "fp" and self.bits not in (4, 8):
             raise RecipeError("Datatype fp has 4 bits (e2m1) or 8 (e4m3).")
+        if self.scale_dtype == "float8" and (self.datatype != "fp" or self.axis == "channel" or self.outliers):
+            raise RecipeError("Scales of 8 bits go with datatype fp, ranges within a token, and no outliers.")
         if self.hadamard and (self.datatype == "exact" or self.needs_calibration):
             raise RecipeError("The Hadamard rotation goes with codes whose ranges are taken online and need no calibration.")
         if self.datatype in ("nf", "nuq") and self.bits == 8:
@@ -141,11 +150,17 @@ class Scheme:
         """How many tokens can only be encoded at once."""
         return self.group if self.axis == "channel" and self.group else 1
 
-    def range_shape(self, kv_heads: int, tokens: int, head_dim: int) -> tuple[int, int, int]:
-        """Shape of online scales and zeros without the batch, for whole groups of tokens."""
+    def range_forms(self, kv_heads: int, tokens: int, head_dim: int) -> dict[str, RangeForm]:
+        """What is held of online ranges, by name: shape without the batch, for whole groups of tokens, and dtype."""
+        if self.datatype == "exact" or self.static:
+            return {}
         if self.axis == "channel":
-            return kv_heads, tokens // (self.group or tokens), head_dim
-        return (1 if self.axis == "token" else kv_heads), tokens, (head_dim // self.group if self.group else 1)
+            shape = (kv_heads, tokens // (self.group or tokens), head_dim)
+        else:
+            shape = ((1 if self.axis == "token" else kv_heads), tokens, (head_dim // self.group if self.group else 1))
+        if self.scale_dtype == "float8":
+            return {"scale": (shape, torch.float8_e4m3fn), "token_scale": ((1, tokens, 1), torch.float32)}
+        return dict.fromkeys(("scale",) if self.symmetric else ("scale", "zero"), (shape, torch.float16))
 
     @property
     def symmetric(self) -> bool:
