@@ -195,3 +195,13 @@ def test_nvfp4_of_nothing_is_nothing():
     x[0, 1, 2, 16:] = torch.randn(16)
     quantizer = Quantizer(Scheme(4, "fp", axis="token_head", group=16, scale_dtype="float8"))
     assert (quantizer.decode(quantizer.encode(x))[x == 0] == 0).all()
+
+
+def test_smoothed_numbers_are_divided_rounded_and_multiplied():
+    x, factor = torch.randn(2, 3, 9, 56) * torch.rand(3, 1, 56) * 20, torch.rand(3, 56) * 4 + 0.1
+    plain = Quantizer(Scheme(8, "int", axis="token_head"))
+    smooth = Quantizer(Scheme(8, "int", axis="token_head", smooth=0.5), smooth=factor)
+    expected = plain.decode(plain.encode(x / factor[:, None])) * factor[:, None]
+    assert torch.equal(smooth.decode(smooth.encode(x)), expected)
+    with pytest.raises(RecipeError, match="smooth"):
+        Quantizer(Scheme(8, "int", smooth=0.5))

@@ -19,7 +19,10 @@ from narrowkv.errors import CacheUseError, CalibrationError, FileFormatError, Na
 from narrowkv.files import checksum
 from narrowkv.integrations.disk import tensor_checksum
 
-RECIPES = ["fp16", "int4", "nuq3-1%", "window and sinks", "kivi-2-g16-r40", "fp4-g16", "nvfp4", "pair2.5-1%", "narrow2.5"]
+RECIPES = [
+    *("fp16", "int4", "nuq3-1%", "window and sinks", "kivi-2-g16-r40", "fp4-g16", "nvfp4", "smooth-int8"),
+    *("pair2.5-1%", "narrow2.5"),
+]
 
 
 def source_of(model, name):

@@ -93,7 +93,7 @@ def test_every_preset_makes_a_cache_and_follows_the_model(tiny):
         loss[name] = (expected.exp() * (expected - found)).sum(-1).mean().item()
     assert loss["fp16"] == pytest.approx(0, abs=1e-5)
     assert loss["int8"] < 0.1 * loss["int4"] and loss["fp8"] < loss["fp4"]
-    assert loss["nvfp4"] < loss["int3"]
+    assert loss["nvfp4"] < loss["int3"] and loss["smooth-int8"] < 0.1 * loss["smooth-int4"]
     for method in ("int{}", "nf{}", "int{}-head", "nuq{}", "nuq{}-1%", "kivi-{}", "hadamard-int{}"):
         assert loss[method.format(4)] < 0.6 * loss[method.format(2)], method
     with pytest.raises(RecipeError, match="do not fill a head_dim of 16"):

@@ -32,6 +32,7 @@ class Quantizer(Tables):
     scale, zero: [kv_heads, head_dim], static ranges of channels; None where ranges are taken online.
     lower, upper: [kv_heads, head_dim] or [1, 1], outlier thresholds learned offline; None where taken online, or without
         outliers.
+    smooth: [kv_heads, head_dim], what numbers are divided by before they are quantised; or None.
     Raises RecipeError if the scheme needs tables that are not given.
     """
 
@@ -42,6 +43,7 @@ class Quantizer(Tables):
     zero: Tensor | None = None
     lower: Tensor | None = None
     upper: Tensor | None = None
+    smooth: Tensor | None = None
 
     def __post_init__(self) -> None:
         scheme = self.scheme
@@ -58,6 +60,7 @@ class Quantizer(Tables):
         learned = {
             "codebook": scheme.datatype == "nuq",
             "scale": scheme.static,
+            "smooth": scheme.smooth > 0,
             "lower": scheme.outliers > 0 and (scheme.static or scheme.outlier_scope == "matrix"),
         }
         for name, needed in learned.items():
@@ -74,7 +77,8 @@ class Quantizer(Tables):
         if self.scheme.datatype == "exact":
             return Encoded(x.clone(memory_format=torch.contiguous_format))
         assert self.boundaries is not None
-        numbers = hadamard.rotate(x.float()) if self.scheme.hadamard else x.float().contiguous()
+        numbers = x.float() if self.smooth is None else x.float() / self.smooth[:, None]
+        numbers = hadamard.rotate(numbers) if self.scheme.hadamard else numbers.contiguous()
         lower, upper = self._thresholds(numbers, skip)
         scale, zero = self._range(numbers, lower, upper)
         ranges = {} if self.scheme.static else self._rounded(scale, zero)
@@ -119,7 +123,8 @@ class Quantizer(Tables):
             numbers = numbers.mul_(self._spread(scale, numbers)).add_(self._spread(zero, numbers))
         if encoded.outlier_index is not None and encoded.outlier_values is not None:
             numbers.view(-1)[encoded.outlier_index] = encoded.outlier_values.float()
-        return hadamard.rotate_back(numbers) if self.scheme.hadamard else numbers
+        numbers = hadamard.rotate_back(numbers) if self.scheme.hadamard else numbers
+        return numbers if self.smooth is None else numbers.mul_(self.smooth[:, None])
 
     def _rounded(self, scale: Tensor, zero: Tensor) -> dict[str, Tensor]:
         """Online ranges as they are held."""

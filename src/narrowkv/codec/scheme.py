@@ -46,6 +46,8 @@ class Scheme:
         a channel of large and one of small variance; reading turns back.
     scale_dtype: in which online scales are held: `float16`, or `float8` (e4m3, for datatype `fp`), as multiples of a float32
         scale that each token has over all its KV heads.
+    smooth: numbers are divided by a factor for each pair of channels before they are quantised, their largest magnitude to
+        this power (SmoothQuant's alpha); 0 for none. Learned offline.
 
     Raises RecipeError where these contradict each other.
     """
@@ -64,6 +66,7 @@ class Scheme:
     codebook: Sharing = "layer"
     turn: bool = False
     scale_dtype: ScaleDtype = "float16"
+    smooth: float = 0.0
 
     def __post_init__(self) -> None:
         for field, hint in get_type_hints(type(self)).items():
@@ -94,7 +97,14 @@ class Scheme:
                 raise RecipeError(f"{name} is true or false, not {getattr(self, name)!r}.")
         if self.qnorm and self.datatype != "nuq":
             raise RecipeError("Q-Norm adjusts a learned codebook; it needs datatype nuq.")
+        self._check_smooth()
         self._check_codebook()
+
+    def _check_smooth(self) -> None:
+        if not isinstance(self.smooth, (int, float)) or isinstance(self.smooth, bool) or not 0 <= self.smooth <= 1:
+            raise RecipeError(f"smooth is a power from 0 to 1, not {self.smooth!r}.")
+        if self.smooth and (self.datatype in ("exact", "nuq") or self.axis == "channel" or self.outliers):
+            raise RecipeError("Smoothing goes with codes of int, nf or fp whose ranges are taken online, without outliers.")
 
     def _check_codebook(self) -> None:
         if self.codebook == "layer":
@@ -127,6 +137,8 @@ class Scheme:
         """Raise RecipeError where groups or pairs of channels do not fill a head."""
         if head_dim % self.numbers:
             raise RecipeError(f"Pairs of channels do not fill a head_dim of {head_dim}; choose codebooks of channels.")
+        if self.smooth and head_dim % 2:
+            raise RecipeError(f"Pairs of channels do not fill a head_dim of {head_dim}; choose a recipe without smoothing.")
         if self.axis == "token_head" and self.group and head_dim % self.group:
             raise RecipeError(f"Groups of {self.group} channels do not fill a head_dim of {head_dim}; choose another group.")
 
@@ -175,4 +187,5 @@ class Scheme:
     @property
     def needs_calibration(self) -> bool:
         """Whether anything of it is learned offline."""
-        return self.static or self.datatype == "nuq" or (self.outliers > 0 and self.outlier_scope == "matrix")
+        by_matrix = self.outliers > 0 and self.outlier_scope == "matrix"
+        return self.static or self.datatype == "nuq" or by_matrix or self.smooth > 0
