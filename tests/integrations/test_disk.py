@@ -21,7 +21,7 @@ from narrowkv.integrations.disk import tensor_checksum
 
 RECIPES = [
     *("fp16", "int4", "nuq3-1%", "window and sinks", "kivi-2-g16-r40", "fp4-g16", "nvfp4", "smooth-int8"),
-    *("pair2.5-1%", "narrow2.5"),
+    *("pair2.5-1%", "narrow2.5", "intrinsic-2", "intrinsic-2-nearest-kmeans"),
 ]
 
 

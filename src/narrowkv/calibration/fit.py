@@ -8,7 +8,7 @@ from torch import Tensor
 from narrowkv.calibration.kmeans import optimal_codebook
 from narrowkv.calibration.processes import Group
 from narrowkv.calibration.statistics import TILE_NUMBERS, CodebookHistogram, Quantiles
-from narrowkv.codec import Quantizer, Scheme
+from narrowkv.codec import AnyQuantizer, Quantizer, Scheme, quantizer_for
 from narrowkv.codec.datatypes import boundaries, uniform
 from narrowkv.codec.ranges import require_finite, to_scale_zero
 
@@ -96,10 +96,12 @@ class Fit:
             tables |= {"scale": scale.contiguous(), "zero": zero.contiguous()}
         return tables
 
-    def quantizer(self, shape: tuple[int, ...], scheme: Scheme) -> Quantizer:
+    def quantizer(self, shape: tuple[int, ...], scheme: Scheme) -> AnyQuantizer:
         """The finished quantizer. shape: kv_heads, head_dim. scheme: this fit's, or one that differs from it only in bits
         or Q-Norm, which the two passes do not depend on.
         """
+        if not scheme.needs_calibration:
+            return quantizer_for(scheme)
         ranges = self.ranges(shape)
         if not self.needs_codebook:
             return ranges

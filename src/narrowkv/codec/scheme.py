@@ -7,8 +7,8 @@ import torch
 
 from narrowkv.errors import RecipeError
 
-Datatype = Literal["exact", "int", "nf", "fp", "nuq"]
-Axis = Literal["channel", "token", "token_head"]
+Datatype = Literal["exact", "int", "nf", "fp", "nuq", "iv", "iv-kmeans"]
+Axis = Literal["channel", "token", "token_head", "block"]
 OutlierScope = Literal["vector", "matrix"]
 Weighting = Literal["fisher_scaled", "fisher", "none"]
 Sharing = Literal["layer", "channel", "pair"]
@@ -26,9 +26,10 @@ class Scheme:
     bits: of codes for each number: 2, 3, 4 or 8, for pairs 1.5 to 4 in steps of a half; 16 means the model's own dtype and
         goes with datatype `exact` only.
     datatype: `int` (evenly spaced), `nf` (NormalFloat), `fp` (e2m1 or e4m3, its range symmetric and without a zero point),
-        `nuq` (codebook learned per layer), `exact` (not quantised).
+        `nuq` (codebook learned per layer), `iv` and `iv-kmeans` (four intrinsic values of each block, `codec.intrinsic`, found
+        by frequency or by k-means), `exact` (not quantised).
     axis: who shares a scale and zero: a `channel` over the whole run (static, learned offline), a `token` over all its
-        KV heads, or a token in one head (`token_head`), both taken online.
+        KV heads, or a token in one head (`token_head`), both taken online; a `block` of `group` tokens in one head, for `iv`.
     group: finer than that: this many consecutive tokens of a `channel` (taken online, then), or this many consecutive
         channels of a token (`token_head`), as KIVI has it. None: no groups.
     pre_rope: keys are stored before the rotary embedding and rotated when read. Values ignore it.
@@ -48,6 +49,7 @@ class Scheme:
         scale that each token has over all its KV heads.
     smooth: numbers are divided by a factor for each pair of channels before they are quantised, their largest magnitude to
         this power (SmoothQuant's alpha); 0 for none. Learned offline.
+    floor: with `iv`, a number takes the level below it, as published, instead of the nearest.
 
     Raises RecipeError where these contradict each other.
     """
@@ -67,6 +69,7 @@ class Scheme:
     turn: bool = False
     scale_dtype: ScaleDtype = "float16"
     smooth: float = 0.0
+    floor: bool = False
 
     def __post_init__(self) -> None:
         for field, hint in get_type_hints(type(self)).items():
@@ -92,19 +95,27 @@ class Scheme:
             raise RecipeError("An outlier cap is a whole number from 1 and needs an outlier fraction above 0.")
         if self.group is not None:
             self._check_group(self.group)
-        for name in ("pre_rope", "qnorm", "hadamard", "turn"):
+        for name in ("pre_rope", "qnorm", "hadamard", "turn", "floor"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"{name} is true or false, not {getattr(self, name)!r}.")
         if self.qnorm and self.datatype != "nuq":
             raise RecipeError("Q-Norm adjusts a learned codebook; it needs datatype nuq.")
         self._check_smooth()
+        self._check_block()
         self._check_codebook()
 
     def _check_smooth(self) -> None:
         if not isinstance(self.smooth, (int, float)) or isinstance(self.smooth, bool) or not 0 <= self.smooth <= 1:
             raise RecipeError(f"smooth is a power from 0 to 1, not {self.smooth!r}.")
-        if self.smooth and (self.datatype in ("exact", "nuq") or self.axis == "channel" or self.outliers):
+        if self.smooth and (self.datatype not in ("int", "nf", "fp") or self.axis == "channel" or self.outliers):
             raise RecipeError("Smoothing goes with codes of int, nf or fp whose ranges are taken online, without outliers.")
+
+    def _check_block(self) -> None:
+        by_value = self.datatype in ("iv", "iv-kmeans")
+        if by_value != (self.axis == "block") or (self.floor and not by_value):
+            raise RecipeError("Intrinsic values (iv, iv-kmeans) go with axis block, and floor with both.")
+        if by_value and (self.bits != 2 or not self.group or self.outliers or self.hadamard):
+            raise RecipeError("Intrinsic values have 2 bits, a group of tokens, and neither outliers nor a Hadamard rotation.")
 
     def _check_codebook(self) -> None:
         if self.codebook == "layer":
@@ -126,9 +137,9 @@ class Scheme:
     def _check_group(self, group: int) -> None:
         if type(group) is not int or group < 8 or self.axis == "token" or self.datatype == "exact":
             raise RecipeError(
-                "A group is a whole number from 8 and goes with axis channel (tokens) or token_head (channels) of codes."
+                "A group is a whole number from 8 and goes with codes by channel or block (tokens) or token_head (channels)."
             )
-        if self.axis == "channel" and BLOCK % group:
+        if self.axis in ("channel", "block") and BLOCK % group:
             raise RecipeError(f"Groups of {group} tokens do not fill blocks of {BLOCK}; choose 8, 16, 32 or 64.")
         if self.outlier_scope == "matrix" and self.outliers:
             raise RecipeError("Outlier thresholds per matrix are learned offline and do not go with groups; choose vector.")
@@ -160,12 +171,14 @@ class Scheme:
     @property
     def tokens_together(self) -> int:
         """How many tokens can only be encoded at once."""
-        return self.group if self.axis == "channel" and self.group else 1
+        return self.group if self.axis in ("channel", "block") and self.group else 1
 
     def range_forms(self, kv_heads: int, tokens: int, head_dim: int) -> dict[str, RangeForm]:
         """What is held of online ranges, by name: shape without the batch, for whole groups of tokens, and dtype."""
         if self.datatype == "exact" or self.static:
             return {}
+        if self.axis == "block":
+            return {"levels": ((kv_heads, tokens // self.tokens_together, 4), torch.float16)}
         if self.axis == "channel":
             shape = (kv_heads, tokens // (self.group or tokens), head_dim)
         else:
