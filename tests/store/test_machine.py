@@ -18,6 +18,7 @@ SCHEMES = st.sampled_from(
         Scheme(3, "nf", axis="token_head"),
         Scheme(2, "int", outliers=0.02),
         Scheme(4, "fp", axis="token_head", group=8, scale_dtype="float8"),
+        Scheme(8, "int", axis="token_head", smooth=0.5),
         Scheme(3, "nuq", axis="channel", codebook="channel", outliers=0.01),
         *(Scheme(bits, "nuq", axis="channel", codebook="pair", turn=turned) for bits, turned in ((1.5, True), (3.5, False))),
         Scheme(2.5, "nuq", axis="channel", codebook="pair", outliers=0.01, turn=True),
@@ -37,7 +38,7 @@ GROUPED = st.sampled_from(
 def made(scheme):
     """A quantizer of a scheme, with tables drawn at random where it needs any."""
     if scheme.codebook == "layer":
-        return quantizer_for(scheme)
+        return quantizer_for(scheme, **({"smooth": torch.rand(HEADS, DIM) + 0.1} if scheme.smooth else {}))
     codes = DIM // scheme.numbers
     tables = {
         "points": torch.randn(HEADS, codes, 2**scheme.code_bits, scheme.numbers).half(),

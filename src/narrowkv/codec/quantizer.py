@@ -129,8 +129,9 @@ class Quantizer(Tables):
     def _rounded(self, scale: Tensor, zero: Tensor) -> dict[str, Tensor]:
         """Online ranges as they are held."""
         if self.scheme.scale_dtype == "float8":
-            token_scale = scale.amax((1, 3), keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
-            shares = scale / token_scale.clamp(min=torch.finfo(torch.float32).tiny)
+            largest = scale.amax((1, 3), keepdim=True)
+            token_scale = (largest / torch.finfo(torch.float8_e4m3fn).max).to(torch.bfloat16)
+            shares = scale / token_scale.float().clamp(min=torch.finfo(torch.float32).tiny)
             return {"scale": shares.to(torch.float8_e4m3fn), "token_scale": token_scale}
         parts = {"scale": scale} if self.scheme.symmetric else {"scale": scale, "zero": zero}
         return {name: to_16_bits(part, torch.float16, "Ranges") for name, part in parts.items()}
@@ -173,7 +174,7 @@ def _scale_zero(ranges: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Scale and zero in float32 of ranges as they are held; the zero broadcasts."""
     scale = ranges["scale"].float()
     if "token_scale" in ranges:
-        scale = scale * ranges["token_scale"]
+        scale = scale * ranges["token_scale"].float()
     return scale, ranges["zero"].float() if "zero" in ranges else scale.new_zeros(1, 1, 1, 1)
 
 

@@ -45,8 +45,8 @@ class Scheme:
         channel or a pair are in real units: there are no ranges, and outliers are what a code would miss by most.
     turn: codes are those of the head after a rotation learned offline, which takes correlations out and lets each pair hold
         a channel of large and one of small variance; reading turns back.
-    scale_dtype: in which online scales are held: `float16`, or `float8` (e4m3, for datatype `fp`), as multiples of a float32
-        scale that each token has over all its KV heads.
+    scale_dtype: in which online scales are held: `float16`, or `float8` (e4m3, for datatype `fp`), as multiples of a
+        bfloat16 scale that each token has over all its KV heads.
     smooth: numbers are divided by a factor for each pair of channels before they are quantised, their largest magnitude to
         this power (SmoothQuant's alpha); 0 for none. Learned offline.
     floor: with `iv`, a number takes the level below it, as published, instead of the nearest.
@@ -184,7 +184,7 @@ class Scheme:
         else:
             shape = ((1 if self.axis == "token" else kv_heads), tokens, (head_dim // self.group if self.group else 1))
         if self.scale_dtype == "float8":
-            return {"scale": (shape, torch.float8_e4m3fn), "token_scale": ((1, tokens, 1), torch.float32)}
+            return {"scale": (shape, torch.float8_e4m3fn), "token_scale": ((1, tokens, 1), torch.bfloat16)}
         return dict.fromkeys(("scale",) if self.symmetric else ("scale", "zero"), (shape, torch.float16))
 
     @property
