@@ -55,7 +55,7 @@ def test_a_code_names_the_point_that_costs_least(shape, codebook, bits, outliers
     if turn:
         expected = expected @ found.turn.float().transpose(1, 2)
     torch.testing.assert_close(found.decode(encoded), expected, atol=2e-5, rtol=1e-5)
-    assert encoded.codes.shape == (batch, heads, tokens, half) and encoded.scale is None
+    assert encoded.codes.shape == (batch, heads, tokens, half) and not encoded.ranges
     assert (0 if encoded.outlier_values is None else len(encoded.outlier_values)) == kept
 
 

@@ -45,7 +45,7 @@ def test_static_keys_per_channel_with_outliers(outliers):
     outside = a.abs() > 1 + 1e-6 if outliers else torch.zeros_like(a, dtype=torch.bool)
     expected[outside] = x[outside].half().float()
     torch.testing.assert_close(quantizer.decode(encoded), expected)
-    assert encoded.scale is None
+    assert not encoded.ranges
     assert outside.float().mean() == pytest.approx(outliers, abs=0.006)
     if outliers:
         assert len(encoded.outlier_values) == outside.sum()
@@ -166,3 +166,43 @@ def test_a_group_of_tokens_has_the_range_of_those_that_count():
     found = quantizer.decode(quantizer.encode(x, skip))
     assert (found - x)[0, 0, 3:].abs().max() < 0.3
     assert torch.isfinite(quantizer.decode(quantizer.encode(x, torch.ones_like(skip)))).all()
+
+
+def nearest_e2m1(x):
+    levels = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    return levels[(x.abs()[..., None] - levels).abs().argmin(-1)] * x.sign()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 63, 80), (3, 2, 64, 16), (2, 4, 1, 48)], ids=str)
+@pytest.mark.parametrize("size", [1e-4, 1.0, 3e4])
+def test_nvfp4_has_scales_of_8_bits_below_one_for_each_token(shape, size):
+    """arXiv 2509.25149, with a token in place of the tensor; and with no number too large or too small."""
+    x = size * torch.randn(shape) * torch.rand(shape[-1])
+    blocks = x.unflatten(3, (-1, 16))
+    outer = x.abs().amax((1, 3), keepdim=True)[..., None] / (6 * 448)
+    outer = (6 * outer).bfloat16().float() / 6  # held for levels up to 1, not up to 6
+    inner = (blocks.abs().amax(4, keepdim=True) / 6 / outer).to(torch.float8_e4m3fn).float()
+    expected = (nearest_e2m1(blocks / (inner * outer)) * inner * outer).flatten(3)
+    quantizer = Quantizer(Scheme(4, "fp", axis="token_head", group=16, scale_dtype="float8"))
+    encoded = quantizer.encode(x)
+    assert encoded.ranges["scale"].dtype == torch.float8_e4m3fn and encoded.ranges["token_scale"].dtype == torch.bfloat16
+    off = (quantizer.decode(encoded) - expected).abs() / (inner * outer).expand_as(blocks).flatten(3)
+    assert (off < 1e-4).float().mean() > 0.999  # a tie may fall to either side
+    assert off.max() < 2.01
+
+
+def test_nvfp4_of_nothing_is_nothing():
+    x = torch.zeros(1, 2, 3, 32)
+    x[0, 1, 2, 16:] = torch.randn(16)
+    quantizer = Quantizer(Scheme(4, "fp", axis="token_head", group=16, scale_dtype="float8"))
+    assert (quantizer.decode(quantizer.encode(x))[x == 0] == 0).all()
+
+
+def test_smoothed_numbers_are_divided_rounded_and_multiplied():
+    x, factor = torch.randn(2, 3, 9, 56) * torch.rand(3, 1, 56) * 20, torch.rand(3, 56) * 4 + 0.1
+    plain = Quantizer(Scheme(8, "int", axis="token_head"))
+    smooth = Quantizer(Scheme(8, "int", axis="token_head", smooth=0.5), smooth=factor)
+    expected = plain.decode(plain.encode(x / factor[:, None])) * factor[:, None]
+    assert torch.equal(smooth.decode(smooth.encode(x)), expected)
+    with pytest.raises(RecipeError, match="smooth"):
+        Quantizer(Scheme(8, "int", smooth=0.5))

@@ -22,6 +22,18 @@ from narrowkv.errors import RecipeError
         ({"bits": 8, "datatype": "nuq"}, "8 bits"),
         ({"bits": 2, "datatype": "int", "qnorm": True}, "Q-Norm"),
         ({"bits": 2, "datatype": "int", "outlier_cap": 4}, "cap"),
+        ({"bits": 4, "datatype": "int", "scale_dtype": "float8"}, "8 bits"),
+        ({"bits": 2, "datatype": "iv"}, "axis block"),
+        ({"bits": 2, "datatype": "int", "axis": "block", "group": 64}, "axis block"),
+        ({"bits": 2, "datatype": "int", "floor": True}, "axis block"),
+        ({"bits": 2, "datatype": "iv", "axis": "block"}, "group of tokens"),
+        ({"bits": 3, "datatype": "iv", "axis": "block", "group": 64}, "2 bits"),
+        ({"bits": 8, "datatype": "int", "smooth": 2}, "power from 0 to 1"),
+        ({"bits": 8, "datatype": "int", "smooth": True}, "power from 0 to 1"),
+        ({"bits": 3, "datatype": "nuq", "smooth": 0.5}, "Smoothing"),
+        ({"bits": 8, "datatype": "int", "smooth": 0.5, "outliers": 0.01}, "Smoothing"),
+        ({"bits": 4, "datatype": "fp", "scale_dtype": "float32"}, "scale_dtype"),
+        ({"bits": 4, "datatype": "fp", "scale_dtype": "float8", "outliers": 0.01}, "8 bits"),
     ],
 )
 def test_contradictions_are_refused(settings, cause):
@@ -33,5 +45,6 @@ def test_what_needs_calibration():
     assert Scheme(3, "nuq").needs_calibration
     assert Scheme(4, "int", axis="channel").needs_calibration
     assert Scheme(4, "int", outliers=0.01, outlier_scope="matrix").needs_calibration
+    assert Scheme(8, "int", smooth=0.5).needs_calibration
     assert not Scheme(4, "int", outliers=0.01).needs_calibration
     assert not Scheme(16, "exact").needs_calibration

@@ -19,7 +19,10 @@ from narrowkv.errors import CacheUseError, CalibrationError, FileFormatError, Na
 from narrowkv.files import checksum
 from narrowkv.integrations.disk import tensor_checksum
 
-RECIPES = ["fp16", "int4", "nuq3-1%", "window and sinks", "kivi-2-g16-r40", "fp4-g16", "pair2.5-1%", "narrow2.5"]
+RECIPES = [
+    *("fp16", "int4", "nuq3-1%", "window and sinks", "kivi-2-g16-r40", "fp4-g16", "nvfp4", "smooth-int8"),
+    *("pair2.5-1%", "narrow2.5", "intrinsic-2", "intrinsic-2-nearest-kmeans"),
+]
 
 
 def source_of(model, name):
@@ -60,15 +63,17 @@ def test_generation_goes_on_from_a_loaded_cache(tiny, tmp_path, name, tokens, dt
     assert torch.equal(go_on(model, loaded, ids), go_on(model, cache, ids))
 
 
-def test_after_crop_and_select_what_is_left_is_saved(tiny, tmp_path):
+@pytest.mark.parametrize("name", ["int4", "nvfp4", "smooth-int8", "intrinsic-2-nearest"])
+def test_after_crop_and_select_what_is_left_is_saved(tiny, tmp_path, name):
     model = tiny()
-    cache, _ = read_prompt(model, "int4", tokens=200)
+    source = source_of(model, name)
+    cache, _ = read_prompt(model, source, tokens=200)
     cache.crop(-90)
     cache.batch_select_indices(torch.tensor([1, 1, 0]))
     with torch.inference_mode():
         model(torch.randint(2, 97, (3, 30)), past_key_values=cache)
     cache.save(tmp_path / "c")
-    loaded = PackedCache.load(tmp_path / "c", model, "int4")
+    loaded = PackedCache.load(tmp_path / "c", model, source)
     for ours, theirs in zip(loaded.packed, cache.packed, strict=True):
         assert torch.equal(ours.store.read()[0], theirs.store.read()[0])
     assert loaded.nbytes <= cache.nbytes

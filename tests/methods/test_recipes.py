@@ -93,7 +93,20 @@ def test_every_preset_makes_a_cache_and_follows_the_model(tiny):
         loss[name] = (expected.exp() * (expected - found)).sum(-1).mean().item()
     assert loss["fp16"] == pytest.approx(0, abs=1e-5)
     assert loss["int8"] < 0.1 * loss["int4"] and loss["fp8"] < loss["fp4"]
+    assert loss["nvfp4"] < loss["int3"] and loss["smooth-int8"] < 0.1 * loss["smooth-int4"]
     for method in ("int{}", "nf{}", "int{}-head", "nuq{}", "nuq{}-1%", "kivi-{}", "hadamard-int{}"):
         assert loss[method.format(4)] < 0.6 * loss[method.format(2)], method
+    assert loss["intrinsic-2-nearest-kmeans"] < loss["intrinsic-2-kmeans"]
     with pytest.raises(RecipeError, match="do not fill a head_dim of 16"):
         get_recipe("fp4").cache(tiny())
+
+
+def test_learned_keys_go_with_values_that_need_no_calibration(tiny):
+    model, ids = tiny(), torch.randint(2, 97, (2, 100))
+    for name in ("nvfp4", "intrinsic-2-nearest"):
+        recipe = get_recipe("nuq4").with_options(name="mixed", values=get_recipe(name).values)
+        calibration = calibrate(model, ids, recipe)
+        cache = calibration.cache(model)
+        with torch.inference_mode():
+            assert model(ids, past_key_values=cache).logits.isfinite().all()
+        assert 4 < cache.bits_per_element < 16

@@ -17,6 +17,8 @@ SCHEMES = st.sampled_from(
         Scheme(4, "int"),
         Scheme(3, "nf", axis="token_head"),
         Scheme(2, "int", outliers=0.02),
+        Scheme(4, "fp", axis="token_head", group=8, scale_dtype="float8"),
+        Scheme(8, "int", axis="token_head", smooth=0.5),
         Scheme(3, "nuq", axis="channel", codebook="channel", outliers=0.01),
         *(Scheme(bits, "nuq", axis="channel", codebook="pair", turn=turned) for bits, turned in ((1.5, True), (3.5, False))),
         Scheme(2.5, "nuq", axis="channel", codebook="pair", outliers=0.01, turn=True),
@@ -24,10 +26,19 @@ SCHEMES = st.sampled_from(
 )
 
 
+GROUPED = st.sampled_from(
+    [
+        Scheme(2, "int", axis="channel", group=32, outliers=0.02),
+        Scheme(2, "iv", axis="block", group=64, floor=True),
+        Scheme(2, "iv-kmeans", axis="block", group=32),
+    ]
+)
+
+
 def made(scheme):
     """A quantizer of a scheme, with tables drawn at random where it needs any."""
     if scheme.codebook == "layer":
-        return quantizer_for(scheme)
+        return quantizer_for(scheme, **({"smooth": torch.rand(HEADS, DIM) + 0.1} if scheme.smooth else {}))
     codes = DIM // scheme.numbers
     tables = {
         "points": torch.randn(HEADS, codes, 2**scheme.code_bits, scheme.numbers).half(),
@@ -105,12 +116,12 @@ TestStoreMachine = StoreMachine.TestCase
 
 
 class GroupedMachine(StoreMachine):
-    """Groups of tokens: what leaves the window is encoded by 32, counted from the first token after the last crop."""
+    """Groups of tokens: what leaves the window is encoded by so many, counted from the first token after the last crop."""
 
-    @initialize(batch=st.integers(1, 3), seed=st.integers(0, 2**31), window=st.sampled_from([0, 40]))
-    def begin(self, batch, seed, window):
+    @initialize(keys=GROUPED, batch=st.integers(1, 3), seed=st.integers(0, 2**31), window=st.sampled_from([0, 40]))
+    def begin(self, keys, batch, seed, window):
         self.generator = torch.Generator().manual_seed(seed)
-        keys, values = Scheme(2, "int", axis="channel", group=32, outliers=0.02), Scheme(4, "int", axis="token_head", group=8)
+        values = Scheme(4, "int", axis="token_head", group=8)
         self.store = LayerStore(made(keys), made(values), window=window)
         self.model = [torch.zeros(batch, HEADS, 0, DIM) for _ in range(2)]
         self.exact = 0  # how many of the newest tokens are
@@ -120,7 +131,7 @@ class GroupedMachine(StoreMachine):
         fresh = [torch.randn(len(self.model[0]), HEADS, new, DIM, generator=self.generator) for _ in range(2)]
         self.store.append(*fresh)
         self.exact += new
-        leaving = max(self.exact - self.store.window, 0) // 32 * 32
+        leaving = max(self.exact - self.store.window, 0) // self.store.together * self.store.together
         for side, quantizer in enumerate(self.store.quantizers):
             every = torch.cat([self.model[side], fresh[side]], dim=2)
             start = every.shape[2] - self.exact

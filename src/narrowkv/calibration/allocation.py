@@ -34,7 +34,7 @@ def measure(quantizer: AnyQuantizer, samples: Samples, keys: bool) -> Option:
     blocks = to_blocks(quantizer.encode(numbers[:, :, :whole]))
     found = 0 if blocks.outlier_index is None else len(blocks.outlier_index)
     side = PackedSide.allocate(quantizer, whole // BLOCK, blocks, keys=keys, outlier_room=found)
-    held = [*side.planes, *side.outliers(), *(part for part in (side.scale, side.zero) if part is not None)]
+    held = [*side.planes, *side.outliers(), *side.ranges.values()]
     tables = sum(table.nbytes for table in quantizer.tensors().values())
     bits = 8 * (sum(tensor.nbytes for tensor in held) / whole + tables / REFERENCE_TOKENS)
     return Option(quantizer.scheme, bits, samples.cost(quantizer))

@@ -147,7 +147,8 @@ class Calibration:
                 if isinstance(quantizer, PointQuantizer):
                     forms = {(tables["weight"].shape[0], tables["weight"][0].numel())}
                 else:
-                    forms = {tuple(tables[name].shape) for name in ("scale", "zero", "lower", "upper") if name in tables}
+                    names = tables.keys() & {"scale", "zero", "lower", "upper", "smooth"}
+                    forms = {tuple(tables[name].shape) for name in names}
                 if not forms <= {shape, (1, 1)}:
                     raise FileFormatError(f"the tables of {prefix[:-1]} do not have one entry for each channel")
                 pair.append(quantizer)

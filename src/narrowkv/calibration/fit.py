@@ -8,7 +8,7 @@ from torch import Tensor
 from narrowkv.calibration.kmeans import optimal_codebook
 from narrowkv.calibration.processes import Group
 from narrowkv.calibration.statistics import TILE_NUMBERS, CodebookHistogram, Quantiles
-from narrowkv.codec import Quantizer, Scheme
+from narrowkv.codec import AnyQuantizer, Quantizer, Scheme, quantizer_for
 from narrowkv.codec.datatypes import boundaries, uniform
 from narrowkv.codec.ranges import require_finite, to_scale_zero
 
@@ -21,7 +21,8 @@ class Fit:
 
     def __init__(self, scheme: Scheme):
         self.scheme = scheme
-        self.needs_range = scheme.static or (scheme.outliers > 0 and scheme.outlier_scope == "matrix")
+        by_matrix = scheme.outliers > 0 and scheme.outlier_scope == "matrix"
+        self.needs_range = scheme.static or by_matrix or scheme.smooth > 0
         self.needs_codebook = scheme.datatype == "nuq"
         self.needs_gradient = self.needs_codebook and scheme.weighting != "none"
         self.quantiles = Quantiles()
@@ -74,8 +75,11 @@ class Fit:
         return self._ranges
 
     def _static_tables(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
-        """Thresholds (KVQuant, section 3.4) and, for channels, the ranges between them."""
+        """Thresholds (KVQuant, section 3.4) and, for channels, the ranges between them; or smoothing factors."""
         scheme, quantiles = self.scheme, self.quantiles
+        if scheme.smooth:
+            extent = torch.maximum(quantiles.smallest.abs(), quantiles.largest.abs())
+            return {"smooth": smoothing(extent.view(shape), scheme.smooth)}
         matrix = scheme.outlier_scope == "matrix" and scheme.outliers > 0
         tail = scheme.outliers / 2
         tables: dict[str, Tensor] = {}
@@ -92,10 +96,12 @@ class Fit:
             tables |= {"scale": scale.contiguous(), "zero": zero.contiguous()}
         return tables
 
-    def quantizer(self, shape: tuple[int, ...], scheme: Scheme) -> Quantizer:
+    def quantizer(self, shape: tuple[int, ...], scheme: Scheme) -> AnyQuantizer:
         """The finished quantizer. shape: kv_heads, head_dim. scheme: this fit's, or one that differs from it only in bits
         or Q-Norm, which the two passes do not depend on.
         """
+        if not scheme.needs_calibration:
+            return quantizer_for(scheme)
         ranges = self.ranges(shape)
         if not self.needs_codebook:
             return ranges
@@ -106,6 +112,18 @@ class Fit:
         if scheme.qnorm:
             codebook = q_norm(codebook, borders, histogram)
         return replace(ranges, scheme=scheme, codebook=codebook.float(), boundaries=borders.float())
+
+
+def smoothing(extent: Tensor, power: float) -> Tensor:
+    """Factors that channels are divided by: the larger extent of each pair d, d + head_dim / 2, to this power (SmoothQuant,
+    arXiv 2211.10438, equation 4, without the other side's part), over their geometric mean in the head.
+
+    extent: [kv_heads, head_dim], largest magnitude of each channel. Returns the same shape.
+    """
+    pairs = extent.unflatten(-1, (2, -1)).amax(-2)
+    least = (1e-3 * pairs.amax(-1, keepdim=True)).clamp(min=1e-5)  # a channel that was silent so far may speak up
+    logarithm = power * torch.maximum(pairs, least).log()
+    return (logarithm - logarithm.mean(-1, keepdim=True)).exp().repeat(1, 2)
 
 
 def q_norm(codebook: Tensor, borders: Tensor, histogram: CodebookHistogram) -> Tensor:

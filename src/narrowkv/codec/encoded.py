@@ -1,6 +1,6 @@
 """Encoded: quantised numbers before they are packed, the form in which a cache's open tail is held."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,14 +11,13 @@ class Encoded:
     """Numbers [batch, kv_heads, tokens, head_dim] in codes; every operation here moves codes, none re-quantises.
 
     codes: [batch, kv_heads, tokens, head_dim], uint8, or the exact numbers themselves in the model's dtype.
-    scale, zero: [batch, 1 or kv_heads, tokens or groups, 1, groups or head_dim] float16, or None where the range is
-        static; zero also where it is symmetric.
+    ranges: what is held of online ranges, by name, as `Scheme.range_forms` has it: `scale` and, unless it is symmetric,
+        `zero`: [batch, 1 or kv_heads, tokens or groups, 1, groups or head_dim].
     outlier_index: [n] int64, ascending positions in the flattened codes; outlier_values: [n] in 16 bits. Or None.
     """
 
     codes: Tensor
-    scale: Tensor | None = None
-    zero: Tensor | None = None
+    ranges: dict[str, Tensor] = field(default_factory=dict)
     outlier_index: Tensor | None = None
     outlier_values: Tensor | None = None
 
@@ -28,7 +27,7 @@ class Encoded:
 
     def tensors(self) -> list[Tensor]:
         """All tensors that are held."""
-        parts = (self.codes, self.scale, self.zero, self.outlier_index, self.outlier_values)
+        parts = (self.codes, *self.ranges.values(), self.outlier_index, self.outlier_values)
         return [part for part in parts if part is not None]
 
     def _with(self, select, keep_outlier, move_outlier) -> "Encoded":
@@ -38,13 +37,13 @@ class Encoded:
             return select(part).clone(memory_format=torch.contiguous_format)
 
         codes = copy(self.codes)
-        scale, zero = (None if part is None else copy(part) for part in (self.scale, self.zero))
+        ranges = {name: copy(part) for name, part in self.ranges.items()}
         if self.outlier_index is None or self.outlier_values is None:
-            return Encoded(codes, scale, zero)
+            return Encoded(codes, ranges)
         where = torch.unravel_index(self.outlier_index, self.codes.shape)
         keep = keep_outlier(*where)
         index = ravel(move_outlier(*(part[keep] for part in where)), codes.shape)
-        return Encoded(codes, scale, zero, index, self.outlier_values[keep])
+        return Encoded(codes, ranges, index, self.outlier_values[keep])
 
     def slice(self, start: int, stop: int) -> "Encoded":
         """The tokens from `start`, where a group of them begins, to before `stop`."""
@@ -66,11 +65,11 @@ class Encoded:
             room = tokens * part.shape[2] // self.tokens
             return torch.nn.functional.pad(part, (0, 0, 0, room - part.shape[2]))
 
-        whole, (scale, zero) = pad(self.codes), (None if part is None else pad(part) for part in (self.scale, self.zero))
+        whole, ranges = pad(self.codes), {name: pad(part) for name, part in self.ranges.items()}
         if self.outlier_index is None:
-            return Encoded(whole, scale, zero)
+            return Encoded(whole, ranges)
         index = ravel(torch.unravel_index(self.outlier_index, self.codes.shape), whole.shape)
-        return Encoded(whole, scale, zero, index, self.outlier_values)
+        return Encoded(whole, ranges, index, self.outlier_values)
 
     def rows(self, index: Tensor) -> "Encoded":
         """The batch rows named by `index` [rows] int64, in that order, repeats allowed."""
@@ -90,11 +89,9 @@ class Encoded:
         if len(parts) == 1:
             return parts[0]
         codes = torch.cat([part.codes for part in parts], dim=dim)
-        first = parts[0]
-        scale = None if first.scale is None else torch.cat([part.scale for part in parts if part.scale is not None], dim=dim)
-        zero = None if first.zero is None else torch.cat([part.zero for part in parts if part.zero is not None], dim=dim)
-        if first.outlier_index is None:
-            return Encoded(codes, scale, zero)
+        ranges = {name: torch.cat([part.ranges[name] for part in parts], dim=dim) for name in parts[0].ranges}
+        if parts[0].outlier_index is None:
+            return Encoded(codes, ranges)
         indices, values, offset = [], [], 0
         for part in parts:
             assert part.outlier_index is not None and part.outlier_values is not None
@@ -104,7 +101,7 @@ class Encoded:
             indices.append(ravel(where, codes.shape))
             values.append(part.outlier_values)
         index, order = torch.cat(indices).sort()
-        return Encoded(codes, scale, zero, index, torch.cat(values)[order])
+        return Encoded(codes, ranges, index, torch.cat(values)[order])
 
 
 def ravel(where, shape) -> Tensor:

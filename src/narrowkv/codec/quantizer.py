@@ -32,6 +32,7 @@ class Quantizer(Tables):
     scale, zero: [kv_heads, head_dim], static ranges of channels; None where ranges are taken online.
     lower, upper: [kv_heads, head_dim] or [1, 1], outlier thresholds learned offline; None where taken online, or without
         outliers.
+    smooth: [kv_heads, head_dim], what numbers are divided by before they are quantised; or None.
     Raises RecipeError if the scheme needs tables that are not given.
     """
 
@@ -42,6 +43,7 @@ class Quantizer(Tables):
     zero: Tensor | None = None
     lower: Tensor | None = None
     upper: Tensor | None = None
+    smooth: Tensor | None = None
 
     def __post_init__(self) -> None:
         scheme = self.scheme
@@ -58,6 +60,7 @@ class Quantizer(Tables):
         learned = {
             "codebook": scheme.datatype == "nuq",
             "scale": scheme.static,
+            "smooth": scheme.smooth > 0,
             "lower": scheme.outliers > 0 and (scheme.static or scheme.outlier_scope == "matrix"),
         }
         for name, needed in learned.items():
@@ -74,14 +77,15 @@ class Quantizer(Tables):
         if self.scheme.datatype == "exact":
             return Encoded(x.clone(memory_format=torch.contiguous_format))
         assert self.boundaries is not None
-        numbers = hadamard.rotate(x.float()) if self.scheme.hadamard else x.float().contiguous()
+        numbers = x.float() if self.smooth is None else x.float() / self.smooth[:, None]
+        numbers = hadamard.rotate(numbers) if self.scheme.hadamard else numbers.contiguous()
         lower, upper = self._thresholds(numbers, skip)
         scale, zero = self._range(numbers, lower, upper)
-        if not self.scheme.static:
-            scale, zero = (to_16_bits(part, torch.float16, "Ranges") for part in (scale, zero))
+        ranges = {} if self.scheme.static else self._rounded(scale, zero)
+        if ranges:
+            scale, zero = _scale_zero(ranges)
         codes = _count_below(_normalise(numbers, self._spread(scale, numbers), self._spread(zero, numbers)), self.boundaries)
-        static, symmetric = self.scheme.static, self.scheme.symmetric
-        encoded = Encoded(codes, None if static else scale, None if static or symmetric else zero)
+        encoded = Encoded(codes, ranges)
         if self.scheme.outliers:
             assert lower is not None and upper is not None
             lower, upper = self._spread(lower, numbers), self._spread(upper, numbers)
@@ -115,13 +119,22 @@ class Quantizer(Tables):
         if self.scale is not None and self.zero is not None:
             numbers = numbers.mul_(self.scale[:, None]).add_(self.zero[:, None])
         else:
-            assert encoded.scale is not None
-            numbers = numbers.mul_(self._spread(encoded.scale.float(), numbers))
-            if encoded.zero is not None:
-                numbers = numbers.add_(self._spread(encoded.zero.float(), numbers))
+            scale, zero = _scale_zero(encoded.ranges)
+            numbers = numbers.mul_(self._spread(scale, numbers)).add_(self._spread(zero, numbers))
         if encoded.outlier_index is not None and encoded.outlier_values is not None:
             numbers.view(-1)[encoded.outlier_index] = encoded.outlier_values.float()
-        return hadamard.rotate_back(numbers) if self.scheme.hadamard else numbers
+        numbers = hadamard.rotate_back(numbers) if self.scheme.hadamard else numbers
+        return numbers if self.smooth is None else numbers.mul_(self.smooth[:, None])
+
+    def _rounded(self, scale: Tensor, zero: Tensor) -> dict[str, Tensor]:
+        """Online ranges as they are held."""
+        if self.scheme.scale_dtype == "float8":
+            largest = scale.amax((1, 3), keepdim=True)
+            token_scale = (largest / torch.finfo(torch.float8_e4m3fn).max).to(torch.bfloat16)
+            shares = scale / token_scale.float().clamp(min=torch.finfo(torch.float32).tiny)
+            return {"scale": shares.to(torch.float8_e4m3fn), "token_scale": token_scale}
+        parts = {"scale": scale} if self.scheme.symmetric else {"scale": scale, "zero": zero}
+        return {name: to_16_bits(part, torch.float16, "Ranges") for name, part in parts.items()}
 
     def _spread(self, part: Tensor, numbers: Tensor) -> Tensor:
         """Ranges, repeated within groups so that they broadcast to numbers."""
@@ -155,6 +168,14 @@ def within_cap(distance: Tensor, outside: Tensor, cap: int) -> Tensor:
     kept = torch.zeros_like(per_token, dtype=torch.bool)
     kept.scatter_(-1, per_token.topk(min(cap, per_token.shape[-1])).indices, True)
     return kept.unflatten(-1, distance.shape[2:]).transpose(1, 2)
+
+
+def _scale_zero(ranges: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Scale and zero in float32 of ranges as they are held; the zero broadcasts."""
+    scale = ranges["scale"].float()
+    if "token_scale" in ranges:
+        scale = scale * ranges["token_scale"].float()
+    return scale, ranges["zero"].float() if "zero" in ranges else scale.new_zeros(1, 1, 1, 1)
 
 
 def _normalise(numbers: Tensor, scale: Tensor, zero: Tensor) -> Tensor:

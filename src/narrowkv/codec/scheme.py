@@ -3,13 +3,17 @@
 from dataclasses import dataclass
 from typing import Literal, get_args, get_type_hints
 
+import torch
+
 from narrowkv.errors import RecipeError
 
-Datatype = Literal["exact", "int", "nf", "fp", "nuq"]
-Axis = Literal["channel", "token", "token_head"]
+Datatype = Literal["exact", "int", "nf", "fp", "nuq", "iv", "iv-kmeans"]
+Axis = Literal["channel", "token", "token_head", "block"]
 OutlierScope = Literal["vector", "matrix"]
 Weighting = Literal["fisher_scaled", "fisher", "none"]
 Sharing = Literal["layer", "channel", "pair"]
+ScaleDtype = Literal["float16", "float8"]
+RangeForm = tuple[tuple[int, int, int], torch.dtype]
 
 MAX_OUTLIERS = 0.02
 BLOCK = 64  # tokens of a block, the unit in which a store packs
@@ -22,9 +26,10 @@ class Scheme:
     bits: of codes for each number: 2, 3, 4 or 8, for pairs 1.5 to 4 in steps of a half; 16 means the model's own dtype and
         goes with datatype `exact` only.
     datatype: `int` (evenly spaced), `nf` (NormalFloat), `fp` (e2m1 or e4m3, its range symmetric and without a zero point),
-        `nuq` (codebook learned per layer), `exact` (not quantised).
+        `nuq` (codebook learned per layer), `iv` and `iv-kmeans` (four intrinsic values of each block, `codec.intrinsic`, found
+        by frequency or by k-means), `exact` (not quantised).
     axis: who shares a scale and zero: a `channel` over the whole run (static, learned offline), a `token` over all its
-        KV heads, or a token in one head (`token_head`), both taken online.
+        KV heads, or a token in one head (`token_head`), both taken online; a `block` of `group` tokens in one head, for `iv`.
     group: finer than that: this many consecutive tokens of a `channel` (taken online, then), or this many consecutive
         channels of a token (`token_head`), as KIVI has it. None: no groups.
     pre_rope: keys are stored before the rotary embedding and rotated when read. Values ignore it.
@@ -40,6 +45,11 @@ class Scheme:
         channel or a pair are in real units: there are no ranges, and outliers are what a code would miss by most.
     turn: codes are those of the head after a rotation learned offline, which takes correlations out and lets each pair hold
         a channel of large and one of small variance; reading turns back.
+    scale_dtype: in which online scales are held: `float16`, or `float8` (e4m3, for datatype `fp`), as multiples of a
+        bfloat16 scale that each token has over all its KV heads.
+    smooth: numbers are divided by a factor for each pair of channels before they are quantised, their largest magnitude to
+        this power (SmoothQuant's alpha); 0 for none. Learned offline.
+    floor: with `iv`, a number takes the level below it, as published, instead of the nearest.
 
     Raises RecipeError where these contradict each other.
     """
@@ -57,6 +67,9 @@ class Scheme:
     hadamard: bool = False
     codebook: Sharing = "layer"
     turn: bool = False
+    scale_dtype: ScaleDtype = "float16"
+    smooth: float = 0.0
+    floor: bool = False
 
     def __post_init__(self) -> None:
         for field, hint in get_type_hints(type(self)).items():
@@ -70,6 +83,8 @@ class Scheme:
             raise RecipeError(f"{self.bits} bits are not supported; choose 2, 3, 4 or 8 (or the recipe fp16).")
         if self.datatype == "fp" and self.bits not in (4, 8):
             raise RecipeError("Datatype fp has 4 bits (e2m1) or 8 (e4m3).")
+        if self.scale_dtype == "float8" and (self.datatype != "fp" or self.axis == "channel" or self.outliers):
+            raise RecipeError("Scales of 8 bits go with datatype fp, ranges within a token, and no outliers.")
         if self.hadamard and (self.datatype == "exact" or self.needs_calibration):
             raise RecipeError("The Hadamard rotation goes with codes whose ranges are taken online and need no calibration.")
         if self.datatype in ("nf", "nuq") and self.bits == 8:
@@ -80,12 +95,27 @@ class Scheme:
             raise RecipeError("An outlier cap is a whole number from 1 and needs an outlier fraction above 0.")
         if self.group is not None:
             self._check_group(self.group)
-        for name in ("pre_rope", "qnorm", "hadamard", "turn"):
+        for name in ("pre_rope", "qnorm", "hadamard", "turn", "floor"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"{name} is true or false, not {getattr(self, name)!r}.")
         if self.qnorm and self.datatype != "nuq":
             raise RecipeError("Q-Norm adjusts a learned codebook; it needs datatype nuq.")
+        self._check_smooth()
+        self._check_block()
         self._check_codebook()
+
+    def _check_smooth(self) -> None:
+        if not isinstance(self.smooth, (int, float)) or isinstance(self.smooth, bool) or not 0 <= self.smooth <= 1:
+            raise RecipeError(f"smooth is a power from 0 to 1, not {self.smooth!r}.")
+        if self.smooth and (self.datatype not in ("int", "nf", "fp") or self.axis == "channel" or self.outliers):
+            raise RecipeError("Smoothing goes with codes of int, nf or fp whose ranges are taken online, without outliers.")
+
+    def _check_block(self) -> None:
+        by_value = self.datatype in ("iv", "iv-kmeans")
+        if by_value != (self.axis == "block") or (self.floor and not by_value):
+            raise RecipeError("Intrinsic values (iv, iv-kmeans) go with axis block, and floor with both.")
+        if by_value and (self.bits != 2 or not self.group or self.outliers or self.hadamard):
+            raise RecipeError("Intrinsic values have 2 bits, a group of tokens, and neither outliers nor a Hadamard rotation.")
 
     def _check_codebook(self) -> None:
         if self.codebook == "layer":
@@ -107,9 +137,9 @@ class Scheme:
     def _check_group(self, group: int) -> None:
         if type(group) is not int or group < 8 or self.axis == "token" or self.datatype == "exact":
             raise RecipeError(
-                "A group is a whole number from 8 and goes with axis channel (tokens) or token_head (channels) of codes."
+                "A group is a whole number from 8 and goes with codes by channel or block (tokens) or token_head (channels)."
             )
-        if self.axis == "channel" and BLOCK % group:
+        if self.axis in ("channel", "block") and BLOCK % group:
             raise RecipeError(f"Groups of {group} tokens do not fill blocks of {BLOCK}; choose 8, 16, 32 or 64.")
         if self.outlier_scope == "matrix" and self.outliers:
             raise RecipeError("Outlier thresholds per matrix are learned offline and do not go with groups; choose vector.")
@@ -118,6 +148,8 @@ class Scheme:
         """Raise RecipeError where groups or pairs of channels do not fill a head."""
         if head_dim % self.numbers:
             raise RecipeError(f"Pairs of channels do not fill a head_dim of {head_dim}; choose codebooks of channels.")
+        if self.smooth and head_dim % 2:
+            raise RecipeError(f"Pairs of channels do not fill a head_dim of {head_dim}; choose a recipe without smoothing.")
         if self.axis == "token_head" and self.group and head_dim % self.group:
             raise RecipeError(f"Groups of {self.group} channels do not fill a head_dim of {head_dim}; choose another group.")
 
@@ -139,13 +171,21 @@ class Scheme:
     @property
     def tokens_together(self) -> int:
         """How many tokens can only be encoded at once."""
-        return self.group if self.axis == "channel" and self.group else 1
+        return self.group if self.axis in ("channel", "block") and self.group else 1
 
-    def range_shape(self, kv_heads: int, tokens: int, head_dim: int) -> tuple[int, int, int]:
-        """Shape of online scales and zeros without the batch, for whole groups of tokens."""
+    def range_forms(self, kv_heads: int, tokens: int, head_dim: int) -> dict[str, RangeForm]:
+        """What is held of online ranges, by name: shape without the batch, for whole groups of tokens, and dtype."""
+        if self.datatype == "exact" or self.static:
+            return {}
+        if self.axis == "block":
+            return {"levels": ((kv_heads, tokens // self.tokens_together, 4), torch.float16)}
         if self.axis == "channel":
-            return kv_heads, tokens // (self.group or tokens), head_dim
-        return (1 if self.axis == "token" else kv_heads), tokens, (head_dim // self.group if self.group else 1)
+            shape = (kv_heads, tokens // (self.group or tokens), head_dim)
+        else:
+            shape = ((1 if self.axis == "token" else kv_heads), tokens, (head_dim // self.group if self.group else 1))
+        if self.scale_dtype == "float8":
+            return {"scale": (shape, torch.float8_e4m3fn), "token_scale": ((1, tokens, 1), torch.bfloat16)}
+        return dict.fromkeys(("scale",) if self.symmetric else ("scale", "zero"), (shape, torch.float16))
 
     @property
     def symmetric(self) -> bool:
@@ -160,4 +200,5 @@ class Scheme:
     @property
     def needs_calibration(self) -> bool:
         """Whether anything of it is learned offline."""
-        return self.static or self.datatype == "nuq" or (self.outliers > 0 and self.outlier_scope == "matrix")
+        by_matrix = self.outliers > 0 and self.outlier_scope == "matrix"
+        return self.static or self.datatype == "nuq" or by_matrix or self.smooth > 0

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from narrowkv.codec import AnyQuantizer, Quantizer, Scheme
+from narrowkv.codec import AnyQuantizer, Scheme, quantizer_for
 from narrowkv.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class Recipe:
                 "(or narrowkv.calibrate) and make the cache from that calibration."
             )
         pair = self.schemes(layer)
-        return Quantizer(pair.keys), Quantizer(pair.values)
+        return quantizer_for(pair.keys), quantizer_for(pair.values)
 
     def cache(self, model: "PreTrainedModel", **options: Any) -> "PackedCache":
         """A new cache for `model`, for `model.generate(past_key_values=...)`; options as of `narrowkv.PackedCache`."""

@@ -4,10 +4,10 @@ from pathlib import Path
 from types import ModuleType
 
 from narrowkv.errors import RecipeError
-from narrowkv.methods import codebooks, exact, hadamard, kivi, kvquant, narrow, rounding
+from narrowkv.methods import codebooks, exact, hadamard, intrinsic, kivi, kvquant, narrow, nvfp4, rounding, smooth
 from narrowkv.methods.recipe import Recipe
 
-METHODS: tuple[ModuleType, ...] = (exact, narrow, codebooks, kvquant, kivi, rounding, hadamard)
+METHODS: tuple[ModuleType, ...] = (exact, narrow, codebooks, kvquant, kivi, rounding, nvfp4, hadamard, smooth, intrinsic)
 
 
 def recipe_names() -> list[str]:

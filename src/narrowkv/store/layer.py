@@ -57,7 +57,7 @@ class LayerStore:
         sides = [side for page in pages.values() for side in (page.keys, page.values)]
         return {
             "codes": [plane for side in sides for plane in side.planes],
-            "scales": [part for side in sides for part in (side.scale, side.zero) if part is not None],
+            "scales": [part for side in sides for part in side.ranges.values()],
             "outliers": [part for side in sides for part in side.outliers()],
             "tail": [tensor for part in self.tail or () for tensor in part.tensors()],
             "window": [*(self.recent or ()), *([] if self.recent_skip is None else [self.recent_skip])],

@@ -30,14 +30,13 @@ def to_blocks(encoded: Encoded) -> Encoded:
         blocks = part.unflatten(2, (count, -1))  # [batch, heads, n, 64 or groups, dim]
         return blocks.permute(2, 0, 1, 3, 4).flatten(0, 1)
 
-    scale, zero = (None if part is None else cut(part) for part in (encoded.scale, encoded.zero))
-    codes = cut(encoded.codes)
+    codes, ranges = cut(encoded.codes), {name: cut(part) for name, part in encoded.ranges.items()}
     if encoded.outlier_index is None or encoded.outlier_values is None:
-        return Encoded(codes, scale, zero)
+        return Encoded(codes, ranges)
     row, head, token, channel = torch.unravel_index(encoded.outlier_index, encoded.codes.shape)
     block = token // BLOCK * batch + row
     index, order = ravel((block, head, token % BLOCK, channel), codes.shape).sort()
-    return Encoded(codes, scale, zero, index, encoded.outlier_values[order])
+    return Encoded(codes, ranges, index, encoded.outlier_values[order])
 
 
 def from_blocks(blocks: Tensor, batch: int) -> Tensor:
@@ -52,7 +51,7 @@ class PackedSide:
         a channel; or token-major [slots, kv_heads, 64, bytes of the codes of a token]. One tensor per plane of bits. A head
         has head_dim codes, or half as many where a code stands for a pair. Exact numbers lie as they come:
         [slots, kv_heads, 64, head_dim].
-    scale, zero: [slots, 1 or kv_heads, 64 or groups, 1, groups or head_dim] float16 where ranges are online.
+    ranges: [slots, ...] what is held of online ranges, by name, as `Scheme.range_forms` has it for 64 tokens.
     outlier_values, outlier_index: [room] (of pairs [room, 2]) 16-bit value and index token * codes + code, sorted by slot,
         head, token, code; those of slot s and head h begin at outlier_offsets[s * kv_heads + h].
     """
@@ -63,8 +62,7 @@ class PackedSide:
         bits: int,
         channel_major: bool,
         planes: list[Tensor],
-        scale: Tensor | None = None,
-        zero: Tensor | None = None,
+        ranges: dict[str, Tensor] | None = None,
         outliers: tuple[Tensor, Tensor, Tensor] | None = None,
     ):
         """shape: kv_heads, 64, codes. outliers: values, index and offsets, all of them in use."""
@@ -72,7 +70,7 @@ class PackedSide:
         self.bits = bits
         self.channel_major = channel_major
         self.planes = planes
-        self.scale, self.zero = scale, zero
+        self.ranges = ranges or {}
         self.outlier_values: Tensor | None
         self.outlier_index: Tensor | None
         self.outlier_offsets: Tensor | None
@@ -94,17 +92,17 @@ class PackedSide:
                 torch.empty(slots, heads, rows, plane_bytes(length, plane), dtype=torch.uint8, device=device)
                 for plane in PLANES[bits]
             ]
-        scale = zero = outliers = None
-        if like.scale is not None:
-            scale = torch.empty(slots, *like.scale.shape[1:], dtype=torch.float16, device=device)
-            zero = None if like.zero is None else torch.empty_like(scale)
+        ranges = {
+            name: torch.empty(slots, *part.shape[1:], dtype=part.dtype, device=device) for name, part in like.ranges.items()
+        }
+        outliers = None
         if like.outlier_values is not None:
             outliers = (
                 torch.empty(outlier_room, *like.outlier_values.shape[1:], dtype=like.outlier_values.dtype, device=device),
                 torch.empty(outlier_room, dtype=torch.int16, device=device),
                 torch.zeros(slots * heads + 1, dtype=torch.int32, device=device),
             )
-        side = cls((heads, BLOCK, dim), bits, channel_major, planes, scale, zero, outliers)
+        side = cls((heads, BLOCK, dim), bits, channel_major, planes, ranges, outliers)
         side.outliers_used = 0
         return side
 
@@ -119,9 +117,8 @@ class PackedSide:
         rows = blocks.codes.transpose(2, 3) if self.channel_major and self.bits < 16 else blocks.codes
         for plane, packed in zip(self.planes, [rows] if self.bits == 16 else pack(rows, self.bits), strict=True):
             plane[slot:stop] = packed
-        for held, part in ((self.scale, blocks.scale), (self.zero, blocks.zero)):
-            if held is not None and part is not None:
-                held[slot:stop] = part
+        for name, held in self.ranges.items():
+            held[slot:stop] = blocks.ranges[name]
         if self.outlier_offsets is not None:
             assert blocks.outlier_index is not None and blocks.outlier_values is not None
             heads, tokens, dim = self.shape
@@ -152,9 +149,9 @@ class PackedSide:
         codes = planes[0] if self.bits == 16 else unpack(planes, self.bits)
         if self.channel_major and self.bits < 16:
             codes = codes.transpose(2, 3).contiguous()
-        scale, zero = (None if part is None else part[slots] for part in (self.scale, self.zero))
+        ranges = {name: part[slots] for name, part in self.ranges.items()}
         if self.outlier_offsets is None or self.outlier_index is None or self.outlier_values is None:
-            return Encoded(codes, scale, zero)
+            return Encoded(codes, ranges)
         heads, tokens, dim = self.shape
         offsets = self.outlier_offsets.long()
         begin = offsets[:-1].view(-1, heads)[slots].flatten()
@@ -162,7 +159,7 @@ class PackedSide:
         group = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
         position = torch.arange(len(group), device=count.device) + (begin - (count.cumsum(0) - count))[group]
         index = group * (tokens * dim) + self.outlier_index[position].long()
-        return Encoded(codes, scale, zero, index, self.outlier_values[position])
+        return Encoded(codes, ranges, index, self.outlier_values[position])
 
 
 class Page:

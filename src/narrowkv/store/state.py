@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor
 
-from narrowkv.codec import AnyQuantizer, Encoded
+from narrowkv.codec import AnyQuantizer, Encoded, Scheme
 from narrowkv.codec.packing import PLANES, plane_bytes
 from narrowkv.errors import FileFormatError
 from narrowkv.store.layer import LayerStore
 from narrowkv.store.page import BLOCK, Column, PackedSide, Page, gather, is_channel_major
 
 SIDES = ("keys", "values")
-ENCODED = ("codes", "scale", "zero", "outlier_index", "outlier_values")
-PACKED = ("scale", "zero", "outlier_values", "outlier_index", "outlier_offsets")
+ENCODED = ("codes", "outlier_index", "outlier_values")
+PACKED = ("outlier_values", "outlier_index", "outlier_offsets")
 
 
 def to_tensors(store: LayerStore) -> dict[str, Tensor]:
@@ -27,8 +27,10 @@ def to_tensors(store: LayerStore) -> dict[str, Tensor]:
         page = gather(store.quantizers, store.columns)
         for name, side in zip(SIDES, (page.keys, page.values), strict=True):
             found |= {f"{name}.plane{i}": plane for i, plane in enumerate(side.planes)}
+            found |= {f"{name}.{part}": tensor for part, tensor in side.ranges.items()}
             found |= {f"{name}.{part}": getattr(side, part) for part in PACKED if getattr(side, part) is not None}
     for name, encoded in zip(SIDES, store.tail or (), strict=False):
+        found |= {f"tail.{name}.{part}": tensor for part, tensor in encoded.ranges.items()}
         found |= {f"tail.{name}.{part}": getattr(encoded, part) for part in ENCODED if getattr(encoded, part) is not None}
     found |= {f"recent.{name}": numbers for name, numbers in zip(SIDES, store.recent or (), strict=False)}
     found |= {f"sinks.{name}": numbers for name, numbers in zip(SIDES, store.sink_numbers or (), strict=False)}
@@ -56,6 +58,11 @@ class _Reader:
         if not fits or tensor.dtype != dtype:
             raise FileFormatError(f"tensor {name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}")
         return tensor
+
+    def take_ranges(self, prefix: str, scheme: Scheme, rows: int, shape: tuple[int, int, int]) -> dict[str, Tensor]:
+        """What is held of online ranges. shape: kv_heads, tokens, codes of a head."""
+        forms = scheme.range_forms(*shape)
+        return {name: self.take(f"{prefix}.{name}", (rows, *form), dtype) for name, (form, dtype) in forms.items()}
 
 
 def load_tensors(store: LayerStore, tensors: dict[str, Tensor], shape: tuple[int, int, int], dtype: torch.dtype) -> None:
@@ -115,11 +122,7 @@ def _load_side(reader: _Reader, name: str, quantizer: AnyQuantizer, slots: int, 
         reader.take(f"{name}.plane{i}", (slots, heads, rows, plane_bytes(length, plane)), torch.uint8)
         for i, plane in enumerate(PLANES[scheme.code_bits])
     ]
-    scale = zero = outliers = None
-    if not scheme.static:
-        form = (slots, *scheme.range_shape(heads, BLOCK, dim))
-        scale = reader.take(f"{name}.scale", form, torch.float16)
-        zero = None if scheme.symmetric else reader.take(f"{name}.zero", form, torch.float16)
+    ranges, outliers = reader.take_ranges(name, scheme, slots, (heads, BLOCK, dim)), None
     if scheme.outliers:
         values = reader.take(f"{name}.outlier_values", (None, *scheme.outlier_shape), reader.dtype16)
         index = reader.take(f"{name}.outlier_index", (len(values),), torch.int16)
@@ -128,7 +131,7 @@ def _load_side(reader: _Reader, name: str, quantizer: AnyQuantizer, slots: int, 
         ordered = offsets[0] == 0 and offsets[-1] == len(values) and bool((offsets.diff() >= 0).all())
         _require(bool(ordered), f"{name}.outlier_offsets")
         outliers = (values, index, offsets)
-    return PackedSide((heads, BLOCK, dim), scheme.code_bits, channel_major, planes, scale, zero, outliers)
+    return PackedSide((heads, BLOCK, dim), scheme.code_bits, channel_major, planes, ranges, outliers)
 
 
 def _load_tail(reader: _Reader, name: str, quantizer: AnyQuantizer, shape: tuple[int, int, int]) -> Encoded:
@@ -141,11 +144,8 @@ def _load_tail(reader: _Reader, name: str, quantizer: AnyQuantizer, shape: tuple
     if scheme.bits == 16:
         return encoded
     _require(int(codes.max()) < 2**scheme.code_bits, f"tail.{name}.codes")
-    if not scheme.static:
-        _require(codes.shape[2] % scheme.tokens_together == 0, f"tail.{name}.codes")
-        form = (batch, *scheme.range_shape(heads, codes.shape[2], dim))
-        encoded.scale = reader.take(f"tail.{name}.scale", form, torch.float16)
-        encoded.zero = None if scheme.symmetric else reader.take(f"tail.{name}.zero", form, torch.float16)
+    _require(codes.shape[2] % scheme.tokens_together == 0, f"tail.{name}.codes")
+    encoded.ranges = reader.take_ranges(f"tail.{name}", scheme, batch, (heads, codes.shape[2], dim))
     if scheme.outliers:
         index = reader.take(f"tail.{name}.outlier_index", (None,), torch.int64)
         encoded.outlier_values = reader.take(

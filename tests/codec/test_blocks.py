@@ -1,0 +1,74 @@
+"""Levels of blocks against the NumPy codec, block by block."""
+
+import numpy as np
+import pytest
+import torch
+
+from narrowkv.codec import BlockQuantizer, Scheme
+from narrowkv.codec.intrinsic import IntrinsicValues, dequantize, quantize
+from narrowkv.errors import ActivationError
+
+
+def scheme(datatype="iv", floor=False, group=64):
+    return Scheme(2, datatype, axis="block", group=group, floor=floor)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 64, 80), (3, 2, 128, 16), (2, 3, 192, 7)], ids=str)
+@pytest.mark.parametrize("floor", [True, False], ids=["floor", "nearest"])
+@pytest.mark.parametrize("datatype", ["iv", "iv-kmeans"])
+def test_each_head_of_a_block_is_coded_as_the_numpy_codec_does(shape, floor, datatype):
+    x, quantizer = torch.randn(shape) ** 3 + torch.randn(shape[1], 1, 1), BlockQuantizer(scheme(datatype, floor))
+    encoded = quantizer.encode(x)
+    assert encoded.ranges["levels"].shape == (*shape[:2], shape[2] // 64, 4)
+    for place in np.ndindex(*shape[:2], shape[2] // 64):
+        row, head, block = place
+        numbers = x[row, head, 64 * block : 64 * block + 64]
+        found = IntrinsicValues.of(numbers, how="kmeans" if datatype == "iv-kmeans" else "frequency")
+        np.testing.assert_allclose(encoded.ranges["levels"][place].numpy(), found.levels, rtol=1e-3, atol=1e-3)
+        held = dict(zip(("v_min", "v1", "v2", "v_max"), encoded.ranges["levels"][place].tolist(), strict=True))
+        expected = dequantize(quantize(numbers, **held, nearest=not floor), **held)
+        decoded = quantizer.decode(encoded)[row, head, 64 * block : 64 * block + 64]
+        np.testing.assert_allclose(decoded.numpy(), expected, rtol=1e-6)
+
+
+def test_the_nearest_level_misses_less_than_the_level_below():
+    x = torch.randn(2, 2, 128, 32)
+    off = {}
+    for floor in (True, False):
+        quantizer = BlockQuantizer(scheme("iv-kmeans", floor))
+        off[floor] = (quantizer.decode(quantizer.encode(x)) - x).abs().mean()
+    assert off[False] < 0.7 * off[True]
+
+
+@pytest.mark.parametrize("datatype", ["iv", "iv-kmeans"])
+def test_tokens_that_are_skipped_have_no_part_in_the_levels(datatype):
+    x = torch.randn(2, 2, 64, 8)
+    skip = torch.zeros(2, 64, dtype=torch.bool)
+    skip[0, :5] = True
+    skip[1] = True
+    wild = x.masked_fill(skip[:, None, :, None], 1e9)
+    levels = BlockQuantizer(scheme(datatype)).encode(wild, skip).ranges["levels"]
+    assert torch.equal(levels[1], torch.zeros(2, 1, 4).half())
+    for head in range(2):
+        expected = IntrinsicValues.of(x[0, head, 5:], how="kmeans" if datatype == "iv-kmeans" else "frequency")
+        np.testing.assert_allclose(levels[0, head, 0].numpy(), expected.levels, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("datatype", ["iv", "iv-kmeans"])
+@pytest.mark.parametrize("floor", [True, False])
+def test_blocks_without_spread_come_back(datatype, floor):
+    x = torch.full((1, 2, 64, 8), 2.5)
+    quantizer = BlockQuantizer(scheme(datatype, floor))
+    assert torch.equal(quantizer.decode(quantizer.encode(x)), x)
+
+
+def test_one_number_that_counts_is_kept():
+    x, skip = torch.randn(1, 1, 8, 1).half().float(), torch.ones(1, 8, dtype=torch.bool)
+    skip[0, 3] = False
+    quantizer = BlockQuantizer(scheme("iv-kmeans", group=8))
+    assert torch.equal(quantizer.decode(quantizer.encode(x, skip))[0, 0, 3], x[0, 0, 3])
+
+
+def test_numbers_beyond_float16_are_refused():
+    with pytest.raises(ActivationError, match="float16"):
+        BlockQuantizer(scheme()).encode(torch.full((1, 1, 64, 8), 1e6))
