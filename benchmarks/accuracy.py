@@ -1,7 +1,8 @@
 """Every method at its true bits: `python -m benchmarks.accuracy [--models NAME ...] [--json FILE] [--picture FILE]`.
 
 Calibrated on one part of a text, measured on another. Bits are those that a cache of 32,768 tokens allocates, all counted.
-`narrowkv://demo` is the built-in model; other models are folders, measured on TinyStories from NARROWKV_ASSETS.
+`narrowkv://demo` is the built-in model; other models are folders, measured on TinyStories from NARROWKV_ASSETS. With
+`--across` calibration reads another kind of text: stories for the built-in model, its training text for the others.
 """
 
 import argparse
@@ -25,47 +26,42 @@ from narrowkv.integrations.models import DEMO
 
 ASSETS = Path(os.environ.get("NARROWKV_ASSETS", Path(__file__).parents[2] / "shared" / "assets"))
 RECIPES = (
-    *("nuq4-1%", "nuq3-1%", "nuq2-1%", "nuq2-1%-qnorm", "nuq4", "nuq3", "nuq2", "nuq3-1%-postrope"),
-    *(
-        "kivi-4",
-        "kivi-2",
-        "kivi-4-g32-r0",
-        "kivi-2-g32-r0",
-        "int8",
-        "int4",
-        "int3",
-        "int2",
-        "int4-head",
-        "int3-head",
-        "int2-head",
-    ),
-    *("int4-channel", "int3-channel", "nf4", "nf3", "nf2", "fp8", "fp4", "hadamard-int4", "hadamard-int3", "hadamard-int2"),
+    *("narrow4", "narrow3", "narrow2", "narrow3.0", "narrow2.5", "pair3", "pair3-1%", "pair2", "pair2-1%"),
+    *("channel4", "channel3", "channel2", "nuq4-1%", "nuq3-1%", "nuq2-1%", "nuq2-1%-qnorm", "nuq4", "nuq3", "nuq2"),
+    *("nuq3.0", "nuq3-1%-postrope", "kivi-4", "kivi-2", "kivi-4-g32-r0", "kivi-2-g32-r0"),
+    *("int8", "int4", "int3", "int2", "int4-head", "int3-head", "int2-head", "int4-channel", "int3-channel"),
+    *("nf4", "nf3", "nf2", "fp8", "fp4", "nvfp4", "smooth-int8", "hadamard-int4", "hadamard-int3", "hadamard-int2"),
+    *("intrinsic-2", "intrinsic-2-nearest"),
 )
 LONG = 32_768
 
 
-def texts(name: str) -> tuple[str, str]:
+def texts(name: str, across: bool) -> tuple[str, str]:
     """What to calibrate and what to measure a model on."""
-    if name == DEMO:
-        return read_text("narrowkv://train"), read_text("narrowkv://held-out")
+    own = (read_text("narrowkv://train"), read_text("narrowkv://held-out"))
+    if name == DEMO and not across:
+        return own
     stories = (ASSETS / "text" / "tinystories-sample.txt").read_text(encoding="utf-8")
-    return stories[:1_000_000], stories[1_000_000:]
+    if name == DEMO:
+        return stories, own[1]
+    return own[0] if across else stories[:1_000_000], stories[1_000_000:]
 
 
-def rows(name: str, window: int, samples: int, windows: int) -> list[dict[str, Any]]:
+def rows(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """The figures of all recipes on one model; those whose groups do not fill its heads are left out."""
+    window, samples, windows = options.window, options.samples, options.windows
     model, tokenizer = load_model(name, "float32")
     head_dim = model.config.get_text_config().head_dim
-    recipes = [get_recipe(recipe) for recipe in RECIPES]
-    recipes = [recipe for recipe in recipes if head_dim % (recipe.values.group or 1) == 0]
-    learn_from, measure_on = texts(name)
+    recipes = [get_recipe(recipe) for recipe in options.recipes]
+    recipes = [recipe for recipe in recipes if recipe.values.axis == "block" or head_dim % (recipe.values.group or 1) == 0]
+    learn_from, measure_on = texts(name, options.across)
     batches = cut_windows(tokenizer, learn_from, window, samples)
     learned = calibrate_many(model, batches, [recipe for recipe in recipes if recipe.needs_calibration])
     sources: list[Any] = [next((c for c in learned if c.recipe.name == recipe.name), recipe) for recipe in recipes]
     recall = []
-    if name == DEMO:
+    if name == DEMO and options.recall_rows:
         filler = tokenizer.encode(measure_on, add_special_tokens=False, verbose=False)
-        recall = [make(tokenizer, filler, 512, 64, 0) for make in (facts, passages)]
+        recall = [make(tokenizer, filler, 512, options.recall_rows, 0) for make in (facts, passages)]
     found = measure(model, sources, cut_windows(tokenizer, measure_on, window, windows), recall)
     return [
         asdict(row) | {"model": Path(name).name, "bits_long": bits_at(model, source, batches[:1], LONG)}
@@ -115,14 +111,17 @@ def main() -> None:
     own = [DEMO, *(str(ASSETS / "models" / name) for name in ("stories260K", "babyllama-tok105") if ASSETS.exists())]
     parser.add_argument("--models", nargs="+", default=own)
     parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--windows", type=int, default=12)
+    parser.add_argument("--recipes", nargs="+", default=RECIPES)
+    parser.add_argument("--recall-rows", type=int, default=64)
+    parser.add_argument("--across", action="store_true", help="calibrate on another kind of text than is measured")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     found = []
     for name in options.models:
-        own_rows = rows(name, options.window, options.samples, options.windows)
+        own_rows = rows(name, options)
         print(table(own_rows), flush=True)
         found += own_rows
     if options.json:

@@ -35,7 +35,7 @@ def test_python(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (code,) = blocks("python")
     exec(compile(code, "README.md", "exec"), {})
-    assert "PackedCache(nuq3-1%" in capsys.readouterr().out
+    assert "PackedCache(narrow3" in capsys.readouterr().out
 
 
 def test_links_lead_somewhere():

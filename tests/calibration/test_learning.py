@@ -46,7 +46,7 @@ def test_the_choice_keeps_its_budget_and_names_every_layer(name, budget):
 
 
 def test_where_errors_cost_more_there_are_more_bits():
-    (recipe,), layers = fits("narrow2.5")
+    (recipe,), layers = fits("narrow3.0")
     report = learn(recipe, layers).report["layers"]
     assert report["3"]["keys"]["bits"] > report["0"]["keys"]["bits"]
     assert report["3"]["values"]["bits"] > report["0"]["values"]["bits"]

@@ -28,7 +28,7 @@ class Option:
 
 def measure(quantizer: AnyQuantizer, samples: Samples, keys: bool) -> Option:
     """What a quantizer takes and costs, found by storing a sample of tokens as a cache would."""
-    numbers = samples.heads(16 * BLOCK)
+    numbers = samples.heads()[:, :, : 16 * BLOCK]
     numbers = numbers.repeat(1, 1, -(-BLOCK // numbers.shape[2]), 1) if numbers.shape[2] < BLOCK else numbers
     whole = numbers.shape[2] // BLOCK * BLOCK
     blocks = to_blocks(quantizer.encode(numbers[:, :, :whole]))
@@ -40,19 +40,19 @@ def measure(quantizer: AnyQuantizer, samples: Samples, keys: bool) -> Option:
     return Option(quantizer.scheme, bits, samples.cost(quantizer))
 
 
-def allocate(menus: Sequence[Sequence[Option]], budget: float, numbers: int = 1) -> list[int]:
+def allocate(menus: Sequence[Sequence[Option]], budget: float, numbers: int = 1, beside: float = 0.0) -> list[int]:
     """Which option of each menu to take so that the sum of costs is least and that of bits at most `budget` for each number.
 
-    numbers: of a token, in all layers. Exact, by dynamic programming over the budget in 65,536 steps, to which bits are
-    rounded up. Raises RecipeError where even the smallest options exceed the budget.
+    numbers: of a token, in all layers. beside: bits for each number that are taken anyway. Exact, by dynamic programming over
+    the budget in 65,536 steps, to which bits are rounded up. Raises RecipeError where even the smallest options exceed the budget.
     """
-    sizes = [
-        np.ceil(np.array([option.bits for option in menu]) / (budget * numbers) * CELLS).astype(np.int64) for menu in menus
-    ]
-    if sum(int(size.min()) for size in sizes) > CELLS:
-        least = sum(min(option.bits for option in menu) for menu in menus) / numbers
+    room = (budget - beside) * numbers
+    least = sum(min(option.bits for option in menu) for menu in menus)
+    sizes = [np.ceil(np.array([option.bits for option in menu]) * (CELLS / room)).astype(np.int64) for menu in menus]
+    if room <= 0 or sum(int(size.min()) for size in sizes) > CELLS:
         raise RecipeError(
-            f"a budget of {budget:g} bits is too small for this model, on which {least:.3f} is the least; allow more."
+            f"a budget of {budget:g} bits is too small for this model, on which {least / numbers + beside:.3f} is the least; "
+            "allow more."
         )
     best = np.zeros(CELLS + 1)  # least cost of the menus so far that fit into so many cells
     taken = []

@@ -11,10 +11,13 @@ from narrowkv.calibration.fit import Fit
 from narrowkv.calibration.point_fit import PointFit
 from narrowkv.calibration.processes import Group
 from narrowkv.codec import AnyQuantizer, Scheme
+from narrowkv.codec.scheme import BLOCK
 from narrowkv.errors import RecipeError
 from narrowkv.methods import LayerSchemes, Recipe
 
 AnyFit = Fit | PointFit
+POSITION_BITS = 32  # of each token, for keys that are rotated when read
+SLOT_BITS = 64 / BLOCK  # of each token in each layer: where its block lies
 
 
 @dataclass(frozen=True)
@@ -119,8 +122,9 @@ def _choose(recipe: Recipe, layers: Mapping[int, LayerFits]) -> tuple[Recipe, di
     for fits in layers.values():
         menus += [fits.menu(recipe.choices.keys, True, recipe.sinks), fits.menu(recipe.choices.values, False, recipe.sinks)]
     numbers = sum(2 * fits.shape[0] * fits.shape[1] for fits in layers.values())
+    beside = (POSITION_BITS + SLOT_BITS * len(layers)) / numbers
     try:
-        picks = allocate(menus, recipe.choices.budget, numbers)
+        picks = allocate(menus, recipe.choices.budget, numbers, beside)
     except RecipeError as error:
         raise RecipeError(f"Recipe {recipe.name}: {error}") from error
     options = [menu[pick] for menu, pick in zip(menus, picks, strict=True)]
@@ -128,7 +132,7 @@ def _choose(recipe: Recipe, layers: Mapping[int, LayerFits]) -> tuple[Recipe, di
     chosen = {layer: LayerSchemes(keys.scheme, values.scheme) for layer, (keys, values) in pairs.items()}
     report = {
         "budget": recipe.choices.budget,
-        "bits": sum(option.bits for option in options) / numbers,
+        "bits": sum(option.bits for option in options) / numbers + beside,
         "predicted_loss": sum(option.cost for option in options),
         "layers": {
             str(layer): {
@@ -155,6 +159,7 @@ def _tokens(x: Tensor, skip: int) -> Tensor:
 def _when_gradient_known(learning: dict[Need, AnyFit], numbers: Tensor) -> Callable[[Tensor], None]:
     def see(gradient: Tensor) -> None:
         for need, fit in learning.items():
-            fit.see_codebook(_tokens(numbers, need.sinks), _tokens(gradient, need.sinks))
+            for row, slope in zip(numbers.split(1), gradient.split(1), strict=True):  # a sequence at a time
+                fit.see_codebook(_tokens(row, need.sinks), _tokens(slope, need.sinks))
 
     return see

@@ -7,16 +7,16 @@ from narrowkv.calibration.processes import Group, collected, reduced
 from narrowkv.codec import AnyQuantizer
 from narrowkv.codec.ranges import require_finite, to_16_bits
 
-CAPACITY = 8192  # tokens kept
-ERROR_TOKENS = 2048  # of which so many are enough to tell what a quantizer costs
+CAPACITY = 10240  # tokens kept
+LEARNING = 0.8  # of which so many are learned from; the rest tell what a quantizer costs
 
 
 class Samples:
     """A uniform sample of tokens and the second moment of the loss's gradient; memory does not grow with the stream.
 
-    Those tokens are kept whose numbers and gradients hash to the smallest values, so the sample depends on the tokens alone,
-    not on their order or on who saw them. (Numbers alone would not do: in the first layer they follow from the word, and some
-    words would never be sampled.)
+    Those tokens are kept whose numbers, sequence and place in it hash to the smallest values, so the sample depends on the
+    sequences alone, not on their order or on who saw them. (Numbers alone would not do: in the first layer they follow from
+    the word, and some words would never be sampled.)
 
     numbers: [n, kv_heads, head_dim] float16. moment: [kv_heads, head_dim, head_dim] float64, the sum of gradient x gradient
     over `tokens` tokens: the Fisher information of a head (KVQuant, section 3.3, off its diagonal too).
@@ -29,7 +29,7 @@ class Samples:
         self.moment = torch.empty(0, dtype=torch.float64)
 
     def add(self, x: Tensor, gradient: Tensor | None) -> None:
-        """x: [tokens, kv_heads, head_dim]; gradient of the loss: the same shape, or None for weights of 1.
+        """x: [tokens, kv_heads, head_dim] of one sequence; gradient of the loss: the same shape, or None for weights of 1.
 
         Raises ActivationError on NaN, infinity and numbers that float16 cannot hold.
         """
@@ -39,13 +39,11 @@ class Samples:
             self.hashes = self.hashes.to(x.device)
             self.moment = torch.zeros(x.shape[1], x.shape[2], x.shape[2], dtype=torch.float64, device=x.device)
         rounded = to_16_bits(x, torch.float16, "Keys or values")
-        hashes = _hashes(rounded.view(torch.int16))
         if gradient is not None:
             require_finite(gradient, "Gradients")
-            hashes = hashes ^ _hashes(gradient.float().contiguous().view(torch.int32))
             by_head = gradient.float().transpose(0, 1)  # [kv_heads, tokens, head_dim]
             self.moment += (by_head.transpose(1, 2) @ by_head).double()
-        self._keep(torch.cat([self.numbers, rounded]), torch.cat([self.hashes, hashes]))
+        self._keep(torch.cat([self.numbers, rounded]), torch.cat([self.hashes, _hashes(rounded)]))
         self.tokens += len(x)
 
     def merge(self, group: Group) -> None:
@@ -72,21 +70,33 @@ class Samples:
             return unit
         return self.moment / self.tokens + 1e-3 * mean * unit
 
-    def heads(self, count: int = CAPACITY) -> Tensor:
-        """The first `count` tokens as [1, kv_heads, n, head_dim] float32."""
+    def heads(self, unseen: bool = False) -> Tensor:
+        """The tokens to learn from, or those to check on, as [1, kv_heads, n, head_dim] float32."""
         assert self.numbers is not None
-        return self.numbers[:count].float().transpose(0, 1)[None].contiguous()
+        learned = max(int(LEARNING * len(self.numbers)), 1)
+        part = self.numbers[learned:] if unseen and learned < len(self.numbers) else self.numbers[:learned]
+        return part.float().transpose(0, 1)[None].contiguous()
 
     def cost(self, quantizer: AnyQuantizer) -> float:
-        """The loss that a quantizer is predicted to cost, in nats for each token of text, to the second order."""
-        numbers = self.heads(ERROR_TOKENS)
+        """The loss that a quantizer is predicted to cost, in nats for each token of text, to the second order.
+
+        Predicted on tokens that its tables were not learned from, so that a large codebook is not chosen for having seen them.
+        """
+        numbers = self.heads(unseen=True)
         missed = (numbers - quantizer.decode(quantizer.encode(numbers)).float())[0].double()  # [kv_heads, n, head_dim]
         return float(((missed @ self.fisher()) * missed).sum() / 2 / missed.shape[1])
 
 
-def _hashes(bits: Tensor) -> Tensor:
-    """A hash of each token: [tokens] int64, of the bits of its numbers [tokens, ...] int16 or int32."""
-    bits = bits.flatten(1).long()
-    mixed = bits * (torch.arange(bits.shape[1], device=bits.device) * 2 + 1) * 0x2545F4914F6CDD1D
-    total = (mixed ^ (mixed >> 29)).sum(1) * 0x5851F42D4C957F2D
-    return total ^ (total >> 32)
+def _hashes(numbers: Tensor) -> Tensor:
+    """A hash of each token of a sequence: [tokens] int64, of numbers [tokens, ...] float16."""
+    bits = numbers.flatten(1).contiguous().view(torch.int16).long()
+    place = torch.arange(len(bits), device=bits.device)
+    tokens = _mixed(bits * (torch.arange(bits.shape[1], device=bits.device) * 2 + 1)).sum(1)
+    return _mixed(_mixed(tokens) + _mixed(_mixed(tokens).sum() + place))
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """Well scattered numbers for different ones: int64 of any shape."""
+    x = x * 0x2545F4914F6CDD1D
+    x = (x ^ (x >> 29)) * 0x5851F42D4C957F2D
+    return x ^ (x >> 32)

@@ -19,7 +19,7 @@ from narrowkv.integrations import calibrate_many
 from narrowkv.integrations.models import DEMO
 from narrowkv.methods import Recipe, get_recipe
 
-DEFAULT_RECIPE = "nuq3-1%"
+DEFAULT_RECIPE = "narrow3"
 
 out = Console()
 err = Console(stderr=True)

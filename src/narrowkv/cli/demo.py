@@ -16,7 +16,21 @@ from narrowkv.integrations import PackedCache, load_model
 from narrowkv.integrations.models import DEMO
 from narrowkv.methods import get_recipe
 
-RECIPES = ("fp16", "nuq4-1%", "nuq3-1%", "nuq2-1%", "nuq4", "nuq3", "nuq2", "int4", "int3", "int2")
+RECIPES = (
+    "fp16",
+    "narrow4",
+    "narrow3",
+    "narrow2",
+    "nuq4-1%",
+    "nuq3-1%",
+    "nuq2-1%",
+    "nuq4",
+    "nuq3",
+    "nuq2",
+    "int4",
+    "int3",
+    "int2",
+)
 WINDOW = 2048
 FACT = "The password of Matilda is silent harbour."
 QUESTION = "The password of Matilda is"
@@ -37,7 +51,7 @@ def demo(
     learned = {calibration.recipe.name: calibration for calibration in calibrated}
     sources: list = [learned.get(recipe.name, recipe) for recipe in recipes]
     text = read_text("narrowkv://held-out")
-    speak(model, tokenizer, learned["nuq3-1%"], text)
+    speak(model, tokenizer, learned["narrow3"], text)
     filler = tokenizer.encode(text, add_special_tokens=False, verbose=False)
     recall = [make(tokenizer, filler, recall_distance, recall_rows, 0) for make in (facts, passages)]
     with progress("measuring") as advance:
