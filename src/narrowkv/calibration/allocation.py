@@ -44,7 +44,7 @@ def allocate(menus: Sequence[Sequence[Option]], budget: float, numbers: int = 1,
     """Which option of each menu to take so that the sum of costs is least and that of bits at most `budget` for each number.
 
     numbers: of a token, in all layers. beside: bits for each number that are taken anyway. Exact, by dynamic programming over
-    the budget in 65,536 steps, to which bits are rounded up. Raises RecipeError where even the smallest options exceed the budget.
+    the budget in 65,536 steps, to which bits are rounded up. Raises RecipeError where even the smallest options exceed it.
     """
     room = (budget - beside) * numbers
     least = sum(min(option.bits for option in menu) for menu in menus)
