@@ -15,7 +15,6 @@ struct Side {
     int bits;            // of a code; 16 where numbers are exact
     int codes;           // of a head
     int numbers;         // that one code stands for: 1, or 2 (channels d and d + head_dim / 2)
-    int levels;          // of a codebook: 8, 16, 32, 64 or 256, rounded up
     int stride;          // floats from one codebook to the next, at least 16
     bool channel_major;  // rows of codes are channels, else tokens
     bool fixed;          // codebooks are those of channels, in real units: [kv_heads, codes, numbers, stride]; else one for all
@@ -40,7 +39,7 @@ struct Block {
 };
 
 // Keys stored before the rotary embedding. Either angles are given for each token, or positions, and cosines and sines of
-// them: far [positions / 64, pairs, 2] of multiples of 64, near [pairs, 2, 64] of 0 to 63.
+// them: far [positions / 64, 2, pairs] of multiples of 64, near [pairs, 2, 64] of 0 to 63.
 struct Rotation {
     int pairs;  // that turn; 0 where keys are stored turned
     bool interleaved;
@@ -49,6 +48,7 @@ struct Rotation {
     int64_t position_stride;
     const float* far;
     const float* near;
+    const float* steps;  // near, otherwise laid out: [64, 2, pairs]
     const float* angles;  // [batch, tokens, 2, pairs]
 };
 

@@ -13,13 +13,21 @@ namespace simd {
 constexpr int width = 8;
 typedef float Floats __attribute__((vector_size(32)));
 typedef int32_t Ints __attribute__((vector_size(32)));
+typedef uint64_t Bytes __attribute__((vector_size(16)));
 
 inline Floats load(const float* p) { return Floats(_mm256_loadu_ps(p)); }
 inline void store(float* p, Floats x) { _mm256_storeu_ps(p, __m256(x)); }
-inline Ints load_codes(const uint8_t* p) { return Ints(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
+
+// Sixteen codes, a byte each, as whole numbers.
+struct Codes {
+    __m128i bytes;
+
+    explicit Codes(Bytes bytes) : bytes(__m128i(bytes)) {}
+    Ints part(int i) const { return Ints(_mm256_cvtepu8_epi32(i ? _mm_srli_si128(bytes, 8) : bytes)); }
+};
 
 // A codebook of up to 8 levels is one register and a look-up is one permute; of 16, two and a choice by the code's fourth bit.
-template <int levels>
+template <int levels, bool gathered = (levels > 16)>
 struct Table {
     __m256 points[levels / 8];
 
@@ -40,33 +48,21 @@ struct Table {
     }
 };
 
-struct Gathered {
+template <int levels>
+struct Table<levels, true> {
     const float* points;
     float scale = 1.0f, zero = 0.0f;
 
-    explicit Gathered(const float* table) : points(table) {}
+    explicit Table(const float* table) : points(table) {}
     Floats operator()(Ints codes) const {
         const __m256 found = _mm256_i32gather_ps(points, __m256i(codes), 4);
         return Floats(_mm256_fmadd_ps(found, _mm256_set1_ps(scale), _mm256_set1_ps(zero)));
     }
-    Gathered stretched(float by, float to) const {
-        Gathered result = *this;
+    Table stretched(float by, float to) const {
+        Table result = *this;
         result.scale = by, result.zero = to;
         return result;
     }
-};
-
-template <>
-struct Table<32> : Gathered {
-    using Gathered::Gathered;
-};
-template <>
-struct Table<64> : Gathered {
-    using Gathered::Gathered;
-};
-template <>
-struct Table<256> : Gathered {
-    using Gathered::Gathered;
 };
 
 }  // namespace simd

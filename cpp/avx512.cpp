@@ -13,10 +13,18 @@ namespace simd {
 constexpr int width = 16;
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint64_t Bytes __attribute__((vector_size(16)));
 
 inline Floats load(const float* p) { return Floats(_mm512_loadu_ps(p)); }
 inline void store(float* p, Floats x) { _mm512_storeu_ps(p, __m512(x)); }
-inline Ints load_codes(const uint8_t* p) { return Ints(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+
+// Sixteen codes, a byte each, as whole numbers.
+struct Codes {
+    Ints codes;
+
+    explicit Codes(Bytes bytes) : codes(Ints(_mm512_cvtepu8_epi32(__m128i(bytes)))) {}
+    Ints part(int) const { return codes; }
+};
 
 // A codebook of up to 16 levels is one register and a look-up is one permute; of 32, two registers; of 64, four.
 template <int levels>

@@ -10,6 +10,7 @@ namespace simd {
 constexpr int width = 4;
 typedef float Floats __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(16)));
+typedef uint64_t Bytes __attribute__((vector_size(16)));
 
 inline Floats load(const float* p) {
     Floats x;
@@ -17,7 +18,14 @@ inline Floats load(const float* p) {
     return x;
 }
 inline void store(float* p, Floats x) { std::memcpy(p, &x, sizeof x); }
-inline Ints load_codes(const uint8_t* p) { return Ints{p[0], p[1], p[2], p[3]}; }
+
+// Sixteen codes, a byte each, as whole numbers.
+struct Codes {
+    uint8_t bytes[16];
+
+    explicit Codes(Bytes from) { std::memcpy(bytes, &from, 16); }
+    Ints part(int i) const { return Ints{bytes[4 * i], bytes[4 * i + 1], bytes[4 * i + 2], bytes[4 * i + 3]}; }
+};
 
 template <int levels>
 struct Table {

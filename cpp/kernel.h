@@ -71,9 +71,7 @@ class Worker {
     void read_query(const Piece& piece) {
         const float* query = piece.dense ? problem.dense_query : problem.packed_query;
         query += (int64_t(piece.row) * problem.kv_heads + piece.head) * rows * dim;
-        for (int i = 0; i < rows; ++i) {
-            for (int d = 0; d < dim; ++d) scratch.query[d * rows + i] = query[i * dim + d] * problem.scaling;
-        }
+        for (int i = 0; i < rows * dim; ++i) scratch.query[i] = query[i] * problem.scaling;
     }
 
     const uint8_t* hidden(int row, int64_t token) const {
@@ -98,16 +96,19 @@ class Worker {
         const int count = int(stop - start);
         if (count <= 0 || nothing_seen(piece.row, start, count)) return;
         const Block* sides = problem.table + (int64_t(block) * problem.batch + piece.row) * 2;
+        const Block* next = block + 1 < piece.last ? sides + 2 * problem.batch : sides;
+        prefetch(problem.keys, next[0], piece.head);
         decode(problem.keys, sides[0], piece.head, dim, scratch.ranges, scratch.tile);
         const float* query = scratch.query;
         if (problem.rotation.pairs) {
             std::memcpy(scratch.turned, scratch.query, sizeof(float) * rows * dim);
             const float* angles = relative_angles(problem.rotation, piece.row, problem.tokens, start, count, rows,
-                                                  scratch.turned, scratch.angles);
+                                                  dim, scratch.turned, scratch.angles);
             turn(scratch.tile, angles, problem.rotation.pairs, problem.rotation.interleaved);
             query = scratch.turned;
         }
         take_keys(piece, query, start, count);
+        prefetch(problem.values, next[1], piece.head);
         decode(problem.values, sides[1], piece.head, dim, scratch.ranges, scratch.tile);
         take_values(piece);
     }
@@ -126,7 +127,7 @@ class Worker {
     // From a tile of keys to weights in `scores`; `token` is the first one's place in `hidden`.
     void take_keys(const Piece& piece, const float* query, int64_t token, int count) {
         by_fours(rows, [&](int row, auto queries) {
-            score<queries>(query + row, rows, scratch.tile, dim, scratch.scores + row * kBlock);
+            score<queries>(query + row * dim, scratch.tile, dim, scratch.scores + row * kBlock);
         });
         if (problem.softcap != 0.0f) cap(scratch.scores, rows * kBlock, problem.softcap);
         hide(piece, token, count);

@@ -61,9 +61,8 @@ void make_side(HeldSide* held, int bits, int codes, int numbers, bool channel_ma
                std::optional<Table> scale, std::optional<Table> zero, std::vector<int> ranges, const std::string& exact,
                const std::string& outlier) {
     new (held) HeldSide{{}, table, scale, zero};
-    const int levels = bits <= 3 ? 8 : bits >= 7 ? 256 : 1 << bits;
-    held->side = Side{bits,      codes,     numbers,   levels,
-                      levels < 16 ? 16 : levels, channel_major, fixed,
+    const int stride = bits <= 4 ? 16 : bits >= 7 ? 256 : 1 << bits;
+    held->side = Side{bits,      codes,     numbers,   stride, channel_major, fixed,
                       ranges[0], ranges[1], ranges[2], number_from(exact), number_from(outlier),
                       data_or_null(table), data_or_null(scale), data_or_null(zero)};
 }
@@ -72,15 +71,17 @@ void make_side(HeldSide* held, int bits, int codes, int numbers, bool channel_ma
 struct HeldRotation {
     Rotation rotation{};
     std::optional<nb::ndarray<const int32_t, nb::device::cpu, nb::ndim<2>>> positions;
-    std::optional<Table> far, near, angles;
+    std::optional<Table> far, near, steps, angles;
 };
 
 void make_rotation(HeldRotation* held, int pairs, bool interleaved, float scaling, decltype(HeldRotation::positions) positions,
-                   std::optional<Table> far, std::optional<Table> near, std::optional<Table> angles) {
-    new (held) HeldRotation{{}, positions, far, near, angles};
+                   std::optional<Table> far, std::optional<Table> near, std::optional<Table> steps,
+                   std::optional<Table> angles) {
+    new (held) HeldRotation{{}, positions, far, near, steps, angles};
     held->rotation = Rotation{pairs, interleaved, scaling, positions ? positions->data() : nullptr,
                               positions ? positions->stride(0) : 0,
-                              data_or_null(far), data_or_null(near), data_or_null(angles)};
+                              data_or_null(far), data_or_null(near), data_or_null(steps),
+                              data_or_null(angles)};
 }
 
 void attend(const std::string& kernel, int threads, int chunk, Array<float, nb::ndim<5>> output, Heads packed_query,
@@ -122,7 +123,8 @@ void attend(const std::string& kernel, int threads, int chunk, Array<float, nb::
     if (kernel == "avx512") return attend_avx512(problem);
     if (kernel == "avx2") return attend_avx2(problem);
 #endif
-    attend_generic(problem);
+    if (kernel == "generic") return attend_generic(problem);
+    throw std::invalid_argument("there is no kernel " + kernel);
 }
 
 }  // namespace
@@ -137,7 +139,7 @@ NB_MODULE(_kernels, module) {
              "fixed"_a, "scale"_a.none(), "zero"_a.none(), "ranges"_a, "exact"_a, "outlier"_a);
     nb::class_<HeldRotation>(module, "Rotation", "The rotary embedding of keys that are stored without it.")
         .def("__init__", &make_rotation, nb::kw_only(), "pairs"_a = 0, "interleaved"_a = false, "scaling"_a = 1.0f,
-             "positions"_a.none() = nb::none(), "far"_a.none() = nb::none(), "near"_a.none() = nb::none(),
+             "positions"_a.none() = nb::none(), "far"_a.none() = nb::none(), "near"_a.none() = nb::none(), "steps"_a.none() = nb::none(),
              "angles"_a.none() = nb::none());
     module.def("attend", &attend, nb::kw_only(), "kernel"_a, "threads"_a, "chunk"_a, "output"_a, "packed_query"_a,
                "dense_query"_a, "dense_keys"_a, "dense_values"_a, "keys"_a, "values"_a, "rotation"_a, "table"_a, "starts"_a,

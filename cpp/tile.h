@@ -33,15 +33,15 @@ inline void turn(float* tile, const float* angles, int pairs, bool interleaved) 
     }
 }
 
-// Scores of some queries, [head_dim][rows] from the first of them on, against a channel-major tile: [queries][64].
+// Scores of some queries, [queries][head_dim], against a channel-major tile: [queries][64].
 template <int queries>
-inline void score(const float* query, int rows, const float* tile, int head_dim, float* scores) {
+inline void score(const float* query, const float* tile, int head_dim, float* scores) {
     for (int token = 0; token < kBlock; token += kWide * simd::width) {
         Floats sum[queries][kWide] = {};
         for (int d = 0; d < head_dim; ++d) {
             const float* keys = tile + d * kBlock + token;
             for (int q = 0; q < queries; ++q) {
-                const Floats x = all(query[d * rows + q]);
+                const Floats x = all(query[q * head_dim + d]);
                 for (int i = 0; i < kWide; ++i) sum[q][i] += x * load(keys + i * simd::width);
             }
         }
@@ -131,8 +131,13 @@ inline void cap(float* scores, int count, float softcap) {
 // Turn 64 scores into weights relative to the largest score so far, and add them to the total so far. Returns the factor by
 // which all that was added up before fades.
 inline float weigh(float* scores, float& largest, float& total) {
+    Floats most = load(scores);
+    for (int i = simd::width; i < kBlock; i += simd::width) {
+        const Floats part = load(scores + i);
+        most = part > most ? part : most;
+    }
     float highest = largest;
-    for (int i = 0; i < kBlock; ++i) highest = scores[i] > highest ? scores[i] : highest;
+    for (int lane = 0; lane < simd::width; ++lane) highest = most[lane] > highest ? most[lane] : highest;
     if (highest == -INFINITY) {
         for (int i = 0; i < kBlock; ++i) scores[i] = 0.0f;
         return 1.0f;

@@ -34,6 +34,7 @@ class Rotation:
         positions: Tensor | None = None,
         far: Tensor | None = None,
         near: Tensor | None = None,
+        steps: Tensor | None = None,
         angles: Tensor | None = None,
     ) -> None: ...
 

@@ -53,8 +53,9 @@ def attend(
 ) -> Tensor:
     """Attention of the newest queries over the packed cache; parameters and result as of `naive.attend`.
 
-    kernel: the instruction set, one of KERNELS. More than 16 queries, and queries in float64, go to `tiled.attend`: that is
-    how prompts are read. Raises UnsupportedModelError off the CPU, and for keys rotated by Hadamard before the rotary embedding.
+    kernel: the instruction set, one of KERNELS. Caches without a sealed block, more than 16 queries (prompts are read so), and
+    queries in float64 go to `tiled.attend`. Raises UnsupportedModelError off the CPU, for numbers kept in float64, and for keys
+    rotated by Hadamard before the rotary embedding.
     """
     if query.device.type != "cpu":
         raise UnsupportedModelError(f"Backend cpu reads memory of the CPU, not of {query.device}; choose backend torch.")

@@ -1,4 +1,4 @@
-"""What the compiled attention of `cpu` needs beside the blocks: codebooks laid out for it, angles, and turns of whole heads."""
+"""What the compiled attention of `cpu` needs beside blocks: codebooks laid out for it, angles, and turns of whole heads."""
 
 import torch
 from torch import Tensor
@@ -81,13 +81,14 @@ def rotation_of(rope: AnyRope | None, kept: Tensor | None, batch: int) -> _kerne
         positions=kept.to(torch.int32),
         far=far,
         near=near,
+        steps=near.permute(2, 1, 0).contiguous(),
     )
 
 
 def _angles(frequencies: Tensor, position: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of multiples of the frequencies [pairs], from which those of all positions up to one are put together.
 
-    Returns those of 0 to 63, [pairs, 2, 64], and of 0, 64, 128, ..., [n, pairs, 2], float32. Taken in float64: a position
+    Returns those of 0 to 63, [pairs, 2, 64], and of 0, 64, 128, ..., [n, 2, pairs], float32. Taken in float64: a position
     times a frequency, rounded to float32 as models do, is off by as much as the position is large.
     """
     near, far = _ANGLES.get(frequencies, (None, None))
@@ -96,7 +97,7 @@ def _angles(frequencies: Tensor, position: int) -> tuple[Tensor, Tensor]:
         count = 2 * (position // BLOCK + 1)  # twice as many as are needed now
         each, many = torch.arange(BLOCK) * turns[:, None], torch.arange(count)[:, None] * BLOCK * turns
         near = torch.stack([each.cos(), each.sin()], dim=1).float()
-        far = torch.stack([many.cos(), many.sin()], dim=-1).float()
+        far = torch.stack([many.cos(), many.sin()], dim=1).float()
         _ANGLES[frequencies] = (near, far)
     return near, far
 
