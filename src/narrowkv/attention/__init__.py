@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from narrowkv.attention import naive, tiled
+from narrowkv.attention import cpu, naive, tiled
 from narrowkv.attention.rope import AnyRope, Rope, StoredRope
 from narrowkv.attention.visible import Visible
 
-BACKENDS: dict[str, Callable[..., Tensor]] = {"torch": tiled.attend, "naive": naive.attend}
+BACKENDS: dict[str, Callable[..., Tensor]] = {"cpu": cpu.attend, "torch": tiled.attend, "naive": naive.attend}
 
 __all__ = ["BACKENDS", "AnyRope", "Rope", "StoredRope", "Visible"]
