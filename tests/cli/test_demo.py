@@ -22,7 +22,21 @@ def rows(tmp_path_factory):
 
 
 def test_every_recipe_has_every_figure(rows):
-    assert set(rows) >= {"fp16", "int4", "int3", "int2", "nuq4-1%", "nuq3-1%", "nuq2-1%", "nuq4", "nuq3", "nuq2"}
+    assert set(rows) >= {
+        "fp16",
+        "narrow4",
+        "narrow3",
+        "narrow2",
+        "int4",
+        "int3",
+        "int2",
+        "nuq4-1%",
+        "nuq3-1%",
+        "nuq2-1%",
+        "nuq4",
+        "nuq3",
+        "nuq2",
+    }
     for row in rows.values():
         assert set(row) >= KEYS
         assert row["nbytes"] / row["nbytes_fp16"] == pytest.approx(row["bits_per_element"] / 16)
@@ -31,6 +45,7 @@ def test_every_recipe_has_every_figure(rows):
 def test_bits_are_near_their_name(rows):
     assert 16 <= rows["fp16"]["bits_per_element"] < 16.1
     for bits in (2, 3, 4):
+        assert bits - 0.1 < rows[f"narrow{bits}"]["bits_per_element"] < min(bits + 0.1, rows[f"nuq{bits}"]["bits_per_element"])
         for name in (f"nuq{bits}", f"nuq{bits}-1%", f"int{bits}"):
             assert bits < rows[name]["bits_per_element"] < bits + 0.7
 
@@ -51,6 +66,7 @@ def test_damage_grows_as_bits_fall(rows):
     divergence = {name: row["kld_strict"] for name, row in rows.items()}
     assert divergence["nuq4-1%"] < divergence["nuq3-1%"] < divergence["nuq2-1%"]
     for bits in (4, 3, 2):
+        assert divergence[f"narrow{bits}"] < 0.75 * divergence[f"nuq{bits}-1%"]
         assert divergence[f"nuq{bits}-1%"] < 0.6 * divergence[f"int{bits}"]
     assert rows["int2"]["perplexity_strict"] > 1.3 * rows["int2"]["perplexity_fp"]
     assert rows["int2"]["recall"] < 0.5 * rows["int2"]["recall_fp"]

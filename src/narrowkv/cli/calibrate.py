@@ -57,11 +57,12 @@ def calibrate(
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # under torchrun each process has a GPU of its own
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     loaded, tokenizer = load_model(model, dtype, device)
+    unseen = further_windows(tokenizer, source, window, samples, check) if check else None
     calibration = learn(loaded, tokenizer, [chosen], source, window, samples, backend)[0]
     if int(os.environ.get("RANK", "0")):  # under torchrun the first process writes
         return
     if "allocation" in calibration.provenance:
-        found = measure_parts(loaded, tokenizer, calibration, source, window, samples, check) if check else {}
+        found = {} if unseen is None else measure_parts(loaded, calibration, unseen)
         out.print(allocation_table(calibration, found))
     calibration.save_pretrained(target)
     seen = calibration.provenance
@@ -71,13 +72,16 @@ def calibrate(
     )
 
 
-def measure_parts(
-    model: Any, tokenizer: Any, calibration: Calibration, text: str, window: int, samples: int, check: int
-) -> dict[tuple[int, str], float]:
-    """What each choice is found to cost on windows after those of the calibration, noted in its provenance too."""
+def further_windows(tokenizer: Any, text: str, window: int, samples: int, check: int) -> torch.Tensor:
+    """Windows of the text after those of the calibration; raises TextError where there are none."""
     windows = cut_windows(tokenizer, read_text(text), window, samples + check)[samples:]
     if not len(windows):
         raise TextError(f"The text ends with the calibration's {samples} windows; give more text, or fewer --samples.")
+    return windows
+
+
+def measure_parts(model: Any, calibration: Calibration, windows: torch.Tensor) -> dict[tuple[int, str], float]:
+    """What each choice is found to cost, noted in the calibration's provenance too."""
     with progress("checking") as advance:
         found = part_losses(model, calibration, windows, on_step=advance)
     for (layer, side), loss in found.items():

@@ -9,6 +9,7 @@ from narrowkv.calibration import Calibration
 from narrowkv.cli.common import JsonOption, err, learn, out, progress, quality_caption, quality_table
 from narrowkv.cli.generate import continue_text, summary
 from narrowkv.evaluate import cut_windows, measure
+from narrowkv.evaluate.quality import at_length
 from narrowkv.evaluate.recall import facts, passages
 from narrowkv.evaluate.sources import read_text
 from narrowkv.files import write_json
@@ -32,6 +33,7 @@ RECIPES = (
     "int2",
 )
 WINDOW = 2048
+LONG = 32_768  # tokens at which bits are counted: tables weigh less the longer a cache is
 FACT = "The password of Matilda is silent harbour."
 QUESTION = "The password of Matilda is"
 BETWEEN = 2500  # characters of other text between the two
@@ -55,9 +57,15 @@ def demo(
     filler = tokenizer.encode(text, add_special_tokens=False, verbose=False)
     recall = [make(tokenizer, filler, recall_distance, recall_rows, 0) for make in (facts, passages)]
     with progress("measuring") as advance:
-        rows = measure(model, sources, cut_windows(tokenizer, text, WINDOW, windows), recall, on_step=advance)
+        scored = cut_windows(tokenizer, text, WINDOW, windows)
+        rows = measure(model, sources, scored, recall, on_step=advance)
+    with progress("filling caches") as advance:
+        for i, source in enumerate(sources):
+            rows[i] = at_length(rows[i], model, source, scored[:1], LONG)
+            advance(i + 1, len(sources))
     out.print(quality_table(rows, "The built-in model, on text it was not trained on"))
-    out.print(quality_caption(rows) + f"\nrecall: facts and passages met {recall_distance} tokens earlier.", highlight=False)
+    recalled = f"recall: facts and passages met {recall_distance} tokens earlier. Bits and kB: of a cache of {LONG:,} tokens."
+    out.print(f"{quality_caption(rows)}\n{recalled}", highlight=False)
     if json_file is not None:
         write_json(json_file, [row.to_dict() for row in rows])
 

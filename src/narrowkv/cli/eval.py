@@ -25,11 +25,14 @@ from narrowkv.cli.common import (
 )
 from narrowkv.errors import TextError
 from narrowkv.evaluate import cut_windows, measure
-from narrowkv.evaluate.quality import STREAM_CHUNK
+from narrowkv.evaluate.quality import STREAM_CHUNK, bits_at
 from narrowkv.evaluate.recall import facts, passages
 from narrowkv.evaluate.sources import read_text
 from narrowkv.files import write_json
 from narrowkv.integrations import load_model
+from narrowkv.integrations.dense import DENSE
+
+LONG = 32_768
 
 
 def evaluate(
@@ -68,6 +71,12 @@ def evaluate(
     with progress("measuring") as advance:
         rows = measure(loaded, [source], windows, batches, stream_chunk=stream_chunk, backend=backend, on_step=advance)
     out.print(quality_table(rows, escape(f"{model} on {source_text}")))
-    out.print(quality_caption(rows), highlight=False)
+    bits = bits_at(loaded, source, windows[:1], LONG) if backend != DENSE else None
+    long = (
+        ""
+        if bits is None
+        else f"\nA cache of {LONG:,} tokens takes {bits:.3f} bits a number: tables weigh less the longer it is."
+    )
+    out.print(quality_caption(rows) + long, highlight=False)
     if json_file is not None:
         write_json(json_file, [row.to_dict() for row in rows])

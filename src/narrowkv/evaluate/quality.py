@@ -6,7 +6,7 @@ too. stream: the text is read in chunks, each chunk attends exactly to itself an
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -182,9 +182,20 @@ def divergences(baseline: Tensor, logits: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-@torch.inference_mode()
 def bits_at(model: PreTrainedModel, source: Source, ids: Tensor, tokens: int) -> float:
-    """Allocated bits for each number of a cache that holds `tokens` tokens of one sequence, everything counted.
+    """Allocated bits for each number of a cache of `tokens` tokens of one sequence, everything counted; see `filled`."""
+    return filled(model, source, ids, tokens).bits_per_element
+
+
+def at_length(row: Quality, model: PreTrainedModel, source: Source, ids: Tensor, tokens: int) -> Quality:
+    """The same figures with the bits and bytes of a cache of `tokens` tokens; see `filled`."""
+    cache = filled(model, source, ids, tokens)
+    return replace(row, bits_per_element=cache.bits_per_element, nbytes=cache.nbytes, nbytes_fp16=2 * cache.numbers)
+
+
+@torch.inference_mode()
+def filled(model: PreTrainedModel, source: Source, ids: Tensor, tokens: int) -> PackedCache:
+    """A cache that holds `tokens` tokens of one sequence, whose bytes are those of any text of that length.
 
     ids: [1, n] int64; what the model stores for them is stored again and again, without running the model that long.
     """
@@ -202,4 +213,4 @@ def bits_at(model: PreTrainedModel, source: Source, ids: Tensor, tokens: int) ->
         entries = ledger.read(0, ids.shape[1])
         while ledger.length < tokens:
             ledger.append(entries[:, : tokens - ledger.length])
-    return cache.bits_per_element
+    return cache
