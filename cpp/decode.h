@@ -5,26 +5,15 @@
 #include <cstring>
 
 #include "attention.h"
+#include "half.h"
 
 namespace narrowkv {
 namespace {
 
 inline float to_single(uint16_t bits, Number kind) {
-    uint32_t wide;
+    if (kind == Number::half) return single_from_half(bits);
+    const uint32_t wide = uint32_t(bits) << 16;
     float number;
-    if (kind == Number::bfloat) {
-        wide = uint32_t(bits) << 16;
-    } else {
-#if defined(__F16C__)
-        return _cvtsh_ss(bits);
-#endif
-        // exponent and fraction moved into place, then scaled by the difference of the biases, which mends subnormals too
-        wide = uint32_t(bits & 0x7fff) << 13;
-        std::memcpy(&number, &wide, 4);
-        number *= 0x1p112f;
-        std::memcpy(&wide, &number, 4);
-        wide |= uint32_t(bits & 0x8000) << 16;
-    }
     std::memcpy(&number, &wide, 4);
     return number;
 }
@@ -63,18 +52,25 @@ inline Ranges read_ranges(const Side& side, const Block& block, int head, int he
     const int64_t first = side.range_heads > 1 ? int64_t(head) * all : 0;
     Ranges ranges{kBlock / tokens, channels, head_dim / channels, buffer, buffer + all};
     if (side.channel_major) ranges = {head_dim / channels, tokens, kBlock / tokens, buffer, buffer + all};
-    for (int token = 0; token < tokens; ++token) {
-        for (int channel = 0; channel < channels; ++channel) {
-            const int64_t from = first + token * channels + channel;
-            const int to = side.channel_major ? channel * tokens + token : token * channels + channel;
-            if (side.scale) {
-                ranges.scale[to] = side.scale[from];
-                ranges.zero[to] = side.zero[from];
-                continue;
+    const auto place = [&](const auto& scale, const auto& zero) {
+        for (int token = 0; token < tokens; ++token) {
+            for (int channel = 0; channel < channels; ++channel) {
+                const int to = side.channel_major ? channel * tokens + token : token * channels + channel;
+                ranges.scale[to] = scale(first + token * channels + channel);
+                ranges.zero[to] = zero(first + token * channels + channel);
             }
-            ranges.scale[to] = to_single(block.scale[from], Number::half);
-            ranges.zero[to] = block.zero ? to_single(block.zero[from], Number::half) : 0.0f;
         }
+    };
+    if (side.scale) {
+        place([&](int64_t i) { return side.scale[i]; }, [&](int64_t i) { return side.zero[i]; });
+    } else if (!side.channel_major && all % 16 == 0) {  // in the order in which they lie
+        for (int i = 0; i < all; i += simd::width) {
+            simd::store(ranges.scale + i, simd::load_halves(block.scale + first + i));
+            simd::store(ranges.zero + i, block.zero ? simd::load_halves(block.zero + first + i) : simd::Floats{});
+        }
+    } else {
+        place([&](int64_t i) { return to_single(block.scale[i], Number::half); },
+              [&](int64_t i) { return block.zero ? to_single(block.zero[i], Number::half) : 0.0f; });
     }
     return ranges;
 }
@@ -270,21 +266,21 @@ inline void prefetch_outliers(const Side& side, const Block& block, int head) {
     }
 }
 
-inline void put_outliers(const Side& side, const Block& block, int head, int head_dim, Part part, float* tile) {
-    const int stride = tile_stride(side.channel_major, head_dim, part.tokens), codes = side.codes, numbers = side.numbers;
+template <int numbers, Number kind>
+void put_outliers(const Side& side, const Block& block, int head, int head_dim, Part part, float* tile) {
+    const int stride = tile_stride(side.channel_major, head_dim, part.tokens), codes = side.codes;
     const int by_token = side.channel_major ? 1 : stride, by_channel = side.channel_major ? stride : 1;
-    const int first = part.from * codes, stop = (part.from + part.tokens) * codes;
     const uint32_t reciprocal = (1u << 22) / codes + 1;  // of an index below 2^14, a product and a shift divide exactly
     const uint16_t* index = block.outlier_index;
-    const Number kind = side.outlier;
-    const void* values = block.outlier_values;
-    const int last = block.outlier_offsets[head + 1];
-    for (int i = block.outlier_offsets[head]; i < last; ++i) {
-        if (index[i] < first || index[i] >= stop) continue;
+    const uint16_t* values = static_cast<const uint16_t*>(block.outlier_values);
+    int i = block.outlier_offsets[head];
+    const int last = block.outlier_offsets[head + 1], stop = (part.from + part.tokens) * codes;
+    while (i < last && index[i] < part.from * codes) ++i;
+    for (; i < last && index[i] < stop; ++i) {  // they are sorted by token
         const int token = index[i] * uint64_t(reciprocal) >> 22, code = index[i] - token * codes;
         float* to = tile + (token - part.from) * by_token + code * by_channel;
         for (int number = 0; number < numbers; ++number) {
-            to[number * codes * by_channel] = load_exact(values, int64_t(i) * numbers + number, kind);
+            to[number * codes * by_channel] = to_single(values[i * numbers + number], kind);
         }
     }
 }
@@ -316,7 +312,12 @@ inline void decode(const Side& side, const Block& block, int head, int head_dim,
         case 7: decode_codes<7>(side, block, head, head_dim, part, buffer, tile); break;
         default: decode_codes<8>(side, block, head, head_dim, part, buffer, tile);
     }
-    if (block.outlier_offsets) put_outliers(side, block, head, head_dim, part, tile);
+    if (!block.outlier_offsets) return;
+    const auto put = [&](auto half, auto bfloat) {
+        (side.outlier == Number::half ? half : bfloat)(side, block, head, head_dim, part, tile);
+    };
+    if (side.numbers == 1) put(put_outliers<1, Number::half>, put_outliers<1, Number::bfloat>);
+    if (side.numbers == 2) put(put_outliers<2, Number::half>, put_outliers<2, Number::bfloat>);
 }
 
 }  // namespace
