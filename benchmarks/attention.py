@@ -1,12 +1,13 @@
 """Decode attention over the packed cache against torch's over 16 and 32 bits: `python -m benchmarks.attention [--json FILE]`.
 
-One token of 32 query heads over 8 KV heads of 128 channels, one layer, keys stored before the rotary embedding where the recipe
-does so, tables drawn at random. The peer is the best of three torch forms (sdpa with `enable_gqa`, the query heads of a group as
-rows of sdpa, matmul-softmax-matmul) in the same run: all take turns, and medians are compared. Bandwidth is that of a sum over
-256 MiB, in the same turns; the share is packed bytes read a second over it.
+One token of 32 query heads over 8 KV heads of 128 channels, one layer, keys stored before the rotary embedding where the
+recipe does so, tables drawn at random. The peer is the best of three torch forms (sdpa with `enable_gqa`, the query heads of a
+group as rows of sdpa, matmul-softmax-matmul) in the same run: all take turns, and medians are compared. Bandwidth is that of a
+sum over 256 MiB, in the same turns; the share is packed bytes read a second over it.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -50,19 +51,19 @@ def random_quantizer(scheme: Scheme) -> AnyQuantizer:
     return Quantizer(scheme, **tables)
 
 
+def draw_codes(scheme: Scheme, x: Tensor, skip: Tensor | None = None) -> Encoded:
+    """Codes at random, in place of the nearest points."""
+    codes = HEAD_DIM // scheme.numbers
+    return Encoded(torch.randint(2**scheme.code_bits, (*x.shape[:3], codes), dtype=torch.uint8))
+
+
 def fill(name: str, tokens: int) -> LayerStore:
     """A store with random numbers; points are not searched for, codes of pairs are drawn."""
     recipe = get_recipe(name)
     store = LayerStore(random_quantizer(recipe.keys), random_quantizer(recipe.values), recipe.sinks, recipe.window)
     for quantizer in store.quantizers:
         if quantizer.scheme.codebook != "layer":
-            levels, codes = 2**quantizer.scheme.code_bits, HEAD_DIM // quantizer.scheme.numbers
-            draw: Callable[..., Encoded] = (
-                lambda x, skip=None, levels=levels, codes=codes: Encoded(  # noqa: E731
-                    torch.randint(levels, (*x.shape[:3], codes), dtype=torch.uint8)
-                )
-            )
-            object.__setattr__(quantizer, "encode", draw)
+            object.__setattr__(quantizer, "encode", functools.partial(draw_codes, quantizer.scheme))
     for start in range(0, tokens, 4096):
         chunk = torch.randn(2, 1, KV_HEADS, min(4096, tokens - start), HEAD_DIM)
         store.append(chunk[0], chunk[1])

@@ -7,6 +7,7 @@
 namespace narrowkv {
 
 constexpr int kBlock = 64;  // tokens of a block
+constexpr int kTurned = 32;  // tokens of a tile of keys: with their angles it has room in the nearest cache
 
 enum class Number : int { half, bfloat, single };  // how exact numbers are held
 
@@ -39,7 +40,7 @@ struct Block {
 };
 
 // Keys stored before the rotary embedding. Either angles are given for each token, or positions, and cosines and sines of
-// them: far [positions / 64, 2, pairs] of multiples of 64, near [pairs, 2, 64] of 0 to 63.
+// them: far [positions / 64, 2, pairs] of multiples of 64, steps [64, 2, pairs] of 0 to 63, near [pairs, 2, 32] of 0 to 31.
 struct Rotation {
     int pairs;  // that turn; 0 where keys are stored turned
     bool interleaved;
@@ -48,7 +49,7 @@ struct Rotation {
     int64_t position_stride;
     const float* far;
     const float* near;
-    const float* steps;  // near, otherwise laid out: [64, 2, pairs]
+    const float* steps;
     const float* angles;  // [batch, tokens, 2, pairs]
 };
 

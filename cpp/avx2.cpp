@@ -17,6 +17,7 @@ typedef uint64_t Bytes __attribute__((vector_size(16)));
 
 inline Floats load(const float* p) { return Floats(_mm256_loadu_ps(p)); }
 inline void store(float* p, Floats x) { _mm256_storeu_ps(p, __m256(x)); }
+inline Floats load_halves(const uint16_t* p) { return Floats(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))); }
 
 // Sixteen codes, a byte each, as whole numbers.
 struct Codes {

@@ -17,6 +17,7 @@ typedef uint64_t Bytes __attribute__((vector_size(16)));
 
 inline Floats load(const float* p) { return Floats(_mm512_loadu_ps(p)); }
 inline void store(float* p, Floats x) { _mm512_storeu_ps(p, __m512(x)); }
+inline Floats load_halves(const uint16_t* p) { return Floats(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))); }
 
 // Sixteen codes, a byte each, as whole numbers.
 struct Codes {

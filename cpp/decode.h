@@ -5,122 +5,26 @@
 #include <cstring>
 
 #include "attention.h"
+#include "ranges.h"
 
 namespace narrowkv {
 namespace {
 
-inline float to_single(uint16_t bits, Number kind) {
-    uint32_t wide;
-    float number;
-    if (kind == Number::bfloat) {
-        wide = uint32_t(bits) << 16;
-    } else {
-#if defined(__F16C__)
-        return _cvtsh_ss(bits);
-#endif
-        // exponent and fraction moved into place, then scaled by the difference of the biases, which mends subnormals too
-        wide = uint32_t(bits & 0x7fff) << 13;
-        std::memcpy(&number, &wide, 4);
-        number *= 0x1p112f;
-        std::memcpy(&wide, &number, 4);
-        wide |= uint32_t(bits & 0x8000) << 16;
-    }
-    std::memcpy(&number, &wide, 4);
-    return number;
-}
-
-inline float load_exact(const void* numbers, int64_t i, Number kind) {
-    if (kind == Number::single) return static_cast<const float*>(numbers)[i];
-    return to_single(static_cast<const uint16_t*>(numbers)[i], kind);
-}
-
 typedef uint64_t Sixteen __attribute__((vector_size(16)));  // codes, a byte each
-
-// Add one plane to a row of codes: code i lies in byte i % bytes at bit width * (i / bytes). Sixteen codes are shifted and
-// masked at once, and stored at once, so that loading some of them need not wait until the store is through.
-template <int width, bool first>
-inline void unpack_plane(const uint8_t* packed, int length, int shift, uint8_t* codes) {
-    constexpr uint64_t mask = 0x0101010101010101u * ((1u << width) - 1);
-    const int bytes = length * width / 8;
-    const auto put = [&](Sixteen plane, int i) {
-        if constexpr (!first) {
-            Sixteen before;
-            std::memcpy(&before, codes + i, 16);
-            plane = before | plane << shift;
-        }
-        std::memcpy(codes + i, &plane, 16);
-    };
-    if (bytes % 16 == 0) {
-        for (int byte = 0; byte < bytes; byte += 16) {
-            Sixteen packs;
-            std::memcpy(&packs, packed + byte, 16);
-            for (int i = 0; i < 8 / width; ++i) put(packs >> (width * i) & mask, i * bytes + byte);
-        }
-    } else if (bytes == 8) {
-        uint64_t word;
-        std::memcpy(&word, packed, 8);
-        for (int i = 0; i < 8 / width; i += 2) put(Sixteen{word >> (width * i), word >> (width * i + width)} & mask, i * 8);
-    } else {
-        for (int i = 0; i < length; ++i) {
-            const uint8_t code = packed[i % bytes] >> (width * (i / bytes)) & ((1 << width) - 1);
-            codes[i] = first ? code : codes[i] | code << shift;
-        }
-    }
-}
-
-template <int width>
-inline void unpack_plane(const uint8_t* packed, int length, int shift, uint8_t* codes) {
-    if (shift == 0) {
-        unpack_plane<width, true>(packed, length, shift, codes);
-    } else {
-        unpack_plane<width, false>(packed, length, shift, codes);
-    }
-}
 
 constexpr int kPlanes[9][3] = {{}, {}, {2}, {2, 1}, {4}, {4, 1}, {4, 2}, {4, 2, 1}, {8}};
 
-// Codes of a row of `length`; rows of all heads of a block are counted through.
-inline void unpack_row(const Block& block, int bits, int64_t row, int length, uint8_t* codes) {
-    int shift = 0;
-    for (int plane = 0; plane < 3 && kPlanes[bits][plane]; ++plane) {
-        const int width = kPlanes[bits][plane];
-        const uint8_t* packed = block.planes[plane] + row * (length * width / 8);
-        switch (width) {
-            case 1: unpack_plane<1>(packed, length, shift, codes); break;
-            case 2: unpack_plane<2>(packed, length, shift, codes); break;
-            case 4: unpack_plane<4>(packed, length, shift, codes); break;
-            default: std::memcpy(codes, packed, length);
-        }
-        shift += width;
-    }
-}
-
-// Scales and zeros of a head, laid out for rows of codes: row r has those at (r / rows) * count, each for `length` codes.
-struct Ranges {
-    int rows, count, length;
-    float* scale;
-    float* zero;
-};
-
-inline Ranges read_ranges(const Side& side, const Block& block, int head, int head_dim, float* buffer) {
-    const int tokens = side.range_tokens, channels = side.range_channels, all = tokens * channels;
-    const int64_t first = side.range_heads > 1 ? int64_t(head) * all : 0;
-    Ranges ranges{kBlock / tokens, channels, head_dim / channels, buffer, buffer + all};
-    if (side.channel_major) ranges = {head_dim / channels, tokens, kBlock / tokens, buffer, buffer + all};
-    for (int token = 0; token < tokens; ++token) {
-        for (int channel = 0; channel < channels; ++channel) {
-            const int64_t from = first + token * channels + channel;
-            const int to = side.channel_major ? channel * tokens + token : token * channels + channel;
-            if (side.scale) {
-                ranges.scale[to] = side.scale[from];
-                ranges.zero[to] = side.zero[from];
-                continue;
+// Codes of a row of any length: code i lies in byte i % bytes of a plane, at bit width * (i / bytes).
+inline void unpack_row(const uint8_t* const* rows, int bits, int length, uint8_t* codes) {
+    std::memset(codes, 0, length);
+    for (int plane = 0, shift = 0; plane < 3 && kPlanes[bits][plane]; shift += kPlanes[bits][plane++]) {
+        const int width = kPlanes[bits][plane], bytes = length * width / 8, mask = (1 << width) - 1;
+        for (int i = 0; i < 8 / width; ++i) {
+            for (int byte = 0; byte < bytes; ++byte) {
+                codes[i * bytes + byte] |= (rows[plane][byte] >> (width * i) & mask) << shift;
             }
-            ranges.scale[to] = to_single(block.scale[from], Number::half);
-            ranges.zero[to] = block.zero ? to_single(block.zero[from], Number::half) : 0.0f;
         }
     }
-    return ranges;
 }
 
 // Codes i to i + 15 of a row whose length is known, of which planes with 16 bytes or 8 can be read without a buffer.
@@ -149,15 +53,15 @@ inline Sixteen codes_at(const uint8_t* const* rows, int i) {
 constexpr int levels_of(int bits) { return bits <= 3 ? 8 : bits >= 7 ? 256 : 1 << bits; }
 
 // A row of codes, looked up in the codebooks of one number or two, in a row of the tile for each.
-template <int bits, int length, int numbers>
+template <int bits, int length, int from, int stop, int numbers>
 inline void look_up(const uint8_t* const* rows, const float* table, int stride, float* first, float* second) {
     const simd::Table<levels_of(bits)> ones(table), twos(table + (numbers - 1) * stride);
 #pragma GCC unroll 8
-    for (int i = 0; i < length; i += 16) {
+    for (int i = from; i < stop; i += 16) {
         const simd::Codes codes(codes_at<bits, length>(rows, i));
 #pragma GCC unroll 4
         for (int part = 0; part < 16 / simd::width; ++part) {
-            const int at = i + part * simd::width;
+            const int at = i - from + part * simd::width;
             simd::store(first + at, ones(codes.part(part)));
             if (numbers == 2) simd::store(second + at, twos(codes.part(part)));
         }
@@ -165,23 +69,24 @@ inline void look_up(const uint8_t* const* rows, const float* table, int stride, 
 }
 
 // A row of codes looked up in a codebook of normalised levels, then stretched: all alike, by sixteens, or each by its own.
-template <int bits, int length>
+template <int bits, int length, int from, int stop>
 inline void look_up(const uint8_t* const* rows, const float* table, const float* scale, const float* zero, int count,
                     float* numbers) {
     const simd::Table<levels_of(bits)> points(table), stretched = points.stretched(scale[0], zero[0]);
 #pragma GCC unroll 8
-    for (int i = 0; i < length; i += 16) {
+    for (int i = from; i < stop; i += 16) {
         const simd::Codes codes(codes_at<bits, length>(rows, i));
 #pragma GCC unroll 4
         for (int part = 0; part < 16 / simd::width; ++part) {
             const int at = i + part * simd::width;
+            float* to = numbers + at - from;
             if (count == 1) {
-                simd::store(numbers + at, stretched(codes.part(part)));
+                simd::store(to, stretched(codes.part(part)));
             } else if (count == length) {
-                simd::store(numbers + at, points(codes.part(part)) * simd::load(scale + at) + simd::load(zero + at));
+                simd::store(to, points(codes.part(part)) * simd::load(scale + at) + simd::load(zero + at));
             } else {
                 const int group = (i / 16) * count / (length / 16);
-                simd::store(numbers + at, points(codes.part(part)) * scale[group] + zero[group]);
+                simd::store(to, points(codes.part(part)) * scale[group] + zero[group]);
             }
         }
     }
@@ -189,17 +94,17 @@ inline void look_up(const uint8_t* const* rows, const float* table, const float*
 
 // The same for rows of any length and ranges of any, through a buffer of codes, which may go on beyond those that count.
 template <int bits>
-inline void look_up(const uint8_t* codes, int length, const float* table, const float* scale, const float* zero,
+inline void look_up(const uint8_t* codes, int from, int length, const float* table, const float* scale, const float* zero,
                     const Ranges& ranges, float* numbers) {
     const simd::Table<levels_of(bits)> points(table);
     for (int i = 0; i < length; i += 16) {
         float scales[16], zeros[16];
         for (int lane = 0; scale && lane < 16; ++lane) {
-            const int group = (i + lane) / ranges.length < ranges.count ? (i + lane) / ranges.length : ranges.count - 1;
+            const int at = (from + i + lane) / ranges.length, group = at < ranges.count ? at : ranges.count - 1;
             scales[lane] = scale[group], zeros[lane] = zero[group];
         }
         Sixteen some;
-        std::memcpy(&some, codes + i, 16);
+        std::memcpy(&some, codes + from + i, 16);
         const simd::Codes parts(some);
         for (int part = 0; part < 16 / simd::width; ++part) {
             const int at = part * simd::width;
@@ -211,52 +116,86 @@ inline void look_up(const uint8_t* codes, int length, const float* table, const 
 
 inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
-// Numbers of a tile lie in rows as codes do: channel-major [head_dim][64], else [64][head_dim rounded up to 16].
-inline int tile_stride(bool channel_major, int head_dim) { return channel_major ? kBlock : round_up(head_dim, 16); }
+// Which tokens of a block are decoded into a tile: all, or for keys half of them. Numbers of a tile lie in rows as codes do:
+// channel-major [head_dim][tokens], else [tokens][head_dim rounded up to 16].
+struct Part {
+    int from, tokens;
+};
 
-// length: of a row of codes, where it is one that can be read without a buffer; else 0.
-template <int bits, int length>
-void decode_codes(const Side& side, const Block& block, int head, int head_dim, float* buffer, float* tile) {
-    const int rows = side.channel_major ? side.codes : kBlock, codes = side.channel_major ? kBlock : side.codes;
-    const int stride = tile_stride(side.channel_major, head_dim);
-    const Ranges ranges = side.fixed ? Ranges{} : read_ranges(side, block, head, head_dim, buffer);
-    alignas(64) uint8_t row_codes[256 + 16] = {};
+inline int tile_stride(bool channel_major, int head_dim, int tokens) {
+    return channel_major ? tokens : round_up(head_dim, 16);
+}
+
+// Rows of codes of one head, each read where it lies. length: of a row; from, stop: which of its codes.
+template <int bits, int length, int from, int stop, int numbers>
+void decode_rows(const Side& side, const Block& block, int64_t row, int count, int stride, int other, const Ranges& given,
+                 float* tile) {
+    const Ranges ranges = given;  // copies, which stay in registers: for all the compiler knows, the tile might overlap the rest
+    const int step = side.fixed ? numbers * side.stride : 0, room = side.stride;
+    const float* table = side.table + row * step;
     const uint8_t* planes[3];
     for (int plane = 0; plane < 3; ++plane) {
-        planes[plane] = block.planes[plane] + int64_t(head) * rows * (codes * kPlanes[bits][plane] / 8);
+        planes[plane] = block.planes[plane] + row * (length * kPlanes[bits][plane] / 8);
     }
-    for (int row = 0; row < rows; ++row) {
-        const int64_t at = int64_t(head) * rows + row;
-        float* numbers = tile + row * stride;
-        float* others = numbers + (side.numbers - 1) * rows * stride;
-        const float* table = side.fixed ? side.table + at * side.numbers * side.stride : side.table;
-        const float* scale = side.fixed ? nullptr : ranges.scale + row / ranges.rows * ranges.count;
-        const float* zero = side.fixed ? nullptr : ranges.zero + row / ranges.rows * ranges.count;
-        if constexpr (length == 0) {
-            unpack_row(block, bits, at, codes, row_codes);
-            look_up<bits>(row_codes, stride, table, scale, zero, ranges, numbers);
-            if (side.numbers == 2) look_up<bits>(row_codes, stride, table + side.stride, scale, zero, ranges, others);
+    const float *scale = ranges.scale, *zero = ranges.zero;
+    for (int i = 0, left = ranges.rows; i < count; ++i, --left, tile += stride, table += step) {
+        if constexpr (numbers == 0) {
+            if (left == 0) left = ranges.rows, scale += ranges.count, zero += ranges.count;
+            look_up<bits, length, from, stop>(planes, table, scale, zero, ranges.count, tile);
         } else {
-            if (!side.fixed) {
-                look_up<bits, length>(planes, table, scale, zero, ranges.count, numbers);
-            } else if (side.numbers == 2) {
-                look_up<bits, length, 2>(planes, table, side.stride, numbers, others);
-            } else {
-                look_up<bits, length, 1>(planes, table, side.stride, numbers, numbers);
-            }
-            for (int plane = 0; plane < 3; ++plane) planes[plane] += codes * kPlanes[bits][plane] / 8;
+            look_up<bits, length, from, stop, numbers>(planes, table, room, tile, tile + other);
+        }
+        for (int plane = 0; plane < 3; ++plane) planes[plane] += length * kPlanes[bits][plane] / 8;
+    }
+}
+
+// The same for rows of any length, through a buffer.
+template <int bits>
+void decode_any(const Side& side, const Block& block, int64_t row, int count, int stride, int other, const Ranges& ranges,
+                int codes, int from, float* tile) {
+    alignas(64) uint8_t row_codes[256 + 16] = {};
+    for (int i = 0; i < count; ++i, ++row, tile += stride) {
+        const uint8_t* planes[3];
+        for (int plane = 0; plane < 3; ++plane) {
+            planes[plane] = block.planes[plane] + row * (codes * kPlanes[bits][plane] / 8);
+        }
+        unpack_row(planes, bits, codes, row_codes);
+        for (int number = 0; number < side.numbers; ++number) {
+            const float* table = side.table + (side.fixed ? (row * side.numbers + number) * side.stride : 0);
+            const float* scale = side.fixed ? nullptr : ranges.scale + i / ranges.rows * ranges.count;
+            const float* zero = side.fixed ? nullptr : ranges.zero + i / ranges.rows * ranges.count;
+            look_up<bits>(row_codes, from, stride, table, scale, zero, ranges, tile + number * other);
         }
     }
 }
 
 template <int bits>
-void decode_codes(const Side& side, const Block& block, int head, int head_dim, float* buffer, float* tile) {
-    const int length = side.channel_major ? kBlock : side.codes;
+void decode_codes(const Side& side, const Block& block, int head, int head_dim, Part part, float* buffer, float* tile) {
     const int together = side.channel_major ? kBlock / side.range_tokens : head_dim / side.range_channels;
     const bool direct = side.fixed || together == 1 || together % 16 == 0;
-    if (direct && length == 64) return decode_codes<bits, 64>(side, block, head, head_dim, buffer, tile);
-    if (direct && length == 128) return decode_codes<bits, 128>(side, block, head, head_dim, buffer, tile);
-    decode_codes<bits, 0>(side, block, head, head_dim, buffer, tile);
+    const int rows = side.channel_major ? side.codes : kBlock, codes = side.channel_major ? kBlock : side.codes;
+    const int count = side.channel_major ? rows : part.tokens, stride = tile_stride(side.channel_major, head_dim, part.tokens);
+    const int64_t row = int64_t(head) * rows + (side.channel_major ? 0 : part.from);
+    Ranges ranges = side.fixed ? Ranges{1, 0, 0, nullptr, nullptr} : read_ranges(side, block, head, head_dim, buffer);
+    if (!side.channel_major && !side.fixed) {  // those of the part's first row
+        ranges.scale += part.from / ranges.rows * ranges.count;
+        ranges.zero += part.from / ranges.rows * ranges.count;
+    }
+    const auto run = [&](auto one, auto two, auto stretched) {
+        (side.fixed ? side.numbers == 2 ? two : one : stretched)(side, block, row, count, stride, rows * stride, ranges, tile);
+    };
+    if (direct && side.channel_major && part.tokens == kBlock) {
+        run(decode_rows<bits, 64, 0, 64, 1>, decode_rows<bits, 64, 0, 64, 2>, decode_rows<bits, 64, 0, 64, 0>);
+    } else if (direct && side.channel_major && part.from == 0) {
+        run(decode_rows<bits, 64, 0, 32, 1>, decode_rows<bits, 64, 0, 32, 2>, decode_rows<bits, 64, 0, 32, 0>);
+    } else if (direct && side.channel_major) {
+        run(decode_rows<bits, 64, 32, 64, 1>, decode_rows<bits, 64, 32, 64, 2>, decode_rows<bits, 64, 32, 64, 0>);
+    } else if (direct && (codes == 64 || codes == 128)) {
+        const auto read = codes == 64 ? decode_rows<bits, 64, 0, 64, 0> : decode_rows<bits, 128, 0, 128, 0>;
+        read(side, block, row, count, stride, 0, ranges, tile);
+    } else {
+        decode_any<bits>(side, block, row, count, stride, rows * stride, ranges, codes, side.channel_major ? part.from : 0, tile);
+    }
 }
 
 // Ask for one head of a block that will be read next.
@@ -270,46 +209,67 @@ inline void prefetch(const Side& side, const Block& block, int head) {
     if (block.outlier_offsets) __builtin_prefetch(block.outlier_offsets + head, 0, 2);
 }
 
-inline void put_outliers(const Side& side, const Block& block, int head, int head_dim, float* tile) {
-    const int stride = tile_stride(side.channel_major, head_dim);
-    const uint32_t reciprocal = (1u << 22) / side.codes + 1;  // of an index below 2^14, a product and a shift divide exactly
-    for (int i = block.outlier_offsets[head]; i < block.outlier_offsets[head + 1]; ++i) {
-        const int token = block.outlier_index[i] * uint64_t(reciprocal) >> 22, code = block.outlier_index[i] - token * side.codes;
-        for (int number = 0; number < side.numbers; ++number) {
-            const int channel = code + number * side.codes;
-            const float exact = load_exact(block.outlier_values, int64_t(i) * side.numbers + number, side.outlier);
-            tile[side.channel_major ? channel * stride + token : token * stride + channel] = exact;
+// The same for its outliers, once it is known where they lie.
+inline void prefetch_outliers(const Side& side, const Block& block, int head) {
+    if (!block.outlier_offsets) return;
+    for (int i = block.outlier_offsets[head]; i < block.outlier_offsets[head + 1]; i += 16) {
+        __builtin_prefetch(block.outlier_index + i, 0, 2);
+        __builtin_prefetch(static_cast<const uint16_t*>(block.outlier_values) + i * side.numbers, 0, 2);
+    }
+}
+
+template <int numbers, Number kind>
+void put_outliers(const Side& side, const Block& block, int head, int head_dim, Part part, float* tile) {
+    const int stride = tile_stride(side.channel_major, head_dim, part.tokens), codes = side.codes;
+    const int by_token = side.channel_major ? 1 : stride, by_channel = side.channel_major ? stride : 1;
+    const uint32_t reciprocal = (1u << 22) / codes + 1;  // of an index below 2^14, a product and a shift divide exactly
+    const uint16_t* index = block.outlier_index;
+    const uint16_t* values = static_cast<const uint16_t*>(block.outlier_values);
+    int i = block.outlier_offsets[head];
+    const int last = block.outlier_offsets[head + 1], stop = (part.from + part.tokens) * codes;
+    while (i < last && index[i] < part.from * codes) ++i;
+    for (; i < last && index[i] < stop; ++i) {  // they are sorted by token
+        const int token = index[i] * uint64_t(reciprocal) >> 22, code = index[i] - token * codes;
+        float* to = tile + (token - part.from) * by_token + code * by_channel;
+        for (int number = 0; number < numbers; ++number) {
+            to[number * codes * by_channel] = to_single(values[i * numbers + number], kind);
         }
     }
 }
 
-// Numbers of 64 tokens that are held as they are, [64][head_dim], into a tile.
-inline void copy_exact(const void* numbers, Number kind, int tokens, int head_dim, bool channel_major, float* tile) {
-    const int stride = tile_stride(channel_major, head_dim);
-    for (int token = 0; token < tokens; ++token) {
+// Numbers of tokens that are held as they are, [tokens][head_dim], into a tile.
+inline void copy_exact(const void* numbers, Number kind, Part part, int count, int head_dim, bool channel_major, float* tile) {
+    const int stride = tile_stride(channel_major, head_dim, part.tokens);
+    for (int token = 0; token < count; ++token) {
         for (int channel = 0; channel < head_dim; ++channel) {
-            const float exact = load_exact(numbers, int64_t(token) * head_dim + channel, kind);
+            const float exact = load_exact(numbers, int64_t(part.from + token) * head_dim + channel, kind);
             tile[channel_major ? channel * stride + token : token * stride + channel] = exact;
         }
     }
 }
 
-// One head of one block, decoded into a tile.
-inline void decode(const Side& side, const Block& block, int head, int head_dim, float* buffer, float* tile) {
+// One head of a part of a block, decoded into a tile.
+inline void decode(const Side& side, const Block& block, int head, int head_dim, Part part, float* buffer, float* tile) {
     if (side.bits == 16) {
         const int64_t size = int64_t(kBlock) * head_dim * (side.exact == Number::single ? 4 : 2);
-        return copy_exact(block.planes[0] + head * size, side.exact, kBlock, head_dim, side.channel_major, tile);
+        const uint8_t* numbers = block.planes[0] + head * size;
+        return copy_exact(numbers, side.exact, part, part.tokens, head_dim, side.channel_major, tile);
     }
     switch (side.bits) {
-        case 2: decode_codes<2>(side, block, head, head_dim, buffer, tile); break;
-        case 3: decode_codes<3>(side, block, head, head_dim, buffer, tile); break;
-        case 4: decode_codes<4>(side, block, head, head_dim, buffer, tile); break;
-        case 5: decode_codes<5>(side, block, head, head_dim, buffer, tile); break;
-        case 6: decode_codes<6>(side, block, head, head_dim, buffer, tile); break;
-        case 7: decode_codes<7>(side, block, head, head_dim, buffer, tile); break;
-        default: decode_codes<8>(side, block, head, head_dim, buffer, tile);
+        case 2: decode_codes<2>(side, block, head, head_dim, part, buffer, tile); break;
+        case 3: decode_codes<3>(side, block, head, head_dim, part, buffer, tile); break;
+        case 4: decode_codes<4>(side, block, head, head_dim, part, buffer, tile); break;
+        case 5: decode_codes<5>(side, block, head, head_dim, part, buffer, tile); break;
+        case 6: decode_codes<6>(side, block, head, head_dim, part, buffer, tile); break;
+        case 7: decode_codes<7>(side, block, head, head_dim, part, buffer, tile); break;
+        default: decode_codes<8>(side, block, head, head_dim, part, buffer, tile);
     }
-    if (block.outlier_offsets) put_outliers(side, block, head, head_dim, tile);
+    if (!block.outlier_offsets) return;
+    const auto put = [&](auto half, auto bfloat) {
+        (side.outlier == Number::half ? half : bfloat)(side, block, head, head_dim, part, tile);
+    };
+    if (side.numbers == 1) put(put_outliers<1, Number::half>, put_outliers<1, Number::bfloat>);
+    if (side.numbers == 2) put(put_outliers<2, Number::half>, put_outliers<2, Number::bfloat>);
 }
 
 }  // namespace

@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "half.h"
+
 namespace narrowkv {
 namespace {
 namespace simd {
@@ -18,6 +20,9 @@ inline Floats load(const float* p) {
     return x;
 }
 inline void store(float* p, Floats x) { std::memcpy(p, &x, sizeof x); }
+inline Floats load_halves(const uint16_t* p) {
+    return Floats{single_from_half(p[0]), single_from_half(p[1]), single_from_half(p[2]), single_from_half(p[3])};
+}
 
 // Sixteen codes, a byte each, as whole numbers.
 struct Codes {

@@ -66,7 +66,7 @@ class Worker {
     const int rows, dim;
     Scratch scratch;
 
-    int sum_stride(const Piece& piece) const { return piece.channel_major ? dim * simd::width : tile_stride(false, dim); }
+    int sum_stride(const Piece& piece) const { return piece.channel_major ? dim * simd::width : round_up(dim, 16); }
 
     void read_query(const Piece& piece) {
         const float* query = piece.dense ? problem.dense_query : problem.packed_query;
@@ -98,37 +98,57 @@ class Worker {
         const Block* sides = problem.table + (int64_t(block) * problem.batch + piece.row) * 2;
         const Block* next = block + 1 < piece.last ? sides + 2 * problem.batch : sides;
         prefetch(problem.keys, next[0], piece.head);
-        decode(problem.keys, sides[0], piece.head, dim, scratch.ranges, scratch.tile);
-        const float* query = scratch.query;
-        if (problem.rotation.pairs) {
-            std::memcpy(scratch.turned, scratch.query, sizeof(float) * rows * dim);
-            const float* angles = relative_angles(problem.rotation, piece.row, problem.tokens, start, count, rows,
-                                                  dim, scratch.turned, scratch.angles);
-            turn(scratch.tile, angles, problem.rotation.pairs, problem.rotation.interleaved);
-            query = scratch.turned;
+        for (int from = 0; from < count; from += kTurned) {
+            const int some = count - from < kTurned ? count - from : kTurned;
+            decode(problem.keys, sides[0], piece.head, dim, {from, kTurned}, scratch.ranges, scratch.tile);
+            const float* query = scratch.query;
+            if (problem.rotation.pairs) {
+                std::memcpy(scratch.turned, scratch.query, sizeof(float) * rows * dim);
+                const float* angles = relative_angles(problem.rotation, piece.row, problem.tokens, start + from, some, rows, dim,
+                                                      scratch.turned, scratch.angles);
+                turn(scratch.tile, angles, problem.rotation.pairs, problem.rotation.interleaved);
+                query = scratch.turned;
+            }
+            take_keys(query, from);
         }
-        take_keys(piece, query, start, count);
+        prefetch_outliers(problem.keys, next[0], piece.head);
         prefetch(problem.values, next[1], piece.head);
-        decode(problem.values, sides[1], piece.head, dim, scratch.ranges, scratch.tile);
-        take_values(piece);
+        weigh_all(piece, start, count);
+        const int tokens = piece.channel_major ? kBlock : kTurned;
+        for (int from = 0; from < count; from += tokens) {
+            decode(problem.values, sides[1], piece.head, dim, {from, tokens}, scratch.ranges, scratch.tile);
+            take_values(piece, from);
+        }
+        prefetch_outliers(problem.values, next[1], piece.head);
     }
 
     void take_dense(const Piece& piece, int block) {
         const int start = block * kBlock, count = problem.dense - start < kBlock ? problem.dense - start : kBlock;
-        const int64_t from = ((int64_t(piece.row) * problem.kv_heads + piece.head) * problem.dense + start) * dim;
-        for (int i = 0; i < dim * kBlock; ++i) scratch.tile[i] = 0.0f;
-        copy_exact(problem.dense_keys + from, Number::single, count, dim, true, scratch.tile);
-        take_keys(piece, scratch.query, problem.tokens + start, count);
-        for (int i = 0; i < tile_stride(false, dim) * kBlock; ++i) scratch.tile[i] = 0.0f;
-        copy_exact(problem.dense_values + from, Number::single, count, dim, false, scratch.tile);
-        take_values(piece);
+        const int64_t first = ((int64_t(piece.row) * problem.kv_heads + piece.head) * problem.dense + start) * dim;
+        for (int from = 0; from < count; from += kTurned) {
+            const int some = count - from < kTurned ? count - from : kTurned;
+            for (int i = 0; i < dim * kTurned; ++i) scratch.tile[i] = 0.0f;
+            copy_exact(problem.dense_keys + first, Number::single, {from, kTurned}, some, dim, true, scratch.tile);
+            take_keys(scratch.query, from);
+        }
+        weigh_all(piece, problem.tokens + start, count);
+        for (int from = 0; from < count; from += kTurned) {
+            const int some = count - from < kTurned ? count - from : kTurned;
+            for (int i = 0; i < round_up(dim, 16) * kTurned; ++i) scratch.tile[i] = 0.0f;
+            copy_exact(problem.dense_values + first, Number::single, {from, kTurned}, some, dim, false, scratch.tile);
+            take_values(piece, from);
+        }
     }
 
-    // From a tile of keys to weights in `scores`; `token` is the first one's place in `hidden`.
-    void take_keys(const Piece& piece, const float* query, int64_t token, int count) {
+    // Scores of the tokens of a tile of keys, which begins `from` tokens into the block.
+    void take_keys(const float* query, int from) {
         by_fours(rows, [&](int row, auto queries) {
-            score<queries>(query + row * dim, scratch.tile, dim, scratch.scores + row * kBlock);
+            score<queries>(query + row * dim, scratch.tile, dim, scratch.scores + row * kBlock + from);
         });
+    }
+
+    // From the scores of a block to weights in their place; `token` is the first one's place in `hidden`.
+    void weigh_all(const Piece& piece, int64_t token, int count) {
         if (problem.softcap != 0.0f) cap(scratch.scores, rows * kBlock, problem.softcap);
         hide(piece, token, count);
         const int stride = sum_stride(piece);
@@ -155,10 +175,10 @@ class Worker {
         }
     }
 
-    void take_values(const Piece& piece) {
+    void take_values(const Piece& piece, int from) {
         const int stride = sum_stride(piece);
         by_fours(rows, [&](int row, auto queries) {
-            const float* weights = scratch.scores + row * kBlock;
+            const float* weights = scratch.scores + row * kBlock + from;
             float* sums = scratch.sum + int64_t(row) * stride;
             if (piece.channel_major) {
                 mix_channels<queries>(weights, scratch.tile, dim, sums);

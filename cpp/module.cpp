@@ -67,8 +67,10 @@ std::vector<std::string> instruction_sets() {
     std::vector<std::string> found;
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back("avx2");
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")) found.push_back("avx512");
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) found.push_back("avx2");
+    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (wide) found.push_back("avx512");
     if (__builtin_cpu_supports("avx512vbmi")) found.push_back("avx512vbmi");
     if (__builtin_cpu_supports("avx512vnni")) found.push_back("avx512vnni");
     if (__builtin_cpu_supports("avx512bf16")) found.push_back("avx512bf16");

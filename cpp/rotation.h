@@ -1,5 +1,5 @@
-// The rotary embedding of keys that are stored without it. A block is turned relative to its first token, by angles that all
-// blocks share; what the first token's position adds is taken back from the queries, once for a block.
+// The rotary embedding of keys that are stored without it. A tile is turned relative to its first token, by angles that all
+// tiles share; what the first token's position adds is taken back from the queries, once for a tile.
 
 #pragma once
 
@@ -43,21 +43,21 @@ inline void turn_back(const Rotation& rotation, int32_t position, int rows, int 
 
 inline void angle_at(const Rotation& rotation, int32_t position, int pair, float& cos, float& sin) {
     const float* far = rotation.far + int64_t(position / kBlock) * 2 * rotation.pairs + pair;
-    const float* near = rotation.near + pair * 2 * kBlock + position % kBlock;
-    cos = far[0] * near[0] - far[rotation.pairs] * near[kBlock];
-    sin = far[rotation.pairs] * near[0] + far[0] * near[kBlock];
+    const float* step = rotation.steps + position % kBlock * 2 * rotation.pairs + pair;
+    cos = far[0] * step[0] - far[rotation.pairs] * step[rotation.pairs];
+    sin = far[rotation.pairs] * step[0] + far[0] * step[rotation.pairs];
 }
 
-// Angles of the `count` tokens from `start` on, [pairs][2][64], which a tile of keys is to be turned by; `query` is made to fit.
+// Angles of the `count` tokens from `start` on, [pairs][2][32], which a tile of keys is to be turned by; `query` is made to fit.
 // `own` is room for angles that no other block shares.
 inline const float* relative_angles(const Rotation& rotation, int row, int64_t tokens, int64_t start, int count, int rows,
                                     int head_dim, float* query, float* own) {
     const int pairs = rotation.pairs;
     const auto fill = [&](const auto& angle) {
         for (int pair = 0; pair < pairs; ++pair) {
-            float* to = own + pair * 2 * kBlock;
-            for (int token = 0; token < kBlock; ++token) {
-                angle(token < count ? token : 0, pair, to[token], to[kBlock + token]);
+            float* to = own + pair * 2 * kTurned;
+            for (int token = 0; token < kTurned; ++token) {
+                angle(token < count ? token : 0, pair, to[token], to[kTurned + token]);
             }
         }
         return own;

@@ -19,39 +19,40 @@ inline Floats all(float x) { return x - Floats{}; }
 // Vectors of tokens or channels held in registers at once, beside those of four queries.
 constexpr int kWide = simd::width == 16 ? 4 : 2;
 
-// Turn pairs of channels of a channel-major tile by the angles of its tokens, [pairs][2][64] cosines and sines.
+// Turn pairs of channels of a channel-major tile by the angles of its tokens, [pairs][2][32] cosines and sines.
 inline void turn(float* tile, const float* angles, int pairs, bool interleaved) {
     for (int pair = 0; pair < pairs; ++pair) {
-        float* first = tile + (interleaved ? 2 * pair : pair) * kBlock;
-        float* second = tile + (interleaved ? 2 * pair + 1 : pair + pairs) * kBlock;
-        const float* cos = angles + pair * 2 * kBlock;
-        for (int i = 0; i < kBlock; i += simd::width) {
-            const Floats x = load(first + i), y = load(second + i), c = load(cos + i), s = load(cos + kBlock + i);
+        float* first = tile + (interleaved ? 2 * pair : pair) * kTurned;
+        float* second = tile + (interleaved ? 2 * pair + 1 : pair + pairs) * kTurned;
+        const float* cos = angles + pair * 2 * kTurned;
+        for (int i = 0; i < kTurned; i += simd::width) {
+            const Floats x = load(first + i), y = load(second + i), c = load(cos + i), s = load(cos + kTurned + i);
             store(first + i, x * c - y * s);
             store(second + i, y * c + x * s);
         }
     }
 }
 
-// Scores of some queries, [queries][head_dim], against a channel-major tile: [queries][64].
+// Scores of some queries, [queries][head_dim], against a channel-major tile of keys: [queries][64], half of which are filled.
 template <int queries>
 inline void score(const float* query, const float* tile, int head_dim, float* scores) {
-    for (int token = 0; token < kBlock; token += kWide * simd::width) {
-        Floats sum[queries][kWide] = {};
+    constexpr int wide = 2;  // vectors of tokens
+    for (int token = 0; token < kTurned; token += wide * simd::width) {
+        Floats sum[queries][wide] = {};
         for (int d = 0; d < head_dim; ++d) {
-            const float* keys = tile + d * kBlock + token;
+            const float* keys = tile + d * kTurned + token;
             for (int q = 0; q < queries; ++q) {
                 const Floats x = all(query[q * head_dim + d]);
-                for (int i = 0; i < kWide; ++i) sum[q][i] += x * load(keys + i * simd::width);
+                for (int i = 0; i < wide; ++i) sum[q][i] += x * load(keys + i * simd::width);
             }
         }
         for (int q = 0; q < queries; ++q) {
-            for (int i = 0; i < kWide; ++i) store(scores + q * kBlock + token + i * simd::width, sum[q][i]);
+            for (int i = 0; i < wide; ++i) store(scores + q * kBlock + token + i * simd::width, sum[q][i]);
         }
     }
 }
 
-// Add a token-major tile, weighted, to the sums of some queries, [queries][stride].
+// Add a token-major tile of 32 tokens, weighted, to the sums of some queries, [queries][stride].
 template <int queries, int wide>
 inline int mix_tokens(const float* weights, const float* tile, int stride, int from, float* sums) {
     int d = from;
@@ -60,7 +61,7 @@ inline int mix_tokens(const float* weights, const float* tile, int stride, int f
         for (int q = 0; q < queries; ++q) {
             for (int i = 0; i < wide; ++i) sum[q][i] = load(sums + q * stride + d + i * simd::width);
         }
-        for (int token = 0; token < kBlock; ++token) {
+        for (int token = 0; token < kTurned; ++token) {
             const float* values = tile + token * stride + d;
             for (int q = 0; q < queries; ++q) {
                 const Floats weight = all(weights[q * kBlock + token]);
@@ -79,7 +80,7 @@ inline void mix(const float* weights, const float* tile, int stride, float* sums
     mix_tokens<queries, 1>(weights, tile, stride, mix_tokens<queries, kWide>(weights, tile, stride, 0, sums), sums);
 }
 
-// Add a channel-major tile, weighted, to the sums of some queries, [queries][head_dim][width]: lanes are added up at the end.
+// Add a channel-major tile of 64 tokens, weighted, to the sums of some queries, [queries][head_dim][width]: lanes are added up at the end.
 template <int queries>
 inline void mix_channels(const float* weights, const float* tile, int head_dim, float* sums) {
     for (int token = 0; token < kBlock; token += kWide * simd::width) {

@@ -5,6 +5,7 @@ piece of exact tokens. Computes in float32.
 """
 
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -53,9 +54,9 @@ def attend(
 ) -> Tensor:
     """Attention of the newest queries over the packed cache; parameters and result as of `naive.attend`.
 
-    kernel: the instruction set, one of KERNELS. Caches without a sealed block, more than 16 queries (prompts are read so), and
-    queries in float64 go to `tiled.attend`. Raises UnsupportedModelError off the CPU, for numbers kept in float64, and for keys
-    rotated by Hadamard before the rotary embedding.
+    kernel: the instruction set, one of KERNELS. Caches without a sealed block, more than 16 queries (so prompts are read), and
+    queries in float64 go to `tiled.attend`. Raises UnsupportedModelError off the CPU, for numbers kept in float64, and for
+    keys rotated by Hadamard before the rotary embedding.
     """
     if query.device.type != "cpu":
         raise UnsupportedModelError(f"Backend cpu reads memory of the CPU, not of {query.device}; choose backend torch.")
@@ -67,7 +68,7 @@ def attend(
         )
     sealed = min(store.sealed, past - store.first)
     if query.shape[2] > MOST_QUERIES or query.dtype == torch.float64 or sealed <= 0:
-        options = {"visible": visible, "scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
+        options: dict[str, Any] = {"visible": visible, "scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
         return tiled.attend(query, store, past=past, new=new, rope=rope, kept=kept, **options)
     query = query.float().contiguous()
     keys, values, tokens = _exact(store, past, sealed, new, rotated, kept)

@@ -14,7 +14,9 @@ from narrowkv.store.page import PackedSide, is_channel_major
 KINDS = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 FEWEST_LEVELS, MOST_LEVELS = 16, 256  # of a codebook as the kernel reads it: one register, or what a byte counts to
 
-_ANGLES = WeakIdKeyDictionary()  # by a rope's frequencies: (near, far)
+TILE = 32  # tokens that the kernel turns at once
+
+_ANGLES = WeakIdKeyDictionary()  # by a rope's frequencies: what `_angles` returns
 
 
 def side_of(quantizer: AnyQuantizer, side: PackedSide, keys: bool) -> _kernels.Side:
@@ -83,7 +85,7 @@ def rotation_of(rope: AnyRope | None, kept: Tensor | None, batch: int) -> _kerne
     if not isinstance(rope, Rope):
         angles = torch.stack(rope.cos_sin(kept), dim=2).float().contiguous()
         return _kernels.Rotation(pairs=angles.shape[-1], interleaved=rope.interleaved, angles=angles)
-    near, far = _angles(rope.inverse_frequencies, int(kept.max()))
+    near, steps, far = _angles(rope.inverse_frequencies, int(kept.max()))
     return _kernels.Rotation(
         pairs=near.shape[0],
         interleaved=rope.interleaved,
@@ -91,25 +93,27 @@ def rotation_of(rope: AnyRope | None, kept: Tensor | None, batch: int) -> _kerne
         positions=kept.to(torch.int32),
         far=far,
         near=near,
-        steps=near.permute(2, 1, 0).contiguous(),
+        steps=steps,
     )
 
 
-def _angles(frequencies: Tensor, position: int) -> tuple[Tensor, Tensor]:
+def _angles(frequencies: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor]:
     """Cosines and sines of multiples of the frequencies [pairs], from which those of all positions up to one are put together.
 
-    Returns those of 0 to 63, [pairs, 2, 64], and of 0, 64, 128, ..., [n, 2, pairs], float32. Taken in float64: a position
-    times a frequency, rounded to float32 as models do, is off by as much as the position is large.
+    Returns those of 0 to 31, [pairs, 2, 32], of 0 to 63, [64, 2, pairs], and of 0, 64, 128, ..., [n, 2, pairs], float32. Taken
+    in float64: a position times a frequency, rounded to float32 as models do, is off by as much as the position is large.
     """
-    near, far = _ANGLES.get(frequencies, (None, None))
-    if near is None or far is None or position // BLOCK >= len(far):
-        turns = frequencies.double()
+    known = _ANGLES.get(frequencies)
+    if known is None or position // BLOCK >= len(known[2]):
         count = 2 * (position // BLOCK + 1)  # twice as many as are needed now
-        each, many = torch.arange(BLOCK) * turns[:, None], torch.arange(count)[:, None] * BLOCK * turns
-        near = torch.stack([each.cos(), each.sin()], dim=1).float()
-        far = torch.stack([many.cos(), many.sin()], dim=1).float()
-        _ANGLES[frequencies] = (near, far)
-    return near, far
+        near, far = (
+            torch.stack([angles.cos(), angles.sin()], dim=1).float()
+            for angles in (
+                steps[:, None] * frequencies.double() for steps in (torch.arange(BLOCK), torch.arange(count) * BLOCK)
+            )
+        )
+        known = _ANGLES[frequencies] = (near[:TILE].permute(2, 1, 0).contiguous(), near, far)
+    return known
 
 
 def turn_query(quantizer: AnyQuantizer, query: Tensor) -> Tensor:

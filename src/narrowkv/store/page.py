@@ -4,8 +4,8 @@ A page has room for some blocks, its slots. Pages are allocated as a sequence gr
 nothing that is already stored.
 """
 
+import itertools
 from dataclasses import dataclass, field, replace
-from itertools import count
 
 import torch
 from torch import Tensor
@@ -207,7 +207,7 @@ class Column:
     page: Page
     slots: Tensor  # [batch] int64, on the CPU
     count: int
-    serial: int = field(init=False, default_factory=count().__next__)
+    serial: int = field(init=False, default_factory=itertools.count().__next__)
 
 
 def gather(quantizers: tuple[AnyQuantizer, AnyQuantizer], columns: list[Column]) -> Page:
