@@ -6,7 +6,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from narrowkv import _kernels
 from narrowkv.attention.rope import AnyRope, Rope
-from narrowkv.codec import AnyQuantizer, PointQuantizer, hadamard
+from narrowkv.codec import AnyQuantizer, PointQuantizer, Quantizer, hadamard
 from narrowkv.errors import UnsupportedModelError
 from narrowkv.store import BLOCK
 from narrowkv.store.page import PackedSide, is_channel_major
@@ -31,6 +31,7 @@ def side_of(quantizer: AnyQuantizer, side: PackedSide, keys: bool) -> _kernels.S
         assert quantizer.points is not None
         table = quantizer.points.float().transpose(2, 3)
     elif scheme.datatype != "exact":
+        assert isinstance(quantizer, Quantizer)
         assert quantizer.codebook is not None
         table = quantizer.codebook.float()
         if scheme.static and channel_major:
@@ -60,7 +61,7 @@ def require_readable(quantizer: AnyQuantizer) -> None:
     forms = quantizer.scheme.range_forms(1, BLOCK, BLOCK)
     if any(name not in ("scale", "zero") or dtype != torch.float16 for name, (_, dtype) in forms.items()):
         raise UnsupportedModelError(
-            f"Backend cpu does not read {quantizer.scheme.datatype} codes with ranges in {', '.join(forms)}; choose backend torch."
+            f"Backend cpu does not read {quantizer.scheme.datatype} codes ranged by {', '.join(forms)}; choose backend torch."
         )
 
 
@@ -120,18 +121,24 @@ def turn_query(quantizer: AnyQuantizer, query: Tensor) -> Tensor:
     """Queries [batch, query_heads, queries, head_dim] as the codes of the keys see them: q K^T = (q T) (K T)^T."""
     if quantizer.scheme.hadamard:
         return hadamard.rotate(query).contiguous()
-    if isinstance(quantizer, PointQuantizer):
-        return query if quantizer.turn is None else _by_head(query, quantizer.turn.float())
-    return query if quantizer.smooth is None else _by_head(query, torch.diag_embed(quantizer.smooth))
+    matrix = _matrix(quantizer)
+    return query if matrix is None else _by_head(query, matrix)
 
 
 def turn_sum(quantizer: AnyQuantizer, total: Tensor) -> Tensor:
     """Sums of values [batch, query_heads, queries, head_dim] as their codes see them, turned back."""
     if quantizer.scheme.hadamard:
         return hadamard.rotate_back(total)
+    matrix = _matrix(quantizer)
+    return total if matrix is None else _by_head(total, matrix.mT)
+
+
+def _matrix(quantizer: AnyQuantizer) -> Tensor | None:
+    """What codes stand for, times this matrix [kv_heads, head_dim, head_dim] transposed, are the numbers; None if they are."""
     if isinstance(quantizer, PointQuantizer):
-        return total if quantizer.turn is None else _by_head(total, quantizer.turn.float().transpose(1, 2))
-    return total if quantizer.smooth is None else _by_head(total, torch.diag_embed(quantizer.smooth))
+        return None if quantizer.turn is None else quantizer.turn.float()
+    smooth = quantizer.smooth if isinstance(quantizer, Quantizer) else None
+    return None if smooth is None else torch.diag_embed(smooth)
 
 
 def _by_head(x: Tensor, matrix: Tensor) -> Tensor:
