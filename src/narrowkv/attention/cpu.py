@@ -64,7 +64,7 @@ def attend(
     scheme = store.quantizers[0].scheme
     if rotated is not None and (scheme.hadamard or scheme.smooth):
         raise UnsupportedModelError(
-            "Backend cpu cannot undo a Hadamard rotation or smoothing of keys stored before they are rotated; choose backend torch."
+            "Backend cpu cannot undo a Hadamard rotation or smoothing of keys kept unrotated; choose backend torch."
         )
     sealed = min(store.sealed, past - store.first)
     if query.shape[2] > MOST_QUERIES or query.dtype == torch.float64 or sealed <= 0:
