@@ -1,5 +1,7 @@
 from typing import Any
 
+from torch import Tensor
+
 def instruction_sets() -> list[str]:
     """Names of the vector instruction sets of this processor that kernels can use, weakest first."""
 
@@ -8,3 +10,62 @@ def nearest(numbers: Any, points: Any, found: Any, cost: Any, threads: int) -> N
 
 def moments(numbers: Any, found: Any, sums: Any, threads: int) -> None:
     """Add the moments of all vectors to those of the level that each fell to; see codec/points.py."""
+
+class Side:
+    """The keys, or the values, of packed blocks: what all of them have in common."""
+
+    def __init__(
+        self,
+        *,
+        bits: int,
+        codes: int,
+        numbers: int,
+        channel_major: bool,
+        table: Tensor | None,
+        fixed: bool,
+        scale: Tensor | None,
+        zero: Tensor | None,
+        ranges: list[int],
+        exact: str,
+        outlier: str,
+    ) -> None: ...
+
+class Rotation:
+    """The rotary embedding of keys that are stored without it."""
+
+    def __init__(
+        self,
+        *,
+        pairs: int = 0,
+        interleaved: bool = False,
+        scaling: float = 1.0,
+        positions: Tensor | None = None,
+        far: Tensor | None = None,
+        near: Tensor | None = None,
+        steps: Tensor | None = None,
+        angles: Tensor | None = None,
+    ) -> None: ...
+
+def attend(
+    *,
+    kernel: str,
+    threads: int,
+    chunk: int,
+    output: Tensor,
+    packed_query: Tensor,
+    dense_query: Tensor,
+    dense_keys: Tensor,
+    dense_values: Tensor,
+    keys: Side,
+    values: Side,
+    rotation: Rotation,
+    table: Tensor,
+    starts: Tensor,
+    tokens: int,
+    hidden: Tensor | None,
+    sink_index: Tensor | None,
+    sink_logits: Tensor | None,
+    scaling: float,
+    softcap: float,
+) -> None:
+    """Attention of a few queries over packed blocks and the exact tokens that follow them."""

@@ -46,6 +46,7 @@ def test_it_says_what_it_is(tiny):
     run(model, cache, 70)
     assert repr(cache).startswith("PackedCache(int4, 70 tokens x 1, ")
     assert cache.backend == "torch"
+    assert PackedCache(model, "int4", backend="cpu").backend in ("cpu (avx512)", "cpu (avx2)", "cpu (generic)")
     assert cache.batch_size == 1
 
 

@@ -221,3 +221,10 @@ def test_the_dense_path_takes_no_mask_of_four_dimensions(tiny):
     cache = PackedCache(model, "int4", backend="dense")
     with pytest.raises(UnsupportedModelError, match="2 dimensions only"):
         model(torch.randint(2, 97, (1, 5)), attention_mask=torch.zeros(1, 1, 5, 5), past_key_values=cache)
+
+
+@pytest.mark.parametrize("recipe", ["int4", "kivi-2-g8-r32", "hadamard-int4"])
+def test_the_compiled_attention_gives_the_tokens_of_the_plain_one(tiny, recipe):
+    model, ids = tiny(), torch.randint(2, 97, (2, 100))
+    found, expected = (greedy(model, ids, PackedCache(model, recipe, backend=backend)) for backend in ("cpu", "torch"))
+    assert torch.equal(found, expected)

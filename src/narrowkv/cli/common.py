@@ -35,7 +35,10 @@ CalibrationTextOption = Annotated[
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu or cuda.")]
 BackendOption = Annotated[
-    str, typer.Option(help="Which attention runs: torch, naive, or dense for models that compute attention by themselves.")
+    str,
+    typer.Option(
+        help="Which attention runs: torch, cpu (compiled), naive, or dense for models that compute it by themselves."
+    ),
 ]
 WindowOption = Annotated[int, typer.Option(min=2, help="Tokens per sequence.")]
 SamplesOption = Annotated[int, typer.Option(min=1, help="Sequences to calibrate on.")]

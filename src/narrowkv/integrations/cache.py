@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from narrowkv.attention import BACKENDS
+from narrowkv.attention import BACKENDS, described
 from narrowkv.calibration import Calibration, Fingerprint
 from narrowkv.calibration.processes import tensor_parallel_rank
 from narrowkv.codec import AnyQuantizer
@@ -30,7 +30,8 @@ class PackedCache(NarrowCache):
     keep their own state beside the packed ones. source: a Calibration for this model, or a calibration-free Recipe or its
     name. strict: new tokens too are attended to as they are stored (how papers measure perplexity); otherwise a chunk attends
     to itself exactly and to the packed past. backend: which attention runs: `torch` decodes tile by tile, `naive` all at once,
-    `dense` hands decoded tensors to models that compute attention by themselves.
+    `cpu` reads packed blocks in compiled code for up to 16 tokens at a time, on a CPU, and prompts as `torch` does; `dense`
+    hands decoded tensors to models that compute attention by themselves.
 
     Raises UnsupportedModelError, RecipeError or CalibrationError where the three do not fit together.
     """
@@ -51,7 +52,7 @@ class PackedCache(NarrowCache):
         self.fingerprint = Fingerprint.of(model)
         if isinstance(source, Calibration):
             source.fingerprint.check(self.fingerprint)
-        self.backend = backend
+        self.backend = described(backend)
         self.dense = backend == DENSE
         self.device = model.device
         self.before = 0  # tokens held when the model began to run
@@ -64,7 +65,7 @@ class PackedCache(NarrowCache):
                 quantizers = source.for_heads(fact.layer, fact.kv_heads, rank)
             else:
                 quantizers = self.recipe.quantizers(fact.layer)
-            layers[fact.layer] = self._layer(fact, quantizers, layers[fact.layer], model.device, strict)
+            layers[fact.layer] = self._layer(fact, quantizers, layers[fact.layer], backend, strict)
             self.packed.append(layers[fact.layer])
         super().__init__(layers=layers)
         self.shapes = [(fact.kv_heads, fact.head_dim) for fact in facts.attention]
@@ -73,16 +74,16 @@ class PackedCache(NarrowCache):
         self.modules = {fact.layer: weakref.ref(fact.module) for fact in facts.attention}
 
     def _layer(
-        self, fact: AttentionFacts, quantizers: tuple[AnyQuantizer, AnyQuantizer], own: Any, device: torch.device, strict: bool
+        self, fact: AttentionFacts, quantizers: tuple[AnyQuantizer, AnyQuantizer], own: Any, backend: str, strict: bool
     ) -> PackedLayer:
-        keys, values = (quantizer.to(device) for quantizer in quantizers)
+        keys, values = (quantizer.to(self.device) for quantizer in quantizers)
         for quantizer in (keys, values):
             quantizer.scheme.require_head_dim(fact.head_dim)
-        rope = fact.rope.to(device) if fact.rope else None
+        rope = fact.rope.to(self.device) if fact.rope else None
         ledger = self.ledgers.setdefault(rope.record, Ledger()) if rope and keys.scheme.pre_rope else None
         store = LayerStore(keys, values, self.recipe.sinks, self.recipe.window)
         kind = DenseLayer if self.dense else PackedLayer
-        return kind(store, rope, ledger, self.backend, strict, getattr(own, "sliding_window", None))
+        return kind(store, rope, ledger, backend, strict, getattr(own, "sliding_window", None))
 
     def begin(self, module: Any, step: Step) -> None:
         """Called before each attention module runs; raises CacheUseError if it is another model's."""

@@ -1,6 +1,7 @@
 """LayerStore: the keys and values of one layer for one batch: sealed blocks, an open tail, sinks and an exact window."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import takewhile
 
 import torch
@@ -187,15 +188,15 @@ class LayerStore:
             self.growing = page
         return page
 
-    def tiles(self, stop: int | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Decode the tokens held before `stop` (all by default) piece by piece.
+    def tiles(self, stop: int | None = None, *, unsealed: bool = False) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Decode the tokens held before `stop` (all by default), or of those the `unsealed` alone, piece by piece.
 
         Yields (index of the first token, keys, values) with keys and values [batch, kv_heads, tokens, head_dim] float32,
         or in the model's dtype where they are exact; sinks are put in place.
         """
         stop = self.length if stop is None else min(stop, self.length)
-        start = self.first
-        for pair in self._pieces(stop):
+        start = self.first + (self.sealed if unsealed else 0)
+        for pair in self._pieces(stop, unsealed):
             count = min(pair[0].shape[2], stop - start)
             if count <= 0:
                 return
@@ -204,8 +205,8 @@ class LayerStore:
             yield start, keys, values
             start += count
 
-    def _pieces(self, stop: int) -> Iterator[tuple[Tensor, ...]]:
-        start, i = self.first, 0
+    def _pieces(self, stop: int, unsealed: bool) -> Iterator[tuple[Tensor, ...]]:
+        start, i = self.first, len(self.columns) if unsealed else 0
         while i < len(self.columns) and start < stop:
             assert self.shape is not None
             first = self.columns[i]
@@ -249,8 +250,7 @@ class LayerStore:
     def select(self, rows: Tensor) -> None:
         """Keep the sequences named by `rows` [n] int64, in that order, repeats allowed; sealed blocks are shared."""
         rows = rows.cpu()
-        for column in self.columns:
-            column.slots = column.slots[rows]
+        self.columns = [replace(column, slots=column.slots[rows]) for column in self.columns]
         if self.tail:
             self.tail = (self.tail[0].rows(rows), self.tail[1].rows(rows))
         if self.recent:
@@ -277,7 +277,7 @@ class LayerStore:
             self.growing = None
         run = list(takewhile(lambda column: column.page is self.columns[0].page, self.columns))
         if run and 2 * len(run) * len(run[0].slots) <= run[0].page.slots:  # a page mostly forgotten is not kept for the rest
-            move_together(self.quantizers, run)
+            self.columns[: len(run)] = move_together(self.quantizers, run)
 
     def require_croppable(self, length: int, oldest: int) -> None:
         """Raise CacheUseError where the first `length` tokens cannot be gone on from: the token `oldest` was forgotten."""
@@ -309,12 +309,11 @@ class LayerStore:
                 keep = 0
             self.tail = (self.tail[0].slice(0, keep), self.tail[1].slice(0, keep)) if keep else None
         while drop and self.columns:
-            last = self.columns[-1]
+            last = self.columns.pop()
             taken = min(last.count, drop)
-            last.count -= taken
             self.sealed -= taken
             drop -= taken
-            if last.count == 0:
-                self.columns.pop()
+            if taken < last.count:
+                self.columns.append(replace(last, count=last.count - taken))
         if self.sink_index is not None:
             self.sink_index[self.sink_index >= length] = -1

@@ -4,7 +4,8 @@ A page has room for some blocks, its slots. Pages are allocated as a sequence gr
 nothing that is already stored.
 """
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -199,13 +200,14 @@ class Page:
         self.values.commit()
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Column:
-    """One block of every sequence: where it lies, and how many of its tokens count."""
+    """One block of every sequence: where it lies, and how many of its tokens count; known by its serial number."""
 
     page: Page
     slots: Tensor  # [batch] int64, on the CPU
     count: int
+    serial: int = field(init=False, default_factory=itertools.count().__next__)
 
 
 def gather(quantizers: tuple[AnyQuantizer, AnyQuantizer], columns: list[Column]) -> Page:
@@ -226,8 +228,8 @@ def gather(quantizers: tuple[AnyQuantizer, AnyQuantizer], columns: list[Column])
     return page
 
 
-def move_together(quantizers: tuple[AnyQuantizer, AnyQuantizer], columns: list[Column]) -> None:
-    """Let columns lie in a page of their own, so that those that they lay in can go."""
+def move_together(quantizers: tuple[AnyQuantizer, AnyQuantizer], columns: list[Column]) -> list[Column]:
+    """The same columns in a page of their own, so that those that they lay in can go."""
     page = gather(quantizers, columns)
-    for column, slots in zip(columns, torch.arange(page.slots).view(len(columns), -1), strict=True):
-        column.page, column.slots = page, slots.clone()
+    slots = torch.arange(page.slots).view(len(columns), -1)
+    return [replace(column, page=page, slots=part.clone()) for column, part in zip(columns, slots, strict=True)]

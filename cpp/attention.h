@@ -1,0 +1,84 @@
+// What decode attention over packed blocks is given. Plain data: the kernels of each instruction set share nothing else.
+
+#pragma once
+
+#include <cstdint>
+
+namespace narrowkv {
+
+constexpr int kBlock = 64;  // tokens of a block
+constexpr int kTurned = 32;  // tokens of a tile of keys: with their angles it has room in the nearest cache
+
+enum class Number : int { half, bfloat, single };  // how exact numbers are held
+
+// The keys, or the values, of all blocks: what they have in common.
+struct Side {
+    int bits;            // of a code; 16 where numbers are exact
+    int codes;           // of a head
+    int numbers;         // that one code stands for: 1, or 2 (channels d and d + head_dim / 2)
+    int stride;          // floats from one codebook to the next, at least 16
+    bool channel_major;  // rows of codes are channels, else tokens
+    bool fixed;          // codebooks are those of channels, in real units: [kv_heads, codes, numbers, stride]; else one for all
+    int range_heads;     // scales and zeros: [1 or kv_heads, range_tokens, range_channels]
+    int range_tokens;
+    int range_channels;
+    Number exact;    // of exact numbers
+    Number outlier;  // of outliers
+    const float* table;
+    const float* scale;  // [kv_heads, head_dim], ranges learned offline of rows that are tokens; null where blocks hold them
+    const float* zero;
+};
+
+// Where one block of one side lies. Index and offsets are of outliers, the offsets those of its first head.
+struct Block {
+    const uint8_t* planes[3];
+    const uint16_t* scale;
+    const uint16_t* zero;
+    const void* outlier_values;
+    const uint16_t* outlier_index;
+    const int32_t* outlier_offsets;
+};
+
+// Keys stored before the rotary embedding. Either angles are given for each token, or positions, and cosines and sines of
+// them: far [positions / 64, 2, pairs] of multiples of 64, steps [64, 2, pairs] of 0 to 63, near [pairs, 2, 32] of 0 to 31.
+struct Rotation {
+    int pairs;  // that turn; 0 where keys are stored turned
+    bool interleaved;
+    float scaling;
+    const int32_t* positions;  // [batch, ...] with this stride
+    int64_t position_stride;
+    const float* far;
+    const float* near;
+    const float* steps;
+    const float* angles;  // [batch, tokens, 2, pairs]
+};
+
+struct Problem {
+    int batch, kv_heads, group, queries, head_dim;  // group: query heads of a KV head
+    int blocks;                                     // of each sequence
+    int dense;                                      // exact tokens that follow
+    int64_t tokens;                                 // in blocks, as far as they are to be seen
+    int sinks;                                      // tokens of each sequence that are not to be read from blocks
+    int hidden_batch;                               // rows of `hidden`: 1 or batch
+    int chunk;                                      // blocks that make one piece of work
+    int threads;
+    float scaling, softcap;  // softcap 0: none
+    Side keys, values;
+    Rotation rotation;
+    const Block* table;          // [blocks, batch, 2]
+    const int64_t* starts;       // [blocks + 1] index of the first token of each block
+    const float* packed_query;   // [batch, query_heads, queries, head_dim]
+    const float* dense_query;    // the same, for exact tokens
+    const float* dense_keys;     // [batch, kv_heads, dense, head_dim]
+    const float* dense_values;   // the same
+    const uint8_t* hidden;       // [hidden_batch, queries, tokens + dense], or null
+    const int64_t* sink_index;   // [batch, sinks]
+    const float* sink_logits;    // [query_heads], or null
+    float* output;               // [2, batch, query_heads, queries, head_dim]: what blocks and what exact tokens contribute
+};
+
+void attend_generic(const Problem& problem);
+void attend_avx2(const Problem& problem);
+void attend_avx512(const Problem& problem);
+
+}  // namespace narrowkv

@@ -1,0 +1,255 @@
+// Decode attention over packed blocks. Compiled once for each instruction set: included after `simd`, whose vectors it uses.
+//
+// A piece of work is a run of blocks of one KV head of one sequence. Each block is decoded into a tile in the nearest cache,
+// which all queries of the head's group share; the softmax is carried from block to block, and pieces are merged at the end.
+
+#pragma once
+
+#include <cstdlib>
+#include <type_traits>
+
+#include "attention.h"
+#include "decode.h"
+#include "rotation.h"
+#include "tile.h"
+
+namespace narrowkv {
+namespace {
+
+// Scratch memory of one thread. sum: of token-major values [rows][head_dim rounded up], else [rows][head_dim][width].
+struct Scratch {
+    float *tile, *ranges, *angles, *query, *turned, *scores, *sum, *largest, *total;
+    void* memory;
+
+    explicit Scratch(const Problem& problem) {
+        const size_t rows = round_up(problem.group * problem.queries, 16), dim = round_up(problem.head_dim, 16);
+        const size_t sizes[] = {dim * kBlock,  2 * dim * kBlock, dim * kBlock,             dim * rows, dim * rows,
+                                rows * kBlock, rows * dim * simd::width, rows, rows};
+        float** parts[] = {&tile, &ranges, &angles, &query, &turned, &scores, &sum, &largest, &total};
+        size_t floats = 0;
+        for (size_t size : sizes) floats += size;
+        memory = std::aligned_alloc(64, floats * sizeof(float));
+        float* next = static_cast<float*>(memory);
+        for (int i = 0; i < 9; next += sizes[i], ++i) *parts[i] = next;
+    }
+    ~Scratch() { std::free(memory); }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+};
+
+// One piece of work: blocks [first, last) of a head of a sequence, or the exact tokens that follow them.
+struct Piece {
+    int row, head;
+    bool dense, channel_major;
+    int first, last;
+    float* result;  // [rows] largest, [rows] total, [rows][head_dim] sum
+};
+
+class Worker {
+  public:
+    explicit Worker(const Problem& problem)
+        : problem(problem), rows(problem.group * problem.queries), dim(problem.head_dim), scratch(problem) {}
+
+    void run(const Piece& piece) {
+        read_query(piece);
+        const int stride = sum_stride(piece);
+        for (int i = 0; i < rows; ++i) scratch.largest[i] = -INFINITY, scratch.total[i] = 0.0f;
+        for (int64_t i = 0; i < int64_t(rows) * stride; ++i) scratch.sum[i] = 0.0f;
+        for (int block = piece.first; block < piece.last; ++block) {
+            piece.dense ? take_dense(piece, block) : take_block(piece, block);
+        }
+        finish(piece);
+    }
+
+  private:
+    const Problem& problem;
+    const int rows, dim;
+    Scratch scratch;
+
+    int sum_stride(const Piece& piece) const { return piece.channel_major ? dim * simd::width : round_up(dim, 16); }
+
+    void read_query(const Piece& piece) {
+        const float* query = piece.dense ? problem.dense_query : problem.packed_query;
+        query += (int64_t(piece.row) * problem.kv_heads + piece.head) * rows * dim;
+        for (int i = 0; i < rows * dim; ++i) scratch.query[i] = query[i] * problem.scaling;
+    }
+
+    const uint8_t* hidden(int row, int64_t token) const {
+        const int64_t length = problem.tokens + problem.dense;
+        return problem.hidden + (problem.hidden_batch > 1 ? row : 0) * problem.queries * length + token;
+    }
+
+    bool nothing_seen(int row, int64_t token, int count) const {
+        if (!problem.hidden) return false;
+        for (int query = 0; query < problem.queries; ++query) {
+            const uint8_t* hides = hidden(row, token) + query * (problem.tokens + problem.dense);
+            for (int i = 0; i < count; ++i) {
+                if (!hides[i]) return false;
+            }
+        }
+        return true;
+    }
+
+    void take_block(const Piece& piece, int block) {
+        const int64_t start = problem.starts[block];
+        const int64_t stop = problem.starts[block + 1] < problem.tokens ? problem.starts[block + 1] : problem.tokens;
+        const int count = int(stop - start);
+        if (count <= 0 || nothing_seen(piece.row, start, count)) return;
+        const Block* sides = problem.table + (int64_t(block) * problem.batch + piece.row) * 2;
+        const Block* next = block + 1 < piece.last ? sides + 2 * problem.batch : sides;
+        prefetch(problem.keys, next[0], piece.head);
+        for (int from = 0; from < count; from += kTurned) {
+            const int some = count - from < kTurned ? count - from : kTurned;
+            decode(problem.keys, sides[0], piece.head, dim, {from, kTurned}, scratch.ranges, scratch.tile);
+            const float* query = scratch.query;
+            if (problem.rotation.pairs) {
+                std::memcpy(scratch.turned, scratch.query, sizeof(float) * rows * dim);
+                const float* angles = relative_angles(problem.rotation, piece.row, problem.tokens, start + from, some, rows, dim,
+                                                      scratch.turned, scratch.angles);
+                turn(scratch.tile, angles, problem.rotation.pairs, problem.rotation.interleaved);
+                query = scratch.turned;
+            }
+            take_keys(query, from);
+        }
+        prefetch_outliers(problem.keys, next[0], piece.head);
+        prefetch(problem.values, next[1], piece.head);
+        weigh_all(piece, start, count);
+        const int tokens = piece.channel_major ? kBlock : kTurned;
+        for (int from = 0; from < count; from += tokens) {
+            decode(problem.values, sides[1], piece.head, dim, {from, tokens}, scratch.ranges, scratch.tile);
+            take_values(piece, from);
+        }
+        prefetch_outliers(problem.values, next[1], piece.head);
+    }
+
+    void take_dense(const Piece& piece, int block) {
+        const int start = block * kBlock, count = problem.dense - start < kBlock ? problem.dense - start : kBlock;
+        const int64_t first = ((int64_t(piece.row) * problem.kv_heads + piece.head) * problem.dense + start) * dim;
+        for (int from = 0; from < count; from += kTurned) {
+            const int some = count - from < kTurned ? count - from : kTurned;
+            for (int i = 0; i < dim * kTurned; ++i) scratch.tile[i] = 0.0f;
+            copy_exact(problem.dense_keys + first, Number::single, {from, kTurned}, some, dim, true, scratch.tile);
+            take_keys(scratch.query, from);
+        }
+        weigh_all(piece, problem.tokens + start, count);
+        for (int from = 0; from < count; from += kTurned) {
+            const int some = count - from < kTurned ? count - from : kTurned;
+            for (int i = 0; i < round_up(dim, 16) * kTurned; ++i) scratch.tile[i] = 0.0f;
+            copy_exact(problem.dense_values + first, Number::single, {from, kTurned}, some, dim, false, scratch.tile);
+            take_values(piece, from);
+        }
+    }
+
+    // Scores of the tokens of a tile of keys, which begins `from` tokens into the block.
+    void take_keys(const float* query, int from) {
+        by_fours(rows, [&](int row, auto queries) {
+            score<queries>(query + row * dim, scratch.tile, dim, scratch.scores + row * kBlock + from);
+        });
+    }
+
+    // From the scores of a block to weights in their place; `token` is the first one's place in `hidden`.
+    void weigh_all(const Piece& piece, int64_t token, int count) {
+        if (problem.softcap != 0.0f) cap(scratch.scores, rows * kBlock, problem.softcap);
+        hide(piece, token, count);
+        const int stride = sum_stride(piece);
+        for (int i = 0; i < rows; ++i) {
+            const float fading = weigh(scratch.scores + i * kBlock, scratch.largest[i], scratch.total[i]);
+            float* sum = scratch.sum + int64_t(i) * stride;
+            for (int d = 0; fading != 1.0f && d < stride; ++d) sum[d] *= fading;
+        }
+    }
+
+    // Tokens beyond the last, those that a mask hides, and of blocks those that are kept exact elsewhere.
+    void hide(const Piece& piece, int64_t token, int count) {
+        for (int i = 0; i < rows; ++i) {
+            float* scores = scratch.scores + i * kBlock;
+            for (int t = count; t < kBlock; ++t) scores[t] = -INFINITY;
+            if (problem.hidden) {
+                const uint8_t* hides = hidden(piece.row, token) + i % problem.queries * (problem.tokens + problem.dense);
+                for (int t = 0; t < count; ++t) scores[t] = hides[t] ? -INFINITY : scores[t];
+            }
+            for (int sink = 0; sink < problem.sinks && !piece.dense; ++sink) {
+                const int64_t at = problem.sink_index[int64_t(piece.row) * problem.sinks + sink] - token;
+                if (at >= 0 && at < count) scores[at] = -INFINITY;
+            }
+        }
+    }
+
+    void take_values(const Piece& piece, int from) {
+        const int stride = sum_stride(piece);
+        by_fours(rows, [&](int row, auto queries) {
+            const float* weights = scratch.scores + row * kBlock + from;
+            float* sums = scratch.sum + int64_t(row) * stride;
+            if (piece.channel_major) {
+                mix_channels<queries>(weights, scratch.tile, dim, sums);
+            } else {
+                mix<queries>(weights, scratch.tile, stride, sums);
+            }
+        });
+    }
+
+    void finish(const Piece& piece) const {
+        const int stride = sum_stride(piece), lanes = piece.channel_major ? simd::width : 1;
+        float* sum = piece.result + 2 * rows;
+        for (int i = 0; i < rows; ++i) {
+            piece.result[i] = scratch.largest[i];
+            piece.result[rows + i] = scratch.total[i];
+            for (int d = 0; d < dim; ++d) {
+                float& to = sum[i * dim + d] = 0.0f;
+                for (int lane = 0; lane < lanes; ++lane) to += scratch.sum[int64_t(i) * stride + d * lanes + lane];
+            }
+        }
+    }
+};
+
+// What the pieces of a head found, put together: the last piece is that of the exact tokens.
+void merge(const Problem& problem, int row, int head, const float* results, int pieces, int64_t size) {
+    const int rows = problem.group * problem.queries, dim = problem.head_dim;
+    const int64_t all = int64_t(problem.batch) * problem.kv_heads * rows * dim;
+    for (int i = 0; i < rows; ++i) {
+        const float sink = problem.sink_logits ? problem.sink_logits[head * problem.group + i / problem.queries] : -INFINITY;
+        float largest = sink;
+        for (int p = 0; p < pieces; ++p) largest = std::fmax(largest, results[p * size + i]);
+        float* output = problem.output + ((int64_t(row) * problem.kv_heads + head) * rows + i) * dim;
+        for (int d = 0; d < dim; ++d) output[d] = output[all + d] = 0.0f;
+        if (largest == -INFINITY) continue;
+        float total = std::exp(sink - largest);
+        for (int p = 0; p < pieces; ++p) total += std::exp(results[p * size + i] - largest) * results[p * size + rows + i];
+        for (int p = 0; p < pieces; ++p) {
+            const float weight = std::exp(results[p * size + i] - largest) / total;
+            const float* sum = results + p * size + 2 * rows + int64_t(i) * dim;
+            float* to = output + (p == pieces - 1 ? all : 0);
+            for (int d = 0; d < dim; ++d) to[d] += weight * sum[d];
+        }
+    }
+}
+
+void attend(const Problem& problem) {
+    const int runs = (problem.blocks + problem.chunk - 1) / problem.chunk, pieces = runs + 1;
+    const int heads = problem.batch * problem.kv_heads, rows = problem.group * problem.queries;
+    const int64_t size = round_up(rows * (problem.head_dim + 2), 16);
+    float* results = static_cast<float*>(std::aligned_alloc(64, sizeof(float) * size * heads * pieces));
+    const bool channel_major = problem.values.channel_major;
+#pragma omp parallel num_threads(problem.threads) if (problem.threads > 1)
+    {
+        Worker worker(problem);
+#pragma omp for schedule(dynamic, 1)
+        for (int i = 0; i < heads * pieces; ++i) {
+            const int head = i % heads, run = i / heads;
+            float* result = results + (int64_t(head) * pieces + run) * size;
+            Piece piece{head / problem.kv_heads, head % problem.kv_heads, run == runs, run < runs && channel_major, 0, 0, result};
+            piece.first = piece.dense ? 0 : run * problem.chunk;
+            piece.last = piece.dense ? (problem.dense + kBlock - 1) / kBlock : piece.first + problem.chunk;
+            if (!piece.dense && piece.last > problem.blocks) piece.last = problem.blocks;
+            worker.run(piece);
+        }
+#pragma omp for schedule(static)
+        for (int i = 0; i < heads; ++i) {
+            merge(problem, i / problem.kv_heads, i % problem.kv_heads, results + i * pieces * size, pieces, size);
+        }
+    }
+    std::free(results);
+}
+
+}  // namespace
+}  // namespace narrowkv

@@ -1,0 +1,84 @@
+// The rotary embedding of keys that are stored without it. A tile is turned relative to its first token, by angles that all
+// tiles share; what the first token's position adds is taken back from the queries, once for a tile.
+
+#pragma once
+
+#include <cstring>
+
+#include "attention.h"
+
+namespace narrowkv {
+namespace {
+
+constexpr int kMostPairs = 128;
+
+// Turn queries [rows][head_dim] back by the angle of a position, and stretch them.
+inline void turn_back(const Rotation& rotation, int32_t position, int rows, int head_dim, float* query) {
+    const int pairs = rotation.pairs;
+    const float* __restrict far = rotation.far + int64_t(position / kBlock) * 2 * pairs;
+    const float* __restrict step = rotation.steps + position % kBlock * 2 * pairs;
+    float cos[kMostPairs], sin[kMostPairs];
+    for (int pair = 0; pair < pairs; ++pair) {
+        cos[pair] = rotation.scaling * (far[pair] * step[pair] - far[pairs + pair] * step[pairs + pair]);
+        sin[pair] = rotation.scaling * (far[pairs + pair] * step[pair] + far[pair] * step[pairs + pair]);
+    }
+    for (int row = 0; row < rows; ++row, query += head_dim) {
+        if (rotation.interleaved) {
+            for (int pair = 0; pair < pairs; ++pair) {
+                const float x = query[2 * pair], y = query[2 * pair + 1];
+                query[2 * pair] = x * cos[pair] + y * sin[pair];
+                query[2 * pair + 1] = y * cos[pair] - x * sin[pair];
+            }
+            continue;
+        }
+        float* __restrict first = query;
+        float* __restrict second = query + pairs;
+        for (int pair = 0; pair < pairs; ++pair) {
+            const float x = first[pair], y = second[pair];
+            first[pair] = x * cos[pair] + y * sin[pair];
+            second[pair] = y * cos[pair] - x * sin[pair];
+        }
+    }
+}
+
+inline void angle_at(const Rotation& rotation, int32_t position, int pair, float& cos, float& sin) {
+    const float* far = rotation.far + int64_t(position / kBlock) * 2 * rotation.pairs + pair;
+    const float* step = rotation.steps + position % kBlock * 2 * rotation.pairs + pair;
+    cos = far[0] * step[0] - far[rotation.pairs] * step[rotation.pairs];
+    sin = far[rotation.pairs] * step[0] + far[0] * step[rotation.pairs];
+}
+
+// Angles of the `count` tokens from `start` on, [pairs][2][32], which a tile of keys is to be turned by; `query` is made to fit.
+// `own` is room for angles that no other block shares.
+inline const float* relative_angles(const Rotation& rotation, int row, int64_t tokens, int64_t start, int count, int rows,
+                                    int head_dim, float* query, float* own) {
+    const int pairs = rotation.pairs;
+    const auto fill = [&](const auto& angle) {
+        for (int pair = 0; pair < pairs; ++pair) {
+            float* to = own + pair * 2 * kTurned;
+            for (int token = 0; token < kTurned; ++token) {
+                angle(token < count ? token : 0, pair, to[token], to[kTurned + token]);
+            }
+        }
+        return own;
+    };
+    if (rotation.angles) {
+        const float* given = rotation.angles + (row * tokens + start) * 2 * pairs;
+        return fill([&](int token, int pair, float& cos, float& sin) {
+            cos = given[2 * token * pairs + pair];
+            sin = given[(2 * token + 1) * pairs + pair];
+        });
+    }
+    const int32_t* positions = rotation.positions + row * rotation.position_stride + start;
+    bool consecutive = true;
+    for (int token = 1; token < count; ++token) consecutive &= positions[token] == positions[0] + token;
+    if (consecutive) {
+        turn_back(rotation, positions[0], rows, head_dim, query);
+        return rotation.near;
+    }
+    turn_back(rotation, 0, rows, head_dim, query);
+    return fill([&](int token, int pair, float& cos, float& sin) { angle_at(rotation, positions[token], pair, cos, sin); });
+}
+
+}  // namespace
+}  // namespace narrowkv

@@ -1,0 +1,163 @@
+"""Attention of a few queries on a CPU, compiled: reads packed blocks in place, a tile in the nearest cache at a time.
+
+Everything that is not in a sealed block (the open tail, the exact window, new tokens, attention sinks) goes beside them as one
+piece of exact tokens. Computes in float32.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from narrowkv import _kernels
+from narrowkv.attention import tiled
+from narrowkv.attention.cpu_tables import rotation_of, side_of, turn_query, turn_sum
+from narrowkv.attention.rope import AnyRope
+from narrowkv.attention.visible import Visible
+from narrowkv.errors import UnsupportedModelError
+from narrowkv.store import LayerStore, addresses
+
+MOST_QUERIES = 16  # of a head; beyond, decoding costs little beside a matrix product, and `tiled` attends
+PIECES = 64  # about so many pieces of work for any number of threads, so that sums do not depend on it
+SHORTEST_PIECE, LONGEST_PIECE = 4, 32  # blocks
+KERNELS = [name for name in ("avx512", "avx2") if name in _kernels.instruction_sets()] + ["generic"]
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """The sealed blocks of a store, as the kernel reads them, and by which columns to know whether they are still those."""
+
+    serials: list[int]
+    table: Tensor  # [columns, batch, 2, 8] int64 addresses
+    starts: Tensor  # [columns + 1] int64
+    sides: tuple[_kernels.Side, _kernels.Side]
+
+
+_BLOCKS: WeakKeyDictionary[LayerStore, _Blocks] = WeakKeyDictionary()
+
+
+def attend(
+    query: Tensor,
+    store: LayerStore,
+    *,
+    past: int,
+    new: tuple[Tensor, Tensor] | None,
+    rope: AnyRope | None,
+    kept: Tensor | None,
+    visible: Visible,
+    scaling: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    kernel: str = KERNELS[0],
+) -> Tensor:
+    """Attention of the newest queries over the packed cache; parameters and result as of `naive.attend`.
+
+    kernel: the instruction set, one of KERNELS. Caches without a sealed block, more than 16 queries (so prompts are read), and
+    queries in float64 go to `tiled.attend`. Raises UnsupportedModelError off the CPU, for numbers kept in float64, and for
+    keys rotated by Hadamard before the rotary embedding.
+    """
+    if query.device.type != "cpu":
+        raise UnsupportedModelError(f"Backend cpu reads memory of the CPU, not of {query.device}; choose backend torch.")
+    rotated = rope if kept is not None else None
+    scheme = store.quantizers[0].scheme
+    if rotated is not None and (scheme.hadamard or scheme.smooth):
+        raise UnsupportedModelError(
+            "Backend cpu cannot undo a Hadamard rotation or smoothing of keys kept unrotated; choose backend torch."
+        )
+    sealed = min(store.sealed, past - store.first)
+    if query.shape[2] > MOST_QUERIES or query.dtype == torch.float64 or sealed <= 0:
+        options: dict[str, Any] = {"visible": visible, "scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
+        return tiled.attend(query, store, past=past, new=new, rope=rope, kept=kept, **options)
+    query = query.float().contiguous()
+    keys, values, tokens = _exact(store, past, sealed, new, rotated, kept)
+    blocks = _blocks(store)
+    output = query.new_zeros(2, *query.shape)
+    _kernels.attend(
+        kernel=kernel,
+        threads=torch.get_num_threads(),
+        chunk=min(max(len(blocks.serials) * keys.shape[0] * keys.shape[1] // PIECES, SHORTEST_PIECE), LONGEST_PIECE),
+        output=output,
+        packed_query=turn_query(store.quantizers[0], query),
+        dense_query=query,
+        dense_keys=keys,
+        dense_values=values,
+        keys=blocks.sides[0],
+        values=blocks.sides[1],
+        rotation=rotation_of(rotated, None if kept is None else kept[:, :sealed], query.shape[0]),
+        table=blocks.table,
+        starts=blocks.starts,
+        tokens=sealed,
+        hidden=_hidden(visible, store, sealed, past + (new[0].shape[2] if new else 0), query.shape[2], tokens),
+        sink_index=None if store.sink_index is None else store.sink_index - store.first,
+        sink_logits=None if sink_logits is None else sink_logits.float().contiguous(),
+        scaling=scaling,
+        softcap=softcap or 0.0,
+    )
+    return turn_sum(store.quantizers[1], output[0]) + output[1]
+
+
+def _blocks(store: LayerStore) -> _Blocks:
+    """The store's blocks; made again only where columns have come, gone or changed."""
+    serials = [column.serial for column in store.columns]
+    known = _BLOCKS.get(store)
+    if known is None or known.serials != serials:
+        page = store.columns[0].page
+        sides = tuple(
+            side_of(quantizer, side, keys)
+            for quantizer, side, keys in zip(store.quantizers, (page.keys, page.values), (True, False), strict=True)
+        )
+        starts = torch.tensor([0] + [column.count for column in store.columns]).cumsum(0)
+        known = _BLOCKS[store] = _Blocks(serials, addresses(store.columns), starts, (sides[0], sides[1]))
+    return known
+
+
+def _exact(
+    store: LayerStore, past: int, sealed: int, new: tuple[Tensor, Tensor] | None, rope: AnyRope | None, kept: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens that are not read from blocks: sinks, what is not sealed, new ones.
+
+    Returns keys (rotated) and values, [batch, kv_heads, n, head_dim] float32 each, and where they stand, [batch or 1, n]
+    int64 from the first token held on; -1 for a sink that is not to be seen here.
+    """
+    parts: list[tuple[Tensor, Tensor]] = []
+    tokens = []
+    if store.sink_numbers is not None and store.sink_index is not None:
+        keys, values = (part.float() for part in store.sink_numbers)
+        at = store.sink_index - store.first
+        at = at.masked_fill((at < 0) | (at >= sealed), -1)
+        if rope is not None and kept is not None:
+            entries = kept.expand(len(at), *kept.shape[1:])
+            keys = rope.rotate(keys, entries[torch.arange(len(at))[:, None], at])
+        parts.append((keys, values))
+        tokens.append(at)
+    start = sealed
+    for _, keys, values in store.tiles(past, unsealed=True):
+        keys = keys.float()
+        if rope is not None and kept is not None:
+            keys = rope.rotate(keys, kept[:, start : start + keys.shape[2]])
+        parts.append((keys, values.float()))
+        start += keys.shape[2]
+    if new:
+        parts.append((new[0].float(), new[1].float()))
+        start += new[0].shape[2]
+    tokens.append(torch.arange(sealed, start).expand(len(tokens[0]) if tokens else 1, -1))
+    if not parts:
+        assert store.shape is not None
+        parts.append((torch.zeros(store.shape[0], store.shape[1], 0, store.shape[2]),) * 2)
+    joined = [torch.cat(side, dim=2).contiguous() for side in zip(*parts, strict=True)]
+    return joined[0], joined[1], torch.cat(tokens, dim=1)
+
+
+def _hidden(visible: Visible, store: LayerStore, sealed: int, length: int, queries: int, tokens: Tensor) -> Tensor | None:
+    """What each query does not see: [batch or 1, queries, sealed + exact tokens] bool, None where all see everything."""
+    plain = visible.rule is None and visible.padding is None and visible.sliding_window is None
+    if plain and queries == 1 and not bool((tokens < 0).any()):
+        return None
+    index = torch.arange(store.first, length)
+    hidden = visible.hidden(index[len(index) - queries :], index)[:, 0]  # [batch or 1, queries, all tokens]
+    rows = max(len(hidden), len(tokens))
+    hidden, tokens = hidden.expand(rows, -1, -1), tokens.expand(rows, -1)
+    exact = hidden.gather(2, tokens.clamp(min=0)[:, None].expand(-1, queries, -1)) | (tokens < 0)[:, None]
+    return torch.cat([hidden[..., :sealed], exact], dim=2)

@@ -1,0 +1,147 @@
+"""What the compiled attention of `cpu` needs beside blocks: codebooks laid out for it, angles, and turns of whole heads."""
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from narrowkv import _kernels
+from narrowkv.attention.rope import AnyRope, Rope
+from narrowkv.codec import AnyQuantizer, PointQuantizer, Quantizer, hadamard
+from narrowkv.errors import UnsupportedModelError
+from narrowkv.store import BLOCK
+from narrowkv.store.page import PackedSide, is_channel_major
+
+KINDS = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+FEWEST_LEVELS, MOST_LEVELS = 16, 256  # of a codebook as the kernel reads it: one register, or what a byte counts to
+
+TILE = 32  # tokens that the kernel turns at once
+
+_ANGLES = WeakIdKeyDictionary()  # by a rope's frequencies: what `_angles` returns
+
+
+def side_of(quantizer: AnyQuantizer, side: PackedSide, keys: bool) -> _kernels.Side:
+    """What all blocks of keys, or of values, have in common."""
+    require_readable(quantizer)
+    heads, _, codes = side.shape
+    scheme = quantizer.scheme
+    table, scale, zero = None, None, None
+    channel_major = is_channel_major(scheme, keys)
+    ranges = list(side.ranges["scale"].shape[1:]) if "scale" in side.ranges else [1, 1, 1]
+    if isinstance(quantizer, PointQuantizer):
+        assert quantizer.points is not None
+        table = quantizer.points.float().transpose(2, 3)
+    elif scheme.datatype != "exact":
+        assert isinstance(quantizer, Quantizer)
+        assert quantizer.codebook is not None
+        table = quantizer.codebook.float()
+        if scheme.static and channel_major:
+            assert quantizer.scale is not None and quantizer.zero is not None
+            table = table * quantizer.scale[..., None] + quantizer.zero[..., None]
+        elif scheme.static:
+            assert quantizer.scale is not None and quantizer.zero is not None
+            scale, zero = quantizer.scale.contiguous(), quantizer.zero.contiguous()
+            ranges = [heads, 1, codes]
+    return _kernels.Side(
+        bits=side.bits,
+        codes=codes,
+        numbers=scheme.numbers,
+        channel_major=channel_major,
+        table=None if table is None else _padded(table),
+        fixed=scheme.static and channel_major,
+        scale=scale,
+        zero=zero,
+        ranges=ranges,
+        exact=_kind(side.planes[0].dtype) if side.bits == 16 else "float16",
+        outlier="float16" if side.outlier_values is None else _kind(side.outlier_values.dtype),
+    )
+
+
+def require_readable(quantizer: AnyQuantizer) -> None:
+    """Raise UnsupportedModelError for ranges that the kernel does not know."""
+    forms = quantizer.scheme.range_forms(1, BLOCK, BLOCK)
+    if any(name not in ("scale", "zero") or dtype != torch.float16 for name, (_, dtype) in forms.items()):
+        raise UnsupportedModelError(
+            f"Backend cpu does not read {quantizer.scheme.datatype} codes ranged by {', '.join(forms)}; choose backend torch."
+        )
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype not in KINDS:
+        raise UnsupportedModelError(f"Backend cpu does not read numbers kept in {dtype}; choose backend torch.")
+    return KINDS[dtype]
+
+
+def _padded(table: Tensor) -> Tensor:
+    """Codebooks [..., levels], each as long as the kernel reads it."""
+    levels = table.shape[-1]
+    room = MOST_LEVELS if levels > 64 else max(levels, FEWEST_LEVELS)
+    return torch.nn.functional.pad(table, (0, room - levels)).contiguous()
+
+
+def rotation_of(rope: AnyRope | None, kept: Tensor | None, batch: int) -> _kernels.Rotation:
+    """The rotary embedding of stored keys; kept: what it needs of each token in blocks, [1 or batch, tokens, ...]."""
+    if rope is None or kept is None:
+        return _kernels.Rotation()
+    kept = kept.expand(batch, *kept.shape[1:])
+    if not isinstance(rope, Rope):
+        angles = torch.stack(rope.cos_sin(kept), dim=2).float().contiguous()
+        return _kernels.Rotation(pairs=angles.shape[-1], interleaved=rope.interleaved, angles=angles)
+    near, steps, far = _angles(rope.inverse_frequencies, int(kept.max()))
+    return _kernels.Rotation(
+        pairs=near.shape[0],
+        interleaved=rope.interleaved,
+        scaling=rope.scaling,
+        positions=kept.to(torch.int32),
+        far=far,
+        near=near,
+        steps=steps,
+    )
+
+
+def _angles(frequencies: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Cosines and sines of multiples of the frequencies [pairs], from which those of all positions up to one are put together.
+
+    Returns those of 0 to 31, [pairs, 2, 32], of 0 to 63, [64, 2, pairs], and of 0, 64, 128, ..., [n, 2, pairs], float32. Taken
+    in float64: a position times a frequency, rounded to float32 as models do, is off by as much as the position is large.
+    """
+    known = _ANGLES.get(frequencies)
+    if known is None or position // BLOCK >= len(known[2]):
+        count = 2 * (position // BLOCK + 1)  # twice as many as are needed now
+        near, far = (
+            torch.stack([angles.cos(), angles.sin()], dim=1).float()
+            for angles in (
+                steps[:, None] * frequencies.double() for steps in (torch.arange(BLOCK), torch.arange(count) * BLOCK)
+            )
+        )
+        known = _ANGLES[frequencies] = (near[:TILE].permute(2, 1, 0).contiguous(), near, far)
+    return known
+
+
+def turn_query(quantizer: AnyQuantizer, query: Tensor) -> Tensor:
+    """Queries [batch, query_heads, queries, head_dim] as the codes of the keys see them: q K^T = (q T) (K T)^T."""
+    if quantizer.scheme.hadamard:
+        return hadamard.rotate(query).contiguous()
+    matrix = _matrix(quantizer)
+    return query if matrix is None else _by_head(query, matrix)
+
+
+def turn_sum(quantizer: AnyQuantizer, total: Tensor) -> Tensor:
+    """Sums of values [batch, query_heads, queries, head_dim] as their codes see them, turned back."""
+    if quantizer.scheme.hadamard:
+        return hadamard.rotate_back(total)
+    matrix = _matrix(quantizer)
+    return total if matrix is None else _by_head(total, matrix.mT)
+
+
+def _matrix(quantizer: AnyQuantizer) -> Tensor | None:
+    """What codes stand for, times this matrix [kv_heads, head_dim, head_dim] transposed, are the numbers; None if they are."""
+    if isinstance(quantizer, PointQuantizer):
+        return None if quantizer.turn is None else quantizer.turn.float()
+    smooth = quantizer.smooth if isinstance(quantizer, Quantizer) else None
+    return None if smooth is None else torch.diag_embed(smooth)
+
+
+def _by_head(x: Tensor, matrix: Tensor) -> Tensor:
+    """x [batch, query_heads, n, head_dim] times the matrix [kv_heads, head_dim, head_dim] of its KV head."""
+    grouped = x.view(len(x), len(matrix), -1, x.shape[-1])
+    return (grouped @ matrix).view(x.shape)
