@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- demo:begin -->\n", "<!-- demo:end -->"
 FAMILIES = {  # recipes, a colour that colour-blind readers can tell apart, a marker, where labels stand
+    "ours: pairs, turned values, mixed widths": ("narrow4", "narrow3", "narrow2", "#CC79A7", "D", (8, 4)),
     "KVQuant, 1% outliers": ("nuq4-1%", "nuq3-1%", "nuq2-1%", "#0072B2", "o", (8, 4)),
     "KVQuant, no outliers": ("nuq4", "nuq3", "nuq2", "#009E73", "s", (-28, -14)),
     "integer per token": ("int4", "int3", "int2", "#D55E00", "^", (8, 4)),
