@@ -19,6 +19,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 from narrowkv import calibrate_many, get_recipe, load_model
+from narrowkv.calibration.allocation import REFERENCE_TOKENS
 from narrowkv.evaluate import cut_windows, measure
 from narrowkv.evaluate.quality import bits_at
 from narrowkv.evaluate.recall import facts, passages
@@ -34,7 +35,6 @@ RECIPES = (
     *("nf4", "nf3", "nf2", "fp8", "fp4", "nvfp4", "smooth-int8", "hadamard-int4", "hadamard-int3", "hadamard-int2"),
     *("intrinsic-2", "intrinsic-2-nearest"),
 )
-LONG = 32_768
 MOST_BITS = 5.2  # in the picture
 FAMILIES = {  # of the picture: which recipes, colours that colour-blind readers can tell apart, markers
     "narrow (ours)": (r"narrow\d(\.\d)?", "#CC79A7", "D"),
@@ -77,7 +77,7 @@ def rows(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         recall = [make(tokenizer, filler, 512, options.recall_rows, 0) for make in (facts, passages)]
     found = measure(model, sources, cut_windows(tokenizer, measure_on, window, windows), recall)
     return [
-        asdict(row) | {"model": Path(name).name, "bits_long": bits_at(model, source, batches[:1], LONG)}
+        asdict(row) | {"model": Path(name).name, "bits_long": bits_at(model, source, batches[:1], REFERENCE_TOKENS)}
         for row, source in zip(found, sources, strict=True)
     ]
 

@@ -37,7 +37,7 @@ def test_a_budget_that_nothing_fits_is_refused():
 @pytest.mark.parametrize("outliers", [0.0, 0.02])
 def test_bits_are_those_of_the_store(outliers):
     scheme = Scheme(2.5, "nuq", axis="channel", codebook="pair", outliers=outliers)
-    fit = PointFit(scheme)
+    fit = PointFit()
     fit.see_codebook(torch.randn(3000, 2, 16), None)
     quantizer = fit.quantizer((2, 16), scheme)
     option = measure(quantizer, fit.samples, keys=True)

@@ -16,7 +16,7 @@ SHAPE = (2, 16)
 def fit():
     mixing = torch.randn(16, 16) * torch.logspace(0, -1.5, 16)
     x = torch.randn(3000, 2, 16) @ mixing + torch.randn(2, 16)
-    found = PointFit(Scheme(4, "nuq", axis="channel", codebook="pair"))
+    found = PointFit()
     found.see_range(x)
     found.see_codebook(x, torch.randn_like(x))
     return found
@@ -58,7 +58,7 @@ def test_a_rotation_is_orthogonal_and_takes_correlations_out(fit):
 def test_weights_decide_where_the_points_go():
     x = torch.randn(2000, 1, 2)
     gradient = torch.tensor([10.0, 0.1]) * torch.randn_like(x)
-    found = PointFit(Scheme(4, "nuq", axis="channel", codebook="pair"))
+    found = PointFit()
     found.see_codebook(x, gradient)
     quantizer = found.quantizer((1, 2), Scheme(2, "nuq", axis="channel", codebook="pair"))
     numbers = found.samples.heads()

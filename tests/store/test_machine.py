@@ -96,8 +96,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.store = copy.deepcopy(original)
         self.append(70)
         if expected[0].shape[2] > original.first:
-            for found, side in zip(original.read(), expected, strict=True):
-                assert torch.equal(found.float(), side[:, :, original.first :])
+            self.same(original, expected)
 
     @invariant()
     def same_numbers(self):
@@ -105,10 +104,13 @@ class StoreMachine(RuleBasedStateMachine):
             return
         assert self.store.length == self.model[0].shape[2]
         if self.store.length > self.store.first:
-            for found, side in zip(self.store.read(), self.model, strict=True):
-                expected = side[:, :, self.store.first :]  # turning back rounds differently with the number of tokens
-                turned = any(quantizer.scheme.turn for quantizer in self.store.quantizers)
-                torch.testing.assert_close(found.float(), expected, rtol=0, atol=1e-5 if turned else 0)
+            self.same(self.store, self.model)
+
+    @staticmethod
+    def same(store, model):
+        for found, side, quantizer in zip(store.read(), model, store.quantizers, strict=True):
+            tolerance = 1e-5 if quantizer.scheme.turn else 0  # turning back rounds differently with the number of tokens
+            torch.testing.assert_close(found.float(), side[:, :, store.first :], rtol=0, atol=tolerance)
 
 
 StoreMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=12, deadline=None)

@@ -10,7 +10,7 @@ from narrowkv.codec import AnyQuantizer, Scheme
 from narrowkv.errors import RecipeError
 from narrowkv.store.page import BLOCK, PackedSide, to_blocks
 
-REFERENCE_TOKENS = 32_768  # at which bits are counted, tables included
+REFERENCE_TOKENS = 32_768  # at which bits are counted: tables weigh less the longer a cache is
 CELLS = 2**16  # steps into which a budget is divided
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from narrowkv.calibration.fingerprint import Fingerprint
-from narrowkv.codec import AnyQuantizer, PointQuantizer, quantizer_for
+from narrowkv.codec import AnyQuantizer, quantizer_for
 from narrowkv.errors import CalibrationError, FileFormatError, NarrowKVError
 from narrowkv.files import checksum, read_json, write_atomically, write_json
 from narrowkv.methods import Recipe
@@ -143,13 +143,7 @@ class Calibration:
                 prefix = f"layers.{i}.{side}."
                 tables = {name.removeprefix(prefix): part for name, part in tensors.items() if name.startswith(prefix)}
                 quantizer = quantizer_for(scheme, **tables)
-                forms: set[tuple[int, ...]]
-                if isinstance(quantizer, PointQuantizer):
-                    forms = {(tables["weight"].shape[0], tables["weight"][0].numel())}
-                else:
-                    names = tables.keys() & {"scale", "zero", "lower", "upper", "smooth"}
-                    forms = {tuple(tables[name].shape) for name in names}
-                if not forms <= {shape, (1, 1)}:
+                if not quantizer.shapes() <= {shape, (1, 1)}:
                     raise FileFormatError(f"the tables of {prefix[:-1]} do not have one entry for each channel")
                 pair.append(quantizer)
             layers[i] = (pair[0], pair[1])

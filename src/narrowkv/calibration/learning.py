@@ -58,7 +58,7 @@ class LayerFits:
                     needs |= {Need.sample(scheme, keys, recipe.sinks) for scheme in schemes}
                 needs |= {Need.of(scheme, keys, recipe.sinks) for scheme in schemes}
         self.fits: dict[Need, AnyFit] = {
-            need: (PointFit if need.scheme.codebook != "layer" else Fit)(need.scheme) for need in sorted(needs, key=str)
+            need: PointFit() if need.scheme.codebook != "layer" else Fit(need.scheme) for need in sorted(needs, key=str)
         }
 
     def see_range(self, keys: Tensor, rotated: Tensor, values: Tensor) -> None:

@@ -16,7 +16,7 @@ from narrowkv.codec.ranges import require_finite, to_16_bits
 class PointFit:
     """Learns all codebooks of channels and pairs of one tensor of one layer, in the second of the passes that `Fit` has."""
 
-    def __init__(self, scheme: Scheme):
+    def __init__(self) -> None:
         self.samples = Samples()
         self._books: dict[tuple[str, bool, bool], tuple[Books, Tensor, Tensor | None]] = {}
 

@@ -6,6 +6,7 @@ import typer
 from rich.markup import escape
 
 from narrowkv.calibration import Calibration
+from narrowkv.calibration.allocation import REFERENCE_TOKENS
 from narrowkv.cli.common import JsonOption, err, learn, out, progress, quality_caption, quality_table
 from narrowkv.cli.generate import continue_text, summary
 from narrowkv.evaluate import cut_windows, measure
@@ -33,7 +34,6 @@ RECIPES = (
     "int2",
 )
 WINDOW = 2048
-LONG = 32_768  # tokens at which bits are counted: tables weigh less the longer a cache is
 FACT = "The password of Matilda is silent harbour."
 QUESTION = "The password of Matilda is"
 BETWEEN = 2500  # characters of other text between the two
@@ -61,11 +61,12 @@ def demo(
         rows = measure(model, sources, scored, recall, on_step=advance)
     with progress("filling caches") as advance:
         for i, source in enumerate(sources):
-            rows[i] = at_length(rows[i], model, source, scored[:1], LONG)
+            rows[i] = at_length(rows[i], model, source, scored[:1], REFERENCE_TOKENS)
             advance(i + 1, len(sources))
     out.print(quality_table(rows, "The built-in model, on text it was not trained on"))
-    recalled = f"recall: facts and passages met {recall_distance} tokens earlier. Bits and kB: of a cache of {LONG:,} tokens."
-    out.print(f"{quality_caption(rows)}\n{recalled}", highlight=False)
+    recalled = f"recall: facts and passages met {recall_distance} tokens earlier."
+    counted = f"Bits and kB: of a cache of {REFERENCE_TOKENS:,} tokens."
+    out.print(f"{quality_caption(rows)}\n{recalled} {counted}", highlight=False)
     if json_file is not None:
         write_json(json_file, [row.to_dict() for row in rows])
 

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from narrowkv.calibration.allocation import REFERENCE_TOKENS
 from narrowkv.cli.common import (
     BackendOption,
     CalibrationOption,
@@ -31,8 +32,6 @@ from narrowkv.evaluate.sources import read_text
 from narrowkv.files import write_json
 from narrowkv.integrations import load_model
 from narrowkv.integrations.dense import DENSE
-
-LONG = 32_768
 
 
 def evaluate(
@@ -71,11 +70,11 @@ def evaluate(
     with progress("measuring") as advance:
         rows = measure(loaded, [source], windows, batches, stream_chunk=stream_chunk, backend=backend, on_step=advance)
     out.print(quality_table(rows, escape(f"{model} on {source_text}")))
-    bits = bits_at(loaded, source, windows[:1], LONG) if backend != DENSE else None
+    bits = bits_at(loaded, source, windows[:1], REFERENCE_TOKENS) if backend != DENSE else None
     long = (
         ""
         if bits is None
-        else f"\nA cache of {LONG:,} tokens takes {bits:.3f} bits a number: tables weigh less the longer it is."
+        else f"\nA cache of {REFERENCE_TOKENS:,} tokens takes {bits:.3f} bits a number: tables weigh less the longer it is."
     )
     out.print(quality_caption(rows) + long, highlight=False)
     if json_file is not None:

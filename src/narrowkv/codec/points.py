@@ -11,8 +11,7 @@ from torch import Tensor
 
 from narrowkv import _kernels
 from narrowkv.codec.encoded import Encoded
-from narrowkv.codec.quantizer import within_cap
-from narrowkv.codec.ranges import to_16_bits
+from narrowkv.codec.quantizer import keep_outliers, within_cap
 from narrowkv.codec.scheme import Scheme
 from narrowkv.codec.tables import Tables
 from narrowkv.errors import RecipeError
@@ -63,6 +62,10 @@ class PointQuantizer(Tables):
                 f"{numbers}, or weights of another shape; calibrate again."
             )
 
+    def shapes(self) -> set[tuple[int, ...]]:
+        assert self.weight is not None
+        return {(self.weight.shape[0], self.weight[0].numel())}
+
     def encode(self, x: Tensor, skip: Tensor | None = None) -> Encoded:
         """Quantise numbers, once and for all; parameters as of `Quantizer.encode`.
 
@@ -73,15 +76,12 @@ class PointQuantizer(Tables):
         codes, cost = self._nearest(numbers)
         encoded = Encoded(codes)
         if self.limit is not None:
+            exact = to_vectors(numbers, self.scheme.numbers).flatten(0, 3)  # [codes in all, numbers]
+            exact = exact if self.scheme.numbers > 1 else exact.squeeze(1)
             outside = cost > self.limit
-            if skip is not None:
-                outside &= ~skip[:, None, :, None]
             if self.scheme.outlier_cap is not None:
                 outside &= within_cap(cost, outside, self.scheme.outlier_cap)
-            encoded.outlier_index = outside.flatten().nonzero().squeeze(1)
-            exact = to_vectors(numbers, self.scheme.numbers).flatten(0, 3)[encoded.outlier_index]  # [n, numbers]
-            dtype = x.dtype if x.dtype.itemsize == 2 else torch.float16
-            encoded.outlier_values = to_16_bits(exact if self.scheme.numbers > 1 else exact.squeeze(1), dtype, "Outliers")
+            keep_outliers(encoded, exact, outside, skip, x.dtype)
         return encoded
 
     def decode(self, encoded: Encoded) -> Tensor:

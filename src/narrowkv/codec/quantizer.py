@@ -67,6 +67,10 @@ class Quantizer(Tables):
             if needed and getattr(self, name) is None:
                 raise RecipeError(f"This scheme needs a calibration ({name} is learned offline); calibrate the model first.")
 
+    def shapes(self) -> set[tuple[int, ...]]:
+        by_channel = (self.scale, self.zero, self.lower, self.upper, self.smooth)
+        return {tuple(table.shape) for table in by_channel if table is not None}
+
     def encode(self, x: Tensor, skip: Tensor | None = None) -> Encoded:
         """Quantise numbers, once and for all.
 
@@ -90,15 +94,11 @@ class Quantizer(Tables):
             assert lower is not None and upper is not None
             lower, upper = self._spread(lower, numbers), self._spread(upper, numbers)
             outside = (numbers < lower) | (numbers > upper)
-            if skip is not None:
-                outside &= ~skip[:, None, :, None]
             if self.scheme.outlier_cap is not None:
                 width = (upper - lower).clamp(min=torch.finfo(torch.float32).tiny)
                 distance = torch.maximum(lower - numbers, numbers - upper) / width
                 outside &= within_cap(distance, outside, self.scheme.outlier_cap)
-            encoded.outlier_index = outside.flatten().nonzero().squeeze(1)
-            dtype = x.dtype if x.dtype.itemsize == 2 else torch.float16
-            encoded.outlier_values = to_16_bits(numbers.flatten()[encoded.outlier_index], dtype, "Outliers")
+            keep_outliers(encoded, numbers.flatten(), outside, skip, x.dtype)
         return encoded
 
     def normalise(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,6 +157,19 @@ class Quantizer(Tables):
             upper = torch.maximum(upper.abs(), lower.abs())
             lower = -upper
         return to_scale_zero(lower, upper)
+
+
+def keep_outliers(encoded: Encoded, exact: Tensor, outside: Tensor, skip: Tensor | None, dtype: torch.dtype) -> None:
+    """Put exact numbers beside the codes that are `outside`, but for tokens that are skipped.
+
+    exact: [codes in all, ...]. outside: bool, shaped as the codes. dtype: of the numbers, in which they are kept if it has 16
+    bits. Raises ActivationError where one does not fit.
+    """
+    if skip is not None:
+        outside = outside & ~skip[:, None, :, None]
+    encoded.outlier_index = outside.flatten().nonzero().squeeze(1)
+    kept = dtype if dtype.itemsize == 2 else torch.float16
+    encoded.outlier_values = to_16_bits(exact[encoded.outlier_index], kept, "Outliers")
 
 
 def within_cap(distance: Tensor, outside: Tensor, cap: int) -> Tensor:

@@ -16,6 +16,7 @@ ScaleDtype = Literal["float16", "float8"]
 RangeForm = tuple[tuple[int, int, int], torch.dtype]
 
 MAX_OUTLIERS = 0.02
+PAIR_WIDTHS = (1.5, 2, 2.5, 3, 3.5, 4)  # bits a number, with a codebook for each pair of channels
 BLOCK = 64  # tokens of a block, the unit in which a store packs
 
 
@@ -126,7 +127,7 @@ class Scheme:
             raise RecipeError(
                 "Codebooks of channels and pairs are learned (nuq), static per channel; drop groups, Q-Norm and matrix scope."
             )
-        widths = (1.5, 2, 2.5, 3, 3.5, 4) if self.codebook == "pair" else (2, 3, 4)
+        widths = PAIR_WIDTHS if self.codebook == "pair" else (2, 3, 4)
         if self.bits not in widths or isinstance(self.bits, bool):
             raise RecipeError(
                 f"A codebook of a {self.codebook} has {', '.join(map(str, widths))} bits for each number, not {self.bits}."

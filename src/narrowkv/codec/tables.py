@@ -25,6 +25,10 @@ class Tables:
         named = ((field.name, getattr(self, field.name)) for field in fields(self))  # type: ignore[arg-type]
         return {name: value for name, value in named if isinstance(value, Tensor)}
 
+    def shapes(self) -> set[tuple[int, ...]]:
+        """kv_heads and head_dim, as tables of channels have them; (1, 1) of a table for all."""
+        return set()
+
     def to(self, device: torch.device) -> Self:
         """The same quantizer with its tables on `device`."""
         return type(self)(self.scheme, **{name: table.to(device) for name, table in self.tensors().items()})

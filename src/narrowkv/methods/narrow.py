@@ -7,17 +7,17 @@ may take B bits and 0.05 more (0.1 at 4 bits), about what `nuqB` costs; `narrowB
 
 import re
 
+from narrowkv.codec.scheme import PAIR_WIDTHS
 from narrowkv.methods.codebooks import schemes
 from narrowkv.methods.recipe import Choices, Recipe
 
 NAMES = ("narrow4", "narrow3", "narrow2")
-WIDTHS = (1.5, 2, 2.5, 3, 3.5, 4)
 BUDGETS = {"2": 2.05, "3": 3.05, "4": 4.1}
 
 
 def of_budget(bits: float, name: str | None = None, rotated: bool = False) -> Recipe:
     """The recipe that takes at most so many bits for each number; rotated: keys are those after the rotary embedding."""
-    pairs = [schemes("pair", width, rotated=rotated) for width in WIDTHS]
+    pairs = [schemes("pair", width, rotated=rotated) for width in PAIR_WIDTHS]
     keys, values = zip(*pairs, strict=True)
     return Recipe(name or f"narrow{float(bits)}", keys=keys[1], values=values[1], sinks=1, choices=Choices(bits, keys, values))
 
