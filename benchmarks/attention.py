@@ -83,7 +83,7 @@ def ours(name: str, tokens: int) -> tuple[Callable[[], Tensor], int]:
         "visible": Visible(),
         "scaling": HEAD_DIM**-0.5,
     }
-    query = torch.randn(1, QUERY_HEADS, 1, HEAD_DIM)
+    query = torch.randn(1, QUERY_HEADS, 1, HEAD_DIM, dtype=torch.bfloat16)
     held = store.parts()
     read = sum(part.nbytes for kind in ("codes", "scales", "outliers") for part in held[kind])
     return lambda: cpu.attend(query, store, **options), read

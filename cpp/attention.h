@@ -25,7 +25,10 @@ struct Side {
     Number exact;    // of exact numbers
     Number outlier;  // of outliers
     const float* table;
-    const float* scale;  // [kv_heads, head_dim], ranges learned offline of rows that are tokens; null where blocks hold them
+    const uint8_t* words;  // codebooks of words, as attention/cpu_words.py lays them out; or null
+    const float* unit;     // of words, [kv_heads, head_dim] or [1]
+    int most;              // largest word that an outlier becomes
+    const float* scale;    // [kv_heads, head_dim], ranges learned offline of rows that are tokens; null where blocks hold them
     const float* zero;
 };
 
@@ -50,7 +53,8 @@ struct Rotation {
     const float* far;
     const float* near;
     const float* steps;
-    const float* angles;  // [batch, tokens, 2, pairs]
+    const int16_t* words;  // [pairs, 2, 64, 2] of 0 to 63, times 32767: (cos, cos), (-sin, sin)
+    const float* angles;   // [batch, tokens, 2, pairs]
 };
 
 struct Problem {
@@ -80,5 +84,6 @@ struct Problem {
 void attend_generic(const Problem& problem);
 void attend_avx2(const Problem& problem);
 void attend_avx512(const Problem& problem);
+void attend_words(const Problem& problem);
 
 }  // namespace narrowkv

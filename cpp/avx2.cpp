@@ -73,7 +73,7 @@ struct Table<levels, true> {
 #include "kernel.h"
 
 namespace narrowkv {
-void attend_avx2(const Problem& problem) { attend(problem); }
+void attend_avx2(const Problem& problem) { attend<Worker>(problem); }
 }  // namespace narrowkv
 
 #endif

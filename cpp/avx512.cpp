@@ -2,81 +2,11 @@
 
 #if defined(__x86_64__)
 
-#include <immintrin.h>
-
-#include <cstdint>
-
-namespace narrowkv {
-namespace {
-namespace simd {
-
-constexpr int width = 16;
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint64_t Bytes __attribute__((vector_size(16)));
-
-inline Floats load(const float* p) { return Floats(_mm512_loadu_ps(p)); }
-inline void store(float* p, Floats x) { _mm512_storeu_ps(p, __m512(x)); }
-inline Floats load_halves(const uint16_t* p) { return Floats(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))); }
-
-// Sixteen codes, a byte each, as whole numbers.
-struct Codes {
-    Ints codes;
-
-    explicit Codes(Bytes bytes) : codes(Ints(_mm512_cvtepu8_epi32(__m128i(bytes)))) {}
-    Ints part(int) const { return codes; }
-};
-
-// A codebook of up to 16 levels is one register and a look-up is one permute; of 32, two registers; of 64, four.
-template <int levels>
-struct Table {
-    __m512 points[levels < 16 ? 1 : levels / 16];
-
-    explicit Table(const float* table) {
-        for (auto& part : points) part = _mm512_loadu_ps(table), table += 16;
-    }
-    Floats operator()(Ints codes) const {
-        const __m512i index = __m512i(codes);
-        if constexpr (levels <= 16) return Floats(_mm512_permutexvar_ps(index, points[0]));
-        if constexpr (levels == 32) return Floats(_mm512_permutex2var_ps(points[0], index, points[1]));
-        if constexpr (levels == 64) {
-            const __m512 low = _mm512_permutex2var_ps(points[0], index, points[1]);
-            const __m512 high = _mm512_permutex2var_ps(points[2], index, points[3]);
-            return Floats(_mm512_mask_blend_ps(_mm512_test_epi32_mask(index, _mm512_set1_epi32(32)), low, high));
-        }
-    }
-    Table stretched(float scale, float zero) const {
-        Table result = *this;
-        for (auto& part : result.points) part = _mm512_fmadd_ps(part, _mm512_set1_ps(scale), _mm512_set1_ps(zero));
-        return result;
-    }
-};
-
-template <>
-struct Table<256> {
-    const float* points;
-    float scale = 1.0f, zero = 0.0f;
-
-    explicit Table(const float* table) : points(table) {}
-    Floats operator()(Ints codes) const {
-        const __m512 found = _mm512_i32gather_ps(__m512i(codes), points, 4);
-        return Floats(_mm512_fmadd_ps(found, _mm512_set1_ps(scale), _mm512_set1_ps(zero)));
-    }
-    Table stretched(float by, float to) const {
-        Table result = *this;
-        result.scale = by, result.zero = to;
-        return result;
-    }
-};
-
-}  // namespace simd
-}  // namespace
-}  // namespace narrowkv
-
+#include "avx512.h"
 #include "kernel.h"
 
 namespace narrowkv {
-void attend_avx512(const Problem& problem) { attend(problem); }
+void attend_avx512(const Problem& problem) { attend<Worker>(problem); }
 }  // namespace narrowkv
 
 #endif

@@ -55,5 +55,5 @@ struct Table {
 #include "kernel.h"
 
 namespace narrowkv {
-void attend_generic(const Problem& problem) { attend(problem); }
+void attend_generic(const Problem& problem) { attend<Worker>(problem); }
 }  // namespace narrowkv

@@ -7,6 +7,7 @@
 
 #include <cstdlib>
 #include <type_traits>
+#include <vector>
 
 #include "attention.h"
 #include "decode.h"
@@ -37,6 +38,22 @@ struct Scratch {
     Scratch& operator=(const Scratch&) = delete;
 };
 
+// Memory for a vector that begins where a register of any width can be read at once.
+template <typename T>
+struct Aligned {
+    using value_type = T;
+    Aligned() = default;
+    template <typename U>
+    Aligned(const Aligned<U>&) {}
+    T* allocate(size_t count) { return static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)); }
+    void deallocate(T* memory, size_t) { std::free(memory); }
+    bool operator==(const Aligned&) const { return true; }
+    bool operator!=(const Aligned&) const { return false; }
+};
+
+template <typename T>
+using Room = std::vector<T, Aligned<T>>;
+
 // One piece of work: blocks [first, last) of a head of a sequence, or the exact tokens that follow them.
 struct Piece {
     int row, head;
@@ -45,34 +62,13 @@ struct Piece {
     float* result;  // [rows] largest, [rows] total, [rows][head_dim] sum
 };
 
-class Worker {
-  public:
-    explicit Worker(const Problem& problem)
-        : problem(problem), rows(problem.group * problem.queries), dim(problem.head_dim), scratch(problem) {}
-
-    void run(const Piece& piece) {
-        read_query(piece);
-        const int stride = sum_stride(piece);
-        for (int i = 0; i < rows; ++i) scratch.largest[i] = -INFINITY, scratch.total[i] = 0.0f;
-        for (int64_t i = 0; i < int64_t(rows) * stride; ++i) scratch.sum[i] = 0.0f;
-        for (int block = piece.first; block < piece.last; ++block) {
-            piece.dense ? take_dense(piece, block) : take_block(piece, block);
-        }
-        finish(piece);
-    }
-
-  private:
+// Which tokens the queries of a head's group see.
+class Sight {
+  protected:
     const Problem& problem;
     const int rows, dim;
-    Scratch scratch;
 
-    int sum_stride(const Piece& piece) const { return piece.channel_major ? dim * simd::width : round_up(dim, 16); }
-
-    void read_query(const Piece& piece) {
-        const float* query = piece.dense ? problem.dense_query : problem.packed_query;
-        query += (int64_t(piece.row) * problem.kv_heads + piece.head) * rows * dim;
-        for (int i = 0; i < rows * dim; ++i) scratch.query[i] = query[i] * problem.scaling;
-    }
+    explicit Sight(const Problem& problem) : problem(problem), rows(problem.group * problem.queries), dim(problem.head_dim) {}
 
     const uint8_t* hidden(int row, int64_t token) const {
         const int64_t length = problem.tokens + problem.dense;
@@ -88,6 +84,48 @@ class Worker {
             }
         }
         return true;
+    }
+
+    // Tokens beyond the last, those that a mask hides, and of blocks those that are kept exact elsewhere. scores: [rows][stride].
+    void hide(const Piece& piece, int64_t token, int count, float* scores, int stride) const {
+        for (int i = 0; i < rows; ++i, scores += stride) {
+            for (int t = count; t < kBlock; ++t) scores[t] = -INFINITY;
+            if (problem.hidden) {
+                const uint8_t* hides = hidden(piece.row, token) + i % problem.queries * (problem.tokens + problem.dense);
+                for (int t = 0; t < count; ++t) scores[t] = hides[t] ? -INFINITY : scores[t];
+            }
+            for (int sink = 0; sink < problem.sinks && !piece.dense; ++sink) {
+                const int64_t at = problem.sink_index[int64_t(piece.row) * problem.sinks + sink] - token;
+                if (at >= 0 && at < count) scores[at] = -INFINITY;
+            }
+        }
+    }
+};
+
+class Worker : Sight {
+  public:
+    explicit Worker(const Problem& problem) : Sight(problem), scratch(problem) {}
+
+    void run(const Piece& piece) {
+        read_query(piece);
+        const int stride = sum_stride(piece);
+        for (int i = 0; i < rows; ++i) scratch.largest[i] = -INFINITY, scratch.total[i] = 0.0f;
+        for (int64_t i = 0; i < int64_t(rows) * stride; ++i) scratch.sum[i] = 0.0f;
+        for (int block = piece.first; block < piece.last; ++block) {
+            piece.dense ? take_dense(piece, block) : take_block(piece, block);
+        }
+        finish(piece);
+    }
+
+  private:
+    Scratch scratch;
+
+    int sum_stride(const Piece& piece) const { return piece.channel_major ? dim * simd::width : round_up(dim, 16); }
+
+    void read_query(const Piece& piece) {
+        const float* query = piece.dense ? problem.dense_query : problem.packed_query;
+        query += (int64_t(piece.row) * problem.kv_heads + piece.head) * rows * dim;
+        for (int i = 0; i < rows * dim; ++i) scratch.query[i] = query[i] * problem.scaling;
     }
 
     void take_block(const Piece& piece, int block) {
@@ -150,28 +188,12 @@ class Worker {
     // From the scores of a block to weights in their place; `token` is the first one's place in `hidden`.
     void weigh_all(const Piece& piece, int64_t token, int count) {
         if (problem.softcap != 0.0f) cap(scratch.scores, rows * kBlock, problem.softcap);
-        hide(piece, token, count);
+        hide(piece, token, count, scratch.scores, kBlock);
         const int stride = sum_stride(piece);
         for (int i = 0; i < rows; ++i) {
-            const float fading = weigh(scratch.scores + i * kBlock, scratch.largest[i], scratch.total[i]);
+            const float fading = weigh(scratch.scores + i * kBlock, kBlock, scratch.largest[i], scratch.total[i]);
             float* sum = scratch.sum + int64_t(i) * stride;
             for (int d = 0; fading != 1.0f && d < stride; ++d) sum[d] *= fading;
-        }
-    }
-
-    // Tokens beyond the last, those that a mask hides, and of blocks those that are kept exact elsewhere.
-    void hide(const Piece& piece, int64_t token, int count) {
-        for (int i = 0; i < rows; ++i) {
-            float* scores = scratch.scores + i * kBlock;
-            for (int t = count; t < kBlock; ++t) scores[t] = -INFINITY;
-            if (problem.hidden) {
-                const uint8_t* hides = hidden(piece.row, token) + i % problem.queries * (problem.tokens + problem.dense);
-                for (int t = 0; t < count; ++t) scores[t] = hides[t] ? -INFINITY : scores[t];
-            }
-            for (int sink = 0; sink < problem.sinks && !piece.dense; ++sink) {
-                const int64_t at = problem.sink_index[int64_t(piece.row) * problem.sinks + sink] - token;
-                if (at >= 0 && at < count) scores[at] = -INFINITY;
-            }
         }
     }
 
@@ -224,6 +246,8 @@ void merge(const Problem& problem, int row, int head, const float* results, int 
     }
 }
 
+// Packed: the worker that takes blocks; exact tokens are always taken in float32.
+template <typename Packed>
 void attend(const Problem& problem) {
     const int runs = (problem.blocks + problem.chunk - 1) / problem.chunk, pieces = runs + 1;
     const int heads = problem.batch * problem.kv_heads, rows = problem.group * problem.queries;
@@ -232,7 +256,8 @@ void attend(const Problem& problem) {
     const bool channel_major = problem.values.channel_major;
 #pragma omp parallel num_threads(problem.threads) if (problem.threads > 1)
     {
-        Worker worker(problem);
+        Packed packed(problem);
+        Worker exact(problem);
 #pragma omp for schedule(dynamic, 1)
         for (int i = 0; i < heads * pieces; ++i) {
             const int head = i % heads, run = i / heads;
@@ -241,7 +266,7 @@ void attend(const Problem& problem) {
             piece.first = piece.dense ? 0 : run * problem.chunk;
             piece.last = piece.dense ? (problem.dense + kBlock - 1) / kBlock : piece.first + problem.chunk;
             if (!piece.dense && piece.last > problem.blocks) piece.last = problem.blocks;
-            worker.run(piece);
+            piece.dense ? exact.run(piece) : packed.run(piece);
         }
 #pragma omp for schedule(static)
         for (int i = 0; i < heads; ++i) {

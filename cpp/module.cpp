@@ -90,17 +90,18 @@ Number number_from(const std::string& dtype) {
 // A Side and the tables that it points into.
 struct HeldSide {
     Side side{};
-    std::optional<Table> table, scale, zero;
+    std::optional<Table> table, scale, zero, unit;
+    std::optional<Array<const uint8_t>> words;
 };
 
 void make_side(HeldSide* held, int bits, int codes, int numbers, bool channel_major, std::optional<Table> table, bool fixed,
                std::optional<Table> scale, std::optional<Table> zero, std::vector<int> ranges, const std::string& exact,
-               const std::string& outlier) {
-    new (held) HeldSide{{}, table, scale, zero};
+               const std::string& outlier, std::optional<Array<const uint8_t>> words, std::optional<Table> unit, int most) {
+    new (held) HeldSide{{}, table, scale, zero, unit, words};
     const int stride = bits <= 4 ? 16 : bits >= 7 ? 256 : 1 << bits;
     held->side = Side{bits,      codes,     numbers,   stride, channel_major, fixed,
                       ranges[0], ranges[1], ranges[2], number_from(exact), number_from(outlier),
-                      data_or_null(table), data_or_null(scale), data_or_null(zero)};
+                      data_or_null(table), data_or_null(words), data_or_null(unit), most, data_or_null(scale), data_or_null(zero)};
 }
 
 // A Rotation and the tables that it points into.
@@ -108,16 +109,17 @@ struct HeldRotation {
     Rotation rotation{};
     std::optional<nb::ndarray<const int32_t, nb::device::cpu, nb::ndim<2>>> positions;
     std::optional<Table> far, near, steps, angles;
+    std::optional<Array<const int16_t>> words;
 };
 
 void make_rotation(HeldRotation* held, int pairs, bool interleaved, float scaling, decltype(HeldRotation::positions) positions,
                    std::optional<Table> far, std::optional<Table> near, std::optional<Table> steps,
-                   std::optional<Table> angles) {
-    new (held) HeldRotation{{}, positions, far, near, steps, angles};
+                   std::optional<Array<const int16_t>> words, std::optional<Table> angles) {
+    new (held) HeldRotation{{}, positions, far, near, steps, angles, words};
     held->rotation = Rotation{pairs, interleaved, scaling, positions ? positions->data() : nullptr,
                               positions ? positions->stride(0) : 0,
                               data_or_null(far), data_or_null(near), data_or_null(steps),
-                              data_or_null(angles)};
+                              data_or_null(words), data_or_null(angles)};
 }
 
 void attend(const std::string& kernel, int threads, int chunk, Array<float, nb::ndim<5>> output, Heads packed_query,
@@ -156,6 +158,8 @@ void attend(const std::string& kernel, int threads, int chunk, Array<float, nb::
     problem.output = output.data();
     nb::gil_scoped_release release;
 #if defined(__x86_64__)
+    const bool words = keys.side.words && values.side.words && (!problem.rotation.pairs || problem.rotation.words);
+    if (kernel == "words" && words) return attend_words(problem);
     if (kernel == "avx512") return attend_avx512(problem);
     if (kernel == "avx2") return attend_avx2(problem);
 #endif
@@ -176,11 +180,13 @@ NB_MODULE(_kernels, module) {
                "Add the moments of all vectors to those of the level that each fell to; see codec/points.py.");
     nb::class_<HeldSide>(module, "Side", "The keys, or the values, of packed blocks: what all of them have in common.")
         .def("__init__", &make_side, nb::kw_only(), "bits"_a, "codes"_a, "numbers"_a, "channel_major"_a, "table"_a.none(),
-             "fixed"_a, "scale"_a.none(), "zero"_a.none(), "ranges"_a, "exact"_a, "outlier"_a);
+             "fixed"_a, "scale"_a.none(), "zero"_a.none(), "ranges"_a, "exact"_a, "outlier"_a, "words"_a.none(),
+             "unit"_a.none(), "most"_a)
+        .def_prop_ro("in_words", [](const HeldSide& held) { return held.side.words != nullptr; });
     nb::class_<HeldRotation>(module, "Rotation", "The rotary embedding of keys that are stored without it.")
         .def("__init__", &make_rotation, nb::kw_only(), "pairs"_a = 0, "interleaved"_a = false, "scaling"_a = 1.0f,
              "positions"_a.none() = nb::none(), "far"_a.none() = nb::none(), "near"_a.none() = nb::none(), "steps"_a.none() = nb::none(),
-             "angles"_a.none() = nb::none());
+             "words"_a.none() = nb::none(), "angles"_a.none() = nb::none());
     module.def("attend", &attend, nb::kw_only(), "kernel"_a, "threads"_a, "chunk"_a, "output"_a, "packed_query"_a,
                "dense_query"_a, "dense_keys"_a, "dense_values"_a, "keys"_a, "values"_a, "rotation"_a, "table"_a, "starts"_a,
                "tokens"_a, "hidden"_a.none(), "sink_index"_a.none(), "sink_logits"_a.none(), "scaling"_a, "softcap"_a,

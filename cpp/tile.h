@@ -129,22 +129,22 @@ inline void cap(float* scores, int count, float softcap) {
     for (int i = 0; i < count; ++i) scores[i] = softcap * std::tanh(scores[i] / softcap);
 }
 
-// Turn 64 scores into weights relative to the largest score so far, and add them to the total so far. Returns the factor by
+// Turn scores, a multiple of 16, into weights relative to the largest score so far, and add them to the total so far. Returns the factor by
 // which all that was added up before fades.
-inline float weigh(float* scores, float& largest, float& total) {
+inline float weigh(float* scores, int count, float& largest, float& total) {
     Floats most = load(scores);
-    for (int i = simd::width; i < kBlock; i += simd::width) {
+    for (int i = simd::width; i < count; i += simd::width) {
         const Floats part = load(scores + i);
         most = part > most ? part : most;
     }
     float highest = largest;
     for (int lane = 0; lane < simd::width; ++lane) highest = most[lane] > highest ? most[lane] : highest;
     if (highest == -INFINITY) {
-        for (int i = 0; i < kBlock; ++i) scores[i] = 0.0f;
+        for (int i = 0; i < count; ++i) scores[i] = 0.0f;
         return 1.0f;
     }
     Floats sum = {};
-    for (int i = 0; i < kBlock; i += simd::width) {
+    for (int i = 0; i < count; i += simd::width) {
         const Floats weight = exponential(load(scores + i) - highest);
         sum += weight;
         store(scores + i, weight);

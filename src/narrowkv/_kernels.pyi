@@ -28,7 +28,13 @@ class Side:
         ranges: list[int],
         exact: str,
         outlier: str,
+        words: Tensor | None,
+        unit: Tensor | None,
+        most: int,
     ) -> None: ...
+    @property
+    def in_words(self) -> bool:
+        """Whether it can be read in words of 16 bits."""
 
 class Rotation:
     """The rotary embedding of keys that are stored without it."""
@@ -43,6 +49,7 @@ class Rotation:
         far: Tensor | None = None,
         near: Tensor | None = None,
         steps: Tensor | None = None,
+        words: Tensor | None = None,
         angles: Tensor | None = None,
     ) -> None: ...
 

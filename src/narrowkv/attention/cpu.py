@@ -23,6 +23,7 @@ MOST_QUERIES = 16  # of a head; beyond, decoding costs little beside a matrix pr
 PIECES = 64  # about so many pieces of work for any number of threads, so that sums do not depend on it
 SHORTEST_PIECE, LONGEST_PIECE = 4, 32  # blocks
 KERNELS = [name for name in ("avx512", "avx2") if name in _kernels.instruction_sets()] + ["generic"]
+WORDS = "words"  # the kernel that multiplies whole numbers of 16 bits
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class _Blocks:
     table: Tensor  # [columns, batch, 2, 8] int64 addresses
     starts: Tensor  # [columns + 1] int64
     sides: tuple[_kernels.Side, _kernels.Side]
+    in_words: bool  # whether WORDS reads them
 
 
 _BLOCKS: WeakKeyDictionary[LayerStore, _Blocks] = WeakKeyDictionary()
@@ -50,13 +52,14 @@ def attend(
     scaling: float,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
-    kernel: str = KERNELS[0],
+    kernel: str | None = None,
 ) -> Tensor:
     """Attention of the newest queries over the packed cache; parameters and result as of `naive.attend`.
 
-    kernel: the instruction set, one of KERNELS. Caches without a sealed block, more than 16 queries (so prompts are read), and
-    queries in float64 go to `tiled.attend`. Raises UnsupportedModelError off the CPU, for numbers kept in float64, and for
-    keys rotated by Hadamard before the rotary embedding.
+    kernel: one of KERNELS, which compute in float32, or WORDS; by default WORDS, if it reads such a cache, for queries of 16
+    bits and where `torch.set_float32_matmul_precision` lets products of float32 be rounded. Caches without a sealed block,
+    more than 16 queries (so prompts are read), and queries in float64 go to `tiled.attend`. Raises UnsupportedModelError off
+    the CPU, for numbers kept in float64, and for keys rotated by Hadamard before the rotary embedding.
     """
     if query.device.type != "cpu":
         raise UnsupportedModelError(f"Backend cpu reads memory of the CPU, not of {query.device}; choose backend torch.")
@@ -70,9 +73,12 @@ def attend(
     if query.shape[2] > MOST_QUERIES or query.dtype == torch.float64 or sealed <= 0:
         options: dict[str, Any] = {"visible": visible, "scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
         return tiled.attend(query, store, past=past, new=new, rope=rope, kept=kept, **options)
+    blocks = _blocks(store, rotated)
+    if kernel is None:
+        rounded = query.dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
+        kernel = WORDS if rounded and blocks.in_words else KERNELS[0]
     query = query.float().contiguous()
     keys, values, tokens = _exact(store, past, sealed, new, rotated, kept)
-    blocks = _blocks(store)
     output = query.new_zeros(2, *query.shape)
     _kernels.attend(
         kernel=kernel,
@@ -98,18 +104,20 @@ def attend(
     return turn_sum(store.quantizers[1], output[0]) + output[1]
 
 
-def _blocks(store: LayerStore) -> _Blocks:
-    """The store's blocks; made again only where columns have come, gone or changed."""
+def _blocks(store: LayerStore, rope: AnyRope | None) -> _Blocks:
+    """The store's blocks; made again only where columns have come, gone or changed. rope: of keys stored before it."""
     serials = [column.serial for column in store.columns]
     known = _BLOCKS.get(store)
     if known is None or known.serials != serials:
         page = store.columns[0].page
         sides = tuple(
-            side_of(quantizer, side, keys)
+            side_of(quantizer, side, keys, rope if keys else None)
             for quantizer, side, keys in zip(store.quantizers, (page.keys, page.values), (True, False), strict=True)
         )
         starts = torch.tensor([0] + [column.count for column in store.columns]).cumsum(0)
-        known = _BLOCKS[store] = _Blocks(serials, addresses(store.columns), starts, (sides[0], sides[1]))
+        known = _BLOCKS[store] = _Blocks(
+            serials, addresses(store.columns), starts, (sides[0], sides[1]), all(side.in_words for side in sides)
+        )
     return known
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from narrowkv import _kernels
+from narrowkv.attention.cpu_words import ONE, words_of
 from narrowkv.attention.rope import AnyRope, Rope
 from narrowkv.codec import AnyQuantizer, PointQuantizer, Quantizer, hadamard
 from narrowkv.errors import UnsupportedModelError
@@ -19,8 +20,8 @@ TILE = 32  # tokens that the kernel turns at once
 _ANGLES = WeakIdKeyDictionary()  # by a rope's frequencies: what `_angles` returns
 
 
-def side_of(quantizer: AnyQuantizer, side: PackedSide, keys: bool) -> _kernels.Side:
-    """What all blocks of keys, or of values, have in common."""
+def side_of(quantizer: AnyQuantizer, side: PackedSide, keys: bool, rope: AnyRope | None) -> _kernels.Side:
+    """What all blocks of keys, or of values, have in common. rope: of keys that are stored before it."""
     require_readable(quantizer)
     heads, _, codes = side.shape
     scheme = quantizer.scheme
@@ -41,6 +42,10 @@ def side_of(quantizer: AnyQuantizer, side: PackedSide, keys: bool) -> _kernels.S
             assert quantizer.scale is not None and quantizer.zero is not None
             scale, zero = quantizer.scale.contiguous(), quantizer.zero.contiguous()
             ranges = [heads, 1, codes]
+    in_words = None
+    if table is not None and (rope is None or isinstance(rope, Rope)):
+        turned = (len(rope.inverse_frequencies), rope.interleaved) if rope else (0, False)
+        in_words = words_of(table, scheme, keys, codes * scheme.numbers, turned)
     return _kernels.Side(
         bits=side.bits,
         codes=codes,
@@ -53,6 +58,9 @@ def side_of(quantizer: AnyQuantizer, side: PackedSide, keys: bool) -> _kernels.S
         ranges=ranges,
         exact=_kind(side.planes[0].dtype) if side.bits == 16 else "float16",
         outlier="float16" if side.outlier_values is None else _kind(side.outlier_values.dtype),
+        words=None if in_words is None else in_words.table.view(torch.uint8),
+        unit=None if in_words is None else in_words.unit,
+        most=0 if in_words is None else in_words.most,
     )
 
 
@@ -86,7 +94,7 @@ def rotation_of(rope: AnyRope | None, kept: Tensor | None, batch: int) -> _kerne
     if not isinstance(rope, Rope):
         angles = torch.stack(rope.cos_sin(kept), dim=2).float().contiguous()
         return _kernels.Rotation(pairs=angles.shape[-1], interleaved=rope.interleaved, angles=angles)
-    near, steps, far = _angles(rope.inverse_frequencies, int(kept.max()))
+    near, steps, far, words = _angles(rope.inverse_frequencies, int(kept.max()))
     return _kernels.Rotation(
         pairs=near.shape[0],
         interleaved=rope.interleaved,
@@ -95,14 +103,16 @@ def rotation_of(rope: AnyRope | None, kept: Tensor | None, batch: int) -> _kerne
         far=far,
         near=near,
         steps=steps,
+        words=words,
     )
 
 
-def _angles(frequencies: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor]:
+def _angles(frequencies: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cosines and sines of multiples of the frequencies [pairs], from which those of all positions up to one are put together.
 
-    Returns those of 0 to 31, [pairs, 2, 32], of 0 to 63, [64, 2, pairs], and of 0, 64, 128, ..., [n, 2, pairs], float32. Taken
-    in float64: a position times a frequency, rounded to float32 as models do, is off by as much as the position is large.
+    Returns those of 0 to 31, [pairs, 2, 32], of 0 to 63, [64, 2, pairs], and of 0, 64, 128, ..., [n, 2, pairs], float32, and
+    those of 0 to 63 as words, [pairs, 2, 64, 2] int16: cosine twice, sine negated and not. Taken in float64: a position times a
+    frequency, rounded to float32 as models do, is off by as much as the position is large.
     """
     known = _ANGLES.get(frequencies)
     if known is None or position // BLOCK >= len(known[2]):
@@ -113,7 +123,10 @@ def _angles(frequencies: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor]
                 steps[:, None] * frequencies.double() for steps in (torch.arange(BLOCK), torch.arange(count) * BLOCK)
             )
         )
-        known = _ANGLES[frequencies] = (near[:TILE].permute(2, 1, 0).contiguous(), near, far)
+        by_pair = near.permute(2, 1, 0)
+        lanes = by_pair[..., None] * torch.tensor([[[1.0, 1.0]], [[-1.0, 1.0]]])
+        words = (lanes * ONE).round().short().contiguous()
+        known = _ANGLES[frequencies] = (by_pair[..., :TILE].contiguous(), near, far, words)
     return known
 
 

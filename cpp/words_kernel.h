@@ -1,0 +1,66 @@
+// Decode attention over packed blocks in whole numbers of 16 bits, added up in 32: for models that compute in 16 bits anyway.
+//
+// Codebooks hold words, in units of their own; queries and weights become words as large as sums in 32 bits allow. Blocks are
+// taken four at a time: scores of all, one softmax, then the values.
+
+#pragma once
+
+#include "words_values.h"
+
+namespace narrowkv {
+namespace {
+
+class WordWorker : Sight {
+  public:
+    explicit WordWorker(const Problem& problem)
+        : Sight(problem), keys(problem), values(problem), scores(rows * kSpan), largest(rows), total(rows), fading(rows) {}
+
+    void run(const Piece& piece) {
+        keys.begin(piece.row, piece.head);
+        values.begin(piece.head);
+        std::fill(largest.begin(), largest.end(), -INFINITY);
+        std::fill(total.begin(), total.end(), 0.0f);
+        for (int block = piece.first; block < piece.last; block += kSpan / kBlock) {
+            take_span(piece, block, std::min(block + kSpan / kBlock, piece.last));
+        }
+        float* to = piece.result + 2 * rows;
+        for (int row = 0; row < rows; ++row) {
+            piece.result[row] = largest[row];
+            piece.result[rows + row] = total[row];
+            for (int d = 0; d < dim; ++d) to[row * dim + d] = values.sum(row, d);
+        }
+    }
+
+  private:
+    WordKeys keys;
+    WordValues values;
+    Room<float> scores, largest, total, fading;  // scores: [rows][span]
+
+    void take_span(const Piece& piece, int first, int last) {
+        Span span{{}, (last - first) * kBlock};
+        for (int block = first; block < last; ++block) {
+            const int64_t start = problem.starts[block], stop = std::min(problem.starts[block + 1], problem.tokens);
+            const Block* sides = problem.table + (int64_t(block) * problem.batch + piece.row) * 2;
+            const auto later = [&](int blocks) { return block + blocks < piece.last ? sides + int64_t(blocks) * 2 * problem.batch : sides; };
+            Ahead ahead;
+            ahead.add(problem.keys, later(1)[0], piece.head, dim / 2);
+            ahead.add(problem.values, sides[1], piece.head, dim / 2);
+            prefetch_outliers(problem.keys, later(1)[0], piece.head);
+            prefetch_outliers(problem.values, later(1)[1], piece.head);
+            for (int side = 0; side < 2; ++side) __builtin_prefetch(later(2)[side].outlier_offsets + piece.head);
+            const int count = int(stop - start);
+            const bool seen = count > 0 && !nothing_seen(piece.row, start, count);
+            float* to = &scores[(block - first) * kBlock];
+            if (seen) span.sides[block - first] = sides, keys.score(sides[0], start, count, ahead, to, kSpan);
+            for (int row = 0; problem.softcap != 0.0f && row < rows; ++row) cap(to + row * kSpan, kBlock, problem.softcap);
+            hide(piece, start, seen ? count : 0, to, kSpan);
+        }
+        for (int row = 0; row < rows; ++row) {
+            fading[row] = weigh(&scores[row * kSpan], span.length, largest[row], total[row]);
+        }
+        values.add(span, scores.data(), fading.data());
+    }
+};
+
+}  // namespace
+}  // namespace narrowkv

@@ -1,0 +1,252 @@
+// Sums of packed values in words: weights of a span of tokens become words of one unit for each query.
+
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "words_keys.h"
+#include "words_strips.h"
+
+namespace narrowkv {
+namespace {
+
+constexpr int kSpan = 4 * kBlock;  // tokens whose weights share a unit
+constexpr int kStrip = 16;         // rows of codes of channels that are decoded together
+
+// Blocks of a span of a sequence; those of which nothing is seen are left out.
+struct Span {
+    const Block* sides[kSpan / kBlock];  // keys, then values; or null
+    int length;
+};
+
+// Two tokens of values of 16 channels to a register, [token pairs][channels] lanes.
+template <int bits, int codes>
+void read_values(const Side& side, const Block& block, int64_t row, int16_t* tile) {
+    const __m512i table = two_tables(side.words, side.words);
+    const auto rows = [&](int i, const uint8_t** planes) {
+        for (int plane = 0; plane < 3; ++plane) planes[plane] = block.planes[plane] + (row + i) * (codes * kPlanes[bits][plane] / 8);
+    };
+    for (int token = 0; token < kBlock; token += 2, tile += 2 * codes) {
+        const uint8_t *a[3], *b[3];
+        rows(token, a), rows(token + 1, b);
+        __m512i found[codes / 16];
+        read_codes<bits, codes>(a, b, found);
+        for (int i = 0; i < codes / 16; ++i) store_words(tile + 32 * i, _mm512_permutexvar_epi16(found[i], table));
+    }
+}
+
+inline void read_values(const Side& side, const Block& block, int64_t row, int16_t* tile) {
+    const auto run = [&](auto two, auto three, auto four) { (side.bits == 2 ? two : side.bits == 3 ? three : four)(side, block, row, tile); };
+    if (side.codes == 64) return run(read_values<2, 64>, read_values<3, 64>, read_values<4, 64>);
+    if (side.codes == 128) return run(read_values<2, 128>, read_values<3, 128>, read_values<4, 128>);
+    run(read_values<2, 256>, read_values<3, 256>, read_values<4, 256>);
+}
+
+// Add 64 tokens of a tile, weighted, to the sums of 16 * parts channels, [queries][stride].
+template <int queries, int parts>
+inline void mix_lanes(const int16_t* weights, int weights_stride, const int16_t* tile, int stride, int32_t* sums) {
+    __m512i all[queries][parts];
+    for (int q = 0; q < queries; ++q) {
+        for (int i = 0; i < parts; ++i) all[q][i] = _mm512_loadu_si512(sums + q * stride + 16 * i);
+    }
+    for (int token = 0; token < kBlock; token += 2, tile += 2 * stride) {
+        __m512i values[parts];
+        for (int i = 0; i < parts; ++i) values[i] = load_words(tile + 32 * i);
+        for (int q = 0; q < queries; ++q) {
+            int32_t pair;
+            std::memcpy(&pair, weights + q * weights_stride + token, 4);
+            const __m512i both = _mm512_set1_epi32(pair);
+            for (int i = 0; i < parts; ++i) all[q][i] = _mm512_dpwssd_epi32(all[q][i], values[i], both);
+        }
+    }
+    for (int q = 0; q < queries; ++q) {
+        for (int i = 0; i < parts; ++i) _mm512_storeu_si512(sums + q * stride + 16 * i, all[q][i]);
+    }
+}
+
+class WordValues {
+  public:
+    explicit WordValues(const Problem& problem)
+        : side(problem.values), rows(problem.group * problem.queries), dim(problem.head_dim),
+          groups(side.channel_major ? 1 : side.range_channels), reader(side.bits, kBlock),
+          tile(std::max(kBlock * dim, 2 * kStrip * kSpan)), weights(rows * groups * kSpan), sums(rows * dim), ranges((2 * groups + 1) * kSpan),
+          shares(rows * groups), zeros(rows * groups), whole(rows * dim) {}
+
+    void begin(int head) {
+        this->head = head;
+        unit = side.unit + (side.fixed ? int64_t(head) * dim : 0);
+        std::fill(sums.begin(), sums.end(), 0.0f);
+    }
+
+    // Add a span's values: weight is [rows][span] float32, and what was added up before fades by `fading` of each row.
+    void add(const Span& span, const float* weight, const float* fading) {
+        if (side.channel_major) return add_channels(span, weight, fading);
+        add_tokens(span, weight, fading);
+    }
+
+    float sum(int row, int channel) const { return sums[place(row, channel)] * (side.channel_major ? unit[channel] : 1.0f); }
+
+  private:
+    const Side& side;
+    const int rows, dim, groups;
+    const Reader reader;
+    Room<int16_t> tile, weights;       // weights: [rows][groups][span]
+    Room<float> sums, ranges, shares;  // shares: what a sum in words stands for, [rows][groups]
+    Room<float> zeros;                 // what zeros add to sums, likewise
+    Room<int32_t> whole;               // [rows][head_dim]
+    std::vector<Spill> spilt;
+    int head = 0;
+    const float* unit = nullptr;
+
+    // Weights of tokens as words. scale, zero: of values, [groups][span], or null.
+    void weigh_in_words(int length, const float* weight, const float* scale, const float* zero, float unit) {
+        const float most = kMostSum / float(side.most);
+        float* scaled = &ranges[2 * groups * kSpan];
+        for (int row = 0; row < rows; ++row, weight += kSpan) {
+            for (int group = 0; group < groups; ++group) {
+                __m512 sum = {}, largest = {}, from_zero = {};
+                for (int i = 0; i < length; i += 16) {
+                    const __m512 x = _mm512_load_ps(weight + i), by = scale ? _mm512_load_ps(scale + group * kSpan + i) : _mm512_set1_ps(1.0f);
+                    if (zero) from_zero += x * _mm512_load_ps(zero + group * kSpan + i);
+                    sum += x * by, largest = _mm512_max_ps(largest, x * by);
+                    _mm512_store_ps(scaled + i, x * by);
+                }
+                const float total = _mm512_reduce_add_ps(sum);
+                const float factor = total > 0.0f ? std::min(most / total, kMostWord / _mm512_reduce_max_ps(largest)) : 0.0f;
+                int16_t* words = &weights[(row * groups + group) * kSpan];
+                for (int i = 0; i < length; i += 16) {
+                    const __m512i whole = _mm512_cvtps_epi32(_mm512_load_ps(scaled + i) * factor);
+                    _mm256_storeu_si256((__m256i*)(words + i), _mm512_cvtepi32_epi16(whole));
+                }
+                shares[row * groups + group] = factor > 0.0f ? unit / factor : 0.0f;
+                zeros[row * groups + group] = _mm512_reduce_add_ps(from_zero);
+            }
+        }
+    }
+
+    void add_tokens(const Span& span, const float* weight, const float* fading) {
+        const int channels = dim / groups;
+        float *scale = ranges.data(), *zero = scale + groups * kSpan;
+        std::fill(scale, scale + 2 * groups * kSpan, 0.0f);
+        for (int at = 0; at < span.length; at += kBlock) {
+            const Block* block = span.sides[at / kBlock];
+            const int64_t from = side.range_heads > 1 ? int64_t(head) * kBlock * groups : 0;
+            if (block) read_halves(block[1].scale, block[1].zero, from, kBlock, groups, kSpan, scale + at, zero + at);
+        }
+        weigh_in_words(span.length, weight, scale, zero, *unit);
+        std::fill(whole.begin(), whole.end(), 0);
+        spilt.clear();
+        for (int at = 0; at < span.length; at += kBlock) {
+            const Block* block = span.sides[at / kBlock];
+            if (!block) continue;
+            read_values(side, block[1], int64_t(head) * kBlock, tile.data());
+            if (block[1].outlier_offsets) {
+                const Spread spread = Spread::of_tokens(scale + at, zero + at, *unit, channels, kSpan);
+                put_outliers(side, block[1], head, at, spread, tile.data(), spilt, [&](__m512i token, __m512i channel) {
+                    const __m512i pair = _mm512_mullo_epi32(_mm512_srli_epi32(token, 1), _mm512_set1_epi32(2 * dim));
+                    const __m512i lane = _mm512_add_epi32(_mm512_slli_epi32(channel, 1), _mm512_and_si512(token, _mm512_set1_epi32(1)));
+                    return _mm512_add_epi32(pair, lane);
+                });
+            }
+            mix(at);
+        }
+        for (int row = 0; row < rows; ++row) {
+            for (int channel = 0; channel < dim; channel += 16) {
+                const int group = row * groups + channel / channels;
+                const __m512 found = _mm512_cvtepi32_ps(_mm512_load_si512(&whole[row * dim + channel])) * shares[group] + zeros[group];
+                float* to = &sums[row * dim + channel];
+                _mm512_store_ps(to, _mm512_load_ps(to) * fading[row] + found);
+            }
+            for (const Spill& spill : spilt) sums[row * dim + spill.channel] += weight[row * kSpan + spill.token] * spill.rest;
+        }
+    }
+
+    void mix(int at) {
+        const int channels = dim / groups, parts = channels % 64 == 0 ? 4 : 2;
+        by_fours(rows, [&](int row, auto queries) {
+            const auto run = parts == 4 ? mix_lanes<queries, 4> : mix_lanes<queries, 2>;
+            for (int channel = 0; channel < dim; channel += 16 * parts) {
+                const int16_t* weight = &weights[(row * groups + channel / channels) * kSpan + at];
+                run(weight, groups * kSpan, &tile[2 * channel], dim, &whole[row * dim + channel]);
+            }
+        });
+    }
+
+    // Codebooks of channels: a strip of channels of all blocks at a time, whose lanes are added up once.
+    void add_channels(const Span& span, const float* weight, const float* fading) {
+        weigh_in_words(span.length, weight, nullptr, nullptr, 1.0f);
+        for (int row = 0; row < rows; ++row) {
+            for (int i = 0; fading[row] != 1.0f && i < dim; ++i) sums[place(row, i)] *= fading[row];
+        }
+        for (int from = 0; from < side.codes; from += kStrip) {
+            const int count = std::min(kStrip, side.codes - from);
+            for (int at = 0; at < span.length; at += kBlock) {
+                const Block* block = span.sides[at / kBlock];
+                if (block) look_up_rows(side, reader, strip_of(block[1], from, count, at));
+            }
+            for (int number = 0; number < side.numbers; ++number) mix_strips(number * side.codes + from, count, number, span.length);
+        }
+        for (int at = 0; at < span.length; at += kBlock) {
+            const Block* block = span.sides[at / kBlock];
+            if (block && block[1].outlier_offsets) correct(block[1], weight + at);
+        }
+    }
+
+    Rows strip_of(const Block& block, int row, int count, int at) {
+        const int64_t from = int64_t(head) * side.codes + row;
+        const int step = side.numbers * 2 * kept_levels(side.bits);
+        Rows found{{}, side.words + from * step, step, count, kSpan, kStrip * kSpan, tile.data() + at};
+        for (int plane = 0; plane < 3; ++plane) found.planes[plane] = block.planes[plane] + from * reader.row_bytes[plane];
+        return found;
+    }
+
+    void mix_strips(int channel, int count, int number, int length) {
+        by_fours(rows, [&](int row, auto queries) {
+            constexpr int together = 16 / queries;
+            alignas(64) float share[16];
+            for (int i = 0; i < 16; ++i) share[i] = shares[row + i % queries];
+            for (int i = 0; i < count; i += together) {
+                __m512i found;
+                mix_strip<queries>(&weights[row * kSpan], kSpan, &tile[(number * kStrip + i) * kSpan], kSpan, length, found);
+                const int left = std::min(count - i, together) * queries;
+                const __mmask16 some = left >= 16 ? 0xffff : (1 << left) - 1;
+                float* to = &sums[row * dim + (channel + i) * queries];
+                const __m512 sum = _mm512_maskz_loadu_ps(some, to) + _mm512_cvtepi32_ps(found) * _mm512_load_ps(share);
+                _mm512_mask_storeu_ps(to, some, sum);
+            }
+        });
+    }
+
+    // Where the sum of a row's channel lies: with codebooks of channels, rows that are taken together lie together.
+    int place(int row, int channel) const {
+        if (!side.channel_major) return row * dim + channel;
+        const int fours = rows / 4 * 4, together = row < fours ? 4 : rows - fours >= 2 && row < fours + 2 ? 2 : 1;
+        const int first = row - row % together;
+        return first * dim + channel * together + row - first;
+    }
+
+    // Outliers where codebooks are those of channels: what they differ by from the numbers of their codes, in words.
+    void correct(const Block& block, const float* weight) {
+        const uint16_t* exact = static_cast<const uint16_t*>(block.outlier_values);
+        const int levels = kept_levels(side.bits);
+        for (int i = block.outlier_offsets[head]; i < block.outlier_offsets[head + 1]; ++i) {
+            const int token = block.outlier_index[i] / side.codes, code = block.outlier_index[i] % side.codes;
+            const Rows row = strip_of(block, code, 1, 0);
+            int level = 0;
+            for (int plane = 0, shift = 0; plane < 3 && kPlanes[side.bits][plane]; shift += kPlanes[side.bits][plane++]) {
+                const int width = kPlanes[side.bits][plane], bytes = reader.row_bytes[plane];
+                level |= (row.planes[plane][token % bytes] >> (width * (token / bytes)) & ((1 << width) - 1)) << shift;
+            }
+            for (int number = 0; number < side.numbers; ++number) {
+                const uint8_t* table = row.table + number * 2 * levels;
+                const int channel = code + number * side.codes, word = int16_t(table[level] | table[levels + level] << 8);
+                const float rest = to_single(exact[i * side.numbers + number], side.outlier) / unit[channel] - float(word);
+                for (int r = 0; r < rows; ++r) sums[place(r, channel)] += weight[r * kSpan + token] * rest;
+            }
+        }
+    }
+};
+
+}  // namespace
+}  // namespace narrowkv

@@ -1,0 +1,88 @@
+"""Codebooks in whole numbers of 16 bits, as the compiled attention multiplies them for models that compute in 16 bits.
+
+Products of words are added up in 32 bits: a sum over head_dim for keys, over some hundred tokens for values. A query, or the
+weights of tokens, become words as large as the largest such sum allows; what of an outlier does not fit is added in float32.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from narrowkv import _kernels
+from narrowkv.codec import Scheme
+from narrowkv.store import BLOCK
+
+ONE = 2**15 - 1  # cosine of 0
+LARGEST_KEY = 23_170  # turned by 45 degrees, a pair of them still fits
+LARGEST_VALUE, LARGEST_OUTLIER = 2**13 - 1, 2**14 - 1  # the larger they are, the smaller are the weights that they allow
+KEY_ROOM, VALUE_ROOM = 8, 4  # how much larger an outlier may be than the largest level and still be a word
+FEWEST_LEVELS = 16
+ROWS = (64, 128, 256)  # how many codes a row of tokens may have
+
+SUPPORTED = {"avx512", "avx512vbmi", "avx512vnni"} <= set(_kernels.instruction_sets())
+
+
+@dataclass(frozen=True)
+class WordTables:
+    """table: codebooks, repeated to have 16 levels: int16 [..., levels], of pairs [..., levels, 2]; where values have codebooks
+        of channels or pairs, uint8 [..., numbers, 2, levels], the low bytes of all words, then the high ones.
+    unit: [kv_heads, head_dim] or [1] float32, what a word of 1 stands for. most: the largest word.
+    """
+
+    table: Tensor
+    unit: Tensor
+    most: int
+
+
+def words_of(codebooks: Tensor, scheme: Scheme, keys: bool, head_dim: int, turned: tuple[int, bool]) -> WordTables | None:
+    """Codebooks as words; None where the kernel does not read such a scheme in words.
+
+    codebooks: [levels] normalised, or in real units of channels [kv_heads, head_dim, levels] or of pairs [kv_heads, codes, 2,
+    levels], float32. turned: how many pairs of channels of keys the rotary embedding turns, and whether they are neighbours.
+    """
+    shared = codebooks.dim() == 1
+    if not SUPPORTED or not _readable(scheme, keys, shared, head_dim, turned):
+        return None
+    levels = codebooks[..., : 2**scheme.code_bits]
+    largest = levels.abs().amax(-1, keepdim=True)
+    if not shared:
+        levels = levels.reshape(len(levels), -1, scheme.numbers, levels.shape[-1])
+        by_number = levels.abs().amax(-1).transpose(1, 2)  # [kv_heads, numbers, codes]
+        largest = _alike(by_number.flatten(1), *turned) if keys else by_number.flatten(1)
+    outliers = scheme.outliers > 0 and (keys or shared)
+    most = LARGEST_KEY if keys else LARGEST_OUTLIER if outliers else LARGEST_VALUE
+    room = (KEY_ROOM if keys else VALUE_ROOM) if outliers else 1
+    unit = largest.clamp(min=torch.finfo(torch.float32).tiny * most) * room / most
+    divisor = unit if shared else unit.unflatten(1, (scheme.numbers, -1)).transpose(1, 2)[..., None]
+    words = (levels / divisor).round().short()
+    words = words.repeat(*[1] * (words.dim() - 1), max(FEWEST_LEVELS // words.shape[-1], 1))
+    if not keys and not shared:
+        words = torch.stack([words & 0xFF, words >> 8 & 0xFF], dim=-2)
+        words = words.to(torch.uint8)
+    elif scheme.numbers == 2:
+        words = words.transpose(-1, -2)
+    return WordTables(words.contiguous(), unit.contiguous(), most)
+
+
+def _alike(largest: Tensor, pairs: int, interleaved: bool) -> Tensor:
+    """The larger one of each pair of channels that turn together, [kv_heads, head_dim]."""
+    turned, rest = largest[:, : 2 * pairs], largest[:, 2 * pairs :]
+    form = (pairs, 2) if interleaved else (2, pairs)
+    dim = 2 if interleaved else 1
+    larger = turned.unflatten(1, form).amax(dim, keepdim=True).expand(-1, *form) if pairs else turned
+    return torch.cat([larger.flatten(1), rest], dim=1)
+
+
+def _readable(scheme: Scheme, keys: bool, shared: bool, head_dim: int, turned: tuple[int, bool]) -> bool:
+    """Whether the kernel knows how codes lie and are ranged."""
+    if scheme.numbers == 2:
+        return not (keys and turned[0]) or turned == (head_dim // 2, False)
+    if not shared or scheme.code_bits > 4:
+        return scheme.code_bits <= 4
+    if turned[0] or scheme.static:
+        return False
+    tokens, channels = (scheme.range_forms(1, BLOCK, head_dim)["scale"][0])[1:]
+    if keys:
+        return tokens in (1, 2) or (tokens == BLOCK and head_dim // 2 % channels == 0)
+    return tokens == BLOCK and head_dim // channels % 32 == 0 and head_dim in ROWS
