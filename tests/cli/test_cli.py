@@ -35,9 +35,11 @@ def stories():
     return asset("models", "stories260K")
 
 
-@pytest.fixture
-def stories_file():
-    return asset("text", "tinystories-sample.txt")
+@pytest.fixture(scope="session")
+def stories_file(stories_text, tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "stories.txt"
+    path.write_text(stories_text)
+    return path
 
 
 def test_recipes(narrowkv, tmp_path):

@@ -9,8 +9,8 @@ from narrowkv.codec.intrinsic import IntrinsicValues, dequantize, quantize
 from narrowkv.errors import ActivationError
 
 
-def scheme(datatype="iv", floor=False, group=64):
-    return Scheme(2, datatype, axis="block", group=group, floor=floor)
+def scheme(datatype="iv", floor=False, group=64, span=1):
+    return Scheme(2, datatype, axis="block", group=group, floor=floor, span=span)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 64, 80), (3, 2, 128, 16), (2, 3, 192, 7)], ids=str)
@@ -29,6 +29,23 @@ def test_each_head_of_a_block_is_coded_as_the_numpy_codec_does(shape, floor, dat
         expected = dequantize(quantize(numbers, **held, nearest=not floor), **held)
         decoded = quantizer.decode(encoded)[row, head, 64 * block : 64 * block + 64]
         np.testing.assert_allclose(decoded.numpy(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("datatype", ["iv", "iv-kmeans"])
+def test_levels_over_a_sliding_window_are_those_of_the_block_and_the_next(datatype):
+    x, quantizer = torch.randn(2, 2, 256, 7) ** 3, BlockQuantizer(scheme(datatype, group=32, span=3))
+    skip = torch.zeros(2, 256, dtype=torch.bool)
+    skip[:, 100:110] = True
+    encoded = quantizer.encode(x, skip)
+    assert encoded.tokens == 192 and encoded.ranges["levels"].shape == (2, 2, 6, 4)
+    how = "kmeans" if datatype == "iv-kmeans" else "frequency"
+    for row, head, block in np.ndindex(2, 2, 6):
+        window = slice(32 * block, 32 * block + 96)
+        found = IntrinsicValues.of(x[row, head, window][~skip[row, window]], how=how)
+        np.testing.assert_allclose(encoded.ranges["levels"][row, head, block].numpy(), found.levels, rtol=1e-3, atol=1e-3)
+    for start in range(0, 192, 32):  # however many blocks are encoded at once
+        alone = quantizer.encode(x[:, :, start : start + 96], skip[:, start : start + 96])
+        assert torch.equal(alone.codes, encoded.codes[:, :, start : start + 32])
 
 
 def test_the_nearest_level_misses_less_than_the_level_below():

@@ -28,6 +28,8 @@ from narrowkv.errors import RecipeError
         ({"bits": 2, "datatype": "int", "floor": True}, "axis block"),
         ({"bits": 2, "datatype": "iv", "axis": "block"}, "group of tokens"),
         ({"bits": 3, "datatype": "iv", "axis": "block", "group": 64}, "2 bits"),
+        ({"bits": 2, "datatype": "iv", "axis": "block", "group": 64, "span": 0}, "span"),
+        ({"bits": 2, "datatype": "int", "span": 2}, "span"),
         ({"bits": 8, "datatype": "int", "smooth": 2}, "power from 0 to 1"),
         ({"bits": 8, "datatype": "int", "smooth": True}, "power from 0 to 1"),
         ({"bits": 3, "datatype": "nuq", "smooth": 0.5}, "Smoothing"),

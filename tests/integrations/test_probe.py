@@ -19,11 +19,10 @@ def llama(**extra):
     [
         (lambda: llama(hidden_size=24, num_attention_heads=2), "head_dim of 12"),
         (lambda: llama(head_dim=520), "head_dim of 520"),
-        (lambda: llama(attn_implementation="flex_attention"), "flex_attention"),
         *((lambda name=name: make(name), cause) for name, (_, cause) in REFUSED.items()),
         *((lambda name=name: make(name), "choose backend 'dense'") for name in DENSE),
     ],
-    ids=["odd head_dim", "large head_dim", "attention", *REFUSED, *DENSE],
+    ids=["odd head_dim", "large head_dim", *REFUSED, *DENSE],
 )
 def test_what_cannot_be_served_is_refused_when_the_cache_is_made_and_left_as_it_was(make_model, cause):
     model = make_model().eval()
@@ -34,6 +33,13 @@ def test_what_cannot_be_served_is_refused_when_the_cache_is_made_and_left_as_it_
             PackedCache(model, "int4")
         assert model.config._attn_implementation == before
         assert torch.equal(model(ids).logits, expected)
+
+
+def test_another_attention_is_refused_without_running_it():
+    model = llama(attn_implementation="flex_attention").eval()
+    with pytest.raises(UnsupportedModelError, match="flex_attention"):
+        PackedCache(model, "int4")
+    assert model.config._attn_implementation == "flex_attention"
 
 
 def rope_of(name):

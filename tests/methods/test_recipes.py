@@ -55,6 +55,16 @@ def test_values_have_no_rotary_embedding():
         Recipe("wrong", keys=scheme, values=scheme)
 
 
+def test_levels_over_a_sliding_window_need_exact_tokens_ahead():
+    recipe = get_recipe("intrinsic-2-kmeans-w3")
+    assert (recipe.keys.span, recipe.values.span, recipe.window) == (3, 3, 128)
+    assert get_recipe("intrinsic-2-w1").keys == get_recipe("intrinsic-2").keys
+    with pytest.raises(RecipeError, match="window of 64 is too small"):
+        recipe.with_options(window=64)
+    with pytest.raises(RecipeError, match="span"):
+        get_recipe("intrinsic-2-w0")
+
+
 def test_layers_may_differ():
     base = get_recipe("int4")
     exact = Scheme(16, "exact")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from narrowkv.codec import Quantizer, Scheme
+from narrowkv.codec import Quantizer, Scheme, quantizer_for
 from narrowkv.errors import ActivationError, CacheUseError
 from narrowkv.store import BLOCK, LayerStore
 
@@ -53,6 +53,19 @@ def test_results_do_not_depend_on_how_tokens_arrive(name, shape):
         fill(store, keys, values, cuts)
         assert store.length == tokens
         for found, expected in zip(store.read(), decoded(store, keys, values), strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_levels_over_a_sliding_window_do_not_depend_on_how_tokens_arrive(monkeypatch):
+    keys, values = torch.randn(2, 2, 300, 16), torch.randn(2, 2, 300, 16)
+    schemes = (Scheme(2, "iv", axis="block", group=16, span=3), Scheme(2, "iv-kmeans", axis="block", group=64, span=2))
+    stores = []
+    for cuts, tile in (([], 2**19), ([], 1), (range(1, 300), 2**19), ([70, 71, 200], 2**19)):
+        monkeypatch.setattr("narrowkv.store.layer.TILE_NUMBERS", tile)
+        stores.append(LayerStore(*(quantizer_for(scheme) for scheme in schemes), window=64))
+        fill(stores[-1], keys, values, cuts)
+        assert stores[-1].recent[0].shape[2] == 64 + (300 - 64) % 64
+        for found, expected in zip(stores[-1].read(), stores[0].read(), strict=True):
             assert torch.equal(found, expected)
 
 

@@ -31,6 +31,7 @@ GROUPED = st.sampled_from(
         Scheme(2, "int", axis="channel", group=32, outliers=0.02),
         Scheme(2, "iv", axis="block", group=64, floor=True),
         Scheme(2, "iv-kmeans", axis="block", group=32),
+        Scheme(2, "iv-kmeans", axis="block", group=16, span=3),
     ]
 )
 
@@ -124,7 +125,7 @@ class GroupedMachine(StoreMachine):
     def begin(self, keys, batch, seed, window):
         self.generator = torch.Generator().manual_seed(seed)
         values = Scheme(4, "int", axis="token_head", group=8)
-        self.store = LayerStore(made(keys), made(values), window=window)
+        self.store = LayerStore(made(keys), made(values), window=max(window, keys.tokens_ahead))
         self.model = [torch.zeros(batch, HEADS, 0, DIM) for _ in range(2)]
         self.exact = 0  # how many of the newest tokens are
 
@@ -138,7 +139,8 @@ class GroupedMachine(StoreMachine):
             every = torch.cat([self.model[side], fresh[side]], dim=2)
             start = every.shape[2] - self.exact
             if leaving:
-                every[:, :, start : start + leaving] = quantizer.decode(quantizer.encode(every[:, :, start : start + leaving]))
+                seen = every[:, :, start : start + leaving + quantizer.scheme.tokens_ahead]
+                every[:, :, start : start + leaving] = quantizer.decode(quantizer.encode(seen))
             self.model[side] = every
         self.exact -= leaving
 

@@ -39,7 +39,15 @@ def peak_bytes(events):
     return peak
 
 
-@pytest.mark.parametrize(("name", "most"), [("nuq4-1%", 4.40), ("nuq3-1%", 3.40), ("nuq2-1%", 2.40), ("nuq2", 2.05)])
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        pytest.param("nuq4-1%", 4.40, marks=pytest.mark.wide),
+        pytest.param("nuq3-1%", 3.40, marks=pytest.mark.wide),
+        ("nuq2-1%", 2.40),
+        ("nuq2", 2.05),
+    ],
+)
 def test_a_long_context_takes_the_promised_bits_and_no_more_on_the_way(name, most):
     store, chunk = big_store(name)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

@@ -13,7 +13,7 @@ from narrowkv.attention.rope import AnyRope
 from narrowkv.attention.visible import Visible
 from narrowkv.store import LayerStore
 
-QUERY_SLICE = 256  # queries at a time, which bounds the memory of the scores
+QUERY_SLICE = 128  # queries at a time, which bounds the memory of the scores
 KEY_SLICE = 512  # exact keys at a time
 
 
@@ -39,14 +39,13 @@ def attend(
     ]
     index = torch.arange(store.first, length, device=query.device)
     for start, keys, values in _tiles(store, past, new, rope, kept, precision):
-        stop = start + keys.shape[2]
-        key_index = index[start - store.first : stop - store.first]
         for i, part in enumerate(softmax):
             first = length - queries + i * QUERY_SLICE
             asking = range(first, first + part.queries)
-            if not visible.none_of(range(start, stop), asking):
-                query_index = index[asking.start - store.first : asking.stop - store.first]
-                part.see(keys, values, visible.hidden(query_index, key_index))
+            if seen := visible.within(range(start, start + keys.shape[2]), asking):
+                query_index, key_index = (index[some.start - store.first : some.stop - store.first] for some in (asking, seen))
+                near = slice(seen.start - start, seen.stop - start)
+                part.see(keys[:, :, near], values[:, :, near], visible.hidden(query_index, key_index))
     return torch.cat([part.result() for part in softmax], dim=2)
 
 

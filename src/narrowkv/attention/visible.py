@@ -38,10 +38,9 @@ class Visible:
             hidden = hidden | ~self.padding[:, None, None, int(keys[0]) : int(keys[0]) + len(keys)]
         return hidden
 
-    def none_of(self, keys: range, queries: range) -> bool:
-        """Whether it is plain without looking that no query sees any of the keys."""
+    def within(self, keys: range, queries: range) -> range:
+        """Those of the keys which some query may see, as far as that is plain without looking."""
         if self.rule is not None:
-            return False
-        return keys.start >= queries.stop or (
-            self.sliding_window is not None and keys.stop <= queries.start - self.sliding_window + 1
-        )
+            return keys
+        oldest = 0 if self.sliding_window is None else queries.start - self.sliding_window + 1
+        return range(max(keys.start, oldest), min(keys.stop, queries.stop))

@@ -1,4 +1,8 @@
-"""BlockQuantizer: the intrinsic-value codec (`codec.intrinsic`) for a cache, with four levels for each KV head of a block."""
+"""BlockQuantizer: the intrinsic-value codec (`codec.intrinsic`) for a cache, with four levels for each KV head of a block.
+
+The levels of a block are those of a sliding window of blocks: itself and the next `scheme.span - 1`, which are exact still
+when it is encoded, so that levels depend on the numbers alone, not on how they arrive or on what earlier ones became.
+"""
 
 from dataclasses import dataclass
 
@@ -20,17 +24,18 @@ class BlockQuantizer(Tables):
     scheme: Scheme
 
     def encode(self, x: Tensor, skip: Tensor | None = None) -> Encoded:
-        """Quantise the numbers of whole blocks, once and for all; parameters as of `Quantizer.encode`.
+        """Quantise the numbers of whole blocks, once and for all; parameters as of `Quantizer.encode`, but that the last
+        `scheme.tokens_ahead` tokens have a part in the levels of those before and no codes.
 
         Tokens that are skipped have no part in the levels. Raises ActivationError where a level does not fit 16 bits.
         """
-        numbers = x.float()
+        numbers, coded = x.float(), x.shape[2] - self.scheme.tokens_ahead
         left_out = torch.zeros_like(numbers, dtype=torch.bool)
         if skip is not None:
             left_out |= skip[:, None, :, None]
-        found = intrinsic_levels(self._blocks(numbers), self._blocks(left_out), self.scheme.datatype == "iv-kmeans")
+        found = intrinsic_levels(self._windows(numbers), self._windows(left_out), self.scheme.datatype == "iv-kmeans")
         levels = to_16_bits(found, torch.float16, "Levels")
-        by_token = self._by_token(levels)
+        numbers, by_token = numbers[:, :, :coded], self._by_token(levels)
         if self.scheme.floor:
             _, v1, v2, v_max = by_token.split(1, dim=-1)  # [batch, kv_heads, tokens, 1] each
             above = [numbers >= v1, numbers >= v2, numbers > v_max]
@@ -42,9 +47,10 @@ class BlockQuantizer(Tables):
         """What the codes stand for: [batch, kv_heads, tokens, head_dim] float32."""
         return self._by_token(encoded.ranges["levels"]).gather(3, encoded.codes.long())
 
-    def _blocks(self, x: Tensor) -> Tensor:
-        """[batch, kv_heads, tokens, head_dim] -> [batch, kv_heads, blocks, numbers of a block]."""
-        return x.unflatten(2, (-1, self.scheme.tokens_together)).flatten(3)
+    def _windows(self, x: Tensor) -> Tensor:
+        """[batch, kv_heads, tokens, head_dim] -> [batch, kv_heads, blocks, numbers of a window that begins with the block]."""
+        block = self.scheme.tokens_together
+        return x.unfold(2, block + self.scheme.tokens_ahead, block).flatten(3)
 
     def _by_token(self, levels: Tensor) -> Tensor:
         """The levels of each token: [batch, kv_heads, blocks, 4] -> [batch, kv_heads, tokens, 4] float32."""

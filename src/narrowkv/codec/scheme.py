@@ -51,6 +51,7 @@ class Scheme:
     smooth: numbers are divided by a factor for each pair of channels before they are quantised, their largest magnitude to
         this power (SmoothQuant's alpha); 0 for none. Learned offline.
     floor: with `iv`, a number takes the level below it, as published, instead of the nearest.
+    span: with `iv`, the levels of a block are those of a sliding window of so many blocks, itself and those that follow it.
 
     Raises RecipeError where these contradict each other.
     """
@@ -71,6 +72,7 @@ class Scheme:
     scale_dtype: ScaleDtype = "float16"
     smooth: float = 0.0
     floor: bool = False
+    span: int = 1
 
     def __post_init__(self) -> None:
         for field, hint in get_type_hints(type(self)).items():
@@ -117,6 +119,8 @@ class Scheme:
             raise RecipeError("Intrinsic values (iv, iv-kmeans) go with axis block, and floor with both.")
         if by_value and (self.bits != 2 or not self.group or self.outliers or self.hadamard):
             raise RecipeError("Intrinsic values have 2 bits, a group of tokens, and neither outliers nor a Hadamard rotation.")
+        if type(self.span) is not int or self.span < 1 or (self.span > 1 and not by_value):
+            raise RecipeError(f"span is a whole number of blocks, 1 but for intrinsic values, not {self.span!r}.")
 
     def _check_codebook(self) -> None:
         if self.codebook == "layer":
@@ -173,6 +177,11 @@ class Scheme:
     def tokens_together(self) -> int:
         """How many tokens can only be encoded at once."""
         return self.group if self.axis in ("channel", "block") and self.group else 1
+
+    @property
+    def tokens_ahead(self) -> int:
+        """How many tokens must follow, exact still, where others are encoded."""
+        return (self.span - 1) * self.tokens_together
 
     def range_forms(self, kv_heads: int, tokens: int, head_dim: int) -> dict[str, RangeForm]:
         """What is held of online ranges, by name: shape without the batch, for whole groups of tokens, and dtype."""

@@ -1,10 +1,10 @@
-"""`intrinsic-2`, `intrinsic-2-nearest`, either with `-kmeans`: the 2-bit codec by intrinsic values (`codec.intrinsic`).
+"""`intrinsic-2`, `intrinsic-2-nearest`, either with `-kmeans`, any with `-wN`: the 2-bit codec by intrinsic values.
 
-Four levels v_min, v1, v2, v_max for each KV head of a block of 64 tokens, held in 16 bits each; v1 and v2 are the centres of
-the two most frequent bins of a histogram of 64, or with `-kmeans` of two clusters. As published, a number takes the level
-below it, so that next to nothing takes v_max, the largest number there is; with `-nearest` it takes the nearest. The published
-description refreshes the levels periodically, over a sliding window of blocks. Here they are those of the block itself, never
-older than what they stand for, and the newest tokens, up to 63 that do not fill a block yet, are exact. Keys are quantised
+Four levels v_min, v1, v2, v_max (`codec.intrinsic`) for each KV head of a block of 64 tokens, held in 16 bits each; v1 and v2
+are the centres of the two most frequent bins of a histogram of 64, or with `-kmeans` of two clusters. As published, a number
+takes the level below it, so that next to nothing takes v_max, the largest number there is; with `-nearest` it takes the
+nearest. The levels are those of the block itself, or with `-wN` of a sliding window of N blocks that moves on with each:
+itself and the N - 1 after it. Tokens whose window is not complete, the newest 64 N - 1 at most, are exact. Keys are quantised
 after the rotary embedding.
 """
 
@@ -14,14 +14,14 @@ from narrowkv.codec import Scheme
 from narrowkv.codec.scheme import Datatype
 from narrowkv.methods.recipe import Recipe
 
-NAMES = ("intrinsic-2", "intrinsic-2-nearest", "intrinsic-2-kmeans", "intrinsic-2-nearest-kmeans")
+NAMES = ("intrinsic-2", "intrinsic-2-nearest", "intrinsic-2-kmeans", "intrinsic-2-nearest-kmeans", "intrinsic-2-nearest-w4")
 
 
 def recipe(name: str) -> Recipe | None:
     """The recipe called `name`, or None if it is not one of this method's."""
-    match = re.fullmatch(r"intrinsic-2(-nearest)?(-kmeans)?", name)
+    match = re.fullmatch(r"intrinsic-2(-nearest)?(-kmeans)?(?:-w(\d+))?", name)
     if match is None:
         return None
     datatype: Datatype = "iv-kmeans" if match[2] else "iv"
-    scheme = Scheme(2, datatype, axis="block", group=64, floor=match[1] is None)
-    return Recipe(name, keys=scheme, values=scheme)
+    scheme = Scheme(2, datatype, axis="block", group=64, floor=match[1] is None, span=int(match[3] or 1))
+    return Recipe(name, keys=scheme, values=scheme, window=scheme.tokens_ahead)

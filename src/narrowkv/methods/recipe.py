@@ -47,8 +47,8 @@ class Recipe:
     """One scheme for keys and one for values, and what stays exact.
 
     sinks: the first real tokens of each sequence, kept exact (KVQuant, section 3.5). window: the newest tokens, kept
-    exact until they leave it. layers: schemes of single layers that differ from the rest. choices: what calibration
-    chooses from, which then fills `layers`.
+    exact until they leave it, at least as many as a scheme's span looks ahead. layers: schemes of single layers that differ
+    from the rest. choices: what calibration chooses from, which then fills `layers`.
     Raises RecipeError where the settings contradict each other.
     """
 
@@ -69,6 +69,9 @@ class Recipe:
                 raise RecipeError(f"{name} must be a whole number of tokens, 0 or more, not {count!r}.")
         if any(values.pre_rope for _, values in self.every_scheme()):
             raise RecipeError("Values have no rotary embedding; pre_rope is for keys.")
+        ahead = max(scheme.tokens_ahead for pair in self.every_scheme() for scheme in pair)
+        if self.window < ahead:
+            raise RecipeError(f"A window of {self.window} is too small where levels look {ahead} tokens ahead; keep as many.")
 
     def every_scheme(self) -> list[tuple[Scheme, Scheme]]:
         """Pairs of schemes for keys and values, among them each that this recipe names."""

@@ -28,6 +28,7 @@ class LayerStore:
         self.quantizers = (keys, values)
         self.sinks = sinks
         self.window = window
+        self.ahead = [quantizer.scheme.tokens_ahead for quantizer in self.quantizers]
         # tokens leave the window by so many, being encoded together
         self.together = max(quantizer.scheme.tokens_together for quantizer in self.quantizers)
         self.reset()
@@ -94,14 +95,13 @@ class LayerStore:
     def _append(self, keys: Tensor, values: Tensor, skip: Tensor) -> None:
         """Encode what leaves the exact window, and keep the rest."""
         if self.window == 0 and self.together == 1:
-            self._encode(keys, values, skip)
-            return
+            return self._encode(keys, values, skip, keys.shape[2])
         if self.recent is not None and self.recent_skip is not None:
             keys, values = (torch.cat(pair, dim=2) for pair in zip(self.recent, (keys, values), strict=True))
             skip = torch.cat([self.recent_skip, skip], dim=1)
         leaving = max(keys.shape[2] - self.window, 0) // self.together * self.together
         if leaving:
-            self._encode(keys[:, :, :leaving], values[:, :, :leaving], skip[:, :leaving])
+            self._encode(keys, values, skip, leaving)
         self.recent = (keys[:, :, leaving:].clone(), values[:, :, leaving:].clone())
         self.recent_skip = skip[:, leaving:].clone()
 
@@ -130,9 +130,9 @@ class LayerStore:
         for held, numbers in zip(self.sink_numbers, (keys, values), strict=True):
             held[row, :, place] = numbers[row, :, token]
 
-    def _encode(self, keys: Tensor, values: Tensor, skip: Tensor) -> None:
-        """Quantise tokens tile by tile; every whole block is sealed, the rest becomes the tail."""
-        batch, heads, new, dim = keys.shape
+    def _encode(self, keys: Tensor, values: Tensor, skip: Tensor, new: int) -> None:
+        """Quantise the first `new` tokens tile by tile; every whole block is sealed, the rest becomes the tail."""
+        batch, heads, _, dim = keys.shape
         tile = max(TILE_NUMBERS // (batch * heads * dim) // BLOCK, 1) * BLOCK
         to_seal = ((self.tail[0].tokens if self.tail else 0) + new) // BLOCK
         page: Page | None = None
@@ -140,8 +140,8 @@ class LayerStore:
         while start < new:
             stop = min(start + tile - (self.tail[0].tokens if self.tail else 0), new)
             pair = tuple(
-                quantizer.encode(numbers[:, :, start:stop], skip[:, start:stop])
-                for quantizer, numbers in zip(self.quantizers, (keys, values), strict=True)
+                quantizer.encode(numbers[:, :, start : stop + ahead], skip[:, start : stop + ahead])
+                for quantizer, numbers, ahead in zip(self.quantizers, (keys, values), self.ahead, strict=True)
             )
             if self.tail:
                 pair = tuple(Encoded.cat([old, fresh]) for old, fresh in zip(self.tail, pair, strict=True))
