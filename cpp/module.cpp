@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "module_encode.h"
 #include "nearest.h"
 
 namespace nb = nanobind;
@@ -174,6 +175,7 @@ NB_MODULE(_kernels, module) {
                "Fill in the nearest point of each code and the squared distance to it; see codec/points.py.");
     module.def("moments", &add_moments, "numbers"_a, "found"_a, "sums"_a, "threads"_a,
                "Add the moments of all vectors to those of the level that each fell to; see codec/points.py.");
+    define_encode(module);
     nb::class_<HeldSide>(module, "Side", "The keys, or the values, of packed blocks: what all of them have in common.")
         .def("__init__", &make_side, nb::kw_only(), "bits"_a, "codes"_a, "numbers"_a, "channel_major"_a, "table"_a.none(),
              "fixed"_a, "scale"_a.none(), "zero"_a.none(), "ranges"_a, "exact"_a, "outlier"_a);

@@ -6,11 +6,7 @@
 #include <algorithm>
 #include <limits>
 
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
-#define FOR_EACH_INSTRUCTION_SET __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FOR_EACH_INSTRUCTION_SET
-#endif
+#include "clones.h"
 
 namespace narrowkv {
 namespace {

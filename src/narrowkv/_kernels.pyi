@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +11,39 @@ def nearest(numbers: Any, points: Any, found: Any, cost: Any, threads: int) -> N
 
 def moments(numbers: Any, found: Any, sums: Any, threads: int) -> None:
     """Add the moments of all vectors to those of the level that each fell to; see codec/points.py."""
+
+def all_finite(kind: int, data: int, shape: Sequence[int], strides: Sequence[int], threads: int) -> bool:
+    """Whether no number is NaN or infinite; see codec/compiled.py."""
+
+class Codec:
+    """What is the same for all tokens that a quantizer encodes; see codec/compiled.py."""
+
+    def __init__(
+        self,
+        *,
+        sharing: int,
+        group: int,
+        outliers: float,
+        boundaries: Tensor,
+        scale: Tensor | None,
+        zero: Tensor | None,
+        lower: Tensor | None,
+        upper: Tensor | None,
+    ) -> None: ...
+    def encode(
+        self,
+        kind: int,
+        data: int,
+        shape: Sequence[int],
+        strides: Sequence[int],
+        skip: int,
+        tokens: int,
+        first: int,
+        parts: Sequence[int],
+        outlier_room: int,
+        threads: int,
+    ) -> int:
+        """Write codes, ranges and outliers of new tokens to their room."""
 
 class Side:
     """The keys, or the values, of packed blocks: what all of them have in common."""

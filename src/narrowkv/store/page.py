@@ -172,6 +172,20 @@ class Page:
         self.keys = keys
         self.values = values
 
+    @classmethod
+    def allocate(
+        cls, quantizers: tuple[AnyQuantizer, AnyQuantizer], columns: int, keys: Encoded, values: Encoded, *, exactly: bool
+    ) -> "Page":
+        """Memory for `columns` times the blocks of keys and values, not yet written; for their outliers too, unless exactly as
+        many are to find room as come before the first `commit`.
+        """
+        sides, slots = [], columns * keys.codes.shape[0]
+        for quantizer, blocks in zip(quantizers, (keys, values), strict=True):
+            found = len(blocks.outlier_index) if blocks.outlier_index is not None else 0
+            outlier_room = 0 if exactly else (found + found // 8 + 1) * columns
+            sides.append(PackedSide.allocate(quantizer, slots, blocks, keys=blocks is keys, outlier_room=outlier_room))
+        return cls(slots, sides[0], sides[1])
+
     def __deepcopy__(self, memo: dict) -> "Page":
         """Blocks never change, so a copy shares them; neither may write into the free slots any more."""
         self.slots = self.used
