@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "encode.h"
+#include "pack.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -64,6 +65,14 @@ bool are_finite(int kind, uint64_t data, std::array<int64_t, 4> shape, std::arra
     return all_finite(numbers, threads);
 }
 
+void pack_plane(uint64_t codes, std::array<int64_t, 3> shape, std::array<int64_t, 3> strides, int bits, int shift, uint64_t packed,
+                int threads) {
+    const Packing problem{shape[0],   shape[1],   shape[2], strides[0], strides[1], strides[2], bits, shift, at<const uint8_t>(codes),
+                          at<uint8_t>(packed)};
+    nb::gil_scoped_release release;
+    pack(problem, threads);
+}
+
 }  // namespace
 
 void define_encode(nb::module_& module) {
@@ -74,6 +83,8 @@ void define_encode(nb::module_& module) {
              "outlier_room"_a, "threads"_a, "Write codes, ranges and outliers of new tokens to their room; see codec/compiled.py.");
     module.def("all_finite", &are_finite, "kind"_a, "data"_a, "shape"_a, "strides"_a, "threads"_a,
                "Whether no number is NaN or infinite.");
+    module.def("pack", &pack_plane, "codes"_a, "shape"_a, "strides"_a, "bits"_a, "shift"_a, "packed"_a, "threads"_a,
+               "Write one plane of codes; see codec/packing.py.");
 }
 
 }  // namespace narrowkv

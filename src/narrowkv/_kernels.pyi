@@ -15,6 +15,9 @@ def moments(numbers: Any, found: Any, sums: Any, threads: int) -> None:
 def all_finite(kind: int, data: int, shape: Sequence[int], strides: Sequence[int], threads: int) -> bool:
     """Whether no number is NaN or infinite; see codec/compiled.py."""
 
+def pack(codes: int, shape: Sequence[int], strides: Sequence[int], bits: int, shift: int, packed: int, threads: int) -> None:
+    """Write one plane of codes; see codec/packing.py."""
+
 class Codec:
     """What is the same for all tokens that a quantizer encodes; see codec/compiled.py."""
 

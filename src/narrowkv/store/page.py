@@ -34,9 +34,11 @@ def to_blocks(encoded: Encoded) -> Encoded:
     codes, ranges = cut(encoded.codes), {name: cut(part) for name, part in encoded.ranges.items()}
     if encoded.outlier_index is None or encoded.outlier_values is None:
         return Encoded(codes, ranges)
-    row, head, token, channel = torch.unravel_index(encoded.outlier_index, encoded.codes.shape)
-    block = token // BLOCK * batch + row
-    index, order = ravel((block, head, token % BLOCK, channel), codes.shape).sort()
+    index = encoded.outlier_index
+    if count > 1:
+        row, head, token, channel = torch.unravel_index(index, encoded.codes.shape)
+        index = ravel((token // BLOCK * batch + row, head, token % BLOCK, channel), codes.shape)
+    index, order = index.sort()
     return Encoded(codes, ranges, index, encoded.outlier_values[order])
 
 
