@@ -180,11 +180,13 @@ class LayerStore:
         """A page for `columns` columns, of which these are the first: one just large enough where many come at once,
         one with room to grow where they come singly.
         """
+        assert self.shape is not None
+        batch = self.shape[0]
         if columns > 1:
-            return Page.allocate(self.quantizers, columns, keys, values, exactly=True)
+            return Page.allocate(self.quantizers, columns * batch, keys, values, exactly=True)
         if not self.growing or not self.growing.fits(keys, values):
             room = max(len(self.columns) // GROWTH, 1)
-            self.growing = Page.allocate(self.quantizers, room, keys, values, exactly=room == 1)
+            self.growing = Page.allocate(self.quantizers, room * batch, keys, values, exactly=room == 1)
         return self.growing
 
     def tiles(self, stop: int | None = None, *, unsealed: bool = False) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -176,15 +176,15 @@ class Page:
 
     @classmethod
     def allocate(
-        cls, quantizers: tuple[AnyQuantizer, AnyQuantizer], columns: int, keys: Encoded, values: Encoded, *, exactly: bool
+        cls, quantizers: tuple[AnyQuantizer, AnyQuantizer], slots: int, keys: Encoded, values: Encoded, *, exactly: bool
     ) -> "Page":
-        """Memory for `columns` times the blocks of keys and values, not yet written; for their outliers too, unless exactly as
-        many are to find room as come before the first `commit`.
+        """Memory for `slots` blocks such as those of keys and values, not yet written; for about as many outliers as they have
+        too, unless exactly those are to find room that come before the first `commit`.
         """
-        sides, slots = [], columns * keys.codes.shape[0]
+        sides = []
         for quantizer, blocks in zip(quantizers, (keys, values), strict=True):
             found = len(blocks.outlier_index) if blocks.outlier_index is not None else 0
-            outlier_room = 0 if exactly else (found + found // 8 + 1) * columns
+            outlier_room = 0 if exactly else (found + found // 8 + 1) * slots // keys.codes.shape[0]
             sides.append(PackedSide.allocate(quantizer, slots, blocks, keys=blocks is keys, outlier_room=outlier_room))
         return cls(slots, sides[0], sides[1])
 
