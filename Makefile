@@ -4,9 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TOOLS := $(VENV)/.tools
+SANITIZED := build/sanitized
+KERNEL_TESTS := tests/attention/test_cpu.py tests/store/test_layer.py \
+  tests/codec/test_compiled.py tests/codec/test_packing.py tests/codec/test_points.py
 INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 
-.PHONY: demo test test-all lint fuzz format clean
+.PHONY: demo test test-all lint fuzz sanitize format clean
 
 $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard cpp/*)
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +36,17 @@ test-all: lint
 
 fuzz: $(TOOLS)
 	NARROWKV_FUZZ=100000 $(BIN)/python -m pytest tests/integrations/test_disk.py -k mutated
+
+# the package built with checks, in an environment that borrows everything else from .venv
+sanitize: $(TOOLS)
+	rm -rf $(SANITIZED)
+	$(PYTHON) -m venv --without-pip $(SANITIZED)
+	packages=$$($(SANITIZED)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $$packages \
+	  --config-settings=cmake.define.SANITIZE=ON --config-settings=cmake.build-type=RelWithDebInfo . && \
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$packages/beside.pth
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 \
+	  $(SANITIZED)/bin/python -m pytest -p no:cacheprovider $(KERNEL_TESTS)
 
 format: $(TOOLS)
 	$(BIN)/ruff check --fix .

@@ -1,4 +1,4 @@
-// float16 to float32, by the processor's own instruction where the file is compiled for it.
+// float16 to float32, by the processor's own instruction where the file is compiled for it, and back.
 
 #pragma once
 
@@ -27,6 +27,25 @@ inline float single_from_half(uint16_t bits) {
     return number;
 #endif
 }
+
+// Rounded to the nearest, of two to the even one; infinity where it does not fit. Not for NaN.
+inline uint16_t half_from_single(float number) {
+    uint32_t wide;
+    std::memcpy(&wide, &number, 4);
+    const uint32_t sign = wide >> 16 & 0x8000;
+    wide &= 0x7fffffff;
+    if (wide >= 0x47800000) return uint16_t(sign | 0x7c00);  // from 65536 on
+    if (wide < 0x38800000) {  // below 2^-14: the sum is rounded where the last bit of a subnormal stands
+        std::memcpy(&number, &wide, 4);
+        number += 0.5f;
+        std::memcpy(&wide, &number, 4);
+        return uint16_t(sign | (wide - 0x3f000000));
+    }
+    const uint32_t odd = wide >> 13 & 1;
+    return uint16_t(sign | (wide - 0x38000000 + 0xfff + odd) >> 13);
+}
+
+inline bool is_finite_half(uint16_t bits) { return (bits & 0x7c00) != 0x7c00; }
 
 }  // namespace
 }  // namespace narrowkv

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "module_encode.h"
 #include "nearest.h"
 
 namespace nb = nanobind;
@@ -28,23 +29,6 @@ using Heads = Array<const float, nb::ndim<4>>;
 template <typename T>
 const T* data_or_null(const std::optional<Array<const T>>& array) {
     return array ? array->data() : nullptr;
-}
-
-void find_nearest(Heads numbers, Heads points, Array<uint8_t, nb::ndim<4>> found, Array<float, nb::ndim<4>> cost, int threads) {
-    Nearest problem{};
-    problem.batch = int64_t(found.shape(0));
-    problem.heads = int64_t(points.shape(0));
-    problem.tokens = int64_t(found.shape(2));
-    problem.levels = int64_t(points.shape(1));
-    problem.count = int64_t(points.shape(2));
-    problem.codes = int64_t(points.shape(3));
-    problem.numbers = numbers.data();
-    problem.points = points.data();
-    problem.found = found.data();
-    problem.cost = cost.data();
-    problem.threads = threads;
-    nb::gil_scoped_release release;
-    nearest(problem);
 }
 
 void add_moments(Array<const float, nb::ndim<3>> numbers, Array<const uint8_t, nb::ndim<3>> found,
@@ -174,10 +158,9 @@ NB_MODULE(_kernels, module) {
     using namespace narrowkv;
     module.def("instruction_sets", &instruction_sets,
                "Names of the vector instruction sets of this processor that kernels can use, weakest first.");
-    module.def("nearest", &find_nearest, "numbers"_a, "points"_a, "found"_a, "cost"_a, "threads"_a,
-               "Fill in the nearest point of each code and the squared distance to it; see codec/points.py.");
     module.def("moments", &add_moments, "numbers"_a, "found"_a, "sums"_a, "threads"_a,
                "Add the moments of all vectors to those of the level that each fell to; see codec/points.py.");
+    define_encode(module);
     nb::class_<HeldSide>(module, "Side", "The keys, or the values, of packed blocks: what all of them have in common.")
         .def("__init__", &make_side, nb::kw_only(), "bits"_a, "codes"_a, "numbers"_a, "channel_major"_a, "table"_a.none(),
              "fixed"_a, "scale"_a.none(), "zero"_a.none(), "ranges"_a, "exact"_a, "outlier"_a, "words"_a.none(),

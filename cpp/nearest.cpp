@@ -4,13 +4,12 @@
 #include "nearest.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <limits>
+#include <vector>
 
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
-#define FOR_EACH_INSTRUCTION_SET __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FOR_EACH_INSTRUCTION_SET
-#endif
+#include "clones.h"
+#include "half.h"
 
 namespace narrowkv {
 namespace {
@@ -18,17 +17,17 @@ namespace {
 constexpr int64_t TOKENS = 4;  // that share a point
 constexpr int64_t LANES = 16;  // codes at a time
 
-// The best of all levels for TOKENS tokens and LANES codes that begin at numbers, points, found and cost.
-FOR_EACH_INSTRUCTION_SET void nearest_tile(const Nearest& problem, const float* numbers, const float* points, uint8_t* found,
-                                           float* cost) {
+// The best of all levels for `count` tokens and LANES codes that begin at numbers, points, found and cost.
+template <int64_t count>
+inline void nearest_lanes(const Nearest& problem, const float* numbers, const float* points, uint8_t* found, float* cost) {
     const int64_t codes = problem.codes, row = problem.count * codes;
-    float best[TOKENS][LANES];
-    int32_t level[TOKENS][LANES];
-    for (int64_t t = 0; t < TOKENS; ++t)
+    float best[count][LANES];
+    int32_t level[count][LANES];
+    for (int64_t t = 0; t < count; ++t)
         for (int64_t c = 0; c < LANES; ++c) best[t][c] = std::numeric_limits<float>::infinity(), level[t][c] = 0;
     for (int64_t l = 0; l < problem.levels; ++l) {
         const float* point = points + l * row;
-        for (int64_t t = 0; t < TOKENS; ++t) {
+        for (int64_t t = 0; t < count; ++t) {
             const float* number = numbers + t * row;
             for (int64_t c = 0; c < LANES; ++c) {
                 const float first = number[c] - point[c];
@@ -42,8 +41,18 @@ FOR_EACH_INSTRUCTION_SET void nearest_tile(const Nearest& problem, const float* 
             }
         }
     }
-    for (int64_t t = 0; t < TOKENS; ++t)
+    for (int64_t t = 0; t < count; ++t)
         for (int64_t c = 0; c < LANES; ++c) found[t * codes + c] = uint8_t(level[t][c]), cost[t * codes + c] = best[t][c];
+}
+
+FOR_EACH_INSTRUCTION_SET void nearest_tile(const Nearest& problem, const float* numbers, const float* points, uint8_t* found,
+                                           float* cost) {
+    nearest_lanes<TOKENS>(problem, numbers, points, found, cost);
+}
+
+FOR_EACH_INSTRUCTION_SET void nearest_token(const Nearest& problem, const float* numbers, const float* points, uint8_t* found,
+                                            float* cost) {
+    nearest_lanes<1>(problem, numbers, points, found, cost);
 }
 
 // The same for one token and one code.
@@ -64,6 +73,14 @@ void nearest_single(const Nearest& problem, const float* numbers, const float* p
     *cost = best;
 }
 
+// Sums of a row of a product with a matrix.
+FOR_EACH_INSTRUCTION_SET void add_turned(const float* numbers, const uint16_t* matrix, int64_t dim, double* sums) {
+    for (int64_t d = 0; d < dim; ++d) {
+        const double number = numbers[d];
+        for (int64_t c = 0; c < dim; ++c) sums[c] += number * double(single_from_half(matrix[d * dim + c]));
+    }
+}
+
 }  // namespace
 
 void nearest(const Nearest& problem) {
@@ -74,16 +91,31 @@ void nearest(const Nearest& problem) {
             const float* points = problem.points + sequence % problem.heads * problem.levels * row;
             const int64_t first = tile * TOKENS, last = std::min(first + TOKENS, problem.tokens);
             const int64_t place = sequence * problem.tokens + first;
-            const int64_t whole = last - first == TOKENS ? problem.codes / LANES * LANES : 0;
+            const int64_t whole = problem.codes / LANES * LANES;
             const float* numbers = problem.numbers + place * row;
             uint8_t* found = problem.found + place * problem.codes;
             float* cost = problem.cost + place * problem.codes;
-            for (int64_t c = 0; c < whole; c += LANES) nearest_tile(problem, numbers + c, points + c, found + c, cost + c);
-            for (int64_t t = 0; t < last - first; ++t)
+            const bool full = last - first == TOKENS;
+            for (int64_t c = 0; full && c < whole; c += LANES) nearest_tile(problem, numbers + c, points + c, found + c, cost + c);
+            for (int64_t t = 0; t < last - first; ++t) {
+                const float* number = numbers + t * row;
+                const int64_t at = t * problem.codes;
+                for (int64_t c = 0; !full && c < whole; c += LANES)
+                    nearest_token(problem, number + c, points + c, found + at + c, cost + at + c);
                 for (int64_t c = whole; c < problem.codes; ++c)
-                    nearest_single(problem, numbers + t * row + c, points + c, found + t * problem.codes + c,
-                                   cost + t * problem.codes + c);
+                    nearest_single(problem, number + c, points + c, found + at + c, cost + at + c);
+            }
         }
+    }
+}
+
+void turn(const Turn& problem) {
+    std::vector<double> sums(size_t(problem.dim));
+    for (int64_t row = 0; row < problem.batch * problem.heads * problem.tokens; ++row) {
+        const int64_t head = row / problem.tokens % problem.heads;
+        std::fill(sums.begin(), sums.end(), 0.0);
+        add_turned(problem.numbers + row * problem.dim, problem.matrices + head * problem.dim * problem.dim, problem.dim, sums.data());
+        for (int64_t c = 0; c < problem.dim; ++c) problem.turned[row * problem.dim + c] = float(sums[size_t(c)]);
     }
 }
 

@@ -19,6 +19,16 @@ struct Nearest {
 
 void nearest(const Nearest& problem);
 
+// turned = numbers @ matrices, summed in float64. numbers, turned: [batch, heads, tokens, dim]. matrices: [heads, dim, dim] float16.
+struct Turn {
+    int64_t batch, heads, tokens, dim;
+    const float* numbers;
+    const uint16_t* matrices;
+    float* turned;
+};
+
+void turn(const Turn& problem);
+
 // How many vectors of each code fell to each level, and sums of their numbers, squares and products: adds to sums [heads,
 // levels, moments, codes] float64, with moments 1, x, xx for one number and 1, x, y, xx, yy, xy for two. found is given.
 struct Moments {

@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -5,11 +6,50 @@ from torch import Tensor
 def instruction_sets() -> list[str]:
     """Names of the vector instruction sets of this processor that kernels can use, weakest first."""
 
-def nearest(numbers: Any, points: Any, found: Any, cost: Any, threads: int) -> None:
+def nearest(numbers: int, points: int, found: int, cost: int, shape: Sequence[int], threads: int) -> None:
     """Fill in the nearest point of each code and the squared distance to it; see codec/points.py."""
 
 def moments(numbers: Any, found: Any, sums: Any, threads: int) -> None:
     """Add the moments of all vectors to those of the level that each fell to; see codec/points.py."""
+
+def all_finite(kind: int, data: int, shape: Sequence[int], strides: Sequence[int], threads: int) -> bool:
+    """Whether no number is NaN or infinite; see codec/compiled.py."""
+
+def turn(numbers: int, matrices: int, turned: int, shape: Sequence[int]) -> None:
+    """Multiply each head by its matrix, summing in float64; see codec/points.py."""
+
+def pack(codes: int, shape: Sequence[int], strides: Sequence[int], bits: int, shift: int, packed: int, threads: int) -> None:
+    """Write one plane of codes; see codec/packing.py."""
+
+class Codec:
+    """What is the same for all tokens that a quantizer encodes; see codec/compiled.py."""
+
+    def __init__(
+        self,
+        *,
+        sharing: int,
+        group: int,
+        outliers: float,
+        boundaries: Tensor,
+        scale: Tensor | None,
+        zero: Tensor | None,
+        lower: Tensor | None,
+        upper: Tensor | None,
+    ) -> None: ...
+    def encode(
+        self,
+        kind: int,
+        data: int,
+        shape: Sequence[int],
+        strides: Sequence[int],
+        skip: int,
+        tokens: int,
+        first: int,
+        parts: Sequence[int],
+        outlier_room: int,
+        threads: int,
+    ) -> int:
+        """Write codes, ranges and outliers of new tokens to their room."""
 
 class Side:
     """The keys, or the values, of packed blocks: what all of them have in common."""

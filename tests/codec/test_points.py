@@ -136,3 +136,14 @@ def test_the_compiled_search_is_exactly_the_plain_one(levels, codes, numbers, ba
 def test_compiled_moments_are_the_plain_ones(codes, count):
     numbers, found = torch.randn(3, 70, codes * count), torch.randint(0, 8, (3, 70, codes), dtype=torch.uint8)
     torch.testing.assert_close(moments(numbers, found, 8, count), moments_naive(numbers, found, 8, count))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 80), (3, 2, 1, 16), (1, 8, 4, 128)], ids=str)
+@pytest.mark.parametrize("codebook", ["channel", "pair"])
+def test_few_tokens_get_the_codes_that_they_get_among_many(shape, codebook):
+    batch, heads, tokens, dim = shape
+    plan = scheme(codebook, 3, outliers=0.01, turn=True)
+    quantizer, many = PointQuantizer(plan, **tables(plan, heads, dim)), torch.randn(batch, heads, 64, dim)
+    found, expected = quantizer.encode(many[:, :, 7 : 7 + tokens]), quantizer.encode(many)
+    assert torch.equal(found.codes, expected.codes[:, :, 7 : 7 + tokens])
+    torch.testing.assert_close(quantizer.turned(many[:, :, :tokens]), quantizer.turned(many)[:, :, :tokens])

@@ -197,6 +197,22 @@ def test_nan_and_infinity_are_refused_and_leave_the_store_as_it_was(name, bad):
     assert all(torch.equal(*sides) for sides in zip(store.read(), before, strict=True))
 
 
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("window", [0, 8])
+@pytest.mark.parametrize("place", [0, 30, 150, 299])
+def test_numbers_that_do_not_fit_16_bits_leave_nothing_of_their_append_behind(side, window, place):
+    store, x = make_store("int3 sparse", window=window), torch.randn(1, 2, 100, 8)
+    store.append(x, x)
+    before, pair = store.read(), [torch.randn(1, 2, 320, 8) for _ in range(2)]
+    pair[side][0, 1, place] = torch.linspace(-1e6, 1e6, 8)
+    with pytest.raises(ActivationError, match="exceed the range"):
+        store.append(*pair)
+    assert store.length == 100
+    store.append(x, x)
+    for found, old in zip(store.read(), before, strict=True):
+        assert torch.equal(found[:, :, : 100 - window], old[:, :, : 100 - window])
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 def test_what_is_forgotten_frees_its_memory_and_the_rest_stays_as_it_is(name):
     keys, values = torch.randn(2, 2, 1000, 16), torch.randn(2, 2, 1000, 16)

@@ -111,8 +111,8 @@ def _angles(frequencies: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor,
     """Cosines and sines of multiples of the frequencies [pairs], from which those of all positions up to one are put together.
 
     Returns those of 0 to 31, [pairs, 2, 32], of 0 to 63, [64, 2, pairs], and of 0, 64, 128, ..., [n, 2, pairs], float32, and
-    those of 0 to 63 as words, [pairs, 2, 64, 2] int16: cosine twice, sine negated and not. Taken in float64: a position times a
-    frequency, rounded to float32 as models do, is off by as much as the position is large.
+    those of 0 to 63 as words, [pairs, 2, 64, 2] int16: cosine twice, sine negated and not. Taken in float64: a position times
+    a frequency, rounded to float32 as models do, is off by as much as the position is large.
     """
     known = _ANGLES.get(frequencies)
     if known is None or position // BLOCK >= len(known[2]):

@@ -25,8 +25,8 @@ SUPPORTED = {"avx512", "avx512vbmi", "avx512vnni"} <= set(_kernels.instruction_s
 
 @dataclass(frozen=True)
 class WordTables:
-    """table: codebooks, repeated to have 16 levels: int16 [..., levels], of pairs [..., levels, 2]; where values have codebooks
-        of channels or pairs, uint8 [..., numbers, 2, levels], the low bytes of all words, then the high ones.
+    """table: codebooks, repeated to have 16 levels: int16 [..., levels], of pairs [..., levels, 2]; where values have
+        codebooks of channels or pairs, uint8 [..., numbers, 2, levels], the low bytes of all words, then the high ones.
     unit: [kv_heads, head_dim] or [1] float32, what a word of 1 stands for. most: the largest word.
     """
 

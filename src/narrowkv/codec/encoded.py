@@ -1,4 +1,4 @@
-"""Encoded: quantised numbers before they are packed, the form in which a cache's open tail is held."""
+"""Encoded: quantised numbers before they are packed."""
 
 from dataclasses import dataclass, field
 
@@ -30,78 +30,29 @@ class Encoded:
         parts = (self.codes, *self.ranges.values(), self.outlier_index, self.outlier_values)
         return [part for part in parts if part is not None]
 
-    def _with(self, select, keep_outlier, move_outlier) -> "Encoded":
-        """Apply `select` to the dense parts; keep outliers by (row, head, token, channel) and move them alike."""
+    def first(self, tokens: int) -> "Encoded":
+        """A copy of the first tokens, whole groups of them, with outliers in ascending order, whatever theirs is here."""
 
-        def copy(part: Tensor) -> Tensor:  # never a view, which would keep all of the old storage
-            return select(part).clone(memory_format=torch.contiguous_format)
+        def cut(part: Tensor) -> Tensor:  # never a view, which would keep all of the old storage
+            return part[:, :, : tokens * part.shape[2] // self.tokens].clone(memory_format=torch.contiguous_format)
 
-        codes = copy(self.codes)
-        ranges = {name: copy(part) for name, part in self.ranges.items()}
+        codes, ranges = cut(self.codes), {name: cut(part) for name, part in self.ranges.items()}
         if self.outlier_index is None or self.outlier_values is None:
             return Encoded(codes, ranges)
         where = torch.unravel_index(self.outlier_index, self.codes.shape)
-        keep = keep_outlier(*where)
-        index = ravel(move_outlier(*(part[keep] for part in where)), codes.shape)
-        return Encoded(codes, ranges, index, self.outlier_values[keep])
+        keep = where[2] < tokens
+        index, order = ravel([part[keep] for part in where], codes.shape).sort()
+        return Encoded(codes, ranges, index, self.outlier_values[keep][order])
 
-    def slice(self, start: int, stop: int) -> "Encoded":
-        """The tokens from `start`, where a group of them begins, to before `stop`."""
-
-        def cut(part: Tensor) -> Tensor:
-            together = self.tokens // part.shape[2]
-            return part[:, :, start // together : -(-stop // together)]
-
-        return self._with(
-            cut,
-            lambda row, head, token, channel: (token >= start) & (token < stop),
-            lambda row, head, token, channel: (row, head, token - start, channel),
-        )
-
-    def padded(self, tokens: int) -> "Encoded":
-        """The same numbers, followed by tokens that mean nothing, `tokens` in all."""
-
-        def pad(part: Tensor) -> Tensor:
-            room = tokens * part.shape[2] // self.tokens
-            return torch.nn.functional.pad(part, (0, 0, 0, room - part.shape[2]))
-
-        whole, ranges = pad(self.codes), {name: pad(part) for name, part in self.ranges.items()}
-        if self.outlier_index is None:
-            return Encoded(whole, ranges)
-        index = ravel(torch.unravel_index(self.outlier_index, self.codes.shape), whole.shape)
-        return Encoded(whole, ranges, index, self.outlier_values)
-
-    def rows(self, index: Tensor) -> "Encoded":
-        """The batch rows named by `index` [rows] int64, in that order, repeats allowed."""
-        picked = [
-            self._with(
-                lambda part, row=row: part[row : row + 1],
-                lambda r, head, token, channel, row=row: r == row,
-                lambda r, head, token, channel: (torch.zeros_like(r), head, token, channel),
-            )
-            for row in index.tolist()
-        ]
-        return Encoded.cat(picked, dim=0)
-
-    @staticmethod
-    def cat(parts: list["Encoded"], dim: int = 2) -> "Encoded":
-        """Join along tokens (dim 2) or rows (dim 0)."""
-        if len(parts) == 1:
-            return parts[0]
-        codes = torch.cat([part.codes for part in parts], dim=dim)
-        ranges = {name: torch.cat([part.ranges[name] for part in parts], dim=dim) for name in parts[0].ranges}
-        if parts[0].outlier_index is None:
+    def rows(self, rows: Tensor) -> "Encoded":
+        """The batch rows named by `rows` [n] int64, in that order, repeats allowed; outliers of a row keep their order."""
+        codes, ranges = self.codes[rows], {name: part[rows] for name, part in self.ranges.items()}
+        if self.outlier_index is None or self.outlier_values is None:
             return Encoded(codes, ranges)
-        indices, values, offset = [], [], 0
-        for part in parts:
-            assert part.outlier_index is not None and part.outlier_values is not None
-            where = list(torch.unravel_index(part.outlier_index, part.codes.shape))
-            where[dim] = where[dim] + offset
-            offset += part.codes.shape[dim]
-            indices.append(ravel(where, codes.shape))
-            values.append(part.outlier_values)
-        index, order = torch.cat(indices).sort()
-        return Encoded(codes, ranges, index, torch.cat(values)[order])
+        size = self.codes[0].numel()
+        at = self.outlier_index // size
+        row, which = (at == rows[:, None]).nonzero(as_tuple=True)
+        return Encoded(codes, ranges, self.outlier_index[which] + (row - at[which]) * size, self.outlier_values[which])
 
 
 def ravel(where, shape) -> Tensor:

@@ -1,14 +1,17 @@
 """Pack small integers into bytes, as planes of 1, 2, 4 or 8 bits.
 
 A width is a sum of planes: 3 bits are a plane of 2 beside a plane of 1, so no code straddles a byte. Codes of 5 to 7 bits
-stand for pairs of numbers. Within a row of n
-codes, code i lies in byte `i % (n / per_byte)`, at bit `plane * (i // (n / per_byte))`: neighbouring codes lie in
-neighbouring bytes at the same shift, so a SIMD register of bytes yields neighbouring codes with one shift and one mask.
+stand for pairs of numbers. Within a row of n codes, code i lies in byte `i % (n / per_byte)`, at bit
+`plane * (i // (n / per_byte))`: neighbouring codes lie in neighbouring bytes at the same shift, so a SIMD register
+of bytes yields neighbouring codes with one shift and one mask.
 """
 
 import torch
 from torch import Tensor
 
+from narrowkv import _kernels
+
+FEW = 2**17  # codes that are not worth a second thread
 PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 
 
@@ -21,8 +24,25 @@ def pack(codes: Tensor, bits: int) -> list[Tensor]:
     """Pack the last dimension of codes.
 
     codes: [..., n] uint8, each below 2**bits, n a multiple of 8. Returns one tensor per plane, lowest bits first:
-    [..., n * plane / 8] uint8.
+    [..., n * plane / 8] uint8. Compiled for the CPU, `pack_naive` elsewhere.
     """
+    if not codes.is_cpu:
+        return pack_naive(codes, bits)
+    matrices = codes.flatten(0, -3) if codes.dim() > 2 else codes.reshape(1, -1, codes.shape[-1])
+    if 1 not in matrices.stride()[1:]:
+        matrices = matrices.contiguous()
+    threads = 1 if codes.numel() < FEW else torch.get_num_threads()
+    planes, shift = [], 0
+    for plane in PLANES[bits]:
+        packed = torch.empty(*codes.shape[:-1], plane_bytes(codes.shape[-1], plane), dtype=torch.uint8)
+        _kernels.pack(matrices.data_ptr(), matrices.shape, matrices.stride(), plane, shift, packed.data_ptr(), threads)
+        planes.append(packed)
+        shift += plane
+    return planes
+
+
+def pack_naive(codes: Tensor, bits: int) -> list[Tensor]:
+    """The same in plain torch."""
     planes, shift = [], 0
     for plane in PLANES[bits]:
         part = ((codes >> shift) & (2**plane - 1)).unflatten(-1, (8 // plane, -1))

@@ -4,6 +4,7 @@ A code names the point of its channel's, or its pair's, codebook that lies neare
 coupling: CQ (arXiv 2405.03917); of weights by the Fisher information: KVQuant, section 3.3.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from narrowkv.codec.tables import Tables
 from narrowkv.errors import RecipeError
 
 LANES = 16  # codes that the compiled search takes at a time
+FEW = 4  # tokens, for which a matrix product, or a second thread, is not worth the start
 
 
 def to_vectors(numbers: Tensor, count: int) -> Tensor:
@@ -103,9 +105,16 @@ class PointQuantizer(Tables):
         return self._nearest(self.turned(x))
 
     def _nearest(self, turned: Tensor) -> tuple[Tensor, Tensor]:
+        unit, points = self._search
+        return (search if points.is_cpu else nearest_naive)(turned.detach() * unit, points)
+
+    @functools.cached_property
+    def _search(self) -> tuple[Tensor, Tensor]:
+        """What numbers are multiplied by, [kv_heads, 1, head_dim], and points so multiplied; on a CPU as of `laid_out`."""
         assert self.points is not None and self.weight is not None
         unit = self.weight.sqrt()
-        return nearest(turned * from_vectors(unit)[:, None], self.points.float() * unit[:, :, None])
+        points = self.points.float() * unit[:, :, None]
+        return from_vectors(unit)[:, None].contiguous(), laid_out(points) if points.is_cpu else points
 
     def turned(self, x: Tensor) -> Tensor:
         """Numbers as the codebooks see them: [batch, kv_heads, tokens, head_dim] float32.
@@ -113,7 +122,14 @@ class PointQuantizer(Tables):
         Multiplied in float64: in float32 the last bit, and with it now and then a code, would depend on how many tokens come
         at once.
         """
-        return x.float() if self.turn is None else (x.double() @ self.turn.double()).float()
+        if self.turn is None:
+            return x.float()
+        if not x.is_cpu or x.shape[0] * x.shape[2] > FEW:
+            return (x.double() @ self.turn.double()).float()
+        numbers, matrices = x.float().contiguous(), self.turn.contiguous()
+        turned = torch.empty_like(numbers)
+        _kernels.turn(numbers.data_ptr(), matrices.data_ptr(), turned.data_ptr(), turned.shape)
+        return turned
 
 
 def nearest(numbers: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,16 +138,28 @@ def nearest(numbers: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     numbers: [batch, kv_heads, tokens, head_dim] float32. points: [kv_heads, codes, levels, numbers] float32. Returns
     [batch, kv_heads, tokens, codes] uint8 and float32. The first of several points as near is taken.
     """
-    if not numbers.is_cpu:
-        return nearest_naive(numbers, points)
-    count, missing = points.shape[1], -points.shape[1] % LANES
-    parts, table = numbers.detach().unflatten(3, (-1, count)), points.permute(0, 2, 3, 1)
-    if missing:
-        parts, table = (torch.nn.functional.pad(part, (0, missing)) for part in (parts, table))
-    codes = torch.empty(*numbers.shape[:3], count + missing, dtype=torch.uint8)
-    cost = torch.empty_like(codes, dtype=torch.float32)
-    _kernels.nearest(parts.flatten(3).contiguous(), table.contiguous(), codes, cost, torch.get_num_threads())
-    return codes[..., :count].contiguous(), cost[..., :count].contiguous()
+    return search(numbers, laid_out(points)) if numbers.is_cpu else nearest_naive(numbers, points)
+
+
+def laid_out(points: Tensor) -> Tensor:
+    """Points as compiled code reads them: [kv_heads, levels, numbers, codes], filled up to whole registers of codes."""
+    missing = -points.shape[1] % LANES
+    return torch.nn.functional.pad(points.permute(0, 2, 3, 1), (0, missing)).contiguous()
+
+
+def search(numbers: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """`nearest` on a CPU; table: from `laid_out`."""
+    (batch, heads, tokens, dim), (_, levels, count, codes) = numbers.shape, table.shape
+    used = dim // count
+    if codes > used:
+        numbers = torch.nn.functional.pad(numbers.unflatten(3, (count, used)), (0, codes - used))
+    numbers = numbers.contiguous()
+    found = torch.empty(batch, heads, tokens, codes, dtype=torch.uint8)
+    cost = torch.empty(found.shape)
+    shape = (batch, heads, tokens, levels, count, codes)
+    threads = 1 if batch * tokens <= FEW else torch.get_num_threads()
+    _kernels.nearest(numbers.data_ptr(), table.data_ptr(), found.data_ptr(), cost.data_ptr(), shape, threads)
+    return found[..., :used].contiguous(), cost[..., :used].contiguous()
 
 
 def nearest_naive(numbers: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:

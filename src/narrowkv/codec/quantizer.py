@@ -3,6 +3,7 @@
 Every method decodes as x = codebook[code] * scale + zero, except outliers, which are exact.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 
 from narrowkv.codec import datatypes, hadamard
+from narrowkv.codec.compiled import Encoder
 from narrowkv.codec.encoded import Encoded
-from narrowkv.codec.ranges import online_range, spread, to_16_bits, to_scale_zero
+from narrowkv.codec.ranges import online_range, outliers_per_tail, spread, to_16_bits, to_scale_zero
+from narrowkv.codec.room import Room
 from narrowkv.codec.scheme import Scheme
 from narrowkv.codec.tables import Tables
 from narrowkv.errors import RecipeError
@@ -21,6 +24,7 @@ LEVELS: dict[str, Callable[[int], Tensor]] = {
     "nf": datatypes.normal_float,
     "fp": datatypes.floating_point,
 }
+MOST_BOUNDARIES = 15  # that a loop over them takes less time than a search
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,21 @@ class Quantizer(Tables):
         bool, tokens whose numbers are never read from the codes (padding, attention sinks): no outliers are spent on them.
         Raises ActivationError where a range or an outlier does not fit 16 bits.
         """
+        if x.is_cpu and self._encoder is not None:
+            batch, heads, tokens, dim = x.shape
+            room = Room(self.scheme, batch, heads, tokens, dim, like=x)
+            held = self._encoder.write(room, 0, x, skip)
+            if held is not None:
+                room.outliers = held
+                return room.encoded()
+        return self.encode_naive(x, skip)
+
+    def encode_into(self, room: Room, first: int, x: Tensor, skip: Tensor | None = None) -> int:
+        held = self._encoder.write(room, first, x, skip) if x.is_cpu and self._encoder is not None else None
+        return super().encode_into(room, first, x, skip) if held is None else held
+
+    def encode_naive(self, x: Tensor, skip: Tensor | None = None) -> Encoded:
+        """The same in plain torch, exactly."""
         if self.scheme.datatype == "exact":
             return Encoded(x.clone(memory_format=torch.contiguous_format))
         assert self.boundaries is not None
@@ -100,6 +119,17 @@ class Quantizer(Tables):
                 outside &= within_cap(distance, outside, self.scheme.outlier_cap)
             keep_outliers(encoded, numbers.flatten(), outside, skip, x.dtype)
         return encoded
+
+    @functools.cached_property
+    def _encoder(self) -> Encoder | None:
+        """The compiled form of `encode`, or None where it does not do what the scheme asks for."""
+        scheme = self.scheme
+        by_matrix = scheme.outliers > 0 and scheme.outlier_scope == "matrix"
+        selected = scheme.axis == "channel" and outliers_per_tail(scheme.group or 0, scheme.outliers) > 0
+        special = scheme.hadamard or scheme.smooth or scheme.symmetric or scheme.outlier_cap is not None
+        if self.boundaries is None or len(self.boundaries) > MOST_BOUNDARIES or by_matrix or selected or special:
+            return None
+        return Encoder(scheme, self.boundaries, self.scale, self.zero, self.lower, self.upper)
 
     def normalise(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Numbers as a codebook sees them, outside [-1, 1] where they are outliers, and the scale they were divided by.
@@ -199,7 +229,7 @@ def _normalise(numbers: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 def _count_below(x: Tensor, boundaries: Tensor) -> Tensor:
     """How many boundaries lie below each number, as uint8: `torch.bucketize`, several times as fast for few boundaries."""
-    if len(boundaries) > 15:
+    if len(boundaries) > MOST_BOUNDARIES:
         return torch.bucketize(x, boundaries, out_int32=True).to(torch.uint8)
     codes = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
     for boundary in boundaries:

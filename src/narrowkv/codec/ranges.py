@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from narrowkv.codec import compiled
 from narrowkv.codec.scheme import Axis
 from narrowkv.errors import ActivationError
 
@@ -63,7 +64,11 @@ def to_scale_zero(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
 
 def require_finite(x: Tensor, what: str) -> None:
     """Raise ActivationError if any number is NaN or infinite; one pass, since both ends show either."""
-    if x.numel() and not torch.stack(torch.aminmax(x)).isfinite().all():
+    if x.is_cpu and x.dim() == 4 and x.dtype in compiled.KINDS:
+        finite = compiled.all_finite(x)
+    else:
+        finite = x.numel() == 0 or bool(torch.stack(torch.aminmax(x)).isfinite().all())
+    if not finite:
         raise ActivationError(
             f"{what} contain NaN or infinity; check the model's weights and dtype (float16 overflows, bfloat16 does not)."
         )

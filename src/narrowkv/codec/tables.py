@@ -6,6 +6,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from narrowkv.codec.encoded import Encoded
+from narrowkv.codec.room import Room
 from narrowkv.codec.scheme import Scheme
 
 
@@ -28,6 +30,18 @@ class Tables:
     def shapes(self) -> set[tuple[int, ...]]:
         """kv_heads and head_dim, as tables of channels have them; (1, 1) of a table for all."""
         return set()
+
+    def encode(self, x: Tensor, skip: Tensor | None = None) -> Encoded:
+        """Quantise numbers, once and for all; see `Quantizer.encode`."""
+        raise NotImplementedError
+
+    def encode_into(self, room: Room, first: int, x: Tensor, skip: Tensor | None = None) -> int:
+        """The same, written to room from the token `first` on.
+
+        Returns how many outliers the room then holds, and lets the caller count them (`Room.outliers`), so that a step that
+        fails leaves nothing behind.
+        """
+        return room.put(first, self.encode(x, skip))
 
     def to(self, device: torch.device) -> Self:
         """The same quantizer with its tables on `device`."""

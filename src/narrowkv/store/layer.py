@@ -9,8 +9,11 @@ from torch import Tensor
 
 from narrowkv.codec import AnyQuantizer, Encoded
 from narrowkv.codec.ranges import require_finite
-from narrowkv.errors import CacheUseError
-from narrowkv.store.page import BLOCK, Column, PackedSide, Page, from_blocks, move_together, to_blocks
+from narrowkv.errors import ActivationError, CacheUseError
+from narrowkv.store.page import BLOCK, Column, Page, from_blocks, move_together, to_blocks
+from narrowkv.store.sinks import Places, find_sinks, put_sinks
+from narrowkv.store.tail import Numbers, Tail
+from narrowkv.store.window import Window
 
 TILE_NUMBERS = 2**19  # numbers encoded or decoded at a time, which bounds the memory of intermediate results
 GROWTH = 16  # while decoding, a new page holds one more sixteenth of what is stored
@@ -39,19 +42,22 @@ class LayerStore:
         self.sealed = 0  # tokens in columns
         self.first = 0  # tokens forgotten, all of them before those held
         self.growing: Page | None = None  # the page with free slots for blocks that come singly
-        self.tail: tuple[Encoded, Encoded] | None = None
-        self.recent: tuple[Tensor, Tensor] | None = None  # [batch, kv_heads, up to window, head_dim] each
-        self.recent_skip: Tensor | None = None
+        self.tail: Tail | None = None
+        self.recent = Window(self.window + self.together - 1)
         self.sink_numbers: tuple[Tensor, Tensor] | None = None  # [batch, kv_heads, sinks, head_dim] each
         self.sink_index: Tensor | None = None  # [batch, sinks] int64 token index, -1 where not yet seen
+        self.sinks_found = self.sinks == 0  # whether all are known to have been seen
         self.shape: tuple[int, int, int] | None = None  # batch, kv_heads, head_dim
 
     @property
     def length(self) -> int:
         """Tokens of the sequence so far, padding and forgotten ones included."""
-        tail = self.tail[0].tokens if self.tail else 0
-        recent = self.recent[0].shape[2] if self.recent else 0
-        return self.first + self.sealed + tail + recent
+        return self.first + self.packed + self.recent.tokens
+
+    @property
+    def packed(self) -> int:
+        """Tokens held that are encoded."""
+        return self.sealed + (self.tail.tokens if self.tail else 0)
 
     def parts(self) -> dict[str, list[Tensor]]:
         """All tensors that are held, each once, by what they are for."""
@@ -61,8 +67,8 @@ class LayerStore:
             "codes": [plane for side in sides for plane in side.planes],
             "scales": [part for side in sides for part in side.ranges.values()],
             "outliers": [part for side in sides for part in side.outliers()],
-            "tail": [tensor for part in self.tail or () for tensor in part.tensors()],
-            "window": [*(self.recent or ()), *([] if self.recent_skip is None else [self.recent_skip])],
+            "tail": self.tail.tensors() if self.tail else [],
+            "window": self.recent.tensors(),
             "sinks": [*(self.sink_numbers or ()), *([] if self.sink_index is None else [self.sink_index])],
             "slots": [column.slots for column in self.columns],
         }
@@ -85,38 +91,31 @@ class LayerStore:
             )
         for numbers in (keys, values):  # before anything is stored, so that a refusal leaves all as it was
             require_finite(numbers, "Keys or values")
-        skip = torch.zeros(shape[0], keys.shape[2], dtype=torch.bool, device=keys.device) if valid is None else ~valid
-        sinks = self._find_sinks(skip)
+        skip = None if valid is None else ~valid
+        sinks = None
+        if not self.sinks_found:
+            skip = keys.new_zeros(shape[0], keys.shape[2], dtype=torch.bool) if skip is None else skip
+            sinks = self._find_sinks(skip)
         before, self.shape = self.length, shape
         self._append(keys, values, skip)
         if sinks is not None:
             self._take_sinks(keys, values, before, *sinks)
 
-    def _append(self, keys: Tensor, values: Tensor, skip: Tensor) -> None:
+    def _append(self, keys: Tensor, values: Tensor, skip: Tensor | None) -> None:
         """Encode what leaves the exact window, and keep the rest."""
         if self.window == 0 and self.together == 1:
             return self._encode(keys, values, skip, keys.shape[2])
-        if self.recent is not None and self.recent_skip is not None:
-            keys, values = (torch.cat(pair, dim=2) for pair in zip(self.recent, (keys, values), strict=True))
-            skip = torch.cat([self.recent_skip, skip], dim=1)
-        leaving = max(keys.shape[2] - self.window, 0) // self.together * self.together
+        leaving = max(self.recent.tokens + keys.shape[2] - self.window, 0) // self.together * self.together
         if leaving:
-            self._encode(keys, values, skip, leaving)
-        self.recent = (keys[:, :, leaving:].clone(), values[:, :, leaving:].clone())
-        self.recent_skip = skip[:, leaving:].clone()
+            self._encode(*self.recent.oldest(leaving + max(self.ahead), keys, values, skip), leaving)
+        self.recent.shift(leaving, keys, values, skip)
 
-    def _find_sinks(self, skip: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Row, token and place of the first real tokens of each sequence, which are then skipped too, being kept exact.
-
-        skip: [batch, new] bool, padding; changed in place.
-        """
-        if self.sinks == 0 or (self.sink_index is not None and bool((self.sink_index[:, -1] >= 0).all())):
+    def _find_sinks(self, skip: Tensor) -> Places | None:
+        """The sinks among new tokens, as `find_sinks`; None once all were seen."""
+        if self.sink_index is not None and bool((self.sink_index[:, -1] >= 0).all()):
+            self.sinks_found = True
             return None
-        have = skip.new_zeros(len(skip), dtype=torch.int64) if self.sink_index is None else (self.sink_index >= 0).sum(1)
-        rank = have[:, None] + (~skip).cumsum(1) - 1  # of each real token within its sequence
-        row, token = ((rank < self.sinks) & ~skip & (have < self.sinks)[:, None]).nonzero(as_tuple=True)
-        skip[row, token] = True
-        return row, token, rank[row, token]
+        return find_sinks(skip, self.sink_index, self.sinks)
 
     def _take_sinks(self, keys: Tensor, values: Tensor, before: int, row: Tensor, token: Tensor, place: Tensor) -> None:
         """Keep the sinks among new tokens, which follow `before` others."""
@@ -130,63 +129,65 @@ class LayerStore:
         for held, numbers in zip(self.sink_numbers, (keys, values), strict=True):
             held[row, :, place] = numbers[row, :, token]
 
-    def _encode(self, keys: Tensor, values: Tensor, skip: Tensor, new: int) -> None:
-        """Quantise the first `new` tokens tile by tile; every whole block is sealed, the rest becomes the tail."""
+    def _encode(self, keys: Tensor, values: Tensor, skip: Tensor | None, new: int) -> None:
+        """Quantise the first `new` tokens; whole blocks are sealed, the rest is the tail. A refusal leaves none behind."""
+        before = self.packed
+        try:
+            self._encode_pieces(keys, values, skip, new)
+        except ActivationError:
+            self._drop(self.packed - before)
+            raise
+
+    def _encode_pieces(self, keys: Tensor, values: Tensor, skip: Tensor | None, new: int) -> None:
+        """First what fills the tail, then whole blocks tile by tile, then a new tail."""
         batch, heads, _, dim = keys.shape
         tile = max(TILE_NUMBERS // (batch * heads * dim) // BLOCK, 1) * BLOCK
-        to_seal = ((self.tail[0].tokens if self.tail else 0) + new) // BLOCK
+        to_seal = ((self.tail.tokens if self.tail else 0) + new) // BLOCK
         page: Page | None = None
         start = 0
-        while start < new:
-            stop = min(start + tile - (self.tail[0].tokens if self.tail else 0), new)
-            pair = tuple(
-                quantizer.encode(numbers[:, :, start : stop + ahead], skip[:, start : stop + ahead])
-                for quantizer, numbers, ahead in zip(self.quantizers, (keys, values), self.ahead, strict=True)
-            )
-            if self.tail:
-                pair = tuple(Encoded.cat([old, fresh]) for old, fresh in zip(self.tail, pair, strict=True))
-            whole = pair[0].tokens // BLOCK * BLOCK
-            if whole:
-                blocks = [to_blocks(part.slice(0, whole)) for part in pair]
-                page = page or self._page(to_seal, blocks[0], blocks[1])
-                slots = torch.tensor(page.put(blocks[0], blocks[1])).view(-1, batch)
-                self.columns += [Column(page, column.clone(), BLOCK) for column in slots]
-                self.sealed += whole
-            rest = [part.slice(whole, part.tokens) for part in pair] if whole else pair
-            self.tail = (rest[0], rest[1]) if rest[0].tokens else None
-            start = stop
-        if page:
-            page.commit()
+        try:
+            while start < new:
+                held, left = self.tail.tokens if self.tail else 0, new - start
+                whole = 0 if held else min(tile, left // BLOCK * BLOCK)
+                stop = start + (whole or min(BLOCK - held, left))
+                parts = [_cut(part, skip, start, stop + more) for part, more in zip((keys, values), self.ahead, strict=True)]
+                if whole:
+                    first, second = self.quantizers
+                    pair = (first.encode(*parts[0]), second.encode(*parts[1]))
+                    page = self._seal(pair, page, to_seal)
+                else:
+                    self.tail = self.tail or Tail(self.quantizers, keys, values)
+                    self.tail.append(parts[0], parts[1], stop - start)
+                    if self.tail.tokens == BLOCK:
+                        page = self._seal(self.tail.block(), page, to_seal)
+                        self.tail = None
+                start = stop
+        finally:
+            if page:
+                page.commit()
 
-    def _seal_tail(self, count: int) -> None:
-        """Make a block of the tail, of which only the first `count` tokens count: a group cannot be cut."""
-        assert self.tail is not None and self.shape is not None
-        blocks = [to_blocks(part.padded(BLOCK)) for part in self.tail]
-        page = self._page(1, blocks[0], blocks[1])
-        slots = torch.tensor(page.put(blocks[0], blocks[1]))
-        page.commit()
-        self.columns.append(Column(page, slots, count))
-        self.sealed += count
+    def _seal(self, pair: tuple[Encoded, Encoded], page: Page | None, columns: int, count: int = BLOCK) -> Page:
+        """Pack whole blocks, of which the first `count` tokens count, into `page`; without one, into one for `columns`."""
+        assert self.shape is not None
+        keys, values = (to_blocks(part) for part in pair)
+        page = page or self._page(columns, keys, values)
+        slots = torch.tensor(page.put(keys, values)).view(-1, self.shape[0])
+        self.columns += [Column(page, column.clone(), count) for column in slots]
+        self.sealed += count * len(slots)
+        return page
 
     def _page(self, columns: int, keys: Encoded, values: Encoded) -> Page:
         """A page for `columns` columns, of which these are the first: one just large enough where many come at once,
         one with room to grow where they come singly.
         """
         assert self.shape is not None
-        batch, room = self.shape[0], columns
-        if columns == 1:
-            if self.growing and self.growing.fits(keys, values):
-                return self.growing
+        batch = self.shape[0]
+        if columns > 1:
+            return Page.allocate(self.quantizers, columns * batch, keys, values, exactly=True)
+        if not self.growing or not self.growing.fits(keys, values):
             room = max(len(self.columns) // GROWTH, 1)
-        sides = []
-        for quantizer, blocks in zip(self.quantizers, (keys, values), strict=True):
-            found = len(blocks.outlier_index) if blocks.outlier_index is not None else 0
-            outlier_room = 0 if room == columns else (found + found // 8 + 1) * room
-            sides.append(PackedSide.allocate(quantizer, room * batch, blocks, keys=blocks is keys, outlier_room=outlier_room))
-        page = Page(room * batch, sides[0], sides[1])
-        if columns == 1:
-            self.growing = page
-        return page
+            self.growing = Page.allocate(self.quantizers, room * batch, keys, values, exactly=room == 1)
+        return self.growing
 
     def tiles(self, stop: int | None = None, *, unsealed: bool = False) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Decode the tokens held before `stop` (all by default), or of those the `unsealed` alone, piece by piece.
@@ -201,7 +202,8 @@ class LayerStore:
             if count <= 0:
                 return
             keys, values = (part[:, :, :count] for part in pair)
-            self._put_sinks(start, keys, values)
+            if self.sink_index is not None and self.sink_numbers is not None:
+                put_sinks(start, (keys, values), self.sink_index, self.sink_numbers)
             yield start, keys, values
             start += count
 
@@ -226,18 +228,9 @@ class LayerStore:
             start += tokens
             i += len(run)
         if self.tail:
-            yield tuple(q.decode(part).clone() for q, part in zip(self.quantizers, self.tail, strict=True))
-        if self.recent:
-            yield tuple(part.clone() for part in self.recent)
-
-    def _put_sinks(self, start: int, keys: Tensor, values: Tensor) -> None:
-        if self.sink_index is None or self.sink_numbers is None:
-            return
-        inside = (self.sink_index >= start) & (self.sink_index < start + keys.shape[2])
-        row, place = inside.nonzero(as_tuple=True)
-        token = self.sink_index[row, place] - start
-        for numbers, held in zip((keys, values), self.sink_numbers, strict=True):
-            numbers[row, :, token] = held[row, :, place].to(numbers.dtype)
+            yield self.tail.decode()
+        if self.recent.tokens:
+            yield tuple(part.clone() for part in self.recent.held()[:2])
 
     def read(self, stop: int | None = None) -> tuple[Tensor, Tensor]:
         """The tokens held before `stop`, decoded at once: keys, values [batch, kv_heads, stop - first, head_dim]."""
@@ -252,14 +245,11 @@ class LayerStore:
         rows = rows.cpu()
         self.columns = [replace(column, slots=column.slots[rows]) for column in self.columns]
         if self.tail:
-            self.tail = (self.tail[0].rows(rows), self.tail[1].rows(rows))
-        if self.recent:
-            self.recent = (self.recent[0][rows], self.recent[1][rows])
-        if self.sink_numbers:
+            self.tail.select(rows)
+        self.recent.select(rows)
+        if self.sink_numbers is not None and self.sink_index is not None:
             self.sink_numbers = (self.sink_numbers[0][rows], self.sink_numbers[1][rows])
-        self.sink_index, self.recent_skip = (
-            None if part is None else part[rows] for part in (self.sink_index, self.recent_skip)
-        )
+            self.sink_index = self.sink_index[rows]
         if self.shape:
             self.shape = (len(rows), *self.shape[1:])
 
@@ -296,18 +286,23 @@ class LayerStore:
         if length == 0 and self.first:
             return self.reset()
         drop = max(self.length - length, 0)
-        if self.recent and self.recent_skip is not None:
-            keep = max(self.recent[0].shape[2] - drop, 0)
-            drop -= self.recent[0].shape[2] - keep
-            self.recent = (self.recent[0][:, :, :keep].clone(), self.recent[1][:, :, :keep].clone())
-            self.recent_skip = self.recent_skip[:, :keep].clone()
+        exact = min(drop, self.recent.tokens)
+        self.recent.crop(self.recent.tokens - exact)
+        self._drop(drop - exact)
+        if self.sink_index is not None:
+            self.sink_index[self.sink_index >= length] = -1
+            self.sinks_found = False
+
+    def _drop(self, drop: int) -> None:
+        """Drop so many of the newest encoded tokens."""
         if self.tail and drop:
-            keep = max(self.tail[0].tokens - drop, 0)
-            drop -= self.tail[0].tokens - keep
-            if keep % self.together:
-                self._seal_tail(keep)
-                keep = 0
-            self.tail = (self.tail[0].slice(0, keep), self.tail[1].slice(0, keep)) if keep else None
+            keep = max(self.tail.tokens - drop, 0)
+            drop -= self.tail.tokens - keep
+            self.tail.crop(keep)
+            if keep % self.together:  # a group cannot be cut, but a block may count fewer tokens
+                self._seal(self.tail.block(), None, 1, keep).commit()
+            if keep % self.together or not keep:
+                self.tail = None
         while drop and self.columns:
             last = self.columns.pop()
             taken = min(last.count, drop)
@@ -315,5 +310,8 @@ class LayerStore:
             drop -= taken
             if taken < last.count:
                 self.columns.append(replace(last, count=last.count - taken))
-        if self.sink_index is not None:
-            self.sink_index[self.sink_index >= length] = -1
+
+
+def _cut(x: Tensor, skip: Tensor | None, start: int, stop: int) -> Numbers:
+    """The tokens from `start` to before `stop`."""
+    return x[:, :, start:stop], None if skip is None else skip[:, start:stop]

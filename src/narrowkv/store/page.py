@@ -34,9 +34,11 @@ def to_blocks(encoded: Encoded) -> Encoded:
     codes, ranges = cut(encoded.codes), {name: cut(part) for name, part in encoded.ranges.items()}
     if encoded.outlier_index is None or encoded.outlier_values is None:
         return Encoded(codes, ranges)
-    row, head, token, channel = torch.unravel_index(encoded.outlier_index, encoded.codes.shape)
-    block = token // BLOCK * batch + row
-    index, order = ravel((block, head, token % BLOCK, channel), codes.shape).sort()
+    index = encoded.outlier_index
+    if count > 1:
+        row, head, token, channel = torch.unravel_index(index, encoded.codes.shape)
+        index = ravel((token // BLOCK * batch + row, head, token % BLOCK, channel), codes.shape)
+    index, order = index.sort()
     return Encoded(codes, ranges, index, encoded.outlier_values[order])
 
 
@@ -171,6 +173,20 @@ class Page:
         self.used = 0
         self.keys = keys
         self.values = values
+
+    @classmethod
+    def allocate(
+        cls, quantizers: tuple[AnyQuantizer, AnyQuantizer], slots: int, keys: Encoded, values: Encoded, *, exactly: bool
+    ) -> "Page":
+        """Memory for `slots` blocks such as those of keys and values, not yet written; for about as many outliers as they have
+        too, unless exactly those are to find room that come before the first `commit`.
+        """
+        sides = []
+        for quantizer, blocks in zip(quantizers, (keys, values), strict=True):
+            found = len(blocks.outlier_index) if blocks.outlier_index is not None else 0
+            outlier_room = 0 if exactly else (found + found // 8 + 1) * slots // keys.codes.shape[0]
+            sides.append(PackedSide.allocate(quantizer, slots, blocks, keys=blocks is keys, outlier_room=outlier_room))
+        return cls(slots, sides[0], sides[1])
 
     def __deepcopy__(self, memo: dict) -> "Page":
         """Blocks never change, so a copy shares them; neither may write into the free slots any more."""

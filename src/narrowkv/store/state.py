@@ -8,6 +8,7 @@ from narrowkv.codec.packing import PLANES, plane_bytes
 from narrowkv.errors import FileFormatError
 from narrowkv.store.layer import LayerStore
 from narrowkv.store.page import BLOCK, Column, PackedSide, Page, gather, is_channel_major
+from narrowkv.store.tail import Tail
 
 SIDES = ("keys", "values")
 ENCODED = ("codes", "outlier_index", "outlier_values")
@@ -29,14 +30,14 @@ def to_tensors(store: LayerStore) -> dict[str, Tensor]:
             found |= {f"{name}.plane{i}": plane for i, plane in enumerate(side.planes)}
             found |= {f"{name}.{part}": tensor for part, tensor in side.ranges.items()}
             found |= {f"{name}.{part}": getattr(side, part) for part in PACKED if getattr(side, part) is not None}
-    for name, encoded in zip(SIDES, store.tail or (), strict=False):
+    for name, encoded in zip(SIDES, store.tail.encoded() if store.tail else (), strict=False):
         found |= {f"tail.{name}.{part}": tensor for part, tensor in encoded.ranges.items()}
         found |= {f"tail.{name}.{part}": getattr(encoded, part) for part in ENCODED if getattr(encoded, part) is not None}
-    found |= {f"recent.{name}": numbers for name, numbers in zip(SIDES, store.recent or (), strict=False)}
+    if store.recent.tokens:
+        found |= dict(zip(("recent.keys", "recent.values", "recent_skip"), store.recent.held(), strict=True))
     found |= {f"sinks.{name}": numbers for name, numbers in zip(SIDES, store.sink_numbers or (), strict=False)}
-    for name in ("recent_skip", "sink_index"):
-        if getattr(store, name) is not None:
-            found[name] = getattr(store, name)
+    if store.sink_index is not None:
+        found["sink_index"] = store.sink_index
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
@@ -92,11 +93,13 @@ def load_tensors(store: LayerStore, tensors: dict[str, Tensor], shape: tuple[int
     if "tail.keys.codes" in reader.tensors:
         pair = [_load_tail(reader, name, q, shape) for name, q in zip(SIDES, store.quantizers, strict=True)]
         _require(pair[0].tokens == pair[1].tokens < BLOCK, "tail.keys.codes")
-        store.tail = (pair[0], pair[1])
+        like = torch.empty(batch, heads, 0, dim, dtype=dtype)
+        store.tail = Tail(store.quantizers, like, like)
+        store.tail.put((pair[0], pair[1]))
     if "recent.keys" in reader.tensors:
         keys, values = (reader.take(f"recent.{name}", (batch, heads, None, dim), dtype) for name in SIDES)
         _require(keys.shape == values.shape and keys.shape[2] < store.window + store.together, "recent.keys")
-        store.recent, store.recent_skip = (keys, values), reader.take("recent_skip", (batch, keys.shape[2]), torch.bool)
+        store.recent.shift(0, keys, values, reader.take("recent_skip", (batch, keys.shape[2]), torch.bool))
     if store.sinks and store.length:
         keys, values = (reader.take(f"sinks.{name}", (batch, heads, store.sinks, dim), dtype) for name in SIDES)
         store.sink_numbers = (keys, values)

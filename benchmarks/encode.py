@@ -1,0 +1,124 @@
+"""What appending to the packed cache costs: `python -m benchmarks.encode [--json FILE]`.
+
+One layer of 8 KV heads of 128 channels, keys and values, tables drawn at random as in `benchmarks.attention`. Decoding: one
+token at a time behind 8,192 others, the mean of 128, so that two blocks are sealed. Prefill: 2,048 tokens at a time. The peer
+is the same store with the twins in plain torch, in the same run: all take turns, and medians are compared. The share is that
+of one step of attention over 8,192 tokens (32 query heads).
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from benchmarks.attention import HEAD_DIM, KV_HEADS, RECIPES, medians, ours, random_quantizer
+from narrowkv import get_recipe
+from narrowkv.attention import cpu
+from narrowkv.codec import PointQuantizer, packing, points
+from narrowkv.codec.compiled import Encoder
+from narrowkv.store import LayerStore
+
+CONTEXT, PREFILL, DECODED = 8192, 2048, 128
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Within, compiled forms give way to their twins."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(Encoder, "write", return_value=None))
+        stack.enter_context(patch.object(PointQuantizer, "_nearest", nearest_naive))
+        stack.enter_context(patch.object(PointQuantizer, "turned", turned_naive))
+        stack.enter_context(patch("narrowkv.codec.compiled.KINDS", {}))  # of `require_finite`
+        stack.enter_context(patch("narrowkv.store.page.pack", packing.pack_naive))
+        yield
+
+
+def nearest_naive(quantizer: PointQuantizer, turned: Tensor) -> tuple[Tensor, Tensor]:
+    assert quantizer.points is not None and quantizer.weight is not None
+    unit = quantizer.weight.sqrt()
+    return points.nearest_naive(turned * points.from_vectors(unit)[:, None], quantizer.points.float() * unit[:, :, None])
+
+
+def turned_naive(quantizer: PointQuantizer, x: Tensor) -> Tensor:
+    return x if quantizer.turn is None else (x.double() @ quantizer.turn.double()).float()
+
+
+def appending(name: str, held: int, pieces: list[tuple[Tensor, Tensor]]) -> Callable[[], None]:
+    """Appends keys and values [1, kv_heads, new, head_dim] piece by piece to a store that holds `held` tokens."""
+    recipe = get_recipe(name)
+    store = LayerStore(random_quantizer(recipe.keys), random_quantizer(recipe.values), recipe.sinks, recipe.window)
+    if held:
+        store.append(*torch.randn(2, 1, KV_HEADS, held, HEAD_DIM))
+
+    def run() -> None:
+        for keys, values in pieces:
+            store.append(keys, values)
+        store.forget(store.length - held) if held else store.reset()
+
+    return run
+
+
+def in_plain_torch(step: Callable[[], Any]) -> Callable[[], None]:
+    def run() -> None:
+        with plain_torch():
+            step()
+
+    return run
+
+
+def measure(name: str, threads: int, turns: int) -> dict[str, Any]:
+    """One row."""
+    torch.set_num_threads(threads)
+    tokens = [(keys, values) for keys, values in torch.randn(DECODED, 2, 1, KV_HEADS, 1, HEAD_DIM).unbind()]
+    prompt = [(keys, values) for keys, values in torch.randn(1, 2, 1, KV_HEADS, PREFILL, HEAD_DIM).unbind()]
+    decode, prefill = appending(name, CONTEXT, tokens), appending(name, 0, prompt)
+    attention, _ = ours(name, CONTEXT)
+    steps: dict[str, Callable[[], Any]] = {"decode": decode, "prefill": prefill, "attention": attention}
+    found = medians(steps | {f"{kind} torch": in_plain_torch(steps[kind]) for kind in ("decode", "prefill")}, turns)
+    return {
+        "recipe": name,
+        "threads": threads,
+        "microseconds_per_token": 1e6 * found["decode"] / DECODED,
+        "microseconds_per_token_torch": 1e6 * found["decode torch"] / DECODED,
+        "ratio_decode": found["decode torch"] / found["decode"],
+        "prefill_tokens_per_second": PREFILL / found["prefill"],
+        "prefill_tokens_per_second_torch": PREFILL / found["prefill torch"],
+        "ratio_prefill": found["prefill torch"] / found["prefill"],
+        "attention_milliseconds": 1e3 * found["attention"],
+        "share_of_attention": found["decode"] / DECODED / found["attention"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
+    parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
+    parser.add_argument("--turns", type=int, default=5)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    rows = []
+    for threads in arguments.threads:
+        for name in arguments.recipes:
+            row = measure(name, threads, arguments.turns)
+            rows.append(row)
+            print(
+                f"{name:>8}  {threads} threads  decoding {row['microseconds_per_token']:6.1f} us a token "
+                f"({row['ratio_decode']:.1f} x torch), {100 * row['share_of_attention']:.1f}% of attention "
+                f"({row['attention_milliseconds']:.2f} ms)  prefill {row['prefill_tokens_per_second']:8.0f} tokens/s "
+                f"({row['ratio_prefill']:.1f} x torch)",
+                flush=True,
+            )
+    if arguments.json:
+        report = {"kernel": cpu.KERNELS[0], "torch": torch.__version__, "rows": rows}
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

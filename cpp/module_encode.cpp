@@ -1,0 +1,110 @@
+#include "module_encode.h"
+
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
+
+#include <array>
+#include <optional>
+
+#include "encode.h"
+#include "nearest.h"
+#include "pack.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace narrowkv {
+namespace {
+
+using Table = nb::ndarray<const float, nb::device::cpu, nb::c_contig>;
+
+// New tokens and their room come as addresses, since a tensor takes ten times as long to cross over as all of them.
+template <typename T>
+T* at(uint64_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+Numbers numbers_from(int kind, uint64_t data, std::array<int64_t, 4> shape, std::array<int64_t, 4> strides) {
+    return {Number(kind), at<const void>(data), shape[0], shape[1], shape[2], shape[3], strides[0], strides[1], strides[2]};
+}
+
+// A Codec and the tables that it points into.
+struct HeldCodec {
+    Codec codec{};
+    Table boundaries;
+    std::optional<Table> scale, zero, lower, upper;
+};
+
+void make_codec(HeldCodec* held, int sharing, int64_t group, double outliers, Table boundaries,
+                std::optional<Table> scale, std::optional<Table> zero, std::optional<Table> lower, std::optional<Table> upper) {
+    new (held) HeldCodec{{}, boundaries, scale, zero, lower, upper};
+    const auto data = [](const std::optional<Table>& table) { return table ? table->data() : nullptr; };
+    held->codec = Codec{Sharing(sharing),  group,       outliers,   int64_t(boundaries.size()),
+                        boundaries.data(), data(scale), data(zero), data(lower), data(upper)};
+}
+
+int64_t encode_tokens(const HeldCodec& held, int kind, uint64_t data, std::array<int64_t, 4> shape, std::array<int64_t, 4> strides,
+                      uint64_t skip, int64_t tokens, int64_t first, std::array<uint64_t, 5> parts, int64_t outlier_room,
+                      int threads) {
+    const Room room{tokens,
+                    first,
+                    at<uint8_t>(parts[0]),
+                    at<uint16_t>(parts[1]),
+                    at<uint16_t>(parts[2]),
+                    at<int64_t>(parts[3]),
+                    at<uint16_t>(parts[4]),
+                    outlier_room};
+    const Numbers numbers = numbers_from(kind, data, shape, strides);
+    nb::gil_scoped_release release;
+    return encode(held.codec, numbers, at<const uint8_t>(skip), room, threads);
+}
+
+bool are_finite(int kind, uint64_t data, std::array<int64_t, 4> shape, std::array<int64_t, 4> strides, int threads) {
+    const Numbers numbers = numbers_from(kind, data, shape, strides);
+    nb::gil_scoped_release release;
+    return all_finite(numbers, threads);
+}
+
+// shape: batch, heads, tokens, levels, numbers of a code, codes.
+void find_nearest(uint64_t numbers, uint64_t points, uint64_t found, uint64_t cost, std::array<int64_t, 6> shape, int threads) {
+    const auto [batch, heads, tokens, levels, count, codes] = shape;
+    const Nearest problem{batch, heads, tokens, codes, levels, count, at<const float>(numbers), at<const float>(points),
+                          at<uint8_t>(found), at<float>(cost), threads};
+    nb::gil_scoped_release release;
+    nearest(problem);
+}
+
+void turn_numbers(uint64_t numbers, uint64_t matrices, uint64_t turned, std::array<int64_t, 4> shape) {
+    const Turn problem{shape[0], shape[1], shape[2], shape[3], at<const float>(numbers), at<const uint16_t>(matrices), at<float>(turned)};
+    nb::gil_scoped_release release;
+    turn(problem);
+}
+
+void pack_plane(uint64_t codes, std::array<int64_t, 3> shape, std::array<int64_t, 3> strides, int bits, int shift, uint64_t packed,
+                int threads) {
+    const Packing problem{shape[0],   shape[1],   shape[2], strides[0], strides[1], strides[2], bits, shift, at<const uint8_t>(codes),
+                          at<uint8_t>(packed)};
+    nb::gil_scoped_release release;
+    pack(problem, threads);
+}
+
+}  // namespace
+
+void define_encode(nb::module_& module) {
+    nb::class_<HeldCodec>(module, "Codec", "What is the same for all tokens that a quantizer encodes; see codec/compiled.py.")
+        .def("__init__", &make_codec, nb::kw_only(), "sharing"_a, "group"_a, "outliers"_a, "boundaries"_a,
+             "scale"_a.none(), "zero"_a.none(), "lower"_a.none(), "upper"_a.none())
+        .def("encode", &encode_tokens, "kind"_a, "data"_a, "shape"_a, "strides"_a, "skip"_a, "tokens"_a, "first"_a, "parts"_a,
+             "outlier_room"_a, "threads"_a, "Write codes, ranges and outliers of new tokens to their room; see codec/compiled.py.");
+    module.def("all_finite", &are_finite, "kind"_a, "data"_a, "shape"_a, "strides"_a, "threads"_a,
+               "Whether no number is NaN or infinite.");
+    module.def("nearest", &find_nearest, "numbers"_a, "points"_a, "found"_a, "cost"_a, "shape"_a, "threads"_a,
+               "Fill in the nearest point of each code and the squared distance to it; see codec/points.py.");
+    module.def("turn", &turn_numbers, "numbers"_a, "matrices"_a, "turned"_a, "shape"_a,
+               "Multiply each head by its matrix, summing in float64; see codec/points.py.");
+    module.def("pack", &pack_plane, "codes"_a, "shape"_a, "strides"_a, "bits"_a, "shift"_a, "packed"_a, "threads"_a,
+               "Write one plane of codes; see codec/packing.py.");
+}
+
+}  // namespace narrowkv

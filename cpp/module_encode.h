@@ -1,0 +1,11 @@
+// What of the module concerns quantising.
+
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace narrowkv {
+
+void define_encode(nanobind::module_& module);
+
+}  // namespace narrowkv

@@ -1,0 +1,97 @@
+"""The compiled forms of what is done to every new token on a CPU; memory goes to them by address, which takes no time."""
+
+import torch
+from torch import Tensor
+
+from narrowkv import _kernels
+from narrowkv.codec.room import Room
+from narrowkv.codec.scheme import Scheme
+
+KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+FEW = 2**15  # numbers that are not worth a second thread
+DOES_NOT_FIT = -1
+
+
+class Encoder:
+    """The compiled form of `Quantizer.encode` for one scheme and its tables (contiguous, float32, on the CPU)."""
+
+    def __init__(
+        self,
+        scheme: Scheme,
+        boundaries: Tensor,
+        scale: Tensor | None,
+        zero: Tensor | None,
+        lower: Tensor | None,
+        upper: Tensor | None,
+    ):
+        def table(part: Tensor | None) -> Tensor | None:
+            return None if part is None else part.float().contiguous()
+
+        self.codec = _kernels.Codec(
+            sharing=0 if scheme.static else ("token", "token_head", "channel").index(scheme.axis) + 1,
+            group=scheme.group or 0,
+            outliers=scheme.outliers,
+            boundaries=boundaries.float().contiguous(),
+            scale=table(scale),
+            zero=table(zero),
+            lower=table(lower),
+            upper=table(upper),
+        )
+
+    def __deepcopy__(self, memo: dict) -> "Encoder":
+        """Tables never change, so a copy shares them."""
+        return self
+
+    def write(self, room: Room, first: int, x: Tensor, skip: Tensor | None) -> int | None:
+        """Encode x [batch, kv_heads, tokens, head_dim] into room from the token `first` on.
+
+        Returns how many outliers the room then holds, which the caller lets it count; None where one does not fit 16 bits.
+        """
+        x = _readable(x)
+        skip = None if skip is None else skip.contiguous()
+        while True:
+            free = 0 if room.outlier_index is None else len(room.outlier_index) - room.outliers
+            found = self.codec.encode(
+                KINDS[x.dtype],
+                x.data_ptr(),
+                x.shape,
+                x.stride(),
+                0 if skip is None else skip.data_ptr(),
+                room.tokens,
+                first,
+                _addresses(room),
+                free,
+                _threads(x),
+            )
+            if found == DOES_NOT_FIT:
+                return None
+            if found <= free:
+                return room.outliers + found
+            room.reserve(found)
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether no number is NaN or infinite. x: [batch, kv_heads, tokens, head_dim] on the CPU."""
+    x = _readable(x)
+    return _kernels.all_finite(KINDS[x.dtype], x.data_ptr(), x.shape, x.stride(), _threads(x))
+
+
+def _readable(x: Tensor) -> Tensor:
+    """x in a dtype that compiled code reads, its channels neighbours."""
+    x = x if x.dtype in KINDS else x.float()
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _threads(x: Tensor) -> int:
+    return 1 if x.numel() < FEW else torch.get_num_threads()
+
+
+def _addresses(room: Room) -> tuple[int, ...]:
+    """Of codes, scale, zero, and of where the next outlier goes."""
+    codes, ranges = room.codes.data_ptr(), [room.ranges[name].data_ptr() for name in room.ranges]
+    scale, zero = ranges or (0, 0)
+    if room.outlier_index is None or room.outlier_values is None:
+        return codes, scale, zero, 0, 0
+    index, values = room.outlier_index, room.outlier_values
+    used = room.outliers
+    return codes, scale, zero, index.data_ptr() + used * index.itemsize, values.data_ptr() + used * values.itemsize

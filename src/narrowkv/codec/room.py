@@ -1,0 +1,94 @@
+"""Room: space for the codes of some tokens, which are written in place as they come."""
+
+import torch
+from torch import Tensor
+
+from narrowkv.codec.encoded import Encoded, ravel
+from narrowkv.codec.scheme import Scheme
+
+
+class Room:
+    """Encoded tokens and space for more.
+
+    codes: [batch, kv_heads, tokens, codes of a head]; ranges: as `Encoded` has them; zeros where nothing was written yet.
+    outlier_index: [room] int64, places in the flattened codes, in order of arrival; outlier_values: [room] in 16 bits; the
+        first `outliers` of them count. Or None.
+    """
+
+    def __init__(self, scheme: Scheme, batch: int, kv_heads: int, tokens: int, head_dim: int, like: Tensor):
+        """like: numbers to be encoded, whose device and dtype count."""
+        dtype, device = like.dtype, like.device
+        codes = head_dim // scheme.numbers
+        shape = (batch, kv_heads, tokens, codes)
+        self.scheme = scheme
+        self.codes = torch.zeros(shape, dtype=dtype if scheme.bits == 16 else torch.uint8, device=device)
+        self.ranges = {
+            name: torch.zeros(batch, *form, dtype=held, device=device)
+            for name, (form, held) in scheme.range_forms(kv_heads, tokens, codes).items()
+        }
+        self.outliers = 0
+        self.outlier_index: Tensor | None = None
+        self.outlier_values: Tensor | None = None
+        if scheme.outliers:
+            kept = dtype if dtype.itemsize == 2 else torch.float16
+            self.outlier_index = torch.zeros(0, dtype=torch.int64, device=device)
+            self.outlier_values = torch.zeros(0, *scheme.outlier_shape, dtype=kept, device=device)
+            self.reserve(int(1.125 * scheme.outliers * self.codes.numel()) + 1)
+
+    @property
+    def tokens(self) -> int:
+        return self.codes.shape[2]
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors that are held."""
+        return Encoded(self.codes, self.ranges, self.outlier_index, self.outlier_values).tensors()
+
+    def encoded(self) -> Encoded:
+        """All that was written, without a copy; outliers in order of arrival."""
+        if self.outlier_index is None or self.outlier_values is None:
+            return Encoded(self.codes, self.ranges)
+        return Encoded(self.codes, self.ranges, self.outlier_index[: self.outliers], self.outlier_values[: self.outliers])
+
+    def reserve(self, outliers: int) -> None:
+        """Make sure that so many more outliers find room."""
+        assert self.outlier_index is not None and self.outlier_values is not None
+        missing = self.outliers + outliers - len(self.outlier_index)
+        if missing > 0:
+            more = max(missing, len(self.outlier_index))
+            self.outlier_index, self.outlier_values = (
+                torch.cat([part, part.new_zeros(more, *part.shape[1:])]) for part in (self.outlier_index, self.outlier_values)
+            )
+
+    def put(self, first: int, encoded: Encoded) -> int:
+        """Write tokens from the token `first` on; returns how many outliers are then held, and lets the caller count them."""
+        stop = first + encoded.tokens
+        self.codes[:, :, first:stop] = encoded.codes
+        for name, part in self.ranges.items():
+            together = self.tokens // part.shape[2]
+            part[:, :, first // together : stop // together] = encoded.ranges[name]
+        if encoded.outlier_index is None or encoded.outlier_values is None:
+            return 0
+        self.reserve(len(encoded.outlier_index))
+        assert self.outlier_index is not None and self.outlier_values is not None
+        row, head, token, code = torch.unravel_index(encoded.outlier_index, encoded.codes.shape)
+        held = self.outliers + len(encoded.outlier_index)
+        self.outlier_index[self.outliers : held] = ravel((row, head, token + first, code), self.codes.shape)
+        self.outlier_values[self.outliers : held] = encoded.outlier_values
+        return held
+
+    def crop(self, tokens: int) -> None:
+        """Forget outliers of the token `tokens` and later ones; their codes may be written over."""
+        if self.outlier_index is None or self.outlier_values is None:
+            return
+        index = self.outlier_index[: self.outliers]
+        keep = index // self.codes.shape[3] % self.tokens < tokens
+        self.outliers = int(keep.sum())
+        self.outlier_index[: self.outliers] = index[keep]
+        self.outlier_values[: self.outliers] = self.outlier_values[: len(keep)][keep]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the batch rows named by `rows` [n] int64, in that order, repeats allowed."""
+        picked = self.encoded().rows(rows)
+        self.codes, self.ranges = picked.codes, picked.ranges
+        self.outlier_index, self.outlier_values = picked.outlier_index, picked.outlier_values
+        self.outliers = 0 if picked.outlier_index is None else len(picked.outlier_index)

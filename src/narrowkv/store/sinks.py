@@ -1,0 +1,31 @@
+"""Sinks: the first real tokens of each sequence, which stay exact beside the codes."""
+
+import torch
+from torch import Tensor
+
+Places = tuple[Tensor, Tensor, Tensor]
+
+
+def find_sinks(skip: Tensor, index: Tensor | None, count: int) -> Places:
+    """Row, token and place of the sinks among new tokens, which are then skipped too.
+
+    skip: [batch, new] bool, padding; changed in place. index: [batch, count] int64, the sinks seen before, -1 where there are
+    none; None before the first tokens.
+    """
+    have = skip.new_zeros(len(skip), dtype=torch.int64) if index is None else (index >= 0).sum(1)
+    rank = have[:, None] + (~skip).cumsum(1) - 1  # of each real token within its sequence
+    row, token = ((rank < count) & ~skip & (have < count)[:, None]).nonzero(as_tuple=True)
+    skip[row, token] = True
+    return row, token, rank[row, token]
+
+
+def put_sinks(start: int, pair: tuple[Tensor, Tensor], index: Tensor, held: tuple[Tensor, Tensor]) -> None:
+    """Put sinks in place among decoded tokens, the first of which is the token `start`.
+
+    pair: keys and values [batch, kv_heads, tokens, head_dim]. index: [batch, sinks]; held: [batch, kv_heads, sinks, head_dim].
+    """
+    inside = (index >= start) & (index < start + pair[0].shape[2])
+    row, place = inside.nonzero(as_tuple=True)
+    token = index[row, place] - start
+    for numbers, exact in zip(pair, held, strict=True):
+        numbers[row, :, token] = exact[row, :, place].to(numbers.dtype)

@@ -1,0 +1,68 @@
+"""Tail: the newest encoded tokens, which do not fill a block yet, in room for one that is written in place."""
+
+from torch import Tensor
+
+from narrowkv.codec import AnyQuantizer, Encoded
+from narrowkv.codec.room import Room
+from narrowkv.store.page import BLOCK
+
+Numbers = tuple[Tensor, Tensor | None]  # [batch, kv_heads, tokens, head_dim], and which are skipped [batch, tokens]
+
+
+class Tail:
+    """Keys and values of up to 64 tokens; `tokens` counts them."""
+
+    def __init__(self, quantizers: tuple[AnyQuantizer, AnyQuantizer], keys: Tensor, values: Tensor):
+        """Room without a token yet. keys, values: numbers such as will come, [batch, kv_heads, any, head_dim]."""
+        self.quantizers = quantizers
+        self.tokens = 0
+        self.rooms = tuple(
+            Room(quantizer.scheme, like.shape[0], like.shape[1], BLOCK, like.shape[3], like=like)
+            for quantizer, like in zip(quantizers, (keys, values), strict=True)
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors that are held."""
+        return [tensor for room in self.rooms for tensor in room.tensors()]
+
+    def append(self, keys: Numbers, values: Numbers, new: int) -> None:
+        """Encode tokens, `new` of which must find room; a refusal leaves all as it was."""
+        keys_room, values_room = self.rooms
+        keys_held = self.quantizers[0].encode_into(keys_room, self.tokens, *keys)
+        values_held = self.quantizers[1].encode_into(values_room, self.tokens, *values)
+        keys_room.outliers, values_room.outliers = keys_held, values_held
+        self.tokens += new
+
+    def put(self, pair: tuple[Encoded, Encoded]) -> None:
+        """Take tokens that are encoded already."""
+        for room, encoded in zip(self.rooms, pair, strict=True):
+            room.outliers = room.put(self.tokens, encoded)
+        self.tokens += pair[0].tokens
+
+    def block(self) -> tuple[Encoded, Encoded]:
+        """The room as one block for each sequence, without a copy; zeros where no token came."""
+        return self.rooms[0].encoded(), self.rooms[1].encoded()
+
+    def encoded(self) -> tuple[Encoded, Encoded]:
+        """The tokens held, copied, with outliers in ascending order."""
+        keys, values = (room.encoded().first(self.tokens) for room in self.rooms)
+        return keys, values
+
+    def decode(self) -> tuple[Tensor, Tensor]:
+        """What the codes stand for: keys, values [batch, kv_heads, tokens, head_dim], free to be changed."""
+        keys, values = (
+            quantizer.decode(part)[:, :, : self.tokens].clone()
+            for quantizer, part in zip(self.quantizers, self.block(), strict=True)
+        )
+        return keys, values
+
+    def crop(self, tokens: int) -> None:
+        """Keep the first `tokens` tokens."""
+        for room in self.rooms:
+            room.crop(tokens)
+        self.tokens = tokens
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the sequences named by `rows` [n] int64, in that order, repeats allowed."""
+        for room in self.rooms:
+            room.select(rows)
