@@ -42,6 +42,17 @@ struct Block {
     const int32_t* outlier_offsets;
 };
 
+// Tokens that do not fill a block yet: codes a byte each, or exact numbers, [batch, kv_heads, 64, codes], and ranges as in a
+// block. Outliers of all heads stand in order of arrival, by their places among the codes.
+struct Tail {
+    const void* codes;
+    const uint16_t* scale;
+    const uint16_t* zero;
+    const void* outlier_values;
+    const int64_t* outlier_index;
+    int64_t outliers;
+};
+
 // Keys stored before the rotary embedding. Either angles are given for each token, or positions, and cosines and sines of
 // them: far [positions / 64, 2, pairs] of multiples of 64, steps [64, 2, pairs] of 0 to 63, near [pairs, 2, 32] of 0 to 31.
 struct Rotation {
@@ -54,14 +65,15 @@ struct Rotation {
     const float* near;
     const float* steps;
     const int16_t* words;  // [pairs, 2, 64, 2] of 0 to 63, times 32767: (cos, cos), (-sin, sin)
-    const float* angles;   // [batch, tokens, 2, pairs]
+    const float* angles;   // [batch, tokens + tail, 2, pairs]
 };
 
 struct Problem {
     int batch, kv_heads, group, queries, head_dim;  // group: query heads of a KV head
     int blocks;                                     // of each sequence
-    int dense;                                      // exact tokens that follow
     int64_t tokens;                                 // in blocks, as far as they are to be seen
+    int tail;                                       // tokens that follow them
+    int dense;                                      // exact tokens, after those
     int sinks;                                      // tokens of each sequence that are not to be read from blocks
     int hidden_batch;                               // rows of `hidden`: 1 or batch
     int chunk;                                      // blocks that make one piece of work
@@ -75,7 +87,8 @@ struct Problem {
     const float* dense_query;    // the same, for exact tokens
     const float* dense_keys;     // [batch, kv_heads, dense, head_dim]
     const float* dense_values;   // the same
-    const uint8_t* hidden;       // [hidden_batch, queries, tokens + dense], or null
+    Tail tails[2];               // of keys, and of values
+    const uint8_t* hidden;       // [hidden_batch, queries, tokens + tail + dense], or null
     const int64_t* sink_index;   // [batch, sinks]
     const float* sink_logits;    // [query_heads], or null
     float* output;               // [2, batch, query_heads, queries, head_dim]: what blocks and what exact tokens contribute

@@ -12,6 +12,7 @@
 #include "attention.h"
 #include "decode.h"
 #include "rotation.h"
+#include "tail.h"
 #include "tile.h"
 
 namespace narrowkv {
@@ -19,19 +20,19 @@ namespace {
 
 // Scratch memory of one thread. sum: of token-major values [rows][head_dim rounded up], else [rows][head_dim][width].
 struct Scratch {
-    float *tile, *ranges, *angles, *query, *turned, *scores, *sum, *largest, *total;
+    float *tile, *ranges, *tail, *angles, *query, *turned, *scores, *sum, *largest, *total;
     void* memory;
 
     explicit Scratch(const Problem& problem) {
         const size_t rows = round_up(problem.group * problem.queries, 16), dim = round_up(problem.head_dim, 16);
-        const size_t sizes[] = {dim * kBlock,  2 * dim * kBlock, dim * kBlock,             dim * rows, dim * rows,
+        const size_t sizes[] = {dim * kBlock,  2 * dim * kBlock, dim * kBlock, dim * kBlock, dim * rows, dim * rows,
                                 rows * kBlock, rows * dim * simd::width, rows, rows};
-        float** parts[] = {&tile, &ranges, &angles, &query, &turned, &scores, &sum, &largest, &total};
+        float** parts[] = {&tile, &ranges, &tail, &angles, &query, &turned, &scores, &sum, &largest, &total};
         size_t floats = 0;
         for (size_t size : sizes) floats += size;
         memory = std::aligned_alloc(64, floats * sizeof(float));
         float* next = static_cast<float*>(memory);
-        for (int i = 0; i < 9; next += sizes[i], ++i) *parts[i] = next;
+        for (int i = 0; i < 10; next += sizes[i], ++i) *parts[i] = next;
     }
     ~Scratch() { std::free(memory); }
     Scratch(const Scratch&) = delete;
@@ -54,10 +55,10 @@ struct Aligned {
 template <typename T>
 using Room = std::vector<T, Aligned<T>>;
 
-// One piece of work: blocks [first, last) of a head of a sequence, or the exact tokens that follow them.
+// One piece of work: blocks [first, last) of a head of a sequence, or the tail, or the exact tokens that follow.
 struct Piece {
     int row, head;
-    bool dense, channel_major;
+    bool tail, dense, channel_major;
     int first, last;
     float* result;  // [rows] largest, [rows] total, [rows][head_dim] sum
 };
@@ -70,15 +71,16 @@ class Sight {
 
     explicit Sight(const Problem& problem) : problem(problem), rows(problem.group * problem.queries), dim(problem.head_dim) {}
 
+    int64_t length() const { return problem.tokens + problem.tail + problem.dense; }
+
     const uint8_t* hidden(int row, int64_t token) const {
-        const int64_t length = problem.tokens + problem.dense;
-        return problem.hidden + (problem.hidden_batch > 1 ? row : 0) * problem.queries * length + token;
+        return problem.hidden + (problem.hidden_batch > 1 ? row : 0) * problem.queries * length() + token;
     }
 
     bool nothing_seen(int row, int64_t token, int count) const {
         if (!problem.hidden) return false;
         for (int query = 0; query < problem.queries; ++query) {
-            const uint8_t* hides = hidden(row, token) + query * (problem.tokens + problem.dense);
+            const uint8_t* hides = hidden(row, token) + query * length();
             for (int i = 0; i < count; ++i) {
                 if (!hides[i]) return false;
             }
@@ -91,7 +93,7 @@ class Sight {
         for (int i = 0; i < rows; ++i, scores += stride) {
             for (int t = count; t < kBlock; ++t) scores[t] = -INFINITY;
             if (problem.hidden) {
-                const uint8_t* hides = hidden(piece.row, token) + i % problem.queries * (problem.tokens + problem.dense);
+                const uint8_t* hides = hidden(piece.row, token) + i % problem.queries * length();
                 for (int t = 0; t < count; ++t) scores[t] = hides[t] ? -INFINITY : scores[t];
             }
             for (int sink = 0; sink < problem.sinks && !piece.dense; ++sink) {
@@ -112,7 +114,7 @@ class Worker : Sight {
         for (int i = 0; i < rows; ++i) scratch.largest[i] = -INFINITY, scratch.total[i] = 0.0f;
         for (int64_t i = 0; i < int64_t(rows) * stride; ++i) scratch.sum[i] = 0.0f;
         for (int block = piece.first; block < piece.last; ++block) {
-            piece.dense ? take_dense(piece, block) : take_block(piece, block);
+            piece.tail ? take_tail(piece) : piece.dense ? take_dense(piece, block) : take_block(piece, block);
         }
         finish(piece);
     }
@@ -139,15 +141,7 @@ class Worker : Sight {
         for (int from = 0; from < count; from += kTurned) {
             const int some = count - from < kTurned ? count - from : kTurned;
             decode(problem.keys, sides[0], piece.head, dim, {from, kTurned}, scratch.ranges, scratch.tile);
-            const float* query = scratch.query;
-            if (problem.rotation.pairs) {
-                std::memcpy(scratch.turned, scratch.query, sizeof(float) * rows * dim);
-                const float* angles = relative_angles(problem.rotation, piece.row, problem.tokens, start + from, some, rows, dim,
-                                                      scratch.turned, scratch.angles);
-                turn(scratch.tile, angles, problem.rotation.pairs, problem.rotation.interleaved);
-                query = scratch.turned;
-            }
-            take_keys(query, from);
+            turn_and_take_keys(piece, start, from, some);
         }
         prefetch_outliers(problem.keys, next[0], piece.head);
         prefetch(problem.values, next[1], piece.head);
@@ -160,20 +154,53 @@ class Worker : Sight {
         prefetch_outliers(problem.values, next[1], piece.head);
     }
 
+    void take_tail(const Piece& piece) {
+        const int64_t place = int64_t(piece.row) * problem.kv_heads + piece.head;
+        const int count = problem.tail;
+        if (nothing_seen(piece.row, problem.tokens, count)) return;
+        const auto read = [&](const Side& side, const Tail& tail) {
+            read_tail(side, tail, place, piece.head, problem.kv_heads, count, dim, scratch.tail);
+        };
+        read(problem.keys, problem.tails[0]);
+        for (int from = 0; from < count; from += kTurned) {
+            turn_and_take_keys(piece, problem.tokens, from, fill_tile(scratch.tail, from, count, true));
+        }
+        weigh_all(piece, problem.tokens, count);
+        read(problem.values, problem.tails[1]);
+        for (int from = 0; from < count; from += kTurned) {
+            fill_tile(scratch.tail, from, count, false);
+            take_values(piece, from);
+        }
+    }
+
+    // Numbers [count][head_dim] from a token on, as a tile; returns how many tokens of it count.
+    int fill_tile(const float* numbers, int from, int count, bool channel_major) {
+        const int some = count - from < kTurned ? count - from : kTurned;
+        for (int i = 0; i < round_up(dim, 16) * kTurned; ++i) scratch.tile[i] = 0.0f;
+        copy_exact(numbers, Number::single, {from, kTurned}, some, dim, channel_major, scratch.tile);
+        return some;
+    }
+
+    // Scores of a tile of packed keys, `from` tokens into those that begin at `start`.
+    void turn_and_take_keys(const Piece& piece, int64_t start, int from, int some) {
+        if (!problem.rotation.pairs) return take_keys(scratch.query, from);
+        std::memcpy(scratch.turned, scratch.query, sizeof(float) * rows * dim);
+        const float* angles = relative_angles(problem.rotation, piece.row, problem.tokens + problem.tail, start + from, some, rows, dim,
+                                              scratch.turned, scratch.angles);
+        turn(scratch.tile, angles, problem.rotation.pairs, problem.rotation.interleaved);
+        take_keys(scratch.turned, from);
+    }
+
     void take_dense(const Piece& piece, int block) {
         const int start = block * kBlock, count = problem.dense - start < kBlock ? problem.dense - start : kBlock;
         const int64_t first = ((int64_t(piece.row) * problem.kv_heads + piece.head) * problem.dense + start) * dim;
         for (int from = 0; from < count; from += kTurned) {
-            const int some = count - from < kTurned ? count - from : kTurned;
-            for (int i = 0; i < dim * kTurned; ++i) scratch.tile[i] = 0.0f;
-            copy_exact(problem.dense_keys + first, Number::single, {from, kTurned}, some, dim, true, scratch.tile);
+            fill_tile(problem.dense_keys + first, from, count, true);
             take_keys(scratch.query, from);
         }
-        weigh_all(piece, problem.tokens + start, count);
+        weigh_all(piece, problem.tokens + problem.tail + start, count);
         for (int from = 0; from < count; from += kTurned) {
-            const int some = count - from < kTurned ? count - from : kTurned;
-            for (int i = 0; i < round_up(dim, 16) * kTurned; ++i) scratch.tile[i] = 0.0f;
-            copy_exact(problem.dense_values + first, Number::single, {from, kTurned}, some, dim, false, scratch.tile);
+            fill_tile(problem.dense_values + first, from, count, false);
             take_values(piece, from);
         }
     }
@@ -246,10 +273,10 @@ void merge(const Problem& problem, int row, int head, const float* results, int 
     }
 }
 
-// Packed: the worker that takes blocks; exact tokens are always taken in float32.
+// Packed: the worker that takes blocks; all others are taken in float32.
 template <typename Packed>
 void attend(const Problem& problem) {
-    const int runs = (problem.blocks + problem.chunk - 1) / problem.chunk, pieces = runs + 1;
+    const int runs = (problem.blocks + problem.chunk - 1) / problem.chunk, pieces = runs + 2;  // blocks, tail, exact tokens
     const int heads = problem.batch * problem.kv_heads, rows = problem.group * problem.queries;
     const int64_t size = round_up(rows * (problem.head_dim + 2), 16);
     float* results = static_cast<float*>(std::aligned_alloc(64, sizeof(float) * size * heads * pieces));
@@ -262,11 +289,15 @@ void attend(const Problem& problem) {
         for (int i = 0; i < heads * pieces; ++i) {
             const int head = i % heads, run = i / heads;
             float* result = results + (int64_t(head) * pieces + run) * size;
-            Piece piece{head / problem.kv_heads, head % problem.kv_heads, run == runs, run < runs && channel_major, 0, 0, result};
-            piece.first = piece.dense ? 0 : run * problem.chunk;
-            piece.last = piece.dense ? (problem.dense + kBlock - 1) / kBlock : piece.first + problem.chunk;
-            if (!piece.dense && piece.last > problem.blocks) piece.last = problem.blocks;
-            piece.dense ? exact.run(piece) : packed.run(piece);
+            Piece piece{head / problem.kv_heads, head % problem.kv_heads, run == runs, run > runs, run < runs && channel_major, 0, 0, result};
+            if (piece.tail || piece.dense) {
+                piece.last = piece.tail ? problem.tail > 0 : (problem.dense + kBlock - 1) / kBlock;
+                exact.run(piece);
+            } else {
+                piece.first = run * problem.chunk;
+                piece.last = problem.blocks < piece.first + problem.chunk ? problem.blocks : piece.first + problem.chunk;
+                packed.run(piece);
+            }
         }
 #pragma omp for schedule(static)
         for (int i = 0; i < heads; ++i) {

@@ -24,7 +24,6 @@ namespace {
 template <typename T, typename... Shape>
 using Array = nb::ndarray<T, nb::device::cpu, nb::c_contig, Shape...>;
 using Table = Array<const float>;
-using Heads = Array<const float, nb::ndim<4>>;
 
 template <typename T>
 const T* data_or_null(const std::optional<Array<const T>>& array) {
@@ -91,55 +90,70 @@ void make_side(HeldSide* held, int bits, int codes, int numbers, bool channel_ma
 // A Rotation and the tables that it points into.
 struct HeldRotation {
     Rotation rotation{};
-    std::optional<nb::ndarray<const int32_t, nb::device::cpu, nb::ndim<2>>> positions;
-    std::optional<Table> far, near, steps, angles;
+    std::optional<Table> far, near, steps;
     std::optional<Array<const int16_t>> words;
 };
 
-void make_rotation(HeldRotation* held, int pairs, bool interleaved, float scaling, decltype(HeldRotation::positions) positions,
-                   std::optional<Table> far, std::optional<Table> near, std::optional<Table> steps,
-                   std::optional<Array<const int16_t>> words, std::optional<Table> angles) {
-    new (held) HeldRotation{{}, positions, far, near, steps, angles, words};
-    held->rotation = Rotation{pairs, interleaved, scaling, positions ? positions->data() : nullptr,
-                              positions ? positions->stride(0) : 0,
-                              data_or_null(far), data_or_null(near), data_or_null(steps),
-                              data_or_null(words), data_or_null(angles)};
+void make_rotation(HeldRotation* held, int pairs, bool interleaved, float scaling, std::optional<Table> far, std::optional<Table> near,
+                   std::optional<Table> steps, std::optional<Array<const int16_t>> words) {
+    new (held) HeldRotation{{}, far, near, steps, words};
+    held->rotation = Rotation{pairs, interleaved, scaling, nullptr, 0, data_or_null(far), data_or_null(near), data_or_null(steps),
+                              data_or_null(words), nullptr};
 }
 
-void attend(const std::string& kernel, int threads, int chunk, Array<float, nb::ndim<5>> output, Heads packed_query,
-            Heads dense_query, Heads dense_keys, Heads dense_values, const HeldSide& keys, const HeldSide& values,
-            const HeldRotation& rotation, Array<const int64_t, nb::ndim<4>> table, Array<const int64_t, nb::ndim<1>> starts,
-            int64_t tokens, std::optional<Array<const bool>> hidden, std::optional<Array<const int64_t>> sink_index,
-            std::optional<Table> sink_logits, float scaling, float softcap) {
+// Tensors of a step come as addresses, 0 for none: as arrays, each would cost as much as the attention over some tokens.
+template <typename T>
+const T* at(uintptr_t address) {
+    return reinterpret_cast<const T*>(address);
+}
+
+Tail tail_from(const std::vector<int64_t>& parts) {
+    if (parts.size() != 6) throw std::invalid_argument("a tail is six whole numbers");
+    return {at<void>(parts[0]), at<uint16_t>(parts[1]), at<uint16_t>(parts[2]), at<void>(parts[3]), at<int64_t>(parts[4]), parts[5]};
+}
+
+void attend(const std::string& kernel, int threads, int chunk, const std::vector<int>& shape, int blocks, int64_t tokens, int tail,
+            int dense, uintptr_t output, uintptr_t packed_query, uintptr_t dense_query, uintptr_t dense_keys, uintptr_t dense_values,
+            const HeldSide& keys, const HeldSide& values, const std::vector<int64_t>& keys_tail, const std::vector<int64_t>& values_tail,
+            const HeldRotation& rotation, uintptr_t positions, int64_t position_stride, uintptr_t angles, uintptr_t table,
+            uintptr_t starts, uintptr_t hidden, int hidden_batch, uintptr_t sink_index, int sinks, uintptr_t sink_logits, float scaling,
+            float softcap) {
     static_assert(sizeof(Block) == 8 * sizeof(int64_t), "a block is eight addresses");
+    if (shape.size() != 5) throw std::invalid_argument("a shape is batch, query heads, KV heads, queries and head_dim");
     Problem problem{};
-    problem.batch = int(packed_query.shape(0));
-    problem.kv_heads = int(dense_keys.shape(1));
-    problem.group = int(packed_query.shape(1)) / problem.kv_heads;
-    problem.queries = int(packed_query.shape(2));
-    problem.head_dim = int(packed_query.shape(3));
-    problem.blocks = int(table.shape(0));
-    problem.dense = int(dense_keys.shape(2));
+    problem.batch = shape[0];
+    problem.kv_heads = shape[2];
+    problem.group = shape[1] / shape[2];
+    problem.queries = shape[3];
+    problem.head_dim = shape[4];
+    problem.blocks = blocks;
     problem.tokens = tokens;
-    problem.sinks = sink_index ? int(sink_index->shape(1)) : 0;
-    problem.hidden_batch = hidden ? int(hidden->shape(0)) : 0;
+    problem.tail = tail;
+    problem.dense = dense;
+    problem.sinks = sinks;
+    problem.hidden_batch = hidden_batch;
     problem.chunk = chunk;
     problem.threads = threads;
     problem.scaling = scaling;
     problem.softcap = softcap;
     problem.keys = keys.side;
     problem.values = values.side;
+    problem.tails[0] = tail_from(keys_tail);
+    problem.tails[1] = tail_from(values_tail);
     problem.rotation = rotation.rotation;
-    problem.table = reinterpret_cast<const Block*>(table.data());
-    problem.starts = starts.data();
-    problem.packed_query = packed_query.data();
-    problem.dense_query = dense_query.data();
-    problem.dense_keys = dense_keys.data();
-    problem.dense_values = dense_values.data();
-    problem.hidden = hidden ? reinterpret_cast<const uint8_t*>(hidden->data()) : nullptr;
-    problem.sink_index = data_or_null(sink_index);
-    problem.sink_logits = data_or_null(sink_logits);
-    problem.output = output.data();
+    problem.rotation.positions = at<int32_t>(positions);
+    problem.rotation.position_stride = position_stride;
+    problem.rotation.angles = at<float>(angles);
+    problem.table = at<Block>(table);
+    problem.starts = at<int64_t>(starts);
+    problem.packed_query = at<float>(packed_query);
+    problem.dense_query = at<float>(dense_query);
+    problem.dense_keys = at<float>(dense_keys);
+    problem.dense_values = at<float>(dense_values);
+    problem.hidden = at<uint8_t>(hidden);
+    problem.sink_index = at<int64_t>(sink_index);
+    problem.sink_logits = at<float>(sink_logits);
+    problem.output = reinterpret_cast<float*>(output);
     nb::gil_scoped_release release;
 #if defined(__x86_64__)
     const bool words = keys.side.words && values.side.words && (!problem.rotation.pairs || problem.rotation.words);
@@ -168,10 +182,10 @@ NB_MODULE(_kernels, module) {
         .def_prop_ro("in_words", [](const HeldSide& held) { return held.side.words != nullptr; });
     nb::class_<HeldRotation>(module, "Rotation", "The rotary embedding of keys that are stored without it.")
         .def("__init__", &make_rotation, nb::kw_only(), "pairs"_a = 0, "interleaved"_a = false, "scaling"_a = 1.0f,
-             "positions"_a.none() = nb::none(), "far"_a.none() = nb::none(), "near"_a.none() = nb::none(), "steps"_a.none() = nb::none(),
-             "words"_a.none() = nb::none(), "angles"_a.none() = nb::none());
-    module.def("attend", &attend, nb::kw_only(), "kernel"_a, "threads"_a, "chunk"_a, "output"_a, "packed_query"_a,
-               "dense_query"_a, "dense_keys"_a, "dense_values"_a, "keys"_a, "values"_a, "rotation"_a, "table"_a, "starts"_a,
-               "tokens"_a, "hidden"_a.none(), "sink_index"_a.none(), "sink_logits"_a.none(), "scaling"_a, "softcap"_a,
-               "Attention of a few queries over packed blocks and the exact tokens that follow them.");
+             "far"_a.none() = nb::none(), "near"_a.none() = nb::none(), "steps"_a.none() = nb::none(), "words"_a.none() = nb::none());
+    module.def("attend", &attend, nb::kw_only(), "kernel"_a, "threads"_a, "chunk"_a, "shape"_a, "blocks"_a, "tokens"_a, "tail"_a,
+               "dense"_a, "output"_a, "packed_query"_a, "dense_query"_a, "dense_keys"_a, "dense_values"_a, "keys"_a, "values"_a,
+               "keys_tail"_a, "values_tail"_a, "rotation"_a, "positions"_a, "position_stride"_a, "angles"_a, "table"_a, "starts"_a,
+               "hidden"_a, "hidden_batch"_a, "sink_index"_a, "sinks"_a, "sink_logits"_a, "scaling"_a, "softcap"_a,
+               "Attention of a few queries over packed blocks, a tail and exact tokens.");
 }

@@ -64,7 +64,7 @@ def test_levels_over_a_sliding_window_do_not_depend_on_how_tokens_arrive(monkeyp
         monkeypatch.setattr("narrowkv.store.layer.TILE_NUMBERS", tile)
         stores.append(LayerStore(*(quantizer_for(scheme) for scheme in schemes), window=64))
         fill(stores[-1], keys, values, cuts)
-        assert stores[-1].recent[0].shape[2] == 64 + (300 - 64) % 64
+        assert stores[-1].recent.tokens == 64 + (300 - 64) % 64
         for found, expected in zip(stores[-1].read(), stores[0].read(), strict=True):
             assert torch.equal(found, expected)
 

@@ -1,7 +1,7 @@
 """Attention of a few queries on a CPU, compiled: reads packed blocks in place, a tile in the nearest cache at a time.
 
-Everything that is not in a sealed block (the open tail, the exact window, new tokens, attention sinks) goes beside them as one
-piece of exact tokens. Computes in float32.
+The open tail is decoded beside them, and what is exact (attention sinks, the window, new tokens) goes as one piece. All is
+computed in float32, or in whole numbers of 16 bits.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from narrowkv import _kernels
 from narrowkv.attention import tiled
-from narrowkv.attention.cpu_tables import rotation_of, side_of, turn_query, turn_sum
+from narrowkv.attention.cpu_tables import side_of, turn_query, turn_sum, turning_of
 from narrowkv.attention.rope import AnyRope
 from narrowkv.attention.visible import Visible
 from narrowkv.errors import UnsupportedModelError
@@ -78,30 +78,62 @@ def attend(
         rounded = query.dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
         kernel = WORDS if rounded and blocks.in_words else KERNELS[0]
     query = query.float().contiguous()
-    keys, values, tokens = _exact(store, past, sealed, new, rotated, kept)
-    output = query.new_zeros(2, *query.shape)
+    tail = min(store.tail.tokens, past - store.first - sealed) if store.tail else 0
+    keys, values, tokens = _exact(store, past, sealed + tail, new, rotated, kept)
+    output = query.new_empty(2, *query.shape)
+    packed_query = turn_query(store.quantizers[0], query)
+    turning = turning_of(rotated, None if kept is None else kept[:, : sealed + tail], query.shape[0])
+    length = past + (new[0].shape[2] if new else 0)
+    hidden = _hidden(visible, store, sealed + tail, length, query.shape[2], tokens)
+    sinks = None if store.sink_index is None else (store.sink_index - store.first).contiguous()
+    sink_logits = None if sink_logits is None else sink_logits.float().contiguous()
+    heads = keys.shape[1]
     _kernels.attend(
         kernel=kernel,
         threads=torch.get_num_threads(),
-        chunk=min(max(len(blocks.serials) * keys.shape[0] * keys.shape[1] // PIECES, SHORTEST_PIECE), LONGEST_PIECE),
-        output=output,
-        packed_query=turn_query(store.quantizers[0], query),
-        dense_query=query,
-        dense_keys=keys,
-        dense_values=values,
+        chunk=min(max(len(blocks.serials) * len(query) * heads // PIECES, SHORTEST_PIECE), LONGEST_PIECE) // 4 * 4,
+        shape=[len(query), query.shape[1], heads, query.shape[2], query.shape[3]],
+        blocks=len(blocks.serials),
+        tokens=sealed,
+        tail=tail,
+        dense=keys.shape[2],
+        output=output.data_ptr(),
+        packed_query=packed_query.data_ptr(),
+        dense_query=query.data_ptr(),
+        dense_keys=keys.data_ptr(),
+        dense_values=values.data_ptr(),
         keys=blocks.sides[0],
         values=blocks.sides[1],
-        rotation=rotation_of(rotated, None if kept is None else kept[:, :sealed], query.shape[0]),
-        table=blocks.table,
-        starts=blocks.starts,
-        tokens=sealed,
-        hidden=_hidden(visible, store, sealed, past + (new[0].shape[2] if new else 0), query.shape[2], tokens),
-        sink_index=None if store.sink_index is None else store.sink_index - store.first,
-        sink_logits=None if sink_logits is None else sink_logits.float().contiguous(),
+        keys_tail=_tail(store, 0),
+        values_tail=_tail(store, 1),
+        rotation=turning.rotation,
+        positions=_address(turning.positions),
+        position_stride=0 if turning.positions is None else turning.positions.stride(0),
+        angles=_address(turning.angles),
+        table=blocks.table.data_ptr(),
+        starts=blocks.starts.data_ptr(),
+        hidden=_address(hidden),
+        hidden_batch=0 if hidden is None else len(hidden),
+        sink_index=_address(sinks),
+        sinks=0 if sinks is None else sinks.shape[1],
+        sink_logits=_address(sink_logits),
         scaling=scaling,
         softcap=softcap or 0.0,
     )
     return turn_sum(store.quantizers[1], output[0]) + output[1]
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _tail(store: LayerStore, side: int) -> list[int]:
+    """Addresses of what the tail holds of one side, and how many outliers."""
+    if store.tail is None:
+        return [0] * 6
+    room = store.tail.rooms[side]
+    parts = (room.codes, room.ranges.get("scale"), room.ranges.get("zero"), room.outlier_values, room.outlier_index)
+    return [*(_address(part) for part in parts), room.outliers]
 
 
 def _blocks(store: LayerStore, rope: AnyRope | None) -> _Blocks:
@@ -122,44 +154,44 @@ def _blocks(store: LayerStore, rope: AnyRope | None) -> _Blocks:
 
 
 def _exact(
-    store: LayerStore, past: int, sealed: int, new: tuple[Tensor, Tensor] | None, rope: AnyRope | None, kept: Tensor | None
+    store: LayerStore, past: int, packed: int, new: tuple[Tensor, Tensor] | None, rope: AnyRope | None, kept: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens that are not read from blocks: sinks, what is not sealed, new ones.
+    """Tokens that are read neither from blocks nor from the tail: sinks, what is in the exact window, new ones.
 
-    Returns keys (rotated) and values, [batch, kv_heads, n, head_dim] float32 each, and where they stand, [batch or 1, n]
-    int64 from the first token held on; -1 for a sink that is not to be seen here.
+    packed: how many tokens blocks and tail hold. Returns keys (rotated) and values, [batch, kv_heads, n, head_dim] float32
+    each, and where they stand, [batch or 1, n] int64 from the first token held on; -1 for a sink that is not to be seen here.
     """
     parts: list[tuple[Tensor, Tensor]] = []
     tokens = []
     if store.sink_numbers is not None and store.sink_index is not None:
         keys, values = (part.float() for part in store.sink_numbers)
         at = store.sink_index - store.first
-        at = at.masked_fill((at < 0) | (at >= sealed), -1)
+        at = at.masked_fill((at < 0) | (at >= packed), -1)
         if rope is not None and kept is not None:
             entries = kept.expand(len(at), *kept.shape[1:])
             keys = rope.rotate(keys, entries[torch.arange(len(at))[:, None], at])
         parts.append((keys, values))
         tokens.append(at)
-    start = sealed
-    for _, keys, values in store.tiles(past, unsealed=True):
-        keys = keys.float()
+    stop = past - store.first
+    if stop > packed:
+        keys, values, _ = store.recent.held()
+        keys, values = (part[:, :, : stop - packed].float() for part in (keys, values))
         if rope is not None and kept is not None:
-            keys = rope.rotate(keys, kept[:, start : start + keys.shape[2]])
-        parts.append((keys, values.float()))
-        start += keys.shape[2]
+            keys = rope.rotate(keys, kept[:, packed:stop])
+        parts.append((keys, values))
     if new:
         parts.append((new[0].float(), new[1].float()))
-        start += new[0].shape[2]
-    tokens.append(torch.arange(sealed, start).expand(len(tokens[0]) if tokens else 1, -1))
     if not parts:
         assert store.shape is not None
         parts.append((torch.zeros(store.shape[0], store.shape[1], 0, store.shape[2]),) * 2)
     joined = [torch.cat(side, dim=2).contiguous() for side in zip(*parts, strict=True)]
+    last = packed + joined[0].shape[2] - (store.sinks if tokens else 0)
+    tokens.append(torch.arange(packed, last).expand(len(tokens[0]) if tokens else 1, -1))
     return joined[0], joined[1], torch.cat(tokens, dim=1)
 
 
-def _hidden(visible: Visible, store: LayerStore, sealed: int, length: int, queries: int, tokens: Tensor) -> Tensor | None:
-    """What each query does not see: [batch or 1, queries, sealed + exact tokens] bool, None where all see everything."""
+def _hidden(visible: Visible, store: LayerStore, packed: int, length: int, queries: int, tokens: Tensor) -> Tensor | None:
+    """What each query does not see: [batch or 1, queries, packed + exact tokens] bool, None where all see everything."""
     plain = visible.rule is None and visible.padding is None and visible.sliding_window is None
     if plain and queries == 1 and not bool((tokens < 0).any()):
         return None
@@ -168,4 +200,4 @@ def _hidden(visible: Visible, store: LayerStore, sealed: int, length: int, queri
     rows = max(len(hidden), len(tokens))
     hidden, tokens = hidden.expand(rows, -1, -1), tokens.expand(rows, -1)
     exact = hidden.gather(2, tokens.clamp(min=0)[:, None].expand(-1, queries, -1)) | (tokens < 0)[:, None]
-    return torch.cat([hidden[..., :sealed], exact], dim=2)
+    return torch.cat([hidden[..., :packed], exact], dim=2)

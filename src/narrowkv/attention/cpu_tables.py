@@ -1,5 +1,7 @@
 """What the compiled attention of `cpu` needs beside blocks: codebooks laid out for it, angles, and turns of whole heads."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
@@ -17,7 +19,8 @@ FEWEST_LEVELS, MOST_LEVELS = 16, 256  # of a codebook as the kernel reads it: on
 
 TILE = 32  # tokens that the kernel turns at once
 
-_ANGLES = WeakIdKeyDictionary()  # by a rope's frequencies: what `_angles` returns
+NOTHING_TURNS = _kernels.Rotation()
+_ROTATIONS = WeakIdKeyDictionary()  # by a rope's frequencies: up to which position, scaling and pairing, and the tables
 
 
 def side_of(quantizer: AnyQuantizer, side: PackedSide, keys: bool, rope: AnyRope | None) -> _kernels.Side:
@@ -86,25 +89,38 @@ def _padded(table: Tensor) -> Tensor:
     return torch.nn.functional.pad(table, (0, room - levels)).contiguous()
 
 
-def rotation_of(rope: AnyRope | None, kept: Tensor | None, batch: int) -> _kernels.Rotation:
-    """The rotary embedding of stored keys; kept: what it needs of each token in blocks, [1 or batch, tokens, ...]."""
+@dataclass(frozen=True)
+class Turning:
+    """The rotary embedding of stored keys: tables of it, and of each token in blocks and tail its position [batch, tokens]
+    int32, or, where frequencies change with the position, cosines and sines [batch, tokens, 2, pairs].
+    """
+
+    rotation: _kernels.Rotation
+    positions: Tensor | None = None
+    angles: Tensor | None = None
+
+
+def turning_of(rope: AnyRope | None, kept: Tensor | None, batch: int) -> Turning:
+    """kept: what the rotary embedding needs of each token in blocks and tail, [1 or batch, tokens, ...]."""
     if rope is None or kept is None:
-        return _kernels.Rotation()
+        return Turning(NOTHING_TURNS)
     kept = kept.expand(batch, *kept.shape[1:])
     if not isinstance(rope, Rope):
         angles = torch.stack(rope.cos_sin(kept), dim=2).float().contiguous()
-        return _kernels.Rotation(pairs=angles.shape[-1], interleaved=rope.interleaved, angles=angles)
-    near, steps, far, words = _angles(rope.inverse_frequencies, int(kept.max()))
-    return _kernels.Rotation(
-        pairs=near.shape[0],
-        interleaved=rope.interleaved,
-        scaling=rope.scaling,
-        positions=kept.to(torch.int32),
-        far=far,
-        near=near,
-        steps=steps,
-        words=words,
-    )
+        return Turning(_kernels.Rotation(pairs=angles.shape[-1], interleaved=rope.interleaved), angles=angles)
+    positions = kept if kept.dtype == torch.int32 and kept.stride(1) == 1 else kept.to(torch.int32).contiguous()
+    return Turning(_rotation(rope, int(kept.max())), positions)
+
+
+def _rotation(rope: Rope, position: int) -> _kernels.Rotation:
+    """Tables for positions up to one, and some more."""
+    known = _ROTATIONS.get(rope.inverse_frequencies)
+    if known is None or position >= known[0] or (rope.scaling, rope.interleaved) != known[1]:
+        near, steps, far, words = _angles(rope.inverse_frequencies, position)
+        tables = {"near": near, "steps": steps, "far": far, "words": words}
+        made = _kernels.Rotation(pairs=near.shape[0], interleaved=rope.interleaved, scaling=rope.scaling, **tables)
+        known = _ROTATIONS[rope.inverse_frequencies] = (len(far) * BLOCK, (rope.scaling, rope.interleaved), made)
+    return known[2]
 
 
 def _angles(frequencies: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -114,20 +130,15 @@ def _angles(frequencies: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor,
     those of 0 to 63 as words, [pairs, 2, 64, 2] int16: cosine twice, sine negated and not. Taken in float64: a position times
     a frequency, rounded to float32 as models do, is off by as much as the position is large.
     """
-    known = _ANGLES.get(frequencies)
-    if known is None or position // BLOCK >= len(known[2]):
-        count = 2 * (position // BLOCK + 1)  # twice as many as are needed now
-        near, far = (
-            torch.stack([angles.cos(), angles.sin()], dim=1).float()
-            for angles in (
-                steps[:, None] * frequencies.double() for steps in (torch.arange(BLOCK), torch.arange(count) * BLOCK)
-            )
-        )
-        by_pair = near.permute(2, 1, 0)
-        lanes = by_pair[..., None] * torch.tensor([[[1.0, 1.0]], [[-1.0, 1.0]]])
-        words = (lanes * ONE).round().short().contiguous()
-        known = _ANGLES[frequencies] = (by_pair[..., :TILE].contiguous(), near, far, words)
-    return known
+    count = 2 * (position // BLOCK + 1)  # twice as many as are needed now
+    steps, far = (
+        torch.stack([angles.cos(), angles.sin()], dim=1).float()
+        for angles in (steps[:, None] * frequencies.double() for steps in (torch.arange(BLOCK), torch.arange(count) * BLOCK))
+    )
+    by_pair = steps.permute(2, 1, 0)
+    lanes = by_pair[..., None] * torch.tensor([[[1.0, 1.0]], [[-1.0, 1.0]]])
+    words = (lanes * ONE).round().short().contiguous()
+    return by_pair[..., :TILE].contiguous(), steps, far, words
 
 
 def turn_query(quantizer: AnyQuantizer, query: Tensor) -> Tensor:

@@ -1,0 +1,67 @@
+// The tail: tokens whose codes are not packed yet, decoded for one head. Compiled once for each instruction set: included after
+// `simd`, whose look-ups it uses.
+
+#pragma once
+
+#include "decode.h"
+
+namespace narrowkv {
+namespace {
+
+// A token's codes looked up in codebooks that are `step` apart, or in one; 16 at a time, then one by one.
+inline void look_up_tail(const uint8_t* codes, int count, const float* table, int step, float* numbers) {
+    int code = 0;
+    for (; code + 16 <= count; code += 16) {
+        Sixteen some;
+        std::memcpy(&some, codes + code, 16);
+        const simd::Codes parts(some);
+        const simd::Table<256> points(table + code * step);
+        for (int part = 0; part < 16 / simd::width; ++part) {
+            simd::Ints index = parts.part(part) & 255;
+            for (int lane = 0; lane < simd::width; ++lane) index[lane] += (part * simd::width + lane) * step;
+            simd::store(numbers + code + part * simd::width, points(index));
+        }
+    }
+    for (; code < count; ++code) numbers[code] = table[code * step + codes[code]];
+}
+
+// Decode the first `count` tokens of a head into [count][head_dim]. place: row * kv_heads + head.
+inline void read_tail(const Side& side, const Tail& tail, int64_t place, int head, int kv_heads, int count, int head_dim, float* numbers) {
+    const int64_t first = place * kBlock * side.codes;
+    if (side.bits == 16) {
+        for (int i = 0; i < count * head_dim; ++i) numbers[i] = load_exact(tail.codes, first + i, side.exact);
+        return;
+    }
+    const uint8_t* codes = static_cast<const uint8_t*>(tail.codes) + first;
+    const int step = side.fixed ? side.numbers * side.stride : 0;
+    const float* table = side.table + int64_t(head) * side.codes * step;
+    const int64_t heads = side.range_heads, row = place / kv_heads;
+    for (int token = 0; token < count; ++token, codes += side.codes) {
+        float* to = numbers + token * head_dim;
+        for (int number = 0; number < side.numbers; ++number) {
+            look_up_tail(codes, side.codes, table + number * side.stride, step, to + number * side.codes);
+        }
+        if (side.fixed) continue;
+        const int64_t of_head = side.scale ? head : row * heads + (heads > 1 ? head : 0);
+        const int64_t at = (of_head * side.range_tokens + token * side.range_tokens / kBlock) * side.range_channels;
+        const int together = head_dim / side.range_channels;
+        for (int channel = 0; channel < head_dim; ++channel) {
+            const int64_t i = at + channel / together;
+            const float scale = side.scale ? side.scale[i] : to_single(tail.scale[i], Number::half);
+            const float zero = side.scale ? side.zero[i] : tail.zero ? to_single(tail.zero[i], Number::half) : 0.0f;
+            to[channel] = to[channel] * scale + zero;
+        }
+    }
+    const uint16_t* values = static_cast<const uint16_t*>(tail.outlier_values);
+    for (int64_t i = 0; i < tail.outliers; ++i) {
+        const int64_t at = tail.outlier_index[i] - first;
+        if (at < 0 || at >= int64_t(count) * side.codes) continue;
+        for (int number = 0; number < side.numbers; ++number) {
+            float& to = numbers[at / side.codes * head_dim + at % side.codes + number * side.codes];
+            to = to_single(values[i * side.numbers + number], side.outlier);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace narrowkv
