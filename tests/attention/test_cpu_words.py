@@ -4,7 +4,7 @@ import pytest
 import torch
 from tests.attention.test_cpu import KEYS, VALUES, case
 
-from narrowkv.attention import Visible, cpu, cpu_words, naive
+from narrowkv.attention import Rope, Visible, cpu, cpu_words, described, naive
 from narrowkv.codec import Scheme
 
 pytestmark = pytest.mark.skipif(not cpu_words.SUPPORTED, reason="needs AVX-512 with VBMI and VNNI")
@@ -112,3 +112,11 @@ def test_what_it_does_not_read_is_computed_in_float32():
     )
     with pytest.raises(ValueError, match="no kernel words"):
         cpu.attend(query, store, kernel=cpu.WORDS, **options)
+
+
+def test_a_cache_says_whether_it_is_read_in_words():
+    scheme, rope = Scheme(3, "nuq", axis="token"), Rope(torch.ones(32))
+    assert cpu.in_words(KEYS["nuq3-1%"], scheme, 64, rope) and cpu.in_words(KEYS["pair3"], scheme, 64, rope)
+    assert not cpu.in_words(KEYS["int8"], scheme, 64, rope) and not cpu.in_words(KEYS["nuq3-1%"], scheme, 80, rope)
+    assert not cpu.in_words(KEYS["pair3"], scheme, 64, Rope(torch.ones(16)))  # half of the channels turn
+    assert described("cpu", True).endswith(", words of 16 bits)") and described("torch", False) == "torch"

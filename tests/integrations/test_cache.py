@@ -45,8 +45,9 @@ def test_it_says_what_it_is(tiny):
     cache = get_recipe("int4").cache(model)
     run(model, cache, 70)
     assert repr(cache).startswith("PackedCache(int4, 70 tokens x 1, ")
-    assert cache.backend == "torch"
-    assert PackedCache(model, "int4", backend="cpu").backend in ("cpu (avx512)", "cpu (avx2)", "cpu (generic)")
+    assert cache.backend in ("cpu (avx512)", "cpu (avx2)", "cpu (generic)")
+    assert PackedCache(model, "int4", backend="torch").backend == "torch"
+    assert PackedCache(model, "nvfp4").backend == "torch"  # which the compiled kernel does not read
     assert cache.batch_size == 1
 
 

@@ -47,7 +47,8 @@ def test_in_every_dtype_and_with_either_attention(tiny, dtype, attention):
     cache = PackedCache(model, "fp16")
     assert torch.equal(greedy(model, ids, cache), expected)
     assert torch.equal(greedy(model, ids, DynamicCache()), expected)  # foreign caches go on as before
-    assert cache.bits_per_element < 8 * dtype.itemsize * 1.25
+    held = cache.packed[0].store.length
+    assert cache.bits_per_element < 8 * dtype.itemsize * 1.02 * 128 / held  # room for two blocks
 
 
 @pytest.mark.parametrize("family", EXTRAS)

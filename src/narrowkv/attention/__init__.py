@@ -2,18 +2,34 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from narrowkv.attention import cpu, naive, tiled
+from narrowkv.attention.cpu_tables import why_unread
 from narrowkv.attention.rope import AnyRope, Rope, StoredRope
 from narrowkv.attention.visible import Visible
+from narrowkv.codec import Scheme
 
 BACKENDS: dict[str, Callable[..., Tensor]] = {"cpu": cpu.attend, "torch": tiled.attend, "naive": naive.attend}
 
 
-def described(backend: str) -> str:
-    """A backend's name and, where it is compiled, for which instruction set: `cpu (avx512)`."""
-    return f"cpu ({cpu.KERNELS[0]})" if backend == "cpu" else backend
+AUTO = "auto"
 
 
-__all__ = ["BACKENDS", "AnyRope", "Rope", "StoredRope", "Visible", "described"]
+def chosen(backend: str, device: torch.device, dtype: torch.dtype, schemes: list[tuple[Scheme, Scheme]]) -> str:
+    """The backend meant: AUTO is `cpu` where it runs and reads all schemes, else `torch`; others stand for themselves."""
+    if backend != AUTO:
+        return backend
+    fits = device.type == "cpu" and dtype != torch.float64
+    return "cpu" if fits and not any(why_unread(scheme) for pair in schemes for scheme in pair) else "torch"
+
+
+def described(backend: str, words: bool) -> str:
+    """A backend's name and, where it is compiled, for what: `cpu (avx512)`. words: whether codes become words of 16 bits."""
+    if backend != "cpu":
+        return backend
+    return f"cpu ({cpu.KERNELS[0]}{', words of 16 bits' if words else ''})"
+
+
+__all__ = ["AUTO", "BACKENDS", "AnyRope", "Rope", "StoredRope", "Visible", "chosen", "described"]

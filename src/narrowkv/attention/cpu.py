@@ -13,9 +13,11 @@ from torch import Tensor
 
 from narrowkv import _kernels
 from narrowkv.attention import tiled
-from narrowkv.attention.cpu_tables import side_of, turn_query, turn_sum, turning_of
-from narrowkv.attention.rope import AnyRope
+from narrowkv.attention.cpu_tables import side_of, turn_query, turn_sum, turned_by, turning_of, why_unread
+from narrowkv.attention.cpu_words import reads
+from narrowkv.attention.rope import AnyRope, Rope
 from narrowkv.attention.visible import Visible
+from narrowkv.codec import Scheme
 from narrowkv.errors import UnsupportedModelError
 from narrowkv.store import LayerStore, addresses
 
@@ -63,20 +65,17 @@ def attend(
     """
     if query.device.type != "cpu":
         raise UnsupportedModelError(f"Backend cpu reads memory of the CPU, not of {query.device}; choose backend torch.")
+    for quantizer in store.quantizers:
+        if why := why_unread(quantizer.scheme):
+            raise UnsupportedModelError(f"Backend cpu {why}; choose backend torch.")
     rotated = rope if kept is not None else None
-    scheme = store.quantizers[0].scheme
-    if rotated is not None and (scheme.hadamard or scheme.smooth):
-        raise UnsupportedModelError(
-            "Backend cpu cannot undo a Hadamard rotation or smoothing of keys kept unrotated; choose backend torch."
-        )
     sealed = min(store.sealed, past - store.first)
     if query.shape[2] > MOST_QUERIES or query.dtype == torch.float64 or sealed <= 0:
         options: dict[str, Any] = {"visible": visible, "scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
         return tiled.attend(query, store, past=past, new=new, rope=rope, kept=kept, **options)
     blocks = _blocks(store, rotated)
     if kernel is None:
-        rounded = query.dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
-        kernel = WORDS if rounded and blocks.in_words else KERNELS[0]
+        kernel = WORDS if may_round(query.dtype) and blocks.in_words else KERNELS[0]
     query = query.float().contiguous()
     tail = min(store.tail.tokens, past - store.first - sealed) if store.tail else 0
     keys, values, tokens = _exact(store, past, sealed + tail, new, rotated, kept)
@@ -134,6 +133,19 @@ def _tail(store: LayerStore, side: int) -> list[int]:
     room = store.tail.rooms[side]
     parts = (room.codes, room.ranges.get("scale"), room.ranges.get("zero"), room.outlier_values, room.outlier_index)
     return [*(_address(part) for part in parts), room.outliers]
+
+
+def may_round(dtype: torch.dtype) -> bool:
+    """Whether products of such queries may be rounded: they have 16 bits, or torch may round those of float32."""
+    return dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
+
+
+def in_words(keys: Scheme, values: Scheme, head_dim: int, rope: AnyRope | None) -> bool:
+    """Whether WORDS reads such a cache; rope: of its keys."""
+    rotated = rope if keys.pre_rope else None
+    if rotated is not None and not isinstance(rotated, Rope):
+        return False
+    return reads(keys, True, head_dim, turned_by(rotated)) and reads(values, False, head_dim, (0, False))
 
 
 def _blocks(store: LayerStore, rope: AnyRope | None) -> _Blocks:

@@ -9,7 +9,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from narrowkv import _kernels
 from narrowkv.attention.cpu_words import ONE, words_of
 from narrowkv.attention.rope import AnyRope, Rope
-from narrowkv.codec import AnyQuantizer, PointQuantizer, Quantizer, hadamard
+from narrowkv.codec import AnyQuantizer, PointQuantizer, Quantizer, Scheme, hadamard
 from narrowkv.errors import UnsupportedModelError
 from narrowkv.store import BLOCK
 from narrowkv.store.page import PackedSide, is_channel_major
@@ -25,7 +25,6 @@ _ROTATIONS = WeakIdKeyDictionary()  # by a rope's frequencies: up to which posit
 
 def side_of(quantizer: AnyQuantizer, side: PackedSide, keys: bool, rope: AnyRope | None) -> _kernels.Side:
     """What all blocks of keys, or of values, have in common. rope: of keys that are stored before it."""
-    require_readable(quantizer)
     heads, _, codes = side.shape
     scheme = quantizer.scheme
     table, scale, zero = None, None, None
@@ -47,8 +46,7 @@ def side_of(quantizer: AnyQuantizer, side: PackedSide, keys: bool, rope: AnyRope
             ranges = [heads, 1, codes]
     in_words = None
     if table is not None and (rope is None or isinstance(rope, Rope)):
-        turned = (len(rope.inverse_frequencies), rope.interleaved) if rope else (0, False)
-        in_words = words_of(table, scheme, keys, codes * scheme.numbers, turned)
+        in_words = words_of(table, scheme, keys, codes * scheme.numbers, turned_by(rope))
     return _kernels.Side(
         bits=side.bits,
         codes=codes,
@@ -67,13 +65,19 @@ def side_of(quantizer: AnyQuantizer, side: PackedSide, keys: bool, rope: AnyRope
     )
 
 
-def require_readable(quantizer: AnyQuantizer) -> None:
-    """Raise UnsupportedModelError for ranges that the kernel does not know."""
-    forms = quantizer.scheme.range_forms(1, BLOCK, BLOCK)
+def turned_by(rope: Rope | None) -> tuple[int, bool]:
+    """How many pairs of channels a rotary embedding turns, and whether they are neighbours."""
+    return (len(rope.inverse_frequencies), rope.interleaved) if rope else (0, False)
+
+
+def why_unread(scheme: Scheme) -> str | None:
+    """Why the kernel does not read a scheme; None if it does."""
+    forms = scheme.range_forms(1, BLOCK, BLOCK)
     if any(name not in ("scale", "zero") or dtype != torch.float16 for name, (_, dtype) in forms.items()):
-        raise UnsupportedModelError(
-            f"Backend cpu does not read {quantizer.scheme.datatype} codes ranged by {', '.join(forms)}; choose backend torch."
-        )
+        return f"does not read {scheme.datatype} codes ranged by {', '.join(forms)}"
+    if scheme.pre_rope and (scheme.hadamard or scheme.smooth):
+        return "cannot undo a Hadamard rotation or smoothing of keys kept unrotated"
+    return None
 
 
 def _kind(dtype: torch.dtype) -> str:

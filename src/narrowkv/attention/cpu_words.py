@@ -42,7 +42,7 @@ def words_of(codebooks: Tensor, scheme: Scheme, keys: bool, head_dim: int, turne
     levels], float32. turned: how many pairs of channels of keys the rotary embedding turns, and whether they are neighbours.
     """
     shared = codebooks.dim() == 1
-    if not SUPPORTED or not _readable(scheme, keys, shared, head_dim, turned):
+    if not reads(scheme, keys, head_dim, turned):
         return None
     levels = codebooks[..., : 2**scheme.code_bits]
     largest = levels.abs().amax(-1, keepdim=True)
@@ -74,12 +74,16 @@ def _alike(largest: Tensor, pairs: int, interleaved: bool) -> Tensor:
     return torch.cat([larger.flatten(1), rest], dim=1)
 
 
-def _readable(scheme: Scheme, keys: bool, shared: bool, head_dim: int, turned: tuple[int, bool]) -> bool:
-    """Whether the kernel knows how codes lie and are ranged."""
+def reads(scheme: Scheme, keys: bool, head_dim: int, turned: tuple[int, bool]) -> bool:
+    """Whether the kernel knows how codes lie and are ranged, and the processor has its instructions."""
+    if not SUPPORTED or scheme.datatype == "exact":
+        return False
     if scheme.numbers == 2:
         return not (keys and turned[0]) or turned == (head_dim // 2, False)
-    if not shared or scheme.code_bits > 4:
-        return scheme.code_bits <= 4
+    if scheme.code_bits > 4:
+        return False
+    if scheme.codebook != "layer" or (keys and scheme.static):
+        return True
     if turned[0] or scheme.static:
         return False
     tokens, channels = (scheme.range_forms(1, BLOCK, head_dim)["scale"][0])[1:]

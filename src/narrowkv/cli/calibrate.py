@@ -8,6 +8,7 @@ import torch
 import typer
 from rich.table import Table
 
+from narrowkv.attention import AUTO
 from narrowkv.calibration import Calibration
 from narrowkv.cli.common import (
     DEFAULT_RECIPE,
@@ -45,7 +46,7 @@ def calibrate(
     samples: SamplesOption = 16,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
-    backend: BackendOption = "torch",
+    backend: BackendOption = AUTO,
 ) -> None:
     """Learn a recipe's codebooks, ranges and thresholds for a model, and save them. Processes of torchrun share the text."""
     if bits is not None and recipe is not None:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from narrowkv.attention import AUTO
 from narrowkv.calibration import Calibration
 from narrowkv.calibration.processes import join_processes
 from narrowkv.errors import RecipeError, TextError
@@ -37,7 +38,7 @@ DeviceOption = Annotated[str, typer.Option(help="cpu or cuda.")]
 BackendOption = Annotated[
     str,
     typer.Option(
-        help="Which attention runs: torch, cpu (compiled), naive, or dense for models that compute it by themselves."
+        help="Which attention runs: auto, cpu (compiled), torch, naive, or dense for models that compute it by themselves."
     ),
 ]
 WindowOption = Annotated[int, typer.Option(min=2, help="Tokens per sequence.")]
@@ -60,7 +61,7 @@ def default_text(model: str, text: str | None, built_in: str) -> str | None:
 
 
 def learn(
-    model: Any, tokenizer: Any, recipes: list[Recipe], text: str, window: int, samples: int, backend: str = "torch"
+    model: Any, tokenizer: Any, recipes: list[Recipe], text: str, window: int, samples: int, backend: str = AUTO
 ) -> list[Calibration]:
     """Calibrate on the first windows of a text, with a progress bar. Under torchrun the processes share the windows."""
     batches = cut_windows(tokenizer, read_text(text), window, samples).split(1)

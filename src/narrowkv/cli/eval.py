@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from narrowkv.attention import AUTO
 from narrowkv.calibration.allocation import REFERENCE_TOKENS
 from narrowkv.cli.common import (
     BackendOption,
@@ -48,7 +49,7 @@ def evaluate(
     recall_rows: Annotated[int, typer.Option(min=1)] = 32,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
-    backend: BackendOption = "torch",
+    backend: BackendOption = AUTO,
     json_file: JsonOption = None,
 ) -> None:
     """Measure bits, bytes, perplexity (strict and stream), divergence and recall of a recipe or calibration."""

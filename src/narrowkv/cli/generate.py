@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from narrowkv.attention import AUTO
 from narrowkv.cli.common import (
     BackendOption,
     CalibrationOption,
@@ -61,7 +62,7 @@ def generate(
     samples: SamplesOption = 16,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
-    backend: BackendOption = "torch",
+    backend: BackendOption = AUTO,
 ) -> None:
     """Continue a prompt; the model's cache is packed by the recipe."""
     if (prompt is None) == (prompt_file is None):

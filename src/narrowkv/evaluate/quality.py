@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from narrowkv.attention import AUTO
 from narrowkv.calibration import Calibration
 from narrowkv.codec import Scheme
 from narrowkv.errors import ActivationError, TextError
@@ -91,7 +92,7 @@ def measure(
     recall: Sequence[RecallBatch] = (),
     *,
     stream_chunk: int = STREAM_CHUNK,
-    backend: str = "torch",
+    backend: str = AUTO,
     on_step: Callable[[int, int], None] | None = None,
 ) -> list[Quality]:
     """Measure several recipes on the same tokens.

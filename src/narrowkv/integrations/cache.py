@@ -1,6 +1,7 @@
 """PackedCache: a drop-in `past_key_values` for transformers that stores keys and values packed."""
 
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from narrowkv.attention import BACKENDS, described
+from narrowkv.attention import AUTO, BACKENDS, chosen, cpu, described
 from narrowkv.calibration import Calibration, Fingerprint
 from narrowkv.calibration.processes import tensor_parallel_rank
 from narrowkv.codec import AnyQuantizer
@@ -29,9 +30,10 @@ class PackedCache(NarrowCache):
     model: a transformers model, which is made ready for the cache on the way; layers without attention (linear, convolution)
     keep their own state beside the packed ones. source: a Calibration for this model, or a calibration-free Recipe or its
     name. strict: new tokens too are attended to as they are stored (how papers measure perplexity); otherwise a chunk attends
-    to itself exactly and to the packed past. backend: which attention runs: `torch` decodes tile by tile, `naive` all at once,
-    `cpu` reads packed blocks in compiled code for up to 16 tokens at a time, on a CPU, and prompts as `torch` does; `dense`
-    hands decoded tensors to models that compute attention by themselves.
+    to itself exactly and to the packed past. backend: which attention runs: `cpu` reads packed blocks in compiled code for up
+    to 16 tokens at a time, on a CPU, and prompts as `torch` does, which decodes tile by tile; `naive` decodes all at once;
+    `dense` hands decoded tensors to models that compute attention by themselves; `auto` is `cpu` where that runs and reads
+    the recipe, else `torch`. `cache.backend` says which it is.
 
     Raises UnsupportedModelError, RecipeError or CalibrationError where the three do not fit together.
     """
@@ -42,17 +44,18 @@ class PackedCache(NarrowCache):
         source: Calibration | Recipe | str,
         *,
         strict: bool = False,
-        backend: str = "torch",
+        backend: str = AUTO,
     ):
-        if backend not in (*BACKENDS, DENSE):
-            raise RecipeError(f"There is no backend {backend!r}; there is {', '.join(BACKENDS)} and {DENSE}.")
+        if backend not in (AUTO, *BACKENDS, DENSE):
+            raise RecipeError(f"There is no backend {backend!r}; there is {AUTO}, {', '.join(BACKENDS)} and {DENSE}.")
         self.recipe = source.recipe if isinstance(source, Calibration) else get_recipe(source)
+        backend = chosen(backend, model.device, model.dtype, self.recipe.every_scheme())
         facts = facts_for(model, backend, [self.recipe])
         self.dtype = model.dtype
         self.fingerprint = Fingerprint.of(model)
         if isinstance(source, Calibration):
             source.fingerprint.check(self.fingerprint)
-        self.backend = described(backend)
+        self.backend = described(backend, cpu.may_round(model.dtype) and self._in_words(facts.attention))
         self.dense = backend == DENSE
         self.device = model.device
         self.before = 0  # tokens held when the model began to run
@@ -72,6 +75,11 @@ class PackedCache(NarrowCache):
         self.rank = rank
         self.decoder = weakref.ref(model.get_decoder())
         self.modules = {fact.layer: weakref.ref(fact.module) for fact in facts.attention}
+
+    def _in_words(self, facts: Sequence[AttentionFacts]) -> bool:
+        """Whether words of 16 bits can be read from all layers."""
+        layers = [(self.recipe.schemes(fact.layer), fact) for fact in facts]
+        return all(cpu.in_words(schemes.keys, schemes.values, fact.head_dim, fact.rope) for schemes, fact in layers)
 
     def _layer(
         self, fact: AttentionFacts, quantizers: tuple[AnyQuantizer, AnyQuantizer], own: Any, backend: str, strict: bool

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from narrowkv import __version__
+from narrowkv.attention import AUTO
 from narrowkv.calibration import Calibration, Fingerprint
 from narrowkv.calibration.learning import LayerFits, learn
 from narrowkv.calibration.processes import Group, is_split, reduced
@@ -50,7 +51,7 @@ def calibrate_many(
     batches: Iterable[Tensor],
     recipes: Sequence[Recipe | str],
     *,
-    backend: str = "torch",
+    backend: str = AUTO,
     group: Group = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> list[Calibration]:
@@ -118,7 +119,7 @@ def calibrate(
     batches: Iterable[Tensor],
     recipe: Recipe | str,
     *,
-    backend: str = "torch",
+    backend: str = AUTO,
     group: Group = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Calibration:
