@@ -47,7 +47,9 @@ class WordWorker : Sight {
             ahead.add(problem.values, sides[1], piece.head, dim / 2);
             prefetch_outliers(problem.keys, later(1)[0], piece.head);
             prefetch_outliers(problem.values, later(1)[1], piece.head);
-            for (int side = 0; side < 2; ++side) __builtin_prefetch(later(2)[side].outlier_offsets + piece.head);
+            for (int side = 0; side < 2; ++side) {
+                if (const int32_t* offsets = later(2)[side].outlier_offsets) __builtin_prefetch(offsets + piece.head);
+            }
             const int count = int(stop - start);
             const bool seen = count > 0 && !nothing_seen(piece.row, start, count);
             float* to = &scores[(block - first) * kBlock];

@@ -1,4 +1,4 @@
-// Scores of packed keys in words: a block becomes a tile of lanes, one for each pair of channels of a token.
+// Scores of packed keys in words.
 
 #pragma once
 
@@ -6,104 +6,22 @@
 #include <vector>
 
 #include "kernel.h"
-#include "words.h"
-#include "words_outliers.h"
+#include "words_tile.h"
 
 namespace narrowkv {
 namespace {
 
 constexpr float kMostSum = 2.1e9f, kMostWord = 32767.0f;
 
-// Which channels of keys make a pair: those that turn together; halves where they have scales of their own, so that these lie
-// in a row; else neighbours, so that groups of channels stay together.
-struct Pairs {
-    int turned;
-    bool interleaved;
-
-    explicit Pairs(const Problem& problem) : turned(problem.rotation.pairs), interleaved(problem.rotation.interleaved) {
-        const Side& side = problem.keys;
-        if (!turned && (side.numbers == 2 || by_channel(side))) turned = problem.head_dim / 2;
-    }
-    int first(int pair) const { return pair < turned && !interleaved ? pair : 2 * pair; }
-    int second(int pair) const { return pair < turned && !interleaved ? pair + turned : 2 * pair + 1; }
-};
-
-template <int bits, bool pairs_of_codes>
-void read_keys(const Side& side, const Block& block, int64_t row, int count, Pairs pairs, const Ahead& ahead, int16_t* tile) {
-    constexpr int levels = kept_levels(bits), step = pairs_of_codes ? 4 * levels : 32;
-    const uint8_t* tables = side.words + (side.fixed ? row * step : 0);
-    const __m512i low = _mm512_set1_epi16((1 << bits) - 1), second = _mm512_set1_epi32(16 << 16);
-    const auto rows = [&](int i, const uint8_t** planes) {
-        for (int plane = 0; plane < 3; ++plane) planes[plane] = block.planes[plane] + (row + i) * (kBlock * kPlanes[bits][plane] / 8);
-    };
-    for (int pair = 0; pair < count; ++pair, tile += 2 * kBlock) {
-        ahead.ask(pair);
-        const int x = pairs_of_codes ? pair : pairs.first(pair), y = pairs_of_codes ? pair : pairs.second(pair);
-        const uint8_t *a[3], *b[3];
-        rows(x, a), rows(y, b);
-        __m512i codes[4];
-        read_codes<bits, kBlock>(a, b, codes);
-        const uint8_t* table = tables + (side.fixed ? x * step : 0);
-        if constexpr (pairs_of_codes) {
-            for (int i = 0; i < 4; ++i) store_words(tile + 32 * i, look_up_pairs<levels>(codes[i], table));
-        } else {
-            const __m512i both = two_tables(table, tables + (side.fixed ? y * step : 0));
-            for (int i = 0; i < 4; ++i) {
-                const __m512i index = _mm512_ternarylogic_epi64(codes[i], low, second, 0xea);
-                store_words(tile + 32 * i, _mm512_permutexvar_epi16(index, both));
-            }
-        }
-    }
-}
-
-inline void read_keys(const Side& side, const Block& block, int64_t row, int count, Pairs pairs, const Ahead& ahead, int16_t* tile) {
-    const auto run = [&](auto read) { read(side, block, row, count, pairs, ahead, tile); };
-    if (side.numbers == 1) {
-        return side.bits == 2 ? run(read_keys<2, false>) : side.bits == 3 ? run(read_keys<3, false>) : run(read_keys<4, false>);
-    }
-    switch (side.bits) {
-        case 3: return run(read_keys<3, true>);
-        case 4: return run(read_keys<4, true>);
-        case 5: return run(read_keys<5, true>);
-        case 6: return run(read_keys<6, true>);
-        case 7: return run(read_keys<7, true>);
-        default: return run(read_keys<8, true>);
-    }
-}
-
-// Products of queries, [queries][all] lanes, with 16 * parts tokens of a tile over pairs [from, to). angles: [pairs][2][64] lanes,
-// (cos, cos) and (-sin, sin), by which keys turn; or null.
-template <int queries, int parts, bool turned>
-inline void score_lanes(const int32_t* query, int all, const int16_t* tile, int from, int to, const int16_t* angles, __m512 out[][parts]) {
-    __m512i sums[queries][parts] = {};
-    for (int pair = from; pair < to; ++pair) {
-        __m512i keys[parts];
-        for (int i = 0; i < parts; ++i) {
-            keys[i] = load_words(tile + 2 * kBlock * pair + 32 * i);
-            if constexpr (turned) {
-                const int16_t* angle = angles + 4 * kBlock * pair + 32 * i;
-                const __m512i swapped = _mm512_rol_epi32(keys[i], 16), along = _mm512_mulhrs_epi16(keys[i], load_words(angle));
-                keys[i] = _mm512_add_epi16(along, _mm512_mulhrs_epi16(swapped, load_words(angle + 2 * kBlock)));
-            }
-        }
-        for (int q = 0; q < queries; ++q) {
-            const __m512i both = _mm512_set1_epi32(query[q * all + pair]);
-            for (int i = 0; i < parts; ++i) sums[q][i] = _mm512_dpwssd_epi32(sums[q][i], keys[i], both);
-        }
-    }
-    for (int q = 0; q < queries; ++q) {
-        for (int i = 0; i < parts; ++i) out[q][i] = _mm512_cvtepi32_ps(sums[q][i]);
-    }
-}
-
 class WordKeys {
   public:
     explicit WordKeys(const Problem& problem)
         : problem(problem), side(problem.keys), rows(problem.group * problem.queries), dim(problem.head_dim),
           all(round_up(dim / 2, 16)), pairs(problem), tile(kBlock * dim), own_angles(4 * kBlock * all), query(rows * 2 * all),
-          words(rows * all), inverse(rows), zeros(rows), ranges(2 * kBlock * dim), channels(6 * all), places(dim) {
+          words(rows * all), inverse(rows), zeros(rows), ranges(2 * kBlock * dim), channels(6 * all), places(dim), in_pairs(2 * all) {
         for (int pair = 0; pair < dim / 2; ++pair) {
-            places[pairs.first(pair)] = 2 * kBlock * pair, places[pairs.second(pair)] = 2 * kBlock * pair + 1;
+            in_pairs[pair] = pairs.first(pair), in_pairs[all + pair] = pairs.second(pair);
+            places[in_pairs[pair]] = 2 * kBlock * pair, places[in_pairs[all + pair]] = 2 * kBlock * pair + 1;
         }
     }
 
@@ -112,14 +30,15 @@ class WordKeys {
         this->row = row, this->head = head;
         unit = side.unit + (side.fixed ? int64_t(head) * dim : 0);
         const float* from = real_query();
+        float* units = channels.data();  // of the channels of pairs
+        for (int i = 0; i < 2 * all; ++i) {
+            const bool turns = i % all < problem.rotation.pairs;
+            units[i] = problem.scaling * (turns ? problem.rotation.scaling : 1.0f) * unit[side.fixed ? in_pairs[i] : 0];
+        }
         for (int q = 0; q < rows; ++q, from += dim) {
             float *x = &query[q * 2 * all], *y = x + all;
-            for (int pair = 0; pair < dim / 2; ++pair) {
-                const int first = pairs.first(pair), second = pairs.second(pair);
-                const float factor = problem.scaling * (pair < problem.rotation.pairs ? problem.rotation.scaling : 1.0f);
-                x[pair] = from[first] * factor * unit[side.fixed ? first : 0];
-                y[pair] = from[second] * factor * unit[side.fixed ? second : 0];
-            }
+            for (int i = 0; i < 2 * all; ++i) x[i] = from[in_pairs[i]] * units[i];
+            for (int i = dim / 2; i < all; ++i) x[i] = y[i] = 0.0f;
             if (by_channel(side)) continue;
             const float factor = fitting(x, y);
             for (int i = 0; i < 2 * all; ++i) x[i] *= factor;
@@ -160,7 +79,8 @@ class WordKeys {
     Room<float> query;    // [rows][2][all] in units of words, before it is turned back
     Room<int32_t> words;  // [rows][all] lanes, as it is multiplied
     Room<float> inverse, zeros, ranges, channels;
-    Room<int32_t> places;  // where the first token of each channel lies in the tile
+    Room<int32_t> places;    // where the first token of each channel lies in the tile
+    Room<int32_t> in_pairs;  // the channels of pairs, [2][all]
     std::vector<Spill> spilt;
     int row = 0, head = 0;
     const float* unit = nullptr;
@@ -277,7 +197,7 @@ class WordKeys {
 
     // Queries times the scales of channels that a group of tokens shares, as words; and what their zeros add to scores.
     void scale_to_words(const Spread& spread, int group) {
-        float *scale = channels.data(), *zero = scale + 2 * all, *scaled = zero + 2 * all;
+        float *scale = channels.data(), *zero = scale + 2 * all, *scaled = zero + 2 * all;  // what pads pairs is times 0
         for (int half = 0; half < 2; ++half) {
             const int from = group * dim + half * (dim / 2), to = half * all;
             for (int i = 0; i < dim / 2; ++i) scale[to + i] = spread.scale[from + i];

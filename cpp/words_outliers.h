@@ -20,7 +20,15 @@ inline void read_halves(const uint16_t* scale, const uint16_t* zero, int64_t fro
             const __mmask16 some = all - i >= 16 ? 0xffff : (1 << (all - i)) - 1;
             _mm512_mask_storeu_ps(to + i, some, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, halves + from + i)));
         }
-        for (int i = 0; i < all && stride && channels > 1; ++i) {
+        for (int i = 0; i < all && stride && channels == 4; i += 16) {  // four tokens of four groups
+            const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+            const __m512 found = _mm512_permutexvar_ps(order, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(halves + from + i))));
+            _mm_storeu_ps(to + i / 4, _mm512_extractf32x4_ps(found, 0));
+            _mm_storeu_ps(to + i / 4 + stride, _mm512_extractf32x4_ps(found, 1));
+            _mm_storeu_ps(to + i / 4 + 2 * stride, _mm512_extractf32x4_ps(found, 2));
+            _mm_storeu_ps(to + i / 4 + 3 * stride, _mm512_extractf32x4_ps(found, 3));
+        }
+        for (int i = 0; i < all && stride && channels > 1 && channels != 4; ++i) {
             to[i % channels * stride + i / channels] = single_from_half(halves[from + i]);
         }
     };

@@ -176,16 +176,13 @@ class WordValues {
     // Codebooks of channels: a strip of channels of all blocks at a time, whose lanes are added up once.
     void add_channels(const Span& span, const float* weight, const float* fading) {
         weigh_in_words(span.length, weight, nullptr, nullptr, 1.0f);
-        for (int row = 0; row < rows; ++row) {
-            for (int i = 0; fading[row] != 1.0f && i < dim; ++i) sums[place(row, i)] *= fading[row];
-        }
         for (int from = 0; from < side.codes; from += kStrip) {
             const int count = std::min(kStrip, side.codes - from);
             for (int at = 0; at < span.length; at += kBlock) {
                 const Block* block = span.sides[at / kBlock];
                 if (block) look_up_rows(side, reader, strip_of(block[1], from, count, at));
             }
-            for (int number = 0; number < side.numbers; ++number) mix_strips(number * side.codes + from, count, number, span.length);
+            for (int number = 0; number < side.numbers; ++number) mix_strips(number * side.codes + from, count, number, span.length, fading);
         }
         for (int at = 0; at < span.length; at += kBlock) {
             const Block* block = span.sides[at / kBlock];
@@ -201,18 +198,19 @@ class WordValues {
         return found;
     }
 
-    void mix_strips(int channel, int count, int number, int length) {
+    void mix_strips(int channel, int count, int number, int length, const float* fading) {
         by_fours(rows, [&](int row, auto queries) {
             constexpr int together = 16 / queries;
-            alignas(64) float share[16];
-            for (int i = 0; i < 16; ++i) share[i] = shares[row + i % queries];
+            alignas(64) float share[16], fade[16];
+            for (int i = 0; i < 16; ++i) share[i] = shares[row + i % queries], fade[i] = fading[row + i % queries];
             for (int i = 0; i < count; i += together) {
                 __m512i found;
                 mix_strip<queries>(&weights[row * kSpan], kSpan, &tile[(number * kStrip + i) * kSpan], kSpan, length, found);
                 const int left = std::min(count - i, together) * queries;
                 const __mmask16 some = left >= 16 ? 0xffff : (1 << left) - 1;
                 float* to = &sums[row * dim + (channel + i) * queries];
-                const __m512 sum = _mm512_maskz_loadu_ps(some, to) + _mm512_cvtepi32_ps(found) * _mm512_load_ps(share);
+                const __m512 faded = _mm512_maskz_loadu_ps(some, to) * _mm512_load_ps(fade);
+                const __m512 sum = faded + _mm512_cvtepi32_ps(found) * _mm512_load_ps(share);
                 _mm512_mask_storeu_ps(to, some, sum);
             }
         });
