@@ -7,11 +7,12 @@ sum over 256 MiB, in the same turns; the share is packed bytes read a second ove
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from narrowkv.store import LayerStore
 QUERY_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 RECIPES = ("nuq4-1%", "nuq3-1%", "nuq2-1%", "kivi-2", "pair2", "pair3")
 BANDWIDTH_BYTES = 2**28
+Clock = Callable[[], float]
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "processor": time.process_time}
 
 
 def random_quantizer(scheme: Scheme) -> AnyQuantizer:
@@ -57,16 +60,25 @@ def draw_codes(scheme: Scheme, x: Tensor, skip: Tensor | None = None) -> Encoded
     return Encoded(torch.randint(2**scheme.code_bits, (*x.shape[:3], codes), dtype=torch.uint8))
 
 
+@contextlib.contextmanager
+def draw_at_random(store: LayerStore) -> Iterator[None]:
+    """Within, points are not searched for: codes of pairs are drawn."""
+    searching = [quantizer for quantizer in store.quantizers if quantizer.scheme.codebook != "layer"]
+    for quantizer in searching:
+        object.__setattr__(quantizer, "encode", functools.partial(draw_codes, quantizer.scheme))
+    yield
+    for quantizer in searching:
+        object.__delattr__(quantizer, "encode")
+
+
 def fill(name: str, tokens: int) -> LayerStore:
-    """A store with random numbers; points are not searched for, codes of pairs are drawn."""
+    """A store with random numbers."""
     recipe = get_recipe(name)
     store = LayerStore(random_quantizer(recipe.keys), random_quantizer(recipe.values), recipe.sinks, recipe.window)
-    for quantizer in store.quantizers:
-        if quantizer.scheme.codebook != "layer":
-            object.__setattr__(quantizer, "encode", functools.partial(draw_codes, quantizer.scheme))
-    for start in range(0, tokens, 4096):
-        chunk = torch.randn(2, 1, KV_HEADS, min(4096, tokens - start), HEAD_DIM)
-        store.append(chunk[0], chunk[1])
+    with draw_at_random(store):
+        for start in range(0, tokens, 4096):
+            chunk = torch.randn(2, 1, KV_HEADS, min(4096, tokens - start), HEAD_DIM)
+            store.append(chunk[0], chunk[1])
     return store
 
 
@@ -103,15 +115,15 @@ def torch_forms(tokens: int, dtype: torch.dtype) -> dict[str, Callable[[], Tenso
     }
 
 
-def medians(steps: dict[str, Callable[[], Any]], turns: int) -> dict[str, float]:
-    """Median seconds of each step, all taking turns."""
+def medians(steps: dict[str, Callable[[], Any]], turns: int, clock: Clock = time.perf_counter) -> dict[str, float]:
+    """Median seconds of each step by a clock, all taking turns."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(turns + 1):
         for name, step in steps.items():
-            start = time.perf_counter()
+            start = clock()
             step()
             if turn:  # the first warms up
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 

@@ -28,14 +28,16 @@ def frequencies(dim):
     return 1 / 10_000 ** (torch.arange(dim // 2) / (dim // 2))
 
 
-@pytest.fixture(params=["naive", "tiled", "small tiles"])
+@pytest.fixture(params=["naive", "tiled", "small tiles", "fused", "fused, small tiles"])
 def attend(request, monkeypatch):
     if request.param == "naive":
         return naive.attend
-    if request.param == "small tiles":
+    monkeypatch.setattr(tiled, "FEW_QUERIES", 0 if "fused" in request.param else 1000)
+    if "small" in request.param:
         monkeypatch.setattr("narrowkv.store.layer.TILE_NUMBERS", 1)
         monkeypatch.setattr(tiled, "KEY_SLICE", 7)
         monkeypatch.setattr(tiled, "QUERY_SLICE", 3)
+        monkeypatch.setattr(tiled, "FUSED_SLICE", 70)
     return tiled.attend
 
 
@@ -84,8 +86,11 @@ def test_attention_over_what_is_stored(attend, batch, heads, kv_heads, dim, past
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("rule", [None, lambda b, h, q, k: (k <= q) & (k // 48 == q // 48), lambda b, h, q, k: k <= q + b])
 @pytest.mark.parametrize("past", [0, 130])
-def test_what_the_tiled_attention_adds_up_is_what_the_naive_computes(monkeypatch, softcap, sinks, rule, past):
+@pytest.mark.parametrize("few", [0, 16])
+def test_what_the_tiled_attention_adds_up_is_what_the_naive_computes(monkeypatch, softcap, sinks, rule, past, few):
     monkeypatch.setattr("narrowkv.store.layer.TILE_NUMBERS", 1)
+    monkeypatch.setattr(tiled, "FEW_QUERIES", few)
+    monkeypatch.setattr(tiled, "FUSED_SLICE", 6)
     monkeypatch.setattr(tiled, "QUERY_SLICE", 4)
     monkeypatch.setattr(tiled, "KEY_SLICE", 5)
     batch, heads, dim, new = 3, 2, 24, 11
@@ -109,6 +114,26 @@ def test_what_the_tiled_attention_adds_up_is_what_the_naive_computes(monkeypatch
     }
     query = torch.randn(batch, 6, new, dim, dtype=torch.float64)
     torch.testing.assert_close(tiled.attend(query, store, **arguments), naive.attend(query, store, **arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_queries_in_16_bits_are_as_exact_as_attention_in_16_bits(dtype):
+    past, new, dim = 700, 50, 64
+    keys, values = torch.randn(2, 1, 2, past + new, dim, dtype=dtype)
+    store = LayerStore(*map(Quantizer, PAIRS))
+    store.append(keys[:, :, :past], values[:, :, :past])
+    arguments = {
+        "past": past,
+        "new": (keys[:, :, past:], values[:, :, past:]),
+        "rope": Rope(frequencies(dim)),
+        "kept": torch.arange(past)[None],
+        "visible": Visible(),
+        "scaling": dim**-0.5,
+    }
+    query = torch.randn(1, 8, new, dim, dtype=dtype)
+    found, expected = tiled.attend(query, store, **arguments), naive.attend(query, store, **arguments)
+    assert found.dtype == torch.float32
+    assert (found - expected).norm() < 5e-3 * expected.norm()
 
 
 def test_a_rope_is_the_same_from_frequencies_and_from_any_table():

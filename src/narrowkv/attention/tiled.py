@@ -1,7 +1,7 @@
 """Attention in plain torch, tile by tile: decode a piece of the cache, attend to it, forget it. Runs on any device.
 
-The softmax is carried from tile to tile (its largest score and its sums so far), so that the memory needed does not grow with
-the length of the cache. Computes in float32, or in float64 for queries in float64.
+The softmax is carried from tile to tile (softmax.py), so that the memory needed does not grow with the length of the cache.
+Computes in float32, or in float64 for queries in float64; on a CPU, products of many queries in 16 bits stay in 16 bits.
 """
 
 from collections.abc import Iterator
@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from narrowkv.attention.rope import AnyRope
+from narrowkv.attention.softmax import Fused, Running
 from narrowkv.attention.visible import Visible
 from narrowkv.store import LayerStore
 
+FEW_QUERIES = 16  # up to so many are computed exactly: decoding is what takes time there
 QUERY_SLICE = 128  # queries at a time, which bounds the memory of the scores
 KEY_SLICE = 512  # exact keys at a time
+FUSED_SLICE = 2048  # of both, where scores are not held; as many stored keys, for each piece ends with a pass over all results
 
 
 def attend(
@@ -31,77 +34,66 @@ def attend(
     sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Attention of the newest queries over the packed cache; parameters and result as of `naive.attend`."""
-    precision = torch.promote_types(query.dtype, torch.float32)
-    query, queries = query.to(precision) * scaling, query.shape[2]
     length = past + (new[0].shape[2] if new else 0)
-    softmax = [
-        _RunningSoftmax(query[:, :, row : row + QUERY_SLICE], sink_logits, softcap) for row in range(0, queries, QUERY_SLICE)
-    ]
-    index = torch.arange(store.first, length, device=query.device)
-    for start, keys, values in _tiles(store, past, new, rope, kept, precision):
-        for i, part in enumerate(softmax):
-            first = length - queries + i * QUERY_SLICE
-            asking = range(first, first + part.queries)
-            if seen := visible.within(range(start, start + keys.shape[2]), asking):
-                query_index, key_index = (index[some.start - store.first : some.stop - store.first] for some in (asking, seen))
-                near = slice(seen.start - start, seen.stop - start)
-                part.see(keys[:, :, near], values[:, :, near], visible.hidden(query_index, key_index))
-    return torch.cat([part.result() for part in softmax], dim=2)
-
-
-def _tiles(
-    store: LayerStore,
-    past: int,
-    new: tuple[Tensor, Tensor] | None,
-    rope: AnyRope | None,
-    kept: Tensor | None,
-    precision: torch.dtype,
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(index of the first token, rotated keys, values) of what is stored and of what is new."""
-    for start, keys, values in store.tiles(past):
-        keys = keys.to(precision)
-        if rope is not None and kept is not None:
-            first = start - store.first
-            keys = rope.rotate(keys, kept[:, first : first + keys.shape[2]])
-        yield start, keys, values.to(precision)
+    first = length - query.shape[2]
+    fused = query.device.type == "cpu" and query.shape[2] > FEW_QUERIES and softcap is None
+    precision = query.dtype if fused else torch.promote_types(query.dtype, torch.float32)
+    query = query.to(precision).contiguous()
+    parts: list[Fused | Running] = []
+    for some in _slices(query.shape[2], _rows(visible) if fused else QUERY_SLICE):
+        asking, part = range(first + some.start, first + some.stop), query[:, :, some]
+        if fused:
+            parts.append(Fused(part, asking, visible, scaling, sink_logits))
+        else:
+            parts.append(Running(part, asking, visible, scaling, softcap, sink_logits))
+    least = min(query.shape[2], FUSED_SLICE) if fused else 1
+    for start, keys, values in _stored(store, past, rope, kept, precision, least):
+        _show(parts, visible, start, keys, values)
     if new:
-        for start in range(0, new[0].shape[2], KEY_SLICE):
-            keys, values = (part[:, :, start : start + KEY_SLICE].to(precision) for part in new)
-            yield past + start, keys, values
+        for some in _slices(new[0].shape[2], FUSED_SLICE if fused else KEY_SLICE):
+            keys, values = (side[:, :, some].to(precision).contiguous() for side in new)
+            _show(parts, visible, past + some.start, keys, values)
+    return torch.cat([part.result() for part in parts], dim=2)
 
 
-class _RunningSoftmax:
-    """Some queries on their way along the keys: the largest score so far, the sum of weights, the weighted sum of values."""
+def _slices(total: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
-    def __init__(self, query: Tensor, sink_logits: Tensor | None, softcap: float | None):
-        """query: [batch, query_heads, queries, head_dim], scaled."""
-        self.query = query
-        self.queries = query.shape[2]
-        self.softcap = softcap
-        self.largest = query.new_full((*query.shape[:3], 1), -torch.inf)
-        self.total = torch.zeros_like(self.largest)
-        self.mixed = torch.zeros_like(query)
-        if sink_logits is not None:
-            self.largest = sink_logits.to(query.dtype)[None, :, None, None].expand_as(self.largest)
-            self.total = torch.ones_like(self.largest)
 
-    def see(self, keys: Tensor, values: Tensor, hidden: Tensor) -> None:
-        """keys, values: [batch, kv_heads, tokens, head_dim]. hidden: [batch or 1, 1, queries, tokens]."""
-        batch, heads, _, dim = keys.shape
-        grouped = self.query.reshape(batch, heads, -1, dim)  # [batch, kv_heads, group * queries, head_dim]
-        scores = (grouped @ keys.transpose(2, 3)).view(batch, -1, self.queries, keys.shape[2])
-        if self.softcap is not None:
-            scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
-        scores = scores.masked_fill_(hidden, -torch.inf)
-        largest = torch.maximum(self.largest, scores.amax(-1, keepdim=True))
-        reference = largest.masked_fill(largest.isinf(), 0.0)  # of a query that has seen nothing yet
-        weights = scores.sub_(reference).exp_()
-        fading = (self.largest - reference).exp_()
-        self.total = self.total * fading + weights.sum(-1, keepdim=True)
-        mixed = weights.view(batch, heads, -1, keys.shape[2]) @ values
-        self.mixed = self.mixed * fading + mixed.view_as(self.mixed)
-        self.largest = largest
+def _rows(visible: Visible) -> int:
+    """Queries at a time where scores are not held: as many as slide with a window, else most keys are hidden from most."""
+    return FUSED_SLICE if visible.sliding_window is None else min(max(visible.sliding_window, QUERY_SLICE), FUSED_SLICE)
 
-    def result(self) -> Tensor:
-        """[batch, query_heads, queries, head_dim]; zeros for a query that has seen nothing."""
-        return self.mixed / self.total.masked_fill(self.total == 0, 1.0)
+
+def _stored(
+    store: LayerStore, past: int, rope: AnyRope | None, kept: Tensor | None, precision: torch.dtype, least: int
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(index of the first token, rotated keys, values) of what is stored, `least` tokens or more at a time until the last."""
+    pieces: list[tuple[Tensor, Tensor]] = []
+    begin = tokens = 0
+    for start, keys, values in store.tiles(past):
+        if rope is not None and kept is not None:
+            at = start - store.first
+            keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
+            keys = rope.rotate(keys, kept[:, at : at + keys.shape[2]])
+        begin = begin if pieces else start
+        pieces.append((keys.to(precision), values.to(precision)))
+        tokens = start + keys.shape[2] - begin
+        if tokens >= least:
+            yield begin, *_joined(pieces)
+            pieces = []
+    if pieces:
+        yield begin, *_joined(pieces)
+
+
+def _joined(pieces: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    keys, values = (torch.cat(side, dim=2) if len(side) > 1 else side[0].contiguous() for side in zip(*pieces, strict=True))
+    return keys, values
+
+
+def _show(parts: list[Fused | Running], visible: Visible, start: int, keys: Tensor, values: Tensor) -> None:
+    """Let all queries see those of the tokens from `start` on that they may."""
+    for part in parts:
+        if tokens := visible.within(range(start, start + keys.shape[2]), part.asking):
+            near = slice(tokens.start - start, tokens.stop - start)
+            part.see(keys[:, :, near], values[:, :, near], tokens)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -44,3 +45,16 @@ class Visible:
             return keys
         oldest = 0 if self.sliding_window is None else queries.start - self.sliding_window + 1
         return range(max(keys.start, oldest), min(keys.stop, queries.stop))
+
+    def pattern(self, queries: range, keys: range) -> Literal["all", "causal"] | None:
+        """What the queries see of the keys, if it is plain: all of them, or from the first on those up to themselves.
+
+        keys: without those that `within` leaves out.
+        """
+        if self.rule is not None or (self.sliding_window is not None and keys.start <= queries[-1] - self.sliding_window):
+            return None
+        if self.padding is not None and not self.padding[:, keys.start : keys.stop].all():
+            return None
+        if keys[-1] <= queries.start:
+            return "all"
+        return "causal" if keys.start == queries.start else None

@@ -148,7 +148,7 @@ class PackedHandle:
         precise = torch.promote_types(query.dtype, torch.float32)
         past = layer.store.length if layer.strict else self.past
         output = BACKENDS[layer.backend](
-            layer.turn(query.to(precise), asking),
+            layer.turn(query.to(precise), asking).to(query.dtype),
             layer.store,
             past=past,
             new=None if layer.strict else (layer.turn(self.keys.to(precise), self.kept), self.values),

@@ -1,0 +1,122 @@
+"""Reading a prompt into the packed cache against torch's attention over 16 and 32 bits: `python -m benchmarks.prefill`.
+
+One layer of 32 query heads over 8 KV heads of 128 channels, tables drawn at random as in `benchmarks.attention`: appending the
+new tokens and attending to them and to the past. A prompt in one go is attended to by the model's own attention, as the cache
+does it, so that what differs is appending; a chunk behind a past goes to backend `cpu`. The peer concatenates as DynamicCache
+does, then takes the best of torch's forms in the same run: all take turns, and medians are compared. Turning the new queries
+and keys, which both need, is left out.
+"""
+
+import argparse
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.attention import CLOCKS, HEAD_DIM, KV_HEADS, QUERY_HEADS, Clock, fill, medians
+from narrowkv.attention import Rope, Visible, cpu
+
+RECIPES = ("nuq4-1%", "nuq3-1%", "nuq2-1%", "kivi-2")
+SHAPES = ((0, 4096), (30_720, 2048))  # past, new
+sdpa = torch.nn.functional.scaled_dot_product_attention
+
+
+def draw(new: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of new tokens."""
+    query = torch.randn(1, QUERY_HEADS, new, HEAD_DIM, dtype=dtype)
+    keys, values = torch.randn(2, 1, KV_HEADS, new, HEAD_DIM, dtype=dtype)
+    return query, keys, values
+
+
+def ours(name: str, past: int, new: int, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """One chunk as the cache reads it, into a copy that shares the blocks of the past."""
+    before = fill(name, past)
+    query, keys, values = draw(new, dtype)
+    pre_rope = before.quantizers[0].scheme.pre_rope
+    rope = Rope(1 / 10_000 ** (torch.arange(HEAD_DIM // 2) / (HEAD_DIM // 2)))
+    options: dict[str, Any] = {
+        "past": past,
+        "new": (keys, values),
+        "rope": rope if pre_rope else None,
+        "kept": torch.arange(past, dtype=torch.int32)[None] if pre_rope else None,
+        "visible": Visible(),
+        "scaling": HEAD_DIM**-0.5,
+    }
+
+    def run() -> Tensor:
+        store = copy.deepcopy(before)
+        store.append(keys, values)
+        if past:
+            return cpu.attend(query, store, **options)
+        return sdpa(query, keys, values, is_causal=True, enable_gqa=True)
+
+    return run
+
+
+def torch_forms(past: int, new: int, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
+    """The same over a cache that is not packed: the heads of a group told to torch, or repeated for it."""
+    query, keys, values = draw(new, dtype)
+    held = torch.randn(2, 1, KV_HEADS, past, HEAD_DIM, dtype=dtype)
+    seen = torch.ones(new, past + new, dtype=torch.bool).tril(past) if past else None
+
+    def run(repeats: int) -> Tensor:
+        both = (torch.cat(side, dim=2) for side in ((held[0], keys), (held[1], values)))
+        wide_keys, wide_values = (side.repeat_interleave(repeats, dim=1) if repeats > 1 else side for side in both)
+        return sdpa(query, wide_keys, wide_values, attn_mask=seen, is_causal=seen is None, enable_gqa=True)
+
+    return {"enable_gqa": lambda: run(1), "repeated heads": lambda: run(QUERY_HEADS // KV_HEADS)}
+
+
+def measure(recipes: list[str], past: int, new: int, dtype: torch.dtype, turns: int, clock: Clock) -> list[dict[str, Any]]:
+    """One row for each recipe."""
+    forms = torch_forms(past, new, dtype)
+    found = medians({**{name: ours(name, past, new, dtype) for name in recipes}, **forms}, turns, clock)
+    best = min(forms, key=lambda name: found[name])
+    return [
+        {
+            "recipe": name,
+            "past": past,
+            "new": new,
+            "dtype": str(dtype).removeprefix("torch."),
+            "milliseconds": 1e3 * found[name],
+            "milliseconds_torch": 1e3 * found[best],
+            "best_torch": best,
+            "ratio": found[name] / found[best],
+        }
+        for name in recipes
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: for a machine in use")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(arguments.threads)
+    rows = []
+    for dtype in arguments.dtypes:
+        for past, new in SHAPES:
+            clock = CLOCKS[arguments.clock]
+            for row in measure(arguments.recipes, past, new, getattr(torch, dtype), arguments.turns, clock):
+                rows.append(row)
+                print(
+                    f"{row['recipe']:>8}  {new} tokens behind {past}  {dtype:>8}  {row['milliseconds']:7.0f} ms, "
+                    f"{row['ratio']:.2f} times torch ({row['milliseconds_torch']:.0f} ms, {row['best_torch']})",
+                    flush=True,
+                )
+    if arguments.json:
+        report = {"threads": arguments.threads, "clock": arguments.clock, "torch": torch.__version__, "rows": rows}
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
