@@ -87,7 +87,7 @@ def test_sliding_layers_keep_what_the_window_needs(family, recipe):
     everything.crop(-1)
     with torch.inference_mode():
         found, expected = (model(ids[:, :4], past_key_values=one).logits for one in (cache, everything))
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-4)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *DENSE])

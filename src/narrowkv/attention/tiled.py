@@ -74,7 +74,7 @@ def _stored(
     for start, keys, values in store.tiles(past):
         if rope is not None and kept is not None:
             at = start - store.first
-            keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
+            keys = keys.to(torch.promote_types(precision, torch.float32))
             keys = rope.rotate(keys, kept[:, at : at + keys.shape[2]])
         begin = begin if pieces else start
         pieces.append((keys.to(precision), values.to(precision)))

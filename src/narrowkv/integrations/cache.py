@@ -55,7 +55,8 @@ class PackedCache(NarrowCache):
         self.fingerprint = Fingerprint.of(model)
         if isinstance(source, Calibration):
             source.fingerprint.check(self.fingerprint)
-        self.backend = described(backend, cpu.may_round(model.dtype) and self._in_words(facts.attention))
+        words = backend == "cpu" and cpu.may_round(model.dtype) and self._in_words(facts.attention)
+        self.backend = described(backend, words)
         self.dense = backend == DENSE
         self.device = model.device
         self.before = 0  # tokens held when the model began to run
