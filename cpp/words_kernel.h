@@ -13,7 +13,8 @@ namespace {
 class WordWorker : Sight {
   public:
     explicit WordWorker(const Problem& problem)
-        : Sight(problem), keys(problem), values(problem), scores(rows * kSpan), largest(rows), total(rows), fading(rows) {}
+        : Sight(problem), tile(std::max(kBlock * dim, 2 * kStrip * kSpan)), keys(problem, tile.data()), values(problem, tile.data()),
+           scores(rows * kSpan), largest(rows), total(rows), fading(rows) {}
 
     void run(const Piece& piece) {
         keys.begin(piece.row, piece.head);
@@ -32,6 +33,7 @@ class WordWorker : Sight {
     }
 
   private:
+    Room<int16_t> tile;  // of keys, then of values: with the angles it has room in the nearest cache
     WordKeys keys;
     WordValues values;
     Room<float> scores, largest, total, fading;  // scores: [rows][span]

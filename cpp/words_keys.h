@@ -15,9 +15,9 @@ constexpr float kMostSum = 2.1e9f, kMostWord = 32767.0f;
 
 class WordKeys {
   public:
-    explicit WordKeys(const Problem& problem)
+    WordKeys(const Problem& problem, int16_t* tile)
         : problem(problem), side(problem.keys), rows(problem.group * problem.queries), dim(problem.head_dim),
-          all(round_up(dim / 2, 16)), pairs(problem), tile(kBlock * dim), own_angles(4 * kBlock * all), query(rows * 2 * all),
+          all(round_up(dim / 2, 16)), pairs(problem), tile(tile), own_angles(4 * kTurned * all), query(rows * 2 * all),
           words(rows * all), inverse(rows), zeros(rows), ranges(2 * kBlock * dim), channels(6 * all), places(dim), in_pairs(2 * all) {
         for (int pair = 0; pair < dim / 2; ++pair) {
             in_pairs[pair] = pairs.first(pair), in_pairs[all + pair] = pairs.second(pair);
@@ -49,25 +49,24 @@ class WordKeys {
 
     // Scores of a block, [rows][stride], whose first token is `start`; `count` of its tokens count. ahead: in steps of pairs.
     void score(const Block& block, int64_t start, int count, const Ahead& ahead, float* scores, int stride) {
-        read_keys(side, block, int64_t(head) * side.codes, dim / 2, pairs, ahead, tile.data());
-        const int16_t* angles = turn(start, count);
+        read_keys(side, block, int64_t(head) * side.codes, dim / 2, pairs, ahead, tile);
         const Spread spread = spread_of(block);
         spilt.clear();
         if (block.outlier_offsets) {
-            put_outliers(side, block, head, 0, spread, tile.data(), spilt, [&](__m512i token, __m512i channel) {
+            put_outliers(side, block, head, 0, spread, tile, spilt, [&](__m512i token, __m512i channel) {
                 return _mm512_add_epi32(_mm512_i32gather_epi32(channel, places.data(), 4), _mm512_slli_epi32(token, 1));
             });
         }
-        by_fours(rows, [&](int q, auto queries) {
-            if (by_channel(side)) return;
-            if (side.fixed) return score_fixed<queries>(q, angles, scores + q * stride, stride);
-            score_by_token<queries>(q, spread, scores + q * stride, stride);
-        });
-        for (int token = 0; by_channel(side) && token < kBlock; token += 32) {
-            if (token * side.range_tokens % kBlock == 0) scale_to_words(spread, token * side.range_tokens / kBlock);
-            by_fours(rows, [&](int q, auto queries) { score_by_channel<queries>(q, token, scores + q * stride + token, stride); });
+        const bool by_token = !side.fixed && !by_channel(side);
+        if (by_token) by_fours(rows, [&](int q, auto queries) { score_by_token<queries>(q, spread, scores + q * stride, stride); });
+        for (int token = 0; token < count; token += kTurned) {
+            const int16_t* angles = turn(start + token, std::min(count - token, kTurned));
+            if (by_channel(side) && token * side.range_tokens % kBlock == 0) scale_to_words(spread, token * side.range_tokens / kBlock);
+            if (!by_token) by_fours(rows, [&](int q, auto queries) { score_tokens<queries>(q, angles, token, scores + q * stride + token, stride); });
+            for (const Spill& spill : spilt) {
+                if (spill.token / kTurned == token / kTurned) add_spilt(spill, angles, scores, stride);
+            }
         }
-        for (const Spill& spill : spilt) add_spilt(spill, angles, scores, stride);
     }
 
   private:
@@ -75,7 +74,8 @@ class WordKeys {
     const Side& side;
     const int rows, dim, all;  // all: pairs, rounded up
     const Pairs pairs;
-    Room<int16_t> tile, own_angles;
+    int16_t* const tile;  // room for a block, [pairs][64] lanes
+    Room<int16_t> own_angles;
     Room<float> query;    // [rows][2][all] in units of words, before it is turned back
     Room<int32_t> words;  // [rows][all] lanes, as it is multiplied
     Room<float> inverse, zeros, ranges, channels;
@@ -129,7 +129,7 @@ class WordKeys {
         for (int q = 0; q < rows; ++q) turn_to_words(q, &query[q * 2 * all], &query[(q * 2 + 1) * all], cos, sin);
     }
 
-    // Angles of the tokens of a block relative to its first, by whose own the queries are turned back; null where nothing turns.
+    // Angles of up to 32 tokens relative to the first, by whose own the queries are turned back; null where nothing turns.
     const int16_t* turn(int64_t start, int count) {
         const Rotation& rotation = problem.rotation;
         if (!rotation.pairs) return nullptr;
@@ -138,13 +138,13 @@ class WordKeys {
         for (int token = 1; token < count; ++token) consecutive &= positions[token] == positions[0] + token;
         turn_back_to_words(consecutive ? positions[0] : 0);
         if (consecutive) return rotation.words;
-        for (int i = 0; i < rotation.pairs * kBlock; ++i) {
-            const int pair = i / kBlock, token = i % kBlock;
+        for (int i = 0; i < rotation.pairs * kTurned; ++i) {
+            const int pair = i / kTurned, token = i % kTurned;
             float cos, sin;
             angle_at(rotation, positions[token < count ? token : 0], pair, cos, sin);
-            int16_t* to = &own_angles[4 * kBlock * pair + 2 * token];
+            int16_t* to = &own_angles[4 * kTurned * pair + 2 * token];
             to[0] = to[1] = int16_t(std::lrint(cos * kMostWord));
-            to[2 * kBlock + 1] = int16_t(std::lrint(sin * kMostWord)), to[2 * kBlock] = -to[2 * kBlock + 1];
+            to[2 * kTurned + 1] = int16_t(std::lrint(sin * kMostWord)), to[2 * kTurned] = -to[2 * kTurned + 1];
         }
         return own_angles.data();
     }
@@ -160,15 +160,17 @@ class WordKeys {
         return Spread::of_tokens(scale, zero, *unit, dim / count, kBlock);
     }
 
+    // Scores of 32 tokens, from the words that the queries are now.
     template <int queries>
-    void score_fixed(int q, const int16_t* angles, float* scores, int stride) {
+    void score_tokens(int q, const int16_t* angles, int token, float* scores, int stride) {
         const int turned = problem.rotation.pairs;
-        __m512 found[queries][4] = {}, rest[queries][4] = {};
-        if (turned) score_lanes<queries, 4, true>(&words[q * all], all, tile.data(), 0, turned, angles, found);
-        if (turned < dim / 2) score_lanes<queries, 4, false>(&words[q * all], all, tile.data(), turned, dim / 2, nullptr, rest);
+        __m512 found[queries][2] = {}, rest[queries][2] = {};
+        if (turned) score_lanes<queries, 2, true>(&words[q * all], all, tile + 2 * token, 0, turned, angles, found);
+        if (turned < dim / 2) score_lanes<queries, 2, false>(&words[q * all], all, tile + 2 * token, turned, dim / 2, nullptr, rest);
         for (int i = 0; i < queries; ++i) {
-            for (int part = 0; part < 4; ++part) {
-                _mm512_storeu_ps(scores + i * stride + 16 * part, (found[i][part] + rest[i][part]) * inverse[q + i]);
+            const float zero = by_channel(side) ? zeros[q + i] : 0.0f;
+            for (int part = 0; part < 2; ++part) {
+                _mm512_storeu_ps(scores + i * stride + 16 * part, (found[i][part] + rest[i][part]) * inverse[q + i] + zero);
             }
         }
     }
@@ -179,7 +181,7 @@ class WordKeys {
         const int length = dim / 2 / side.range_channels;
         for (int group = 0; group < side.range_channels; ++group) {
             __m512 found[queries][4];
-            score_lanes<queries, 4, false>(&words[q * all], all, tile.data(), group * length, (group + 1) * length, nullptr, found);
+            score_lanes<queries, 4, false>(&words[q * all], all, tile, group * length, (group + 1) * length, nullptr, found);
             for (int i = 0; i < queries; ++i) {
                 const float *x = &query[(q + i) * 2 * all + group * length], *y = x + all;
                 float sum = 0.0f;
@@ -218,17 +220,6 @@ class WordKeys {
         }
     }
 
-    template <int queries>
-    void score_by_channel(int q, int token, float* scores, int stride) {
-        __m512 found[queries][2];
-        score_lanes<queries, 2, false>(&words[q * all], all, tile.data() + 2 * token, 0, dim / 2, nullptr, found);
-        for (int i = 0; i < queries; ++i) {
-            for (int part = 0; part < 2; ++part) {
-                _mm512_storeu_ps(scores + i * stride + 16 * part, found[i][part] * inverse[q + i] + zeros[q + i]);
-            }
-        }
-    }
-
     // What of an outlier did not fit.
     void add_spilt(const Spill& spill, const int16_t* angles, float* scores, int stride) {
         const int place = places[spill.channel], pair = place / (2 * kBlock), second = place % 2;
@@ -238,8 +229,8 @@ class WordKeys {
             if (pair < problem.rotation.pairs) {  // from the words, which are turned back by the block's first position
                 int16_t word[2];
                 std::memcpy(word, &words[q * all + pair], 4);
-                const int16_t* angle = angles + 4 * kBlock * pair + 2 * spill.token;
-                const float cos = angle[0] / kMostWord, sin = angle[2 * kBlock + 1] / kMostWord;
+                const int16_t* angle = angles + 4 * kTurned * pair + 2 * (spill.token % kTurned);
+                const float cos = angle[0] / kMostWord, sin = angle[2 * kTurned + 1] / kMostWord;
                 factor = second ? word[1] * cos - word[0] * sin : word[0] * cos + word[1] * sin;
                 factor *= inverse[q] / unit[spill.channel];
             }

@@ -65,7 +65,7 @@ inline void read_keys(const Side& side, const Block& block, int64_t row, int cou
     }
 }
 
-// Products of queries, [queries][all] lanes, with 16 * parts tokens of a tile over pairs [from, to). angles: [pairs][2][64] lanes,
+// Products of queries, [queries][all] lanes, with 16 * parts tokens of a tile over pairs [from, to). angles: [pairs][2][32] lanes,
 // (cos, cos) and (-sin, sin), by which keys turn; or null.
 template <int queries, int parts, bool turned>
 inline void score_lanes(const int32_t* query, int all, const int16_t* tile, int from, int to, const int16_t* angles, __m512 out[][parts]) {
@@ -75,9 +75,9 @@ inline void score_lanes(const int32_t* query, int all, const int16_t* tile, int 
         for (int i = 0; i < parts; ++i) {
             keys[i] = load_words(tile + 2 * kBlock * pair + 32 * i);
             if constexpr (turned) {
-                const int16_t* angle = angles + 4 * kBlock * pair + 32 * i;
+                const int16_t* angle = angles + 4 * kTurned * pair + 32 * i;
                 const __m512i swapped = _mm512_rol_epi32(keys[i], 16), along = _mm512_mulhrs_epi16(keys[i], load_words(angle));
-                keys[i] = _mm512_add_epi16(along, _mm512_mulhrs_epi16(swapped, load_words(angle + 2 * kBlock)));
+                keys[i] = _mm512_add_epi16(along, _mm512_mulhrs_epi16(swapped, load_words(angle + 2 * kTurned)));
             }
         }
         for (int q = 0; q < queries; ++q) {

@@ -67,10 +67,10 @@ inline void mix_lanes(const int16_t* weights, int weights_stride, const int16_t*
 
 class WordValues {
   public:
-    explicit WordValues(const Problem& problem)
+    WordValues(const Problem& problem, int16_t* tile)
         : side(problem.values), rows(problem.group * problem.queries), dim(problem.head_dim),
           groups(side.channel_major ? 1 : side.range_channels), reader(side.bits, kBlock),
-          tile(std::max(kBlock * dim, 2 * kStrip * kSpan)), weights(rows * groups * kSpan), sums(rows * dim), ranges((2 * groups + 1) * kSpan),
+          tile(tile), weights(rows * groups * kSpan), sums(rows * dim), ranges((2 * groups + 1) * kSpan),
           shares(rows * groups), zeros(rows * groups), whole(rows * dim) {}
 
     void begin(int head) {
@@ -91,7 +91,8 @@ class WordValues {
     const Side& side;
     const int rows, dim, groups;
     const Reader reader;
-    Room<int16_t> tile, weights;       // weights: [rows][groups][span]
+    int16_t* const tile;               // room for a block, or for a strip of a span
+    Room<int16_t> weights;             // [rows][groups][span]
     Room<float> sums, ranges, shares;  // shares: what a sum in words stands for, [rows][groups]
     Room<float> zeros;                 // what zeros add to sums, likewise
     Room<int32_t> whole;               // [rows][head_dim]
@@ -140,10 +141,10 @@ class WordValues {
         for (int at = 0; at < span.length; at += kBlock) {
             const Block* block = span.sides[at / kBlock];
             if (!block) continue;
-            read_values(side, block[1], int64_t(head) * kBlock, tile.data());
+            read_values(side, block[1], int64_t(head) * kBlock, tile);
             if (block[1].outlier_offsets) {
                 const Spread spread = Spread::of_tokens(scale + at, zero + at, *unit, channels, kSpan);
-                put_outliers(side, block[1], head, at, spread, tile.data(), spilt, [&](__m512i token, __m512i channel) {
+                put_outliers(side, block[1], head, at, spread, tile, spilt, [&](__m512i token, __m512i channel) {
                     const __m512i pair = _mm512_mullo_epi32(_mm512_srli_epi32(token, 1), _mm512_set1_epi32(2 * dim));
                     const __m512i lane = _mm512_add_epi32(_mm512_slli_epi32(channel, 1), _mm512_and_si512(token, _mm512_set1_epi32(1)));
                     return _mm512_add_epi32(pair, lane);
@@ -193,7 +194,7 @@ class WordValues {
     Rows strip_of(const Block& block, int row, int count, int at) {
         const int64_t from = int64_t(head) * side.codes + row;
         const int step = side.numbers * 2 * kept_levels(side.bits);
-        Rows found{{}, side.words + from * step, step, count, kSpan, kStrip * kSpan, tile.data() + at};
+        Rows found{{}, side.words + from * step, step, count, kSpan, kStrip * kSpan, tile + at};
         for (int plane = 0; plane < 3; ++plane) found.planes[plane] = block.planes[plane] + from * reader.row_bytes[plane];
         return found;
     }

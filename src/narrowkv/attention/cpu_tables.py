@@ -131,7 +131,7 @@ def _angles(frequencies: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor,
     """Cosines and sines of multiples of the frequencies [pairs], from which those of all positions up to one are put together.
 
     Returns those of 0 to 31, [pairs, 2, 32], of 0 to 63, [64, 2, pairs], and of 0, 64, 128, ..., [n, 2, pairs], float32, and
-    those of 0 to 63 as words, [pairs, 2, 64, 2] int16: cosine twice, sine negated and not. Taken in float64: a position times
+    those of 0 to 31 as words, [pairs, 2, 32, 2] int16: cosine twice, sine negated and not. Taken in float64: a position times
     a frequency, rounded to float32 as models do, is off by as much as the position is large.
     """
     count = 2 * (position // BLOCK + 1)  # twice as many as are needed now
@@ -139,10 +139,10 @@ def _angles(frequencies: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor,
         torch.stack([angles.cos(), angles.sin()], dim=1).float()
         for angles in (steps[:, None] * frequencies.double() for steps in (torch.arange(BLOCK), torch.arange(count) * BLOCK))
     )
-    by_pair = steps.permute(2, 1, 0)
+    by_pair = steps[:TILE].permute(2, 1, 0)
     lanes = by_pair[..., None] * torch.tensor([[[1.0, 1.0]], [[-1.0, 1.0]]])
     words = (lanes * ONE).round().short().contiguous()
-    return by_pair[..., :TILE].contiguous(), steps, far, words
+    return by_pair.contiguous(), steps, far, words
 
 
 def turn_query(quantizer: AnyQuantizer, query: Tensor) -> Tensor:
