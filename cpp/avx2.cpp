@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace narrowkv {
 namespace {
@@ -28,11 +29,11 @@ struct Codes {
 };
 
 // A codebook of up to 8 levels is one register and a look-up is one permute; of 16, two and a choice by the code's fourth bit.
-template <int levels, bool gathered = (levels > 16)>
-struct Table {
+template <int levels>
+struct Registers {
     __m256 points[levels / 8];
 
-    explicit Table(const float* table) {
+    explicit Registers(const float* table) {
         for (auto& part : points) part = _mm256_loadu_ps(table), table += 8;
     }
     Floats operator()(Ints codes) const {
@@ -42,29 +43,19 @@ struct Table {
         const __m256 high = _mm256_permutevar8x32_ps(points[levels / 8 - 1], index);
         return Floats(_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28))));
     }
-    Table stretched(float scale, float zero) const {
-        Table result = *this;
+    Registers stretched(float scale, float zero) const {
+        Registers result = *this;
         for (auto& part : result.points) part = _mm256_fmadd_ps(part, _mm256_set1_ps(scale), _mm256_set1_ps(zero));
         return result;
     }
 };
 
-template <int levels>
-struct Table<levels, true> {
-    const float* points;
-    float scale = 1.0f, zero = 0.0f;
+inline Floats gather(const float* points, Ints codes) { return Floats(_mm256_i32gather_ps(points, __m256i(codes), 4)); }
 
-    explicit Table(const float* table) : points(table) {}
-    Floats operator()(Ints codes) const {
-        const __m256 found = _mm256_i32gather_ps(points, __m256i(codes), 4);
-        return Floats(_mm256_fmadd_ps(found, _mm256_set1_ps(scale), _mm256_set1_ps(zero)));
-    }
-    Table stretched(float by, float to) const {
-        Table result = *this;
-        result.scale = by, result.zero = to;
-        return result;
-    }
-};
+#include "gathered.h"
+
+template <int levels>
+using Table = std::conditional_t<(levels > 16), Gathered, Registers<levels>>;
 
 }  // namespace simd
 }  // namespace

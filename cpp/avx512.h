@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace narrowkv {
 namespace {
@@ -29,10 +30,10 @@ struct Codes {
 
 // A codebook of up to 16 levels is one register and a look-up is one permute; of 32, two registers; of 64, four.
 template <int levels>
-struct Table {
+struct Registers {
     __m512 points[levels < 16 ? 1 : levels / 16];
 
-    explicit Table(const float* table) {
+    explicit Registers(const float* table) {
         for (auto& part : points) part = _mm512_loadu_ps(table), table += 16;
     }
     Floats operator()(Ints codes) const {
@@ -45,29 +46,19 @@ struct Table {
             return Floats(_mm512_mask_blend_ps(_mm512_test_epi32_mask(index, _mm512_set1_epi32(32)), low, high));
         }
     }
-    Table stretched(float scale, float zero) const {
-        Table result = *this;
+    Registers stretched(float scale, float zero) const {
+        Registers result = *this;
         for (auto& part : result.points) part = _mm512_fmadd_ps(part, _mm512_set1_ps(scale), _mm512_set1_ps(zero));
         return result;
     }
 };
 
-template <>
-struct Table<256> {
-    const float* points;
-    float scale = 1.0f, zero = 0.0f;
+inline Floats gather(const float* points, Ints codes) { return Floats(_mm512_i32gather_ps(__m512i(codes), points, 4)); }
 
-    explicit Table(const float* table) : points(table) {}
-    Floats operator()(Ints codes) const {
-        const __m512 found = _mm512_i32gather_ps(__m512i(codes), points, 4);
-        return Floats(_mm512_fmadd_ps(found, _mm512_set1_ps(scale), _mm512_set1_ps(zero)));
-    }
-    Table stretched(float by, float to) const {
-        Table result = *this;
-        result.scale = by, result.zero = to;
-        return result;
-    }
-};
+#include "gathered.h"
+
+template <int levels>
+using Table = std::conditional_t<levels == 256, Gathered, Registers<levels>>;
 
 }  // namespace simd
 }  // namespace

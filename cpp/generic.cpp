@@ -32,21 +32,14 @@ struct Codes {
     Ints part(int i) const { return Ints{bytes[4 * i], bytes[4 * i + 1], bytes[4 * i + 2], bytes[4 * i + 3]}; }
 };
 
-template <int levels>
-struct Table {
-    const float* points;
-    float scale = 1.0f, zero = 0.0f;
+inline Floats gather(const float* points, Ints codes) {
+    return Floats{points[codes[0]], points[codes[1]], points[codes[2]], points[codes[3]]};
+}
 
-    explicit Table(const float* table) : points(table) {}
-    Floats operator()(Ints codes) const {
-        return Floats{points[codes[0]], points[codes[1]], points[codes[2]], points[codes[3]]} * scale + zero;
-    }
-    Table stretched(float by, float to) const {
-        Table result = *this;
-        result.scale = by, result.zero = to;
-        return result;
-    }
-};
+#include "gathered.h"
+
+template <int levels>
+using Table = Gathered;
 
 }  // namespace simd
 }  // namespace

@@ -1,7 +1,6 @@
 // The compiled part of NarrowKV: what the processor can do, and the kernels.
 
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -11,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "arrays.h"
 #include "attention.h"
 #include "module_encode.h"
 #include "nearest.h"
@@ -20,15 +20,6 @@ using namespace nb::literals;
 
 namespace narrowkv {
 namespace {
-
-template <typename T, typename... Shape>
-using Array = nb::ndarray<T, nb::device::cpu, nb::c_contig, Shape...>;
-using Table = Array<const float>;
-
-template <typename T>
-const T* data_or_null(const std::optional<Array<const T>>& array) {
-    return array ? array->data() : nullptr;
-}
 
 void add_moments(Array<const float, nb::ndim<3>> numbers, Array<const uint8_t, nb::ndim<3>> found,
                  Array<double, nb::ndim<4>> sums, int threads) {
@@ -63,13 +54,6 @@ std::vector<std::string> instruction_sets() {
     return found;
 }
 
-Number number_from(const std::string& dtype) {
-    if (dtype == "float16") return Number::half;
-    if (dtype == "bfloat16") return Number::bfloat;
-    if (dtype == "float32") return Number::single;
-    throw std::invalid_argument("numbers are float16, bfloat16 or float32, not " + dtype);
-}
-
 // A Side and the tables that it points into.
 struct HeldSide {
     Side side{};
@@ -78,12 +62,12 @@ struct HeldSide {
 };
 
 void make_side(HeldSide* held, int bits, int codes, int numbers, bool channel_major, std::optional<Table> table, bool fixed,
-               std::optional<Table> scale, std::optional<Table> zero, std::vector<int> ranges, const std::string& exact,
-               const std::string& outlier, std::optional<Array<const uint8_t>> words, std::optional<Table> unit, int most) {
+               std::optional<Table> scale, std::optional<Table> zero, std::vector<int> ranges, int exact, int outlier,
+                std::optional<Array<const uint8_t>> words, std::optional<Table> unit, int most) {
     new (held) HeldSide{{}, table, scale, zero, unit, words};
     const int stride = bits <= 4 ? 16 : bits >= 7 ? 256 : 1 << bits;
     held->side = Side{bits,      codes,     numbers,   stride, channel_major, fixed,
-                      ranges[0], ranges[1], ranges[2], number_from(exact), number_from(outlier),
+                      ranges[0], ranges[1], ranges[2], Number(exact), Number(outlier),
                       data_or_null(table), data_or_null(words), data_or_null(unit), most, data_or_null(scale), data_or_null(zero)};
 }
 
@@ -101,15 +85,9 @@ void make_rotation(HeldRotation* held, int pairs, bool interleaved, float scalin
                               data_or_null(words), nullptr};
 }
 
-// Tensors of a step come as addresses, 0 for none: as arrays, each would cost as much as the attention over some tokens.
-template <typename T>
-const T* at(uintptr_t address) {
-    return reinterpret_cast<const T*>(address);
-}
-
 Tail tail_from(const std::vector<int64_t>& parts) {
     if (parts.size() != 6) throw std::invalid_argument("a tail is six whole numbers");
-    return {at<void>(parts[0]), at<uint16_t>(parts[1]), at<uint16_t>(parts[2]), at<void>(parts[3]), at<int64_t>(parts[4]), parts[5]};
+    return {at<const void>(parts[0]), at<const uint16_t>(parts[1]), at<const uint16_t>(parts[2]), at<const void>(parts[3]), at<const int64_t>(parts[4]), parts[5]};
 }
 
 void attend(const std::string& kernel, int threads, int chunk, const std::vector<int>& shape, int blocks, int64_t tokens, int tail,
@@ -141,19 +119,19 @@ void attend(const std::string& kernel, int threads, int chunk, const std::vector
     problem.tails[0] = tail_from(keys_tail);
     problem.tails[1] = tail_from(values_tail);
     problem.rotation = rotation.rotation;
-    problem.rotation.positions = at<int32_t>(positions);
+    problem.rotation.positions = at<const int32_t>(positions);
     problem.rotation.position_stride = position_stride;
-    problem.rotation.angles = at<float>(angles);
-    problem.table = at<Block>(table);
-    problem.starts = at<int64_t>(starts);
-    problem.packed_query = at<float>(packed_query);
-    problem.dense_query = at<float>(dense_query);
-    problem.dense_keys = at<float>(dense_keys);
-    problem.dense_values = at<float>(dense_values);
-    problem.hidden = at<uint8_t>(hidden);
-    problem.sink_index = at<int64_t>(sink_index);
-    problem.sink_logits = at<float>(sink_logits);
-    problem.output = reinterpret_cast<float*>(output);
+    problem.rotation.angles = at<const float>(angles);
+    problem.table = at<const Block>(table);
+    problem.starts = at<const int64_t>(starts);
+    problem.packed_query = at<const float>(packed_query);
+    problem.dense_query = at<const float>(dense_query);
+    problem.dense_keys = at<const float>(dense_keys);
+    problem.dense_values = at<const float>(dense_values);
+    problem.hidden = at<const uint8_t>(hidden);
+    problem.sink_index = at<const int64_t>(sink_index);
+    problem.sink_logits = at<const float>(sink_logits);
+    problem.output = at<float>(output);
     nb::gil_scoped_release release;
 #if defined(__x86_64__)
     const bool words = keys.side.words && values.side.words && (!problem.rotation.pairs || problem.rotation.words);

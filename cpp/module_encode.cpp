@@ -1,12 +1,12 @@
 #include "module_encode.h"
 
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 
 #include <array>
 #include <optional>
 
+#include "arrays.h"
 #include "encode.h"
 #include "nearest.h"
 #include "pack.h"
@@ -16,14 +16,6 @@ using namespace nb::literals;
 
 namespace narrowkv {
 namespace {
-
-using Table = nb::ndarray<const float, nb::device::cpu, nb::c_contig>;
-
-// New tokens and their room come as addresses, since a tensor takes ten times as long to cross over as all of them.
-template <typename T>
-T* at(uint64_t address) {
-    return reinterpret_cast<T*>(address);
-}
 
 Numbers numbers_from(int kind, uint64_t data, std::array<int64_t, 4> shape, std::array<int64_t, 4> strides) {
     return {Number(kind), at<const void>(data), shape[0], shape[1], shape[2], shape[3], strides[0], strides[1], strides[2]};
@@ -39,9 +31,11 @@ struct HeldCodec {
 void make_codec(HeldCodec* held, int sharing, int64_t group, double outliers, Table boundaries,
                 std::optional<Table> scale, std::optional<Table> zero, std::optional<Table> lower, std::optional<Table> upper) {
     new (held) HeldCodec{{}, boundaries, scale, zero, lower, upper};
-    const auto data = [](const std::optional<Table>& table) { return table ? table->data() : nullptr; };
-    held->codec = Codec{Sharing(sharing),  group,       outliers,   int64_t(boundaries.size()),
-                        boundaries.data(), data(scale), data(zero), data(lower), data(upper)};
+    held->codec = Codec{Sharing(sharing),    group,
+                        outliers,            int64_t(boundaries.size()),
+                        boundaries.data(),   data_or_null(scale),
+                        data_or_null(zero),  data_or_null(lower),
+                        data_or_null(upper)};
 }
 
 int64_t encode_tokens(const HeldCodec& held, int kind, uint64_t data, std::array<int64_t, 4> shape, std::array<int64_t, 4> strides,

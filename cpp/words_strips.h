@@ -8,50 +8,44 @@
 namespace narrowkv {
 namespace {
 
-// How to read 64 codes of a row from one plane: which eight bytes go where, and by how much their bits turn.
+// How to read a row of 64 codes from one plane: which eight bytes go where, and by how much their bits turn.
 struct Reach {
     __m512i order, turns;
     __mmask8 present;
-    int base;
 };
 
-// How to read rows of so many codes. Of 64 codes, the eights lie so that `look_up` returns numbers in order: 0 4 1 5 2 6 3 7.
+// How to read rows of 64 codes. The eights lie so that `look_up` returns numbers in order: 0 4 1 5 2 6 3 7.
 struct Reader {
-    static constexpr int kMostChunks = 4;
-    int chunks;
     int row_bytes[3];
     __m512i low[2];  // bits of a code that come from the planes before the second, and before the third
-    Reach reach[kMostChunks][3];
+    Reach reach[3];
 
-    Reader(int bits, int codes) : chunks((codes + 63) / 64) {
+    explicit Reader(int bits) {
         for (int plane = 0, shift = 0; plane < 3; shift += kPlanes[bits][plane++]) {
             const int width = kPlanes[bits][plane];
-            row_bytes[plane] = codes * width / 8;
+            row_bytes[plane] = kBlock * width / 8;
             if (plane) low[plane - 1] = _mm512_set1_epi8(char((1 << shift) - 1));
-            for (int chunk = 0; width && chunk < chunks; ++chunk) reach[chunk][plane] = find(chunk, codes, width, shift);
+            if (width) reach[plane] = find(row_bytes[plane], width, shift);
         }
     }
 
-    static Reach find(int chunk, int codes, int width, int shift) {
-        const int bytes = codes * width / 8, base = bytes > 64 ? chunk * 64 % bytes : 0;
+    static Reach find(int bytes, int width, int shift) {
         alignas(64) int64_t order[8], turns[8];
         for (int k = 0; k < 8; ++k) {
-            const int code = chunk * 64 + 8 * (k % 2 * 4 + k / 2);
-            const bool beyond = code >= codes;
-            order[k] = beyond ? 0 : (code % bytes - base) / 8;
-            turns[k] = beyond ? 0 : (64 + width * (code / bytes) - shift) % 64;
+            const int code = 8 * (k % 2 * 4 + k / 2);
+            order[k] = code % bytes / 8;
+            turns[k] = (64 + width * (code / bytes) - shift) % 64;
         }
-        const int eights = (bytes - base < 64 ? bytes - base : 64) / 8;
-        return {_mm512_load_si512(order), _mm512_load_si512(turns), __mmask8((1 << eights) - 1), base};
+        return {_mm512_load_si512(order), _mm512_load_si512(turns), __mmask8((1 << bytes / 8) - 1)};
     }
 };
 
 // 64 codes, a byte each, with whatever in the bits above those of a code.
 template <int bits>
-inline __m512i read_row(const Reader& reader, const uint8_t* const* rows, int chunk) {
+inline __m512i read_row(const Reader& reader, const uint8_t* const* rows) {
     const auto plane = [&](int i) {
-        const Reach& reach = reader.reach[chunk][i];
-        const __m512i packed = _mm512_maskz_loadu_epi64(reach.present, rows[i] + reach.base);
+        const Reach& reach = reader.reach[i];
+        const __m512i packed = _mm512_maskz_loadu_epi64(reach.present, rows[i]);
         return _mm512_rorv_epi64(_mm512_permutexvar_epi64(reach.order, packed), reach.turns);
     };
     __m512i codes = plane(0);
@@ -97,11 +91,9 @@ template <int bits, int numbers>
 void look_up_rows(const Reader& reader, Rows rows) {
     constexpr int levels = kept_levels(bits);
     for (int i = 0; i < rows.count; ++i, rows.table += rows.table_step, rows.tile += rows.stride) {
-        for (int chunk = 0; chunk < reader.chunks; ++chunk) {
-            const __m512i codes = read_row<bits>(reader, rows.planes, chunk);
-            look_up<levels>(codes, rows.table, rows.tile + chunk * 64);
-            if constexpr (numbers == 2) look_up<levels>(codes, rows.table + 2 * levels, rows.tile + chunk * 64 + rows.other);
-        }
+        const __m512i codes = read_row<bits>(reader, rows.planes);
+        look_up<levels>(codes, rows.table, rows.tile);
+        if constexpr (numbers == 2) look_up<levels>(codes, rows.table + 2 * levels, rows.tile + rows.other);
         for (int plane = 0; plane < 3; ++plane) rows.planes[plane] += reader.row_bytes[plane];
     }
 }

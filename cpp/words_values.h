@@ -69,7 +69,7 @@ class WordValues {
   public:
     WordValues(const Problem& problem, int16_t* tile)
         : side(problem.values), rows(problem.group * problem.queries), dim(problem.head_dim),
-          groups(side.channel_major ? 1 : side.range_channels), reader(side.bits, kBlock),
+          groups(side.channel_major ? 1 : side.range_channels), reader(side.bits),
           tile(tile), weights(rows * groups * kSpan), sums(rows * dim), ranges((2 * groups + 1) * kSpan),
           shares(rows * groups), zeros(rows * groups), whole(rows * dim) {}
 

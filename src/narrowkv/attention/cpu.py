@@ -13,7 +13,7 @@ from torch import Tensor
 
 from narrowkv import _kernels
 from narrowkv.attention import tiled
-from narrowkv.attention.cpu_tables import side_of, turn_query, turn_sum, turned_by, turning_of, why_unread
+from narrowkv.attention.cpu_tables import matrix_of, side_of, turn_query, turn_sum, turned_by, turning_of, why_unread
 from narrowkv.attention.cpu_words import reads
 from narrowkv.attention.rope import AnyRope, Rope
 from narrowkv.attention.visible import Visible
@@ -21,7 +21,6 @@ from narrowkv.codec import Scheme
 from narrowkv.errors import UnsupportedModelError
 from narrowkv.store import LayerStore, addresses
 
-MOST_QUERIES = 16  # of a head; beyond, decoding costs little beside a matrix product, and `tiled` attends
 PIECES = 64  # about so many pieces of work for any number of threads, so that sums do not depend on it
 SHORTEST_PIECE, LONGEST_PIECE = 4, 32  # blocks
 KERNELS = [name for name in ("avx512", "avx2") if name in _kernels.instruction_sets()] + ["generic"]
@@ -36,6 +35,7 @@ class _Blocks:
     table: Tensor  # [columns, batch, 2, 8] int64 addresses
     starts: Tensor  # [columns + 1] int64
     sides: tuple[_kernels.Side, _kernels.Side]
+    matrices: tuple[Tensor | None, Tensor | None]  # by which keys, and values, are turned
     in_words: bool  # whether WORDS reads them
 
 
@@ -70,7 +70,7 @@ def attend(
             raise UnsupportedModelError(f"Backend cpu {why}; choose backend torch.")
     rotated = rope if kept is not None else None
     sealed = min(store.sealed, past - store.first)
-    if query.shape[2] > MOST_QUERIES or query.dtype == torch.float64 or sealed <= 0:
+    if query.shape[2] > tiled.FEW_QUERIES or query.dtype == torch.float64 or sealed <= 0:
         options: dict[str, Any] = {"visible": visible, "scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
         return tiled.attend(query, store, past=past, new=new, rope=rope, kept=kept, **options)
     blocks = _blocks(store, rotated)
@@ -80,7 +80,7 @@ def attend(
     tail = min(store.tail.tokens, past - store.first - sealed) if store.tail else 0
     keys, values, tokens = _exact(store, past, sealed + tail, new, rotated, kept)
     output = query.new_empty(2, *query.shape)
-    packed_query = turn_query(store.quantizers[0], query)
+    packed_query = turn_query(store.quantizers[0], blocks.matrices[0], query)
     turning = turning_of(rotated, None if kept is None else kept[:, : sealed + tail], query.shape[0])
     length = past + (new[0].shape[2] if new else 0)
     hidden = _hidden(visible, store, sealed + tail, length, query.shape[2], tokens)
@@ -119,7 +119,7 @@ def attend(
         scaling=scaling,
         softcap=softcap or 0.0,
     )
-    return turn_sum(store.quantizers[1], output[0]) + output[1]
+    return turn_sum(store.quantizers[1], blocks.matrices[1], output[0]) + output[1]
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -160,7 +160,12 @@ def _blocks(store: LayerStore, rope: AnyRope | None) -> _Blocks:
         )
         starts = torch.tensor([0] + [column.count for column in store.columns]).cumsum(0)
         known = _BLOCKS[store] = _Blocks(
-            serials, addresses(store.columns), starts, (sides[0], sides[1]), all(side.in_words for side in sides)
+            serials=serials,
+            table=addresses(store.columns),
+            starts=starts,
+            sides=(sides[0], sides[1]),
+            matrices=(matrix_of(store.quantizers[0]), matrix_of(store.quantizers[1])),
+            in_words=all(side.in_words for side in sides),
         )
     return known
 

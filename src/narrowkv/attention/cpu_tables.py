@@ -10,11 +10,11 @@ from narrowkv import _kernels
 from narrowkv.attention.cpu_words import ONE, words_of
 from narrowkv.attention.rope import AnyRope, Rope
 from narrowkv.codec import AnyQuantizer, PointQuantizer, Quantizer, Scheme, hadamard
+from narrowkv.codec.compiled import KINDS
 from narrowkv.errors import UnsupportedModelError
 from narrowkv.store import BLOCK
 from narrowkv.store.page import PackedSide, is_channel_major
 
-KINDS = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 FEWEST_LEVELS, MOST_LEVELS = 16, 256  # of a codebook as the kernel reads it: one register, or what a byte counts to
 
 TILE = 32  # tokens that the kernel turns at once
@@ -57,8 +57,8 @@ def side_of(quantizer: AnyQuantizer, side: PackedSide, keys: bool, rope: AnyRope
         scale=scale,
         zero=zero,
         ranges=ranges,
-        exact=_kind(side.planes[0].dtype) if side.bits == 16 else "float16",
-        outlier="float16" if side.outlier_values is None else _kind(side.outlier_values.dtype),
+        exact=_kind(side.planes[0].dtype if side.bits == 16 else torch.float16),
+        outlier=_kind(torch.float16 if side.outlier_values is None else side.outlier_values.dtype),
         words=None if in_words is None else in_words.table.view(torch.uint8),
         unit=None if in_words is None else in_words.unit,
         most=0 if in_words is None else in_words.most,
@@ -80,7 +80,7 @@ def why_unread(scheme: Scheme) -> str | None:
     return None
 
 
-def _kind(dtype: torch.dtype) -> str:
+def _kind(dtype: torch.dtype) -> int:
     if dtype not in KINDS:
         raise UnsupportedModelError(f"Backend cpu does not read numbers kept in {dtype}; choose backend torch.")
     return KINDS[dtype]
@@ -145,23 +145,24 @@ def _angles(frequencies: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor,
     return by_pair.contiguous(), steps, far, words
 
 
-def turn_query(quantizer: AnyQuantizer, query: Tensor) -> Tensor:
-    """Queries [batch, query_heads, queries, head_dim] as the codes of the keys see them: q K^T = (q T) (K T)^T."""
+def turn_query(quantizer: AnyQuantizer, matrix: Tensor | None, query: Tensor) -> Tensor:
+    """Queries [batch, query_heads, queries, head_dim] as the codes of the keys see them: q K^T = (q T) (K T)^T.
+
+    matrix: that of the quantizer, by `matrix_of`.
+    """
     if quantizer.scheme.hadamard:
         return hadamard.rotate(query).contiguous()
-    matrix = _matrix(quantizer)
     return query if matrix is None else _by_head(query, matrix)
 
 
-def turn_sum(quantizer: AnyQuantizer, total: Tensor) -> Tensor:
+def turn_sum(quantizer: AnyQuantizer, matrix: Tensor | None, total: Tensor) -> Tensor:
     """Sums of values [batch, query_heads, queries, head_dim] as their codes see them, turned back."""
     if quantizer.scheme.hadamard:
         return hadamard.rotate_back(total)
-    matrix = _matrix(quantizer)
     return total if matrix is None else _by_head(total, matrix.mT)
 
 
-def _matrix(quantizer: AnyQuantizer) -> Tensor | None:
+def matrix_of(quantizer: AnyQuantizer) -> Tensor | None:
     """What codes stand for, times this matrix [kv_heads, head_dim, head_dim] transposed, are the numbers; None if they are."""
     if isinstance(quantizer, PointQuantizer):
         return None if quantizer.turn is None else quantizer.turn.float()
