@@ -6,19 +6,15 @@ group as rows of sdpa, matmul-softmax-matmul) in the same run: all take turns, a
 sum over 256 MiB, in the same turns; the share is packed bytes read a second over it.
 """
 
-import argparse
 import contextlib
 import functools
-import json
-import statistics
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.running import medians, options, write
 from narrowkv import get_recipe
 from narrowkv.attention import Rope, Visible, cpu
 from narrowkv.codec import AnyQuantizer, Encoded, Quantizer, Scheme, quantizer_for
@@ -27,8 +23,6 @@ from narrowkv.store import LayerStore
 QUERY_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 RECIPES = ("nuq4-1%", "nuq3-1%", "nuq2-1%", "kivi-2", "pair2", "pair3")
 BANDWIDTH_BYTES = 2**28
-Clock = Callable[[], float]
-CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "processor": time.process_time}
 
 
 def random_quantizer(scheme: Scheme) -> AnyQuantizer:
@@ -82,19 +76,24 @@ def fill(name: str, tokens: int) -> LayerStore:
     return store
 
 
-def ours(name: str, tokens: int) -> tuple[Callable[[], Tensor], int]:
-    """One step of decoding as the cache calls it, and the bytes that it reads."""
-    store = fill(name, tokens)
+def asking(store: LayerStore, past: int, new: tuple[Tensor, ...]) -> dict[str, Any]:
+    """What `attend` is told beside queries and store: of `past` tokens held, and keys and values of new ones."""
     pre_rope = store.quantizers[0].scheme.pre_rope
     rope = Rope(1 / 10_000 ** (torch.arange(HEAD_DIM // 2) / (HEAD_DIM // 2)))
-    options: dict[str, Any] = {
-        "past": tokens,
-        "new": tuple(torch.randn(2, 1, KV_HEADS, 1, HEAD_DIM)),
+    return {
+        "past": past,
+        "new": new,
         "rope": rope if pre_rope else None,
-        "kept": torch.arange(tokens, dtype=torch.int32)[None] if pre_rope else None,
+        "kept": torch.arange(past, dtype=torch.int32)[None] if pre_rope else None,
         "visible": Visible(),
         "scaling": HEAD_DIM**-0.5,
     }
+
+
+def ours(name: str, tokens: int) -> tuple[Callable[[], Tensor], int]:
+    """One step of decoding as the cache calls it, and the bytes that it reads."""
+    store = fill(name, tokens)
+    options = asking(store, tokens, tuple(torch.randn(2, 1, KV_HEADS, 1, HEAD_DIM)))
     query = torch.randn(1, QUERY_HEADS, 1, HEAD_DIM, dtype=torch.bfloat16)
     held = store.parts()
     read = sum(part.nbytes for kind in ("codes", "scales", "outliers") for part in held[kind])
@@ -113,18 +112,6 @@ def torch_forms(tokens: int, dtype: torch.dtype) -> dict[str, Callable[[], Tenso
         f"sdpa rows {kind}": lambda: sdpa(rows, keys, values),
         f"matmul {kind}": lambda: ((rows * HEAD_DIM**-0.5) @ keys.transpose(2, 3)).softmax(-1) @ values,
     }
-
-
-def medians(steps: dict[str, Callable[[], Any]], turns: int, clock: Clock = time.perf_counter) -> dict[str, float]:
-    """Median seconds of each step by a clock, all taking turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(turns + 1):
-        for name, step in steps.items():
-            start = clock()
-            step()
-            if turn:  # the first warms up
-                seconds[name].append(clock() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def measure(recipes: list[str], tokens: int, threads: int, turns: int) -> list[dict[str, Any]]:
@@ -157,12 +144,9 @@ def measure(recipes: list[str], tokens: int, threads: int, turns: int) -> list[d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
+    parser = options(__doc__, RECIPES, turns=15)
     parser.add_argument("--tokens", type=int, nargs="+", default=[32_768, 2048])
     parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
-    parser.add_argument("--turns", type=int, default=15)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     rows = []
@@ -177,9 +161,7 @@ def main() -> None:
                     f"{100 * row['share_of_bandwidth']:.0f}% of {row['bandwidth_gigabytes_per_second']:.1f}",
                     flush=True,
                 )
-    if arguments.json:
-        report = {"kernel": cpu.KERNELS[0], "torch": torch.__version__, "rows": rows}
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write(arguments.json, rows, kernel=cpu.KERNELS[0])
 
 
 if __name__ == "__main__":

@@ -7,18 +7,16 @@ QuantizedCache where its packages are installed. All take turns, and medians are
 takes beyond one that began with a single token in DynamicCache.
 """
 
-import argparse
 import copy
 import importlib.util
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, QuantizedCache
 
-from benchmarks.attention import CLOCKS, HEAD_DIM, KV_HEADS, QUERY_HEADS, Clock, draw_at_random, medians, random_quantizer
+from benchmarks.attention import HEAD_DIM, KV_HEADS, QUERY_HEADS, draw_at_random, random_quantizer
+from benchmarks.running import CLOCKS, Clock, add_clock, medians, options, write
 from narrowkv import Calibration, PackedCache, get_recipe
 from narrowkv.calibration import Fingerprint
 
@@ -98,9 +96,9 @@ def measure(recipes: list[str], tokens: int, turns: int, clock: Clock) -> list[d
         "DynamicCache, sdpa": step(sdpa, filled(DynamicCache(), tokens)),
         "DynamicCache, eager": step(eager, filled(DynamicCache(), tokens)),
     }
-    for name, (package, options) in QUANTIZED.items():
+    for name, (package, settings) in QUANTIZED.items():
         if installed(package):
-            cache = QuantizedCache(config=sdpa.config, **options)  # type: ignore[arg-type]
+            cache = QuantizedCache(config=sdpa.config, **settings)  # type: ignore[arg-type]
             steps[name] = step(sdpa, filled(cache, tokens))
     steps |= {name: step(ours, packed_cache(ours, name, tokens)) for name in recipes}
     found = medians(steps, turns, clock)
@@ -113,13 +111,9 @@ def measure(recipes: list[str], tokens: int, turns: int, clock: Clock) -> list[d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
+    parser = options(__doc__, RECIPES, turns=15)
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--turns", type=int, default=15)
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: for a machine in use")
+    add_clock(parser)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
@@ -134,9 +128,7 @@ def main() -> None:
                 f"{row['ratio']:5.2f} x DynamicCache  {100 * row['cache_share']:3.0f}% of it for the cache",
                 flush=True,
             )
-    if arguments.json:
-        report = {"threads": arguments.threads, "clock": arguments.clock, "torch": torch.__version__, "rows": rows}
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write(arguments.json, rows, threads=arguments.threads, clock=arguments.clock)
 
 
 if __name__ == "__main__":

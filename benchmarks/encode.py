@@ -6,18 +6,16 @@ is the same store with the twins in plain torch, in the same run: all take turns
 of one step of attention over 8,192 tokens (32 query heads).
 """
 
-import argparse
-import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from benchmarks.attention import HEAD_DIM, KV_HEADS, RECIPES, medians, ours, random_quantizer
+from benchmarks.attention import HEAD_DIM, KV_HEADS, RECIPES, ours, random_quantizer
+from benchmarks.running import medians, options, write
 from narrowkv import get_recipe
 from narrowkv.attention import cpu
 from narrowkv.codec import PointQuantizer, packing, points
@@ -96,11 +94,8 @@ def measure(name: str, threads: int, turns: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
+    parser = options(__doc__, RECIPES, turns=5)
     parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
-    parser.add_argument("--turns", type=int, default=5)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     rows = []
@@ -115,9 +110,7 @@ def main() -> None:
                 f"({row['ratio_prefill']:.1f} x torch)",
                 flush=True,
             )
-    if arguments.json:
-        report = {"kernel": cpu.KERNELS[0], "torch": torch.__version__, "rows": rows}
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write(arguments.json, rows, kernel=cpu.KERNELS[0])
 
 
 if __name__ == "__main__":

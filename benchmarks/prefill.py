@@ -7,18 +7,16 @@ does, then takes the best of torch's forms in the same run: all take turns, and 
 and keys, which both need, is left out.
 """
 
-import argparse
 import copy
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.attention import CLOCKS, HEAD_DIM, KV_HEADS, QUERY_HEADS, Clock, fill, medians
-from narrowkv.attention import Rope, Visible, cpu
+from benchmarks.attention import HEAD_DIM, KV_HEADS, QUERY_HEADS, asking, fill
+from benchmarks.running import CLOCKS, Clock, add_clock, medians, options, write
+from narrowkv.attention import cpu
 
 RECIPES = ("nuq4-1%", "nuq3-1%", "nuq2-1%", "kivi-2")
 SHAPES = ((0, 4096), (30_720, 2048))  # past, new
@@ -36,22 +34,13 @@ def ours(name: str, past: int, new: int, dtype: torch.dtype) -> Callable[[], Ten
     """One chunk as the cache reads it, into a copy that shares the blocks of the past."""
     before = fill(name, past)
     query, keys, values = draw(new, dtype)
-    pre_rope = before.quantizers[0].scheme.pre_rope
-    rope = Rope(1 / 10_000 ** (torch.arange(HEAD_DIM // 2) / (HEAD_DIM // 2)))
-    options: dict[str, Any] = {
-        "past": past,
-        "new": (keys, values),
-        "rope": rope if pre_rope else None,
-        "kept": torch.arange(past, dtype=torch.int32)[None] if pre_rope else None,
-        "visible": Visible(),
-        "scaling": HEAD_DIM**-0.5,
-    }
+    told = asking(before, past, (keys, values))
 
     def run() -> Tensor:
         store = copy.deepcopy(before)
         store.append(keys, values)
         if past:
-            return cpu.attend(query, store, **options)
+            return cpu.attend(query, store, **told)
         return sdpa(query, keys, values, is_causal=True, enable_gqa=True)
 
     return run
@@ -92,13 +81,9 @@ def measure(recipes: list[str], past: int, new: int, dtype: torch.dtype, turns: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
+    parser = options(__doc__, RECIPES, turns=5)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: for a machine in use")
+    add_clock(parser)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
@@ -113,9 +98,7 @@ def main() -> None:
                     f"{row['ratio']:.2f} times torch ({row['milliseconds_torch']:.0f} ms, {row['best_torch']})",
                     flush=True,
                 )
-    if arguments.json:
-        report = {"threads": arguments.threads, "clock": arguments.clock, "torch": torch.__version__, "rows": rows}
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write(arguments.json, rows, threads=arguments.threads, clock=arguments.clock)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,47 @@
+"""What the benchmarks share: options, clocks, steps that take turns, and the file of results."""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Clock = Callable[[], float]
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "processor": time.process_time}
+
+
+def options(description: str | None, recipes: Iterable[str], turns: int) -> argparse.ArgumentParser:
+    """A parser of --json, --recipes and --turns with these defaults."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--recipes", nargs="+", default=list(recipes))
+    parser.add_argument("--turns", type=int, default=turns)
+    return parser
+
+
+def add_clock(parser: argparse.ArgumentParser) -> None:
+    """The options --threads, one number, and --clock."""
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: for a machine in use")
+
+
+def medians(steps: dict[str, Callable[[], Any]], turns: int, clock: Clock = time.perf_counter) -> dict[str, float]:
+    """Median seconds of each step by a clock, all taking turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(turns + 1):
+        for name, step in steps.items():
+            start = clock()
+            step()
+            if turn:  # the first warms up
+                seconds[name].append(clock() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def write(path: Path | None, rows: list[dict[str, Any]], **facts: Any) -> None:
+    """Write rows, and what holds for all of them, to a file, if one is asked for."""
+    if path is not None:
+        path.write_text(json.dumps({**facts, "torch": torch.__version__, "rows": rows}, indent=2) + "\n", encoding="utf-8")
