@@ -11,17 +11,16 @@
 namespace narrowkv {
 namespace {
 
-constexpr float kMostSum = 2.1e9f, kMostWord = 32767.0f;
+constexpr float kMostSum = 2.1e9f, kMostWord = 32767.0f, kMostTurned = 32700.0f;  // kMostTurned: safe of rounding
 
 class WordKeys {
   public:
     WordKeys(const Problem& problem, int16_t* tile)
         : problem(problem), side(problem.keys), rows(problem.group * problem.queries), dim(problem.head_dim),
           all(round_up(dim / 2, 16)), pairs(problem), tile(tile), own_angles(4 * kTurned * all), query(rows * 2 * all),
-          words(rows * all), inverse(rows), zeros(rows), ranges(2 * kBlock * dim), channels(6 * all), places(dim), in_pairs(2 * all) {
+          words(rows * all), full(rows * all), shrinks(rows), inverse(rows), zeros(rows), ranges(2 * kBlock * dim), channels(6 * all), in_pairs(2 * all) {
         for (int pair = 0; pair < dim / 2; ++pair) {
             in_pairs[pair] = pairs.first(pair), in_pairs[all + pair] = pairs.second(pair);
-            places[in_pairs[pair]] = 2 * kBlock * pair, places[in_pairs[all + pair]] = 2 * kBlock * pair + 1;
         }
     }
 
@@ -40,23 +39,21 @@ class WordKeys {
             for (int i = 0; i < 2 * all; ++i) x[i] = from[in_pairs[i]] * units[i];
             for (int i = dim / 2; i < all; ++i) x[i] = y[i] = 0.0f;
             if (by_channel(side)) continue;
-            const float factor = fitting(x, y);
-            for (int i = 0; i < 2 * all; ++i) x[i] *= factor;
-            inverse[q] = factor > 0.0f ? 1.0f / factor : 0.0f;
-            if (!problem.rotation.pairs) turn_to_words(q, x, y, nullptr, nullptr);
+            problem.rotation.pairs ? take_full(q, x, y) : take_fitting(q, x, y);
         }
     }
 
     // Scores of a block, [rows][stride], whose first token is `start`; `count` of its tokens count. ahead: in steps of pairs.
     void score(const Block& block, int64_t start, int count, const Ahead& ahead, float* scores, int stride) {
-        read_keys(side, block, int64_t(head) * side.codes, dim / 2, pairs, ahead, tile);
         const Spread spread = spread_of(block);
-        spilt.clear();
+        outliers.clear(), spilt.clear();
         if (block.outlier_offsets) {
-            put_outliers(side, block, head, 0, spread, tile, spilt, [&](__m512i token, __m512i channel) {
-                return _mm512_add_epi32(_mm512_i32gather_epi32(channel, places.data(), 4), _mm512_slli_epi32(token, 1));
+            read_outliers(side, block, head, 0, spread, outliers, spilt, [&](__m512i token, __m512i channel) {
+                return _mm512_add_epi32(pairs.place(channel), _mm512_slli_epi32(token, 1));
             });
         }
+        read_keys(side, block, int64_t(head) * side.codes, dim / 2, pairs, ahead, tile);
+        put_outliers(outliers, tile);
         const bool by_token = !side.fixed && !by_channel(side);
         if (by_token) by_fours(rows, [&](int q, auto queries) { score_by_token<queries>(q, spread, scores + q * stride, stride); });
         for (int token = 0; token < count; token += kTurned) {
@@ -76,11 +73,13 @@ class WordKeys {
     const Pairs pairs;
     int16_t* const tile;  // room for a block, [pairs][64] lanes
     Room<int16_t> own_angles;
-    Room<float> query;    // [rows][2][all] in units of words, before it is turned back
-    Room<int32_t> words;  // [rows][all] lanes, as it is multiplied
+    Room<float> query;      // [rows][2][all] in units of words
+    Room<int32_t> words;    // [rows][all] lanes, as it is multiplied
+    Room<int32_t> full;     // the same before it is turned back, in words as large as may be
+    Room<int16_t> shrinks;  // what makes these small enough for sums, times 32768
     Room<float> inverse, zeros, ranges, channels;
-    Room<int32_t> places;    // where the first token of each channel lies in the tile
     Room<int32_t> in_pairs;  // the channels of pairs, [2][all]
+    std::vector<uint32_t> outliers;
     std::vector<Spill> spilt;
     int row = 0, head = 0;
     const float* unit = nullptr;
@@ -89,44 +88,57 @@ class WordKeys {
         return problem.packed_query + (int64_t(row) * problem.kv_heads + head) * rows * dim;
     }
 
-    // The factor that makes the words of a query as large as sums allow: a pair of keys is at most 32767 long.
-    float fitting(const float* x, const float* y) const {
+    // Of a query as pairs: the sum of their lengths, and the largest.
+    std::pair<float, float> lengths(const float* x, const float* y) const {
         __m512 sum = {}, most = {};
         for (int i = 0; i < all; i += 16) {
             const __m512 first = _mm512_load_ps(x + i), second = _mm512_load_ps(y + i);
             const __m512 length = _mm512_sqrt_ps(first * first + second * second);
             sum += length, most = _mm512_max_ps(most, length);
         }
-        const float total = _mm512_reduce_add_ps(sum);
-        return total > 0.0f ? std::min(kMostSum / kMostWord / total, kMostWord / _mm512_reduce_max_ps(most)) : 0.0f;
+        return {_mm512_reduce_add_ps(sum), _mm512_reduce_max_ps(most)};
     }
 
-    void turn_to_words(int q, const float* first, const float* second, const float* cos, const float* sin) {
-        for (int i = 0; i < all; i += 16) {
-            __m512 x = _mm512_load_ps(first + i), y = _mm512_load_ps(second + i);
-            if (cos) {
-                const __m512 c = _mm512_load_ps(cos + i), s = _mm512_load_ps(sin + i), back = x * c + y * s;
-                y = y * c - x * s, x = back;
-            }
-            _mm512_store_si512(&words[q * all + i], to_lanes(x, y));
-        }
+    // A query as words that are as large as sums allow: a pair of keys is at most 32767 long.
+    void take_fitting(int q, const float* x, const float* y) {
+        const auto [total, most] = lengths(x, y);
+        const float factor = total > 0.0f ? std::min(kMostSum / kMostWord / total, kMostWord / most) : 0.0f;
+        to_words(x, y, factor, &words[q * all]);
+        inverse[q] = factor > 0.0f ? 1.0f / factor : 0.0f;
     }
 
-    // Queries turned back by the angle of a position, as words.
-    void turn_back_to_words(int32_t position) {
+    // A query that will be turned back: words as large as may be, and by how much these have to shrink then.
+    void take_full(int q, const float* x, const float* y) {
+        const auto [total, most] = lengths(x, y);
+        const float factor = total > 0.0f ? kMostTurned / most : 0.0f;
+        shrinks[q] = total > 0.0f ? int16_t(std::min(kMostSum / kMostWord / total / factor, 1.0f) * kMostWord) : 0;
+        to_words(x, y, factor, &full[q * all]);
+        inverse[q] = total > 0.0f ? 32768.0f / (factor * shrinks[q]) : 0.0f;
+    }
+
+    void to_words(const float* x, const float* y, float factor, int32_t* to) const {
+        for (int i = 0; i < all; i += 16) _mm512_store_si512(to + i, to_lanes(_mm512_load_ps(x + i) * factor, _mm512_load_ps(y + i) * factor));
+    }
+
+    // Queries turned back by the angle of a position.
+    void turn_back(int32_t position) {
         const Rotation& rotation = problem.rotation;
         const float* far = rotation.far + int64_t(position / kBlock) * 2 * rotation.pairs;
         const float* step = rotation.steps + position % kBlock * 2 * rotation.pairs;
-        alignas(64) float cos[kMostPairs], sin[kMostPairs];
         for (int i = 0; i < all; i += 16) {
             const int left = rotation.pairs - i;
             const __mmask16 some = left >= 16 ? 0xffff : left > 0 ? (1 << left) - 1 : 0;
             const auto read = [&](const float* from) { return _mm512_maskz_loadu_ps(some, from + i); };
             const __m512 c = read(far), s = read(far + rotation.pairs), near = read(step), up = read(step + rotation.pairs);
-            _mm512_store_ps(cos + i, _mm512_mask_blend_ps(some, _mm512_set1_ps(1.0f), c * near - s * up));
-            _mm512_store_ps(sin + i, s * near + c * up);
+            const __m512 cos = _mm512_mask_blend_ps(some, _mm512_set1_ps(kMostWord), (c * near - s * up) * kMostWord);
+            const __m512 sin = (s * near + c * up) * kMostWord;
+            const __m512i along = to_lanes(cos, cos), across = to_lanes(sin, -sin);
+            for (int q = 0; q < rows; ++q) {
+                const __m512i x = _mm512_load_si512(&full[q * all + i]), swapped = _mm512_rol_epi32(x, 16);
+                const __m512i turned = _mm512_add_epi16(_mm512_mulhrs_epi16(x, along), _mm512_mulhrs_epi16(swapped, across));
+                _mm512_store_si512(&words[q * all + i], _mm512_mulhrs_epi16(turned, _mm512_set1_epi16(shrinks[q])));
+            }
         }
-        for (int q = 0; q < rows; ++q) turn_to_words(q, &query[q * 2 * all], &query[(q * 2 + 1) * all], cos, sin);
     }
 
     // Angles of up to 32 tokens relative to the first, by whose own the queries are turned back; null where nothing turns.
@@ -136,7 +148,7 @@ class WordKeys {
         const int32_t* positions = rotation.positions + row * rotation.position_stride + start;
         bool consecutive = true;
         for (int token = 1; token < count; ++token) consecutive &= positions[token] == positions[0] + token;
-        turn_back_to_words(consecutive ? positions[0] : 0);
+        turn_back(consecutive ? positions[0] : 0);
         if (consecutive) return rotation.words;
         for (int i = 0; i < rotation.pairs * kTurned; ++i) {
             const int pair = i / kTurned, token = i % kTurned;
@@ -188,8 +200,8 @@ class WordKeys {
                 for (int pair = 0; pair < length; ++pair) sum += x[pair] + y[pair];
                 for (int part = 0; part < 4; ++part) {
                     const int at = group * kBlock + 16 * part;
-                    const __m512 scaled = found[i][part] * _mm512_loadu_ps(spread.scale + at);
-                    const __m512 score = (scaled + _mm512_loadu_ps(spread.zero + at) * (sum / *unit)) * inverse[q + i];
+                    const __m512 scaled = found[i][part] * _mm512_loadu_ps(spread.scale + at) * inverse[q + i];
+                    const __m512 score = scaled + _mm512_loadu_ps(spread.zero + at) * (sum / *unit);
                     float* to = scores + i * stride + 16 * part;
                     _mm512_storeu_ps(to, group ? _mm512_loadu_ps(to) + score : score);
                 }
@@ -212,17 +224,15 @@ class WordKeys {
                 sum += x * _mm512_load_ps(zero + i);
                 _mm512_store_ps(scaled + i, x * _mm512_load_ps(scale + i));
             }
-            const float factor = fitting(scaled, scaled + all);
-            for (int i = 0; i < 2 * all; ++i) scaled[i] *= factor;
-            inverse[q] = factor > 0.0f ? 1.0f / factor : 0.0f;
             zeros[q] = _mm512_reduce_add_ps(sum);
-            turn_to_words(q, scaled, scaled + all, nullptr, nullptr);
+            take_fitting(q, scaled, scaled + all);
         }
     }
 
     // What of an outlier did not fit.
     void add_spilt(const Spill& spill, const int16_t* angles, float* scores, int stride) {
-        const int place = places[spill.channel], pair = place / (2 * kBlock), second = place % 2;
+        const int place = _mm_cvtsi128_si32(_mm512_castsi512_si128(pairs.place(_mm512_set1_epi32(spill.channel))));
+        const int pair = place / (2 * kBlock), second = place % 2;
         const float* from = real_query();
         for (int q = 0; q < rows; ++q, from += dim) {
             float factor = from[spill.channel] * problem.scaling;

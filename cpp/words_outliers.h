@@ -59,12 +59,8 @@ struct Spread {
         const __m512i group = _mm512_srli_epi32(_mm512_mullo_epi32(channel, _mm512_set1_epi32(channel_part)), 16);
         return _mm512_add_epi32(row, _mm512_mullo_epi32(group, _mm512_set1_epi32(channel_step)));
     }
-    __m512 scale_at(__m512i token, __m512i channel) const {
-        return _mm512_i32gather_ps(at(token, channel), scale, 4) * unit;
-    }
-    __m512 zero_at(__m512i token, __m512i channel) const {
-        return zero ? _mm512_i32gather_ps(at(token, channel), zero, 4) : _mm512_setzero_ps();
-    }
+    __m512 scale_at(__m512i at) const { return _mm512_i32gather_ps(at, scale, 4) * unit; }
+    __m512 zero_at(__m512i at) const { return zero ? _mm512_i32gather_ps(at, zero, 4) : _mm512_setzero_ps(); }
 };
 
 // Tokens and codes of up to sixteen outliers.
@@ -74,6 +70,11 @@ struct Places {
 
     Places(const uint16_t* index, int count, int codes) : some(__mmask16((1 << count) - 1)) {
         const __m512i flat = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, index));
+        if ((codes & (codes - 1)) == 0) {
+            token = _mm512_srl_epi32(flat, _mm_cvtsi32_si128(__builtin_ctz(codes)));
+            code = _mm512_and_si512(flat, _mm512_set1_epi32(codes - 1));
+            return;
+        }
         const __m512 fraction = _mm512_cvtepi32_ps(flat) * (1.0f / float(codes)) + 0.5f / float(codes);  // safe of rounding
         token = _mm512_cvttps_epi32(fraction);
         code = _mm512_sub_epi32(flat, _mm512_mullo_epi32(token, _mm512_set1_epi32(codes)));
@@ -81,7 +82,7 @@ struct Places {
 };
 
 // The exact numbers of up to sixteen outliers from the i-th on; of pairs, the first or the second ones.
-inline __m512 read_outliers(const Side& side, const Block& block, int i, int count, int number) {
+inline __m512 exact_outliers(const Side& side, const Block& block, int i, int count, int number) {
     const uint16_t* from = static_cast<const uint16_t*>(block.outlier_values) + int64_t(i) * side.numbers;
     const __mmask16 some = __mmask16((1 << count) - 1);
     __m512i bits = side.numbers == 1 ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, from)) : _mm512_maskz_loadu_epi32(some, from);
@@ -99,26 +100,27 @@ struct Spill {
     float rest;
 };
 
-// Put the outliers of a head into a tile as words, and what does not fit aside, its tokens counted from `at`. place: where in
-// the tile the number of a token and a channel lies.
+// The outliers of a head as words: of each, the word in the low half of a lane, where in a tile it goes in the high half. What does
+// not fit goes aside, its tokens counted from `at`. place: where in the tile the number of a token and a channel lies.
 template <typename Place>
-void put_outliers(const Side& side, const Block& block, int head, int at, const Spread& spread, int16_t* tile, std::vector<Spill>& spilt,
-                  const Place& place) {
-    const int last = block.outlier_offsets[head + 1];
-    for (int i = block.outlier_offsets[head]; i < last; i += 16) {
-        const int some = last - i < 16 ? last - i : 16;
-        const Places places(block.outlier_index + i, some, side.codes);
-        for (int number = 0; number < side.numbers; ++number) {
+void read_outliers(const Side& side, const Block& block, int head, int at, const Spread& spread, std::vector<uint32_t>& lanes,
+                   std::vector<Spill>& spilt, const Place& place) {
+    const int first = block.outlier_offsets[head], count = block.outlier_offsets[head + 1] - first;
+    lanes.resize(round_up(count * side.numbers, 16) + 16);
+    uint32_t* to = lanes.data();
+    const __m512 most = _mm512_set1_ps(float(side.most));
+    for (int i = 0; i < count; i += 16) {
+        const int some = count - i < 16 ? count - i : 16;
+        const Places places(block.outlier_index + first + i, some, side.codes);
+        for (int number = 0; number < side.numbers; ++number, to += some) {
             const __m512i channel = _mm512_maskz_add_epi32(places.some, places.code, _mm512_set1_epi32(number * side.codes));
-            const __m512 scale = spread.scale_at(places.token, channel);
-            const __m512 exact = read_outliers(side, block, i, some, number) - spread.zero_at(places.token, channel);
-            const __m512 most = _mm512_set1_ps(float(side.most)), word = exact / scale;
+            const __m512i range = spread.at(places.token, channel);
+            const __m512 exact = exact_outliers(side, block, first + i, some, number) - spread.zero_at(range);
+            const __m512 scale = spread.scale_at(range), word = exact * _mm512_rcp14_ps(scale);
             const __mmask16 ordered = _mm512_cmp_ps_mask(word, word, _CMP_ORD_Q);  // not 0 / 0: the scale of equal numbers
             const __m512 kept = _mm512_maskz_max_ps(ordered, _mm512_min_ps(word, most), -most);
-            alignas(64) int32_t offsets[16], words[16];
-            _mm512_store_si512(offsets, place(places.token, channel));
-            _mm512_store_si512(words, _mm512_cvtps_epi32(kept));
-            for (int k = 0; k < some; ++k) tile[offsets[k]] = int16_t(words[k]);
+            const __m512i high = _mm512_slli_epi32(place(places.token, channel), 16);
+            _mm512_storeu_si512(to, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_cvtps_epi32(kept), high));
             const __mmask16 fits = _mm512_cmp_ps_mask(_mm512_abs_ps(word), most, _CMP_LE_OQ);
             if (__builtin_expect((~fits & places.some) == 0, 1)) continue;
             alignas(64) int32_t tokens[16], channels[16];
@@ -130,6 +132,11 @@ void put_outliers(const Side& side, const Block& block, int head, int at, const 
             }
         }
     }
+    lanes.resize(to - lanes.data());
+}
+
+inline void put_outliers(const std::vector<uint32_t>& lanes, int16_t* tile) {
+    for (uint32_t lane : lanes) tile[lane >> 16] = int16_t(lane);
 }
 
 }  // namespace

@@ -20,6 +20,16 @@ struct Pairs {
     }
     int first(int pair) const { return pair < turned && !interleaved ? pair : 2 * pair; }
     int second(int pair) const { return pair < turned && !interleaved ? pair + turned : 2 * pair + 1; }
+
+    // Where in a tile the first token of each channel lies.
+    __m512i place(__m512i channel) const {
+        const __m512i half = _mm512_set1_epi32(turned), one = _mm512_set1_epi32(1);
+        const __mmask16 apart = interleaved ? 0 : _mm512_cmplt_epi32_mask(channel, _mm512_slli_epi32(half, 1));
+        const __mmask16 second = _mm512_mask_cmpge_epi32_mask(apart, channel, half);
+        const __m512i pair = _mm512_mask_sub_epi32(_mm512_mask_srli_epi32(channel, ~apart, channel, 1), second, channel, half);
+        const __m512i number = _mm512_mask_mov_epi32(_mm512_maskz_and_epi32(~apart, channel, one), second, one);
+        return _mm512_add_epi32(_mm512_slli_epi32(pair, 7), number);
+    }
 };
 
 template <int bits, bool pairs_of_codes>

@@ -96,6 +96,7 @@ class WordValues {
     Room<float> sums, ranges, shares;  // shares: what a sum in words stands for, [rows][groups]
     Room<float> zeros;                 // what zeros add to sums, likewise
     Room<int32_t> whole;               // [rows][head_dim]
+    std::vector<uint32_t> outliers;
     std::vector<Spill> spilt;
     int head = 0;
     const float* unit = nullptr;
@@ -141,15 +142,17 @@ class WordValues {
         for (int at = 0; at < span.length; at += kBlock) {
             const Block* block = span.sides[at / kBlock];
             if (!block) continue;
-            read_values(side, block[1], int64_t(head) * kBlock, tile);
+            outliers.clear();
             if (block[1].outlier_offsets) {
                 const Spread spread = Spread::of_tokens(scale + at, zero + at, *unit, channels, kSpan);
-                put_outliers(side, block[1], head, at, spread, tile, spilt, [&](__m512i token, __m512i channel) {
+                read_outliers(side, block[1], head, at, spread, outliers, spilt, [&](__m512i token, __m512i channel) {
                     const __m512i pair = _mm512_mullo_epi32(_mm512_srli_epi32(token, 1), _mm512_set1_epi32(2 * dim));
                     const __m512i lane = _mm512_add_epi32(_mm512_slli_epi32(channel, 1), _mm512_and_si512(token, _mm512_set1_epi32(1)));
                     return _mm512_add_epi32(pair, lane);
                 });
             }
+            read_values(side, block[1], int64_t(head) * kBlock, tile);
+            put_outliers(outliers, tile);
             mix(at);
         }
         for (int row = 0; row < rows; ++row) {
