@@ -64,7 +64,7 @@ struct Rotation {
     const float* far;
     const float* near;
     const float* steps;
-    const int16_t* words;  // [pairs, 2, 32, 2] of 0 to 31, times 32767: (cos, cos), (-sin, sin)
+    const int16_t* words;  // [pairs, 2, 64] of 0 to 63, times 32767; of 32 the even ones first
     const float* angles;   // [batch, tokens + tail, 2, pairs]
 };
 

@@ -46,6 +46,7 @@ std::vector<std::string> instruction_sets() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (wide) found.push_back("avx512");
     if (__builtin_cpu_supports("avx512vbmi")) found.push_back("avx512vbmi");
+    if (__builtin_cpu_supports("avx512vbmi2")) found.push_back("avx512vbmi2");
     if (__builtin_cpu_supports("avx512vnni")) found.push_back("avx512vnni");
     if (__builtin_cpu_supports("avx512bf16")) found.push_back("avx512bf16");
 #elif defined(__aarch64__)

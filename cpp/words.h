@@ -1,5 +1,5 @@
-// Whole numbers of 16 bits, 32 to a register of AVX-512 (BW, VBMI, VNNI), from codes: two numbers whose products are to be added
-// up lie in one lane of 32 bits. These are the two channels of a pair of keys, or two tokens of values.
+// Whole numbers of 16 bits, 32 to a register of AVX-512 (BW, VBMI, VBMI2, VNNI), from codes: two numbers whose products are to be
+// added up lie in one lane of 32 bits. These are the two channels of a pair of keys, or two tokens of values.
 
 #pragma once
 
@@ -17,111 +17,155 @@ namespace {
 inline __m512i load_words(const int16_t* p) { return _mm512_loadu_si512(p); }
 inline void store_words(int16_t* p, __m512i x) { _mm512_storeu_si512(p, x); }
 
-// Bytes of two rows: lane l has the l-th of each in the low byte of a word. Of rows of 8 bytes, these come twice, as high bytes.
-inline __m512i lanes_of(const uint8_t* a, const uint8_t* b) {
-    alignas(64) static constexpr auto order = [] {
-        std::array<int8_t, 64> found{};
-        for (int i = 0; i < 64; ++i) found[i] = int8_t(i / 4 + (i % 4 >= 2 ? 16 : 0));
-        return found;
-    }();
-    const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)a)), _mm_loadu_si128((const __m128i*)b), 1);
-    return _mm512_permutexvar_epi8(_mm512_load_si512(order.data()), _mm512_castsi256_si512(both));
+// The order of 32 tokens, or channels, in a register: even ones, then odd ones, since codes of neighbours share a word of packed bytes.
+inline constexpr int number_at(int place) { return 2 * (place % 16) + place / 16; }
+inline constexpr int place_of(int number) { return (number & ~31) + number % 32 / 2 + number % 2 * 16; }
+inline __m512i place_of(__m512i number) {
+    const __m512i place = _mm512_srli_epi32(_mm512_and_si512(number, _mm512_set1_epi32(30)), 1), one = _mm512_set1_epi32(1);
+    const __m512i odd = _mm512_slli_epi32(_mm512_and_si512(number, one), 4);
+    return _mm512_add_epi32(_mm512_and_si512(number, _mm512_set1_epi32(~31)), _mm512_add_epi32(place, odd));
 }
 
-inline __m512i lanes_of_eight(const uint8_t* a, const uint8_t* b) {
-    alignas(64) static constexpr auto order = [] {
-        std::array<int8_t, 64> found{};
-        for (int i = 0; i < 64; ++i) found[i] = int8_t(i / 4 % 8 + (i % 4 >= 2 ? 8 : 0));
-        return found;
-    }();
-    const __m128i both = _mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i*)a), _mm_loadl_epi64((const __m128i*)b));
-    return _mm512_permutexvar_epi8(_mm512_load_si512(order.data()), _mm512_castsi128_si512(both));
+using Turns = std::array<int16_t, 32>;
+
+// Words turned right, each by so many bits, or left, where that is negative; which bits come from the other end does not matter.
+template <const Turns& turns>
+inline __m512i turn_words(__m512i words) {
+    constexpr auto all = [](auto holds) {
+        for (int turn : turns) {
+            if (!holds(turn)) return false;
+        }
+        return true;
+    };
+    constexpr bool alike = all([](int turn) { return turn == turns[0]; }), right = all([](int turn) { return turn >= 0; });
+    if constexpr (alike && right) return turns[0] ? _mm512_srli_epi16(words, turns[0]) : words;
+    const __m512i amounts = _mm512_loadu_si512(turns.data());
+    return right ? _mm512_srlv_epi16(words, amounts) : _mm512_shrdv_epi16(words, words, amounts);  // of amounts four bits count
 }
 
-// Of codes 16 * at to 16 * at + 15 of two rows, the bits of one plane, moved to bit `to` of a word each; others are whatever.
-template <int width, int codes, int at, int to>
-inline __m512i plane_at(const uint8_t* a, const uint8_t* b) {
-    constexpr int bytes = codes * width / 8, from = 16 * at, shift = width * (from / bytes) - to;
-    if constexpr (bytes >= 16) {
-        const __m512i lanes = lanes_of(a + from % bytes, b + from % bytes);
-        return shift > 0 ? _mm512_srli_epi16(lanes, shift) : shift < 0 ? _mm512_slli_epi16(lanes, -shift) : lanes;
-    } else {
-        const __m512i more = _mm512_inserti64x4(_mm512_set1_epi16(8 + shift), _mm256_set1_epi16(8 + shift + width), 1);
-        return _mm512_srlv_epi16(lanes_of_eight(a, b), more);
+// Of a row of 64 codes, the bits of one plane of 32 of them, moved to bit `to` of a word each; other bits are whatever.
+template <int width, int half, int to>
+struct RowPlane {
+    static constexpr int bytes = 8 * width;
+    static constexpr Turns turns = [] {
+        Turns found{};
+        for (int i = 0; i < 32; ++i) {
+            const int code = 32 * half + number_at(i);
+            found[i] = int16_t(width * (code / bytes) + code % 2 * 8 - to);
+        }
+        return found;
+    }();
+    static __m512i read(const uint8_t* row) {
+        const auto words = [&] {
+            if constexpr (bytes == 8) {
+                int64_t word;
+                std::memcpy(&word, row, 8);
+                return _mm512_set1_epi64(word);
+            } else if constexpr (bytes == 16) {
+                return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)row));
+            } else {
+                return _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)(row + (bytes == 64 ? 32 * half : 0))));
+            }
+        };
+        return turn_words<turns>(words());
     }
-}
+};
 
-template <int bits, int codes, int at>
-inline __m512i codes_at(const uint8_t* const* a, const uint8_t* const* b) {
+// Of two rows of so many codes, the bits of one plane of 16 of them, every other one from `from` on, in lanes of two words.
+template <int width, int codes, int from, int to>
+struct LanePlane {
+    static constexpr int bytes = codes * width / 8, held = bytes < 32 ? bytes : 32;
+    static constexpr Turns turns = [] {
+        Turns found{};
+        for (int i = 0; i < 32; ++i) {
+            const int code = from + i / 2 * 2;
+            found[i] = int16_t(width * (code / bytes) + code % 2 * 8 - to);
+        }
+        return found;
+    }();
+    static constexpr std::array<int16_t, 32> order = [] {  // words of the first row, then of the second
+        std::array<int16_t, 32> found{};
+        for (int i = 0; i < 32; ++i) found[i] = int16_t((from + i / 2 * 2) % held / 2 + i % 2 * held / 2);
+        return found;
+    }();
+    static __m512i read(const uint8_t* a, const uint8_t* b) {
+        constexpr int at = from % bytes / held * held;
+        const auto both = [&] {
+            if constexpr (held == 8) {
+                return _mm512_castsi128_si512(_mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i*)a), _mm_loadl_epi64((const __m128i*)b)));
+            } else if constexpr (held == 16) {
+                const __m256i first = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)a));
+                return _mm512_castsi256_si512(_mm256_inserti128_si256(first, _mm_loadu_si128((const __m128i*)b), 1));
+            } else {
+                const __m512i first = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)(a + at)));
+                return _mm512_inserti64x4(first, _mm256_loadu_si256((const __m256i*)(b + at)), 1);
+            }
+        };
+        return turn_words<turns>(_mm512_permutexvar_epi16(_mm512_loadu_si512(order.data()), both()));
+    }
+};
+
+// Codes from the bits of their planes; plane: a template of the plane's width, number and first bit. Bits above are whatever.
+template <int bits, typename Plane>
+inline __m512i join_planes(const Plane& plane) {
     constexpr int first = kPlanes[bits][0], second = kPlanes[bits][1], third = kPlanes[bits][2];
-    __m512i found = plane_at<first, codes, at, 0>(a[0], b[0]);
+    using std::integral_constant;
+    __m512i found = plane(integral_constant<int, first>(), integral_constant<int, 0>(), integral_constant<int, 0>());
     if constexpr (second > 0) {
-        const __m512i low = _mm512_set1_epi16((1 << first) - 1);
-        found = _mm512_ternarylogic_epi64(low, found, plane_at<second, codes, at, first>(a[1], b[1]), 0xca);
+        const __m512i more = plane(integral_constant<int, second>(), integral_constant<int, 1>(), integral_constant<int, first>());
+        found = _mm512_ternarylogic_epi64(_mm512_set1_epi16((1 << first) - 1), found, more, 0xca);
     }
     if constexpr (third > 0) {
-        const __m512i low = _mm512_set1_epi16((1 << (first + second)) - 1);
-        found = _mm512_ternarylogic_epi64(low, found, plane_at<third, codes, at, first + second>(a[2], b[2]), 0xca);
+        const __m512i more = plane(integral_constant<int, third>(), integral_constant<int, 2>(), integral_constant<int, first + second>());
+        found = _mm512_ternarylogic_epi64(_mm512_set1_epi16((1 << (first + second)) - 1), found, more, 0xca);
     }
     return found;
 }
 
-// All codes of two rows, 16 of each to a register.
-template <int bits, int codes, int... at>
-inline void read_codes(const uint8_t* const* a, const uint8_t* const* b, __m512i* found, std::integer_sequence<int, at...>) {
-    ((found[at] = codes_at<bits, codes, at>(a, b)), ...);
-}
-
-template <int bits, int codes>
-inline void read_codes(const uint8_t* const* a, const uint8_t* const* b, __m512i* found) {
-    read_codes<bits, codes>(a, b, found, std::make_integer_sequence<int, codes / 16>());
-}
-
-// Two codebooks of up to 16 levels, for the first and for the second word of a lane.
-inline __m512i two_tables(const uint8_t* first, const uint8_t* second) {
-    const __m512i low = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)first));
-    return _mm512_inserti64x4(low, _mm256_loadu_si256((const __m256i*)second), 1);
-}
-
-// A codebook of pairs, a lane for each point; 16 levels at least.
+// A codebook of words; of 16 levels at least, and of 16 or 32 bits above those of a code do not matter.
 template <int levels>
-inline __m512i look_up_pairs(__m512i codes, const uint8_t* table) {
+inline __m512i look_up_words(__m512i codes, const uint8_t* table) {
     const auto part = [&](int i) { return _mm512_loadu_si512(table + 64 * i); };
     if constexpr (levels == 16) {
-        return _mm512_permutexvar_epi32(codes, part(0));
+        return _mm512_permutexvar_epi16(codes, _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)table)));
     } else if constexpr (levels == 32) {
-        return _mm512_permutex2var_epi32(part(0), codes, part(1));
+        return _mm512_permutexvar_epi16(codes, part(0));
+    } else if constexpr (levels == 64) {
+        return _mm512_permutex2var_epi16(part(0), codes, part(1));
     } else {
-        constexpr int half = levels / 2, shift = levels == 64 ? 26 : levels == 128 ? 25 : 24;  // its highest bit becomes the sign
-        const __m512i low = look_up_pairs<half>(codes, table), high = look_up_pairs<half>(codes, table + 4 * half);
-        return _mm512_mask_blend_epi32(_mm512_movepi32_mask(_mm512_slli_epi32(codes, shift)), low, high);
+        constexpr int half = levels / 2, shift = levels == 128 ? 9 : 8;  // its highest bit becomes the sign
+        const __m512i low = look_up_words<half>(codes, table), high = look_up_words<half>(codes, table + 2 * half);
+        return _mm512_mask_blend_epi16(_mm512_movepi16_mask(_mm512_slli_epi16(codes, shift)), low, high);
     }
 }
 
 // Memory that will be read next, asked for little by little: a burst would wait for the few lines that can be on their way.
 class Ahead {
   public:
-    void add(const Side& side, const Block& block, int head, int steps) {
-        const int numbers = side.codes * kBlock;
+    // The codes of a head.
+    void add(const Side& side, const Block& block, int head) {
         for (int plane = 0; plane < 3 && kPlanes[side.bits][plane]; ++plane) {
-            const int bytes = numbers * kPlanes[side.bits][plane] / 8;
-            parts[count++] = {block.planes[plane] + int64_t(head) * bytes, ((bytes + 63) / 64 << 16) / steps};
+            const int bytes = side.codes * kBlock * kPlanes[side.bits][plane] / 8;
+            const uint8_t* from = block.planes[plane] + int64_t(head) * bytes;
+            parts[count++] = {from, from + bytes};
+            lines += (bytes + 63) / 64;
         }
     }
-    void ask(int step) const {
-        for (int i = 0; i < count; ++i) {
-            const int last = parts[i].rate * (step + 1) >> 16;
-            for (int line = parts[i].rate * step >> 16; line < last; ++line) __builtin_prefetch(parts[i].from + 64 * line, 0, 2);
+    // In how many steps all is to be asked for.
+    void spread(int steps) { rate = (lines << 16) / steps + 1; }
+    void step() {
+        for (due += rate; due >= 1 << 16 && at < count; due -= 1 << 16) {
+            __builtin_prefetch(parts[at].from, 0, 2);
+            if ((parts[at].from += 64) >= parts[at].to) ++at;
         }
     }
 
   private:
     struct Part {
-        const uint8_t* from;
-        int rate;  // lines a step, times 65536
+        const uint8_t *from, *to;
     };
-    Part parts[6];
-    int count = 0;
+    Part parts[24];
+    int count = 0, lines = 0, at = 0, rate = 0, due = 0;  // rate, due: lines times 65536
 };
 
 constexpr int kept_levels(int bits) { return bits <= 4 ? 16 : 1 << bits; }

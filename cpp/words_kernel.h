@@ -38,15 +38,18 @@ class WordWorker : Sight {
     WordValues values;
     Room<float> scores, largest, total, fading;  // scores: [rows][span]
 
+    const Block* sides_of(const Piece& piece, int block) const { return problem.table + (int64_t(block) * problem.batch + piece.row) * 2; }
+
     void take_span(const Piece& piece, int first, int last) {
         Span span{{}, (last - first) * kBlock};
         for (int block = first; block < last; ++block) {
             const int64_t start = problem.starts[block], stop = std::min(problem.starts[block + 1], problem.tokens);
-            const Block* sides = problem.table + (int64_t(block) * problem.batch + piece.row) * 2;
-            const auto later = [&](int blocks) { return block + blocks < piece.last ? sides + int64_t(blocks) * 2 * problem.batch : sides; };
+            const Block* sides = sides_of(piece, block);
+            const auto later = [&](int blocks) { return sides_of(piece, std::min(block + blocks, piece.last - 1)); };
             Ahead ahead;
-            ahead.add(problem.keys, later(1)[0], piece.head, dim / 2);
-            ahead.add(problem.values, sides[1], piece.head, dim / 2);
+            ahead.add(problem.values, sides[1], piece.head);
+            if (first == piece.first) ahead.add(problem.keys, later(1)[0], piece.head);
+            ahead.spread(dim);
             prefetch_outliers(problem.keys, later(1)[0], piece.head);
             prefetch_outliers(problem.values, later(1)[1], piece.head);
             for (int side = 0; side < 2; ++side) {
@@ -62,7 +65,10 @@ class WordWorker : Sight {
         for (int row = 0; row < rows; ++row) {
             fading[row] = weigh(&scores[row * kSpan], span.length, largest[row], total[row]);
         }
-        values.add(span, scores.data(), fading.data());
+        Ahead ahead;
+        for (int block = last; block < std::min(last + kSpan / kBlock, piece.last); ++block) ahead.add(problem.keys, sides_of(piece, block)[0], piece.head);
+        ahead.spread(values.steps() * (last - first));
+        values.add(span, scores.data(), fading.data(), ahead);
     }
 };
 

@@ -17,7 +17,7 @@ class WordKeys {
   public:
     WordKeys(const Problem& problem, int16_t* tile)
         : problem(problem), side(problem.keys), rows(problem.group * problem.queries), dim(problem.head_dim),
-          all(round_up(dim / 2, 16)), pairs(problem), tile(tile), own_angles(4 * kTurned * all), query(rows * 2 * all),
+          all(round_up(dim / 2, 16)), pairs(problem), tile(tile), own_angles(2 * kBlock * all), query(rows * 2 * all),
           words(rows * all), full(rows * all), shrinks(rows), inverse(rows), zeros(rows), ranges(2 * kBlock * dim), channels(6 * all), in_pairs(2 * all) {
         for (int pair = 0; pair < dim / 2; ++pair) {
             in_pairs[pair] = pairs.first(pair), in_pairs[all + pair] = pairs.second(pair);
@@ -43,27 +43,34 @@ class WordKeys {
         }
     }
 
-    // Scores of a block, [rows][stride], whose first token is `start`; `count` of its tokens count. ahead: in steps of pairs.
-    void score(const Block& block, int64_t start, int count, const Ahead& ahead, float* scores, int stride) {
+    // Scores of a block, [rows][stride], whose first token is `start`; `count` of its tokens count.
+    void score(const Block& block, int64_t start, int count, Ahead& ahead, float* scores, int stride) {
         const Spread spread = spread_of(block);
+        const int16_t* angles = nullptr;
         outliers.clear(), spilt.clear();
         if (block.outlier_offsets) {
             read_outliers(side, block, head, 0, spread, outliers, spilt, [&](__m512i token, __m512i channel) {
-                return _mm512_add_epi32(pairs.place(channel), _mm512_slli_epi32(token, 1));
+                return _mm512_add_epi32(pairs.place(channel), place_of(token));
             });
         }
         read_keys(side, block, int64_t(head) * side.codes, dim / 2, pairs, ahead, tile);
         put_outliers(outliers, tile);
-        const bool by_token = !side.fixed && !by_channel(side);
-        if (by_token) by_fours(rows, [&](int q, auto queries) { score_by_token<queries>(q, spread, scores + q * stride, stride); });
-        for (int token = 0; token < count; token += kTurned) {
-            const int16_t* angles = turn(start + token, std::min(count - token, kTurned));
-            if (by_channel(side) && token * side.range_tokens % kBlock == 0) scale_to_words(spread, token * side.range_tokens / kBlock);
-            if (!by_token) by_fours(rows, [&](int q, auto queries) { score_tokens<queries>(q, angles, token, scores + q * stride + token, stride); });
-            for (const Spill& spill : spilt) {
-                if (spill.token / kTurned == token / kTurned) add_spilt(spill, angles, scores, stride);
+        if (by_channel(side)) {
+            for (int group = 0; group < side.range_tokens; ++group) {
+                scale_to_words(spread, group);
+                const int tokens = kBlock / side.range_tokens, from = group * tokens;
+                by_fours(rows, [&](int q, auto queries) {
+                    float* to = scores + q * stride + from;
+                    tokens == kBlock ? score_tokens<queries, 2>(q, nullptr, from, ahead, to, stride) : score_tokens<queries, 1>(q, nullptr, from, ahead, to, stride);
+                });
             }
+        } else if (!side.fixed) {
+            by_fours(rows, [&](int q, auto queries) { score_by_token<queries>(q, spread, ahead, scores + q * stride, stride); });
+        } else {
+            angles = turn(start, std::min(count, kBlock));
+            by_fours(rows, [&](int q, auto queries) { score_tokens<queries, 2>(q, angles, 0, ahead, scores + q * stride, stride); });
         }
+        for (const Spill& spill : spilt) add_spilt(spill, angles, scores, stride);
     }
 
   private:
@@ -141,7 +148,7 @@ class WordKeys {
         }
     }
 
-    // Angles of up to 32 tokens relative to the first, by whose own the queries are turned back; null where nothing turns.
+    // Angles of a block's tokens relative to the first, by whose own the queries are turned back; null where nothing turns.
     const int16_t* turn(int64_t start, int count) {
         const Rotation& rotation = problem.rotation;
         if (!rotation.pairs) return nullptr;
@@ -150,13 +157,12 @@ class WordKeys {
         for (int token = 1; token < count; ++token) consecutive &= positions[token] == positions[0] + token;
         turn_back(consecutive ? positions[0] : 0);
         if (consecutive) return rotation.words;
-        for (int i = 0; i < rotation.pairs * kTurned; ++i) {
-            const int pair = i / kTurned, token = i % kTurned;
+        for (int i = 0; i < rotation.pairs * kBlock; ++i) {
+            const int pair = i / kBlock, token = i % kBlock;
             float cos, sin;
             angle_at(rotation, positions[token < count ? token : 0], pair, cos, sin);
-            int16_t* to = &own_angles[4 * kTurned * pair + 2 * token];
-            to[0] = to[1] = int16_t(std::lrint(cos * kMostWord));
-            to[2 * kTurned + 1] = int16_t(std::lrint(sin * kMostWord)), to[2 * kTurned] = -to[2 * kTurned + 1];
+            int16_t* to = &own_angles[2 * kBlock * pair + place_of(token)];
+            to[0] = int16_t(std::lrint(cos * kMostWord)), to[kBlock] = int16_t(std::lrint(sin * kMostWord));
         }
         return own_angles.data();
     }
@@ -172,37 +178,41 @@ class WordKeys {
         return Spread::of_tokens(scale, zero, *unit, dim / count, kBlock);
     }
 
-    // Scores of 32 tokens, from the words that the queries are now.
-    template <int queries>
-    void score_tokens(int q, const int16_t* angles, int token, float* scores, int stride) {
+    // Scores of 32 tokens or 64, from the words that the queries are now.
+    template <int queries, int halves>
+    void score_tokens(int q, const int16_t* angles, int token, Ahead& ahead, float* scores, int stride) {
         const int turned = problem.rotation.pairs;
-        __m512 found[queries][2] = {}, rest[queries][2] = {};
-        if (turned) score_lanes<queries, 2, true>(&words[q * all], all, tile + 2 * token, 0, turned, angles, found);
-        if (turned < dim / 2) score_lanes<queries, 2, false>(&words[q * all], all, tile + 2 * token, turned, dim / 2, nullptr, rest);
+        __m512i found[queries][2 * halves] = {};
+        if (turned) score_lanes<queries, halves, true>(&words[q * all], all, tile + token, 0, turned, angles, ahead, found);
+        if (turned < dim / 2) score_lanes<queries, halves, false>(&words[q * all], all, tile + token, turned, dim / 2, nullptr, ahead, found);
         for (int i = 0; i < queries; ++i) {
             const float zero = by_channel(side) ? zeros[q + i] : 0.0f;
-            for (int part = 0; part < 2; ++part) {
-                _mm512_storeu_ps(scores + i * stride + 16 * part, (found[i][part] + rest[i][part]) * inverse[q + i] + zero);
-            }
+            const auto real = [&](int part) { return _mm512_cvtepi32_ps(found[i][part]) * inverse[q + i] + zero; };
+            for (int half = 0; half < halves; ++half) order_sums(real(2 * half), real(2 * half + 1), scores + i * stride + 32 * half);
         }
     }
 
     // Each group of channels of a token has a scale and a zero.
     template <int queries>
-    void score_by_token(int q, const Spread& spread, float* scores, int stride) {
+    void score_by_token(int q, const Spread& spread, Ahead& ahead, float* scores, int stride) {
         const int length = dim / 2 / side.range_channels;
         for (int group = 0; group < side.range_channels; ++group) {
-            __m512 found[queries][4];
-            score_lanes<queries, 4, false>(&words[q * all], all, tile, group * length, (group + 1) * length, nullptr, found);
+            __m512i found[queries][4] = {};
+            score_lanes<queries, 2, false>(&words[q * all], all, tile, group * length, (group + 1) * length, nullptr, ahead, found);
             for (int i = 0; i < queries; ++i) {
                 const float *x = &query[(q + i) * 2 * all + group * length], *y = x + all;
                 float sum = 0.0f;
                 for (int pair = 0; pair < length; ++pair) sum += x[pair] + y[pair];
-                for (int part = 0; part < 4; ++part) {
-                    const int at = group * kBlock + 16 * part;
-                    const __m512 scaled = found[i][part] * _mm512_loadu_ps(spread.scale + at) * inverse[q + i];
+                alignas(64) float sums[kBlock];
+                for (int half = 0; half < 2; ++half) {
+                    const __m512i* pair = found[i] + 2 * half;
+                    order_sums(_mm512_cvtepi32_ps(pair[0]), _mm512_cvtepi32_ps(pair[1]), sums + 32 * half);
+                }
+                for (int token = 0; token < kBlock; token += 16) {
+                    const int at = group * kBlock + token;
+                    const __m512 scaled = _mm512_load_ps(sums + token) * _mm512_loadu_ps(spread.scale + at) * inverse[q + i];
                     const __m512 score = scaled + _mm512_loadu_ps(spread.zero + at) * (sum / *unit);
-                    float* to = scores + i * stride + 16 * part;
+                    float* to = scores + i * stride + token;
                     _mm512_storeu_ps(to, group ? _mm512_loadu_ps(to) + score : score);
                 }
             }
@@ -232,15 +242,15 @@ class WordKeys {
     // What of an outlier did not fit.
     void add_spilt(const Spill& spill, const int16_t* angles, float* scores, int stride) {
         const int place = _mm_cvtsi128_si32(_mm512_castsi512_si128(pairs.place(_mm512_set1_epi32(spill.channel))));
-        const int pair = place / (2 * kBlock), second = place % 2;
+        const int pair = place / (2 * kBlock), second = place / kBlock % 2;
         const float* from = real_query();
         for (int q = 0; q < rows; ++q, from += dim) {
             float factor = from[spill.channel] * problem.scaling;
             if (pair < problem.rotation.pairs) {  // from the words, which are turned back by the block's first position
                 int16_t word[2];
                 std::memcpy(word, &words[q * all + pair], 4);
-                const int16_t* angle = angles + 4 * kTurned * pair + 2 * (spill.token % kTurned);
-                const float cos = angle[0] / kMostWord, sin = angle[2 * kTurned + 1] / kMostWord;
+                const int16_t* angle = angles + 2 * kBlock * pair + place_of(spill.token);
+                const float cos = angle[0] / kMostWord, sin = angle[kBlock] / kMostWord;
                 factor = second ? word[1] * cos - word[0] * sin : word[0] * cos + word[1] * sin;
                 factor *= inverse[q] / unit[spill.channel];
             }

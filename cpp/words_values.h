@@ -20,24 +20,34 @@ struct Span {
     int length;
 };
 
-// Two tokens of values of 16 channels to a register, [token pairs][channels] lanes.
+// Lanes of two tokens of 16 channels each: every other code from `from` on.
+template <int bits, int codes, int from>
+inline __m512i codes_of_lanes(const uint8_t* const* a, const uint8_t* const* b) {
+    return join_planes<bits>([&](auto width, auto plane, auto to) { return LanePlane<width, codes, from, to>::read(a[plane], b[plane]); });
+}
+
+template <int bits, int codes, int... i>
+inline void read_lanes(const uint8_t* const* a, const uint8_t* const* b, const uint8_t* table, int16_t* to, std::integer_sequence<int, i...>) {
+    const __m512i found[] = {codes_of_lanes<bits, codes, i / 2 * 32 + i % 2>(a, b)...};
+    (store_words(to + 32 * i, look_up_words<16>(found[i], table)), ...);
+}
+
+// Two tokens of values of 16 channels to a register, [token pairs][channels, ordered by `place_of`] lanes.
 template <int bits, int codes>
-void read_values(const Side& side, const Block& block, int64_t row, int16_t* tile) {
-    const __m512i table = two_tables(side.words, side.words);
+void read_values(const Side& side, const Block& block, int64_t row, Ahead& ahead, int16_t* tile) {
     const auto rows = [&](int i, const uint8_t** planes) {
         for (int plane = 0; plane < 3; ++plane) planes[plane] = block.planes[plane] + (row + i) * (codes * kPlanes[bits][plane] / 8);
     };
     for (int token = 0; token < kBlock; token += 2, tile += 2 * codes) {
+        ahead.step();
         const uint8_t *a[3], *b[3];
         rows(token, a), rows(token + 1, b);
-        __m512i found[codes / 16];
-        read_codes<bits, codes>(a, b, found);
-        for (int i = 0; i < codes / 16; ++i) store_words(tile + 32 * i, _mm512_permutexvar_epi16(found[i], table));
+        read_lanes<bits, codes>(a, b, side.words, tile, std::make_integer_sequence<int, codes / 16>());
     }
 }
 
-inline void read_values(const Side& side, const Block& block, int64_t row, int16_t* tile) {
-    const auto run = [&](auto two, auto three, auto four) { (side.bits == 2 ? two : side.bits == 3 ? three : four)(side, block, row, tile); };
+inline void read_values(const Side& side, const Block& block, int64_t row, Ahead& ahead, int16_t* tile) {
+    const auto run = [&](auto two, auto three, auto four) { (side.bits == 2 ? two : side.bits == 3 ? three : four)(side, block, row, ahead, tile); };
     if (side.codes == 64) return run(read_values<2, 64>, read_values<3, 64>, read_values<4, 64>);
     if (side.codes == 128) return run(read_values<2, 128>, read_values<3, 128>, read_values<4, 128>);
     run(read_values<2, 256>, read_values<3, 256>, read_values<4, 256>);
@@ -45,12 +55,13 @@ inline void read_values(const Side& side, const Block& block, int64_t row, int16
 
 // Add 64 tokens of a tile, weighted, to the sums of 16 * parts channels, [queries][stride].
 template <int queries, int parts>
-inline void mix_lanes(const int16_t* weights, int weights_stride, const int16_t* tile, int stride, int32_t* sums) {
+inline void mix_lanes(const int16_t* weights, int weights_stride, const int16_t* tile, int stride, Ahead& ahead, int32_t* sums) {
     __m512i all[queries][parts];
     for (int q = 0; q < queries; ++q) {
         for (int i = 0; i < parts; ++i) all[q][i] = _mm512_loadu_si512(sums + q * stride + 16 * i);
     }
     for (int token = 0; token < kBlock; token += 2, tile += 2 * stride) {
+        ahead.step();
         __m512i values[parts];
         for (int i = 0; i < parts; ++i) values[i] = load_words(tile + 32 * i);
         for (int q = 0; q < queries; ++q) {
@@ -80,10 +91,13 @@ class WordValues {
     }
 
     // Add a span's values: weight is [rows][span] float32, and what was added up before fades by `fading` of each row.
-    void add(const Span& span, const float* weight, const float* fading) {
-        if (side.channel_major) return add_channels(span, weight, fading);
-        add_tokens(span, weight, fading);
+    void add(const Span& span, const float* weight, const float* fading, Ahead& ahead) {
+        if (side.channel_major) return add_channels(span, weight, fading, ahead);
+        add_tokens(span, weight, fading, ahead);
     }
+
+    // In how many steps of `ahead` a block is read: rows of channels, or pairs of tokens, which are read and then mixed.
+    int steps() const { return side.channel_major ? side.codes : kBlock; }
 
     float sum(int row, int channel) const { return sums[place(row, channel)] * (side.channel_major ? unit[channel] : 1.0f); }
 
@@ -127,7 +141,7 @@ class WordValues {
         }
     }
 
-    void add_tokens(const Span& span, const float* weight, const float* fading) {
+    void add_tokens(const Span& span, const float* weight, const float* fading, Ahead& ahead) {
         const int channels = dim / groups;
         float *scale = ranges.data(), *zero = scale + groups * kSpan;
         std::fill(scale, scale + 2 * groups * kSpan, 0.0f);
@@ -147,13 +161,13 @@ class WordValues {
                 const Spread spread = Spread::of_tokens(scale + at, zero + at, *unit, channels, kSpan);
                 read_outliers(side, block[1], head, at, spread, outliers, spilt, [&](__m512i token, __m512i channel) {
                     const __m512i pair = _mm512_mullo_epi32(_mm512_srli_epi32(token, 1), _mm512_set1_epi32(2 * dim));
-                    const __m512i lane = _mm512_add_epi32(_mm512_slli_epi32(channel, 1), _mm512_and_si512(token, _mm512_set1_epi32(1)));
+                    const __m512i lane = _mm512_add_epi32(_mm512_slli_epi32(place_of(channel), 1), _mm512_and_si512(token, _mm512_set1_epi32(1)));
                     return _mm512_add_epi32(pair, lane);
                 });
             }
-            read_values(side, block[1], int64_t(head) * kBlock, tile);
+            read_values(side, block[1], int64_t(head) * kBlock, ahead, tile);
             put_outliers(outliers, tile);
-            mix(at);
+            mix(at, ahead);
         }
         for (int row = 0; row < rows; ++row) {
             for (int channel = 0; channel < dim; channel += 16) {
@@ -162,29 +176,30 @@ class WordValues {
                 float* to = &sums[row * dim + channel];
                 _mm512_store_ps(to, _mm512_load_ps(to) * fading[row] + found);
             }
-            for (const Spill& spill : spilt) sums[row * dim + spill.channel] += weight[row * kSpan + spill.token] * spill.rest;
+            for (const Spill& spill : spilt) sums[place(row, spill.channel)] += weight[row * kSpan + spill.token] * spill.rest;
         }
     }
 
-    void mix(int at) {
+    void mix(int at, Ahead& ahead) {
         const int channels = dim / groups, parts = channels % 64 == 0 ? 4 : 2;
         by_fours(rows, [&](int row, auto queries) {
             const auto run = parts == 4 ? mix_lanes<queries, 4> : mix_lanes<queries, 2>;
             for (int channel = 0; channel < dim; channel += 16 * parts) {
                 const int16_t* weight = &weights[(row * groups + channel / channels) * kSpan + at];
-                run(weight, groups * kSpan, &tile[2 * channel], dim, &whole[row * dim + channel]);
+                run(weight, groups * kSpan, &tile[2 * channel], dim, ahead, &whole[row * dim + channel]);
             }
         });
     }
 
     // Codebooks of channels: a strip of channels of all blocks at a time, whose lanes are added up once.
-    void add_channels(const Span& span, const float* weight, const float* fading) {
+    void add_channels(const Span& span, const float* weight, const float* fading, Ahead& ahead) {
         weigh_in_words(span.length, weight, nullptr, nullptr, 1.0f);
         for (int from = 0; from < side.codes; from += kStrip) {
             const int count = std::min(kStrip, side.codes - from);
             for (int at = 0; at < span.length; at += kBlock) {
                 const Block* block = span.sides[at / kBlock];
                 if (block) look_up_rows(side, reader, strip_of(block[1], from, count, at));
+                for (int i = 0; i < count; ++i) ahead.step();
             }
             for (int number = 0; number < side.numbers; ++number) mix_strips(number * side.codes + from, count, number, span.length, fading);
         }
@@ -220,9 +235,9 @@ class WordValues {
         });
     }
 
-    // Where the sum of a row's channel lies: with codebooks of channels, rows that are taken together lie together.
+    // Where the sum of a row's channel lies: as in a tile, or, with codebooks of channels, where rows are taken together, beside theirs.
     int place(int row, int channel) const {
-        if (!side.channel_major) return row * dim + channel;
+        if (!side.channel_major) return row * dim + place_of(channel);
         const int fours = rows / 4 * 4, together = row < fours ? 4 : rows - fours >= 2 && row < fours + 2 ? 2 : 1;
         const int first = row - row % together;
         return first * dim + channel * together + row - first;

@@ -131,18 +131,18 @@ def _angles(frequencies: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor,
     """Cosines and sines of multiples of the frequencies [pairs], from which those of all positions up to one are put together.
 
     Returns those of 0 to 31, [pairs, 2, 32], of 0 to 63, [64, 2, pairs], and of 0, 64, 128, ..., [n, 2, pairs], float32, and
-    those of 0 to 31 as words, [pairs, 2, 32, 2] int16: cosine twice, sine negated and not. Taken in float64: a position times
-    a frequency, rounded to float32 as models do, is off by as much as the position is large.
+    those of 0 to 63 as words, [pairs, 2, 64] int16, of 32 the even ones first. Taken in float64: a position times a
+    frequency, rounded to float32 as models do, is off by as much as the position is large.
     """
     count = 2 * (position // BLOCK + 1)  # twice as many as are needed now
     steps, far = (
         torch.stack([angles.cos(), angles.sin()], dim=1).float()
         for angles in (steps[:, None] * frequencies.double() for steps in (torch.arange(BLOCK), torch.arange(count) * BLOCK))
     )
-    by_pair = steps[:TILE].permute(2, 1, 0)
-    lanes = by_pair[..., None] * torch.tensor([[[1.0, 1.0]], [[-1.0, 1.0]]])
-    words = (lanes * ONE).round().short().contiguous()
-    return by_pair.contiguous(), steps, far, words
+    by_pair = steps.permute(2, 1, 0)
+    words = by_pair.unflatten(2, (BLOCK // TILE, TILE // 2, 2)).transpose(3, 4).flatten(2)
+    words = (words * ONE).round().short().contiguous()
+    return by_pair[..., :TILE].contiguous(), steps, far, words
 
 
 def turn_query(quantizer: AnyQuantizer, matrix: Tensor | None, query: Tensor) -> Tensor:

@@ -20,12 +20,12 @@ KEY_ROOM, VALUE_ROOM = 8, 4  # how much larger an outlier may be than the larges
 FEWEST_LEVELS = 16
 ROWS = (64, 128, 256)  # how many codes a row of tokens may have
 
-SUPPORTED = {"avx512", "avx512vbmi", "avx512vnni"} <= set(_kernels.instruction_sets())
+SUPPORTED = {"avx512", "avx512vbmi", "avx512vbmi2", "avx512vnni"} <= set(_kernels.instruction_sets())
 
 
 @dataclass(frozen=True)
 class WordTables:
-    """table: codebooks, repeated to have 16 levels: int16 [..., levels], of pairs [..., levels, 2]; where values have
+    """table: codebooks, repeated to have 16 levels: int16 [..., levels], of pairs [..., 2, levels]; where values have
         codebooks of channels or pairs, uint8 [..., numbers, 2, levels], the low bytes of all words, then the high ones.
     unit: [kv_heads, head_dim] or [1] float32, what a word of 1 stands for. most: the largest word.
     """
@@ -60,8 +60,6 @@ def words_of(codebooks: Tensor, scheme: Scheme, keys: bool, head_dim: int, turne
     if not keys and not shared:
         words = torch.stack([words & 0xFF, words >> 8 & 0xFF], dim=-2)
         words = words.to(torch.uint8)
-    elif scheme.numbers == 2:
-        words = words.transpose(-1, -2)
     return WordTables(words.contiguous(), unit.contiguous(), most)
 
 
