@@ -10,6 +10,30 @@
 namespace narrowkv {
 namespace {
 
+// Turn scores into weights relative to the largest so far, as `weigh` of float32 does, but only as exact as words are.
+inline float weigh_shortly(float* scores, int count, float& largest, float& total) {
+    __m512 most = _mm512_set1_ps(largest), sum = {};
+    for (int i = 0; i < count; i += 16) most = _mm512_max_ps(most, _mm512_load_ps(scores + i));
+    const float highest = _mm512_reduce_max_ps(most);
+    if (highest == -INFINITY) {
+        std::fill(scores, scores + count, 0.0f);
+        return 1.0f;
+    }
+    constexpr float kLog2 = 1.44269504f;
+    for (int i = 0; i < count; i += 16) {
+        const __m512 x = _mm512_max_ps(_mm512_load_ps(scores + i) * kLog2 - highest * kLog2, _mm512_set1_ps(-126.0f));
+        const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = x - n;
+        const __m512 p = (((r * 9.6181291e-3f + 5.5504109e-2f) * r + 2.4022651e-1f) * r + 6.9314718e-1f) * r + 1.0f;  // 2^r, Taylor
+        const __m512 weight = _mm512_scalef_ps(p, n);
+        sum += weight;
+        _mm512_store_ps(scores + i, weight);
+    }
+    const float fading = highest == largest ? 1.0f : std::exp(largest - highest);
+    total = total * fading + _mm512_reduce_add_ps(sum);
+    largest = highest;
+    return fading;
+}
+
 class WordWorker : Sight {
   public:
     explicit WordWorker(const Problem& problem)
@@ -28,8 +52,8 @@ class WordWorker : Sight {
         for (int row = 0; row < rows; ++row) {
             piece.result[row] = largest[row];
             piece.result[rows + row] = total[row];
-            for (int d = 0; d < dim; ++d) to[row * dim + d] = values.sum(row, d);
         }
+        values.finish(to);
     }
 
   private:
@@ -62,9 +86,7 @@ class WordWorker : Sight {
             for (int row = 0; problem.softcap != 0.0f && row < rows; ++row) cap(to + row * kSpan, kBlock, problem.softcap);
             hide(piece, start, seen ? count : 0, to, kSpan);
         }
-        for (int row = 0; row < rows; ++row) {
-            fading[row] = weigh(&scores[row * kSpan], span.length, largest[row], total[row]);
-        }
+        for (int row = 0; row < rows; ++row) fading[row] = weigh_shortly(&scores[row * kSpan], span.length, largest[row], total[row]);
         Ahead ahead;
         for (int block = last; block < std::min(last + kSpan / kBlock, piece.last); ++block) ahead.add(problem.keys, sides_of(piece, block)[0], piece.head);
         ahead.spread(values.steps() * (last - first));

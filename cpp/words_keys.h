@@ -95,28 +95,29 @@ class WordKeys {
         return problem.packed_query + (int64_t(row) * problem.kv_heads + head) * rows * dim;
     }
 
-    // Of a query as pairs: the sum of their lengths, and the largest.
-    std::pair<float, float> lengths(const float* x, const float* y) const {
-        __m512 sum = {}, most = {};
-        for (int i = 0; i < all; i += 16) {
-            const __m512 first = _mm512_load_ps(x + i), second = _mm512_load_ps(y + i);
-            const __m512 length = _mm512_sqrt_ps(first * first + second * second);
-            sum += length, most = _mm512_max_ps(most, length);
-        }
-        return {_mm512_reduce_add_ps(sum), _mm512_reduce_max_ps(most)};
-    }
-
-    // A query as words that are as large as sums allow: a pair of keys is at most 32767 long.
+    // A query as words that are as large as sums allow, of keys that are not turned.
     void take_fitting(int q, const float* x, const float* y) {
-        const auto [total, most] = lengths(x, y);
-        const float factor = total > 0.0f ? std::min(kMostSum / kMostWord / total, kMostWord / most) : 0.0f;
+        __m512 sum = {}, largest = {};
+        for (int i = 0; i < all; i += 16) {
+            const __m512 first = _mm512_abs_ps(_mm512_load_ps(x + i)), second = _mm512_abs_ps(_mm512_load_ps(y + i));
+            sum += first + second, largest = _mm512_max_ps(largest, _mm512_max_ps(first, second));
+        }
+        const float total = _mm512_reduce_add_ps(sum), most = _mm512_reduce_max_ps(largest);
+        const float factor = total > 0.0f ? std::min(kMostSum / float(side.most) / total, kMostWord / most) : 0.0f;
         to_words(x, y, factor, &words[q * all]);
         inverse[q] = factor > 0.0f ? 1.0f / factor : 0.0f;
     }
 
-    // A query that will be turned back: words as large as may be, and by how much these have to shrink then.
+    // A query that will be turned back: words as large as may be, and by how much these have to shrink then. A pair of keys is at
+    // most 32767 long.
     void take_full(int q, const float* x, const float* y) {
-        const auto [total, most] = lengths(x, y);
+        __m512 sum = {}, largest = {};
+        for (int i = 0; i < all; i += 16) {
+            const __m512 first = _mm512_load_ps(x + i), second = _mm512_load_ps(y + i);
+            const __m512 length = _mm512_sqrt_ps(first * first + second * second);
+            sum += length, largest = _mm512_max_ps(largest, length);
+        }
+        const float total = _mm512_reduce_add_ps(sum), most = _mm512_reduce_max_ps(largest);
         const float factor = total > 0.0f ? kMostTurned / most : 0.0f;
         shrinks[q] = total > 0.0f ? int16_t(std::min(kMostSum / kMostWord / total / factor, 1.0f) * kMostWord) : 0;
         to_words(x, y, factor, &full[q * all]);

@@ -82,7 +82,9 @@ class WordValues {
         : side(problem.values), rows(problem.group * problem.queries), dim(problem.head_dim),
           groups(side.channel_major ? 1 : side.range_channels), reader(side.bits),
           tile(tile), weights(rows * groups * kSpan), sums(rows * dim), ranges((2 * groups + 1) * kSpan),
-          shares(rows * groups), zeros(rows * groups), whole(rows * dim) {}
+          shares(rows * groups), zeros(rows * groups), whole(rows * dim), places(rows * dim) {
+        for (int i = 0; i < rows * dim; ++i) places[i] = place(i / dim, i % dim);
+    }
 
     void begin(int head) {
         this->head = head;
@@ -99,7 +101,12 @@ class WordValues {
     // In how many steps of `ahead` a block is read: rows of channels, or pairs of tokens, which are read and then mixed.
     int steps() const { return side.channel_major ? side.codes : kBlock; }
 
-    float sum(int row, int channel) const { return sums[place(row, channel)] * (side.channel_major ? unit[channel] : 1.0f); }
+    // The sums, [rows][head_dim].
+    void finish(float* to) const {
+        for (int row = 0; row < rows; ++row) {
+            for (int channel = 0; channel < dim; ++channel, ++to) *to = sums[places[row * dim + channel]] * (side.channel_major ? unit[channel] : 1.0f);
+        }
+    }
 
   private:
     const Side& side;
@@ -110,6 +117,7 @@ class WordValues {
     Room<float> sums, ranges, shares;  // shares: what a sum in words stands for, [rows][groups]
     Room<float> zeros;                 // what zeros add to sums, likewise
     Room<int32_t> whole;               // [rows][head_dim]
+    Room<int32_t> places;              // of sums, [rows][head_dim]
     std::vector<uint32_t> outliers;
     std::vector<Spill> spilt;
     int head = 0;
@@ -176,7 +184,7 @@ class WordValues {
                 float* to = &sums[row * dim + channel];
                 _mm512_store_ps(to, _mm512_load_ps(to) * fading[row] + found);
             }
-            for (const Spill& spill : spilt) sums[place(row, spill.channel)] += weight[row * kSpan + spill.token] * spill.rest;
+            for (const Spill& spill : spilt) sums[places[row * dim + spill.channel]] += weight[row * kSpan + spill.token] * spill.rest;
         }
     }
 
@@ -259,7 +267,7 @@ class WordValues {
                 const uint8_t* table = row.table + number * 2 * levels;
                 const int channel = code + number * side.codes, word = int16_t(table[level] | table[levels + level] << 8);
                 const float rest = to_single(exact[i * side.numbers + number], side.outlier) / unit[channel] - float(word);
-                for (int r = 0; r < rows; ++r) sums[place(r, channel)] += weight[r * kSpan + token] * rest;
+                for (int r = 0; r < rows; ++r) sums[places[r * dim + channel]] += weight[r * kSpan + token] * rest;
             }
         }
     }

@@ -22,7 +22,7 @@ from narrowkv.errors import UnsupportedModelError
 from narrowkv.store import LayerStore, addresses
 
 PIECES = 64  # about so many pieces of work for any number of threads, so that sums do not depend on it
-SHORTEST_PIECE, LONGEST_PIECE = 4, 32  # blocks
+SHORTEST_PIECE, LONGEST_PIECE = 4, 64  # blocks
 KERNELS = [name for name in ("avx512", "avx2") if name in _kernels.instruction_sets()] + ["generic"]
 WORDS = "words"  # the kernel that multiplies whole numbers of 16 bits
 
