@@ -17,6 +17,19 @@ namespace {
 inline __m512i load_words(const int16_t* p) { return _mm512_loadu_si512(p); }
 inline void store_words(int16_t* p, __m512i x) { _mm512_storeu_si512(p, x); }
 
+// Run `part` for 0 to n - 1 as types: of arrays whose places are known when it is compiled, registers are made.
+#define NARROWKV_INLINE __attribute__((always_inline))
+
+template <typename Part, int... i>
+NARROWKV_INLINE inline void each(const Part& part, std::integer_sequence<int, i...>) {
+    (part(std::integral_constant<int, i>()), ...);
+}
+
+template <int n, typename Part>
+NARROWKV_INLINE inline void each(const Part& part) {
+    each(part, std::make_integer_sequence<int, n>());
+}
+
 // The order of 32 tokens, or channels, in a register: even ones, then odd ones, since codes of neighbours share a word of packed bytes.
 inline constexpr int number_at(int place) { return 2 * (place % 16) + place / 16; }
 inline constexpr int place_of(int number) { return (number & ~31) + number % 32 / 2 + number % 2 * 16; }
@@ -140,6 +153,8 @@ inline __m512i look_up_words(__m512i codes, const uint8_t* table) {
 }
 
 // Memory that will be read next, asked for little by little: a burst would wait for the few lines that can be on their way.
+constexpr int kSteps = 8;  // taken together where registers would have to be put by
+
 class Ahead {
   public:
     // The codes of a head.
@@ -153,8 +168,8 @@ class Ahead {
     }
     // In how many steps all is to be asked for.
     void spread(int steps) { rate = (lines << 16) / steps + 1; }
-    void step() {
-        for (due += rate; due >= 1 << 16 && at < count; due -= 1 << 16) {
+    void step(int steps) {
+        for (due += steps * rate; due >= 1 << 16 && at < count; due -= 1 << 16) {
             __builtin_prefetch(parts[at].from, 0, 2);
             if ((parts[at].from += 64) >= parts[at].to) ++at;
         }

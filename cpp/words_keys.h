@@ -141,10 +141,13 @@ class WordKeys {
             const __m512 cos = _mm512_mask_blend_ps(some, _mm512_set1_ps(kMostWord), (c * near - s * up) * kMostWord);
             const __m512 sin = (s * near + c * up) * kMostWord;
             const __m512i along = to_lanes(cos, cos), across = to_lanes(sin, -sin);
-            for (int q = 0; q < rows; ++q) {
-                const __m512i x = _mm512_load_si512(&full[q * all + i]), swapped = _mm512_rol_epi32(x, 16);
+            const int16_t* shrink = shrinks.data();
+            const int32_t* from = full.data() + i;
+            int32_t* to = words.data() + i;
+            for (int q = 0; q < rows; ++q, from += all, to += all) {
+                const __m512i x = _mm512_load_si512(from), swapped = _mm512_rol_epi32(x, 16);
                 const __m512i turned = _mm512_add_epi16(_mm512_mulhrs_epi16(x, along), _mm512_mulhrs_epi16(swapped, across));
-                _mm512_store_si512(&words[q * all + i], _mm512_mulhrs_epi16(turned, _mm512_set1_epi16(shrinks[q])));
+                _mm512_store_si512(to, _mm512_mulhrs_epi16(turned, _mm512_set1_epi16(shrink[q])));
             }
         }
     }
@@ -154,8 +157,12 @@ class WordKeys {
         const Rotation& rotation = problem.rotation;
         if (!rotation.pairs) return nullptr;
         const int32_t* positions = rotation.positions + row * rotation.position_stride + start;
+        __m512i next = _mm512_add_epi32(_mm512_set1_epi32(positions[0]), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
         bool consecutive = true;
-        for (int token = 1; token < count; ++token) consecutive &= positions[token] == positions[0] + token;
+        for (int token = 0; token < count; token += 16, next = _mm512_add_epi32(next, _mm512_set1_epi32(16))) {
+            const __mmask16 some = count - token >= 16 ? 0xffff : (1 << (count - token)) - 1;
+            consecutive &= !_mm512_mask_cmpneq_epi32_mask(some, _mm512_maskz_loadu_epi32(some, positions + token), next);
+        }
         turn_back(consecutive ? positions[0] : 0);
         if (consecutive) return rotation.words;
         for (int i = 0; i < rotation.pairs * kBlock; ++i) {

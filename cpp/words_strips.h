@@ -133,11 +133,13 @@ inline void mix_strip(const int16_t* weights, int weights_stride, const int16_t*
     __m512i all[16] = {};
     for (int token = 0; token < length; token += 32) {
         __m512i weight[queries];
-        for (int q = 0; q < queries; ++q) weight[q] = load_words(weights + q * weights_stride + token);
-        for (int channel = 0; channel < channels; ++channel) {
+        each<queries>([&](auto q) NARROWKV_INLINE { weight[q] = load_words(weights + q * weights_stride + token); });
+        each<channels>([&](auto channel) NARROWKV_INLINE {
             const __m512i x = load_words(tile + channel * stride + token);
-            for (int q = 0; q < queries; ++q) all[channel * queries + q] = _mm512_dpwssd_epi32(all[channel * queries + q], x, weight[q]);
-        }
+            each<queries>([&](auto q) NARROWKV_INLINE {
+                all[channel * queries + q] = _mm512_dpwssd_epi32(all[channel * queries + q], x, weight[q]);
+            });
+        });
     }
     sums = sum_lanes(all);
 }

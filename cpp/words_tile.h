@@ -32,61 +32,78 @@ struct Pairs {
     }
 };
 
-// 64 codes of a row.
-template <int bits>
-inline void read_codes(const uint8_t* const* rows, __m512i* codes) {
-    codes[0] = join_planes<bits>([&](auto width, auto plane, auto to) { return RowPlane<width, 0, to>::read(rows[plane]); });
-    codes[1] = join_planes<bits>([&](auto width, auto plane, auto to) { return RowPlane<width, 1, to>::read(rows[plane]); });
-}
+// Rows of 64 codes with a codebook each, or one for all.
+template <int bits, int numbers>
+struct KeyRows {
+    static constexpr int levels = kept_levels(bits), step = 2 * levels * numbers;
+    const uint8_t *first, *second, *third, *tables;  // the planes
+    int table_step;
 
-template <int bits, bool pairs_of_codes>
+    KeyRows(const Side& side, const Block& block, int64_t row)
+        : first(block.planes[0] + row * bytes(0)), second(block.planes[1] + row * bytes(1)), third(block.planes[2] + row * bytes(2)),
+          tables(side.words + (side.fixed ? row * step : 0)), table_step(side.fixed ? step : 0) {}
+
+    static constexpr int bytes(int plane) { return kBlock * kPlanes[bits][plane] / 8; }
+
+    template <int half>
+    __m512i codes(int row) const {
+        return join_planes<bits>([&](auto width, auto plane, auto to) {
+            const uint8_t* from = plane == 0 ? first : plane == 1 ? second : third;
+            return RowPlane<width, half, to>::read(from + row * bytes(plane));
+        });
+    }
+    // The words of a row's codes; of pairs of numbers, the first ones or the second.
+    void look_up(int row, int number, __m512i low, __m512i high, int16_t* to) const {
+        const uint8_t* table = tables + row * table_step + number * 2 * levels;
+        store_words(to, look_up_words<levels>(low, table)), store_words(to + 32, look_up_words<levels>(high, table));
+    }
+};
+
+template <int bits, int numbers>
 void read_keys(const Side& side, const Block& block, int64_t row, int count, Pairs pairs, Ahead& ahead, int16_t* tile) {
-    constexpr int levels = kept_levels(bits), step = pairs_of_codes ? 4 * levels : 2 * levels;
-    const uint8_t* tables = side.words + (side.fixed ? row * step : 0);
-    const auto read = [&](int code, __m512i* codes) {
-        const uint8_t* planes[3];
-        for (int plane = 0; plane < 3; ++plane) planes[plane] = block.planes[plane] + (row + code) * (kBlock * kPlanes[bits][plane] / 8);
-        read_codes<bits>(planes, codes);
-        return tables + (side.fixed ? code * step : 0);
+    const KeyRows<bits, numbers> rows(side, block, row);
+    const auto read = [&](int pair, int x, int y) {
+        int16_t* to = tile + 2 * kBlock * pair;
+        const __m512i low = rows.template codes<0>(x), high = rows.template codes<1>(x);
+        rows.look_up(x, 0, low, high, to);
+        if constexpr (numbers == 2) return rows.look_up(x, 1, low, high, to + kBlock);
+        rows.look_up(y, 0, rows.template codes<0>(y), rows.template codes<1>(y), to + kBlock);
     };
-    const auto put = [](const __m512i* codes, const uint8_t* table, int16_t* to) {
-        store_words(to, look_up_words<levels>(codes[0], table)), store_words(to + 32, look_up_words<levels>(codes[1], table));
-    };
-    for (int pair = 0; pair < count; ++pair, tile += 2 * kBlock) {
-        ahead.step();
-        __m512i codes[2];
-        const uint8_t* table = read(pairs_of_codes ? pair : pairs.first(pair), codes);
-        put(codes, table, tile);
-        if constexpr (!pairs_of_codes) table = read(pairs.second(pair), codes);
-        put(codes, table + (pairs_of_codes ? 2 * levels : 0), tile + kBlock);
+    const int apart = numbers == 2 || pairs.interleaved ? 0 : pairs.turned;
+    for (int first = 0; first < count; first += kSteps) {
+        ahead.step(kSteps);
+        const int last = std::min(first + kSteps, count);
+        for (int pair = first; pair < last; ++pair) {
+            numbers == 2 ? read(pair, pair, 0) : pair < apart ? read(pair, pair, pair + apart) : read(pair, 2 * pair, 2 * pair + 1);
+        }
     }
 }
 
 inline void read_keys(const Side& side, const Block& block, int64_t row, int count, Pairs pairs, Ahead& ahead, int16_t* tile) {
     const auto run = [&](auto read) { read(side, block, row, count, pairs, ahead, tile); };
     if (side.numbers == 1) {
-        return side.bits == 2 ? run(read_keys<2, false>) : side.bits == 3 ? run(read_keys<3, false>) : run(read_keys<4, false>);
+        return side.bits == 2 ? run(read_keys<2, 1>) : side.bits == 3 ? run(read_keys<3, 1>) : run(read_keys<4, 1>);
     }
     switch (side.bits) {
-        case 3: return run(read_keys<3, true>);
-        case 4: return run(read_keys<4, true>);
-        case 5: return run(read_keys<5, true>);
-        case 6: return run(read_keys<6, true>);
-        case 7: return run(read_keys<7, true>);
-        default: return run(read_keys<8, true>);
+        case 3: return run(read_keys<3, 2>);
+        case 4: return run(read_keys<4, 2>);
+        case 5: return run(read_keys<5, 2>);
+        case 6: return run(read_keys<6, 2>);
+        case 7: return run(read_keys<7, 2>);
+        default: return run(read_keys<8, 2>);
     }
 }
 
 // A pair of keys of 32 tokens as two registers of lanes, turned by angles, [2][64] cosines and sines, where there are such.
 template <bool turned>
-inline void read_lanes(const int16_t* tile, const int16_t* angles, __m512i* lanes) {
+NARROWKV_INLINE inline void read_lanes(const int16_t* tile, const int16_t* angles, __m512i& low, __m512i& high) {
     __m512i x = load_words(tile), y = load_words(tile + kBlock);
     if constexpr (turned) {
         const __m512i cos = load_words(angles), sin = load_words(angles + kBlock);
         const __m512i first = _mm512_sub_epi16(_mm512_mulhrs_epi16(x, cos), _mm512_mulhrs_epi16(y, sin));
         y = _mm512_add_epi16(_mm512_mulhrs_epi16(x, sin), _mm512_mulhrs_epi16(y, cos)), x = first;
     }
-    lanes[0] = _mm512_unpacklo_epi16(x, y), lanes[1] = _mm512_unpackhi_epi16(x, y);
+    low = _mm512_unpacklo_epi16(x, y), high = _mm512_unpackhi_epi16(x, y);
 }
 
 // Sums of lanes, as `read_lanes` orders them, as those of 32 tokens in a row.
@@ -105,19 +122,25 @@ inline void order_sums(__m512 low, __m512 high, float* to) {
 // Products of queries, [queries][all] lanes, with 32 * halves tokens of a tile over pairs [from, to). angles: [pairs][2][64], or null.
 template <int queries, int halves, bool turned>
 inline void score_lanes(const int32_t* query, int all, const int16_t* tile, int from, int to, const int16_t* angles, Ahead& ahead,
-                        __m512i sums[][2 * halves]) {
-    for (int pair = from; pair < to; ++pair) {
-        ahead.step();
-        __m512i keys[2 * halves];
-        for (int half = 0; half < halves; ++half) {
-            const int at = 2 * kBlock * pair + 32 * half;
-            read_lanes<turned>(tile + at, turned ? angles + at : nullptr, keys + 2 * half);
-        }
-        for (int q = 0; q < queries; ++q) {
-            const __m512i both = _mm512_set1_epi32(query[q * all + pair]);
-            for (int i = 0; i < 2 * halves; ++i) sums[q][i] = _mm512_dpwssd_epi32(sums[q][i], keys[i], both);
+                        __m512i total[][2 * halves]) {
+    __m512i sums[queries][2 * halves] = {};
+    for (int first = from; first < to; first += kSteps) {
+        ahead.step(kSteps);
+        for (int pair = first; pair < first + kSteps && pair < to; ++pair) {
+            __m512i keys[2 * halves];
+            each<halves>([&](auto half) NARROWKV_INLINE {
+                const int at = 2 * kBlock * pair + 32 * half;
+                read_lanes<turned>(tile + at, turned ? angles + at : nullptr, keys[2 * half], keys[2 * half + 1]);
+            });
+            each<queries>([&](auto q) NARROWKV_INLINE {
+                const __m512i both = _mm512_set1_epi32(query[q * all + pair]);
+                each<2 * halves>([&](auto i) NARROWKV_INLINE { sums[q][i] = _mm512_dpwssd_epi32(sums[q][i], keys[i], both); });
+            });
         }
     }
+    each<queries>([&](auto q) NARROWKV_INLINE {
+        each<2 * halves>([&](auto i) NARROWKV_INLINE { total[q][i] = _mm512_add_epi32(total[q][i], sums[q][i]); });
+    });
 }
 
 }  // namespace

@@ -20,29 +20,31 @@ struct Span {
     int length;
 };
 
-// Lanes of two tokens of 16 channels each: every other code from `from` on.
+// Codes of two tokens, whose rows lie one behind the other: every other code from `from` on.
 template <int bits, int codes, int from>
-inline __m512i codes_of_lanes(const uint8_t* const* a, const uint8_t* const* b) {
-    return join_planes<bits>([&](auto width, auto plane, auto to) { return LanePlane<width, codes, from, to>::read(a[plane], b[plane]); });
+inline __m512i codes_of_lanes(const uint8_t* first, const uint8_t* second) {
+    return join_planes<bits>([&](auto width, auto plane, auto to) {
+        const uint8_t* row = plane == 0 ? first : second;
+        return LanePlane<width, codes, from, to>::read(row, row + codes * width / 8);
+    });
 }
 
+// Lanes of two tokens of all channels, from two planes.
 template <int bits, int codes, int... i>
-inline void read_lanes(const uint8_t* const* a, const uint8_t* const* b, const uint8_t* table, int16_t* to, std::integer_sequence<int, i...>) {
-    const __m512i found[] = {codes_of_lanes<bits, codes, i / 2 * 32 + i % 2>(a, b)...};
+inline void read_lanes(const uint8_t* first, const uint8_t* second, const uint8_t* table, int16_t* to, std::integer_sequence<int, i...>) {
+    const __m512i found[] = {codes_of_lanes<bits, codes, i / 2 * 32 + i % 2>(first, second)...};
     (store_words(to + 32 * i, look_up_words<16>(found[i], table)), ...);
 }
 
 // Two tokens of values of 16 channels to a register, [token pairs][channels, ordered by `place_of`] lanes.
 template <int bits, int codes>
 void read_values(const Side& side, const Block& block, int64_t row, Ahead& ahead, int16_t* tile) {
-    const auto rows = [&](int i, const uint8_t** planes) {
-        for (int plane = 0; plane < 3; ++plane) planes[plane] = block.planes[plane] + (row + i) * (codes * kPlanes[bits][plane] / 8);
-    };
+    constexpr auto bytes = [](int plane) { return codes * kPlanes[bits][plane] / 8; };
+    const uint8_t *first = block.planes[0] + row * bytes(0), *second = block.planes[1] + row * bytes(1), *table = side.words;
     for (int token = 0; token < kBlock; token += 2, tile += 2 * codes) {
-        ahead.step();
-        const uint8_t *a[3], *b[3];
-        rows(token, a), rows(token + 1, b);
-        read_lanes<bits, codes>(a, b, side.words, tile, std::make_integer_sequence<int, codes / 16>());
+        if (token % (2 * kSteps) == 0) ahead.step(kSteps);
+        read_lanes<bits, codes>(first, second, table, tile, std::make_integer_sequence<int, codes / 16>());
+        first += 2 * bytes(0), second += 2 * bytes(1);
     }
 }
 
@@ -57,23 +59,25 @@ inline void read_values(const Side& side, const Block& block, int64_t row, Ahead
 template <int queries, int parts>
 inline void mix_lanes(const int16_t* weights, int weights_stride, const int16_t* tile, int stride, Ahead& ahead, int32_t* sums) {
     __m512i all[queries][parts];
-    for (int q = 0; q < queries; ++q) {
-        for (int i = 0; i < parts; ++i) all[q][i] = _mm512_loadu_si512(sums + q * stride + 16 * i);
-    }
-    for (int token = 0; token < kBlock; token += 2, tile += 2 * stride) {
-        ahead.step();
-        __m512i values[parts];
-        for (int i = 0; i < parts; ++i) values[i] = load_words(tile + 32 * i);
-        for (int q = 0; q < queries; ++q) {
-            int32_t pair;
-            std::memcpy(&pair, weights + q * weights_stride + token, 4);
-            const __m512i both = _mm512_set1_epi32(pair);
-            for (int i = 0; i < parts; ++i) all[q][i] = _mm512_dpwssd_epi32(all[q][i], values[i], both);
+    each<queries>([&](auto q) NARROWKV_INLINE {
+        each<parts>([&](auto i) NARROWKV_INLINE { all[q][i] = _mm512_loadu_si512(sums + q * stride + 16 * i); });
+    });
+    for (int first = 0; first < kBlock; first += 2 * kSteps) {
+        ahead.step(kSteps);
+        for (int token = first; token < first + 2 * kSteps; token += 2, tile += 2 * stride) {
+            __m512i values[parts];
+            each<parts>([&](auto i) NARROWKV_INLINE { values[i] = load_words(tile + 32 * i); });
+            each<queries>([&](auto q) NARROWKV_INLINE {
+                int32_t pair;
+                std::memcpy(&pair, weights + q * weights_stride + token, 4);
+                const __m512i both = _mm512_set1_epi32(pair);
+                each<parts>([&](auto i) NARROWKV_INLINE { all[q][i] = _mm512_dpwssd_epi32(all[q][i], values[i], both); });
+            });
         }
     }
-    for (int q = 0; q < queries; ++q) {
-        for (int i = 0; i < parts; ++i) _mm512_storeu_si512(sums + q * stride + 16 * i, all[q][i]);
-    }
+    each<queries>([&](auto q) NARROWKV_INLINE {
+        each<parts>([&](auto i) NARROWKV_INLINE { _mm512_storeu_si512(sums + q * stride + 16 * i, all[q][i]); });
+    });
 }
 
 class WordValues {
@@ -207,7 +211,7 @@ class WordValues {
             for (int at = 0; at < span.length; at += kBlock) {
                 const Block* block = span.sides[at / kBlock];
                 if (block) look_up_rows(side, reader, strip_of(block[1], from, count, at));
-                for (int i = 0; i < count; ++i) ahead.step();
+                ahead.step(count);
             }
             for (int number = 0; number < side.numbers; ++number) mix_strips(number * side.codes + from, count, number, span.length, fading);
         }
