@@ -1,7 +1,8 @@
 // Decode attention over packed blocks in whole numbers of 16 bits, added up in 32: for models that compute in 16 bits anyway.
 //
 // Codebooks hold words, in units of their own; queries and weights become words as large as sums in 32 bits allow. Blocks are
-// taken four at a time: scores of all, one softmax, then the values.
+// taken four at a time: scores of all, one softmax, then the values. Numbers are multiplied in the registers they are looked up
+// in: memory that is written and read again costs more than the arithmetic. Outliers are added in float32, as what they differ by.
 
 #pragma once
 
@@ -37,8 +38,7 @@ inline float weigh_shortly(float* scores, int count, float& largest, float& tota
 class WordWorker : Sight {
   public:
     explicit WordWorker(const Problem& problem)
-        : Sight(problem), tile(std::max(kBlock * dim, 2 * kStrip * kSpan)), keys(problem, tile.data()), values(problem, tile.data()),
-           scores(rows * kSpan), largest(rows), total(rows), fading(rows) {}
+        : Sight(problem), keys(problem), values(problem), scores(rows * kSpan), largest(rows), total(rows), fading(rows) {}
 
     void run(const Piece& piece) {
         keys.begin(piece.row, piece.head);
@@ -57,7 +57,6 @@ class WordWorker : Sight {
     }
 
   private:
-    Room<int16_t> tile;  // of keys, then of values: with the angles it has room in the nearest cache
     WordKeys keys;
     WordValues values;
     Room<float> scores, largest, total, fading;  // scores: [rows][span]

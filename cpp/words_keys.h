@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "kernel.h"
-#include "words_tile.h"
+#include "words_outliers.h"
+#include "words_rows.h"
 
 namespace narrowkv {
 namespace {
@@ -15,10 +15,11 @@ constexpr float kMostSum = 2.1e9f, kMostWord = 32767.0f, kMostTurned = 32700.0f;
 
 class WordKeys {
   public:
-    WordKeys(const Problem& problem, int16_t* tile)
+    explicit WordKeys(const Problem& problem)
         : problem(problem), side(problem.keys), rows(problem.group * problem.queries), dim(problem.head_dim),
-          all(round_up(dim / 2, 16)), pairs(problem), tile(tile), own_angles(2 * kBlock * all), query(rows * 2 * all),
-          words(rows * all), full(rows * all), shrinks(rows), inverse(rows), zeros(rows), ranges(2 * kBlock * dim), channels(6 * all), in_pairs(2 * all) {
+          all(round_up(dim / 2, 16)), pairs(problem), own_angles(2 * kBlock * all), query(rows * 2 * all), words(2 * room()),
+          full(room()), shrinks(round_up(rows, 4)), inverse(2 * rows), zeros(2 * rows), ranges(2 * kBlock * dim), channels(6 * all),
+          in_pairs(2 * all), asked(round_up(rows, 4) * dim), more(4 * kBlock), inverse_units(side.fixed ? dim : 0) {
         for (int pair = 0; pair < dim / 2; ++pair) {
             in_pairs[pair] = pairs.first(pair), in_pairs[all + pair] = pairs.second(pair);
         }
@@ -28,7 +29,8 @@ class WordKeys {
     void begin(int row, int head) {
         this->row = row, this->head = head;
         unit = side.unit + (side.fixed ? int64_t(head) * dim : 0);
-        const float* from = real_query();
+        const float* from = problem.packed_query + (int64_t(row) * problem.kv_heads + head) * rows * dim;
+        for (size_t d = 0; d < inverse_units.size(); ++d) inverse_units[d] = 1.0f / unit[d];
         float* units = channels.data();  // of the channels of pairs
         for (int i = 0; i < 2 * all; ++i) {
             const bool turns = i % all < problem.rotation.pairs;
@@ -38,39 +40,25 @@ class WordKeys {
             float *x = &query[q * 2 * all], *y = x + all;
             for (int i = 0; i < 2 * all; ++i) x[i] = from[in_pairs[i]] * units[i];
             for (int i = dim / 2; i < all; ++i) x[i] = y[i] = 0.0f;
-            if (by_channel(side)) continue;
-            problem.rotation.pairs ? take_full(q, x, y) : take_fitting(q, x, y);
+            for (int d = 0; d < dim; ++d) asked[(q / 4 * dim + d) * 4 + q % 4] = from[d] * problem.scaling;
+            if (!by_channel(side)) problem.rotation.pairs ? take_full(q, x, y) : take_fitting(q, x, y, 0);
         }
     }
 
     // Scores of a block, [rows][stride], whose first token is `start`; `count` of its tokens count.
     void score(const Block& block, int64_t start, int count, Ahead& ahead, float* scores, int stride) {
         const Spread spread = spread_of(block);
-        const int16_t* angles = nullptr;
-        outliers.clear(), spilt.clear();
-        if (block.outlier_offsets) {
-            read_outliers(side, block, head, 0, spread, outliers, spilt, [&](__m512i token, __m512i channel) {
-                return _mm512_add_epi32(pairs.place(channel), place_of(token));
+        for (int group = 0; by_channel(side) && group < side.range_tokens; ++group) scale_to_words(spread, group);
+        const int16_t* angles = side.fixed ? turn(start, std::min(count, kBlock)) : nullptr;
+        by_bits(side, [&](auto bits, auto numbers) {
+            const Rows<bits, numbers> keys(side, block, head);
+            by_fours(rows, [&](int q, auto queries) {
+                float* to = scores + q * stride;
+                side.fixed || by_channel(side) ? score_tokens<queries>(keys, q, angles, ahead, to, stride)
+                                               : score_by_token<queries>(keys, q, spread, ahead, to, stride);
             });
-        }
-        read_keys(side, block, int64_t(head) * side.codes, dim / 2, pairs, ahead, tile);
-        put_outliers(outliers, tile);
-        if (by_channel(side)) {
-            for (int group = 0; group < side.range_tokens; ++group) {
-                scale_to_words(spread, group);
-                const int tokens = kBlock / side.range_tokens, from = group * tokens;
-                by_fours(rows, [&](int q, auto queries) {
-                    float* to = scores + q * stride + from;
-                    tokens == kBlock ? score_tokens<queries, 2>(q, nullptr, from, ahead, to, stride) : score_tokens<queries, 1>(q, nullptr, from, ahead, to, stride);
-                });
-            }
-        } else if (!side.fixed) {
-            by_fours(rows, [&](int q, auto queries) { score_by_token<queries>(q, spread, ahead, scores + q * stride, stride); });
-        } else {
-            angles = turn(start, std::min(count, kBlock));
-            by_fours(rows, [&](int q, auto queries) { score_tokens<queries, 2>(q, angles, 0, ahead, scores + q * stride, stride); });
-        }
-        for (const Spill& spill : spilt) add_spilt(spill, angles, scores, stride);
+        });
+        if (block.outlier_offsets) add_outliers(block, spread, angles, scores, stride);
     }
 
   private:
@@ -78,25 +66,24 @@ class WordKeys {
     const Side& side;
     const int rows, dim, all;  // all: pairs, rounded up
     const Pairs pairs;
-    int16_t* const tile;  // room for a block, [pairs][64] lanes
     Room<int16_t> own_angles;
     Room<float> query;      // [rows][2][all] in units of words
-    Room<int32_t> words;    // [rows][all] lanes, as it is multiplied
-    Room<int32_t> full;     // the same before it is turned back, in words as large as may be
+    Room<int32_t> words;    // lanes, for both halves of a block: [2][rows][all], or where they are turned [rows / 4][all][4]
+    Room<int32_t> full;     // the latter before they are turned back, as large as may be
     Room<int16_t> shrinks;  // what makes these small enough for sums, times 32768
     Room<float> inverse, zeros, ranges, channels;
     Room<int32_t> in_pairs;  // the channels of pairs, [2][all]
-    std::vector<uint32_t> outliers;
-    std::vector<Spill> spilt;
+    Room<float> asked;       // [rows / 4][head_dim][4] in real units
+    Room<float> more;        // what outliers add to scores, [64][4]
+    Room<float> inverse_units;
+    Differences differences;
     int row = 0, head = 0;
     const float* unit = nullptr;
 
-    const float* real_query() const {
-        return problem.packed_query + (int64_t(row) * problem.kv_heads + head) * rows * dim;
-    }
+    int room() const { return round_up(rows, 4) * all; }
 
-    // A query as words that are as large as sums allow, of keys that are not turned.
-    void take_fitting(int q, const float* x, const float* y) {
+    // A query as words that are as large as sums allow, of keys that are not turned, for a half of a block.
+    void take_fitting(int q, const float* x, const float* y, int half) {
         __m512 sum = {}, largest = {};
         for (int i = 0; i < all; i += 16) {
             const __m512 first = _mm512_abs_ps(_mm512_load_ps(x + i)), second = _mm512_abs_ps(_mm512_load_ps(y + i));
@@ -104,8 +91,9 @@ class WordKeys {
         }
         const float total = _mm512_reduce_add_ps(sum), most = _mm512_reduce_max_ps(largest);
         const float factor = total > 0.0f ? std::min(kMostSum / float(side.most) / total, kMostWord / most) : 0.0f;
-        to_words(x, y, factor, &words[q * all]);
-        inverse[q] = factor > 0.0f ? 1.0f / factor : 0.0f;
+        int32_t* to = &words[half * room() + q * all];
+        for (int i = 0; i < all; i += 16) _mm512_store_si512(to + i, to_lanes(_mm512_load_ps(x + i) * factor, _mm512_load_ps(y + i) * factor));
+        inverse[half * rows + q] = factor > 0.0f ? 1.0f / factor : 0.0f;
     }
 
     // A query that will be turned back: words as large as may be, and by how much these have to shrink then. A pair of keys is at
@@ -120,12 +108,11 @@ class WordKeys {
         const float total = _mm512_reduce_add_ps(sum), most = _mm512_reduce_max_ps(largest);
         const float factor = total > 0.0f ? kMostTurned / most : 0.0f;
         shrinks[q] = total > 0.0f ? int16_t(std::min(kMostSum / kMostWord / total / factor, 1.0f) * kMostWord) : 0;
-        to_words(x, y, factor, &full[q * all]);
         inverse[q] = total > 0.0f ? 32768.0f / (factor * shrinks[q]) : 0.0f;
-    }
-
-    void to_words(const float* x, const float* y, float factor, int32_t* to) const {
-        for (int i = 0; i < all; i += 16) _mm512_store_si512(to + i, to_lanes(_mm512_load_ps(x + i) * factor, _mm512_load_ps(y + i) * factor));
+        for (int i = 0; i < all; ++i) {
+            const uint16_t lane[2] = {uint16_t(std::lrint(x[i] * factor)), uint16_t(std::lrint(y[i] * factor))};
+            std::memcpy(&full[(q / 4 * all + i) * 4 + q % 4], lane, 4);
+        }
     }
 
     // Queries turned back by the angle of a position.
@@ -133,7 +120,9 @@ class WordKeys {
         const Rotation& rotation = problem.rotation;
         const float* far = rotation.far + int64_t(position / kBlock) * 2 * rotation.pairs;
         const float* step = rotation.steps + position % kBlock * 2 * rotation.pairs;
-        for (int i = 0; i < all; i += 16) {
+        const __m512i quarter = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+        const int units = round_up(rows, 4) / 4, size = all;
+        for (int i = 0; i < size; i += 16) {
             const int left = rotation.pairs - i;
             const __mmask16 some = left >= 16 ? 0xffff : left > 0 ? (1 << left) - 1 : 0;
             const auto read = [&](const float* from) { return _mm512_maskz_loadu_ps(some, from + i); };
@@ -141,13 +130,18 @@ class WordKeys {
             const __m512 cos = _mm512_mask_blend_ps(some, _mm512_set1_ps(kMostWord), (c * near - s * up) * kMostWord);
             const __m512 sin = (s * near + c * up) * kMostWord;
             const __m512i along = to_lanes(cos, cos), across = to_lanes(sin, -sin);
-            const int16_t* shrink = shrinks.data();
-            const int32_t* from = full.data() + i;
-            int32_t* to = words.data() + i;
-            for (int q = 0; q < rows; ++q, from += all, to += all) {
-                const __m512i x = _mm512_load_si512(from), swapped = _mm512_rol_epi32(x, 16);
-                const __m512i turned = _mm512_add_epi16(_mm512_mulhrs_epi16(x, along), _mm512_mulhrs_epi16(swapped, across));
-                _mm512_store_si512(to, _mm512_mulhrs_epi16(turned, _mm512_set1_epi16(shrink[q])));
+            for (int unit = 0; unit < units; ++unit) {
+                const __m512i shrink = _mm512_cvtepi16_epi32(_mm256_castsi128_si256(_mm_loadl_epi64((const __m128i*)&shrinks[4 * unit])));
+                const __m512i twice = _mm512_or_si512(shrink, _mm512_slli_epi32(shrink, 16)), shrinking = _mm512_shuffle_i32x4(twice, twice, 0);
+                const int32_t* from = &full[(unit * size + i) * 4];
+                int32_t* to = &words[(unit * size + i) * 4];
+                for (int k = 0; k < 4; ++k) {
+                    const __m512i four = _mm512_add_epi32(quarter, _mm512_set1_epi32(4 * k));
+                    const __m512i x = _mm512_load_si512(from + 16 * k), swapped = _mm512_rol_epi32(x, 16);
+                    const __m512i first = _mm512_mulhrs_epi16(x, _mm512_permutexvar_epi32(four, along));
+                    const __m512i turned = _mm512_add_epi16(first, _mm512_mulhrs_epi16(swapped, _mm512_permutexvar_epi32(four, across)));
+                    _mm512_store_si512(to + 16 * k, _mm512_mulhrs_epi16(turned, shrinking));
+                }
             }
         }
     }
@@ -183,30 +177,55 @@ class WordKeys {
         const int64_t from = side.range_heads > 1 ? int64_t(head) * tokens * count : 0;
         read_halves(block.scale, block.zero, from, tokens, count, by_channel(side) ? 0 : kBlock, scale, zero);
         if (by_channel(side)) return Spread::of_channels(scale, zero, *unit, tokens == 1 ? 6 : 5, dim);
-        return Spread::of_tokens(scale, zero, *unit, dim / count, kBlock);
+        return Spread::of_tokens(scale, zero, *unit, dim / count, count, kBlock);
     }
 
-    // Scores of 32 tokens or 64, from the words that the queries are now.
-    template <int queries, int halves>
-    void score_tokens(int q, const int16_t* angles, int token, Ahead& ahead, float* scores, int stride) {
-        const int turned = problem.rotation.pairs;
-        __m512i found[queries][2 * halves] = {};
-        if (turned) score_lanes<queries, halves, true>(&words[q * all], all, tile + token, 0, turned, angles, ahead, found);
-        if (turned < dim / 2) score_lanes<queries, halves, false>(&words[q * all], all, tile + token, turned, dim / 2, nullptr, ahead, found);
+    // Queries times the scales of channels that a group of tokens shares, as words; and what their zeros add to scores.
+    void scale_to_words(const Spread& spread, int group) {
+        float *scale = channels.data(), *zero = scale + 2 * all, *scaled = zero + 2 * all;  // what pads pairs is times 0
+        for (int half = 0; half < 2; ++half) {
+            const int from = group * dim + half * (dim / 2), to = half * all;
+            for (int i = 0; i < dim / 2; ++i) scale[to + i] = spread.scale[from + i];
+            for (int i = 0; i < dim / 2; ++i) zero[to + i] = spread.zero[from + i] / spread.unit;
+        }
+        for (int q = 0; q < rows; ++q) {
+            __m512 sum = {};
+            for (int i = 0; i < 2 * all; i += 16) {
+                const __m512 x = _mm512_load_ps(&query[q * 2 * all + i]);
+                sum += x * _mm512_load_ps(zero + i);
+                _mm512_store_ps(scaled + i, x * _mm512_load_ps(scale + i));
+            }
+            zeros[group * rows + q] = _mm512_reduce_add_ps(sum);
+            take_fitting(q, scaled, scaled + all, group);
+        }
+    }
+
+    // Scores from the words that the queries are now.
+    template <int queries, typename Keys>
+    void score_tokens(const Keys& keys, int q, const int16_t* angles, Ahead& ahead, float* scores, int stride) {
+        const int turned = problem.rotation.pairs, groups = by_channel(side) ? side.range_tokens : 1;
+        const int32_t* first = turned ? &words[q / 4 * 4 * all + q % 4] : &words[q * all];
+        const Asked asked{{first, first + (groups - 1) * room()}, turned ? 4 : 1, turned ? 1 : all};
+        __m512i found[queries][4] = {};
+        if (turned) score_rows<queries, true>(keys, asked, 0, turned, pairs.interleaved ? 0 : turned, angles, ahead, found);
+        if (turned < dim / 2) score_rows<queries, false>(keys, asked, turned, dim / 2, turned ? 0 : pairs.turned, nullptr, ahead, found);
         for (int i = 0; i < queries; ++i) {
-            const float zero = by_channel(side) ? zeros[q + i] : 0.0f;
-            const auto real = [&](int part) { return _mm512_cvtepi32_ps(found[i][part]) * inverse[q + i] + zero; };
-            for (int half = 0; half < halves; ++half) order_sums(real(2 * half), real(2 * half + 1), scores + i * stride + 32 * half);
+            for (int half = 0; half < 2; ++half) {
+                const int at = half * (groups - 1) * rows + q + i;
+                const auto real = [&](__m512i sums) { return _mm512_cvtepi32_ps(sums) * inverse[at] + (by_channel(side) ? zeros[at] : 0.0f); };
+                order_sums(real(found[i][2 * half]), real(found[i][2 * half + 1]), scores + i * stride + 32 * half);
+            }
         }
     }
 
     // Each group of channels of a token has a scale and a zero.
-    template <int queries>
-    void score_by_token(int q, const Spread& spread, Ahead& ahead, float* scores, int stride) {
+    template <int queries, typename Keys>
+    void score_by_token(const Keys& keys, int q, const Spread& spread, Ahead& ahead, float* scores, int stride) {
         const int length = dim / 2 / side.range_channels;
+        const Asked asked{{&words[q * all], &words[q * all]}, 1, all};
         for (int group = 0; group < side.range_channels; ++group) {
             __m512i found[queries][4] = {};
-            score_lanes<queries, 2, false>(&words[q * all], all, tile, group * length, (group + 1) * length, nullptr, ahead, found);
+            score_rows<queries, false>(keys, asked, group * length, (group + 1) * length, pairs.turned, nullptr, ahead, found);
             for (int i = 0; i < queries; ++i) {
                 const float *x = &query[(q + i) * 2 * all + group * length], *y = x + all;
                 float sum = 0.0f;
@@ -227,43 +246,47 @@ class WordKeys {
         }
     }
 
-    // Queries times the scales of channels that a group of tokens shares, as words; and what their zeros add to scores.
-    void scale_to_words(const Spread& spread, int group) {
-        float *scale = channels.data(), *zero = scale + 2 * all, *scaled = zero + 2 * all;  // what pads pairs is times 0
-        for (int half = 0; half < 2; ++half) {
-            const int from = group * dim + half * (dim / 2), to = half * all;
-            for (int i = 0; i < dim / 2; ++i) scale[to + i] = spread.scale[from + i];
-            for (int i = 0; i < dim / 2; ++i) zero[to + i] = spread.zero[from + i] / spread.unit;
+    void add_outliers(const Block& block, const Spread& spread, const int16_t* angles, float* scores, int stride) {
+        if (angles) {
+            differences.read(side, block, head, spread, inverse_units.data(), [&](__m512i token, __m512i channel, __m512 by, int at) {
+                take_turned(token, channel, by, angles, at);
+            });
+        } else {
+            differences.read(side, block, head, spread, nullptr, [&](__m512i token, __m512i channel, __m512 by, int at) {
+                differences.put(at, channel, token, by);
+            });
         }
-        for (int q = 0; q < rows; ++q) {
-            __m512 sum = {};
-            for (int i = 0; i < 2 * all; i += 16) {
-                const __m512 x = _mm512_load_ps(&query[q * 2 * all + i]);
-                sum += x * _mm512_load_ps(zero + i);
-                _mm512_store_ps(scaled + i, x * _mm512_load_ps(scale + i));
+        for (int q = 0; q < rows; q += 4) {
+            std::fill(more.begin(), more.end(), 0.0f);
+            angles ? differences.add(&words[q * all], more.data()) : differences.add(&asked[q * dim], more.data());
+            for (int token = 0; token < kBlock; token += 16) {
+                __m512i sums[4];
+                for (int k = 0; k < 4; ++k) sums[k] = _mm512_load_si512(&more[4 * token + 16 * k]);
+                swap_parts(sums), swap_lanes(sums);
+                for (int i = 0; i < 4 && q + i < rows; ++i) {
+                    float* to = scores + (q + i) * stride + token;
+                    const float scale = angles ? inverse[q + i] / kMostWord : 1.0f;
+                    _mm512_storeu_ps(to, _mm512_loadu_ps(to) + _mm512_castsi512_ps(sums[i]) * scale);
+                }
             }
-            zeros[q] = _mm512_reduce_add_ps(sum);
-            take_fitting(q, scaled, scaled + all);
         }
     }
 
-    // What of an outlier did not fit.
-    void add_spilt(const Spill& spill, const int16_t* angles, float* scores, int stride) {
-        const int place = _mm_cvtsi128_si32(_mm512_castsi512_si128(pairs.place(_mm512_set1_epi32(spill.channel))));
-        const int pair = place / (2 * kBlock), second = place / kBlock % 2;
-        const float* from = real_query();
-        for (int q = 0; q < rows; ++q, from += dim) {
-            float factor = from[spill.channel] * problem.scaling;
-            if (pair < problem.rotation.pairs) {  // from the words, which are turned back by the block's first position
-                int16_t word[2];
-                std::memcpy(word, &words[q * all + pair], 4);
-                const int16_t* angle = angles + 2 * kBlock * pair + place_of(spill.token);
-                const float cos = angle[0] / kMostWord, sin = angle[kBlock] / kMostWord;
-                factor = second ? word[1] * cos - word[0] * sin : word[0] * cos + word[1] * sin;
-                factor *= inverse[q] / unit[spill.channel];
-            }
-            scores[q * stride + spill.token] += factor * spill.rest;
-        }
+    // Outliers as lanes, by which the words of queries are multiplied: (cos, sin) of the token's angle, or (-sin, cos).
+    void take_turned(__m512i token, __m512i channel, __m512 by, const int16_t* angles, int at) {
+        const __m512i half = _mm512_set1_epi32(problem.rotation.pairs), one = _mm512_set1_epi32(1), low = _mm512_set1_epi32(0xffff);
+        __mmask16 second;
+        const __m512i pair = pairs.of(channel, second), place = _mm512_add_epi32(_mm512_slli_epi32(pair, 7), place_of(token));
+        const __mmask16 turns = _mm512_cmplt_epi32_mask(pair, half), odd = _mm512_mask_test_epi32_mask(turns, token, _mm512_set1_epi32(2));
+        const __m512i even = _mm512_andnot_si512(one, place);  // place_of: a token's second bit becomes the first
+        const auto word = [&](const int16_t* from, int other) {
+            const __m512i two = _mm512_mask_i32gather_epi32(_mm512_set1_epi32(other), turns, even, from, 2);
+            return _mm512_and_si512(_mm512_mask_srli_epi32(two, odd, two, 16), low);
+        };
+        const __m512i cos = word(angles, int(kMostWord)), sin = word(angles + kBlock, 0);
+        const __m512i first = _mm512_mask_and_epi32(cos, second, _mm512_sub_epi32(_mm512_setzero_si512(), sin), low);
+        _mm512_storeu_si512(&differences.lanes[at], _mm512_or_si512(first, _mm512_slli_epi32(_mm512_mask_mov_epi32(sin, second, cos), 16)));
+        differences.put(at, pair, token, by);
     }
 };
 

@@ -1,12 +1,9 @@
-// Scales and zeros of blocks, and outliers, sixteen at a time, for attention in words.
+// Scales and zeros of blocks, and what outliers add, sixteen at a time, for attention in words.
 
 #pragma once
 
-#include <immintrin.h>
-
-#include <vector>
-
-#include "ranges.h"
+#include "kernel.h"
+#include "words.h"
 
 namespace narrowkv {
 namespace {
@@ -47,14 +44,16 @@ struct Spread {
 
     // Scales of channels, each for 2 to the power of `shift` tokens: [groups of tokens][head_dim].
     static Spread of_channels(const float* scale, const float* zero, float unit, int shift, int head_dim) {
-        return {scale, zero, unit, shift, head_dim, 65536, 1};
+        return {scale, zero, unit, shift, shift == 6 ? 0 : head_dim, 65536, 1};
     }
     // Scales of tokens, each for so many channels: [groups of channels][stride].
-    static Spread of_tokens(const float* scale, const float* zero, float unit, int channels, int stride) {
-        return {scale, zero, unit, 0, 1, 65536 / channels + 1, stride};
+    static Spread of_tokens(const float* scale, const float* zero, float unit, int channels, int groups, int stride) {
+        return {scale, zero, unit, 0, 1, 65536 / channels + 1, groups == 1 ? 0 : stride};
     }
 
     __m512i at(__m512i token, __m512i channel) const {
+        if (token_step == 0) return channel;
+        if (channel_step == 0) return token;
         const __m512i row = _mm512_mullo_epi32(_mm512_srl_epi32(token, _mm_cvtsi32_si128(token_shift)), _mm512_set1_epi32(token_step));
         const __m512i group = _mm512_srli_epi32(_mm512_mullo_epi32(channel, _mm512_set1_epi32(channel_part)), 16);
         return _mm512_add_epi32(row, _mm512_mullo_epi32(group, _mm512_set1_epi32(channel_step)));
@@ -94,50 +93,96 @@ inline __m512 exact_outliers(const Side& side, const Block& block, int i, int co
 // Whether blocks hold scales of channels.
 inline bool by_channel(const Side& side) { return !side.fixed && side.range_tokens < kBlock; }
 
-// What of an outlier does not fit a word, in real units.
-struct Spill {
-    int token, channel;
-    float rest;
-};
+// Sixteen codes of a head: its rows are channels or tokens, and so many codes long.
+inline __m512i codes_at(const Side& side, const Block& block, int head, __m512i row, __m512i place, int length) {
+    const int64_t first = int64_t(head) * (side.channel_major ? side.codes : kBlock);
+    __m512i found = _mm512_setzero_si512();
+    for (int plane = 0, bit = 0; plane < 3 && kPlanes[side.bits][plane]; bit += kPlanes[side.bits][plane++]) {
+        const int width = kPlanes[side.bits][plane], bytes = length * width / 8;  // a power of two, as are their halves
+        const __m128i shift = _mm_cvtsi32_si128(__builtin_ctz(bytes));
+        const __m512i byte = _mm512_add_epi32(_mm512_sll_epi32(row, shift), _mm512_and_si512(place, _mm512_set1_epi32(bytes - 1)));
+        const __m512i four = _mm512_i32gather_epi32(_mm512_srli_epi32(byte, 2), block.planes[plane] + first * bytes, 4);
+        const __m512i within = _mm512_slli_epi32(_mm512_and_si512(byte, _mm512_set1_epi32(3)), 3);
+        const __m512i turn = _mm512_add_epi32(within, _mm512_mullo_epi32(_mm512_srl_epi32(place, shift), _mm512_set1_epi32(width)));
+        const __m512i part = _mm512_and_si512(_mm512_srlv_epi32(four, turn), _mm512_set1_epi32((1 << width) - 1));
+        found = _mm512_or_si512(found, _mm512_sll_epi32(part, _mm_cvtsi32_si128(bit)));
+    }
+    return found;
+}
 
-// The outliers of a head as words: of each, the word in the low half of a lane, where in a tile it goes in the high half. What does
-// not fit goes aside, its tokens counted from `at`. place: where in the tile the number of a token and a channel lies.
-template <typename Place>
-void read_outliers(const Side& side, const Block& block, int head, int at, const Spread& spread, std::vector<uint32_t>& lanes,
-                   std::vector<Spill>& spilt, const Place& place) {
-    const int first = block.outlier_offsets[head], count = block.outlier_offsets[head + 1] - first;
-    lanes.resize(round_up(count * side.numbers, 16) + 16);
-    uint32_t* to = lanes.data();
-    const __m512 most = _mm512_set1_ps(float(side.most));
-    for (int i = 0; i < count; i += 16) {
-        const int some = count - i < 16 ? count - i : 16;
-        const Places places(block.outlier_index + first + i, some, side.codes);
-        for (int number = 0; number < side.numbers; ++number, to += some) {
-            const __m512i channel = _mm512_maskz_add_epi32(places.some, places.code, _mm512_set1_epi32(number * side.codes));
-            const __m512i range = spread.at(places.token, channel);
-            const __m512 exact = exact_outliers(side, block, first + i, some, number) - spread.zero_at(range);
-            const __m512 scale = spread.scale_at(range), word = exact * _mm512_rcp14_ps(scale);
-            const __mmask16 ordered = _mm512_cmp_ps_mask(word, word, _CMP_ORD_Q);  // not 0 / 0: the scale of equal numbers
-            const __m512 kept = _mm512_maskz_max_ps(ordered, _mm512_min_ps(word, most), -most);
-            const __m512i high = _mm512_slli_epi32(place(places.token, channel), 16);
-            _mm512_storeu_si512(to, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_cvtps_epi32(kept), high));
-            const __mmask16 fits = _mm512_cmp_ps_mask(_mm512_abs_ps(word), most, _CMP_LE_OQ);
-            if (__builtin_expect((~fits & places.some) == 0, 1)) continue;
-            alignas(64) int32_t tokens[16], channels[16];
-            alignas(64) float rests[16];
-            _mm512_store_si512(tokens, places.token), _mm512_store_si512(channels, channel), _mm512_store_ps(rests, exact - kept * scale);
-            for (uint32_t left = ~fits & places.some; left; left &= left - 1) {
-                const int k = __builtin_ctz(left);
-                spilt.push_back({at + tokens[k], channels[k], rests[k]});
+// Sixteen words of a table of an even number of them.
+inline __m512 words_at(const uint8_t* table, __m512i index) {
+    const __m512i two = _mm512_i32gather_epi32(_mm512_srli_epi32(index, 1), table, 4);
+    const __m512i odd = _mm512_slli_epi32(_mm512_and_si512(index, _mm512_set1_epi32(1)), 4);
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(_mm512_srlv_epi32(two, odd), 16), 16));
+}
+
+// Outliers of a head as what they add to sums of four queries: by how much they differ from what their codes stand for, times the
+// four numbers at `from`, to those at `to`.
+struct Differences {
+    int count = 0;
+    Room<int32_t> from, to, lanes;  // lanes: see `take_turned`
+    Room<float> by;
+
+    // take: is told the tokens, the channels and the differences of up to sixteen, and where they go. inverse: of scales of channels,
+    // where differences are to be in words rather than in real units; or null.
+    template <typename Take>
+    void read(const Side& side, const Block& block, int head, const Spread& spread, const float* inverse, const Take& take) {
+        const int first = block.outlier_offsets[head], all = block.outlier_offsets[head + 1] - first, levels = kept_levels(side.bits);
+        const size_t room = size_t(all + 16) * side.numbers;
+        if (by.size() < room) from.resize(room), to.resize(room), lanes.resize(room), by.resize(room);
+        const uint8_t* table = side.words + (side.fixed ? int64_t(head) * side.codes * side.numbers * levels * 2 : 0);
+        const __m512 shared = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)table)));
+        const bool rows = side.channel_major;
+        count = 0;
+        for (int i = 0; i < all; i += 16) {
+            const int some = all - i < 16 ? all - i : 16;
+            const Places places(block.outlier_index + first + i, some, side.codes);
+            const __m512i code = rows ? codes_at(side, block, head, places.code, places.token, kBlock)
+                                      : codes_at(side, block, head, places.token, places.code, side.codes);
+            for (int number = 0; number < side.numbers; ++number, count += some) {
+                __m512 word = _mm512_permutexvar_ps(code, shared);
+                if (side.fixed) {
+                    const __m512i codebook = _mm512_add_epi32(_mm512_slli_epi32(places.code, side.numbers - 1), _mm512_set1_epi32(number));
+                    word = words_at(table, _mm512_add_epi32(code, _mm512_sll_epi32(codebook, _mm_cvtsi32_si128(__builtin_ctz(levels)))));
+                }
+                const __m512i channel = _mm512_add_epi32(places.code, _mm512_set1_epi32(number * side.codes));
+                const __m512 exact = exact_outliers(side, block, first + i, some, number);
+                if (inverse) {
+                    take(places.token, channel, exact * _mm512_i32gather_ps(channel, inverse, 4) - word, count);
+                } else {
+                    const __m512i range = spread.at(places.token, channel);
+                    take(places.token, channel, exact - spread.zero_at(range) - word * spread.scale_at(range), count);
+                }
             }
         }
     }
-    lanes.resize(to - lanes.data());
-}
 
-inline void put_outliers(const std::vector<uint32_t>& lanes, int16_t* tile) {
-    for (uint32_t lane : lanes) tile[lane >> 16] = int16_t(lane);
-}
+    void put(int at, __m512i from, __m512i to, __m512 by) {
+        _mm512_storeu_si512(&this->from[at], _mm512_slli_epi32(from, 2)), _mm512_storeu_si512(&this->to[at], _mm512_slli_epi32(to, 2));
+        _mm512_storeu_ps(&this->by[at], by);
+    }
+
+    void add(const float* numbers, float* sums) const {
+        const int32_t *one = from.data(), *other = to.data();
+        const float* difference = by.data();
+        for (int64_t i = 0; i < count; ++i) {
+            float* sum = sums + other[i];
+            _mm_store_ps(sum, _mm_load_ps(sum) + _mm_load_ps(numbers + one[i]) * difference[i]);
+        }
+    }
+
+    // The same, of words times lanes.
+    void add(const int32_t* words, float* sums) const {
+        const int32_t *one = from.data(), *other = to.data(), *lane = lanes.data();
+        const float* difference = by.data();
+        for (int64_t i = 0; i < count; ++i) {
+            float* sum = sums + other[i];
+            const __m128i products = _mm_madd_epi16(_mm_load_si128((const __m128i*)(words + one[i])), _mm_set1_epi32(lane[i]));
+            _mm_store_ps(sum, _mm_load_ps(sum) + _mm_cvtepi32_ps(products) * difference[i]);
+        }
+    }
+};
 
 }  // namespace
 }  // namespace narrowkv

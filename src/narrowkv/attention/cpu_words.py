@@ -1,7 +1,7 @@
 """Codebooks in whole numbers of 16 bits, as the compiled attention multiplies them for models that compute in 16 bits.
 
 Products of words are added up in 32 bits: a sum over head_dim for keys, over some hundred tokens for values. A query, or the
-weights of tokens, become words as large as the largest such sum allows; what of an outlier does not fit is added in float32.
+weights of tokens, become words as large as the largest such sum allows; outliers are added in float32.
 """
 
 from dataclasses import dataclass
@@ -15,8 +15,7 @@ from narrowkv.store import BLOCK
 
 ONE = 2**15 - 1  # cosine of 0
 LARGEST_KEY = 23_170  # turned by 45 degrees, a pair of them still fits
-LARGEST_VALUE, LARGEST_OUTLIER = 2**13 - 1, 2**14 - 1  # the larger they are, the smaller are the weights that they allow
-KEY_ROOM, VALUE_ROOM = 8, 4  # how much larger an outlier may be than the largest level and still be a word
+LARGEST_VALUE = 2**13 - 1  # the larger they are, the smaller are the weights that they allow
 FEWEST_LEVELS = 16
 ROWS = (64, 128, 256)  # how many codes a row of tokens may have
 
@@ -25,8 +24,7 @@ SUPPORTED = {"avx512", "avx512vbmi", "avx512vbmi2", "avx512vnni"} <= set(_kernel
 
 @dataclass(frozen=True)
 class WordTables:
-    """table: codebooks, repeated to have 16 levels: int16 [..., levels], of pairs [..., 2, levels]; where values have
-        codebooks of channels or pairs, uint8 [..., numbers, 2, levels], the low bytes of all words, then the high ones.
+    """table: codebooks, repeated to have 16 levels, int16 [..., numbers, levels].
     unit: [kv_heads, head_dim] or [1] float32, what a word of 1 stands for. most: the largest word.
     """
 
@@ -50,16 +48,11 @@ def words_of(codebooks: Tensor, scheme: Scheme, keys: bool, head_dim: int, turne
         levels = levels.reshape(len(levels), -1, scheme.numbers, levels.shape[-1])
         by_number = levels.abs().amax(-1).transpose(1, 2)  # [kv_heads, numbers, codes]
         largest = _alike(by_number.flatten(1), *turned) if keys else by_number.flatten(1)
-    outliers = scheme.outliers > 0 and (keys or shared)
-    most = LARGEST_KEY if keys else LARGEST_OUTLIER if outliers else LARGEST_VALUE
-    room = (KEY_ROOM if keys else VALUE_ROOM) if outliers else 1
-    unit = largest.clamp(min=torch.finfo(torch.float32).tiny * most) * room / most
+    most = LARGEST_KEY if keys else LARGEST_VALUE
+    unit = largest.clamp(min=torch.finfo(torch.float32).tiny * most) / most
     divisor = unit if shared else unit.unflatten(1, (scheme.numbers, -1)).transpose(1, 2)[..., None]
     words = (levels / divisor).round().short()
     words = words.repeat(*[1] * (words.dim() - 1), max(FEWEST_LEVELS // words.shape[-1], 1))
-    if not keys and not shared:
-        words = torch.stack([words & 0xFF, words >> 8 & 0xFF], dim=-2)
-        words = words.to(torch.uint8)
     return WordTables(words.contiguous(), unit.contiguous(), most)
 
 
