@@ -17,8 +17,8 @@ class WordKeys {
   public:
     explicit WordKeys(const Problem& problem)
         : problem(problem), side(problem.keys), rows(problem.group * problem.queries), dim(problem.head_dim),
-          all(round_up(dim / 2, 16)), pairs(problem), own_angles(2 * kBlock * all), query(rows * 2 * all), words(2 * room()),
-          full(room()), shrinks(round_up(rows, 4)), inverse(2 * rows), zeros(2 * rows), ranges(2 * kBlock * dim), channels(6 * all),
+          all(round_up(dim / 2, 16)), pairs(problem), query(rows * 2 * all), words(2 * room()),
+          full(room()), shrinks(round_up(rows, 4)), inverse(2 * rows), zeros(2 * rows), ranges(side.fixed ? 0 : 2 * kBlock * dim), channels(6 * all),
           in_pairs(2 * all), asked(round_up(rows, 4) * dim), more(4 * kBlock), inverse_units(side.fixed ? dim : 0) {
         for (int pair = 0; pair < dim / 2; ++pair) {
             in_pairs[pair] = pairs.first(pair), in_pairs[all + pair] = pairs.second(pair);
@@ -66,7 +66,7 @@ class WordKeys {
     const Side& side;
     const int rows, dim, all;  // all: pairs, rounded up
     const Pairs pairs;
-    Room<int16_t> own_angles;
+    Room<int16_t> own_angles;  // of a block whose positions are not consecutive
     Room<float> query;      // [rows][2][all] in units of words
     Room<int32_t> words;    // lanes, for both halves of a block: [2][rows][all], or where they are turned [rows / 4][all][4]
     Room<int32_t> full;     // the latter before they are turned back, as large as may be
@@ -159,6 +159,7 @@ class WordKeys {
         }
         turn_back(consecutive ? positions[0] : 0);
         if (consecutive) return rotation.words;
+        own_angles.resize(2 * kBlock * all);
         for (int i = 0; i < rotation.pairs * kBlock; ++i) {
             const int pair = i / kBlock, token = i % kBlock;
             float cos, sin;

@@ -22,7 +22,7 @@ from narrowkv.errors import UnsupportedModelError
 from narrowkv.store import LayerStore, addresses
 
 PIECES = 64  # about so many pieces of work for any number of threads, so that sums do not depend on it
-SHORTEST_PIECE, LONGEST_PIECE = 4, 64  # blocks
+SHORTEST_PIECE, LONGEST_PIECE = 8, 64  # blocks
 KERNELS = [name for name in ("avx512", "avx2") if name in _kernels.instruction_sets()] + ["generic"]
 WORDS = "words"  # the kernel that multiplies whole numbers of 16 bits
 
@@ -40,6 +40,7 @@ class _Blocks:
 
 
 _BLOCKS: WeakKeyDictionary[LayerStore, _Blocks] = WeakKeyDictionary()
+_SINKS: WeakKeyDictionary[LayerStore, tuple[tuple[Any, ...], int, Tensor, tuple[Tensor, Tensor]]] = WeakKeyDictionary()
 
 
 def attend(
@@ -181,13 +182,9 @@ def _exact(
     parts: list[tuple[Tensor, Tensor]] = []
     tokens = []
     if store.sink_numbers is not None and store.sink_index is not None:
-        keys, values = (part.float() for part in store.sink_numbers)
         at = store.sink_index - store.first
         at = at.masked_fill((at < 0) | (at >= packed), -1)
-        if rope is not None and kept is not None:
-            entries = kept.expand(len(at), *kept.shape[1:])
-            keys = rope.rotate(keys, entries[torch.arange(len(at))[:, None], at])
-        parts.append((keys, values))
+        parts.append(_sinks(store, at, rope, kept))
         tokens.append(at)
     stop = past - store.first
     if stop > packed:
@@ -205,6 +202,21 @@ def _exact(
     last = packed + joined[0].shape[2] - (store.sinks if tokens else 0)
     tokens.append(torch.arange(packed, last).expand(len(tokens[0]) if tokens else 1, -1))
     return joined[0], joined[1], torch.cat(tokens, dim=1)
+
+
+def _sinks(store: LayerStore, at: Tensor, rope: AnyRope | None, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys (rotated) and values of sinks, float32; rotated again only where they, or their places, have changed."""
+    assert store.sink_numbers is not None
+    if rope is None or kept is None:
+        return store.sink_numbers[0].float(), store.sink_numbers[1].float()
+    entries = kept.expand(len(at), *kept.shape[1:])[torch.arange(len(at))[:, None], at]
+    read = (rope, *store.sink_numbers)
+    known = _SINKS.get(store)
+    same = known is not None and all(x is y for x, y in zip(read, known[0], strict=True))
+    if known is None or not same or known[1] != read[1]._version or not torch.equal(entries, known[2]):
+        keys, values = (part.float() for part in store.sink_numbers)
+        known = _SINKS[store] = (read, read[1]._version, entries, (rope.rotate(keys, entries), values))
+    return known[3]
 
 
 def _hidden(visible: Visible, store: LayerStore, packed: int, length: int, queries: int, tokens: Tensor) -> Tensor | None:

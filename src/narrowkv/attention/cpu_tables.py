@@ -1,5 +1,6 @@
 """What the compiled attention of `cpu` needs beside blocks: codebooks laid out for it, angles, and turns of whole heads."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +71,7 @@ def turned_by(rope: Rope | None) -> tuple[int, bool]:
     return (len(rope.inverse_frequencies), rope.interleaved) if rope else (0, False)
 
 
+@functools.cache
 def why_unread(scheme: Scheme) -> str | None:
     """Why the kernel does not read a scheme; None if it does."""
     forms = scheme.range_forms(1, BLOCK, BLOCK)
