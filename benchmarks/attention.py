@@ -3,77 +3,23 @@
 One token of 32 query heads over 8 KV heads of 128 channels, one layer, keys stored before the rotary embedding where the
 recipe does so, tables drawn at random. The peer is the best of three torch forms (sdpa with `enable_gqa`, the query heads of a
 group as rows of sdpa, matmul-softmax-matmul) in the same run: all take turns, and medians are compared. Bandwidth is that of a
-sum over 256 MiB, in the same turns; the share is packed bytes read a second over it.
+sum over 256 MiB, in the same turns; the share is packed bytes read a second over it. `--plot FILE` draws how time grows.
 """
 
-import contextlib
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.drawn import HEAD_DIM, KV_HEADS, QUERY_HEADS, fill
 from benchmarks.running import medians, options, write
-from narrowkv import get_recipe
 from narrowkv.attention import Rope, Visible, cpu
-from narrowkv.codec import AnyQuantizer, Encoded, Quantizer, Scheme, quantizer_for
 from narrowkv.store import LayerStore
 
-QUERY_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 RECIPES = ("nuq4-1%", "nuq3-1%", "nuq2-1%", "kivi-2", "pair2", "pair3")
 BANDWIDTH_BYTES = 2**28
-
-
-def random_quantizer(scheme: Scheme) -> AnyQuantizer:
-    """A scheme with tables that fit normal numbers about as learned ones would."""
-    levels = 2**scheme.code_bits
-    if scheme.codebook != "layer":
-        codes = HEAD_DIM // scheme.numbers
-        turn = torch.linalg.qr(torch.randn(KV_HEADS, HEAD_DIM, HEAD_DIM)).Q.half() if scheme.turn else None
-        return quantizer_for(
-            scheme,
-            points=torch.randn(KV_HEADS, codes, levels, scheme.numbers).half(),
-            weight=torch.ones(KV_HEADS, codes, scheme.numbers),
-            limit=torch.ones(1) if scheme.outliers else None,
-            turn=turn,
-        )
-    tables: dict[str, Tensor] = {}
-    if scheme.datatype == "nuq":
-        tables["codebook"] = torch.linspace(-1, 1, levels)
-    if scheme.static:
-        tables["zero"] = torch.zeros(KV_HEADS, HEAD_DIM)
-        tables["upper"] = torch.full((KV_HEADS, HEAD_DIM), 2.576)  # 1% of normal numbers lie beyond
-        tables["scale"], tables["lower"] = tables["upper"], -tables["upper"]
-    return Quantizer(scheme, **tables)
-
-
-def draw_codes(scheme: Scheme, x: Tensor, skip: Tensor | None = None) -> Encoded:
-    """Codes at random, in place of the nearest points."""
-    codes = HEAD_DIM // scheme.numbers
-    return Encoded(torch.randint(2**scheme.code_bits, (*x.shape[:3], codes), dtype=torch.uint8))
-
-
-@contextlib.contextmanager
-def draw_at_random(store: LayerStore) -> Iterator[None]:
-    """Within, points are not searched for: codes of pairs are drawn."""
-    searching = [quantizer for quantizer in store.quantizers if quantizer.scheme.codebook != "layer"]
-    for quantizer in searching:
-        object.__setattr__(quantizer, "encode", functools.partial(draw_codes, quantizer.scheme))
-    yield
-    for quantizer in searching:
-        object.__delattr__(quantizer, "encode")
-
-
-def fill(name: str, tokens: int) -> LayerStore:
-    """A store with random numbers."""
-    recipe = get_recipe(name)
-    store = LayerStore(random_quantizer(recipe.keys), random_quantizer(recipe.values), recipe.sinks, recipe.window)
-    with draw_at_random(store):
-        for start in range(0, tokens, 4096):
-            chunk = torch.randn(2, 1, KV_HEADS, min(4096, tokens - start), HEAD_DIM)
-            store.append(chunk[0], chunk[1])
-    return store
 
 
 def asking(store: LayerStore, past: int, new: tuple[Tensor, ...]) -> dict[str, Any]:
@@ -90,21 +36,21 @@ def asking(store: LayerStore, past: int, new: tuple[Tensor, ...]) -> dict[str, A
     }
 
 
-def ours(name: str, tokens: int) -> tuple[Callable[[], Tensor], int]:
+def ours(name: str, tokens: int, batch: int = 1, kernel: str | None = None) -> tuple[Callable[[], Tensor], int]:
     """One step of decoding as the cache calls it, and the bytes that it reads."""
-    store = fill(name, tokens)
-    options = asking(store, tokens, tuple(torch.randn(2, 1, KV_HEADS, 1, HEAD_DIM)))
-    query = torch.randn(1, QUERY_HEADS, 1, HEAD_DIM, dtype=torch.bfloat16)
+    store = fill(name, tokens, batch)
+    options = asking(store, tokens, tuple(torch.randn(2, batch, KV_HEADS, 1, HEAD_DIM)))
+    query = torch.randn(batch, QUERY_HEADS, 1, HEAD_DIM, dtype=torch.bfloat16)
     held = store.parts()
     read = sum(part.nbytes for kind in ("codes", "scales", "outliers") for part in held[kind])
-    return lambda: cpu.attend(query, store, **options), read
+    return lambda: cpu.attend(query, store, kernel=kernel, **options), read
 
 
-def torch_forms(tokens: int, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
+def torch_forms(tokens: int, batch: int, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
     """Three ways in which torch computes the same over a cache that is not packed."""
-    query = torch.randn(1, QUERY_HEADS, 1, HEAD_DIM, dtype=dtype)
-    keys, values = (torch.randn(1, KV_HEADS, tokens, HEAD_DIM, dtype=dtype) for _ in range(2))
-    rows = query.view(1, KV_HEADS, -1, HEAD_DIM)
+    query = torch.randn(batch, QUERY_HEADS, 1, HEAD_DIM, dtype=dtype)
+    keys, values = (torch.randn(batch, KV_HEADS, tokens, HEAD_DIM, dtype=dtype) for _ in range(2))
+    rows = query.view(batch, KV_HEADS, -1, HEAD_DIM)
     sdpa = torch.nn.functional.scaled_dot_product_attention
     kind = str(dtype).removeprefix("torch.")
     return {
@@ -114,11 +60,13 @@ def torch_forms(tokens: int, dtype: torch.dtype) -> dict[str, Callable[[], Tenso
     }
 
 
-def measure(recipes: list[str], tokens: int, threads: int, turns: int) -> list[dict[str, Any]]:
+def measure(
+    recipes: list[str], tokens: int, batch: int, threads: int, turns: int, kernel: str | None = None
+) -> list[dict[str, Any]]:
     """One row for each recipe."""
     torch.set_num_threads(threads)
-    made = {name: ours(name, tokens) for name in recipes}
-    peers = {kind: torch_forms(tokens, getattr(torch, kind)) for kind in ("bfloat16", "float32")}
+    made = {name: ours(name, tokens, batch, kernel) for name in recipes}
+    peers = {kind: torch_forms(tokens, batch, getattr(torch, kind)) for kind in ("bfloat16", "float32")}
     block = torch.ones(BANDWIDTH_BYTES // 4)
     steps: dict[str, Callable[[], Any]] = {"read": block.sum, **{name: step for name, (step, _) in made.items()}}
     for forms in peers.values():
@@ -130,6 +78,7 @@ def measure(recipes: list[str], tokens: int, threads: int, turns: int) -> list[d
         {
             "recipe": name,
             "tokens": tokens,
+            "batch": batch,
             "threads": threads,
             "milliseconds": 1e3 * found[name],
             "packed_gigabytes_per_second": read / found[name] / 1e9,
@@ -143,25 +92,60 @@ def measure(recipes: list[str], tokens: int, threads: int, turns: int) -> list[d
     ]
 
 
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Milliseconds over tokens, a line for each recipe and for torch, a panel for each batch and number of threads."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "narrowkv"
+    panels = sorted({(row["batch"], row["threads"]) for row in rows})
+    figure, grid = plt.subplots(
+        1, len(panels), figsize=(4.5 * len(panels), 4), layout="constrained", sharey=True, squeeze=False
+    )
+    for axes, panel in zip(grid[0], panels, strict=True):
+        inside = [row for row in rows if (row["batch"], row["threads"]) == panel]
+        lines = {
+            name: [row for row in inside if row["recipe"] == name] for name in dict.fromkeys(row["recipe"] for row in inside)
+        }
+        for name, line in lines.items():
+            axes.loglog([row["tokens"] for row in line], [row["milliseconds"] for row in line], marker="o", label=name)
+        line = next(iter(lines.values()))
+        tokens = [row["tokens"] for row in line]
+        axes.loglog(tokens, [row["milliseconds_bfloat16"] for row in line], "k--", label="torch, bf16")
+        axes.set_title(f"batch {panel[0]}, {panel[1]} threads", fontsize=11)
+        axes.set_xlabel("tokens in the cache")
+    grid[0][0].set_ylabel("attention of one token (ms)")
+    grid[0][-1].legend(fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
+
+
 def main() -> None:
     parser = options(__doc__, RECIPES, turns=15)
     parser.add_argument("--tokens", type=int, nargs="+", default=[32_768, 2048])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
+    parser.add_argument("--kernel", choices=[cpu.WORDS, *cpu.KERNELS], help="in place of the one that would be chosen")
+    parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     rows = []
-    for tokens in arguments.tokens:
-        for threads in arguments.threads:
-            rows += measure(arguments.recipes, tokens, threads, arguments.turns)
-            for row in rows[-len(arguments.recipes) :]:
-                print(
-                    f"{row['recipe']:>8}  {tokens:6d} tokens  {threads} threads  {row['milliseconds']:7.2f} ms  "
-                    f"{row['ratio_bfloat16']:5.1f} x torch bf16 ({row['milliseconds_bfloat16']:.2f} ms)  "
-                    f"{row['ratio_float32']:5.1f} x fp32  {row['packed_gigabytes_per_second']:5.1f} GB/s, "
-                    f"{100 * row['share_of_bandwidth']:.0f}% of {row['bandwidth_gigabytes_per_second']:.1f}",
-                    flush=True,
-                )
-    write(arguments.json, rows, kernel=cpu.KERNELS[0])
+    cases = [(n, batch, threads) for n in arguments.tokens for batch in arguments.batch for threads in arguments.threads]
+    for tokens, batch, threads in cases:
+        found = measure(arguments.recipes, tokens, batch, threads, arguments.turns, arguments.kernel)
+        rows += found
+        for row in found:
+            print(
+                f"{row['recipe']:>8}  {batch} x {tokens:6d} tokens  {threads} threads  {row['milliseconds']:7.2f} ms  "
+                f"{row['ratio_bfloat16']:5.1f} x torch bf16 ({row['milliseconds_bfloat16']:.2f} ms)  "
+                f"{row['ratio_float32']:5.1f} x fp32  {row['packed_gigabytes_per_second']:5.1f} GB/s, "
+                f"{100 * row['share_of_bandwidth']:.0f}% of {row['bandwidth_gigabytes_per_second']:.1f}",
+                flush=True,
+            )
+    write(arguments.json, rows, kernel=arguments.kernel or "as chosen for queries in bf16")
+    if arguments.plot:
+        draw(rows, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 A random Llama of 4 layers, 32 query heads over 8 KV heads of 128 channels, in bfloat16, narrower than real ones, so that
 attention weighs more than it would there. Caches are filled layer by layer with random numbers; tables of ours are drawn at
-random as in `benchmarks.attention`. The peers are DynamicCache with sdpa and with eager attention, and transformers'
+random as in `benchmarks.drawn`. The peers are DynamicCache with sdpa and with eager attention, and transformers'
 QuantizedCache where its packages are installed. All take turns, and medians are compared. The cache's share is what a step
 takes beyond one that began with a single token in DynamicCache.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, QuantizedCache
 
-from benchmarks.attention import HEAD_DIM, KV_HEADS, QUERY_HEADS, draw_at_random, random_quantizer
+from benchmarks.drawn import HEAD_DIM, KV_HEADS, QUERY_HEADS, draw_at_random, random_quantizer
 from benchmarks.running import CLOCKS, Clock, add_clock, medians, options, write
 from narrowkv import Calibration, PackedCache, get_recipe
 from narrowkv.calibration import Fingerprint

@@ -1,6 +1,6 @@
 """What appending to the packed cache costs: `python -m benchmarks.encode [--json FILE]`.
 
-One layer of 8 KV heads of 128 channels, keys and values, tables drawn at random as in `benchmarks.attention`. Decoding: one
+One layer of 8 KV heads of 128 channels, keys and values, tables drawn at random as in `benchmarks.drawn`. Decoding: one
 token at a time behind 8,192 others, the mean of 128, so that two blocks are sealed. Prefill: 2,048 tokens at a time. The peer
 is the same store with the twins in plain torch, in the same run: all take turns, and medians are compared. The share is that
 of one step of attention over 8,192 tokens (32 query heads).
@@ -14,7 +14,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks.attention import HEAD_DIM, KV_HEADS, RECIPES, ours, random_quantizer
+from benchmarks.attention import RECIPES, ours
+from benchmarks.drawn import HEAD_DIM, KV_HEADS, random_quantizer
 from benchmarks.running import medians, options, write
 from narrowkv import get_recipe
 from narrowkv.attention import cpu

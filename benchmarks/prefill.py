@@ -1,6 +1,6 @@
 """Reading a prompt into the packed cache against torch's attention over 16 and 32 bits: `python -m benchmarks.prefill`.
 
-One layer of 32 query heads over 8 KV heads of 128 channels, tables drawn at random as in `benchmarks.attention`: appending the
+One layer of 32 query heads over 8 KV heads of 128 channels, tables drawn at random as in `benchmarks.drawn`: appending the
 new tokens and attending to them and to the past. A prompt in one go is attended to by the model's own attention, as the cache
 does it, so that what differs is appending; a chunk behind a past goes to backend `cpu`. The peer concatenates as DynamicCache
 does, then takes the best of torch's forms in the same run: all take turns, and medians are compared. Turning the new queries
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.attention import HEAD_DIM, KV_HEADS, QUERY_HEADS, asking, fill
+from benchmarks.attention import asking
+from benchmarks.drawn import HEAD_DIM, KV_HEADS, QUERY_HEADS, fill
 from benchmarks.running import CLOCKS, Clock, add_clock, medians, options, write
 from narrowkv.attention import cpu
 
