@@ -50,6 +50,7 @@ class WordKeys {
         const Spread spread = spread_of(block);
         for (int group = 0; by_channel(side) && group < side.range_tokens; ++group) scale_to_words(spread, group);
         const int16_t* angles = side.fixed ? turn(start, std::min(count, kBlock)) : nullptr;
+        if (block.outlier_offsets) read_outliers(block, spread, angles);  // before the scores, so that these need not wait for them
         by_bits(side, [&](auto bits, auto numbers) {
             const Rows<bits, numbers> keys(side, block, head);
             by_fours(rows, [&](int q, auto queries) {
@@ -58,7 +59,7 @@ class WordKeys {
                                                : score_by_token<queries>(keys, q, spread, ahead, to, stride);
             });
         });
-        if (block.outlier_offsets) add_outliers(block, spread, angles, scores, stride);
+        if (block.outlier_offsets) add_outliers(angles != nullptr, scores, stride);
     }
 
   private:
@@ -247,7 +248,7 @@ class WordKeys {
         }
     }
 
-    void add_outliers(const Block& block, const Spread& spread, const int16_t* angles, float* scores, int stride) {
+    void read_outliers(const Block& block, const Spread& spread, const int16_t* angles) {
         if (angles) {
             differences.read(side, block, head, spread, inverse_units.data(), [&](__m512i token, __m512i channel, __m512 by, int at) {
                 take_turned(token, channel, by, angles, at);
@@ -257,16 +258,19 @@ class WordKeys {
                 differences.put(at, channel, token, by);
             });
         }
+    }
+
+    void add_outliers(bool turned, float* scores, int stride) {
         for (int q = 0; q < rows; q += 4) {
             std::fill(more.begin(), more.end(), 0.0f);
-            angles ? differences.add(&words[q * all], more.data()) : differences.add(&asked[q * dim], more.data());
+            turned ? differences.add(&words[q * all], more.data()) : differences.add(&asked[q * dim], more.data());
             for (int token = 0; token < kBlock; token += 16) {
                 __m512i sums[4];
                 for (int k = 0; k < 4; ++k) sums[k] = _mm512_load_si512(&more[4 * token + 16 * k]);
                 swap_parts(sums), swap_lanes(sums);
                 for (int i = 0; i < 4 && q + i < rows; ++i) {
                     float* to = scores + (q + i) * stride + token;
-                    const float scale = angles ? inverse[q + i] / kMostWord : 1.0f;
+                    const float scale = turned ? inverse[q + i] / kMostWord : 1.0f;
                     _mm512_storeu_ps(to, _mm512_loadu_ps(to) + _mm512_castsi512_ps(sums[i]) * scale);
                 }
             }

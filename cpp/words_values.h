@@ -77,17 +77,13 @@ class WordValues {
         float *scale = ranges.data(), *zero = scale + groups * kSpan;
         if (!side.channel_major) read_ranges(span, scale, zero);
         weigh_in_words(span.length, weight, side.channel_major ? nullptr : scale, zero, side.channel_major ? 1.0f : *unit);
+        const bool outliers = read_outliers(span, scale, zero);  // before the sums, so that these need not wait for them
         side.channel_major ? add_channels(span, fading, ahead) : add_tokens(span, fading, ahead);
         fade(fading);
-        bool turned = false;
+        if (!outliers) return;
+        set_apart(weight, span.length);
         for (int at = 0; at < span.length; at += kBlock) {
-            const Block* block = span.sides[at / kBlock];
-            if (!block || !block[1].outlier_offsets) continue;
-            if (!turned) set_apart(weight, span.length);
-            turned = true;
-            const Spread spread = side.channel_major ? Spread::of_channels(unit, nullptr, 1.0f, 6, dim)
-                                                     : Spread::of_tokens(scale + at, zero + at, *unit, dim / groups, groups, kSpan);
-            add_outliers(block[1], spread, at);
+            for (int row = 0; row < rows; row += 4) differences[at / kBlock].add(&apart[row * kSpan + 4 * at], &more[row * dim]);
         }
     }
 
@@ -114,7 +110,7 @@ class WordValues {
     Room<int32_t> places;              // of sums, [rows][head_dim]
     Room<float> apart;                 // the weights, [rows / 4][span][4]
     Room<float> more;                  // what outliers add to sums, [rows / 4][head_dim][4]
-    Differences differences;
+    Differences differences[kSpan / kBlock];
     int head = 0;
     const float* unit = nullptr;
 
@@ -257,11 +253,21 @@ class WordValues {
         }
     }
 
-    void add_outliers(const Block& block, const Spread& spread, int at) {
-        differences.read(side, block, head, spread, nullptr, [&](__m512i token, __m512i channel, __m512 by, int i) {
-            differences.put(i, token, channel, by);
-        });
-        for (int row = 0; row < rows; row += 4) differences.add(&apart[row * kSpan + 4 * at], &more[row * dim]);
+    bool read_outliers(const Span& span, const float* scale, const float* zero) {
+        bool any = false;
+        for (int at = 0; at < span.length; at += kBlock) {
+            const Block* block = span.sides[at / kBlock];
+            Differences& found = differences[at / kBlock];
+            found.count = 0;
+            if (!block || !block[1].outlier_offsets) continue;
+            any = true;
+            const Spread spread = side.channel_major ? Spread::of_channels(unit, nullptr, 1.0f, 6, dim)
+                                                     : Spread::of_tokens(scale + at, zero + at, *unit, dim / groups, groups, kSpan);
+            found.read(side, block[1], head, spread, nullptr, [&](__m512i token, __m512i channel, __m512 by, int i) {
+                found.put(i, token, channel, by);
+            });
+        }
+        return any;
     }
 };
 
