@@ -94,7 +94,7 @@ inline __m512 exact_outliers(const Side& side, const Block& block, int i, int co
 inline bool by_channel(const Side& side) { return !side.fixed && side.range_tokens < kBlock; }
 
 // Sixteen codes of a head: its rows are channels or tokens, and so many codes long.
-inline __m512i codes_at(const Side& side, const Block& block, int head, __m512i row, __m512i place, int length) {
+inline __m512i codes_of(const Side& side, const Block& block, int head, __m512i row, __m512i place, int length) {
     const int64_t first = int64_t(head) * (side.channel_major ? side.codes : kBlock);
     __m512i found = _mm512_setzero_si512();
     for (int plane = 0, bit = 0; plane < 3 && kPlanes[side.bits][plane]; bit += kPlanes[side.bits][plane++]) {
@@ -138,8 +138,8 @@ struct Differences {
         for (int i = 0; i < all; i += 16) {
             const int some = all - i < 16 ? all - i : 16;
             const Places places(block.outlier_index + first + i, some, side.codes);
-            const __m512i code = rows ? codes_at(side, block, head, places.code, places.token, kBlock)
-                                      : codes_at(side, block, head, places.token, places.code, side.codes);
+            const __m512i code = rows ? codes_of(side, block, head, places.code, places.token, kBlock)
+                                      : codes_of(side, block, head, places.token, places.code, side.codes);
             for (int number = 0; number < side.numbers; ++number, count += some) {
                 __m512 word = _mm512_permutexvar_ps(code, shared);
                 if (side.fixed) {
