@@ -110,8 +110,9 @@ inline void by_fours(int rows, const Part& part) {
 }
 
 // e to the power of x in float32, 0 below -87: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes).
-inline Floats exponential(Floats x) {
-    const Ints counts = x > -87.0f;
+inline Floats exponential(Floats exponent) {
+    const Ints counts = exponent > -87.0f;
+    const Floats x = counts ? exponent : all(-87.0f);
     const Floats shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the nearest whole number lies in the last bits
     const Floats n = shifted - 12582912.0f;
     const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
