@@ -40,7 +40,7 @@ class _Blocks:
 
 
 _BLOCKS: WeakKeyDictionary[LayerStore, _Blocks] = WeakKeyDictionary()
-_SINKS: WeakKeyDictionary[LayerStore, tuple[tuple[Any, ...], int, Tensor, tuple[Tensor, Tensor]]] = WeakKeyDictionary()
+_SINKS: WeakKeyDictionary[LayerStore, tuple[AnyRope, Tensor, Tensor, Tensor]] = WeakKeyDictionary()  # as `_sinks` keeps them
 
 
 def attend(
@@ -207,16 +207,14 @@ def _exact(
 def _sinks(store: LayerStore, at: Tensor, rope: AnyRope | None, kept: Tensor | None) -> tuple[Tensor, Tensor]:
     """Keys (rotated) and values of sinks, float32; rotated again only where they, or their places, have changed."""
     assert store.sink_numbers is not None
+    keys, values = store.sink_numbers
     if rope is None or kept is None:
-        return store.sink_numbers[0].float(), store.sink_numbers[1].float()
+        return keys.float(), values.float()
     entries = kept.expand(len(at), *kept.shape[1:])[torch.arange(len(at))[:, None], at]
-    read = (rope, *store.sink_numbers)
     known = _SINKS.get(store)
-    same = known is not None and all(x is y for x, y in zip(read, known[0], strict=True))
-    if known is None or not same or known[1] != read[1]._version or not torch.equal(entries, known[2]):
-        keys, values = (part.float() for part in store.sink_numbers)
-        known = _SINKS[store] = (read, read[1]._version, entries, (rope.rotate(keys, entries), values))
-    return known[3]
+    if known is None or known[0] is not rope or not torch.equal(keys, known[1]) or not torch.equal(entries, known[2]):
+        known = _SINKS[store] = (rope, keys.clone(), entries, rope.rotate(keys.float(), entries))
+    return known[3], values.float()
 
 
 def _hidden(visible: Visible, store: LayerStore, packed: int, length: int, queries: int, tokens: Tensor) -> Tensor | None:
