@@ -71,6 +71,9 @@ class Sight {
 
     explicit Sight(const Problem& problem) : problem(problem), rows(problem.group * problem.queries), dim(problem.head_dim) {}
 
+    // Keys, then values.
+    const Block* sides_of(const Piece& piece, int block) const { return problem.table + (int64_t(block) * problem.batch + piece.row) * 2; }
+
     int64_t length() const { return problem.tokens + problem.tail + problem.dense; }
 
     const uint8_t* hidden(int row, int64_t token) const {
@@ -135,8 +138,7 @@ class Worker : Sight {
         const int64_t stop = problem.starts[block + 1] < problem.tokens ? problem.starts[block + 1] : problem.tokens;
         const int count = int(stop - start);
         if (count <= 0 || nothing_seen(piece.row, start, count)) return;
-        const Block* sides = problem.table + (int64_t(block) * problem.batch + piece.row) * 2;
-        const Block* next = block + 1 < piece.last ? sides + 2 * problem.batch : sides;
+        const Block *sides = sides_of(piece, block), *next = sides_of(piece, block + 1 < piece.last ? block + 1 : block);
         prefetch(problem.keys, next[0], piece.head);
         for (int from = 0; from < count; from += kTurned) {
             const int some = count - from < kTurned ? count - from : kTurned;

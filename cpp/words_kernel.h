@@ -61,8 +61,6 @@ class WordWorker : Sight {
     WordValues values;
     Room<float> scores, largest, total, fading;  // scores: [rows][span]
 
-    const Block* sides_of(const Piece& piece, int block) const { return problem.table + (int64_t(block) * problem.batch + piece.row) * 2; }
-
     void take_span(const Piece& piece, int first, int last) {
         Span span{{}, (last - first) * kBlock};
         for (int block = first; block < last; ++block) {

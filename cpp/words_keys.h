@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <vector>
 
 #include "words_outliers.h"
 #include "words_rows.h"
@@ -30,7 +29,8 @@ class WordKeys {
         this->row = row, this->head = head;
         unit = side.unit + (side.fixed ? int64_t(head) * dim : 0);
         const float* from = problem.packed_query + (int64_t(row) * problem.kv_heads + head) * rows * dim;
-        for (size_t d = 0; d < inverse_units.size(); ++d) inverse_units[d] = 1.0f / unit[d];
+        const bool turned = problem.rotation.pairs > 0;  // outliers are then added in words, else in real units
+        for (int d = 0; turned && d < dim; ++d) inverse_units[d] = 1.0f / unit[d];
         float* units = channels.data();  // of the channels of pairs
         for (int i = 0; i < 2 * all; ++i) {
             const bool turns = i % all < problem.rotation.pairs;
@@ -40,8 +40,8 @@ class WordKeys {
             float *x = &query[q * 2 * all], *y = x + all;
             for (int i = 0; i < 2 * all; ++i) x[i] = from[in_pairs[i]] * units[i];
             for (int i = dim / 2; i < all; ++i) x[i] = y[i] = 0.0f;
-            for (int d = 0; d < dim; ++d) asked[(q / 4 * dim + d) * 4 + q % 4] = from[d] * problem.scaling;
-            if (!by_channel(side)) problem.rotation.pairs ? take_full(q, x, y) : take_fitting(q, x, y, 0);
+            for (int d = 0; !turned && d < dim; ++d) asked[(q / 4 * dim + d) * 4 + q % 4] = from[d] * problem.scaling;
+            if (!by_channel(side)) turned ? take_full(q, x, y) : take_fitting(q, x, y, 0);
         }
     }
 
@@ -110,9 +110,10 @@ class WordKeys {
         const float factor = total > 0.0f ? kMostTurned / most : 0.0f;
         shrinks[q] = total > 0.0f ? int16_t(std::min(kMostSum / kMostWord / total / factor, 1.0f) * kMostWord) : 0;
         inverse[q] = total > 0.0f ? 32768.0f / (factor * shrinks[q]) : 0.0f;
-        for (int i = 0; i < all; ++i) {
-            const uint16_t lane[2] = {uint16_t(std::lrint(x[i] * factor)), uint16_t(std::lrint(y[i] * factor))};
-            std::memcpy(&full[(q / 4 * all + i) * 4 + q % 4], lane, 4);
+        alignas(64) int32_t lanes[16];
+        for (int i = 0; i < all; i += 16) {
+            _mm512_store_si512(lanes, to_lanes(_mm512_load_ps(x + i) * factor, _mm512_load_ps(y + i) * factor));
+            for (int k = 0; k < 16; ++k) full[(q / 4 * all + i + k) * 4 + q % 4] = lanes[k];
         }
     }
 
