@@ -16,7 +16,7 @@ import torch
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, QuantizedCache
 
 from benchmarks.drawn import HEAD_DIM, KV_HEADS, QUERY_HEADS, draw_at_random, random_quantizer
-from benchmarks.running import CLOCKS, Clock, add_clock, medians, options, write
+from benchmarks.running import CLOCKS, Clock, medians, options, parse_with_clock, write
 from narrowkv import Calibration, PackedCache, get_recipe
 from narrowkv.calibration import Fingerprint
 
@@ -113,10 +113,7 @@ def measure(recipes: list[str], tokens: int, turns: int, clock: Clock) -> list[d
 def main() -> None:
     parser = options(__doc__, RECIPES, turns=15)
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192])
-    add_clock(parser)
-    arguments = parser.parse_args()
-    torch.manual_seed(0)
-    torch.set_num_threads(arguments.threads)
+    arguments = parse_with_clock(parser)
     for package in sorted({package for package, _ in QUANTIZED.values() if not installed(package)}):
         print(f"{package} is not installed, and left out")
     rows = []

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.attention import asking
 from benchmarks.drawn import HEAD_DIM, KV_HEADS, QUERY_HEADS, fill
-from benchmarks.running import CLOCKS, Clock, add_clock, medians, options, write
+from benchmarks.running import CLOCKS, Clock, medians, options, parse_with_clock, write
 from narrowkv.attention import cpu
 
 RECIPES = ("nuq4-1%", "nuq3-1%", "nuq2-1%", "kivi-2")
@@ -84,10 +84,7 @@ def measure(recipes: list[str], past: int, new: int, dtype: torch.dtype, turns: 
 def main() -> None:
     parser = options(__doc__, RECIPES, turns=5)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
-    add_clock(parser)
-    arguments = parser.parse_args()
-    torch.manual_seed(0)
-    torch.set_num_threads(arguments.threads)
+    arguments = parse_with_clock(parser)
     rows = []
     for dtype in arguments.dtypes:
         for past, new in SHAPES:

@@ -23,10 +23,14 @@ def options(description: str | None, recipes: Iterable[str], turns: int) -> argp
     return parser
 
 
-def add_clock(parser: argparse.ArgumentParser) -> None:
-    """The options --threads, one number, and --clock."""
+def parse_with_clock(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """What was asked for, --threads, one number, and --clock among it; sets the threads and the seed."""
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: for a machine in use")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(arguments.threads)
+    return arguments
 
 
 def medians(steps: dict[str, Callable[[], Any]], turns: int, clock: Clock = time.perf_counter) -> dict[str, float]:
