@@ -65,6 +65,7 @@ struct Rotation {
     const float* near;
     const float* steps;
     const int16_t* words;  // [pairs, 2, 64] of 0 to 63, times 32767; of 32 the even ones first
+    const int32_t* lanes;  // [2, pairs, 64] of 0 to 63: two words, what the first number of a pair becomes, or the second; then not turned
     const float* angles;   // [batch, tokens + tail, 2, pairs]
 };
 

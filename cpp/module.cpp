@@ -77,13 +77,14 @@ struct HeldRotation {
     Rotation rotation{};
     std::optional<Table> far, near, steps;
     std::optional<Array<const int16_t>> words;
+    std::optional<Array<const int32_t>> lanes;
 };
 
 void make_rotation(HeldRotation* held, int pairs, bool interleaved, float scaling, std::optional<Table> far, std::optional<Table> near,
-                   std::optional<Table> steps, std::optional<Array<const int16_t>> words) {
-    new (held) HeldRotation{{}, far, near, steps, words};
+                   std::optional<Table> steps, std::optional<Array<const int16_t>> words, std::optional<Array<const int32_t>> lanes) {
+    new (held) HeldRotation{{}, far, near, steps, words, lanes};
     held->rotation = Rotation{pairs, interleaved, scaling, nullptr, 0, data_or_null(far), data_or_null(near), data_or_null(steps),
-                              data_or_null(words), nullptr};
+                              data_or_null(words), data_or_null(lanes), nullptr};
 }
 
 Tail tail_from(const std::vector<int64_t>& parts) {
@@ -161,7 +162,8 @@ NB_MODULE(_kernels, module) {
         .def_prop_ro("in_words", [](const HeldSide& held) { return held.side.words != nullptr; });
     nb::class_<HeldRotation>(module, "Rotation", "The rotary embedding of keys that are stored without it.")
         .def("__init__", &make_rotation, nb::kw_only(), "pairs"_a = 0, "interleaved"_a = false, "scaling"_a = 1.0f,
-             "far"_a.none() = nb::none(), "near"_a.none() = nb::none(), "steps"_a.none() = nb::none(), "words"_a.none() = nb::none());
+             "far"_a.none() = nb::none(), "near"_a.none() = nb::none(), "steps"_a.none() = nb::none(), "words"_a.none() = nb::none(),
+             "lanes"_a.none() = nb::none());
     module.def("attend", &attend, nb::kw_only(), "kernel"_a, "threads"_a, "chunk"_a, "shape"_a, "blocks"_a, "tokens"_a, "tail"_a,
                "dense"_a, "output"_a, "packed_query"_a, "dense_query"_a, "dense_keys"_a, "dense_values"_a, "keys"_a, "values"_a,
                "keys_tail"_a, "values_tail"_a, "rotation"_a, "positions"_a, "position_stride"_a, "angles"_a, "table"_a, "starts"_a,

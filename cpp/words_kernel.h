@@ -70,7 +70,7 @@ class WordWorker : Sight {
             Ahead ahead;
             ahead.add(problem.values, sides[1], piece.head);
             if (first == piece.first) ahead.add(problem.keys, later(1)[0], piece.head);
-            ahead.spread(dim);
+            ahead.spread(keys.steps());
             prefetch_outliers(problem.keys, later(1)[0], piece.head);
             prefetch_outliers(problem.values, later(1)[1], piece.head);
             for (int side = 0; side < 2; ++side) {

@@ -16,13 +16,18 @@ class WordKeys {
   public:
     explicit WordKeys(const Problem& problem)
         : problem(problem), side(problem.keys), rows(problem.group * problem.queries), dim(problem.head_dim),
-          all(round_up(dim / 2, 16)), pairs(problem), query(rows * 2 * all), words(2 * room()),
+          all(round_up(dim / 2, 16)), pairs(problem), own_angles(2 * kBlock * problem.rotation.pairs),
+          own_lanes(2 * kBlock * problem.rotation.pairs + 2), query(rows * 2 * all), words(2 * room()),
           full(room()), shrinks(round_up(rows, 4)), inverse(2 * rows), zeros(2 * rows), ranges(side.fixed ? 0 : 2 * kBlock * dim), channels(6 * all),
           in_pairs(2 * all), asked(round_up(rows, 4) * dim), more(4 * kBlock), inverse_units(side.fixed ? dim : 0) {
         for (int pair = 0; pair < dim / 2; ++pair) {
             in_pairs[pair] = pairs.first(pair), in_pairs[all + pair] = pairs.second(pair);
         }
+        const int still = 2 * kBlock * problem.rotation.pairs;
+        own_lanes[still] = as_lane(int16_t(kMostWord), 0), own_lanes[still + 1] = as_lane(0, int16_t(kMostWord));
     }
+
+    int steps() const { return dim / 2 * (rows / 4 + rows % 4 / 2 + rows % 2); }
 
     // Queries of a head by pairs, as large as their words may be, or, where blocks hold scales of channels, as they are.
     void begin(int row, int head) {
@@ -50,7 +55,7 @@ class WordKeys {
         const Spread spread = spread_of(block);
         for (int group = 0; by_channel(side) && group < side.range_tokens; ++group) scale_to_words(spread, group);
         const int16_t* angles = side.fixed ? turn(start, std::min(count, kBlock)) : nullptr;
-        if (block.outlier_offsets) read_outliers(block, spread, angles);  // before the scores, so that these need not wait for them
+        if (block.outlier_offsets) read_outliers(block, spread, angles != nullptr);  // before the scores, so that these need not wait for them
         by_bits(side, [&](auto bits, auto numbers) {
             const Rows<bits, numbers> keys(side, block, head);
             by_fours(rows, [&](int q, auto queries) {
@@ -68,6 +73,8 @@ class WordKeys {
     const int rows, dim, all;  // all: pairs, rounded up
     const Pairs pairs;
     Room<int16_t> own_angles;  // of a block whose positions are not consecutive
+    Room<int32_t> own_lanes;   // the same as lanes
+    const int32_t* lanes = nullptr;  // of this block's angles, as Rotation has them
     Room<float> query;      // [rows][2][all] in units of words
     Room<int32_t> words;    // lanes, for both halves of a block: [2][rows][all], or where they are turned [rows / 4][all][4]
     Room<int32_t> full;     // the latter before they are turned back, as large as may be
@@ -82,6 +89,8 @@ class WordKeys {
     const float* unit = nullptr;
 
     int room() const { return round_up(rows, 4) * all; }
+
+    static int32_t as_lane(int16_t first, int16_t second) { return int32_t(uint32_t(uint16_t(second)) << 16 | uint16_t(first)); }
 
     // A query as words that are as large as sums allow, of keys that are not turned, for a half of a block.
     void take_fitting(int q, const float* x, const float* y, int half) {
@@ -160,14 +169,16 @@ class WordKeys {
             consecutive &= !_mm512_mask_cmpneq_epi32_mask(some, _mm512_maskz_loadu_epi32(some, positions + token), next);
         }
         turn_back(consecutive ? positions[0] : 0);
+        lanes = consecutive ? rotation.lanes : own_lanes.data();
         if (consecutive) return rotation.words;
-        own_angles.resize(2 * kBlock * all);
         for (int i = 0; i < rotation.pairs * kBlock; ++i) {
             const int pair = i / kBlock, token = i % kBlock;
             float cos, sin;
             angle_at(rotation, positions[token < count ? token : 0], pair, cos, sin);
+            const int16_t words[] = {int16_t(std::lrint(cos * kMostWord)), int16_t(std::lrint(sin * kMostWord))};
             int16_t* to = &own_angles[2 * kBlock * pair + place_of(token)];
-            to[0] = int16_t(std::lrint(cos * kMostWord)), to[kBlock] = int16_t(std::lrint(sin * kMostWord));
+            to[0] = words[0], to[kBlock] = words[1];
+            own_lanes[i] = as_lane(words[0], words[1]), own_lanes[rotation.pairs * kBlock + i] = as_lane(int16_t(-words[1]), words[0]);
         }
         return own_angles.data();
     }
@@ -249,10 +260,10 @@ class WordKeys {
         }
     }
 
-    void read_outliers(const Block& block, const Spread& spread, const int16_t* angles) {
-        if (angles) {
+    void read_outliers(const Block& block, const Spread& spread, bool turned) {
+        if (turned) {
             differences.read(side, block, head, spread, inverse_units.data(), [&](__m512i token, __m512i channel, __m512 by, int at) {
-                take_turned(token, channel, by, angles, at);
+                take_turned(token, channel, by, at);
             });
         } else {
             differences.read(side, block, head, spread, nullptr, [&](__m512i token, __m512i channel, __m512 by, int at) {
@@ -264,7 +275,7 @@ class WordKeys {
     void add_outliers(bool turned, float* scores, int stride) {
         for (int q = 0; q < rows; q += 4) {
             std::fill(more.begin(), more.end(), 0.0f);
-            turned ? differences.add(&words[q * all], more.data()) : differences.add(&asked[q * dim], more.data());
+            turned ? differences.add(&words[q * all], lanes, more.data()) : differences.add(&asked[q * dim], more.data());
             for (int token = 0; token < kBlock; token += 16) {
                 __m512i sums[4];
                 for (int k = 0; k < 4; ++k) sums[k] = _mm512_load_si512(&more[4 * token + 16 * k]);
@@ -278,20 +289,15 @@ class WordKeys {
         }
     }
 
-    // Outliers as lanes, by which the words of queries are multiplied: (cos, sin) of the token's angle, or (-sin, cos).
-    void take_turned(__m512i token, __m512i channel, __m512 by, const int16_t* angles, int at) {
-        const __m512i half = _mm512_set1_epi32(problem.rotation.pairs), one = _mm512_set1_epi32(1), low = _mm512_set1_epi32(0xffff);
+    // Outliers by the lane that turns them: that of their pair and token, for the pair's first number or for its second.
+    void take_turned(__m512i token, __m512i channel, __m512 by, int at) {
+        const int turned = problem.rotation.pairs;
         __mmask16 second;
-        const __m512i pair = pairs.of(channel, second), place = _mm512_add_epi32(_mm512_slli_epi32(pair, 7), place_of(token));
-        const __mmask16 turns = _mm512_cmplt_epi32_mask(pair, half), odd = _mm512_mask_test_epi32_mask(turns, token, _mm512_set1_epi32(2));
-        const __m512i even = _mm512_andnot_si512(one, place);  // place_of: a token's second bit becomes the first
-        const auto word = [&](const int16_t* from, int other) {
-            const __m512i two = _mm512_mask_i32gather_epi32(_mm512_set1_epi32(other), turns, even, from, 2);
-            return _mm512_and_si512(_mm512_mask_srli_epi32(two, odd, two, 16), low);
-        };
-        const __m512i cos = word(angles, int(kMostWord)), sin = word(angles + kBlock, 0);
-        const __m512i first = _mm512_mask_and_epi32(cos, second, _mm512_sub_epi32(_mm512_setzero_si512(), sin), low);
-        _mm512_storeu_si512(&differences.lanes[at], _mm512_or_si512(first, _mm512_slli_epi32(_mm512_mask_mov_epi32(sin, second, cos), 16)));
+        const __m512i pair = pairs.of(channel, second), place = _mm512_add_epi32(_mm512_slli_epi32(pair, 6), token);
+        const __mmask16 turns = _mm512_cmplt_epi32_mask(pair, _mm512_set1_epi32(turned));
+        const __m512i first = _mm512_mask_mov_epi32(_mm512_set1_epi32(2 * turned * kBlock), turns, place);
+        const __m512i step = _mm512_mask_mov_epi32(_mm512_set1_epi32(1), turns, _mm512_set1_epi32(turned * kBlock));
+        _mm512_storeu_si512(&differences.lane[at], _mm512_mask_add_epi32(first, second, first, step));
         differences.put(at, pair, token, by);
     }
 };

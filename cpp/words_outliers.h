@@ -121,7 +121,7 @@ inline __m512 words_at(const uint8_t* table, __m512i index) {
 // four numbers at `from`, to those at `to`.
 struct Differences {
     int count = 0;
-    Room<int32_t> from, to, lanes;  // lanes: see `take_turned`
+    Room<int32_t> from, to, lane;  // lane: which one turns it, see `WordKeys::take_turned`
     Room<float> by;
 
     // take: is told the tokens, the channels and the differences of up to sixteen, and where they go. inverse: of scales of channels,
@@ -130,7 +130,7 @@ struct Differences {
     void read(const Side& side, const Block& block, int head, const Spread& spread, const float* inverse, const Take& take) {
         const int first = block.outlier_offsets[head], all = block.outlier_offsets[head + 1] - first, levels = kept_levels(side.bits);
         const size_t room = size_t(all + 16) * side.numbers;
-        if (by.size() < room) from.resize(room), to.resize(room), lanes.resize(room), by.resize(room);
+        if (by.size() < room) from.resize(room), to.resize(room), lane.resize(room), by.resize(room);
         const uint8_t* table = side.words + (side.fixed ? int64_t(head) * side.codes * side.numbers * levels * 2 : 0);
         const __m512 shared = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)table)));
         const bool rows = side.channel_major;
@@ -172,13 +172,13 @@ struct Differences {
         }
     }
 
-    // The same, of words times lanes.
-    void add(const int32_t* words, float* sums) const {
-        const int32_t *one = from.data(), *other = to.data(), *lane = lanes.data();
+    // The same, of words times the lanes by which outliers turn.
+    void add(const int32_t* words, const int32_t* lanes, float* sums) const {
+        const int32_t *one = from.data(), *other = to.data(), *turn = lane.data();
         const float* difference = by.data();
         for (int64_t i = 0; i < count; ++i) {
             float* sum = sums + other[i];
-            const __m128i products = _mm_madd_epi16(_mm_load_si128((const __m128i*)(words + one[i])), _mm_set1_epi32(lane[i]));
+            const __m128i products = _mm_madd_epi16(_mm_load_si128((const __m128i*)(words + one[i])), _mm_set1_epi32(lanes[turn[i]]));
             _mm_store_ps(sum, _mm_load_ps(sum) + _mm_cvtepi32_ps(products) * difference[i]);
         }
     }

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from narrowkv import _kernels
-from narrowkv.attention.cpu_words import ONE, words_of
+from narrowkv.attention.cpu_words import words_of, words_of_angles
 from narrowkv.attention.rope import AnyRope, Rope
 from narrowkv.codec import AnyQuantizer, PointQuantizer, Quantizer, Scheme, hadamard
 from narrowkv.codec.compiled import KINDS
@@ -122,29 +122,25 @@ def _rotation(rope: Rope, position: int) -> _kernels.Rotation:
     """Tables for positions up to one, and some more."""
     known = _ROTATIONS.get(rope.inverse_frequencies)
     if known is None or position >= known[0] or (rope.scaling, rope.interleaved) != known[1]:
-        near, steps, far, words = _angles(rope.inverse_frequencies, position)
-        tables = {"near": near, "steps": steps, "far": far, "words": words}
+        near, steps, far = _angles(rope.inverse_frequencies, position)
+        tables = {"near": near, "steps": steps, "far": far, **words_of_angles(steps)}
         made = _kernels.Rotation(pairs=near.shape[0], interleaved=rope.interleaved, scaling=rope.scaling, **tables)
         known = _ROTATIONS[rope.inverse_frequencies] = (len(far) * BLOCK, (rope.scaling, rope.interleaved), made)
     return known[2]
 
 
-def _angles(frequencies: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _angles(frequencies: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor]:
     """Cosines and sines of multiples of the frequencies [pairs], from which those of all positions up to one are put together.
 
-    Returns those of 0 to 31, [pairs, 2, 32], of 0 to 63, [64, 2, pairs], and of 0, 64, 128, ..., [n, 2, pairs], float32, and
-    those of 0 to 63 as words, [pairs, 2, 64] int16, of 32 the even ones first. Taken in float64: a position times a
-    frequency, rounded to float32 as models do, is off by as much as the position is large.
+    Returns those of 0 to 31, [pairs, 2, 32], of 0 to 63, [64, 2, pairs], and of 0, 64, 128, ..., [n, 2, pairs], float32. Taken
+    in float64: a position times a frequency, rounded to float32 as models do, is off by as much as the position is large.
     """
     count = 2 * (position // BLOCK + 1)  # twice as many as are needed now
     steps, far = (
         torch.stack([angles.cos(), angles.sin()], dim=1).float()
         for angles in (steps[:, None] * frequencies.double() for steps in (torch.arange(BLOCK), torch.arange(count) * BLOCK))
     )
-    by_pair = steps.permute(2, 1, 0)
-    words = by_pair.unflatten(2, (BLOCK // TILE, TILE // 2, 2)).transpose(3, 4).flatten(2)
-    words = (words * ONE).round().short().contiguous()
-    return by_pair[..., :TILE].contiguous(), steps, far, words
+    return steps.permute(2, 1, 0)[..., :TILE].contiguous(), steps, far
 
 
 def turn_query(quantizer: AnyQuantizer, matrix: Tensor | None, query: Tensor) -> Tensor:

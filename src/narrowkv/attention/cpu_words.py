@@ -81,3 +81,17 @@ def reads(scheme: Scheme, keys: bool, head_dim: int, turned: tuple[int, bool]) -
     if keys:
         return tokens in (1, 2) or (tokens == BLOCK and head_dim // 2 % channels == 0)
     return tokens == BLOCK and head_dim // channels % 32 == 0 and head_dim in ROWS
+
+
+def words_of_angles(steps: Tensor) -> dict[str, Tensor]:
+    """Cosines and sines of the positions 0 to 63, [64, 2, pairs], as words.
+
+    words: [pairs, 2, 64] int16, of 32 positions the even ones first. lanes: [2 * pairs * 64 + 2] int32, two words each: what
+    1 becomes that is the first number of a pair, for all pairs and positions; the second; and either where nothing turns.
+    """
+    rounded = (steps.permute(2, 1, 0) * ONE).round().short()  # [pairs, 2, 64]
+    words = rounded.unflatten(2, (2, BLOCK // 4, 2)).transpose(3, 4).flatten(2)
+    cos, sin = rounded.unbind(1)
+    still = torch.tensor([[ONE, 0], [0, ONE]], dtype=torch.int16)
+    lanes = torch.cat([torch.stack(pair, dim=-1).reshape(-1, 2) for pair in ((cos, sin), (-sin, cos))] + [still])
+    return {"words": words.contiguous(), "lanes": lanes.contiguous().view(torch.int32).flatten()}
