@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "narrowkv"
-FLOORS = ["codec", "methods", "store", "attention", "calibration", "integrations", "evaluate", "cli"]
+FLOORS = ["codec", "methods", "store", "attention", "calibration", "integrations", "evaluate", "plan", "report", "cli"]
 FOUNDATION = {"errors", "files", "__init__", "_kernels", "__version__"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -35,3 +35,7 @@ class TextError(NarrowKVError, ValueError):
 
 class OutputError(NarrowKVError, OSError):
     """A result that could not be written."""
+
+
+class MissingPackageError(NarrowKVError, ImportError):
+    """A package that is not installed, which only what was asked for needs."""

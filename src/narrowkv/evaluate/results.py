@@ -1,0 +1,93 @@
+"""Files of figures: each says by which command, versions and seed it was made, and goes on where it was interrupted."""
+
+import os
+import platform
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from narrowkv import __version__, _kernels
+from narrowkv.attention import BACKENDS
+from narrowkv.errors import FileFormatError, OutputError
+from narrowkv.files import read_json, write_json
+
+FORMAT, FORMAT_VERSION = "narrowkv-result", 1
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware as plain data."""
+    return {
+        "narrowkv": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "system": platform.system(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instruction_sets": _kernels.instruction_sets(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "backends": sorted(BACKENDS),
+    }
+
+
+class ResultFile:
+    """Rows of figures in a JSON file that is written anew, atomically, whenever a row is added.
+
+    rows: those of the file so far. `narrowkv report` and `make results` draw from such files alone.
+    """
+
+    def __init__(self, path: Path, kind: str, command: str, settings: dict[str, Any], seed: int = 0):
+        """kind: what the rows are, such as `compare`. command: as it was given. settings: all that the figures depend on; a
+        file that is there already is continued if its kind, settings and seed are these. Raises OutputError where they differ.
+        """
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        self._head = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "kind": kind,
+            "command": command,
+            "seed": seed,
+            "date": date.today().isoformat(),
+            "settings": settings,
+            "environment": environment(),
+        }
+        if path.exists():
+            held = read_result(path, kind)
+            if (held["settings"], held["seed"]) != (settings, seed):
+                raise OutputError(f"{path} holds figures of other settings; name another file, or remove this one.")
+            self.rows = held["rows"]
+
+    def find(self, **keys: Any) -> dict[str, Any] | None:
+        """The row that has these entries, if it was measured already."""
+        return next((row for row in self.rows if all(row.get(name) == value for name, value in keys.items())), None)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Add a row and write the file."""
+        self.rows.append(row)
+        write_json(self.path, self._head | {"rows": self.rows})
+
+
+def read_result(path: Path, kind: str | None = None) -> dict[str, Any]:
+    """What a ResultFile has written; raises FileFormatError for anything else, or another kind than is asked for."""
+    held = read_json(path)
+    fields = {"kind": str, "command": str, "seed": int, "date": str, "settings": dict, "environment": dict, "rows": list}
+    fits = held.get("format") == FORMAT and held.get("format_version") == FORMAT_VERSION
+    if not fits or any(not isinstance(held.get(name), what) for name, what in fields.items()):
+        raise FileFormatError(f"{path} is not a file of figures of this version; measure again.")
+    if kind not in (None, held["kind"]):
+        raise FileFormatError(f"{path} holds figures of {held['kind']}, not of {kind}; name another file.")
+    return held

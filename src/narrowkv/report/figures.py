@@ -1,0 +1,57 @@
+"""How pictures look: one style, colours that colour-blind readers can tell apart, the same file when drawn again."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from narrowkv.errors import MissingPackageError
+from narrowkv.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")  # Okabe and Ito
+MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*")
+STYLE: Any = {
+    "svg.hashsalt": "narrowkv",
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+}
+
+
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple["Figure", list["Axes"]]:
+    """A figure of so many inches, and its panels in reading order; options: of `Figure.subplots`.
+
+    Raises MissingPackageError where matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingPackageError("Pictures need matplotlib; install it with `pip install 'narrowkv[report]'`.") from error
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False, **options)
+    return figure, list(panels.flat)
+
+
+def style_of(i: int) -> dict[str, str]:
+    """Colour and marker of the i-th line."""
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+
+
+def save(figure: "Figure", path: Path) -> None:
+    """Write a picture, SVG or PNG by the name's ending, atomically."""
+    import matplotlib
+
+    kind = path.suffix.removeprefix(".") or "svg"
+    options: dict[str, Any] = {"metadata": {"Date": None}} if kind == "svg" else {"dpi": 150}
+    with matplotlib.rc_context(STYLE):
+        write_atomically(path, lambda temporary: figure.savefig(temporary, format=kind, **options))
