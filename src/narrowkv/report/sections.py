@@ -1,0 +1,48 @@
+"""What a report is made of: sections of text, tables and pictures, which every kind of figures makes from its file."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Cell = str | float | int | None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture with one message. name: of its file, without ending. caption: what is to be seen in it."""
+
+    name: str
+    caption: str
+    figure: "Figure"
+
+
+@dataclass(frozen=True)
+class Table:
+    """columns: headings with units. rows: numbers stay numbers, to be sorted. digits: after the point, by column."""
+
+    caption: str
+    columns: list[str]
+    rows: list[list[Cell]]
+    digits: dict[str, int] = field(default_factory=dict)
+
+    def shown(self, row: list[Cell]) -> list[str]:
+        """A row as text; None is a dash."""
+        return [_shown(cell, self.digits.get(column, 2)) for column, cell in zip(self.columns, row, strict=True)]
+
+
+@dataclass(frozen=True)
+class Section:
+    """title, text: plain sentences."""
+
+    title: str
+    text: str
+    tables: list[Table] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+
+
+def _shown(cell: Cell, digits: int) -> str:
+    if cell is None:
+        return "-"
+    return f"{cell:,.{digits}f}" if isinstance(cell, float) else f"{cell:,}" if isinstance(cell, int) else cell
