@@ -116,6 +116,12 @@ class PointQuantizer(Tables):
         points = self.points.float() * unit[:, :, None]
         return from_vectors(unit)[:, None].contiguous(), laid_out(points) if points.is_cpu else points
 
+    @functools.cached_property
+    def _matrices(self) -> Tensor:
+        """`turn` as compiled code reads it, row by row."""
+        assert self.turn is not None
+        return self.turn.contiguous()
+
     def turned(self, x: Tensor) -> Tensor:
         """Numbers as the codebooks see them: [batch, kv_heads, tokens, head_dim] float32.
 
@@ -126,9 +132,9 @@ class PointQuantizer(Tables):
             return x.float()
         if not x.is_cpu or x.shape[0] * x.shape[2] > FEW:
             return (x.double() @ self.turn.double()).float()
-        numbers, matrices = x.float().contiguous(), self.turn.contiguous()
+        numbers = x.float().contiguous()
         turned = torch.empty_like(numbers)
-        _kernels.turn(numbers.data_ptr(), matrices.data_ptr(), turned.data_ptr(), turned.shape)
+        _kernels.turn(numbers.data_ptr(), self._matrices.data_ptr(), turned.data_ptr(), turned.shape)
         return turned
 
 
