@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstddef>
+#include <cstring>
 #include <functional>
 #include <limits>
 #include <vector>
@@ -74,11 +75,18 @@ private:
     std::vector<float> kept;
 };
 
-// The smallest and the largest number of a vector once `per_tail` are left out at either end.
+// The smallest and the largest number of a vector once `per_tail` are left out at either end. So many numbers lie at or beyond the
+// ends of as many lanes: only what lies beyond these has to be seen one by one.
 FOR_EACH_INSTRUCTION_SET void find_ends(const float* x, int64_t count, int64_t per_tail, float* low, float* high) {
-    First<std::less<float>> smallest(per_tail + 1, INFINITE);
-    First<std::greater<float>> largest(per_tail + 1, -INFINITE);
     const int64_t whole = count / LANES * LANES;
+    float lows[LANES], highs[LANES];
+    std::fill_n(lows, LANES, INFINITE), std::fill_n(highs, LANES, -INFINITE);
+    for (int64_t c = 0; c < whole; c += LANES) widen(x + c, LANES, lows, highs);
+    const bool enough = per_tail < LANES;
+    if (enough) std::nth_element(lows, lows + per_tail, lows + LANES);
+    if (enough) std::nth_element(highs, highs + per_tail, highs + LANES, std::greater<float>());
+    First<std::less<float>> smallest(per_tail + 1, enough ? lows[per_tail] : INFINITE);
+    First<std::greater<float>> largest(per_tail + 1, enough ? highs[per_tail] : -INFINITE);
     for (int64_t c = 0; c < count; c += LANES) {
         if (c < whole && !any_outside(x + c, smallest.last(), largest.last())) continue;
         for (int64_t l = c; l < std::min(c + LANES, count); ++l) smallest.see(x[l]), largest.see(x[l]);
@@ -114,6 +122,18 @@ FOR_EACH_INSTRUCTION_SET int32_t count_outside(const float* x, const float* lowe
     return count;
 }
 
+// 1 for each number beyond its thresholds, else 0.
+FOR_EACH_INSTRUCTION_SET void mark_outside(const float* x, const float* lower, const float* upper, int64_t dim, uint8_t* marks) {
+    for (int64_t c = 0; c < dim; ++c) marks[c] = uint8_t(int(x[c] < lower[c]) | int(x[c] > upper[c]));
+}
+
+// Room of this thread, which lasts; what it holds is whatever.
+float* scratch_of(int64_t floats) {
+    thread_local std::vector<float> scratch;
+    if (int64_t(scratch.size()) < floats) scratch.resize(size_t(floats));
+    return scratch.data();
+}
+
 // Numbers are finite where no exponent is all ones.
 FOR_EACH_INSTRUCTION_SET bool finite_row(Number kind, const char* from, int64_t dim) {
     int found = 0;
@@ -137,7 +157,9 @@ public:
         range_heads = codec.sharing == Sharing::token ? 1 : numbers.heads;
         width = codec.sharing == Sharing::channel ? numbers.dim : codec.group ? numbers.dim / codec.group : 1;
         steps = numbers.tokens / together;
+        room_dim = (numbers.dim + LANES - 1) / LANES * LANES;
         if (codec.sharing != Sharing::fixed) low.resize(size_t(numbers.batch * range_heads * steps * width)), high = low;
+        else spread_fixed();
         if (codec.outliers > 0) counts.resize(size_t(numbers.batch * numbers.heads * numbers.tokens));
     }
 
@@ -160,11 +182,24 @@ private:
     const uint8_t* skip;
     const Room& room;
     int64_t together, range_heads, width, steps;  // of tokens that are encoded at once
+    int64_t room_dim;                             // head_dim, rounded up to whole LANES
+    std::vector<float> fixed;                     // [heads, 2, room_dim], zeros and inverse scales
     std::vector<float> low, high;                 // [batch, range_heads, steps, width], online thresholds
     std::vector<int32_t> counts;                  // [batch, heads, tokens], outliers
     std::atomic<bool> fits{true};
 
     bool skipped(int64_t row, int64_t token) const { return skip && skip[row * numbers.tokens + token]; }
+
+    void spread_fixed() {
+        const int64_t dim = numbers.dim;
+        fixed.resize(size_t(2 * numbers.heads * room_dim));
+        for (int64_t head = 0; head < numbers.heads; ++head) {
+            float *zero = fixed.data() + 2 * head * room_dim, *inverse = zero + room_dim;
+            std::copy_n(codec.zero + head * dim, dim, zero);
+            std::copy_n(codec.scale + head * dim, dim, inverse);
+            invert(inverse, dim);
+        }
+    }
 
     void find_ranges(int64_t row, int64_t head, int64_t step) {
         const int64_t place = ((row * range_heads + head) * steps + step) * width;
@@ -186,23 +221,22 @@ private:
     }
 
     void ends_of_channels(int64_t row, int64_t head, int64_t step, float* lower, float* upper) {
-        std::vector<float> x(size_t(numbers.dim));
+        float* x = scratch_of(numbers.dim);
         std::fill_n(lower, numbers.dim, INFINITE);
         std::fill_n(upper, numbers.dim, -INFINITE);
         for (int64_t token = step * together; token < (step + 1) * together; ++token) {
             if (skipped(row, token)) continue;
-            load(numbers.kind, row_of(numbers, row, head, token), numbers.dim, x.data());
-            widen(x.data(), numbers.dim, lower, upper);
+            load(numbers.kind, row_of(numbers, row, head, token), numbers.dim, x);
+            widen(x, numbers.dim, lower, upper);
         }
     }
 
     void ends_of_token(int64_t row, int64_t head, int64_t token, float* lower, float* upper) {
         const int64_t heads = numbers.heads / range_heads, dim = numbers.dim;
-        std::vector<float> x(size_t(heads * dim));
-        for (int64_t h = 0; h < heads; ++h)
-            load(numbers.kind, row_of(numbers, row, head + h, token), dim, x.data() + h * dim);
+        float* x = scratch_of(heads * dim);
+        for (int64_t h = 0; h < heads; ++h) load(numbers.kind, row_of(numbers, row, head + h, token), dim, x + h * dim);
         const int64_t vector = heads * dim / width, per_tail = int64_t(double(vector) * codec.outliers / 2 + 0.5);
-        for (int64_t c = 0; c < width; ++c) find_ends(x.data() + c * vector, vector, per_tail, lower + c, upper + c);
+        for (int64_t c = 0; c < width; ++c) find_ends(x + c * vector, vector, per_tail, lower + c, upper + c);
     }
 
     // What holds for a channel of a head at a step: from [width] numbers of its range.
@@ -227,21 +261,20 @@ private:
     }
 
     void write_codes(int64_t row, int64_t head, int64_t step) {
-        const int64_t dim = numbers.dim, sequence = row * numbers.heads + head, room_dim = (dim + LANES - 1) / LANES * LANES;
-        std::vector<float> scratch(size_t(5 * room_dim));
-        float *x = scratch.data(), *zero = x + room_dim, *inverse = zero + room_dim;
+        const int64_t dim = numbers.dim, sequence = row * numbers.heads + head;
+        float *x = scratch_of(5 * room_dim), *online = x + room_dim;
+        const float *zero = online, *inverse = zero + room_dim;
         if (codec.sharing == Sharing::fixed) {
-            std::copy_n(codec.zero + head * dim, dim, zero);
-            std::copy_n(codec.scale + head * dim, dim, inverse);
+            zero = fixed.data() + 2 * head * room_dim, inverse = zero + room_dim;
         } else {
             const int64_t at = room.at / together + step, room_steps = room.tokens / together;
             const int64_t held = ((row * range_heads + head % range_heads) * room_steps + at) * width;
-            spread(zero, [&](int64_t c) { return single_from_half(room.zero[held + c]); });
-            spread(inverse, [&](int64_t c) { return single_from_half(room.scale[held + c]); });
+            spread(online, [&](int64_t c) { return single_from_half(room.zero[held + c]); });
+            spread(online + room_dim, [&](int64_t c) { return single_from_half(room.scale[held + c]); });
+            invert(online + room_dim, dim);
         }
-        invert(inverse, dim);
         Thresholds outside{};
-        if (codec.outliers > 0) outside = thresholds(row, head, step, inverse + room_dim);
+        if (codec.outliers > 0) outside = thresholds(row, head, step, online + 2 * room_dim);
         for (int64_t token = step * together; token < (step + 1) * together; ++token) {
             load(numbers.kind, row_of(numbers, row, head, token), dim, x);
             quantise(x, zero, inverse, codec.boundaries, codec.boundary_count, dim,
@@ -257,21 +290,26 @@ private:
         for (int32_t count : counts) found += count;
         if (found > room.outlier_room) return found;
         const int64_t dim = numbers.dim;
-        std::vector<float> scratch(size_t(3 * dim));
+        float* x = scratch_of(3 * dim);
+        std::vector<uint8_t> marks;
+        marks.resize(size_t(dim));
         int64_t next = 0;
         for (int64_t place = 0; place < int64_t(counts.size()); ++place) {
             if (counts[size_t(place)] == 0) continue;
             const int64_t sequence = place / numbers.tokens, token = place % numbers.tokens;
             const int64_t row = sequence / numbers.heads, head = sequence % numbers.heads;
-            const Thresholds outside = thresholds(row, head, token / together, scratch.data() + dim);
+            const Thresholds outside = thresholds(row, head, token / together, x + dim);
             const char* from = row_of(numbers, row, head, token);
-            load(numbers.kind, from, dim, scratch.data());
+            load(numbers.kind, from, dim, x);
+            mark_outside(x, outside.lower, outside.upper, dim, marks.data());
             const int64_t first = (sequence * room.tokens + room.at + token) * dim;
-            for (int64_t c = 0; c < dim; ++c) {
-                const float x = scratch[size_t(c)];
-                if (!(x < outside.lower[c] || x > outside.upper[c])) continue;
+            const auto next_marked = [&](int64_t c) -> int64_t {
+                const void* found = c < dim ? std::memchr(marks.data() + c, 1, size_t(dim - c)) : nullptr;
+                return found ? static_cast<const uint8_t*>(found) - marks.data() : dim;
+            };
+            for (int64_t c = next_marked(0); c < dim; c = next_marked(c + 1)) {
                 room.outlier_index[next] = first + c;
-                room.outlier_values[next++] = exact(from, c, x);
+                room.outlier_values[next++] = exact(from, c, x[c]);
             }
         }
         return fits ? found : DOES_NOT_FIT;
