@@ -19,6 +19,8 @@ namespace narrowkv {
 namespace {
 
 constexpr int64_t LANES = 16;
+typedef float Floats __attribute__((vector_size(4 * LANES)));  // left to itself, GCC makes vectors of boundaries, not of numbers
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
 const char* row_of(const Numbers& numbers, int64_t row, int64_t head, int64_t token) {
@@ -105,11 +107,13 @@ FOR_EACH_INSTRUCTION_SET void invert(float* scale, int64_t dim) {
 FOR_EACH_INSTRUCTION_SET void quantise(const float* x, const float* zero, const float* inverse, const float* boundaries,
                                        int64_t boundary_count, int64_t dim, uint8_t* codes) {
     for (int64_t begin = 0; begin < dim; begin += LANES) {
-        float normal[LANES];
-        int32_t below[LANES] = {};
-        for (int64_t l = 0; l < LANES; ++l) normal[l] = (x[begin + l] - zero[begin + l]) * inverse[begin + l];
-        for (int64_t b = 0; b < boundary_count; ++b)
-            for (int64_t l = 0; l < LANES; ++l) below[l] += normal[l] > boundaries[b];
+        Floats number, middle, by;
+        std::memcpy(&number, x + begin, sizeof number);
+        std::memcpy(&middle, zero + begin, sizeof middle);
+        std::memcpy(&by, inverse + begin, sizeof by);
+        const Floats normal = (number - middle) * by;
+        Ints below = {};
+        for (int64_t b = 0; b < boundary_count; ++b) below -= normal > boundaries[b];  // true is -1
         uint8_t found[LANES];
         for (int64_t l = 0; l < LANES; ++l) found[l] = uint8_t(below[l]);
         std::memcpy(codes + begin, found, size_t(std::min(LANES, dim - begin)));
