@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 namespace narrowkv {
@@ -14,48 +15,48 @@ namespace simd {
 constexpr int width = 8;
 typedef float Floats __attribute__((vector_size(32)));
 typedef int32_t Ints __attribute__((vector_size(32)));
-typedef uint64_t Bytes __attribute__((vector_size(16)));
+typedef uint64_t Bytes __attribute__((vector_size(32)));
 
 inline Floats load(const float* p) { return Floats(_mm256_loadu_ps(p)); }
 inline void store(float* p, Floats x) { _mm256_storeu_ps(p, __m256(x)); }
 inline Floats load_halves(const uint16_t* p) { return Floats(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))); }
-
-// Sixteen codes, a byte each, as whole numbers.
-struct Codes {
-    __m128i bytes;
-
-    explicit Codes(Bytes bytes) : bytes(__m128i(bytes)) {}
-    Ints part(int i) const { return Ints(_mm256_cvtepu8_epi32(i ? _mm_srli_si128(bytes, 8) : bytes)); }
-};
-
-// A codebook of up to 8 levels is one register and a look-up is one permute; of 16, two and a choice by the code's fourth bit.
-template <int levels>
-struct Registers {
-    __m256 points[levels / 8];
-
-    explicit Registers(const float* table) {
-        for (auto& part : points) part = _mm256_loadu_ps(table), table += 8;
-    }
-    Floats operator()(Ints codes) const {
-        const __m256i index = __m256i(codes);
-        const __m256 low = _mm256_permutevar8x32_ps(points[0], index);
-        if constexpr (levels == 8) return Floats(low);
-        const __m256 high = _mm256_permutevar8x32_ps(points[levels / 8 - 1], index);
-        return Floats(_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28))));
-    }
-    Registers stretched(float scale, float zero) const {
-        Registers result = *this;
-        for (auto& part : result.points) part = _mm256_fmadd_ps(part, _mm256_set1_ps(scale), _mm256_set1_ps(zero));
-        return result;
-    }
-};
-
+inline Ints widen(const uint8_t* codes) { return Ints(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)codes))); }
 inline Floats gather(const float* points, Ints codes) { return Floats(_mm256_i32gather_ps(points, __m256i(codes), 4)); }
 
 #include "gathered.h"
 
+// A codebook of 16 levels as four registers, each with one byte of all levels: a look-up takes the four bytes of 32 numbers at
+// once and weaves them together.
+struct Woven {
+    __m256i bytes[4];
+
+    explicit Woven(const float* table) {
+        for (auto& part : bytes) part = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table)), table += 4;
+    }
+    Found operator()(Bytes codes) const {
+        // so that the halves of registers, which are woven each for itself, come out in order
+        const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7), index = _mm256_permutevar8x32_epi32(__m256i(codes), order);
+        __m256i found[4];
+        for (int i = 0; i < 4; ++i) found[i] = _mm256_shuffle_epi8(bytes[i], index);
+        const __m256i low[] = {_mm256_unpacklo_epi8(found[0], found[1]), _mm256_unpackhi_epi8(found[0], found[1])};
+        const __m256i high[] = {_mm256_unpacklo_epi8(found[2], found[3]), _mm256_unpackhi_epi8(found[2], found[3])};
+        return {{Floats(_mm256_unpacklo_epi16(low[0], high[0])), Floats(_mm256_unpackhi_epi16(low[0], high[0])),
+                 Floats(_mm256_unpacklo_epi16(low[1], high[1])), Floats(_mm256_unpackhi_epi16(low[1], high[1]))}};
+    }
+};
+
 template <int levels>
-using Table = std::conditional_t<(levels > 16), Gathered, Registers<levels>>;
+using Table = std::conditional_t<(levels > 16), Gathered, Woven>;
+
+// 16 levels as Woven reads them: the first bytes of all, then the second ones, and so on.
+constexpr bool lays_out = true;
+inline void lay_out(const float* table, float* laid_out) {
+    const uint8_t* from = reinterpret_cast<const uint8_t*>(table);
+    uint8_t* to = reinterpret_cast<uint8_t*>(laid_out);
+    for (int byte = 0; byte < 4; ++byte) {
+        for (int level = 0; level < 16; ++level) to[16 * byte + level] = from[4 * level + byte];
+    }
+}
 
 }  // namespace simd
 }  // namespace

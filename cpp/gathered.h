@@ -1,14 +1,19 @@
-// Codebooks that registers do not hold, looked up in memory. Included within `simd`, after its vectors and `gather`.
+// Numbers looked up at once, and codebooks that registers do not hold, looked up in memory. Included within `simd`, after its
+// vectors, `widen` and `gather`.
+
+struct Found {
+    Floats part[sizeof(Bytes) / width];
+};
 
 struct Gathered {
     const float* points;
-    float scale = 1.0f, zero = 0.0f;
 
     explicit Gathered(const float* table) : points(table) {}
-    Floats operator()(Ints codes) const { return gather(points, codes) * scale + zero; }
-    Gathered stretched(float by, float to) const {
-        Gathered result = *this;
-        result.scale = by, result.zero = to;
-        return result;
+    Found operator()(Bytes codes) const {
+        alignas(64) uint8_t index[sizeof(Bytes)];
+        std::memcpy(index, &codes, sizeof index);
+        Found found;
+        for (int i = 0; i < int(sizeof(Bytes)) / width; ++i) found.part[i] = gather(points, widen(index + i * width));
+        return found;
     }
 };

@@ -24,14 +24,7 @@ inline Floats load_halves(const uint16_t* p) {
     return Floats{single_from_half(p[0]), single_from_half(p[1]), single_from_half(p[2]), single_from_half(p[3])};
 }
 
-// Sixteen codes, a byte each, as whole numbers.
-struct Codes {
-    uint8_t bytes[16];
-
-    explicit Codes(Bytes from) { std::memcpy(bytes, &from, 16); }
-    Ints part(int i) const { return Ints{bytes[4 * i], bytes[4 * i + 1], bytes[4 * i + 2], bytes[4 * i + 3]}; }
-};
-
+inline Ints widen(const uint8_t* codes) { return Ints{codes[0], codes[1], codes[2], codes[3]}; }
 inline Floats gather(const float* points, Ints codes) {
     return Floats{points[codes[0]], points[codes[1]], points[codes[2]], points[codes[3]]};
 }
@@ -40,6 +33,9 @@ inline Floats gather(const float* points, Ints codes) {
 
 template <int levels>
 using Table = Gathered;
+
+constexpr bool lays_out = false;
+inline void lay_out(const float*, float*) {}
 
 }  // namespace simd
 }  // namespace

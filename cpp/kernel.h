@@ -7,6 +7,7 @@
 
 #include <cstdlib>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "attention.h"
@@ -20,19 +21,22 @@ namespace {
 
 // Scratch memory of one thread. sum: of token-major values [rows][head_dim rounded up], else [rows][head_dim][width].
 struct Scratch {
-    float *tile, *ranges, *tail, *angles, *query, *turned, *scores, *sum, *largest, *total;
+    float *tile, *ranges, *tail, *angles, *query, *turned, *scores, *sum, *largest, *total, *tables[2];
     void* memory;
 
     explicit Scratch(const Problem& problem) {
         const size_t rows = round_up(problem.group * problem.queries, 16), dim = round_up(problem.head_dim, 16);
-        const size_t sizes[] = {dim * kBlock,  2 * dim * kBlock, dim * kBlock, dim * kBlock, dim * rows, dim * rows,
-                                rows * kBlock, rows * dim * simd::width, rows, rows};
-        float** parts[] = {&tile, &ranges, &tail, &angles, &query, &turned, &scores, &sum, &largest, &total};
+        const auto levels = [](const Side& side) { return size_t(16 * codebooks(side)); };  // where they are laid out at all
+        const std::pair<float**, size_t> parts[] = {
+            {&tile, dim * kBlock},      {&ranges, 2 * dim * kBlock},       {&tail, dim * kBlock},
+            {&angles, dim * kBlock},    {&query, dim * rows},              {&turned, dim * rows},
+            {&scores, rows * kBlock},   {&sum, rows * dim * simd::width},  {&largest, rows},
+            {&total, rows},             {&tables[0], levels(problem.keys)}, {&tables[1], levels(problem.values)}};
         size_t floats = 0;
-        for (size_t size : sizes) floats += size;
+        for (const auto& [part, size] : parts) floats += size;
         memory = std::aligned_alloc(64, floats * sizeof(float));
         float* next = static_cast<float*>(memory);
-        for (int i = 0; i < 10; next += sizes[i], ++i) *parts[i] = next;
+        for (const auto& [part, size] : parts) *part = next, next += size;
     }
     ~Scratch() { std::free(memory); }
     Scratch(const Scratch&) = delete;
@@ -113,6 +117,10 @@ class Worker : Sight {
 
     void run(const Piece& piece) {
         read_query(piece);
+        if (!piece.tail && !piece.dense) {
+            tables[0] = tables_of(problem.keys, piece.head, scratch.tables[0]);
+            tables[1] = tables_of(problem.values, piece.head, scratch.tables[1]);
+        }
         const int stride = sum_stride(piece);
         for (int i = 0; i < rows; ++i) scratch.largest[i] = -INFINITY, scratch.total[i] = 0.0f;
         for (int64_t i = 0; i < int64_t(rows) * stride; ++i) scratch.sum[i] = 0.0f;
@@ -124,6 +132,7 @@ class Worker : Sight {
 
   private:
     Scratch scratch;
+    const float* tables[2];  // of the piece's head: of keys, and of values
 
     int sum_stride(const Piece& piece) const { return piece.channel_major ? dim * simd::width : round_up(dim, 16); }
 
@@ -139,18 +148,18 @@ class Worker : Sight {
         const int count = int(stop - start);
         if (count <= 0 || nothing_seen(piece.row, start, count)) return;
         const Block *sides = sides_of(piece, block), *next = sides_of(piece, block + 1 < piece.last ? block + 1 : block);
-        prefetch(problem.keys, next[0], piece.head);
+        Source keys(problem.keys, sides[0], next[0], tables[0], piece.head, dim);
+        Source values(problem.values, sides[1], next[1], tables[1], piece.head, dim);
         for (int from = 0; from < count; from += kTurned) {
             const int some = count - from < kTurned ? count - from : kTurned;
-            decode(problem.keys, sides[0], piece.head, dim, {from, kTurned}, scratch.ranges, scratch.tile);
+            decode(keys, {from, kTurned}, scratch.ranges, scratch.tile);
             turn_and_take_keys(piece, start, from, some);
         }
         prefetch_outliers(problem.keys, next[0], piece.head);
-        prefetch(problem.values, next[1], piece.head);
         weigh_all(piece, start, count);
         const int tokens = piece.channel_major ? kBlock : kTurned;
         for (int from = 0; from < count; from += tokens) {
-            decode(problem.values, sides[1], piece.head, dim, {from, tokens}, scratch.ranges, scratch.tile);
+            decode(values, {from, tokens}, scratch.ranges, scratch.tile);
             take_values(piece, from);
         }
         prefetch_outliers(problem.values, next[1], piece.head);

@@ -8,18 +8,14 @@
 namespace narrowkv {
 namespace {
 
-// A token's codes looked up in codebooks that are `step` apart, or in one; 16 at a time, then one by one.
+// A token's codes looked up in codebooks that are `step` apart, or in one; a register at a time, then one by one.
 inline void look_up_tail(const uint8_t* codes, int count, const float* table, int step, float* numbers) {
+    simd::Ints apart;
+    for (int lane = 0; lane < simd::width; ++lane) apart[lane] = lane * step;
     int code = 0;
     for (; code + 16 <= count; code += 16) {
-        Sixteen some;
-        std::memcpy(&some, codes + code, 16);
-        const simd::Codes parts(some);
-        const simd::Table<256> points(table + code * step);
-        for (int part = 0; part < 16 / simd::width; ++part) {
-            simd::Ints index = parts.part(part) & 255;
-            for (int lane = 0; lane < simd::width; ++lane) index[lane] += (part * simd::width + lane) * step;
-            simd::store(numbers + code + part * simd::width, points(index));
+        for (int at = code; at < code + 16; at += simd::width) {
+            simd::store(numbers + at, simd::gather(table + at * step, simd::widen(codes + at) + apart));
         }
     }
     for (; code < count; ++code) numbers[code] = table[code * step + codes[code]];
