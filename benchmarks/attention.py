@@ -4,8 +4,15 @@ One token of 32 query heads over 8 KV heads of 128 channels, one layer, keys sto
 recipe does so, tables drawn at random. The peer is the best of three torch forms (sdpa with `enable_gqa`, the query heads of a
 group as rows of sdpa, matmul-softmax-matmul) in the same run: all take turns, and medians are compared. Bandwidth is that of a
 sum over 256 MiB, in the same turns; the share is packed bytes read a second over it. `--plot FILE` draws how time grows.
+`--avx2` measures what a processor with AVX2 alone would: our kernel for it, against torch limited to the same, in a process of
+its own, and against torch as this machine runs it.
 """
 
+import json
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +27,8 @@ from narrowkv.store import LayerStore
 
 RECIPES = ("nuq4-1%", "nuq3-1%", "nuq2-1%", "kivi-2", "pair2", "pair3")
 BANDWIDTH_BYTES = 2**28
+# each of the libraries that torch computes with looks at its own, once; with the first alone matrices are still those of AMX
+AVX2_ALONE = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 
 def asking(store: LayerStore, past: int, new: tuple[Tensor, ...]) -> dict[str, Any]:
@@ -80,6 +89,7 @@ def measure(
             "tokens": tokens,
             "batch": batch,
             "threads": threads,
+            "torch_uses": torch.backends.cpu.get_cpu_capability(),
             "milliseconds": 1e3 * found[name],
             "packed_gigabytes_per_second": read / found[name] / 1e9,
             "bandwidth_gigabytes_per_second": bandwidth / 1e9,
@@ -121,6 +131,15 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
+def limited(arguments: list[str]) -> list[dict[str, Any]]:
+    """Rows of a process with these arguments, and their printed lines, in which torch uses AVX2 alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.json"
+        command = [sys.executable, "-m", "benchmarks.attention", *arguments, "--json", str(path)]
+        subprocess.run(command, env=os.environ | AVX2_ALONE, check=True)
+        return json.loads(path.read_text(encoding="utf-8"))["rows"]
+
+
 def main() -> None:
     parser = options(__doc__, RECIPES, turns=15)
     parser.add_argument("--tokens", type=int, nargs="+", default=[32_768, 2048])
@@ -128,9 +147,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
     parser.add_argument("--kernel", choices=[cpu.WORDS, *cpu.KERNELS], help="in place of the one that would be chosen")
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--avx2", action="store_true", help="our kernel for AVX2, against torch with AVX2 alone and as it is")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    on_avx2 = limited(sys.argv[1:]) if arguments.avx2 and AVX2_ALONE.items() - os.environ.items() else []
+    arguments.kernel = "avx2" if arguments.avx2 else arguments.kernel
     cases = [(n, batch, threads) for n in arguments.tokens for batch in arguments.batch for threads in arguments.threads]
     for tokens, batch, threads in cases:
         found = measure(arguments.recipes, tokens, batch, threads, arguments.turns, arguments.kernel)
@@ -138,12 +160,12 @@ def main() -> None:
         for row in found:
             print(
                 f"{row['recipe']:>8}  {batch} x {tokens:6d} tokens  {threads} threads  {row['milliseconds']:7.2f} ms  "
-                f"{row['ratio_bfloat16']:5.1f} x torch bf16 ({row['milliseconds_bfloat16']:.2f} ms)  "
+                f"{row['ratio_bfloat16']:5.1f} x torch ({row['torch_uses']}) bf16 ({row['milliseconds_bfloat16']:.2f} ms)  "
                 f"{row['ratio_float32']:5.1f} x fp32  {row['packed_gigabytes_per_second']:5.1f} GB/s, "
                 f"{100 * row['share_of_bandwidth']:.0f}% of {row['bandwidth_gigabytes_per_second']:.1f}",
                 flush=True,
             )
-    write(arguments.json, rows, kernel=arguments.kernel or "as chosen for queries in bf16")
+    write(arguments.json, on_avx2 + rows, kernel=arguments.kernel or "as chosen for queries in bf16")
     if arguments.plot:
         draw(rows, arguments.plot)
 

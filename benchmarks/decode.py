@@ -2,9 +2,9 @@
 
 A random Llama of 4 layers, 32 query heads over 8 KV heads of 128 channels, in bfloat16, narrower than real ones, so that
 attention weighs more than it would there. Caches are filled layer by layer with random numbers; tables of ours are drawn at
-random as in `benchmarks.drawn`. The peers are DynamicCache with sdpa and with eager attention, and transformers'
-QuantizedCache where its packages are installed. All take turns, and medians are compared. The cache's share is what a step
-takes beyond one that began with a single token in DynamicCache.
+random as in `benchmarks.drawn`. The peers are DynamicCache with sdpa and with eager attention, transformers' QuantizedCache
+where its packages are installed, and the same model in llama.cpp where that is. All take turns, and medians are compared. The
+cache's part is what a step takes beyond one over a single token, in DynamicCache or in llama.cpp.
 """
 
 import copy
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, QuantizedCache
 
+from benchmarks import llama
 from benchmarks.drawn import HEAD_DIM, KV_HEADS, QUERY_HEADS, draw_at_random, random_quantizer
 from benchmarks.running import CLOCKS, Clock, medians, options, parse_with_clock, write
 from narrowkv import Calibration, PackedCache, get_recipe
@@ -87,11 +88,11 @@ def installed(package: str) -> bool:
     return importlib.util.find_spec(package.split(".")[0]) is not None
 
 
-def measure(recipes: list[str], tokens: int, turns: int, clock: Clock) -> list[dict[str, Any]]:
+def measure(recipes: list[str], tokens: int, threads: int, turns: int, clock: Clock) -> list[dict[str, Any]]:
     """One row for each cache."""
     sdpa = make_model(tokens)
     eager, ours = twin(sdpa, "eager"), twin(sdpa, "sdpa")
-    steps = {
+    steps: dict[str, Callable[[], Any]] = {
         "almost empty": step(sdpa, filled(DynamicCache(), 1)),
         "DynamicCache, sdpa": step(sdpa, filled(DynamicCache(), tokens)),
         "DynamicCache, eager": step(eager, filled(DynamicCache(), tokens)),
@@ -101,28 +102,34 @@ def measure(recipes: list[str], tokens: int, turns: int, clock: Clock) -> list[d
             cache = QuantizedCache(config=sdpa.config, **settings)  # type: ignore[arg-type]
             steps[name] = step(sdpa, filled(cache, tokens))
     steps |= {name: step(ours, packed_cache(ours, name, tokens)) for name in recipes}
+    if all(map(installed, llama.PACKAGES)):
+        steps |= llama.steps(sdpa, tokens, threads)
     found = medians(steps, turns, clock)
-    empty = found.pop("almost empty")
+    empty, empty_llama = found.pop("almost empty"), found.pop(llama.EMPTY, 0.0)
     best = min(time for name, time in found.items() if name.startswith("DynamicCache"))
-    return [
-        {"cache": name, "tokens": tokens, "milliseconds": 1e3 * time, "ratio": best / time, "cache_share": 1 - empty / time}
-        for name, time in found.items()
-    ]
+    rows = []
+    for name, time in found.items():
+        part = time - (empty_llama if name.startswith("llama.cpp") else empty)
+        times = {"milliseconds": 1e3 * time, "cache_milliseconds": 1e3 * part}
+        rows.append({"cache": name, "tokens": tokens, **times, "ratio": best / time, "cache_share": part / time})
+    return rows
 
 
 def main() -> None:
     parser = options(__doc__, RECIPES, turns=15)
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192])
     arguments = parse_with_clock(parser)
-    for package in sorted({package for package, _ in QUANTIZED.values() if not installed(package)}):
+    packages = {package for package, _ in QUANTIZED.values()} | set(llama.PACKAGES)
+    for package in sorted(package for package in packages if not installed(package)):
         print(f"{package} is not installed, and left out")
     rows = []
     for tokens in arguments.tokens:
-        for row in measure(arguments.recipes, tokens, arguments.turns, CLOCKS[arguments.clock]):
+        for row in measure(arguments.recipes, tokens, arguments.threads, arguments.turns, CLOCKS[arguments.clock]):
             rows.append(row)
             print(
-                f"{row['cache']:>20}  {tokens} tokens  {row['milliseconds']:7.2f} ms a token  "
-                f"{row['ratio']:5.2f} x DynamicCache  {100 * row['cache_share']:3.0f}% of it for the cache",
+                f"{row['cache']:>21}  {tokens} tokens  {row['milliseconds']:7.2f} ms a token  "
+                f"{row['ratio']:5.2f} x DynamicCache  {row['cache_milliseconds']:7.2f} ms ({100 * row['cache_share']:.0f}%) "
+                "of it for the cache",
                 flush=True,
             )
     write(arguments.json, rows, threads=arguments.threads, clock=arguments.clock)
