@@ -234,13 +234,24 @@ void decode_codes(const Source& source, Part part, float* buffer, float* tile) {
     }
 }
 
-// Ask for the outliers of one head of a block that will be read next.
+// Ask for the outliers of one head of a block that will be read next, once it is known where they lie.
 inline void prefetch_outliers(const Side& side, const Block& block, int head) {
     if (!block.outlier_offsets) return;
-    for (int i = block.outlier_offsets[head]; i < block.outlier_offsets[head + 1]; i += 32) {
+    for (int i = block.outlier_offsets[head]; i < block.outlier_offsets[head + 1]; i += 16) {
         __builtin_prefetch(block.outlier_index + i, 0, 2);
         __builtin_prefetch(static_cast<const uint16_t*>(block.outlier_values) + i * side.numbers, 0, 2);
     }
+}
+
+// Ask for what the next block holds beside codes, and for where the outliers of the one after it lie.
+inline void prefetch_beside(const Side& side, const Block& next, const Block& after, int head) {
+    const int count = side.range_tokens * side.range_channels, first = side.range_heads > 1 ? head * count : 0;
+    for (int i = 0; next.scale && i < count; i += 32) {
+        __builtin_prefetch(next.scale + first + i, 0, 2);
+        if (next.zero) __builtin_prefetch(next.zero + first + i, 0, 2);
+    }
+    prefetch_outliers(side, next, head);
+    if (after.outlier_offsets) __builtin_prefetch(after.outlier_offsets + head, 0, 2);
 }
 
 // Outliers of a part, from `outlier` on; they are sorted by token.

@@ -147,7 +147,8 @@ class Worker : Sight {
         const int64_t stop = problem.starts[block + 1] < problem.tokens ? problem.starts[block + 1] : problem.tokens;
         const int count = int(stop - start);
         if (count <= 0 || nothing_seen(piece.row, start, count)) return;
-        const Block *sides = sides_of(piece, block), *next = sides_of(piece, block + 1 < piece.last ? block + 1 : block);
+        const auto later = [&](int blocks) { return sides_of(piece, block + blocks < piece.last ? block + blocks : piece.last - 1); };
+        const Block *sides = later(0), *next = later(1), *after = later(2);
         Source keys(problem.keys, sides[0], next[0], tables[0], piece.head, dim);
         Source values(problem.values, sides[1], next[1], tables[1], piece.head, dim);
         for (int from = 0; from < count; from += kTurned) {
@@ -155,14 +156,14 @@ class Worker : Sight {
             decode(keys, {from, kTurned}, scratch.ranges, scratch.tile);
             turn_and_take_keys(piece, start, from, some);
         }
-        prefetch_outliers(problem.keys, next[0], piece.head);
+        prefetch_beside(problem.keys, next[0], after[0], piece.head);
         weigh_all(piece, start, count);
         const int tokens = piece.channel_major ? kBlock : kTurned;
         for (int from = 0; from < count; from += tokens) {
             decode(values, {from, tokens}, scratch.ranges, scratch.tile);
             take_values(piece, from);
         }
-        prefetch_outliers(problem.values, next[1], piece.head);
+        prefetch_beside(problem.values, next[1], after[1], piece.head);
     }
 
     void take_tail(const Piece& piece) {
