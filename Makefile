@@ -9,7 +9,7 @@ KERNEL_TESTS := tests/attention/test_cpu.py tests/attention/test_cpu_words.py te
   tests/codec/test_compiled.py tests/codec/test_packing.py tests/codec/test_points.py
 INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 
-.PHONY: demo test test-all lint fuzz sanitize format clean
+.PHONY: demo test test-all lint fuzz sanitize cross format clean
 
 $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard cpp/*)
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +47,13 @@ sanitize: $(TOOLS)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$packages/beside.pth
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 \
 	  $(SANITIZED)/bin/python -m pytest -p no:cacheprovider $(KERNEL_TESTS)
+
+# the kernels compiled for aarch64 (Debian: apt-get install g++-aarch64-linux-gnu)
+cross:
+	mkdir -p build/cross
+	for file in $(filter-out cpp/module%,$(wildcard cpp/*.cpp)); do \
+	  aarch64-linux-gnu-g++ -std=c++17 -O3 -fPIC -fopenmp -Wall -Werror -c $$file -o build/cross/$$(basename $$file).o || exit 1; \
+	done
 
 format: $(TOOLS)
 	$(BIN)/ruff check --fix .
