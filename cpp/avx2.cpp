@@ -51,11 +51,16 @@ using Table = std::conditional_t<(levels > 16), Gathered, Woven>;
 // 16 levels as Woven reads them: the first bytes of all, then the second ones, and so on.
 constexpr bool lays_out = true;
 inline void lay_out(const float* table, float* laid_out) {
-    const uint8_t* from = reinterpret_cast<const uint8_t*>(table);
-    uint8_t* to = reinterpret_cast<uint8_t*>(laid_out);
-    for (int byte = 0; byte < 4; ++byte) {
-        for (int level = 0; level < 16; ++level) to[16 * byte + level] = from[4 * level + byte];
-    }
+    // of each four levels the first bytes, the second ones, ...; then those of eight levels side by side, then of all
+    const __m256i bytes = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    const auto eight = [&](const float* levels) {
+        return _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(__m256i(load(levels)), bytes), order);
+    };
+    const __m256i low = eight(table), high = eight(table + 8);
+    const __m256i even = _mm256_unpacklo_epi64(low, high), odd = _mm256_unpackhi_epi64(low, high);
+    store(laid_out, Floats(_mm256_permute2x128_si256(even, odd, 0x20)));
+    store(laid_out + 8, Floats(_mm256_permute2x128_si256(even, odd, 0x31)));
 }
 
 }  // namespace simd
