@@ -13,10 +13,8 @@ inline void look_up_tail(const uint8_t* codes, int count, const float* table, in
     simd::Ints apart;
     for (int lane = 0; lane < simd::width; ++lane) apart[lane] = lane * step;
     int code = 0;
-    for (; code + 16 <= count; code += 16) {
-        for (int at = code; at < code + 16; at += simd::width) {
-            simd::store(numbers + at, simd::gather(table + at * step, simd::widen(codes + at) + apart));
-        }
+    for (; code + simd::width <= count; code += simd::width) {
+        simd::store(numbers + code, simd::gather(table + code * step, simd::widen(codes + code) + apart));
     }
     for (; code < count; ++code) numbers[code] = table[code * step + codes[code]];
 }
