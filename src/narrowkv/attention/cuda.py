@@ -1,0 +1,190 @@
+"""Attention of a few queries on a GPU, by kernels written in Triton: reads packed blocks in place, merges what programs found.
+
+The open tail is decoded beside them, and what is exact (attention sinks, the window, new tokens) goes as it is. Products are in
+the dtype of the queries, all else in float32.
+"""
+
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from narrowkv.attention import tiled
+from narrowkv.attention.cuda_blocks import Blocks, blocks_of, side_parts
+from narrowkv.attention.reading import turn_query, turn_sum, why_unread
+from narrowkv.attention.rope import AnyRope, Rope
+from narrowkv.attention.triton_forms import Case, power_of_2
+from narrowkv.attention.visible import Visible
+from narrowkv.errors import UnsupportedModelError
+from narrowkv.store import LayerStore
+
+MOST_HEAD_DIM = 256
+MOST_ROWS = 64  # queries of a group that share a decoded tile
+PROGRAMS = 4  # for each multiprocessor
+FEWEST_BLOCKS, MOST_SPLITS = 4, 128  # of a program; of a sequence's blocks
+
+
+def attend(
+    query: Tensor,
+    store: LayerStore,
+    *,
+    past: int,
+    new: tuple[Tensor, Tensor] | None,
+    rope: AnyRope | None,
+    kept: Tensor | None,
+    visible: Visible,
+    scaling: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """Attention of the newest queries over the packed cache; parameters and result as of `naive.attend`.
+
+    More than 16 queries (so prompts are read), and queries in float64, go to `tiled.attend`. Raises UnsupportedModelError where
+    Triton or the GPU is missing, for numbers kept in float64, for heads of more than 256 channels, and for keys rotated by
+    Hadamard before the rotary embedding.
+    """
+    launch = _require(query, store)
+    rotated = rope if kept is not None else None
+    if query.shape[2] > tiled.FEW_QUERIES or query.dtype == torch.float64:
+        options: dict[str, Any] = {"visible": visible, "scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
+        return tiled.attend(query, store, past=past, new=new, rope=rope, kept=kept, **options)
+    query = query.contiguous()
+    kept = _kept(rotated, kept)
+    blocks = blocks_of(store, rotated, kept, visible.padding)
+    length = past + (new[0].shape[2] if new else 0)
+    case = _case(query, store, blocks, rotated, kept, visible, softcap)
+    shared = launch.Shared(
+        **blocks.shared(),
+        kept=kept,
+        padding=visible.padding.view(torch.uint8) if case.padding and visible.padding is not None else None,
+        hidden=_hidden(visible, query, store.first, length) if case.hidden else None,
+        sink_index=store.sink_index,
+        sink_logits=sink_logits,
+    )
+    apart = blocks.turned[1]
+    plan = launch.Plan(*blocks.forms, case, _splits(query, store, blocks, case), apart)
+    lengths = _lengths(store, blocks, past, length, query.shape[2])
+    packed = lengths[launch.SEALED] + lengths[launch.TAIL]
+    sides = [
+        launch.SideParts(**side_parts(store, blocks, i, new[i] if new else None, packed, past - store.first)) for i in range(2)
+    ]
+    packed_query = turn_query(store.quantizers[0], blocks.matrices[0], query.float()) if blocks.turned[0] else query
+    stretch = rotated.scaling if isinstance(rotated, Rope) else 1.0
+    on_device = torch.tensor(lengths, dtype=torch.int32, device=query.device)
+    parts = (*sides, shared)
+    found: Tensor = launch.attend(packed_query, query, on_device, parts, plan, scaling, softcap or 0.0, stretch)
+    if not apart:
+        return found[0]
+    return turn_sum(store.quantizers[1], blocks.matrices[1], found[0]) + found[1]
+
+
+@functools.cache
+def _launch() -> ModuleType | None:
+    """The module that launches kernels; None without Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("narrowkv.attention.triton_launch")
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether kernels run on a device: a GPU that Triton compiles for, or any memory where it interprets them."""
+    launch = _launch()
+    return launch is not None and (device.type == "cuda" or bool(launch.INTERPRETED))
+
+
+def _require(query: Tensor, store: LayerStore) -> Any:
+    """The module that launches kernels; raises UnsupportedModelError where they do not read such a cache."""
+    if _launch() is None:
+        raise UnsupportedModelError("Backend cuda needs Triton; install it (`pip install triton`), or choose backend torch.")
+    if not runs_on(query.device):
+        raise UnsupportedModelError(f"Backend cuda reads memory of a GPU, not of {query.device}; choose backend torch.")
+    for quantizer in store.quantizers:
+        if why := why_unread(quantizer.scheme):
+            raise UnsupportedModelError(f"Backend cuda {why}; choose backend torch.")
+    dim = query.shape[3]
+    if dim > MOST_HEAD_DIM or dim % 8:
+        raise UnsupportedModelError(
+            f"Backend cuda reads heads of up to {MOST_HEAD_DIM} channels, a multiple of 8, not of {dim}; choose backend torch."
+        )
+    return _launch()
+
+
+def _kept(rope: AnyRope | None, kept: Tensor | None) -> Tensor | None:
+    """What is kept of each token, as kernels read it: positions [1 or batch, tokens] int32, or angles, each token's together."""
+    if rope is None or kept is None:
+        return None
+    if kept.stride(0) == 0:
+        kept = kept[:1]
+    if isinstance(rope, Rope):
+        kept = kept if kept.dtype == torch.int32 else kept.to(torch.int32)
+        return kept if kept.stride(1) == 1 else kept.contiguous()
+    angles = torch.stack(rope.cos_sin(kept), dim=2)
+    return angles.contiguous()
+
+
+def _case(
+    query: Tensor,
+    store: LayerStore,
+    blocks: Blocks,
+    rope: AnyRope | None,
+    kept: Tensor | None,
+    visible: Visible,
+    softcap: float | None,
+) -> Case:
+    assert store.shape is not None
+    rows = query.shape[1] // store.shape[1] * query.shape[2]
+    hidden = visible.rule is not None
+    pairs = 0 if rope is None or kept is None else blocks.pairs or kept.shape[-1]
+    exact = torch.get_float32_matmul_precision() == "highest" and query.dtype == torch.float32
+    return Case(
+        rows=rows,
+        room=min(max(power_of_2(rows), 16), MOST_ROWS),
+        queries=query.shape[2],
+        dim=query.shape[3],
+        pairs=pairs,
+        interleaved=rope is not None and rope.interleaved,
+        turning=blocks.turning,
+        sinks=0 if store.sink_index is None else store.sink_index.shape[1],
+        softcap=softcap is not None,
+        padding=visible.padding is not None and not hidden,
+        window=0 if hidden else visible.sliding_window or 0,
+        hidden=hidden,
+        precision="ieee" if exact else "tf32",
+    )
+
+
+def _hidden(visible: Visible, query: Tensor, first: int, length: int) -> Tensor:
+    """What each query does not see, by the rule: [batch or 1, queries, tokens held] uint8."""
+    index = torch.arange(first, length, device=query.device)
+    return visible.hidden(index[len(index) - query.shape[2] :], index)[:, 0].contiguous().view(torch.uint8)
+
+
+def _splits(query: Tensor, store: LayerStore, blocks: Blocks, case: Case) -> int:
+    """How many programs share the blocks of a head: enough to keep a GPU busy, by how many blocks there is room for."""
+    assert store.shape is not None
+    programs = PROGRAMS * _multiprocessors(query.device)
+    others = query.shape[0] * store.shape[1] * -(-case.rows // case.room)
+    return max(min(-(-programs // others), blocks.room // FEWEST_BLOCKS, MOST_SPLITS), 1)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _lengths(store: LayerStore, blocks: Blocks, past: int, length: int, queries: int) -> list[int]:
+    """How much of everything counts, in the order of `triton_launch`."""
+    held = past - store.first
+    sealed = min(store.sealed, held)
+    tail = min(store.tail.tokens, held - sealed) if store.tail else 0
+    packed = sealed + tail
+    outliers = [room.outliers for room in store.tail.rooms] if store.tail else [0, 0]
+    starts = [sealed, packed, held]
+    sinks = 0 if store.sink_index is None else store.sinks
+    return [blocks.count, sealed, store.first, length - queries, tail, sinks, held - packed, length - past, *starts, *outliers]

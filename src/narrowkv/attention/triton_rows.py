@@ -1,0 +1,119 @@
+"""Triton: what all kernels of attention share: pairs of channels that turn together, angles, what is hidden, a running softmax."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def pair_channels(C: tl.constexpr):
+    """The two channels of each pair [lanes] that turns together; those that do not turn are paired as they come."""
+    i = tl.arange(0, C.lanes)
+    beyond = i - C.pairs
+    first = tl.where(beyond < 0, 2 * i if C.interleaved else i, 2 * C.pairs + beyond)
+    second = tl.where(beyond < 0, 2 * i + 1 if C.interleaved else i + C.pairs, C.pairs + C.half + beyond)
+    return first, second
+
+
+@triton.jit
+def pair_of(channel, C: tl.constexpr):
+    """The inverse: the pair of a channel, and whether it is the second."""
+    beyond = channel - 2 * C.pairs
+    still = C.half - C.pairs  # pairs that do not turn
+    pair = tl.where(beyond < 0, channel, C.pairs + beyond % max(still, 1))
+    second = beyond >= still
+    if C.pairs > 0:
+        turning = channel // 2 if C.interleaved else channel % C.pairs
+        pair = tl.where(beyond < 0, turning, pair)
+        second = tl.where(beyond < 0, (channel % 2 == 1) if C.interleaved else (channel >= C.pairs), second)
+    return pair, second
+
+
+@triton.jit
+def cos_sin(position, turns):
+    """Cosine and sine of positions times frequencies, which are given in turns, float64: whole turns are left out exactly."""
+    turned = position.to(tl.float64) * turns
+    angle = ((turned - tl.floor(turned + 0.5)) * 6.283185307179586).to(tl.float32)
+    return tl.cos(angle), tl.sin(angle)
+
+
+@triton.jit
+def angles(pair, place, live, near, turns, kept, C: tl.constexpr):
+    """Cosine and sine by which channels of a pair turn at a token, for `pair` and `place` that broadcast.
+
+    place: of a token in its block, if angles are "near": [2, pairs, 64] those of the positions 0 to 63; else among those held.
+    kept: of its sequence, positions [tokens] int32, or "given" angles [tokens, 2, pairs].
+    """
+    turning = live & (pair < C.pairs)
+    if C.turning == "near":
+        at = near + pair * 64 + place
+        return tl.load(at, mask=turning, other=1.0), tl.load(at + C.pairs * 64, mask=turning, other=0.0)
+    elif C.turning == "given":
+        at = kept + place * 2 * C.pairs + pair
+        cos, sin = tl.load(at, mask=turning, other=1.0), tl.load(at + C.pairs, mask=turning, other=0.0)
+        return cos.to(tl.float32), sin.to(tl.float32)
+    else:
+        return cos_sin(tl.load(kept + place, mask=live, other=0), tl.load(turns + pair, mask=turning, other=0.0))
+
+
+@triton.jit
+def read_query(query, head, rows, channels, C: tl.constexpr):
+    """Rows of queries [.., rows, head_dim]: [room, lanes] float32; 0 beyond the last row and channel."""
+    live = (rows < C.rows)[:, None] & (tl.arange(0, C.lanes) < C.half)[None, :]
+    at = (head * C.rows + rows)[:, None] * C.dim + channels[None, :]
+    return tl.load(query + at, mask=live, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def stretched(query, stretch, C: tl.constexpr):
+    """Queries [room, lanes] times the factor of the rotary embedding, where channels turn."""
+    if C.pairs > 0 and C.turning != "given":
+        query *= tl.where(tl.arange(0, C.lanes) < C.pairs, stretch, 1.0)[None, :]
+    return query
+
+
+@triton.jit
+def seen(rows, place, live, first, asking, padding, hidden, hidden_stride, window, C: tl.constexpr):
+    """Which queries see which tokens: [room, n]. place: [n] of tokens among those held, of which the first is token `first`.
+
+    asking: which token the first query is. padding: of the sequence, 0 where a token is hidden. hidden: [queries,
+    hidden_stride] of its tokens held, 0 where a query sees one, in place of causality.
+    """
+    own = (asking + rows % C.queries)[:, None]
+    token = (first + place)[None, :]
+    if C.hidden:
+        at = (rows % C.queries)[:, None] * hidden_stride + place[None, :]
+        sees = tl.load(hidden + at, mask=live[None, :], other=1) == 0
+    else:
+        sees = live[None, :] & (token <= own)
+    if C.window:
+        sees &= token > own - window
+    if C.padding:
+        sees &= (tl.load(padding + first + place, mask=live, other=0) != 0)[None, :]
+    return sees
+
+
+@triton.jit
+def in_twos(scores, softcap, C: tl.constexpr):
+    """Scores as powers of 2, after softcap * tanh(scores / softcap) if there is one."""
+    if C.softcap:
+        scores = softcap * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * scores / softcap)))
+    return scores * 1.4426950408889634
+
+
+@triton.jit
+def weigh(scores, largest):
+    """Weights of scores, by how much what was summed before fades, and the new largest score of each row."""
+    found = tl.maximum(largest, tl.max(scores, 1))
+    reference = tl.where(found == float("-inf"), 0.0, found)
+    return tl.exp2(scores - reference[:, None]), tl.exp2(largest - reference), found
+
+
+@triton.jit
+def write_part(sums, peaks, part, total, largest, channels, rows, slot, C: tl.constexpr):
+    """What one program found: sums of its rows [.., rows, head_dim], and their largest score and total [.., rows, 2]."""
+    live = rows < C.rows
+    at = slot * C.rows + rows
+    inside = live[:, None] & (channels < C.dim)[None, :]
+    tl.store(sums + at[:, None] * C.dim + channels[None, :], part, mask=inside)
+    tl.store(peaks + 2 * at, largest, mask=live)
+    tl.store(peaks + 2 * at + 1, total, mask=live)
