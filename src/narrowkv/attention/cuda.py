@@ -23,7 +23,7 @@ from narrowkv.errors import UnsupportedModelError
 from narrowkv.store import LayerStore
 
 MOST_HEAD_DIM = 256
-MOST_ROWS = 64  # queries of a group that share a decoded tile
+FEWEST_ROWS, MOST_ROWS = 8, 64  # queries of a group that share a decoded tile
 PROGRAMS = 4  # for each multiprocessor
 FEWEST_BLOCKS, MOST_SPLITS = 4, 128  # of a program; of a sequence's blocks
 
@@ -66,7 +66,7 @@ def attend(
         sink_logits=sink_logits,
     )
     apart = blocks.turned[1]
-    plan = launch.Plan(*blocks.forms, case, _splits(query, store, blocks, case), apart)
+    plan = launch.Plan(*blocks.forms, case, _splits(query, store, blocks, case), apart, query.dtype != torch.float32)
     lengths = _lengths(store, blocks, past, length, query.shape[2])
     packed = lengths[launch.SEALED] + lengths[launch.TAIL]
     sides = [
@@ -142,7 +142,7 @@ def _case(
     exact = torch.get_float32_matmul_precision() == "highest" and query.dtype == torch.float32
     return Case(
         rows=rows,
-        room=min(max(power_of_2(rows), 16), MOST_ROWS),
+        room=min(max(power_of_2(rows), FEWEST_ROWS), MOST_ROWS),
         queries=query.shape[2],
         dim=query.shape[3],
         pairs=pairs,

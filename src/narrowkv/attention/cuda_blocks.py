@@ -173,11 +173,11 @@ def form_of(quantizer: AnyQuantizer, keys: bool, heads: int, dim: int, order: in
     codes = dim // scheme.numbers
     channel_major = is_channel_major(scheme, keys)
     exact = scheme.bits == 16
-    unit = 32
+    wide = 4
     if not channel_major:
         order = 8 if exact else PLANES[scheme.code_bits][0]
         planes = (8,) if exact else PLANES[scheme.code_bits]
-        unit = next(unit for unit in (32, 16, 8) if all(codes * plane % unit == 0 for plane in planes))
+        wide = 4 if all(codes * plane % 32 == 0 for plane in planes) and not exact else 1
     forms = scheme.range_forms(heads, BLOCK, codes)
     own = isinstance(quantizer, PointQuantizer) or _folds(quantizer, channel_major)
     shape, ranges = (1, 1, 1), "none"
@@ -193,7 +193,7 @@ def form_of(quantizer: AnyQuantizer, keys: bool, heads: int, dim: int, order: in
         heads=heads,
         channel_major=channel_major,
         order=order,
-        unit=unit,
+        wide=wide,
         own=own,
         even=scheme.datatype == "int" and not own,
         ranges=ranges,

@@ -18,7 +18,7 @@ class Form:
     """The keys, or the values, of packed blocks.
 
     bits: of a code, 16 for exact numbers. codes: of a head. numbers: that a code stands for. heads: KV heads. order: bits of
-    the plane that columns of a tile are ordered by. unit: bits read at once. own: each code has a codebook of its own, else all
+    the plane that columns of a tile are ordered by. wide: bytes read at once, 4 or 1. own: each code has a codebook of its own, else all
     share one. even: levels are evenly spaced. ranges: "none", "held" with each block or "fixed", [range_heads, range_tokens,
     range_channels]. zero: whether ranges have one. nonzeros: outliers taken at once, 0 where there are none. kind: of
     exact numbers, "fp16", "bf16" or "fp32".
@@ -30,7 +30,7 @@ class Form:
     heads: int
     channel_major: bool
     order: int
-    unit: int
+    wide: int
     own: bool
     even: bool
     ranges: str
@@ -69,29 +69,29 @@ class Form:
         return BLOCK if self.channel_major else self.codes
 
     @property
-    def wide(self) -> int:
-        """Bytes of a unit."""
-        return self.unit // 8
-
-    @property
     def stride(self) -> int:
         """How many codes of the ordering plane lie between two that share a byte."""
         return self.length * self.order // 8
 
     @property
-    def units_held(self) -> int:
-        """Units of a row of the ordering plane."""
-        return self.length * self.order // self.unit
-
-    @property
-    def units(self) -> int:
-        """The same, filled up to a power of 2."""
-        return power_of_2(self.units_held)
+    def sharing(self) -> int:
+        """How many codes share a byte of the ordering plane."""
+        return 8 // self.order
 
     @property
     def each(self) -> int:
-        """Codes that have bits of the ordering plane in one unit."""
-        return self.unit // self.order
+        """Columns that come out of one unit."""
+        return self.sharing * self.wide
+
+    @property
+    def units_held(self) -> int:
+        """Units of a row of the ordering plane."""
+        return self.stride // self.wide
+
+    @property
+    def units(self) -> int:
+        """The same, filled up to a power of 2, and so that a tile has 16 columns or more."""
+        return max(power_of_2(self.units_held), 16 // self.each)
 
     @property
     def columns(self) -> int:
@@ -107,11 +107,6 @@ class Form:
     def channels(self) -> int:
         """Channels of a tile of values, those that only fill it up included."""
         return self.row_room * self.numbers if self.channel_major else self.columns
-
-    @property
-    def gathered(self) -> bool:
-        """Whether codes are looked up in registers or shared memory; else four are selected from, many loaded."""
-        return 4 < self.levels <= 64 or not self.own
 
     @property
     def group(self) -> int:
@@ -131,9 +126,9 @@ class Form:
         return (self.range_tokens if self.channel_major else self.range_channels) > 1
 
     @property
-    def by_unit(self) -> bool:
-        """Whether they differ between columns beyond the place that codes have in their units."""
-        return self.by_column and self.group % self.stride != 0
+    def groups(self) -> int:
+        """How many ranges a row has."""
+        return self.length // self.group
 
 
 @dataclass(frozen=True)
@@ -163,6 +158,11 @@ class Case:
     @property
     def half(self) -> int:
         return self.dim // 2
+
+    @property
+    def still(self) -> int:
+        """Pairs of channels that do not turn, but 1 if all do."""
+        return max(self.half - self.pairs, 1)
 
     @property
     def coupled(self) -> bool:

@@ -18,7 +18,7 @@ from narrowkv.attention.triton_tail import OUTLIERS, TOKENS, decode_tail, put_ou
 from narrowkv.store import BLOCK
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-DOTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+NUMBERS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}  # of exact tokens
 
 # places in `lengths`, int32: columns, sealed tokens that count, first token held, first query, and tokens elsewhere
 COLUMNS, SEALED, FIRST, ASKING, TAIL, SINKS, WINDOW, NEW, TAIL_START, WINDOW_START, NEW_START, KEY_OUTLIERS, VALUE_OUTLIERS = range(13)
@@ -61,7 +61,8 @@ class Shared:
 class Plan:
     """What is known before the numbers are: forms of both sides, the case, how many programs share a sequence's blocks.
 
-    apart: what was read from codes and what was exact are summed apart, for the former's sum is turned yet.
+    apart: what was read from codes and what was exact are summed apart, for the former's sum is turned yet. rounded: numbers are
+    read from codes in 16 bits.
     """
 
     keys: Form
@@ -69,6 +70,7 @@ class Plan:
     case: Case
     splits: int
     apart: bool
+    rounded: bool
 
 
 _PLANS: list[Plan] = []
@@ -172,7 +174,7 @@ class _Step:
             self.packed_query, shared.blocks, shared.starts, _or(shared.bases, lengths), lengths, sums, peaks, *tables,
             _or(shared.near, lengths), _or(shared.turns, lengths), *self.sight, _or(shared.sink_index, lengths),
             shared.blocks.shape[1], sums.shape[1], splits, *self.strides, *self.numbers,
-            K=self.plan.keys, V=self.plan.values, C=self.plan.case, DOT=DOTS[self.query.dtype], num_warps=WARPS,
+            K=self.plan.keys, V=self.plan.values, C=self.plan.case, NUMBER=tl.float16 if self.plan.rounded else tl.float32, num_warps=WARPS,
         )  # fmt: skip
 
     def launch_loose(
@@ -189,7 +191,7 @@ class _Step:
             self.packed_query if packed else self.query, keys, values, index, lengths, sums, peaks,
             _or(shared.turns, lengths), *self.sight, index,
             self.plan.keys.heads, sums.shape[1], slot, held, start, index.shape[-1], keys.stride(1), values.stride(1),
-            *self.strides, *self.numbers, PLACED=placed, C=case, DOT=DOTS[self.query.dtype], num_warps=WARPS,
+            *self.strides, *self.numbers, PLACED=placed, C=case, NUMBER=NUMBERS[self.query.dtype], num_warps=WARPS,
         )  # fmt: skip
 
     def tail_numbers(self, form: Form, side: SideParts, which: int) -> Tensor | None:

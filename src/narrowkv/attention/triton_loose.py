@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from narrowkv.attention.triton_rows import angles, in_twos, pair_channels, read_query, seen, stretched, weigh, write_part
+from narrowkv.attention.triton_rows import angles, in_twos, pair_channels, read_query, seen, weigh, write_part
 
 TOKENS = tl.constexpr(64)  # at a time
 
@@ -13,7 +13,7 @@ def attend_loose(
     query, keys, values, places, lengths, sums, peaks, turns, kept, padding, hidden, sink_index,
     heads, slots, slot, held, own, place_stride, key_stride, value_stride, kept_stride, padding_stride, hidden_batch, hidden_stride, window,
     scaling, softcap, stretch,
-    PLACED: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr,
+    PLACED: tl.constexpr, C: tl.constexpr, NUMBER: tl.constexpr,
 ):  # fmt: skip
     """Attention over lengths[held] tokens [batch, heads, .., head_dim], the first of which is the lengths[own]-th of all held.
 
@@ -34,12 +34,12 @@ def attend_loose(
     values += place.to(tl.int64) * value_stride
 
     channel_a, channel_b = pair_channels(C)
-    query_a = stretched(read_query(query, place, rows, channel_a, C) * scaling, stretch, C)
-    query_b = stretched(read_query(query, place, rows, channel_b, C) * scaling, stretch, C)
+    query_a = read_query(query, place, rows, channel_a, scaling, stretch, C).to(NUMBER)
+    query_b = read_query(query, place, rows, channel_b, scaling, stretch, C).to(NUMBER)
     pair, channel = tl.arange(0, C.lanes), tl.arange(0, C.wide)
     largest = tl.full([C.room], float("-inf"), tl.float32)
     total = tl.zeros([C.room], tl.float32)
-    part = tl.zeros([C.room, C.wide], tl.float32)
+    part = tl.zeros([C.wide, C.room], tl.float32)
     for start in range(0, count, TOKENS):
         token = start + tl.arange(0, TOKENS)
         live = token < count
@@ -47,24 +47,24 @@ def attend_loose(
         if PLACED:
             standing = (tl.load(places + row * place_stride + token, mask=live, other=-1) - first).to(tl.int32)
             live &= (standing >= 0) & (standing < packed)
-        for j in tl.static_range(C.sinks):
+        for j in tl.static_range(tl.constexpr(C.sinks)):
             live &= first + standing != tl.load(sink_index + row * C.sinks + j)
-        at = token[None, :] * C.dim
-        inside = (pair < C.half)[:, None] & live[None, :]
-        keys_a = tl.load(keys + at + channel_a[:, None], mask=inside, other=0.0).to(tl.float32)
-        keys_b = tl.load(keys + at + channel_b[:, None], mask=inside, other=0.0).to(tl.float32)
+        at = token[:, None] * C.dim
+        inside = (pair < C.half)[None, :] & live[:, None]
+        keys_a = tl.load(keys + at + channel_a[None, :], mask=inside, other=0.0).to(tl.float32)
+        keys_b = tl.load(keys + at + channel_b[None, :], mask=inside, other=0.0).to(tl.float32)
         if C.turning != "none":
-            cos, sin = angles(pair[:, None], standing[None, :], live[None, :], turns, turns, kept, C)
+            cos, sin = angles(pair[None, :], standing[:, None], live[:, None], turns, turns, kept, C)
             keys_a, keys_b = keys_a * cos - keys_b * sin, keys_b * cos + keys_a * sin
-        scores = tl.dot(query_a.to(DOT), keys_a.to(DOT), input_precision=C.precision)
-        scores = tl.dot(query_b.to(DOT), keys_b.to(DOT), scores, input_precision=C.precision)
+        scores = tl.dot(keys_a.to(NUMBER), query_a, input_precision=C.precision)
+        scores = tl.dot(keys_b.to(NUMBER), query_b, scores, input_precision=C.precision)
         sees = seen(rows, standing, live, first, asking, padding, hidden, hidden_stride, window, C)
         scores = tl.where(sees, in_twos(scores, softcap, C), float("-inf"))
         weights, fading, largest = weigh(scores, largest)
-        total = total * fading + tl.sum(weights, 1)
-        inside = live[:, None] & (channel < C.dim)[None, :]
-        some = tl.load(values + token[:, None] * C.dim + channel[None, :], mask=inside, other=0.0)
-        part = tl.dot(weights.to(DOT), some.to(DOT), part * fading[:, None], input_precision=C.precision)
+        total = total * fading + tl.sum(weights, 0)
+        inside = live[None, :] & (channel < C.dim)[:, None]
+        some = tl.load(values + token[None, :] * C.dim + channel[:, None], mask=inside, other=0.0)
+        part = tl.dot(some.to(NUMBER), weights.to(NUMBER), part * fading[None, :], input_precision=C.precision)
     write_part(sums, peaks, part, total, largest, channel, rows, place * slots + slot, C)
 
 

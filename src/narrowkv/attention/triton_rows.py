@@ -1,4 +1,8 @@
-"""Triton: what all kernels of attention share: pairs of channels that turn together, angles, what is hidden, a running softmax."""
+"""Triton: what all kernels of attention share: channels that turn together, angles, what is hidden, a running softmax.
+
+Queries of a group are columns of tiles, [channels or tokens, room], since a product on a GPU's matrix unit may have as few as 8
+columns, but not rows.
+"""
 
 import triton
 import triton.language as tl
@@ -18,9 +22,8 @@ def pair_channels(C: tl.constexpr):
 def pair_of(channel, C: tl.constexpr):
     """The inverse: the pair of a channel, and whether it is the second."""
     beyond = channel - 2 * C.pairs
-    still = C.half - C.pairs  # pairs that do not turn
-    pair = tl.where(beyond < 0, channel, C.pairs + beyond % max(still, 1))
-    second = beyond >= still
+    pair = C.pairs + beyond % C.still
+    second = beyond >= C.still
     if C.pairs > 0:
         turning = channel // 2 if C.interleaved else channel % C.pairs
         pair = tl.where(beyond < 0, turning, pair)
@@ -38,7 +41,7 @@ def cos_sin(position, turns):
 
 @triton.jit
 def angles(pair, place, live, near, turns, kept, C: tl.constexpr):
-    """Cosine and sine by which channels of a pair turn at a token, for `pair` and `place` that broadcast.
+    """Cosine and sine by which channels of a pair turn at a token, for `pair` and `place` that broadcast, float32.
 
     place: of a token in its block, if angles are "near": [2, pairs, 64] those of the positions 0 to 63; else among those held.
     kept: of its sequence, positions [tokens] int32, or "given" angles [tokens, 2, pairs].
@@ -56,39 +59,38 @@ def angles(pair, place, live, near, turns, kept, C: tl.constexpr):
 
 
 @triton.jit
-def read_query(query, head, rows, channels, C: tl.constexpr):
-    """Rows of queries [.., rows, head_dim]: [room, lanes] float32; 0 beyond the last row and channel."""
-    live = (rows < C.rows)[:, None] & (tl.arange(0, C.lanes) < C.half)[None, :]
-    at = (head * C.rows + rows)[:, None] * C.dim + channels[None, :]
-    return tl.load(query + at, mask=live, other=0.0).to(tl.float32)
+def read_query(query, head, rows, channels, scaling, stretch, C: tl.constexpr):
+    """Queries [.., rows, head_dim] times scaling, where channels turn also times the factor of the rotary embedding.
 
-
-@triton.jit
-def stretched(query, stretch, C: tl.constexpr):
-    """Queries [room, lanes] times the factor of the rotary embedding, where channels turn."""
+    Returns [lanes, room] float32; 0 beyond the last row and channel.
+    """
+    pair = tl.arange(0, C.lanes)
+    live = (rows < C.rows)[None, :] & (pair < C.half)[:, None]
+    at = (head * C.rows + rows)[None, :] * C.dim + channels[:, None]
+    factor = scaling + pair * 0.0
     if C.pairs > 0 and C.turning != "given":
-        query *= tl.where(tl.arange(0, C.lanes) < C.pairs, stretch, 1.0)[None, :]
-    return query
+        factor = tl.where(pair < C.pairs, scaling * stretch, scaling)
+    return tl.load(query + at, mask=live, other=0.0).to(tl.float32) * factor[:, None]
 
 
 @triton.jit
 def seen(rows, place, live, first, asking, padding, hidden, hidden_stride, window, C: tl.constexpr):
-    """Which queries see which tokens: [room, n]. place: [n] of tokens among those held, of which the first is token `first`.
+    """Which tokens queries see: [n, room]. place: [n] of tokens among those held, of which the first is token `first`.
 
     asking: which token the first query is. padding: of the sequence, 0 where a token is hidden. hidden: [queries,
     hidden_stride] of its tokens held, 0 where a query sees one, in place of causality.
     """
-    own = (asking + rows % C.queries)[:, None]
-    token = (first + place)[None, :]
+    own = (asking + rows % C.queries)[None, :]
+    token = (first + place)[:, None]
     if C.hidden:
-        at = (rows % C.queries)[:, None] * hidden_stride + place[None, :]
-        sees = tl.load(hidden + at, mask=live[None, :], other=1) == 0
+        at = (rows % C.queries)[None, :] * hidden_stride + place[:, None]
+        sees = tl.load(hidden + at, mask=live[:, None], other=1) == 0
     else:
-        sees = live[None, :] & (token <= own)
-    if C.window:
+        sees = live[:, None] & (token <= own)
+    if C.window > 0:
         sees &= token > own - window
     if C.padding:
-        sees &= (tl.load(padding + first + place, mask=live, other=0) != 0)[None, :]
+        sees &= (tl.load(padding + first + place, mask=live, other=0) != 0)[:, None]
     return sees
 
 
@@ -102,18 +104,18 @@ def in_twos(scores, softcap, C: tl.constexpr):
 
 @triton.jit
 def weigh(scores, largest):
-    """Weights of scores, by how much what was summed before fades, and the new largest score of each row."""
-    found = tl.maximum(largest, tl.max(scores, 1))
+    """Weights of scores [n, room], by how much what was summed before fades, and the new largest score of each query."""
+    found = tl.maximum(largest, tl.max(scores, 0))
     reference = tl.where(found == float("-inf"), 0.0, found)
-    return tl.exp2(scores - reference[:, None]), tl.exp2(largest - reference), found
+    return tl.exp2(scores - reference[None, :]), tl.exp2(largest - reference), found
 
 
 @triton.jit
 def write_part(sums, peaks, part, total, largest, channels, rows, slot, C: tl.constexpr):
-    """What one program found: sums of its rows [.., rows, head_dim], and their largest score and total [.., rows, 2]."""
+    """What one program found: sums [channels, room] to [.., rows, head_dim], their largest score and total to [.., rows, 2]."""
     live = rows < C.rows
     at = slot * C.rows + rows
-    inside = live[:, None] & (channels < C.dim)[None, :]
-    tl.store(sums + at[:, None] * C.dim + channels[None, :], part, mask=inside)
+    inside = live[None, :] & (channels < C.dim)[:, None]
+    tl.store(sums + at[None, :] * C.dim + channels[:, None], part, mask=inside)
     tl.store(peaks + 2 * at, largest, mask=live)
     tl.store(peaks + 2 * at + 1, total, mask=live)

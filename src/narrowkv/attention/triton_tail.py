@@ -22,7 +22,7 @@ def decode_tail(codes, table, scale, zero, numbers, F: tl.constexpr, WIDE: tl.co
         first = place // F.heads * F.range_heads * F.range_tokens * F.range_channels
         scale += first
         zero += first
-    for number in tl.static_range(F.numbers):
+    for number in tl.static_range(tl.constexpr(F.numbers)):
         decoded = stands_for(found, table, scale, zero, head, token, code, number, live, F)
         at = (place * 64 + token) * F.dim + code + number * F.codes
         tl.store(numbers + at, decoded, mask=live)
@@ -34,6 +34,6 @@ def put_outliers(index, values, lengths, held, numbers, F: tl.constexpr):
     which = tl.program_id(0) * OUTLIERS + tl.arange(0, OUTLIERS)
     live = which < tl.load(lengths + held)
     at = tl.load(index + which, mask=live, other=0)
-    for number in tl.static_range(F.numbers):
+    for number in tl.static_range(tl.constexpr(F.numbers)):
         exact = tl.load(values + which * F.numbers + number, mask=live, other=0.0).to(tl.float32)
         tl.store(numbers + at // F.codes * F.dim + at % F.codes + number * F.codes, exact, mask=live)

@@ -1,8 +1,9 @@
 """Triton: from packed bytes to tiles of numbers.
 
-A row of codes is read as units of 8 to 32 bits, and codes that come out of one unit stay side by side. So a tile's columns come
-in an order of their own, `column_places`, which follows from the form alone. Rows of a channel-major side are channels (or
-pairs) and columns are tokens; of a token-major side it is the other way round.
+A row of codes is read as words of 32 bits (bytes where a row is no whole number of words), and taken apart by shifts: each word
+doubles again and again within the thread that has read it, until every code has 16 bits. So a tile's columns come in an order of
+their own, `column_places`. Rows of a channel-major side are channels (or pairs) and columns are tokens; of a token-major side it
+is the other way round. Arithmetic is in NUMBER, float16 or float32: two numbers of 16 bits take one instruction.
 """
 
 import triton
@@ -11,97 +12,106 @@ import triton.language as tl
 
 @triton.jit
 def column_places(F: tl.constexpr):
-    """Which code of a row each column of a tile is: [1, units, each] int32; `F.length` or more where there is none."""
-    unit = tl.arange(0, F.units)[None, :, None]
-    place = tl.arange(0, F.each)[None, None, :]
-    within = unit * F.wide + place % F.wide
-    return tl.where(unit < F.units_held, within + place // F.wide * F.stride, F.length)
+    """Which code of a row each column of a tile is: [columns] int32; `F.length` or more where there is none."""
+    column = tl.arange(0, F.columns)
+    unit, within = column // F.each, column % F.wide
+    byte = within // 2 + within % 2 * 2 if F.wide == 4 else within  # halves of a word are taken apart last
+    place = unit * F.wide + byte + column // F.wide % F.sharing * F.stride
+    return tl.where(unit < F.units_held, place, F.length)
 
 
 @triton.jit
 def column_of(place, F: tl.constexpr):
     """The inverse: in which column a code of a row lies."""
-    within = place % F.stride
-    return within // F.wide * F.each + place // F.stride * F.wide + within % F.wide
+    byte = place % F.stride % F.wide
+    within = byte % 2 * 2 + byte // 2 if F.wide == 4 else byte
+    return (place % F.stride // F.wide * F.sharing + place // F.stride) * F.wide + within
 
 
 @triton.jit
-def plane_at(entry, i: tl.constexpr, unit: tl.constexpr):
-    """Where plane i of a block begins, as a pointer to units; pages begin, and blocks of them, at multiples of 16 bytes."""
+def plane_at(entry, i: tl.constexpr, wide: tl.constexpr):
+    """Where plane i of a block begins, as a pointer to units; blocks begin at multiples of 16 bytes."""
     address = tl.load(entry + i)
-    if unit == 32:
+    if wide == 4:
         return tl.multiple_of(address.to(tl.pointer_type(tl.int32)), 16)
-    elif unit == 16:
-        return tl.multiple_of(address.to(tl.pointer_type(tl.int16)), 16)
     else:
         return tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
 
 
 @triton.jit
+def doubled(words, shift: tl.constexpr):
+    """Each column beside itself, shifted: [n, m] -> [n, 2 * m]."""
+    return tl.reshape(tl.join(words, words >> shift), [words.shape[0], words.shape[1] * 2])
+
+
+@triton.jit
 def read_codes(entry, head, rows, F: tl.constexpr):
-    """Codes of rows [n] of a head of a block: [n, units, each] int32; 0 beyond the last row and column."""
+    """Codes of rows [n] of a head of a block: [n, columns] int16; 0 beyond the last row and column."""
     unit = tl.arange(0, F.units)[None, :]
-    place = tl.arange(0, F.each)[None, None, :]
     live = (rows[:, None] < F.rows) & (unit < F.units_held)
-    codes = tl.zeros([rows.shape[0], F.units, F.each], tl.int32)
+    codes = tl.zeros([rows.shape[0], F.columns // 2 if F.wide == 4 else F.columns], tl.int32)
     for i in tl.static_range(len(F.planes)):
         held: tl.constexpr = F.units_held * F.planes[i] // F.order  # units of a row of this plane
         at = (head * F.rows + rows[:, None]) * held + unit % held
-        words = tl.load(plane_at(entry, i, F.unit) + at, mask=live, other=0).to(tl.int32)
-        shift = place % F.wide * 8 + place // F.wide * F.order + (unit // held * F.planes[i])[:, :, None]
-        codes |= ((words[:, :, None] >> shift) & ((1 << F.planes[i]) - 1)) << F.offsets[i]
-    return codes
+        words = tl.load(plane_at(entry, i, F.wide) + at, mask=live, other=0).to(tl.int32)
+        if held < F.units_held:
+            words = words >> (unit // held * F.planes[i])
+        if F.sharing == 4:
+            words = doubled(words, 2 * F.order)
+        if F.sharing >= 2:
+            words = doubled(words, F.order)
+        mask: tl.constexpr = (1 << F.planes[i]) - 1
+        if F.wide == 4:
+            codes |= (doubled(words, 8) & (mask * 0x10001)) << F.offsets[i]
+        else:
+            codes |= (words & mask) << F.offsets[i]
+    if F.wide == 4:
+        both = tl.join(codes.to(tl.int16), (codes >> 16).to(tl.int16))
+        return tl.reshape(both, [rows.shape[0], F.columns])
+    else:
+        return codes.to(tl.int16)
 
 
 @triton.jit
-def levels_of(table, head, rows, number, F: tl.constexpr):
-    """Codebooks that `look_up` gathers from: [n, levels] where each code has its own, else [levels].
+def as_numbers(codes, NUMBER: tl.constexpr):
+    """Codes as numbers: a small whole number lies in the last bits of a float16 of 1024 and more."""
+    if NUMBER == tl.float16:
+        return (codes | 0x6400).to(tl.float16, bitcast=True) - 1024.0
+    else:
+        return codes.to(tl.float32)
 
-    number: [n], which of those that a code stands for. table: [heads, codes, levels, numbers], or [levels], float32.
+
+@triton.jit
+def cubic_of(table, head, rows, number, F: tl.constexpr, NUMBER: tl.constexpr):
+    """Coefficients of the cubic through four levels, [n, 1] each; of no use where there are more.
+
+    number: [n], which of those that a code stands for. table: [heads, codes, levels, numbers], or [levels].
     """
-    level = tl.arange(0, F.levels)
-    if F.own and F.gathered:
-        at = ((head * F.codes + rows[:, None]) * F.levels + level[None, :]) * F.numbers + number[:, None]
-        return tl.load(table + at, mask=rows[:, None] < F.codes, other=0.0)
-    else:
-        return tl.load(table + level)
+    at = ((head * F.codes + rows) * F.levels * F.numbers + number)[:, None] if F.own else rows[:, None] * 0
+    live = (rows < F.rows)[:, None] if F.own else (rows >= 0)[:, None]
+    step = F.numbers if F.own else 1
+    zero = tl.load(table + at, mask=live, other=0.0).to(tl.float32)
+    one = tl.load(table + at + step, mask=live, other=0.0).to(tl.float32)
+    two = tl.load(table + at + 2 * step, mask=live, other=0.0).to(tl.float32)
+    three = tl.load(table + at + 3 * step, mask=live, other=0.0).to(tl.float32)
+    second, third = (two - 2 * one + zero) / 2, (three - 3 * two + 3 * one - zero) / 6
+    linear = one - zero - second + 2 * third
+    return zero.to(NUMBER), linear.to(NUMBER), (second - 3 * third).to(NUMBER), third.to(NUMBER)
 
 
 @triton.jit
-def look_up(codes, levels, table, head, rows, number, F: tl.constexpr):
-    """What codes [n, units, each] stand for before ranges, float32."""
-    live = (rows < F.codes)[:, None, None]
-    own = ((head * F.codes + rows) * F.levels * F.numbers + number)[:, None, None]
+def look_up(codes, cubic, table, head, rows, number, F: tl.constexpr, NUMBER: tl.constexpr):
+    """What codes [n, columns] stand for before ranges."""
     if F.even:
-        return even_level(codes, F)
-    elif F.levels <= 4:
-        return select(codes, table, own, live, F)
-    elif not F.gathered:
-        return tl.load(table + own + codes * F.numbers, mask=live, other=0.0)
+        return as_numbers(codes, NUMBER)
+    elif F.levels == 4:
+        x = as_numbers(codes, NUMBER)
+        return ((cubic[3] * x + cubic[2]) * x + cubic[1]) * x + cubic[0]
     elif F.own:
-        return tl.reshape(tl.gather(levels, tl.reshape(codes, [codes.shape[0], F.columns]), 1), codes.shape)
+        at = ((head * F.codes + rows) * F.levels * F.numbers + number)[:, None] + codes.to(tl.int32) * F.numbers
+        return tl.load(table + at, mask=(rows < F.rows)[:, None], other=0.0).to(NUMBER)
     else:
-        return tl.reshape(tl.gather(levels, tl.reshape(codes, [codes.shape[0] * F.columns]), 0), codes.shape)
-
-
-@triton.jit
-def select(codes, table, own, live, F: tl.constexpr):
-    """One of four levels, by the code's two bits."""
-    if F.own:
-        zero = tl.load(table + own, mask=live, other=0.0)
-        one = tl.load(table + own + F.numbers, mask=live, other=0.0)
-        two = tl.load(table + own + 2 * F.numbers, mask=live, other=0.0)
-        three = tl.load(table + own + 3 * F.numbers, mask=live, other=0.0)
-    else:
-        zero, one, two, three = tl.load(table), tl.load(table + 1), tl.load(table + 2), tl.load(table + 3)
-    odd = codes & 1 != 0
-    return tl.where(codes & 2 != 0, tl.where(odd, three, two), tl.where(odd, one, zero))
-
-
-@triton.jit
-def even_level(codes, F: tl.constexpr):
-    """Levels evenly spaced from -1 to 1. A small whole number lies in the last bits of a float32 of 2^23 and more."""
-    return ((codes | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0) * (2.0 / (F.levels - 1)) - 1.0
+        return tl.load(table + codes.to(tl.int32)).to(NUMBER)
 
 
 @triton.jit
@@ -115,7 +125,7 @@ def ranges_at(entry, scale, zero, F: tl.constexpr):
 
 @triton.jit
 def range_of(scale, zero, head, token, channel, live, F: tl.constexpr):
-    """Scale and zero of numbers, float32; scale, zero: where those of the block's first head lie."""
+    """What codes, or levels, are multiplied by, and what is added, float32; scale, zero: of the block's first head."""
     at = (head if F.range_heads > 1 else 0) * F.range_tokens * F.range_channels
     if F.range_tokens > 1:
         at += token // (64 // F.range_tokens) * F.range_channels
@@ -125,7 +135,43 @@ def range_of(scale, zero, head, token, channel, live, F: tl.constexpr):
     shift = tl.zeros_like(stretch)
     if F.zero:
         shift = tl.load(zero + at, mask=live, other=0.0).to(tl.float32)
-    return stretch, shift
+    if F.even:  # levels of even steps from -1 to 1
+        return stretch * (2.0 / (F.levels - 1)), shift - stretch
+    else:
+        return stretch, shift
+
+
+@triton.jit
+def to_numbers(codes, cubic, entry, table, scale, zero, head, rows, number, F: tl.constexpr, NUMBER: tl.constexpr):
+    """What codes [n, columns] stand for, but for outliers: [n, columns] NUMBER."""
+    numbers = look_up(codes, cubic, table, head, rows, number, F, NUMBER)
+    if F.ranges != "none":
+        scale, zero = ranges_at(entry, scale, zero, F)
+        row = rows[:, None] if F.by_row else tl.zeros([1, 1], tl.int32)
+        if F.by_row and F.by_column and F.groups <= 8:
+            place = column_places(F)[None, :]
+            for i in tl.static_range(tl.constexpr(F.groups)):
+                some, more = range_in(scale, zero, head, row, row * 0 + i * F.group, F)
+                if i == 0:
+                    stretch, shift = some.to(NUMBER), more.to(NUMBER)
+                else:
+                    stretch = tl.where(place // F.group == i, some.to(NUMBER), stretch)
+                    shift = tl.where(place // F.group == i, more.to(NUMBER), shift)
+        else:
+            column = column_places(F)[None, :] if F.by_column else tl.zeros([1, 1], tl.int32)
+            stretch, shift = range_in(scale, zero, head, row, column, F)
+        numbers = numbers * stretch.to(NUMBER) + shift.to(NUMBER)
+    return numbers
+
+
+@triton.jit
+def range_in(scale, zero, head, row, column, F: tl.constexpr):
+    """`range_of` rows and columns that broadcast."""
+    live = (row < F.rows) & (column < F.length)
+    if F.channel_major:
+        return range_of(scale, zero, head, column, row, live, F)
+    else:
+        return range_of(scale, zero, head, row, column, live, F)
 
 
 @triton.jit
@@ -133,11 +179,11 @@ def stands_for(code, table, scale, zero, head, token, place, number: tl.constexp
     """What single codes stand for, float32; place: of each within its head. All broadcast."""
     if F.own:
         at = ((head * F.codes + place) * F.levels + code) * F.numbers + number
-        numbers = tl.load(table + at, mask=live, other=0.0)
+        numbers = tl.load(table + at, mask=live, other=0.0).to(tl.float32)
     elif F.even:
-        numbers = even_level(code, F)
+        numbers = code.to(tl.float32)
     else:
-        numbers = tl.load(table + code)
+        numbers = tl.load(table + code).to(tl.float32)
     if F.ranges != "none":
         stretch, shift = range_of(scale, zero, head, token, place, live, F)
         numbers = numbers * stretch + shift
@@ -145,33 +191,16 @@ def stands_for(code, table, scale, zero, head, token, place, number: tl.constexp
 
 
 @triton.jit
-def to_numbers(codes, levels, entry, table, scale, zero, head, rows, number, F: tl.constexpr):
-    """What codes [n, units, each] stand for, but for outliers: [n, columns] float32."""
-    numbers = look_up(codes, levels, table, head, rows, number, F)
-    if F.ranges != "none":
-        row = rows[:, None, None] if F.by_row else tl.zeros([1, 1, 1], tl.int32)
-        column = tl.zeros([1, 1, 1], tl.int32)
-        if F.by_unit:
-            column = column_places(F)
-        elif F.by_column:
-            column = (tl.arange(0, F.each) // F.wide * F.stride)[None, None, :]
-        live = (row < F.rows) & (column < F.length)
-        token, channel = (column, row) if F.channel_major else (row, column)
-        scale, zero = ranges_at(entry, scale, zero, F)
-        stretch, shift = range_of(scale, zero, head, token, channel, live, F)
-        numbers = numbers * stretch + shift
-    return tl.reshape(numbers, [codes.shape[0], F.columns])
-
-
-@triton.jit
 def missed(entry, table, scale, zero, head, token, code, number: tl.constexpr, exact, live, F: tl.constexpr):
     """By how much the numbers that single codes stand for miss the exact ones: [n] float32."""
-    row, column = (code, token) if F.channel_major else (token, code)
+    row, column = token, code
+    if F.channel_major:
+        row, column = code, token
     found = tl.zeros_like(code)
     for i in tl.static_range(len(F.planes)):
         held: tl.constexpr = F.length * F.planes[i] // 8  # bytes of a row of this plane
         at = (head * F.rows + row) * held + column % held
-        byte = tl.load(plane_at(entry, i, 8) + at, mask=live, other=0).to(tl.int32)
+        byte = tl.load(plane_at(entry, i, 1) + at, mask=live, other=0).to(tl.int32)
         found |= ((byte >> (column // held * F.planes[i])) & ((1 << F.planes[i]) - 1)) << F.offsets[i]
     scale, zero = ranges_at(entry, scale, zero, F)
     return tl.where(live, exact - stands_for(found, table, scale, zero, head, token, code, number, live, F), 0.0)
