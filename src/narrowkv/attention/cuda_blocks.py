@@ -20,6 +20,7 @@ from narrowkv.store.page import Column, is_channel_major
 KINDS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 GROWTH = 8  # columns find room for one more eighth
 MOST_NONZEROS = 128
+FOLDED_BITS = 4
 
 _KNOWN: WeakKeyDictionary[LayerStore, "Blocks"] = WeakKeyDictionary()
 _ANGLES = WeakIdKeyDictionary()  # by a rope's frequencies: what `angles` reads
@@ -29,10 +30,12 @@ _ANGLES = WeakIdKeyDictionary()  # by a rope's frequencies: what `angles` reads
 class Tables:
     """Codebooks and fixed ranges of one side as kernels read them, float32, and by what its head is turned.
 
-    table: [heads, codes, levels, numbers] or [levels]; scale, zero: [heads, codes].
+    table: [heads, codes, levels, numbers] or [levels]; scale, zero: [heads, codes]. bytes: the table's numbers in float16, the
+    lower bytes of all levels before the higher, [heads, codes, numbers, levels / 2] int32 or [levels / 2].
     """
 
     table: Tensor | None = None
+    bytes: Tensor | None = None
     scale: Tensor | None = None
     zero: Tensor | None = None
 
@@ -195,7 +198,7 @@ def form_of(quantizer: AnyQuantizer, keys: bool, heads: int, dim: int, order: in
         order=order,
         wide=wide,
         own=own,
-        even=scheme.datatype == "int" and not own,
+        even=scheme.datatype == "int" and scheme.bits == 8,
         ranges=ranges,
         range_heads=shape[0],
         range_tokens=shape[1],
@@ -207,23 +210,32 @@ def form_of(quantizer: AnyQuantizer, keys: bool, heads: int, dim: int, order: in
 
 
 def _folds(quantizer: AnyQuantizer, channel_major: bool) -> bool:
-    """Whether fixed ranges of channels go into four levels for each of them, which saves a multiplication."""
-    return channel_major and quantizer.scheme.static and quantizer.scheme.code_bits == 2
+    """Whether fixed ranges of channels go into a codebook for each of them, which saves a multiplication."""
+    return channel_major and quantizer.scheme.static and quantizer.scheme.bits <= FOLDED_BITS
 
 
 def tables_of(quantizer: AnyQuantizer, keys: bool) -> Tables:
     """Its tables."""
     if isinstance(quantizer, PointQuantizer):
         assert quantizer.points is not None
-        return Tables(quantizer.points.float().contiguous())
+        return Tables(quantizer.points.float().contiguous(), _bytes(quantizer.points.transpose(2, 3)))
     if not isinstance(quantizer, Quantizer) or quantizer.codebook is None:
         return Tables()
     table = quantizer.codebook.float().contiguous()
     if quantizer.scale is None or quantizer.zero is None:
-        return Tables(table)
+        return Tables(table, _bytes(table))
     if _folds(quantizer, is_channel_major(quantizer.scheme, keys)):
-        return Tables((table * quantizer.scale[..., None] + quantizer.zero[..., None])[..., None].contiguous())
-    return Tables(table, quantizer.scale.contiguous(), quantizer.zero.contiguous())
+        levels = table * quantizer.scale[..., None] + quantizer.zero[..., None]
+        return Tables(levels[..., None].contiguous(), _bytes(levels[:, :, None]))
+    return Tables(table, _bytes(table), quantizer.scale.contiguous(), quantizer.zero.contiguous())
+
+
+def _bytes(table: Tensor) -> Tensor | None:
+    """As `Tables.bytes` has it, of a table [..., levels]; None where there are more than 16."""
+    if table.shape[-1] > 16:
+        return None
+    parts = table.half().contiguous()[..., None].view(torch.uint8)  # [..., levels, 2], lower bytes first
+    return parts.transpose(-1, -2).flatten(-2).contiguous().view(torch.int32)
 
 
 def _kind(store: LayerStore, side: int) -> str:
@@ -256,7 +268,7 @@ def _angles(rope: Rope) -> tuple[Tensor, Tensor]:
 def side_parts(store: LayerStore, blocks: Blocks, side: int, new: Tensor | None, packed: int, held: int) -> dict[str, Any]:
     """Keys, or values, by the names of `triton_launch.SideParts`, of the first `held` tokens, `packed` of them in codes."""
     tables = blocks.tables[side]
-    parts: dict[str, Tensor | None] = {"table": tables.table, "scale": tables.scale, "zero": tables.zero}
+    parts: dict[str, Tensor | None] = {"table": tables.table, "bytes": tables.bytes, "scale": tables.scale, "zero": tables.zero}
     if store.tail and packed > store.sealed:
         room = store.tail.rooms[side]
         parts |= {

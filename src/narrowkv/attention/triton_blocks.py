@@ -9,13 +9,13 @@ import triton.language as tl
 
 from narrowkv.attention.triton_outliers import add_key_outliers, add_value_outliers, value_channels
 from narrowkv.attention.triton_rows import angles, cos_sin, in_twos, pair_channels, read_query, seen, weigh, write_part
-from narrowkv.attention.triton_tiles import column_places, cubic_of, read_codes, to_numbers
+from narrowkv.attention.triton_tiles import column_places, levels_of, look_up, look_up_bytes, ranged, read_codes, read_nibbles
 
 
 @triton.jit
 def attend_blocks(
     query, table, starts, bases, lengths, sums, peaks,
-    key_table, key_scale, key_zero, value_table, value_scale, value_zero,
+    key_table, key_bytes, key_scale, key_zero, value_table, value_bytes, value_scale, value_zero,
     near, turns, kept, padding, hidden, sink_index,
     batch, slots, splits, kept_stride, padding_stride, hidden_batch, hidden_stride, window,
     scaling, softcap, stretch,
@@ -46,13 +46,13 @@ def attend_blocks(
     query_a, query_b = query_a / size, query_b / size
     key_rows_a, key_rows_b = channel_a % K.codes, channel_b % K.codes
     value_rows = tl.arange(0, V.row_room)
-    cubic_a, cubic_b, cubic_v, cubic_w = 0, 0, 0, 0
-    if K.levels == 4:
-        cubic_a = cubic_of(key_table, head, key_rows_a, channel_a // K.codes, K, NUMBER)
-        cubic_b = cubic_of(key_table, head, key_rows_b, channel_b // K.codes, K, NUMBER)
-    if V.levels == 4:
-        cubic_v = cubic_of(value_table, head, value_rows, value_rows * 0, V, NUMBER)
-        cubic_w = cubic_of(value_table, head, value_rows, value_rows * 0 + V.numbers - 1, V, NUMBER)
+    levels_a, levels_b, levels_v, levels_w = 0, 0, 0, 0
+    if K.by_bytes and NUMBER == tl.float16:
+        levels_a = levels_of(key_bytes, head, key_rows_a, channel_a // K.codes, K)
+        levels_b = levels_of(key_bytes, head, key_rows_b, channel_b // K.codes, K)
+    if V.by_bytes and NUMBER == tl.float16:
+        levels_v = levels_of(value_bytes, head, value_rows, value_rows * 0, V)
+        levels_w = levels_of(value_bytes, head, value_rows, value_rows * 0 + V.numbers - 1, V)
     pair = tl.arange(0, C.lanes)
     turn = tl.load(turns + pair, mask=pair < C.pairs, other=0.0)
     token_of = column_places(K)  # of a row of scores
@@ -72,7 +72,7 @@ def attend_blocks(
             cos, sin = cos_sin(tl.load(bases + i * batch + row), turn)
             back_a = query_a * cos[:, None] + query_b * sin[:, None]
             back_b = query_b * cos[:, None] - query_a * sin[:, None]
-        keys_a, keys_b = read_keys(entry, cubic_a, cubic_b, key_table, key_scale, key_zero, head, token_of, K, C, NUMBER)
+        keys_a, keys_b = read_keys(entry, levels_a, levels_b, key_table, key_scale, key_zero, head, token_of, K, C, NUMBER)
         if C.turning == "near":
             keys_a, keys_b = keys_a * near_cos - keys_b * near_sin, keys_b * near_cos + keys_a * near_sin
         elif C.turning != "none":
@@ -92,7 +92,7 @@ def attend_blocks(
         weights, fading, largest = weigh(tl.where(sees, scores, float("-inf")), largest)
         total = total * fading + tl.sum(weights, 0)
         values = read_values(
-            entry + 8, cubic_v, cubic_w, value_table, value_scale, value_zero, head, token_of, V, NUMBER
+            entry + 8, levels_v, levels_w, value_table, value_scale, value_zero, head, token_of, V, NUMBER
         )
         part = tl.dot(values, weights.to(NUMBER), part * fading[None, :], input_precision=C.precision)
         if V.nonzeros > 0:
@@ -116,7 +116,7 @@ def exact_at(entry, head, token, channel, F: tl.constexpr):
 
 @triton.jit
 def read_keys(
-    entry, cubic_a, cubic_b, table, scale, zero, head, token_of, K: tl.constexpr, C: tl.constexpr, NUMBER: tl.constexpr
+    entry, levels_a, levels_b, table, scale, zero, head, token_of, K: tl.constexpr, C: tl.constexpr, NUMBER: tl.constexpr
 ):
     """Keys of a block, but for outliers, not turned: the first and the second channels of pairs, [lanes, 64] each."""
     channel_a, channel_b = pair_channels(C)
@@ -126,28 +126,46 @@ def read_keys(
         return keys_a.to(NUMBER), keys_b.to(NUMBER)
     else:
         rows_a, rows_b = channel_a % K.codes, channel_b % K.codes
-        codes_a = read_codes(entry, head, rows_a, K)
+        codes_a = read(entry, head, rows_a, K, NUMBER)
         codes_b = codes_a
         if K.numbers == 1 or not C.coupled:
-            codes_b = read_codes(entry, head, rows_b, K)
-        keys_a = to_numbers(codes_a, cubic_a, entry, table, scale, zero, head, rows_a, channel_a // K.codes, K, NUMBER)
-        keys_b = to_numbers(codes_b, cubic_b, entry, table, scale, zero, head, rows_b, channel_b // K.codes, K, NUMBER)
+            codes_b = read(entry, head, rows_b, K, NUMBER)
+        keys_a = to_numbers(codes_a, levels_a, entry, table, scale, zero, head, rows_a, channel_a // K.codes, K, NUMBER)
+        keys_b = to_numbers(codes_b, levels_b, entry, table, scale, zero, head, rows_b, channel_b // K.codes, K, NUMBER)
         return keys_a, keys_b
 
 
 @triton.jit
-def read_values(entry, cubic, cubic_b, table, scale, zero, head, token_of, V: tl.constexpr, NUMBER: tl.constexpr):
+def read_values(entry, levels, levels_w, table, scale, zero, head, token_of, V: tl.constexpr, NUMBER: tl.constexpr):
     """Values of a block, but for outliers: [channels, 64]."""
     if V.bits == 16:
         return exact_at(entry, head, token_of[None, :], value_channels(V)[:, None], V).to(NUMBER)
     elif not V.channel_major:
-        codes = read_codes(entry, head, token_of, V)
-        return tl.trans(to_numbers(codes, cubic, entry, table, scale, zero, head, token_of, token_of * 0, V, NUMBER))
+        codes = read(entry, head, token_of, V, NUMBER)
+        return tl.trans(to_numbers(codes, levels, entry, table, scale, zero, head, token_of, token_of * 0, V, NUMBER))
     else:
         rows = tl.arange(0, V.row_room)
-        codes = read_codes(entry, head, rows, V)
-        numbers = to_numbers(codes, cubic, entry, table, scale, zero, head, rows, rows * 0, V, NUMBER)
+        codes = read(entry, head, rows, V, NUMBER)
+        numbers = to_numbers(codes, levels, entry, table, scale, zero, head, rows, rows * 0, V, NUMBER)
         if V.numbers == 2:
-            others = to_numbers(codes, cubic_b, entry, table, scale, zero, head, rows, rows * 0 + 1, V, NUMBER)
+            others = to_numbers(codes, levels_w, entry, table, scale, zero, head, rows, rows * 0 + 1, V, NUMBER)
             numbers = tl.reshape(tl.permute(tl.join(numbers, others), (0, 2, 1)), [V.channels, 64])
         return numbers
+
+
+@triton.jit
+def read(entry, head, rows, F: tl.constexpr, NUMBER: tl.constexpr):
+    """Codes of rows, as `to_numbers` looks them up."""
+    if F.by_bytes and NUMBER == tl.float16:
+        return read_nibbles(entry, head, rows, F)
+    else:
+        return read_codes(entry, head, rows, F)
+
+
+@triton.jit
+def to_numbers(codes, levels, entry, table, scale, zero, head, rows, number, F: tl.constexpr, NUMBER: tl.constexpr):
+    """What codes stand for, but for outliers: [n, columns]."""
+    if F.by_bytes and NUMBER == tl.float16:
+        return ranged(look_up_bytes(codes, levels, F), entry, scale, zero, head, rows, F)
+    else:
+        return ranged(look_up(codes, table, head, rows, number, F).to(NUMBER), entry, scale, zero, head, rows, F)

@@ -50,6 +50,11 @@ class Form:
         return 1 << self.bits
 
     @property
+    def by_bytes(self) -> bool:
+        """Whether codes are looked up byte by byte in registers: in words, and of 16 levels at most, even ones too."""
+        return self.wide == 4 and self.bits <= 4 and (not self.channel_major or self.order == self.planes[0])
+
+    @property
     def planes(self) -> tuple[int, ...]:
         return PLANES[self.bits]
 

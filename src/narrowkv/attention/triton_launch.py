@@ -29,6 +29,7 @@ class SideParts:
     """Keys, or values: tables of `tl_tiles`; what the tail holds; exact tokens. None where there is no such thing."""
 
     table: Tensor | None = None  # [heads, codes, levels, numbers] or [levels] float32
+    bytes: Tensor | None = None  # [heads, codes, numbers, levels / 2] or [levels / 2] int32
     scale: Tensor | None = None  # [heads, codes] float32, fixed ones
     zero: Tensor | None = None
     tail: Tensor | None = None  # [batch, heads, 64, codes] uint8, or exact
@@ -169,7 +170,7 @@ class _Step:
     def launch_blocks(self, sums: Tensor, peaks: Tensor, splits: int) -> None:
         (keys, values), shared, lengths = self.sides, self.shared, self.lengths
         assert shared.blocks is not None
-        tables = [_or(part, lengths) for side in self.sides for part in (side.table, side.scale, side.zero)]
+        tables = [_or(part, lengths) for side in self.sides for part in (side.table, side.bytes, side.scale, side.zero)]
         attend_blocks[(splits, len(sums), self.chunks)](
             self.packed_query, shared.blocks, shared.starts, _or(shared.bases, lengths), lengths, sums, peaks, *tables,
             _or(shared.near, lengths), _or(shared.turns, lengths), *self.sight, _or(shared.sink_index, lengths),

@@ -1,8 +1,7 @@
 """Triton: outliers of sealed blocks, added as what they differ by from the number that their code stands for.
 
-All threads of a program share the outliers of a head of a block, so many at a time, whichever tokens and channels they are of. A
-product with a matrix of zeros and ones brings each to its row. That matrix is the product of two small ones, for a row's number
-is 16 times a number of few values plus another: row 16 * i + j has the outliers for which both i and j fit.
+All threads of a program share the outliers of a head of a block, so many at a time, whichever tokens and channels they are of;
+a product with a matrix of zeros and ones brings each to its row.
 """
 
 import triton
@@ -43,14 +42,8 @@ def outlier_values(entry, which, number: tl.constexpr, live, F: tl.constexpr):
 @triton.jit
 def brought_to(rows, added, ROWS: tl.constexpr, precision: tl.constexpr):
     """Sums of added [n, room] by the row that each belongs to: [ROWS, room]. rows: [n]."""
-    MANY: tl.constexpr = ROWS // 16
-    room: tl.constexpr = added.shape[1]
-    n: tl.constexpr = added.shape[0]
-    fits = rows[:, None] // 16 == tl.arange(0, MANY)[None, :]
-    spread = tl.where(fits[:, :, None], added[:, None, :], 0.0)
-    within = (rows[None, :] % 16 == tl.arange(0, 16)[:, None]).to(tl.float32)
-    found = tl.dot(within, tl.reshape(spread, [n, MANY * room]), input_precision=precision)
-    return tl.reshape(tl.permute(tl.reshape(found, [16, MANY, room]), (1, 0, 2)), [ROWS, room])
+    fits = (tl.arange(0, ROWS)[:, None] == rows[None, :]).to(tl.float32)
+    return tl.dot(fits, added, input_precision=precision)
 
 
 @triton.jit

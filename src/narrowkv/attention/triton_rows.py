@@ -33,10 +33,21 @@ def pair_of(channel, C: tl.constexpr):
 
 @triton.jit
 def cos_sin(position, turns):
-    """Cosine and sine of positions times frequencies, which are given in turns, float64: whole turns are left out exactly."""
+    """Cosine and sine of positions times frequencies, which are given in turns, float64: whole turns are left out exactly.
+
+    Within an eighth of a turn to either side of a quarter, by their Taylor series, whose error is 3e-7 at most.
+    """
     turned = position.to(tl.float64) * turns
-    angle = ((turned - tl.floor(turned + 0.5)) * 6.283185307179586).to(tl.float32)
-    return tl.cos(angle), tl.sin(angle)
+    turned -= tl.floor(turned)
+    quarter = tl.floor(turned * 4 + 0.5)
+    x = ((turned - quarter * 0.25) * 6.283185307179586).to(tl.float32)
+    y = x * x
+    cos = 1 - y * (0.5 - y * (1 / 24 - y * (1 / 720 - y * (1 / 40320))))
+    sin = x * (1 - y * (1 / 6 - y * (1 / 120 - y * (1 / 5040 - y * (1 / 362880)))))
+    quarter = quarter.to(tl.int32)
+    odd = quarter % 2 == 1
+    far, across = tl.where(odd, sin, cos), tl.where(odd, cos, sin)
+    return tl.where((quarter == 1) | (quarter == 2), -far, far), tl.where((quarter == 2) | (quarter == 3), -across, across)
 
 
 @triton.jit

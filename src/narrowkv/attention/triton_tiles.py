@@ -1,31 +1,44 @@
 """Triton: from packed bytes to tiles of numbers.
 
-A row of codes is read as words of 32 bits (bytes where a row is no whole number of words), and taken apart by shifts: each word
-doubles again and again within the thread that has read it, until every code has 16 bits. So a tile's columns come in an order of
-their own, `column_places`. Rows of a channel-major side are channels (or pairs) and columns are tokens; of a token-major side it
-is the other way round. Arithmetic is in NUMBER, float16 or float32: two numbers of 16 bits take one instruction.
+A row of codes is read as words of 32 bits (bytes where a row is no whole number of words), which are taken apart within the
+threads that have read them. So a tile's columns come in an order of their own, `column_places`. Rows of a channel-major side are
+channels (or pairs) and columns are tokens; of a token-major side it is the other way round. Tiles are of NUMBER, float16 or
+float32; two numbers of 16 bits take one instruction.
 """
 
 import triton
 import triton.language as tl
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
 def column_places(F: tl.constexpr):
     """Which code of a row each column of a tile is: [columns] int32; `F.length` or more where there is none."""
     column = tl.arange(0, F.columns)
-    unit, within = column // F.each, column % F.wide
-    byte = within // 2 + within % 2 * 2 if F.wide == 4 else within  # halves of a word are taken apart last
-    place = unit * F.wide + byte + column // F.wide % F.sharing * F.stride
-    return tl.where(unit < F.units_held, place, F.length)
+    unit, within = column // F.each, column % F.each
+    if F.wide == 4:  # bits of a column, from the lowest: a half of a byte, the byte, and which codes of the half
+        half = within % 2 if F.sharing > 1 else 0
+        byte = within // (2 if F.sharing > 1 else 1) % 4
+        share = half * 2 + within // 8 if F.sharing == 4 else half
+    else:
+        byte, share = 0, within
+    return tl.where(unit < F.units_held, unit * F.wide + byte + share * F.stride, F.length)
 
 
 @triton.jit
 def column_of(place, F: tl.constexpr):
     """The inverse: in which column a code of a row lies."""
-    byte = place % F.stride % F.wide
-    within = byte % 2 * 2 + byte // 2 if F.wide == 4 else byte
-    return (place % F.stride // F.wide * F.sharing + place // F.stride) * F.wide + within
+    unit, byte, share = place % F.stride // F.wide, place % F.stride % F.wide, place // F.stride
+    if F.wide == 1:
+        within = share
+    elif F.sharing == 4:
+        within = share % 2 * 8 + byte * 2 + share // 2
+    elif F.sharing == 2:
+        within = byte * 2 + share
+    else:
+        within = byte
+    return unit * F.each + within
 
 
 @triton.jit
@@ -39,79 +52,132 @@ def plane_at(entry, i: tl.constexpr, wide: tl.constexpr):
 
 
 @triton.jit
+def beside(first, second):
+    """Each column of one tile beside that of another: [n, m] twice -> [n, 2 * m]."""
+    return tl.reshape(tl.join(first, second), [first.shape[0], first.shape[1] * 2])
+
+
+@triton.jit
 def doubled(words, shift: tl.constexpr):
     """Each column beside itself, shifted: [n, m] -> [n, 2 * m]."""
-    return tl.reshape(tl.join(words, words >> shift), [words.shape[0], words.shape[1] * 2])
+    return beside(words, words >> shift)
+
+
+@triton.jit
+def read_plane(entry, head, rows, i: tl.constexpr, F: tl.constexpr):
+    """Plane i of some rows [n] of a head of a block, a unit for each of the ordering plane: [n, units] int32."""
+    unit = tl.arange(0, F.units)[None, :]
+    live = (rows[:, None] < F.rows) & (unit < F.units_held)
+    held: tl.constexpr = F.units_held * F.planes[i] // F.order  # units of a row of this plane
+    at = (head * F.rows + rows[:, None]) * held + unit % held
+    words = tl.load(plane_at(entry, i, F.wide) + at, mask=live, other=0).to(tl.int32)
+    if held < F.units_held:
+        words = words >> (unit // held * F.planes[i])
+    return words
+
+
+@triton.jit
+def read_nibbles(entry, head, rows, F: tl.constexpr):
+    """Codes of up to 4 bits, eight to a word, each in 4 bits: [n, columns / 8] int32."""
+    words = read_plane(entry, head, rows, 0, F)
+    if F.sharing == 4:
+        words = doubled(words, 2) & 0x33333333
+    if len(F.planes) > 1:
+        words = words | ((doubled(read_plane(entry, head, rows, 1, F), 2) & 0x11111111) << 2)
+    return words
 
 
 @triton.jit
 def read_codes(entry, head, rows, F: tl.constexpr):
-    """Codes of rows [n] of a head of a block: [n, columns] int16; 0 beyond the last row and column."""
-    unit = tl.arange(0, F.units)[None, :]
-    live = (rows[:, None] < F.rows) & (unit < F.units_held)
-    codes = tl.zeros([rows.shape[0], F.columns // 2 if F.wide == 4 else F.columns], tl.int32)
+    """Codes of rows [n] of a head of a block: [n, columns] int32; 0 beyond the last row and column."""
+    codes = tl.zeros([rows.shape[0], F.columns], tl.int32)
     for i in tl.static_range(len(F.planes)):
-        held: tl.constexpr = F.units_held * F.planes[i] // F.order  # units of a row of this plane
-        at = (head * F.rows + rows[:, None]) * held + unit % held
-        words = tl.load(plane_at(entry, i, F.wide) + at, mask=live, other=0).to(tl.int32)
-        if held < F.units_held:
-            words = words >> (unit // held * F.planes[i])
-        if F.sharing == 4:
-            words = doubled(words, 2 * F.order)
-        if F.sharing >= 2:
-            words = doubled(words, F.order)
-        mask: tl.constexpr = (1 << F.planes[i]) - 1
+        words = read_plane(entry, head, rows, i, F)
         if F.wide == 4:
-            codes |= (doubled(words, 8) & (mask * 0x10001)) << F.offsets[i]
+            if F.sharing == 4:
+                words = doubled(words, F.order)
+            words = doubled(doubled(words, 16), 8)
+            if F.sharing > 1:
+                words = doubled(words, 4)
         else:
-            codes |= (words & mask) << F.offsets[i]
-    if F.wide == 4:
-        both = tl.join(codes.to(tl.int16), (codes >> 16).to(tl.int16))
-        return tl.reshape(both, [rows.shape[0], F.columns])
-    else:
-        return codes.to(tl.int16)
+            if F.sharing == 4:
+                words = doubled(words, 2 * F.order)
+            if F.sharing > 1:
+                words = doubled(words, F.order)
+        codes |= (words & ((1 << F.planes[i]) - 1)) << F.offsets[i]
+    return codes
 
 
 @triton.jit
-def as_numbers(codes, NUMBER: tl.constexpr):
-    """Codes as numbers: a small whole number lies in the last bits of a float16 of 1024 and more."""
-    if NUMBER == tl.float16:
-        return (codes | 0x6400).to(tl.float16, bitcast=True) - 1024.0
+def picked(low, high, which):
+    """Four bytes of the eight of two words, low ones first, each named by 4 bits (below 8) of the last 16 of `which`."""
+    if INTERPRETED:
+        found = tl.zeros_like(which)
+        for i in tl.static_range(4):
+            byte = (which >> (4 * i)) & 7
+            found |= ((tl.where(byte < 4, low, high) >> (byte % 4 * 8)) & 255) << (8 * i)
+        return found
     else:
-        return codes.to(tl.float32)
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, which], dtype=tl.int32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
-def cubic_of(table, head, rows, number, F: tl.constexpr, NUMBER: tl.constexpr):
-    """Coefficients of the cubic through four levels, [n, 1] each; of no use where there are more.
+def byte_of_levels(words, levels, side: tl.constexpr, F: tl.constexpr):
+    """The lower or higher bytes of the levels that four codes name: int32. levels: of `levels_of`."""
+    if F.levels == 4:
+        return picked(levels[side], levels[side], words & 0x3333)
+    elif F.levels == 8:
+        return picked(levels[2 * side], levels[2 * side + 1], words & 0x7777)
+    else:
+        below = picked(levels[4 * side], levels[4 * side + 1], words & 0x7777)
+        above = picked(levels[4 * side + 2], levels[4 * side + 3], words & 0x7777)
+        return picked(below, above, ((words >> 1) & 0x4444) | 0x3210)
 
-    number: [n], which of those that a code stands for. table: [heads, codes, levels, numbers], or [levels].
+
+@triton.jit
+def levels_of(table, head, rows, number, F: tl.constexpr):
+    """Codebooks of up to 16 levels as bytes in words: the lower bytes of all levels, then the higher, [n, 1] int32 each.
+
+    number: [n], which of those that a code stands for. table: [heads, codes, numbers, levels / 2], or [levels / 2], int32.
     """
-    at = ((head * F.codes + rows) * F.levels * F.numbers + number)[:, None] if F.own else rows[:, None] * 0
+    words: tl.constexpr = F.levels // 2
+    at = (((head * F.codes + rows) * F.numbers + number) * words)[:, None] if F.own else rows[:, None] * 0
     live = (rows < F.rows)[:, None] if F.own else (rows >= 0)[:, None]
-    step = F.numbers if F.own else 1
-    zero = tl.load(table + at, mask=live, other=0.0).to(tl.float32)
-    one = tl.load(table + at + step, mask=live, other=0.0).to(tl.float32)
-    two = tl.load(table + at + 2 * step, mask=live, other=0.0).to(tl.float32)
-    three = tl.load(table + at + 3 * step, mask=live, other=0.0).to(tl.float32)
-    second, third = (two - 2 * one + zero) / 2, (three - 3 * two + 3 * one - zero) / 6
-    linear = one - zero - second + 2 * third
-    return zero.to(NUMBER), linear.to(NUMBER), (second - 3 * third).to(NUMBER), third.to(NUMBER)
+    zero, one = tl.load(table + at, mask=live, other=0), tl.load(table + at + 1, mask=live, other=0)
+    if words == 2:
+        return zero, one
+    else:
+        two, three = tl.load(table + at + 2, mask=live, other=0), tl.load(table + at + 3, mask=live, other=0)
+        if words == 4:
+            return zero, one, two, three
+        else:
+            four, five = tl.load(table + at + 4, mask=live, other=0), tl.load(table + at + 5, mask=live, other=0)
+            six, seven = tl.load(table + at + 6, mask=live, other=0), tl.load(table + at + 7, mask=live, other=0)
+            return zero, one, two, three, four, five, six, seven
 
 
 @triton.jit
-def look_up(codes, cubic, table, head, rows, number, F: tl.constexpr, NUMBER: tl.constexpr):
-    """What codes [n, columns] stand for before ranges."""
+def look_up_bytes(words, levels, F: tl.constexpr):
+    """What codes stand for before ranges: words [n, m] of eight -> [n, 8 * m] float16, looked up byte by byte in registers."""
+    fours = doubled(words, 16)
+    lower, higher = byte_of_levels(fours, levels, 0, F), byte_of_levels(fours, levels, 1, F)
+    first, last = tl.full(lower.shape, 0x5140, tl.int32), tl.full(lower.shape, 0x7362, tl.int32)
+    twos = beside(picked(lower, higher, first), picked(lower, higher, last))
+    return beside(twos.to(tl.int16), (twos >> 16).to(tl.int16)).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def look_up(codes, table, head, rows, number, F: tl.constexpr):
+    """What codes [n, columns] stand for before ranges; table: [heads, codes, levels, numbers], or [levels]."""
     if F.even:
-        return as_numbers(codes, NUMBER)
-    elif F.levels == 4:
-        x = as_numbers(codes, NUMBER)
-        return ((cubic[3] * x + cubic[2]) * x + cubic[1]) * x + cubic[0]
+        return codes.to(tl.float32)
     elif F.own:
-        at = ((head * F.codes + rows) * F.levels * F.numbers + number)[:, None] + codes.to(tl.int32) * F.numbers
-        return tl.load(table + at, mask=(rows < F.rows)[:, None], other=0.0).to(NUMBER)
+        at = ((head * F.codes + rows) * F.levels * F.numbers + number)[:, None] + codes * F.numbers
+        return tl.load(table + at, mask=(rows < F.rows)[:, None], other=0.0)
     else:
-        return tl.load(table + codes.to(tl.int32)).to(NUMBER)
+        return tl.load(table + codes)
 
 
 @triton.jit
@@ -142,9 +208,9 @@ def range_of(scale, zero, head, token, channel, live, F: tl.constexpr):
 
 
 @triton.jit
-def to_numbers(codes, cubic, entry, table, scale, zero, head, rows, number, F: tl.constexpr, NUMBER: tl.constexpr):
-    """What codes [n, columns] stand for, but for outliers: [n, columns] NUMBER."""
-    numbers = look_up(codes, cubic, table, head, rows, number, F, NUMBER)
+def ranged(numbers, entry, scale, zero, head, rows, F: tl.constexpr):
+    """Numbers [n, columns] with their ranges, if there are any."""
+    NUMBER: tl.constexpr = numbers.dtype
     if F.ranges != "none":
         scale, zero = ranges_at(entry, scale, zero, F)
         row = rows[:, None] if F.by_row else tl.zeros([1, 1], tl.int32)
