@@ -7,7 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
+
+from transformers import (  # noqa: E402
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -17,7 +21,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from narrowkv import load_model
+from narrowkv import load_model  # noqa: E402
 
 ASSETS = Path(os.environ.get("NARROWKV_ASSETS", Path(__file__).parents[2] / "shared" / "assets"))
 

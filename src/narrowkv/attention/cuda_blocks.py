@@ -1,6 +1,6 @@
 """What kernels on a GPU are told of a store: forms of its sides, tables, and where its blocks lie, kept from call to call."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,7 +19,7 @@ from narrowkv.store.page import Column, is_channel_major
 
 KINDS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 GROWTH = 8  # columns find room for one more eighth
-MOST_NONZEROS = 128
+MOST_NONZEROS = 32
 FOLDED_BITS = 4
 
 _KNOWN: WeakKeyDictionary[LayerStore, "Blocks"] = WeakKeyDictionary()
@@ -45,7 +45,7 @@ class Blocks:
     """A store's sides and sealed blocks. Memory of a given room stays where it is while columns come.
 
     table: [room, batch, 2, 8] int64; starts: [room + 1] int32; bases: [room, batch] int32 position of each block's first token,
-    if the others follow it. ends: serial numbers of the first and last of `count` columns, which tell whether it is still them.
+    if the others follow it. ends: serial numbers of the first and last of `sure` columns, which tell whether it is still them.
     """
 
     forms: tuple[Form, Form]
@@ -60,6 +60,7 @@ class Blocks:
     turning: str
     ends: tuple[int, int] = (-1, -1)
     count: int = 0
+    sure: int = 0  # of them, those of which the position of every token was known
 
     @property
     def room(self) -> int:
@@ -89,9 +90,10 @@ def blocks_of(store: LayerStore, rope: AnyRope | None, kept: Tensor | None, padd
     """
     known = _KNOWN.get(store)
     columns = store.columns
-    same = known is not None and known.count <= len(columns) and known.ends == _ends(columns[: known.count])
+    same = known is not None and known.sure <= len(columns) and known.ends == _ends(columns[: known.sure])
     if known is None or not same or (known.turning == "none") != (kept is None):
         known = _KNOWN[store] = _made(store, rope, kept)
+    known.count = known.sure
     if known.count < len(columns):
         _add(known, store, kept, padding)
     return known
@@ -107,19 +109,14 @@ def _made(store: LayerStore, rope: AnyRope | None, kept: Tensor | None) -> Block
     assert store.shape is not None
     batch, heads, dim = store.shape
     device = _device(store)
-    order = max(
-        (PLANES[q.scheme.code_bits][0] for q, keys in zip(store.quantizers, (True, False), strict=True) if _ordered(q, keys)),
-        default=8,
-    )
-    forms = [form_of(q, keys, heads, dim, order) for q, keys in zip(store.quantizers, (True, False), strict=True)]
-    kinds = [_kind(store, side) for side in range(2)]
+    kinds = _kind(store, 0), _kind(store, 1)
     near, turns = _angles(rope) if isinstance(rope, Rope) and kept is not None else (None, None)
     matrices = [matrix_of(quantizer) for quantizer in store.quantizers]
     turned = [
         quantizer.scheme.hadamard or matrix is not None for quantizer, matrix in zip(store.quantizers, matrices, strict=True)
     ]
     return Blocks(
-        forms=(replace(forms[0], kind=kinds[0]), replace(forms[1], kind=kinds[1])),
+        forms=forms_of(store.quantizers, heads, dim, kinds),
         tables=(tables_of(store.quantizers[0], True), tables_of(store.quantizers[1], False)),
         matrices=(matrices[0], matrices[1]),
         turned=(turned[0], turned[1]),
@@ -133,32 +130,46 @@ def _made(store: LayerStore, rope: AnyRope | None, kept: Tensor | None) -> Block
 
 
 def _add(known: Blocks, store: LayerStore, kept: Tensor | None, padding: Tensor | None) -> None:
-    """Enter the columns that are not yet there."""
-    count = len(store.columns)
+    """Enter the columns that are not yet there, but for those after the last token of which something is kept."""
+    new = store.columns[known.count :]
+    counts = torch.tensor([column.count for column in new])
+    ends = counts.cumsum(0) + (int(known.starts[known.count]) if known.count else 0)
+    if kept is not None:
+        reached = int((ends - counts < kept.shape[1]).sum())
+        new, counts, ends = new[:reached], counts[:reached], ends[:reached]
+    if not new:
+        return
+    first, count = known.count, known.count + len(new)
     if count > known.room:
         more = count + count // GROWTH + 1 - known.room
         known.table, known.starts, known.bases = (
             torch.cat([part, part.new_zeros(more, *part.shape[1:])]) for part in (known.table, known.starts, known.bases)
         )
-    new = store.columns[known.count :]
-    known.table[known.count : count] = addresses(new).to(known.table.device)
-    counts = torch.tensor([column.count for column in new], dtype=torch.int32)
-    begin = int(known.starts[known.count]) if known.count else 0
-    ends = counts.cumsum(0) + begin
-    known.starts[known.count + 1 : count + 1] = ends.to(torch.int32)
+    known.table[first:count] = addresses(new).to(known.table.device)
+    known.starts[first + 1 : count + 1] = ends.to(known.starts.device)
     if known.turning == "near" and kept is not None:
-        stop = int(ends[-1])
-        last = kept[:, (ends - 1).to(kept.device)].T  # [new columns, 1 or batch]
-        bases = last - counts[:, None].to(kept.device) + 1
-        known.bases[known.count : count] = bases
-        tokens = torch.arange(begin, stop, device=kept.device)
-        column = torch.repeat_interleave(counts.long()).to(kept.device)
-        strange = kept[:, begin:stop] != bases.T[:, column] + (tokens - (ends - counts).to(kept.device)[column])
-        if padding is not None:
-            strange = strange & padding[:, store.first + begin : store.first + stop]
-        if bool(strange.any()):
-            known.turning = "positions"
-    known.count, known.ends = count, _ends(store.columns)
+        known.bases[first:count], follow = _bases(kept, padding, store.first, (ends - counts).tolist(), ends.tolist())
+        known.turning = "near" if follow else "positions"
+    known.count = count
+    known.sure = count if kept is None else first + int((ends <= kept.shape[1]).sum())
+    known.ends = _ends(store.columns[: known.sure])
+
+
+def _bases(
+    kept: Tensor, padding: Tensor | None, first: int, starts: list[int], ends: list[int]
+) -> tuple[Tensor, bool]:
+    """Positions of blocks' first tokens, [blocks, 1 or batch], counted back from their last, before which there may be padding;
+    and whether those of all tokens that are seen follow each other.
+    """
+    ends = [min(end, kept.shape[1]) for end in ends]
+    begin, lengths = torch.tensor(starts, device=kept.device), torch.tensor(ends, device=kept.device)
+    bases = kept[:, lengths - 1] - (lengths - 1 - begin)
+    block = torch.repeat_interleave(lengths - begin)
+    tokens = torch.arange(starts[0], ends[-1], device=kept.device)
+    strange = kept[:, starts[0] : ends[-1]] != bases[:, block] + tokens - begin[block]
+    if padding is not None:
+        strange = strange & padding[:, first + starts[0] : first + ends[-1]]
+    return bases.T, not bool(strange.any())
 
 
 def _device(store: LayerStore) -> torch.device:
@@ -170,8 +181,16 @@ def _ordered(quantizer: AnyQuantizer, keys: bool) -> bool:
     return quantizer.scheme.bits != 16 and is_channel_major(quantizer.scheme, keys)
 
 
-def form_of(quantizer: AnyQuantizer, keys: bool, heads: int, dim: int, order: int) -> Form:
-    """The form of keys, or values. order: of tokens where they are columns."""
+def forms_of(quantizers: tuple[AnyQuantizer, AnyQuantizer], heads: int, dim: int, kinds: tuple[str, str]) -> tuple[Form, Form]:
+    """The forms of keys and values. kinds: of exact numbers."""
+    sides = list(zip(quantizers, (True, False), kinds, strict=True))
+    planes = [PLANES[quantizer.scheme.code_bits][0] for quantizer, keys, _ in sides if _ordered(quantizer, keys)]
+    order = max(planes, default=8)  # one for both, where their columns are tokens
+    first, second = (_form(quantizer, keys, heads, dim, order, kind) for quantizer, keys, kind in sides)
+    return first, second
+
+
+def _form(quantizer: AnyQuantizer, keys: bool, heads: int, dim: int, order: int, kind: str) -> Form:
     scheme = quantizer.scheme
     codes = dim // scheme.numbers
     channel_major = is_channel_major(scheme, keys)
@@ -205,7 +224,7 @@ def form_of(quantizer: AnyQuantizer, keys: bool, heads: int, dim: int, order: in
         range_channels=shape[2],
         zero=not scheme.symmetric,
         nonzeros=min(max(power_of_2(int(1.25 * expected)), 16), MOST_NONZEROS) if expected else 0,
-        kind="fp16",
+        kind=kind,
     )
 
 

@@ -94,9 +94,14 @@ def attend(
     packed_query: as codes of keys see it, else as `query`: [batch, query_heads, queries, head_dim]. numbers: scaling, softcap,
     and the factor of the rotary embedding.
     """
-    tensors = [getattr(part, field.name) for part in parts for field in fields(part)]
-    found: Tensor = torch.ops.narrowkv.attend_packed(packed_query, query, lengths, tensors, number_of(plan), *numbers)
+    number = number_of(plan)
+    found: Tensor = torch.ops.narrowkv.attend_packed(packed_query, query, lengths, tensors_of(parts), number, *numbers)
     return found
+
+
+def tensors_of(parts: tuple[SideParts, SideParts, Shared]) -> list[Tensor | None]:
+    """All of them in one list, as the operator takes them."""
+    return [getattr(part, field.name) for part in parts for field in fields(part)]
 
 
 @torch.library.custom_op("narrowkv::attend_packed", mutates_args=())
