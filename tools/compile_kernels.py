@@ -1,8 +1,9 @@
 """What the compiler makes of the kernels for a GPU, without one: `python tools/compile_kernels.py [--recipes ...] [--json FILE]`.
 
-For each recipe and architecture, the decoding kernel for one query of four heads that share a KV head of 128 channels, as
+For each architecture, and each recipe, the kernel over blocks for one query of four heads that share a KV head of 128 channels, as
 models in 16 bits use it: registers of a thread, bytes spilled to memory, shared memory of a program, instructions of the loop
-over blocks (an inner loop over outliers counted once), and matrix instructions among them. Needs Triton, not interpreted.
+over blocks (an inner loop over outliers counted once), and matrix instructions among them; then the other kernels. Needs Triton,
+not interpreted.
 """
 
 import argparse
@@ -11,7 +12,8 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,9 @@ from narrowkv.attention.cuda_blocks import forms_of
 from narrowkv.attention.triton_blocks import attend_blocks
 from narrowkv.attention.triton_forms import Case
 from narrowkv.attention.triton_launch import WARPS
+from narrowkv.attention.triton_loose import attend_loose, merge
+from narrowkv.attention.triton_tail import decode_tail, put_outliers
+from narrowkv.codec.triton_encode import encode_tokens, nearest_points
 
 ARCHITECTURES = (80, 90, 100)
 RECIPES = ("nuq4-1%", "nuq3-1%", "nuq2-1%", "kivi-2", "kivi-4", "pair2", "pair3")
@@ -44,7 +49,7 @@ BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 class Compiled:
     """What became of one kernel."""
 
-    recipe: str
+    kernel: str  # over blocks: the recipe
     architecture: int
     registers: int
     spilled: int
@@ -79,16 +84,41 @@ def case_of(recipe: str) -> tuple[Any, Any, Case]:
 
 
 def compiled(recipe: str, architecture: int) -> Compiled:
-    """Compile the kernel for one recipe and look at the result."""
+    """Compile the kernel over blocks for one recipe and look at the result."""
     keys, values, case = case_of(recipe)
-    constants = {"K": keys, "V": values, "C": case, "NUMBER": tl.float16}
-    names = attend_blocks.arg_names
-    signature = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in names}
+    return looked_at(recipe, attend_blocks, {"K": keys, "V": values, "C": case, "NUMBER": tl.float16}, TYPES, architecture)
+
+
+def others(architecture: int) -> Iterator[Compiled]:
+    """The kernels beside it."""
+    keys, values, case = case_of("pair2-1%")
+    loose = replace(case, turning="positions")
+    exact = {"query": "*bf16", "keys": "*bf16", "values": "*bf16", "places": "*i64", "numbers": "*fp32", "codes": "*u8"}
+    types = TYPES | exact | {"sink_logits": "*fp32", "output": "*fp32", "table": "*fp32", "scale": "*fp16", "zero": "*fp16"}
+    yield looked_at("loose", attend_loose, {"PLACED": True, "C": loose, "NUMBER": tl.bfloat16}, types, architecture)
+    yield looked_at("merge", merge, {"SLOTS": 128, "WIDE": 128, "SINKS": 32, "APART": True}, types, architecture)
+    types |= {"index": "*i64", "values": "*bf16"}
+    yield looked_at("tail", decode_tail, {"F": keys, "WIDE": 64}, types, architecture)
+    yield looked_at("tail outliers", put_outliers, {"F": values}, types, architecture)
+    tables = dict.fromkeys(("boundaries", "fixed_scale", "fixed_zero", "lower", "upper", "points", "cost"), "*fp32")
+    types |= tables | {"x": "*bf16", "skip": "*u8", "counts": "*i32"}
+    shape = {"HEADS": 8, "DIM": 128, "WIDE": 1024, "OUTLIERS": True, "SKIPS": True, "BOUNDARIES": 15}
+    for name, fixed, tail in (("encode keys", True, 0), ("encode values", False, 5)):
+        choice = {"SHARED": not fixed, "FIXED": fixed, "TAIL": tail}
+        yield looked_at(name, encode_tokens, shape | choice, types, architecture)
+    points = {"CODES": 64, "LEVELS": 16, "NUMBERS": 2, "WIDE": 64}
+    yield looked_at("nearest points", nearest_points, points, types, architecture)
+
+
+def looked_at(name: str, kernel: Any, constants: dict[str, Any], types: dict[str, str], architecture: int) -> Compiled:
+    """Compile a kernel and read what the compiler and the disassembler tell."""
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
-    source = ASTSource(fn=attend_blocks, signature=signature, constexprs=constants, attrs=aligned)
-    kernel = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": WARPS})
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": WARPS})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(made.asm["cubin"])
         file.flush()
         usage = _run("cuobjdump", "-res-usage", file.name)
         code = _run("nvdisasm", "-c", file.name)
@@ -96,8 +126,8 @@ def compiled(recipe: str, architecture: int) -> Compiled:
     assert found is not None
     registers, stack, local = (int(part) for part in found.groups())
     operations, loop = _loop(code)
-    matrix = sum(count for name, count in Counter(loop).items() if "MMA" in name)
-    return Compiled(recipe, architecture, registers, stack + local, kernel.metadata.shared, len(operations), len(loop), matrix)
+    matrix = sum(count for operation, count in Counter(loop).items() if "MMA" in operation)
+    return Compiled(name, architecture, registers, stack + local, made.metadata.shared, len(operations), len(loop), matrix)
 
 
 def _run(tool: str, *arguments: str) -> str:
@@ -128,13 +158,13 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     rows = []
-    print("| recipe | sm | registers | spilled bytes | shared bytes | loop, instructions | of them matrix |")
+    print("| kernel | sm | registers | spilled bytes | shared bytes | loop, instructions | of them matrix |")
     print("|---|---|---|---|---|---|---|")
-    for recipe in arguments.recipes:
-        for architecture in arguments.architectures:
-            row = compiled(recipe, architecture)
+    for architecture in arguments.architectures:
+        over_blocks = (compiled(recipe, architecture) for recipe in arguments.recipes)
+        for row in (*over_blocks, *others(architecture)):
             rows.append(asdict(row))
-            cells = (row.recipe, row.architecture, row.registers, row.spilled, row.shared, row.loop, row.matrix)
+            cells = (row.kernel, row.architecture, row.registers, row.spilled, row.shared, row.loop, row.matrix)
             print("| " + " | ".join(map(str, cells)) + " |", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=2) + "\n")

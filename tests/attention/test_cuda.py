@@ -122,16 +122,11 @@ def test_the_operator_tells_torch_what_it_returns():
     from narrowkv.attention import triton_launch
 
     query, store, options = case(KEYS["nuq2"], VALUES["hadamard"], (1, 2, 1, 16, 70, 1))
-    seen = []
-    attend = triton_launch.attend
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_launch, "attend", lambda *inputs: seen.append(inputs) or attend(*inputs))
-        cuda.attend(query, store, **options)
-    packed, query, lengths, parts, plan, *numbers = seen[0]
-    tensors = triton_launch.tensors_of(parts)
+    call = cuda.prepare(query, store, **options)
+    tensors, plan = triton_launch.tensors_of(call.parts), triton_launch.number_of(call.plan)
     torch.library.opcheck(
         torch.ops.narrowkv.attend_packed,
-        (packed, query, lengths, tensors, triton_launch.number_of(plan), *numbers),
+        (query, query, call.lengths, tensors, plan, *call.numbers),
         test_utils=("test_schema", "test_faketensor"),
     )
 

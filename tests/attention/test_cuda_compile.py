@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from narrowkv.codec import cuda
+from narrowkv.methods.registry import recipe_names
 
 pytestmark = [
     pytest.mark.wide,
@@ -26,4 +27,5 @@ def test_kernels_compile_without_spills(architecture, tmp_path):
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     for row in json.loads(found.read_text(encoding="utf-8"))["rows"]:
-        assert row["spilled"] == 0 and row["matrix"] > 0 and row["shared"] < 100_000, row
+        assert row["spilled"] == 0 and row["shared"] < 100_000, row
+        assert row["matrix"] > 0 or row["kernel"] not in recipe_names(), row

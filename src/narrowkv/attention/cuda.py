@@ -7,6 +7,7 @@ the dtype of the queries, all else in float32.
 import functools
 import importlib
 import importlib.util
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +20,7 @@ from narrowkv.attention.reading import turn_query, turn_sum, why_unread
 from narrowkv.attention.rope import AnyRope, Rope
 from narrowkv.attention.triton_forms import Case, power_of_2
 from narrowkv.attention.visible import Visible
+from narrowkv.codec import AnyQuantizer
 from narrowkv.errors import UnsupportedModelError
 from narrowkv.store import LayerStore
 
@@ -47,16 +49,55 @@ def attend(
     Triton or the GPU is missing, for numbers kept in float64, for heads of more than 256 channels, and for keys rotated by
     Hadamard before the rotary embedding.
     """
-    launch = _require(query, store)
-    rotated = rope if kept is not None else None
+    _require(query, store)
     if query.shape[2] > tiled.FEW_QUERIES or query.dtype == torch.float64:
         options: dict[str, Any] = {"visible": visible, "scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
         return tiled.attend(query, store, past=past, new=new, rope=rope, kept=kept, **options)
-    query = query.contiguous()
-    kept = _kept(rotated, kept)
-    blocks = blocks_of(store, rotated, kept, visible.padding)
+    options = {"visible": visible, "scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
+    return prepare(query, store, past=past, new=new, rope=rope, kept=kept, **options)()
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of attention, all set: calling it launches kernels, and nothing else, so that a CUDA graph may capture it."""
+
+    launch: Any
+    query: Tensor
+    lengths: Tensor
+    parts: tuple[Any, Any, Any]
+    plan: Any
+    numbers: tuple[float, float, float]
+    quantizers: tuple[AnyQuantizer, AnyQuantizer]
+    blocks: Blocks
+
+    def __call__(self) -> Tensor:
+        """[batch, query_heads, queries, head_dim] float32."""
+        query, (keys, values), blocks = self.query, self.quantizers, self.blocks
+        packed = turn_query(keys, blocks.matrices[0], query.float()) if blocks.turned[0] else query
+        found: Tensor = self.launch.attend(packed, query, self.lengths, self.parts, self.plan, *self.numbers)
+        return turn_sum(values, blocks.matrices[1], found[0]) + found[1] if self.plan.apart else found[0]
+
+
+def prepare(
+    query: Tensor,
+    store: LayerStore,
+    *,
+    past: int,
+    new: tuple[Tensor, Tensor] | None,
+    rope: AnyRope | None,
+    kept: Tensor | None,
+    visible: Visible,
+    scaling: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> Call:
+    """`attend` of up to 16 queries, but for its kernels; what they read must stay where it is until they have run."""
+    launch = _require(query, store)
+    rope = rope if kept is not None else None
+    kept = _kept(rope, kept)
+    blocks = blocks_of(store, rope, kept, visible.padding)
     length = past + (new[0].shape[2] if new else 0)
-    case = _case(query, store, blocks, rotated, kept, visible, softcap)
+    case = _case(query, store, blocks, rope, kept, visible, softcap)
     shared = launch.Shared(
         **blocks.shared(),
         kept=kept,
@@ -65,21 +106,23 @@ def attend(
         sink_index=store.sink_index,
         sink_logits=sink_logits,
     )
-    apart = blocks.turned[1]
-    plan = launch.Plan(*blocks.forms, case, _splits(query, store, blocks, case), apart, query.dtype != torch.float32)
+    splits = _splits(query, store, blocks, case)
+    plan = launch.Plan(*blocks.forms, case, splits, blocks.turned[1], query.dtype != torch.float32)
     lengths = _lengths(store, blocks, past, length, query.shape[2])
     packed = lengths[launch.SEALED] + lengths[launch.TAIL]
     sides = [
         launch.SideParts(**side_parts(store, blocks, i, new[i] if new else None, packed, past - store.first)) for i in range(2)
     ]
-    packed_query = turn_query(store.quantizers[0], blocks.matrices[0], query.float()) if blocks.turned[0] else query
-    stretch = rotated.scaling if isinstance(rotated, Rope) else 1.0
-    on_device = torch.tensor(lengths, dtype=torch.int32, device=query.device)
-    parts = (*sides, shared)
-    found: Tensor = launch.attend(packed_query, query, on_device, parts, plan, scaling, softcap or 0.0, stretch)
-    if not apart:
-        return found[0]
-    return turn_sum(store.quantizers[1], blocks.matrices[1], found[0]) + found[1]
+    return Call(
+        launch=launch,
+        query=query.contiguous(),
+        lengths=torch.tensor(lengths, dtype=torch.int32, device=query.device),
+        parts=(sides[0], sides[1], shared),
+        plan=plan,
+        numbers=(scaling, softcap or 0.0, rope.scaling if isinstance(rope, Rope) else 1.0),
+        quantizers=store.quantizers,
+        blocks=blocks,
+    )
 
 
 @functools.cache

@@ -64,6 +64,11 @@ class Form:
         return tuple(sum(self.planes[:i]) for i in range(len(self.planes)))
 
     @property
+    def row_bytes(self) -> tuple[int, ...]:
+        """Bytes of a row of each plane."""
+        return tuple(self.length * plane // 8 for plane in self.planes)
+
+    @property
     def rows(self) -> int:
         """Rows of codes of a head in a block: channels (or pairs), else tokens."""
         return self.codes if self.channel_major else BLOCK

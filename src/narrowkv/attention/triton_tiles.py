@@ -264,9 +264,8 @@ def missed(entry, table, scale, zero, head, token, code, number: tl.constexpr, e
         row, column = code, token
     found = tl.zeros_like(code)
     for i in tl.static_range(len(F.planes)):
-        held: tl.constexpr = F.length * F.planes[i] // 8  # bytes of a row of this plane
-        at = (head * F.rows + row) * held + column % held
+        at = (head * F.rows + row) * F.row_bytes[i] + column % F.row_bytes[i]
         byte = tl.load(plane_at(entry, i, 1) + at, mask=live, other=0).to(tl.int32)
-        found |= ((byte >> (column // held * F.planes[i])) & ((1 << F.planes[i]) - 1)) << F.offsets[i]
+        found |= ((byte >> (column // F.row_bytes[i] * F.planes[i])) & ((1 << F.planes[i]) - 1)) << F.offsets[i]
     scale, zero = ranges_at(entry, scale, zero, F)
     return tl.where(live, exact - stands_for(found, table, scale, zero, head, token, code, number, live, F), 0.0)
