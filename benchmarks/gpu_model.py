@@ -1,10 +1,11 @@
 """Whole models for `benchmarks.gpu`: time and memory of a decoded token, and the longest context that fits.
 
-Random weights in the shape of Llama-2-7B and Llama-3-8B, in bfloat16; caches hold random numbers. Steps run as transformers runs
-them, one launch after the other, for both sides. The longest context is what remains of the memory, once the model is there,
-over the bytes of a token, which are those that were allocated.
+Random weights in the shape of Llama-2-7B and Llama-3-8B, in bfloat16; caches hold random numbers. Steps run as transformers
+runs them, one launch after the other, for both sides. The longest context is what remains of the memory, once the model is
+there, over the bytes of a token, which are those that were allocated.
 """
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,7 +29,7 @@ TINY = {"num_key_value_heads": 1, "intermediate_size": 64, "vocab_size": 64, "hi
 
 def model_of(name: str, device: torch.device, tiny: bool) -> LlamaForCausalLM:
     """A random model."""
-    shape = {"hidden_size": 4096, "num_hidden_layers": 32, **MODELS[name], **(TINY if tiny else {})}
+    shape: dict[str, Any] = {"hidden_size": 4096, "num_hidden_layers": 32, **MODELS[name], **(TINY if tiny else {})}
     heads = shape["hidden_size"] // HEAD_DIM
     dtype = torch.float16 if tiny else torch.bfloat16
     config = LlamaConfig(num_attention_heads=heads, head_dim=HEAD_DIM, max_position_embeddings=2**20, dtype=dtype, **shape)
@@ -43,8 +44,7 @@ def packed(model: PreTrainedModel, name: str, tokens: int, batch: int) -> Packed
     pair = quantizer(recipe.keys, heads, device), quantizer(recipe.values, heads, device)
     layers = dict.fromkeys(range(config.num_hidden_layers), pair)
     shapes = dict.fromkeys(layers, (heads, HEAD_DIM))
-    backend = "cuda"
-    cache = Calibration(recipe, Fingerprint.of(model), layers, shapes).cache(model, backend=backend)
+    cache = Calibration(recipe, Fingerprint.of(model), layers, shapes).cache(model, backend="cuda")
     for layer in cache.packed:
         layer.store = filled(name, tokens, batch, heads, device, model.dtype)
     for ledger in cache.ledgers.values():
@@ -63,7 +63,7 @@ def exact(model: PreTrainedModel, tokens: int, batch: int) -> DynamicCache:
 
 
 def measured(model: PreTrainedModel, make: Callable[[], Any], batch: int, turns: int) -> dict[str, Any]:
-    """Milliseconds of a token, the bytes of the cache and the peak of memory while decoding; what was short if it did not fit."""
+    """Milliseconds of a token, bytes of the cache and the peak of memory while decoding; or that memory was short."""
     device = model.device
     gpu = device.type == "cuda"
     before = torch.cuda.memory_allocated() if gpu else 0
@@ -102,15 +102,11 @@ def rows(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
     for name in ("Llama-3-8B",) if tiny else MODELS:
         model = model_of(name, device, tiny)
         for tokens, batch in ((128, 1),) if tiny else CASES:
-            makes: dict[str, Callable[[PreTrainedModel], Any]] = {
-                "DynamicCache, sdpa": lambda model, n=tokens, b=batch: exact(model, n, b),
-                **{
-                    recipe: lambda model, recipe=recipe, n=tokens, b=batch: packed(model, recipe, n, b)
-                    for recipe in (RECIPES[:1] if tiny else RECIPES)
-                },
-            }
-            for cache, make in makes.items():
-                row = measured(model, lambda make=make: make(model), batch, 2 if tiny else 20)
+            for cache in ("DynamicCache, sdpa", *(RECIPES[:1] if tiny else RECIPES)):
+                make: Callable[[], Any] = functools.partial(exact, model, tokens, batch)
+                if cache in RECIPES:
+                    make = functools.partial(packed, model, cache, tokens, batch)
+                row = measured(model, make, batch, 2 if tiny else 20)
                 if row.get("cache_bytes"):
                     row["longest"] = longest(model, row["cache_bytes"] / tokens / batch)
                 yield {"model": name, "cache": cache, "tokens": tokens, "batch": batch, **row}

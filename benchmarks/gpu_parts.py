@@ -1,6 +1,9 @@
-"""The measurements of one layer for `benchmarks.gpu`: correctness, decoding, encoding and prompts, against torch in the same run."""
+"""The measurements of one layer for `benchmarks.gpu`: correctness, decoding, encoding and prompts, against torch in the same
+run.
+"""
 
 import contextlib
+import functools
 import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -68,7 +71,11 @@ def decoding(name: str, tokens: int, batch: int, heads: tuple[int, int], device:
     size = bytes_of(store)
     stores = [store] + [filled(name, tokens, batch, heads[1], device, torch.bfloat16) for _ in range(copies(size, device) - 1)]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
-    calls = [cuda.prepare(query, one, **options) for one in stores for query, options in [drawn_step(one, heads[0], 1, device, dtype)]]
+    calls = [
+        cuda.prepare(query, one, **options)
+        for one in stores
+        for query, options in [drawn_step(one, heads[0], 1, device, dtype)]
+    ]
     time = milliseconds(calls, device)
     return {
         "recipe": name, "tokens": tokens, "batch": batch, "heads": list(heads), "milliseconds": time, "bytes": size,
@@ -104,7 +111,7 @@ def peers(tokens: int, batch: int, heads: tuple[int, int], device: torch.device)
     found = {}
     for name, form in forms.items():
         with contextlib.suppress(RuntimeError), _flash(device):
-            found[name] = milliseconds([lambda pair=pair: form(pair[0], pair[1]) for pair in pairs], device)
+            found[name] = milliseconds([functools.partial(form, pair[0], pair[1]) for pair in pairs], device)
     return found
 
 

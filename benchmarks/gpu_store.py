@@ -1,4 +1,6 @@
-"""Stores of any length on any device, for `benchmarks.gpu`: some blocks are encoded, and their bytes repeated in memory of their own."""
+"""Stores of any length on any device, for `benchmarks.gpu`: some blocks are encoded, and their bytes repeated in memory of
+their own.
+"""
 
 import torch
 from torch import Tensor
@@ -52,7 +54,11 @@ def repeated(side: PackedSide, slots: int) -> PackedSide:
         counts = side.outlier_offsets.diff().view(have, -1)[index].flatten()
         offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
         total = int(offsets[-1])
-        outliers = (values.repeat(times, *[1] * (values.dim() - 1))[:total].clone(), places.repeat(times)[:total].clone(), offsets)
+        outliers = (
+            values.repeat(times, *[1] * (values.dim() - 1))[:total].clone(),
+            places.repeat(times)[:total].clone(),
+            offsets,
+        )
     return PackedSide(side.shape, side.bits, side.channel_major, planes, ranges, outliers)
 
 

@@ -11,7 +11,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 
-from transformers import (  # noqa: E402
+from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -21,7 +21,7 @@ from transformers import (  # noqa: E402
     Qwen2ForCausalLM,
 )
 
-from narrowkv import load_model  # noqa: E402
+from narrowkv import load_model
 
 ASSETS = Path(os.environ.get("NARROWKV_ASSETS", Path(__file__).parents[2] / "shared" / "assets"))
 

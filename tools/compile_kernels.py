@@ -1,9 +1,10 @@
-"""What the compiler makes of the kernels for a GPU, without one: `python tools/compile_kernels.py [--recipes ...] [--json FILE]`.
+"""What the compiler makes of the kernels for a GPU, without one: `python tools/compile_kernels.py [--recipes ...] [--json
+FILE]`.
 
-For each architecture, and each recipe, the kernel over blocks for one query of four heads that share a KV head of 128 channels, as
-models in 16 bits use it: registers of a thread, bytes spilled to memory, shared memory of a program, instructions of the loop
-over blocks (an inner loop over outliers counted once), and matrix instructions among them; then the other kernels. Needs Triton,
-not interpreted.
+For each architecture, and each recipe, the kernel over blocks for one query of four heads that share a KV head of 128
+channels, as models in 16 bits use it: registers of a thread, instructions that spill them to memory, shared memory of a
+program, instructions of the loop over blocks (an inner loop over outliers counted once), and matrix instructions among them;
+then the other kernels. Needs Triton, not interpreted.
 """
 
 import argparse
@@ -20,15 +21,15 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from benchmarks.drawn import HEAD_DIM, KV_HEADS, random_quantizer
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.drawn import HEAD_DIM, KV_HEADS, random_quantizer
 from narrowkv import get_recipe
 from narrowkv.attention.cuda_blocks import forms_of
 from narrowkv.attention.triton_blocks import attend_blocks
 from narrowkv.attention.triton_forms import Case
-from narrowkv.attention.triton_launch import WARPS
+from narrowkv.attention.triton_launch import WARPS, stages_of
 from narrowkv.attention.triton_loose import attend_loose, merge
 from narrowkv.attention.triton_tail import decode_tail, put_outliers
 from narrowkv.codec.triton_encode import encode_tokens, nearest_points
@@ -52,7 +53,7 @@ class Compiled:
     kernel: str  # over blocks: the recipe
     architecture: int
     registers: int
-    spilled: int
+    spills: int  # instructions that read or write local memory
     shared: int
     instructions: int
     loop: int
@@ -116,18 +117,21 @@ def looked_at(name: str, kernel: Any, constants: dict[str, Any], types: dict[str
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": WARPS})
+    options = {"num_warps": 2 * WARPS if kernel is merge else WARPS}
+    if "K" in constants:
+        options["num_stages"] = stages_of(constants["K"], constants["V"])
+    made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
         usage = _run("cuobjdump", "-res-usage", file.name)
         code = _run("nvdisasm", "-c", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    found = re.search(r"REG:(\d+)", usage)
     assert found is not None
-    registers, stack, local = (int(part) for part in found.groups())
     operations, loop = _loop(code)
+    spills = sum(operation in ("LDL", "STL") for operation in operations)
     matrix = sum(count for operation, count in Counter(loop).items() if "MMA" in operation)
-    return Compiled(name, architecture, registers, stack + local, made.metadata.shared, len(operations), len(loop), matrix)
+    return Compiled(name, architecture, int(found[1]), spills, made.metadata.shared, len(operations), len(loop), matrix)
 
 
 def _run(tool: str, *arguments: str) -> str:
@@ -158,13 +162,13 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     rows = []
-    print("| kernel | sm | registers | spilled bytes | shared bytes | loop, instructions | of them matrix |")
+    print("| kernel | sm | registers | spills | shared bytes | loop, instructions | of them matrix |")
     print("|---|---|---|---|---|---|---|")
     for architecture in arguments.architectures:
         over_blocks = (compiled(recipe, architecture) for recipe in arguments.recipes)
         for row in (*over_blocks, *others(architecture)):
             rows.append(asdict(row))
-            cells = (row.kernel, row.architecture, row.registers, row.spilled, row.shared, row.loop, row.matrix)
+            cells = (row.kernel, row.architecture, row.registers, row.spills, row.shared, row.loop, row.matrix)
             print("| " + " | ".join(map(str, cells)) + " |", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=2) + "\n")

@@ -7,12 +7,12 @@ import torch
 from tests.attention.test_cpu import KEYS, VALUES, case
 
 from narrowkv.attention import AUTO, Visible, chosen, cuda, naive
-from narrowkv.attention.rope import Rope, StoredRope
 from narrowkv.codec import Scheme
 from narrowkv.errors import UnsupportedModelError
-from narrowkv.store import LayerStore
 
-pytestmark = pytest.mark.skipif(not cuda.runs_on(torch.device("cpu")), reason="needs Triton, interpreted (`pip install triton`)")
+pytestmark = pytest.mark.skipif(
+    not cuda.runs_on(torch.device("cpu")), reason="needs Triton, interpreted (`pip install triton`)"
+)
 BY_TOKEN = Scheme(4, "nuq", axis="token", outliers=0.02)
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 3e-3}
 

@@ -23,7 +23,7 @@ AUTO = "auto"
 
 
 def chosen(backend: str, device: torch.device, dtype: torch.dtype, schemes: list[tuple[Scheme, Scheme]]) -> str:
-    """The backend meant: AUTO is `cpu` or `cuda` where that runs and reads all schemes, else `torch`; others are themselves."""
+    """The backend meant: AUTO is `cpu` or `cuda` where it runs and reads all schemes, else `torch`; others are themselves."""
     if backend != AUTO:
         return backend
     fits = device.type == "cpu" or (device.type == "cuda" and cuda.runs_on(device))

@@ -16,7 +16,6 @@ from narrowkv.attention import tiled
 from narrowkv.attention.cpu_tables import side_of, turned_by, turning_of
 from narrowkv.attention.cpu_words import reads
 from narrowkv.attention.reading import matrix_of, turn_query, turn_sum, why_unread
-from narrowkv.attention.reading import matrix_of, turn_query, turn_sum, why_unread
 from narrowkv.attention.rope import AnyRope, Rope
 from narrowkv.attention.visible import Visible
 from narrowkv.codec import Scheme

@@ -1,7 +1,7 @@
 """Attention of a few queries on a GPU, by kernels written in Triton: reads packed blocks in place, merges what programs found.
 
-The open tail is decoded beside them, and what is exact (attention sinks, the window, new tokens) goes as it is. Products are in
-the dtype of the queries, all else in float32.
+The open tail is decoded beside them, and what is exact (attention sinks, the window, new tokens) goes as it is. Products are
+in the dtype of the queries, all else in float32.
 """
 
 import functools
@@ -45,9 +45,9 @@ def attend(
 ) -> Tensor:
     """Attention of the newest queries over the packed cache; parameters and result as of `naive.attend`.
 
-    More than 16 queries (so prompts are read), and queries in float64, go to `tiled.attend`. Raises UnsupportedModelError where
-    Triton or the GPU is missing, for numbers kept in float64, for heads of more than 256 channels, and for keys rotated by
-    Hadamard before the rotary embedding.
+    More than 16 queries (so prompts are read), and queries in float64, go to `tiled.attend`. Raises UnsupportedModelError
+    where Triton or the GPU is missing, for numbers kept in float64, for heads of more than 256 channels, and for keys rotated
+    by Hadamard before the rotary embedding.
     """
     _require(query, store)
     if query.shape[2] > tiled.FEW_QUERIES or query.dtype == torch.float64:
@@ -157,7 +157,7 @@ def _require(query: Tensor, store: LayerStore) -> Any:
 
 
 def _kept(rope: AnyRope | None, kept: Tensor | None) -> Tensor | None:
-    """What is kept of each token, as kernels read it: positions [1 or batch, tokens] int32, or angles, each token's together."""
+    """What is kept of each token, as kernels read it: positions [1 or batch, tokens] int32, or angles of a token together."""
     if rope is None or kept is None:
         return None
     if kept.stride(0) == 0:

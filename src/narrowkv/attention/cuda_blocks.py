@@ -44,8 +44,9 @@ class Tables:
 class Blocks:
     """A store's sides and sealed blocks. Memory of a given room stays where it is while columns come.
 
-    table: [room, batch, 2, 8] int64; starts: [room + 1] int32; bases: [room, batch] int32 position of each block's first token,
-    if the others follow it. ends: serial numbers of the first and last of `sure` columns, which tell whether it is still them.
+    table: [room, batch, 2, 8] int64; starts: [room + 1] int32; bases: [room, batch] int32 position of each block's first
+    token, if the others follow it. ends: serial numbers of the first and last of `sure` columns, which tell whether it is
+    still them.
     """
 
     forms: tuple[Form, Form]
@@ -155,11 +156,9 @@ def _add(known: Blocks, store: LayerStore, kept: Tensor | None, padding: Tensor 
     known.ends = _ends(store.columns[: known.sure])
 
 
-def _bases(
-    kept: Tensor, padding: Tensor | None, first: int, starts: list[int], ends: list[int]
-) -> tuple[Tensor, bool]:
-    """Positions of blocks' first tokens, [blocks, 1 or batch], counted back from their last, before which there may be padding;
-    and whether those of all tokens that are seen follow each other.
+def _bases(kept: Tensor, padding: Tensor | None, first: int, starts: list[int], ends: list[int]) -> tuple[Tensor, bool]:
+    """Positions of blocks' first tokens, [blocks, 1 or batch], counted back from their last, before which there may be
+    padding; and whether those of all tokens that are seen follow each other.
     """
     ends = [min(end, kept.shape[1]) for end in ends]
     begin, lengths = torch.tensor(starts, device=kept.device), torch.tensor(ends, device=kept.device)
@@ -287,7 +286,12 @@ def _angles(rope: Rope) -> tuple[Tensor, Tensor]:
 def side_parts(store: LayerStore, blocks: Blocks, side: int, new: Tensor | None, packed: int, held: int) -> dict[str, Any]:
     """Keys, or values, by the names of `triton_launch.SideParts`, of the first `held` tokens, `packed` of them in codes."""
     tables = blocks.tables[side]
-    parts: dict[str, Tensor | None] = {"table": tables.table, "bytes": tables.bytes, "scale": tables.scale, "zero": tables.zero}
+    parts: dict[str, Tensor | None] = {
+        "table": tables.table,
+        "bytes": tables.bytes,
+        "scale": tables.scale,
+        "zero": tables.zero,
+    }
     if store.tail and packed > store.sealed:
         room = store.tail.rooms[side]
         parts |= {
@@ -307,6 +311,6 @@ def side_parts(store: LayerStore, blocks: Blocks, side: int, new: Tensor | None,
 
 
 def by_head(x: Tensor) -> Tensor:
-    """x [batch, heads, tokens, head_dim], each head's numbers together and heads equally far apart; a copy where they are not."""
+    """x [batch, heads, tokens, head_dim], numbers of a head together and heads equally far apart; a copy if they are not."""
     together = x.stride(3) == 1 and x.stride(2) == x.shape[3] and x.stride(0) == x.shape[1] * x.stride(1)
     return x if together else x.contiguous()

@@ -1,7 +1,8 @@
 """Triton: attention over sealed blocks, read where they lie. A program takes a run of blocks of one KV head of one sequence.
 
-Each block is decoded once for all queries of its group. Keys are turned relative to the block's first token, by angles that all
-blocks share, and queries are turned back by its position. Sums are in float32; tiles of keys, values and weights in NUMBER.
+Each block is decoded once for all queries of its group. Keys are turned relative to the block's first token, by angles that
+all blocks share, and queries are turned back by its position. Sums are in float32; tiles of keys, values and weights in
+NUMBER.
 """
 
 import triton
@@ -47,10 +48,10 @@ def attend_blocks(
     key_rows_a, key_rows_b = channel_a % K.codes, channel_b % K.codes
     value_rows = tl.arange(0, V.row_room)
     levels_a, levels_b, levels_v, levels_w = 0, 0, 0, 0
-    if K.by_bytes and NUMBER == tl.float16:
+    if K.by_bytes and tl.float16 == NUMBER:
         levels_a = levels_of(key_bytes, head, key_rows_a, channel_a // K.codes, K)
         levels_b = levels_of(key_bytes, head, key_rows_b, channel_b // K.codes, K)
-    if V.by_bytes and NUMBER == tl.float16:
+    if V.by_bytes and tl.float16 == NUMBER:
         levels_v = levels_of(value_bytes, head, value_rows, value_rows * 0, V)
         levels_w = levels_of(value_bytes, head, value_rows, value_rows * 0 + V.numbers - 1, V)
     pair = tl.arange(0, C.lanes)
@@ -91,9 +92,7 @@ def attend_blocks(
         sees = seen(rows, start + token_of, live, first, asking, padding, hidden, hidden_stride, window, C)
         weights, fading, largest = weigh(tl.where(sees, scores, float("-inf")), largest)
         total = total * fading + tl.sum(weights, 0)
-        values = read_values(
-            entry + 8, levels_v, levels_w, value_table, value_scale, value_zero, head, token_of, V, NUMBER
-        )
+        values = read_values(entry + 8, levels_v, levels_w, value_table, value_scale, value_zero, head, token_of, V, NUMBER)
         part = tl.dot(values, weights.to(NUMBER), part * fading[None, :], input_precision=C.precision)
         if V.nonzeros > 0:
             part = add_value_outliers(part, entry + 8, value_table, value_scale, value_zero, head, weights, K, V, C)
@@ -156,7 +155,7 @@ def read_values(entry, levels, levels_w, table, scale, zero, head, token_of, V: 
 @triton.jit
 def read(entry, head, rows, F: tl.constexpr, NUMBER: tl.constexpr):
     """Codes of rows, as `to_numbers` looks them up."""
-    if F.by_bytes and NUMBER == tl.float16:
+    if F.by_bytes and tl.float16 == NUMBER:
         return read_nibbles(entry, head, rows, F)
     else:
         return read_codes(entry, head, rows, F)
@@ -165,7 +164,7 @@ def read(entry, head, rows, F: tl.constexpr, NUMBER: tl.constexpr):
 @triton.jit
 def to_numbers(codes, levels, entry, table, scale, zero, head, rows, number, F: tl.constexpr, NUMBER: tl.constexpr):
     """What codes stand for, but for outliers: [n, columns]."""
-    if F.by_bytes and NUMBER == tl.float16:
+    if F.by_bytes and tl.float16 == NUMBER:
         return ranged(look_up_bytes(codes, levels, F), entry, scale, zero, head, rows, F)
     else:
         return ranged(look_up(codes, table, head, rows, number, F).to(NUMBER), entry, scale, zero, head, rows, F)

@@ -18,10 +18,10 @@ class Form:
     """The keys, or the values, of packed blocks.
 
     bits: of a code, 16 for exact numbers. codes: of a head. numbers: that a code stands for. heads: KV heads. order: bits of
-    the plane that columns of a tile are ordered by. wide: bytes read at once, 4 or 1. own: each code has a codebook of its own, else all
-    share one. even: levels are evenly spaced. ranges: "none", "held" with each block or "fixed", [range_heads, range_tokens,
-    range_channels]. zero: whether ranges have one. nonzeros: outliers taken at once, 0 where there are none. kind: of
-    exact numbers, "fp16", "bf16" or "fp32".
+    the plane that columns of a tile are ordered by. wide: bytes read at once, 4 or 1. own: each code has a codebook of its
+    own, else all share one. even: levels are evenly spaced. ranges: "none", "held" with each block or "fixed", [range_heads,
+    range_tokens, range_channels]. zero: whether ranges have one. nonzeros: outliers taken at once, 0 where there are none.
+    kind: of exact numbers, "fp16", "bf16" or "fp32".
     """
 
     bits: int
@@ -147,8 +147,9 @@ class Case:
 
     rows: queries of all heads of a group, at most `room` of them at a time. queries: of one head. dim: head_dim. pairs: of
     channels that are turned when read, 0 for none; interleaved: whether they are neighbours. turning: "none"; "near", relative
-    to the block's first token, where positions follow each other; "positions"; or "given" angles of each token. sinks: how many
-    each sequence has. window: tokens that a query sees, 0 for all. softcap, padding, hidden: whether there is such a thing.
+    to the block's first token, where positions follow each other; "positions"; or "given" angles of each token. sinks: how
+    many each sequence has. window: tokens that a query sees, 0 for all. softcap, padding, hidden: whether there is such a
+    thing.
     """
 
     rows: int

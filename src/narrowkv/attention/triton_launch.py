@@ -1,7 +1,7 @@
 """The step of attention on a GPU as one operator of torch, `narrowkv::attend_packed`: which kernels it launches, on what.
 
-Shapes of all tensors, and so the grid, follow from capacities; how much of them counts is read on the device, from `lengths`. So
-a CUDA graph that has captured the operator may be replayed as long as the store writes into the same memory.
+Shapes of all tensors, and so the grid, follow from capacities; how much of them counts is read on the device, from `lengths`.
+So a CUDA graph that has captured the operator may be replayed as long as the store writes into the same memory.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -20,8 +20,11 @@ from narrowkv.store import BLOCK
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 NUMBERS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}  # of exact tokens
 
-# places in `lengths`, int32: columns, sealed tokens that count, first token held, first query, and tokens elsewhere
-COLUMNS, SEALED, FIRST, ASKING, TAIL, SINKS, WINDOW, NEW, TAIL_START, WINDOW_START, NEW_START, KEY_OUTLIERS, VALUE_OUTLIERS = range(13)
+# places in `lengths`, int32: columns, sealed tokens that count, first token held, first query, tokens elsewhere, where
+# those begin, and outliers of the tail's keys, then of its values
+COLUMNS, SEALED, FIRST, ASKING, TAIL, SINKS, WINDOW, NEW, TAIL_START, WINDOW_START, NEW_START, KEY_OUTLIERS, VALUE_OUTLIERS = (
+    range(13)
+)
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,8 @@ class Shared:
 class Plan:
     """What is known before the numbers are: forms of both sides, the case, how many programs share a sequence's blocks.
 
-    apart: what was read from codes and what was exact are summed apart, for the former's sum is turned yet. rounded: numbers are
-    read from codes in 16 bits.
+    apart: what was read from codes and what was exact are summed apart, for the former's sum is turned yet. rounded: numbers
+    are read from codes in 16 bits.
     """
 
     keys: Form
@@ -87,7 +90,12 @@ def number_of(plan: Plan) -> int:
 
 
 def attend(
-    packed_query: Tensor, query: Tensor, lengths: Tensor, parts: tuple[SideParts, SideParts, Shared], plan: Plan, *numbers: float
+    packed_query: Tensor,
+    query: Tensor,
+    lengths: Tensor,
+    parts: tuple[SideParts, SideParts, Shared],
+    plan: Plan,
+    *numbers: float,
 ) -> Tensor:
     """[2 if apart else 1, batch, query_heads, queries, head_dim] float32: sums of what was packed and of what was exact.
 
@@ -144,27 +152,28 @@ class _Step:
         batch, query_heads = self.query.shape[:2]
         heads = self.plan.keys.heads
         tail = [self.tail_numbers(form, side, i) for i, (form, side) in enumerate(zip(self._forms, self.sides, strict=True))]
-        loose = {
-            "tail": (*tail, TAIL, TAIL_START),
+        loose: dict[str, tuple[Tensor | None, Tensor | None, int, int]] = {
+            "tail": (tail[0], tail[1], TAIL, TAIL_START),
             "sinks": (keys.sinks, values.sinks, SINKS, SINKS),
             "window": (keys.window, values.window, WINDOW, WINDOW_START),
             "new": (keys.new, values.new, NEW, NEW_START),
         }
-        present = {name: part for name, part in loose.items() if part[0] is not None}
+        present = [(name, *part) for name, part in loose.items() if part[0] is not None]
         splits = 0 if shared.blocks is None else self.plan.splits
         slots = splits + len(present)
         sums = self.query.new_empty(batch * heads, slots, case.rows, case.dim, dtype=torch.float32)
         peaks = sums.new_empty(batch * heads, slots, case.rows, 2)
         if splits:
             self.launch_blocks(sums, peaks, splits)
-        for i, (name, part) in enumerate(present.items()):
-            self.launch_loose(name, *part, sums, peaks, splits + i)
+        for i, (name, first, second, held, start) in enumerate(present):
+            assert first is not None and second is not None
+            self.launch_loose(name, first, second, held, start, sums, peaks, splits + i)
         output = sums.new_empty(1 + self.plan.apart, *self.query.shape)
         rows = batch * query_heads * case.queries
         merge[(rows,)](
-            sums, peaks, _or(shared.sink_logits, peaks), output, rows, slots, splits + ("tail" in present), case.rows,
+            sums, peaks, _or(shared.sink_logits, peaks), output, rows, slots, splits + (tail[0] is not None), case.rows,
             case.queries, case.dim, SLOTS=power_of_2(slots), WIDE=case.wide,
-            SINKS=0 if shared.sink_logits is None else query_heads, APART=self.plan.apart,
+            SINKS=0 if shared.sink_logits is None else query_heads, APART=self.plan.apart, num_warps=2 * WARPS,
         )  # fmt: skip
         return output
 
@@ -173,14 +182,15 @@ class _Step:
         return self.plan.keys, self.plan.values
 
     def launch_blocks(self, sums: Tensor, peaks: Tensor, splits: int) -> None:
-        (keys, values), shared, lengths = self.sides, self.shared, self.lengths
+        shared, lengths = self.shared, self.lengths
         assert shared.blocks is not None
         tables = [_or(part, lengths) for side in self.sides for part in (side.table, side.bytes, side.scale, side.zero)]
         attend_blocks[(splits, len(sums), self.chunks)](
             self.packed_query, shared.blocks, shared.starts, _or(shared.bases, lengths), lengths, sums, peaks, *tables,
             _or(shared.near, lengths), _or(shared.turns, lengths), *self.sight, _or(shared.sink_index, lengths),
             shared.blocks.shape[1], sums.shape[1], splits, *self.strides, *self.numbers,
-            K=self.plan.keys, V=self.plan.values, C=self.plan.case, NUMBER=tl.float16 if self.plan.rounded else tl.float32, num_warps=WARPS,
+            K=self.plan.keys, V=self.plan.values, C=self.plan.case, NUMBER=tl.float16 if self.plan.rounded else tl.float32,
+            num_warps=WARPS, num_stages=stages_of(self.plan.keys, self.plan.values),
         )  # fmt: skip
 
     def launch_loose(
@@ -222,7 +232,9 @@ class _Step:
 
     @property
     def sight(self) -> tuple[Tensor, Tensor, Tensor]:
-        return tuple(_or(part, self.lengths) for part in (self.shared.kept, self.shared.padding, self.shared.hidden))
+        """What is kept of tokens, padding, and what is hidden."""
+        shared, other = self.shared, self.lengths
+        return _or(shared.kept, other), _or(shared.padding, other), _or(shared.hidden, other)
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -238,6 +250,11 @@ class _Step:
 
 
 WARPS = 4
+
+
+def stages_of(keys: Form, values: Form) -> int:
+    """How many blocks are under way at once; looked-up numbers would lie in shared memory, each once for every stage."""
+    return 3 if all(form.by_bytes or form.bits == 16 for form in (keys, values)) else 1
 
 
 def _or(part: Tensor | None, other: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Triton: what is not in sealed blocks: attention over tokens that lie as numbers, and the softmaxes of all programs as one."""
+"""Triton: what is not in sealed blocks: attention over tokens that lie as numbers; and all softmaxes made one."""
 
 import triton
 import triton.language as tl
@@ -11,7 +11,8 @@ TOKENS = tl.constexpr(64)  # at a time
 @triton.jit
 def attend_loose(
     query, keys, values, places, lengths, sums, peaks, turns, kept, padding, hidden, sink_index,
-    heads, slots, slot, held, own, place_stride, key_stride, value_stride, kept_stride, padding_stride, hidden_batch, hidden_stride, window,
+    heads, slots, slot, held, own, place_stride, key_stride, value_stride,
+    kept_stride, padding_stride, hidden_batch, hidden_stride, window,
     scaling, softcap, stretch,
     PLACED: tl.constexpr, C: tl.constexpr, NUMBER: tl.constexpr,
 ):  # fmt: skip

@@ -78,9 +78,7 @@ def add_key_outliers(
 
 
 @triton.jit
-def add_value_outliers(
-    part, entry, table, scale, zero, head, weights, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr
-):
+def add_value_outliers(part, entry, table, scale, zero, head, weights, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr):
     """Sums [channels, room] with what outliers of values add; weights: [64, room]."""
     begin, end = outlier_range(entry, head)
     index = tl.load(entry + 6).to(tl.pointer_type(tl.int16))

@@ -1,7 +1,7 @@
 """Triton: what all kernels of attention share: channels that turn together, angles, what is hidden, a running softmax.
 
-Queries of a group are columns of tiles, [channels or tokens, room], since a product on a GPU's matrix unit may have as few as 8
-columns, but not rows.
+Queries of a group are columns of tiles, [channels or tokens, room], since a product on a GPU's matrix unit may have as few as
+8 columns, but not rows.
 """
 
 import triton
@@ -123,7 +123,7 @@ def weigh(scores, largest):
 
 @triton.jit
 def write_part(sums, peaks, part, total, largest, channels, rows, slot, C: tl.constexpr):
-    """What one program found: sums [channels, room] to [.., rows, head_dim], their largest score and total to [.., rows, 2]."""
+    """What a program found: sums [channels, room] to [.., rows, head_dim], largest score and total to [.., rows, 2]."""
     live = rows < C.rows
     at = slot * C.rows + rows
     inside = live[None, :] & (channels < C.dim)[:, None]

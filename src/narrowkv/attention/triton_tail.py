@@ -11,7 +11,7 @@ OUTLIERS = tl.constexpr(128)  # a program
 
 @triton.jit
 def decode_tail(codes, table, scale, zero, numbers, F: tl.constexpr, WIDE: tl.constexpr):
-    """codes: [batch, heads, 64, codes] uint8; scale, zero: held by sequence, or fixed. numbers: [batch, heads, 64, head_dim]."""
+    """codes: [batch, heads, 64, codes] uint8; scale, zero: held or fixed. numbers: [batch, heads, 64, head_dim]."""
     place = tl.program_id(0)
     head = place % F.heads
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)[:, None]
@@ -30,7 +30,7 @@ def decode_tail(codes, table, scale, zero, numbers, F: tl.constexpr, WIDE: tl.co
 
 @triton.jit
 def put_outliers(index, values, lengths, held, numbers, F: tl.constexpr):
-    """Write the lengths[held] outliers of the tail in place; index: [..] int64 in the flattened codes; values: [.., numbers]."""
+    """Write lengths[held] outliers of the tail; index: [..] int64 in the flattened codes; values: [.., numbers]."""
     which = tl.program_id(0) * OUTLIERS + tl.arange(0, OUTLIERS)
     live = which < tl.load(lengths + held)
     at = tl.load(index + which, mask=live, other=0)

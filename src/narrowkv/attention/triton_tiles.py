@@ -1,9 +1,9 @@
 """Triton: from packed bytes to tiles of numbers.
 
 A row of codes is read as words of 32 bits (bytes where a row is no whole number of words), which are taken apart within the
-threads that have read them. So a tile's columns come in an order of their own, `column_places`. Rows of a channel-major side are
-channels (or pairs) and columns are tokens; of a token-major side it is the other way round. Tiles are of NUMBER, float16 or
-float32; two numbers of 16 bits take one instruction.
+threads that have read them. So a tile's columns come in an order of their own, `column_places`. Rows of a channel-major side
+are channels (or pairs) and columns are tokens; of a token-major side it is the other way round. Tiles are of NUMBER, float16
+or float32; two numbers of 16 bits take one instruction.
 """
 
 import triton

@@ -138,9 +138,11 @@ class Quantizer(Tables):
         """The form of `encode` for a GPU, or None where it does not do what the scheme asks for."""
         if self._encoder is None or self.boundaries is None or self.scheme.group:
             return None
-        tables = [None if part is None else part.contiguous() for part in (self.scale, self.zero, self.lower, self.upper)]
+        scale, zero, lower, upper = (
+            None if part is None else part.contiguous() for part in (self.scale, self.zero, self.lower, self.upper)
+        )
         per_tail = functools.partial(outliers_per_tail, fraction=0.0 if self.scheme.static else self.scheme.outliers)
-        return cuda.Encoder(self.scheme, self.boundaries.contiguous(), *tables, tail=per_tail)
+        return cuda.Encoder(self.scheme, self.boundaries.contiguous(), scale, zero, lower, upper, per_tail)
 
     def _encoder_for(self, x: Tensor) -> Encoder | cuda.Encoder | None:
         """Whatever encodes numbers that lie where x does, faster than plain torch."""

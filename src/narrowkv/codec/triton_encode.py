@@ -14,11 +14,11 @@ def encode_tokens(
 ):  # fmt: skip
     """One token, all its heads at once if they share a range (SHARED), else one of them.
 
-    x: [batch, heads, new, head_dim] by strides, channels side by side. skip: [batch, new], not 0 where no outlier is kept. codes:
-    [batch, heads, room, head_dim] uint8; the token is written to place `first` and those after it. scale, zero: [batch, 1 or
-    heads, room, 1] float16, or FIXED by channel, with thresholds lower and upper. TAIL: how many outliers each end of a range
-    has. index, values: [free] where the next outliers go, in any order; counts: [2] how many there are, and of what does not
-    fit 16 bits.
+    x: [batch, heads, new, head_dim] by strides, channels side by side. skip: [batch, new], not 0 where no outlier is kept.
+    codes: [batch, heads, room, head_dim] uint8; the token is written to place `first` and those after it. scale, zero: [batch,
+    1 or heads, room, 1] float16, or FIXED by channel, with thresholds lower and upper. TAIL: how many outliers each end of a
+    range has. index, values: [free] where the next outliers go, in any order; counts: [2] how many there are, and of what does
+    not fit 16 bits.
     """
     row, token, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i = tl.arange(0, WIDE)
@@ -77,8 +77,8 @@ def nearest_points(
 ):  # fmt: skip
     """Code of the nearest point, the first of several as near, and the squared distance to it, of one token of a head.
 
-    numbers: [batch, heads, tokens, head_dim] float32. points: [heads, codes, levels, numbers] float32. codes, cost: [batch, heads,
-    tokens, codes].
+    numbers: [batch, heads, tokens, head_dim] float32. points: [heads, codes, levels, numbers] float32. codes, cost: [batch,
+    heads, tokens, codes].
     """
     place = tl.program_id(0)
     head = place // tokens % heads
