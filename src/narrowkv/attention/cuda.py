@@ -1,7 +1,7 @@
 """Attention of a few queries on a GPU, by kernels written in Triton: reads packed blocks in place, merges what programs found.
 
 The open tail is decoded beside them, and what is exact (attention sinks, the window, new tokens) goes as it is. Products are
-in the dtype of the queries, all else in float32.
+in 16 bits for queries in 16 bits, else in float32; sums are in float32.
 """
 
 import functools

@@ -47,11 +47,14 @@ def attend_blocks(
     query_a, query_b = query_a / size, query_b / size
     key_rows_a, key_rows_b = channel_a % K.codes, channel_b % K.codes
     value_rows = tl.arange(0, V.row_room)
-    levels_a, levels_b, levels_v, levels_w = 0, 0, 0, 0
-    if K.by_bytes and tl.float16 == NUMBER:
+    levels_a = 0
+    levels_b = 0
+    levels_v = 0
+    levels_w = 0
+    if K.by_bytes and NUMBER == tl.float16:  # noqa: SIM300
         levels_a = levels_of(key_bytes, head, key_rows_a, channel_a // K.codes, K)
         levels_b = levels_of(key_bytes, head, key_rows_b, channel_b // K.codes, K)
-    if V.by_bytes and tl.float16 == NUMBER:
+    if V.by_bytes and NUMBER == tl.float16:  # noqa: SIM300
         levels_v = levels_of(value_bytes, head, value_rows, value_rows * 0, V)
         levels_w = levels_of(value_bytes, head, value_rows, value_rows * 0 + V.numbers - 1, V)
     pair = tl.arange(0, C.lanes)
@@ -62,8 +65,8 @@ def attend_blocks(
         near_cos, near_sin = near_cos.to(NUMBER), near_sin.to(NUMBER)
 
     largest = tl.full([C.room], float("-inf"), tl.float32)
-    total = tl.zeros([C.room], tl.float32)
-    part = tl.zeros([V.channels, C.room], tl.float32)
+    total = tl.full([C.room], 0, tl.float32)
+    part = tl.full([V.channels, C.room], 0, tl.float32)
     for i in range(begin, end):
         entry = table + (i * batch + row) * 16
         start = tl.load(starts + i)
@@ -155,7 +158,7 @@ def read_values(entry, levels, levels_w, table, scale, zero, head, token_of, V: 
 @triton.jit
 def read(entry, head, rows, F: tl.constexpr, NUMBER: tl.constexpr):
     """Codes of rows, as `to_numbers` looks them up."""
-    if F.by_bytes and tl.float16 == NUMBER:
+    if F.by_bytes and NUMBER == tl.float16:  # noqa: SIM300
         return read_nibbles(entry, head, rows, F)
     else:
         return read_codes(entry, head, rows, F)
@@ -164,7 +167,7 @@ def read(entry, head, rows, F: tl.constexpr, NUMBER: tl.constexpr):
 @triton.jit
 def to_numbers(codes, levels, entry, table, scale, zero, head, rows, number, F: tl.constexpr, NUMBER: tl.constexpr):
     """What codes stand for, but for outliers: [n, columns]."""
-    if F.by_bytes and tl.float16 == NUMBER:
+    if F.by_bytes and NUMBER == tl.float16:  # noqa: SIM300
         return ranged(look_up_bytes(codes, levels, F), entry, scale, zero, head, rows, F)
     else:
         return ranged(look_up(codes, table, head, rows, number, F).to(NUMBER), entry, scale, zero, head, rows, F)

@@ -127,7 +127,8 @@ def attend_packed(
     size = len(fields(SideParts))
     sides = SideParts(*tensors[:size]), SideParts(*tensors[size : 2 * size])
     step = _Step(packed_query, query, lengths, sides, Shared(*tensors[2 * size :]), _PLANS[plan], (scaling, softcap, stretch))
-    return step.run()
+    with torch.cuda.device_of(query):
+        return step.run()
 
 
 @attend_packed.register_fake
@@ -207,7 +208,7 @@ class _Step:
             self.packed_query if packed else self.query, keys, values, index, lengths, sums, peaks,
             _or(shared.turns, lengths), *self.sight, index,
             self.plan.keys.heads, sums.shape[1], slot, held, start, index.shape[-1], keys.stride(1), values.stride(1),
-            *self.strides, *self.numbers, PLACED=placed, C=case, NUMBER=NUMBERS[self.query.dtype], num_warps=WARPS,
+            *self.strides, *self.numbers, PLACED=placed, C=case, NUMBER=NUMBERS[self.query.dtype], num_warps=2 * WARPS,
         )  # fmt: skip
 
     def tail_numbers(self, form: Form, side: SideParts, which: int) -> Tensor | None:

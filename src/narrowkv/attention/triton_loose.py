@@ -39,8 +39,8 @@ def attend_loose(
     query_b = read_query(query, place, rows, channel_b, scaling, stretch, C).to(NUMBER)
     pair, channel = tl.arange(0, C.lanes), tl.arange(0, C.wide)
     largest = tl.full([C.room], float("-inf"), tl.float32)
-    total = tl.zeros([C.room], tl.float32)
-    part = tl.zeros([C.wide, C.room], tl.float32)
+    total = tl.full([C.room], 0, tl.float32)
+    part = tl.full([C.wide, C.room], 0, tl.float32)
     for start in range(0, count, TOKENS):
         token = start + tl.arange(0, TOKENS)
         live = token < count

@@ -40,10 +40,10 @@ def outlier_values(entry, which, number: tl.constexpr, live, F: tl.constexpr):
 
 
 @triton.jit
-def brought_to(rows, added, ROWS: tl.constexpr, precision: tl.constexpr):
+def brought_to(rows, added, ROWS: tl.constexpr, C: tl.constexpr):
     """Sums of added [n, room] by the row that each belongs to: [ROWS, room]. rows: [n]."""
     fits = (tl.arange(0, ROWS)[:, None] == rows[None, :]).to(tl.float32)
-    return tl.dot(fits, added, input_precision=precision)
+    return tl.dot(fits, added, input_precision=C.precision)
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def add_key_outliers(
         live = which < end
         places = tl.load(index + which, mask=live, other=0).to(tl.int32)
         token, code = places // K.codes, places % K.codes
-        added = tl.zeros([K.nonzeros, C.room], tl.float32)
+        added = tl.full([K.nonzeros, C.room], 0, tl.float32)
         for number in tl.static_range(tl.constexpr(K.numbers)):
             exact = outlier_values(entry, which, number, live, K)
             more = missed(entry, table, scale, zero, head, token, code, number, exact, live, K)
@@ -73,7 +73,7 @@ def add_key_outliers(
                 crossed = tl.where(second[:, None], -first_part, second_part)
                 factor = factor * cos[:, None] + crossed * sin[:, None]
             added += factor * more[:, None]
-        scores += brought_to(column_of(token, K), added, 64, C.precision)
+        scores += brought_to(column_of(token, K), added, 64, C)
     return scores
 
 
@@ -93,5 +93,5 @@ def add_value_outliers(part, entry, table, scale, zero, head, weights, K: tl.con
             exact = outlier_values(entry, which, number, live, V)
             more = missed(entry, table, scale, zero, head, token, code, number, exact, live, V)
             row = code * V.numbers + number if V.channel_major else column_of(code, V)
-            part += brought_to(row, weight * more[:, None], V.channels, C.precision)
+            part += brought_to(row, weight * more[:, None], V.channels, C)
     return part

@@ -90,7 +90,7 @@ def read_nibbles(entry, head, rows, F: tl.constexpr):
 @triton.jit
 def read_codes(entry, head, rows, F: tl.constexpr):
     """Codes of rows [n] of a head of a block: [n, columns] int32; 0 beyond the last row and column."""
-    codes = tl.zeros([rows.shape[0], F.columns], tl.int32)
+    codes = tl.full([rows.shape[0], F.columns], 0, tl.int32)
     for i in tl.static_range(len(F.planes)):
         words = read_plane(entry, head, rows, i, F)
         if F.wide == 4:
@@ -213,7 +213,7 @@ def ranged(numbers, entry, scale, zero, head, rows, F: tl.constexpr):
     NUMBER: tl.constexpr = numbers.dtype
     if F.ranges != "none":
         scale, zero = ranges_at(entry, scale, zero, F)
-        row = rows[:, None] if F.by_row else tl.zeros([1, 1], tl.int32)
+        row = rows[:, None] if F.by_row else tl.full([1, 1], 0, tl.int32)
         if F.by_row and F.by_column and F.groups <= 8:
             place = column_places(F)[None, :]
             for i in tl.static_range(tl.constexpr(F.groups)):
@@ -224,7 +224,7 @@ def ranged(numbers, entry, scale, zero, head, rows, F: tl.constexpr):
                     stretch = tl.where(place // F.group == i, some.to(NUMBER), stretch)
                     shift = tl.where(place // F.group == i, more.to(NUMBER), shift)
         else:
-            column = column_places(F)[None, :] if F.by_column else tl.zeros([1, 1], tl.int32)
+            column = column_places(F)[None, :] if F.by_column else tl.full([1, 1], 0, tl.int32)
             stretch, shift = range_in(scale, zero, head, row, column, F)
         numbers = numbers * stretch.to(NUMBER) + shift.to(NUMBER)
     return numbers

@@ -53,10 +53,11 @@ class Encoder:
         Returns how many outliers the room then holds, which the caller lets it count; None where something does not fit 16
         bits. This count is the one thing that the host waits for.
         """
-        while True:
+        while True:  # until outliers find room
             free = 0 if room.outlier_index is None else len(room.outlier_index) - room.outliers
             counts = torch.zeros(2, dtype=torch.int32, device=x.device)
-            self.launch(room, first, x, skip, counts)
+            with torch.cuda.device_of(x):
+                self.launch(room, first, x, skip, counts)
             if not self.scheme.outliers and self.scheme.static:
                 return 0
             found, unfit = counts.tolist()
@@ -101,8 +102,9 @@ def search(numbers: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     _, codes, levels, count = points.shape
     found = torch.empty(batch, heads, tokens, codes, dtype=torch.uint8, device=numbers.device)
     cost = torch.empty(found.shape, device=numbers.device)
-    module.nearest_points[(batch * heads * tokens,)](
-        numbers.contiguous(), points.contiguous(), found, cost, tokens, heads,
-        CODES=codes, LEVELS=levels, NUMBERS=count, WIDE=_room(codes),
-    )  # fmt: skip
+    with torch.cuda.device_of(numbers):
+        module.nearest_points[(batch * heads * tokens,)](
+            numbers.contiguous(), points.contiguous(), found, cost, tokens, heads,
+            CODES=codes, LEVELS=levels, NUMBERS=count, WIDE=_room(codes),
+        )  # fmt: skip
     return found, cost

@@ -41,7 +41,7 @@ def encode_tokens(
         stretch, middle = held_scale.to(tl.float32), held_zero.to(tl.float32)
         tl.atomic_add(counts + 1, ((tl.abs(stretch) == float("inf")) | (tl.abs(middle) == float("inf"))).to(tl.int32))
     normal = (number - middle) * tl.where(stretch > 0, 1 / tl.where(stretch > 0, stretch, 1.0), 0.0)
-    code = tl.zeros([WIDE], tl.int32)
+    code = tl.full([WIDE], 0, tl.int32)
     for j in tl.static_range(BOUNDARIES):
         code += (normal > tl.load(boundaries + j)).to(tl.int32)
     tl.store(codes + place, code.to(tl.uint8), mask=live)
@@ -89,7 +89,7 @@ def nearest_points(
     if NUMBERS == 2:
         y = tl.load(numbers + place.to(tl.int64) * CODES * NUMBERS + CODES + code, mask=live, other=0.0)
     best = tl.full([WIDE], float("inf"), tl.float32)
-    found = tl.zeros([WIDE], tl.int32)
+    found = tl.full([WIDE], 0, tl.int32)
     for level in range(LEVELS):
         at = points + ((head * CODES + code) * LEVELS + level) * NUMBERS
         distance = x - tl.load(at, mask=live, other=0.0)
