@@ -71,9 +71,13 @@ def _outliers(rows: list[Row], result: dict[str, Any]) -> list[Section]:
     for i, (bits, line) in enumerate(_by(rows, "bits").items()):
         _line(axes, i, [100 * row["fraction"] for row in line], line, f"{bits} bits")
     axes.set_xlabel("outliers kept exact (% of the numbers)")
-    axes.legend(frameon=False)
+    figure.legend(loc="outside right upper", frameon=False)
     caption = "How much each further outlier gains."
-    return [_section("Outliers", _told(rows, result), rows, ["bits", "label"], "outliers", caption, figure)]
+    text = (
+        f"{_told(rows, result)} KVQuant with a part of its numbers exact. Values keep a whole number of outliers for each "
+        "token, so that on a model with few numbers a token a small part may come to none: the allocated bits tell."
+    )
+    return [_section("Outliers", text, rows, ["bits", "label"], "outliers", caption, figure)]
 
 
 def _sinks(rows: list[Row], result: dict[str, Any]) -> list[Section]:
@@ -95,9 +99,9 @@ def _parts(rows: list[Row], result: dict[str, Any]) -> list[Section]:
     if whole:
         figure, (axes,) = new_figure(6, 4)
         for i, (side, line) in enumerate(_by(whole, "side").items()):
-            _bars(axes, i, 3, [str(row["bits"]) for row in line], [row["kld_strict"] for row in line], side)
-        axes.set(xlabel="bits of the codes", ylabel=LOSS)
-        log_axis(axes.yaxis)
+            _line(axes, i, [row["bits"] for row in line], line, side)
+        axes.set_xticks(sorted({row["bits"] for row in whole}))
+        axes.set_xlabel("bits of the codes")
         axes.legend(frameon=False, title="quantised")
         caption = "What keys alone and values alone cost."
         text = f"{_told(whole, result)} KVQuant with 1% of outliers for one side; the other is exact."
@@ -112,7 +116,9 @@ def _layers(row: Row, result: dict[str, Any]) -> Section:
     cells = row["layers"]
     figure, (axes,) = new_figure(6, 4)
     for i, (side, line) in enumerate(_by(cells, "side").items()):
-        _bars(axes, i, 2, [str(cell["layer"]) for cell in line], [cell["kld_strict"] for cell in line], side)
+        places = [j + 0.4 * i - 0.2 for j in range(len(line))]
+        axes.bar(places, [cell["kld_strict"] for cell in line], 0.4, color=COLOURS[i], label=side)
+        axes.set_xticks(range(len(line)), [str(cell["layer"]) for cell in line])
     axes.set(xlabel="layer", ylabel=LOSS)
     axes.legend(frameon=False)
     table = Table(
@@ -207,9 +213,3 @@ def _line(
         axes.set_ylim(0, None)
     else:
         log_axis(axes.yaxis)
-
-
-def _bars(axes: "Axes", i: int, sides: int, labels: list[str], heights: list[float], label: str) -> None:
-    width = 0.8 / sides
-    axes.bar([j + (i - (sides - 1) / 2) * width for j in range(len(labels))], heights, width, color=COLOURS[i], label=label)
-    axes.set_xticks(range(len(labels)), labels)
