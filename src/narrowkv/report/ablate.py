@@ -132,14 +132,15 @@ def _texts(rows: list[Row], result: dict[str, Any]) -> list[Section]:
     widths = _by(rows, "bits")
     figure, panels = new_figure(3.4 * len(widths), 4.2, columns=len(widths))
     for axes, (bits, held) in zip(panels, widths.items(), strict=True):
-        for i, (text, line) in enumerate(_by(held, "text").items()):
-            _line(
-                axes, i, [row["sequences"] for row in line], line, text, from_zero=True, linestyle="-" if len(line) > 1 else ""
-            )
+        for i, (text, line) in enumerate(_by(sorted(held, key=lambda row: row["sequences"]), "text").items()):
+            style: Any = style_of(i)
+            axes.plot([row["sequences"] for row in line], [row["kld_strict"] for row in line], label=text, **style)
+        axes.set_ylim(0, 1.2 * max(row["kld_strict"] for row in held))
         counts = sorted({row["sequences"] for row in held})
         axes.set_xscale("log", base=2)
         axes.set_xticks(counts, [str(count) for count in counts])
         axes.set(xlabel="sequences to learn from", title=f"{bits} bits")
+    panels[0].set_ylabel(LOSS)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     caption = "How little the loss depends on the text that was learned from, and on how much of it."
     text_ = f"{_told(rows, result)} KVQuant with 1% of outliers, learned from fewer sequences and from other texts."
@@ -203,13 +204,8 @@ def _by(rows: list[Row], entry: str) -> dict[Any, list[Row]]:
     return {value: [row for row in rows if row[entry] == value] for value in dict.fromkeys(row[entry] for row in rows)}
 
 
-def _line(
-    axes: "Axes", i: int, places: list[Any], rows: list[Row], label: str, from_zero: bool = False, **options: Any
-) -> None:
+def _line(axes: "Axes", i: int, places: list[Any], rows: list[Row], label: str, **options: Any) -> None:
     style: Any = style_of(i) | options
     axes.plot(places, [row["kld_strict"] for row in rows], label=label, **style)
     axes.set_ylabel(LOSS)
-    if from_zero:
-        axes.set_ylim(0, None)
-    else:
-        log_axis(axes.yaxis)
+    log_axis(axes.yaxis)

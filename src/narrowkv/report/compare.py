@@ -64,7 +64,7 @@ def draw_pareto(axes: "Axes", points: Sequence[Point]) -> None:
         axes.annotate(name, (bits, loss), (-7, -5), textcoords="offset points", ha="right", va="top", fontsize=8)
     axes.set_ylabel("KL divergence from the exact model, strict (nats)")
     log_axis(axes.yaxis)
-    axes.margins(x=0.12, y=0.12)
+    axes.margins(x=0.18, y=0.12)
 
 
 def family(recipe: str) -> str:
@@ -84,7 +84,7 @@ def _drawn(rows: list[Row]) -> "Figure":
     figure, (axes,) = new_figure(7.5, 5)
     draw_pareto(axes, [_point(row) for row in rows])
     axes.set_xlabel(f"allocated bits for each number, in a cache of {rows[0]['context']:,} tokens")
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False, title="B: bits of the codes", title_fontsize=8)
     return figure
 
 
