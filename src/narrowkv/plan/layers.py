@@ -83,8 +83,8 @@ def stand_in(scheme: Scheme, kv_heads: int, head_dim: int) -> AnyQuantizer:
 def typical_block(quantizer: AnyQuantizer, shape: LayerShape) -> Tensor:
     """64 tokens [batch, kv_heads, 64, head_dim] of which as many numbers are outliers as the scheme asks for.
 
-    Where thresholds are learned, that is the fraction itself, to the nearest whole number in a block, spread evenly. Where they
-    are taken online, no two numbers at the ends of a vector are equal, so that as many are outliers as can be.
+    Where thresholds are learned, that is the fraction itself, to the nearest whole number in a block, spread evenly. Where
+    they are taken online, no two numbers at the ends of a vector are equal, so that as many are outliers as can be.
     """
     scheme, (heads, dim) = quantizer.scheme, (shape.kv_heads, shape.head_dim)
     if getattr(quantizer, "lower", None) is not None or getattr(quantizer, "limit", None) is not None:
@@ -202,7 +202,7 @@ class LayerBytes:
 
     @functools.lru_cache(maxsize=BLOCK)  # noqa: B019
     def _settled(self, rest: int) -> tuple[Held, int, tuple[Encoded, Encoded], int]:
-        """A short prompt and what follows: bytes, blocks of the prompt, the first of those sealed later, bytes of their pages."""
+        """A short prompt: bytes, blocks, the first of those that decoding seals, and bytes of the pages that these lie in."""
         filling = _Filling(self, None)
         store = filling.store
         filling.read(self.settled + rest)

@@ -75,7 +75,7 @@ class ModelShape:
         parts = min(devices, heads)
         if any(layer.kv_heads % parts for layer in self.layers) or devices % parts:
             raise BudgetError(
-                f"{devices} GPUs cannot share {heads} KV heads evenly; choose a number that divides {heads}, or a multiple of it."
+                f"{devices} GPUs cannot share {heads} KV heads evenly; choose a divisor or a multiple of {heads}."
             )
         return parts
 

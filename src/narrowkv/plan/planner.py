@@ -55,8 +55,8 @@ def evenly_chosen(recipe: Recipe, shape: ModelShape) -> Recipe:
     menus = []
     for layer in shape.layers:
         one = LayerShape(1, layer.kv_heads, layer.head_dim, shape.dtype)
-        for schemes, keys in ((recipe.choices.keys, True), (recipe.choices.values, False)):
-            menus.append([_option(scheme, one, keys) for scheme in schemes])
+        for choices, keys in ((recipe.choices.keys, True), (recipe.choices.values, False)):
+            menus.append([_option(scheme, one, keys) for scheme in choices])
     numbers = sum(2 * layer.kv_heads * layer.head_dim for layer in shape.layers)
     picks = allocate(menus, recipe.choices.budget, numbers, beside_bits(len(shape.layers), numbers))
     schemes = [menu[pick].scheme for menu, pick in zip(menus, picks, strict=True)]
@@ -122,8 +122,9 @@ class CacheBytes:
         return total
 
     def longest(self, room: int) -> int | None:
-        """The longest prompt, in whole blocks (chunks where windows slide), from which decoding can go on in so many bytes; None
-        where there is no end, since only windows are kept.
+        """The longest prompt, in whole blocks (chunks where windows slide), from which decoding can go on in so many bytes.
+
+        None where there is no end, since only windows are kept.
         """
         step = CHUNK if any(meter.shape.sliding_window is not None for meter, _ in self.layers) else BLOCK
         low, high = 0, 64
@@ -157,8 +158,8 @@ def plan(
     room = None if budget.memory is None else budget.memory - budget.reserve - weights
     if room is not None and room <= 0:
         raise BudgetError(
-            f"The weights of {shape.name} take {weights / 2**30:.1f} GiB in each of {budget.devices} GPUs, which leaves no room "
-            "for a cache; plan for more memory, more GPUs, or fewer bits a weight."
+            f"The weights of {shape.name} take {weights / 2**30:.1f} GiB of each GPU's {(weights + room) / 2**30:.1f} GiB, "
+            "which leaves no room for a cache; plan for more memory, more GPUs, or fewer bits a weight."
         )
     for done, recipe in enumerate(recipes):
         if results.find(recipe=recipe.name) is None:

@@ -14,8 +14,8 @@ def sections(result: dict[str, Any]) -> list[Section]:
     rows, settings = result["rows"], result["settings"]
     if not rows:
         return []
-    largest = max(at["decoding"] + row["weights"] for row in rows for at in row["contexts"])
-    unit = (GIB, "GiB") if largest >= 4 * GIB else (2**20, "MiB")
+    least = min(at["decoding"] for row in rows for at in row["contexts"])
+    unit = (GIB, "GiB") if least >= GIB / 10 else (2**20, "MiB")
     tables = [_contexts(rows, settings, unit)]
     if settings["memory"] is not None:
         tables.insert(0, _longest(rows, settings))
@@ -59,8 +59,8 @@ def _text(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
             f"{devices} GPUs share the KV heads: {split}; positions, and weights that are not split, are in every GPU."
         )
     parts.append(
-        "prompt: allocated once a prompt of that length was read. decoding: allocated from the first block of new tokens on, with "
-        "room for a sixteenth more; it is what must fit. Activations come on top (--reserve)."
+        "prompt: allocated once a prompt of that length was read. decoding: allocated from the first block of new tokens on, "
+        "with room for a sixteenth more; it is what must fit. Activations come on top (--reserve)."
     )
     return " ".join(parts)
 
@@ -104,9 +104,10 @@ def _picture(rows: list[dict[str, Any]], settings: dict[str, Any], unit: Unit) -
     axes.set_yscale("log", base=2)
     weights, highest = rows[0]["weights"] / size, 0.0
     for i, row in sorted(enumerate(rows), key=lambda pair: -pair[1]["contexts"][-1]["decoding"]):
+        style: Any = style_of(i)
         tokens = [at["tokens"] for at in row["curve"]]
         taken = [weights + at["decoding"] / size for at in row["curve"]]
-        axes.plot(tokens, taken, label=row["recipe"], markersize=4, **style_of(i))
+        axes.plot(tokens, taken, label=row["recipe"], markersize=4, **style)
         highest = max(highest, *taken)
     place = ("axes fraction", "data")
     axes.axhline(weights, color="#000000", linestyle=":", linewidth=1.2)
