@@ -141,6 +141,7 @@ def command_line() -> str:
 
 def show_sections(sections: list[Section], folder: Path, kind: str) -> None:
     """Print the tables of sections, and write their pictures as `<kind>-<name>.svg` into a folder."""
+    wide = out if out.is_terminal else Console(width=WIDTH)
     for section in sections:
         out.print(f"\n[bold]{escape(section.title)}[/bold]\n{escape(section.text)}", highlight=False)
         for held in section.tables:
@@ -150,7 +151,7 @@ def show_sections(sections: list[Section], folder: Path, kind: str) -> None:
                 table.add_column(escape(column), justify="right" if right else "left")
             for row in held.rows:
                 table.add_row(*map(escape, held.shown(row)))
-            out.print(table, width=None if out.is_terminal else WIDTH)
+            wide.print(table)
         for picture in section.pictures:
             path = folder / f"{kind}-{picture.name}.svg"
             save(picture.figure, path)
