@@ -41,8 +41,7 @@ def markdown(columns: list[str], rows: list[list[str]]) -> str:
 def source(result: dict[str, Any]) -> str:
     """Where figures come from: the command, the hardware, the date."""
     found = result["environment"]
-    amx = " with AMX" if any("amx" in name for name in found["instruction_sets"]) else ""
-    return f"`{result['command']}` on {found['cores']} cores of an {found['processor']}{amx}, {result['date']}."
+    return f"`{result['command']}` on {found['cores']} cores of an {found['processor']}, {result['date']}."
 
 
 def draw_demo(rows: dict[str, dict[str, Any]], path: Path) -> None:

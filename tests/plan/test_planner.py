@@ -6,7 +6,7 @@ from tests.conftest import make_tiny
 from tests.families import make
 
 from narrowkv import PackedCache, calibrate, get_recipe
-from narrowkv.errors import BudgetError, RecipeError
+from narrowkv.errors import BudgetError, OutputError, RecipeError
 from narrowkv.evaluate.results import ResultFile, read_result
 from narrowkv.plan.layers import CHUNK, DECODED, LayerBytes, LayerShape, nbytes, stand_in
 from narrowkv.plan.models import read_shape
@@ -124,7 +124,7 @@ def test_windows_that_slide_hold_no_more_the_longer_the_text(tmp_path):
     assert planned(shape, get_recipe("int2"), tokens, 1) == real_bytes(model, "int2", tokens, 1)
     cache = CacheBytes(shape, get_recipe("int2"))
     assert cache.held(tokens) == cache.held(tokens + 1000 * CHUNK)
-    assert cache.longest(cache.held(tokens).prompt * 2) is None
+    assert cache.longest(cache.held(4 * CHUNK).most) is None
 
 
 def test_the_longest_context_is_the_longest():
@@ -132,8 +132,8 @@ def test_the_longest_context_is_the_longest():
     cache = CacheBytes(shape, get_recipe("nuq2"), devices=8)
     for room in (10**5, 10**7, 10**10):
         longest = cache.longest(room)
-        assert cache.held(longest + 64).decoding > room
-        assert not longest or cache.held(longest).decoding <= room
+        assert cache.held(longest + 64).most > room
+        assert not longest or cache.held(longest).most <= room
 
 
 def test_published_figures():
@@ -170,6 +170,8 @@ def test_rows_are_added_once_and_an_impossible_budget_is_refused(tmp_path):
     assert fp16["contexts"][0]["fits"] == "no"
     assert nuq2["contexts"][0]["fits"] == "prompt only"
     assert 2**19 < nuq2["longest"] < 2**20
+    with pytest.raises(OutputError, match="another recipe called fp16"):
+        plan(shape, [recipes[0].with_options(sinks=3)], [2**20], budget, results)
     with pytest.raises(BudgetError, match=r"12\.6 GiB of each GPU's 7\.5 GiB"):
         plan(shape, recipes, [2**20], Budget(memory=8 * 10**9), results)
     with pytest.raises(BudgetError, match="at least"):

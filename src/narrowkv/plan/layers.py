@@ -40,6 +40,11 @@ class Held:
     prompt: int
     decoding: int
 
+    @property
+    def most(self) -> int:
+        """What must find room: a window that slides holds more while a prompt is read than later."""
+        return max(self.prompt, self.decoding)
+
     def __add__(self, other: "Held") -> "Held":
         return Held(self.prompt + other.prompt, self.decoding + other.decoding)
 

@@ -12,11 +12,21 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.cache_utils import DummyLayer
 
 from narrowkv.attention import Rope
 from narrowkv.errors import BudgetError, UnsupportedModelError
 from narrowkv.integrations.models import DTYPES, model_folder
-from narrowkv.integrations.probe import STATIC_ROPE, Seen, frequencies, has_sections, own_layers, text_config, watch
+from narrowkv.integrations.probe import (
+    STATIC_ROPE,
+    Seen,
+    frequencies,
+    has_sections,
+    keeps_keys,
+    own_layers,
+    text_config,
+    watch,
+)
 
 SHAPES: dict[str, dict[str, Any]] = {  # as published
     "llama-7b": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 11008},
@@ -57,7 +67,7 @@ class AttentionShape:
 @dataclass(frozen=True)
 class ModelShape:
     """dtype: of weights and activations. weights, split_weights: numbers in all, and those that tensor parallelism divides,
-    the others being in every device. others: layers that keep a state of their own, or nothing.
+    the others being in every device. others: layers that keep a state of their own.
     """
 
     name: str
@@ -114,13 +124,14 @@ def read_shape(name: str, dtype: str = "auto") -> ModelShape:
             seen, _ = watch(model)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"From its configuration, {name} cannot be planned for: {error}") from error
+    others = [layer for layer in own_layers(text_config(model)) if not keeps_keys(layer) and not isinstance(layer, DummyLayer)]
     return ModelShape(
         name=name,
         dtype=chosen,
         weights=sum(parameter.numel() for parameter in model.parameters()),
         split_weights=_split_weights(model),
         layers=tuple(_layers(model, seen)),
-        others=len(own_layers(text_config(model))) - len(seen),
+        others=len(others),
     )
 
 

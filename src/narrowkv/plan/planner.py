@@ -1,5 +1,7 @@
 """The plan: what recipes take at given contexts, and the longest context that each leaves room for."""
 
+import functools
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,8 +13,9 @@ from narrowkv.calibration.allocation import Option, allocate, stored_bits
 from narrowkv.calibration.learning import beside_bits
 from narrowkv.codec import Scheme
 from narrowkv.codec.scheme import BLOCK
-from narrowkv.errors import BudgetError
+from narrowkv.errors import BudgetError, OutputError, RecipeError
 from narrowkv.evaluate.results import ResultFile
+from narrowkv.files import checksum
 from narrowkv.methods import LayerSchemes, Recipe
 from narrowkv.plan.layers import CHUNK, Held, LayerBytes, LayerShape, stand_in, typical_block
 from narrowkv.plan.models import ModelShape
@@ -58,25 +61,22 @@ def evenly_chosen(recipe: Recipe, shape: ModelShape) -> Recipe:
         for choices, keys in ((recipe.choices.keys, True), (recipe.choices.values, False)):
             menus.append([_option(scheme, one, keys) for scheme in choices])
     numbers = sum(2 * layer.kv_heads * layer.head_dim for layer in shape.layers)
-    picks = allocate(menus, recipe.choices.budget, numbers, beside_bits(len(shape.layers), numbers))
+    try:
+        picks = allocate(menus, recipe.choices.budget, numbers, beside_bits(len(shape.layers), numbers))
+    except RecipeError as error:
+        raise RecipeError(f"Recipe {recipe.name}: {error}") from error
     schemes = [menu[pick].scheme for menu, pick in zip(menus, picks, strict=True)]
     pairs = zip(schemes[::2], schemes[1::2], strict=True)
     layers = {layer.layer: LayerSchemes(*pair) for layer, pair in zip(shape.layers, pairs, strict=True)}
     return replace(recipe, layers=layers, choices=None)
 
 
-_options: dict[tuple[Scheme, LayerShape, bool], Option] = {}
-
-
+@functools.cache
 def _option(scheme: Scheme, shape: LayerShape, keys: bool) -> Option:
     """What a scheme takes; its cost is that of rounding to so many bits."""
-    known = _options.get((scheme, shape, keys))
-    if known is None:
-        quantizer = stand_in(scheme, shape.kv_heads, shape.head_dim)
-        bits = stored_bits(quantizer, typical_block(quantizer, shape), keys)
-        cost = 4 ** (-bits / (shape.kv_heads * shape.head_dim))
-        known = _options[scheme, shape, keys] = Option(scheme, bits, cost)
-    return known
+    quantizer = stand_in(scheme, shape.kv_heads, shape.head_dim)
+    bits = stored_bits(quantizer, typical_block(quantizer, shape), keys)
+    return Option(scheme, bits, cost=4 ** (-bits / (shape.kv_heads * shape.head_dim)))
 
 
 class CacheBytes:
@@ -128,13 +128,13 @@ class CacheBytes:
         """
         step = CHUNK if any(meter.shape.sliding_window is not None for meter, _ in self.layers) else BLOCK
         low, high = 0, 64
-        while self.held(high * step).decoding <= room:
+        while self.held(high * step).most <= room:
             low, high = high, 2 * high
             if high * step > MOST_TOKENS:
                 return None
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if self.held(middle * step).decoding <= room else (low, middle)
+            low, high = (middle, high) if self.held(middle * step).most <= room else (low, middle)
         return low * step
 
 
@@ -152,7 +152,8 @@ def plan(
 ) -> None:
     """Add a row for each recipe: bytes for each device at these contexts, and the longest context under the budget.
 
-    on_step: called with (recipes done, recipes in all). Raises BudgetError where not even the weights find room.
+    on_step: called with (recipes done, recipes in all). Raises BudgetError where not even the weights find room, OutputError
+    where results has a row of another recipe of the same name.
     """
     weights = shape.weight_bytes(budget.devices, budget.weight_bits)
     room = None if budget.memory is None else budget.memory - budget.reserve - weights
@@ -162,12 +163,17 @@ def plan(
             "which leaves no room for a cache; plan for more memory, more GPUs, or fewer bits a weight."
         )
     for done, recipe in enumerate(recipes):
-        if results.find(recipe=recipe.name) is None:
+        definition = checksum(json.dumps(recipe.to_dict(), sort_keys=True).encode())
+        known = results.find(recipe=recipe.name)
+        if known is not None and known["definition"] != definition:
+            raise OutputError(f"{results.path} has a row of another recipe called {recipe.name}; give this one another name.")
+        if known is None:
             cache = CacheBytes(shape, recipe, budget.batch, budget.devices)
             longest = None if room is None else cache.longest(room)
             results.add(
                 {
                     "recipe": recipe.name,
+                    "definition": definition,
                     "weights": weights,
                     "tables": cache.tables,
                     "limited": longest is not None,
@@ -182,7 +188,7 @@ def plan(
 
 def _at(cache: CacheBytes, tokens: int, room: int | None) -> dict[str, int | str | None]:
     held = cache.held(tokens)
-    fits = None if room is None else "yes" if held.decoding <= room else "prompt only" if held.prompt <= room else "no"
+    fits = None if room is None else "yes" if held.most <= room else "prompt only" if held.prompt <= room else "no"
     return {"tokens": tokens, "prompt": held.prompt, "decoding": held.decoding, "fits": fits}
 
 

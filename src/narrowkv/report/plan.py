@@ -60,7 +60,7 @@ def _text(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
         )
     parts.append(
         "prompt: allocated once a prompt of that length was read. decoding: allocated from the first block of new tokens on, "
-        "with room for a sixteenth more; it is what must fit. Activations come on top (--reserve)."
+        "with room for a sixteenth more. The larger must fit. Activations come on top (--reserve)."
     )
     return " ".join(parts)
 
@@ -91,7 +91,7 @@ def _contexts(rows: list[dict[str, Any]], settings: dict[str, Any], unit: Unit) 
     for row in rows:
         for at in row["contexts"]:
             cells: list[Cell] = [row["recipe"], length(at["tokens"])]
-            cells += [at["prompt"] / size, at["decoding"] / size, (at["decoding"] + row["weights"]) / size]
+            cells += [at["prompt"] / size, at["decoding"] / size, (max(at["prompt"], at["decoding"]) + row["weights"]) / size]
             table.append([*cells, *([at["fits"]] if limited else [])])
     return Table("Cache in each GPU", columns, table)
 
@@ -106,7 +106,7 @@ def _picture(rows: list[dict[str, Any]], settings: dict[str, Any], unit: Unit) -
     for i, row in sorted(enumerate(rows), key=lambda pair: -pair[1]["contexts"][-1]["decoding"]):
         style: Any = style_of(i)
         tokens = [at["tokens"] for at in row["curve"]]
-        taken = [weights + at["decoding"] / size for at in row["curve"]]
+        taken = [weights + max(at["prompt"], at["decoding"]) / size for at in row["curve"]]
         axes.plot(tokens, taken, label=row["recipe"], markersize=4, **style)
         highest = max(highest, *taken)
     place = ("axes fraction", "data")
@@ -128,6 +128,6 @@ def _picture(rows: list[dict[str, Any]], settings: dict[str, Any], unit: Unit) -
     axes.set_xlabel("context, tokens of each sequence")
     axes.set_ylabel(f"weights and cache in each GPU, {name}")
     gpus = "1 GPU" if settings["devices"] == 1 else f"{settings['devices']} GPUs"
-    axes.set_title(f"{settings['model']}, batch {settings['batch']}, {gpus}: memory while decoding")
+    axes.set_title(f"{settings['model']}, batch {settings['batch']}, {gpus}: memory over context")
     axes.legend(fontsize=9, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return Picture("memory", caption, figure)
