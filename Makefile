@@ -55,6 +55,24 @@ cross:
 	  aarch64-linux-gnu-g++ -std=c++17 -O3 -fPIC -fopenmp -Wall -Werror -c $$file -o build/cross/$$(basename $$file).o || exit 1; \
 	done
 
+# tables and pictures of README.md and docs from the files of figures in results/
+results: $(TOOLS)
+	$(BIN)/python tools/write_results.py
+
+# those files, measured anew; pictures are drawn by `make results`
+measure: $(TOOLS)
+	rm -rf results
+	for model in llama-7b llama-13b llama-30b llama-65b; do \
+	  $(BIN)/narrowkv plan $$model --context 32K,128K,1M,10000000 --out results/$$model \
+	    --recipes 'fp16,narrow4,narrow3,narrow2,nuq4,nuq4-1%,nuq3,nuq3-1%,nuq2,nuq2-1%' || exit 1; \
+	done
+	$(BIN)/narrowkv plan llama-7b --memory 80GiB --out results/llama-7b-80GiB
+	$(BIN)/narrowkv demo --recall-rows 128 --json results/demo/demo.json
+	rm -f results/*/*.svg
+
+docs: $(TOOLS)
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --clean
+
 format: $(TOOLS)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
