@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -19,6 +20,7 @@ from narrowkv.evaluate.sources import read_text
 from narrowkv.integrations import calibrate_many
 from narrowkv.integrations.models import DEMO
 from narrowkv.methods import Recipe, get_recipe
+from narrowkv.report import figures, sections
 
 DEFAULT_RECIPE = "narrow3"
 
@@ -122,3 +124,25 @@ def quality_caption(rows: list[Quality]) -> str:
         "bits: allocated for each number held, everything counted. strict: every number attended to is quantised.\n"
         f"stream: chunks of {first.stream_chunk} tokens attend exactly to themselves and to the packed past."
     )
+
+
+def show_sections(shown: list[sections.Section], folder: Path, kind: str) -> None:
+    """Print each section's text and tables, and draw its pictures as `FOLDER/<kind>-<name>.svg`."""
+    for section in shown:
+        out.print(f"\n[bold]{escape(section.title)}[/bold]\n{escape(section.text)}", highlight=False)
+        for table in section.tables:
+            out.print(section_table(table))
+        for picture in section.pictures:
+            path = folder / f"{kind}-{picture.name}.svg"
+            figures.save(picture.figure, path)
+            out.print(f"{escape(str(path))}: {escape(picture.caption)}", highlight=False, soft_wrap=True)
+
+
+def section_table(table: sections.Table) -> Table:
+    """A section's table for the terminal: columns of numbers are aligned right."""
+    printed = Table(title=escape(table.caption), title_justify="left")
+    for heading, numbers in zip(table.columns, table.numbers, strict=True):
+        printed.add_column(escape(heading), justify="right" if numbers else "left")
+    for row in table.rows:
+        printed.add_row(*(escape(cell) for cell in table.shown(row)))
+    return printed
