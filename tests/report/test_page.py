@@ -115,9 +115,10 @@ def test_every_table_and_picture_names_its_source(page, parts):
 
 def test_pictures_take_the_colours_of_the_page_except_on_colours():
     svg = inline_svg(heat(), "p1", "Found & kept.")
-    texts = dict(re.findall(r"<text (.*?)>(\w+)</text>", svg))
-    by_words = {words: attributes for attributes, words in texts.items()}
-    assert "currentColor" in by_words["title"] and "#ffffff" in by_words["white"] and "fill" not in by_words["black"]
+    fills = {words: re.findall('fill: (.*?)[;"]', style) for style, words in re.findall(r"<text (.*?)>(\w+)</text>", svg)}
+    assert fills["white"] == ["#fffffe"] and fills["black"] == ["#000001"] and fills["title"] == []
+    assert "stroke: currentColor" in svg and "stroke: #000000" not in svg  # axes
+    assert "stroke: color-mix(in srgb, currentColor 31%, var(--paper))" in inline_svg(lines(), "p1", "")  # grid
     assert 'aria-label="Found &amp; kept."' in svg and "<metadata" not in svg
 
 
