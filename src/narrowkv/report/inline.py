@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def inline_svg(figure: "Figure", prefix: str, label: str) -> str:
     """A figure as an `svg` element of HTML. prefix: of its ids, to be told from those of others. label: what it shows.
 
-    Black, white and greys become mixtures of the page's ink (`currentColor`) and `--paper`, except for text written on colours.
+    Greys become mixtures of the page's ink (`currentColor`) and `--paper`, except for text written on colours.
     """
     svg = _drawn(figure)
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.DOTALL)
