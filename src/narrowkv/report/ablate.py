@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from narrowkv.report.figures import COLOURS, new_figure, style_of
+from narrowkv.report.figures import COLOURS, log_axis, new_figure, style_of
 from narrowkv.report.sections import Picture, Section, Table
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def _steps(rows: list[Row], result: dict[str, Any]) -> list[Section]:
         _line(axes, i, [row["step"] for row in line], line, f"{bits} bits")
     labels = {row["step"]: row["label"] for row in rows}
     axes.set_xticks(sorted(labels), [labels[step] for step in sorted(labels)], rotation=35, ha="right")
-    axes.legend()
+    axes.legend(frameon=False)
     text = f"{_told(rows, result)} KVQuant's ladder: each step is added to those above it."
     return [_section("The method, step by step", text, rows, ["bits", "label"], "steps", "What each step gains.", figure)]
 
@@ -53,10 +53,11 @@ def _grid(rows: list[Row], result: dict[str, Any]) -> list[Section]:
             places = [ranges.index(row["range"]) for row in line]
             axes.plot([row["kld_strict"] for row in line], places, linestyle="", label=side, **style)
         axes.set_yticks(range(len(ranges)), ranges)
-        axes.set(xscale="log", xlabel=LOSS, title=f"{bits} bits")
+        axes.set(xlabel=LOSS, title=f"{bits} bits")
+        log_axis(axes.xaxis)
     panels[0].invert_yaxis()
     panels[0].set_ylabel("which numbers share a range")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     text = (
         f"{_told(rows, result)} Integers for the keys alone or for the values alone: the other side is exact, and counts in "
         "the allocated bits. Ranges of a channel come from calibration, all others are taken online."
@@ -70,7 +71,7 @@ def _outliers(rows: list[Row], result: dict[str, Any]) -> list[Section]:
     for i, (bits, line) in enumerate(_by(rows, "bits").items()):
         _line(axes, i, [100 * row["fraction"] for row in line], line, f"{bits} bits")
     axes.set_xlabel("outliers kept exact (% of the numbers)")
-    axes.legend()
+    axes.legend(frameon=False)
     caption = "How much each further outlier gains."
     return [_section("Outliers", _told(rows, result), rows, ["bits", "label"], "outliers", caption, figure)]
 
@@ -79,11 +80,11 @@ def _sinks(rows: list[Row], result: dict[str, Any]) -> list[Section]:
     figure, (axes,) = new_figure(6, 4)
     for i, (bits, held) in enumerate(_by(rows, "bits").items()):
         for fraction, line in _by(held, "fraction").items():
-            dashed = {"linestyle": "-" if fraction else "--"}
-            _line(axes, i, [row["sinks"] for row in line], line, f"{bits} bits, {fraction:.0%} outliers", **dashed)
+            label, dashes = f"{bits} bits, {fraction:.0%} outliers", "-" if fraction else "--"
+            _line(axes, i, [row["sinks"] for row in line], line, label, linestyle=dashes)
     axes.set_xticks(sorted({row["sinks"] for row in rows}))
     axes.set_xlabel("first tokens kept exact")
-    figure.legend(loc="outside right upper", fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     caption = "What exact first tokens gain, with and without outliers."
     return [_section("Attention sinks", _told(rows, result), rows, ["bits", "fraction", "sinks"], "sinks", caption, figure)]
 
@@ -95,8 +96,9 @@ def _parts(rows: list[Row], result: dict[str, Any]) -> list[Section]:
         figure, (axes,) = new_figure(6, 4)
         for i, (side, line) in enumerate(_by(whole, "side").items()):
             _bars(axes, i, 3, [str(row["bits"]) for row in line], [row["kld_strict"] for row in line], side)
-        axes.set(yscale="log", xlabel="bits of the codes", ylabel=LOSS)
-        axes.legend(title="quantised")
+        axes.set(xlabel="bits of the codes", ylabel=LOSS)
+        log_axis(axes.yaxis)
+        axes.legend(frameon=False, title="quantised")
         caption = "What keys alone and values alone cost."
         text = f"{_told(whole, result)} KVQuant with 1% of outliers for one side; the other is exact."
         found.append(_section("Keys and values", text, whole, ["bits", "side"], "parts", caption, figure))
@@ -112,7 +114,7 @@ def _layers(row: Row, result: dict[str, Any]) -> Section:
     for i, (side, line) in enumerate(_by(cells, "side").items()):
         _bars(axes, i, 2, [str(cell["layer"]) for cell in line], [cell["kld_strict"] for cell in line], side)
     axes.set(xlabel="layer", ylabel=LOSS)
-    axes.legend()
+    axes.legend(frameon=False)
     table = Table(
         "", ["layer", "side", "KLD strict"], [[c["layer"], c["side"], c["kld_strict"]] for c in cells], {"KLD strict": 4}
     )
@@ -125,12 +127,14 @@ def _texts(rows: list[Row], result: dict[str, Any]) -> list[Section]:
     figure, panels = new_figure(3.4 * len(widths), 4.2, columns=len(widths))
     for axes, (bits, held) in zip(panels, widths.items(), strict=True):
         for i, (text, line) in enumerate(_by(held, "text").items()):
-            _line(axes, i, [row["sequences"] for row in line], line, text, linestyle="-" if len(line) > 1 else "")
+            _line(
+                axes, i, [row["sequences"] for row in line], line, text, from_zero=True, linestyle="-" if len(line) > 1 else ""
+            )
         counts = sorted({row["sequences"] for row in held})
         axes.set_xscale("log", base=2)
         axes.set_xticks(counts, [str(count) for count in counts])
-        axes.set(yscale="linear", ylim=(0, None), xlabel="sequences to learn from", title=f"{bits} bits")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        axes.set(xlabel="sequences to learn from", title=f"{bits} bits")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     caption = "How little the loss depends on the text that was learned from, and on how much of it."
     text_ = f"{_told(rows, result)} KVQuant with 1% of outliers, learned from fewer sequences and from other texts."
     return [_section("Calibration texts", text_, rows, ["bits", "text", "sequences"], "texts", caption, figure)]
@@ -146,16 +150,17 @@ def _times(rows: list[Row], result: dict[str, Any]) -> list[Section]:
         left = [start + more for start, more in zip(left, seconds, strict=True)]
     axes.invert_yaxis()
     axes.set_xlabel("seconds")
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     threads, environment = rows[0]["threads"], result["environment"]
     text = (
         f"{result['settings']['model']}, {rows[0]['tokens']:,} tokens, by the wall clock on {environment['processor']}, "
-        f"{threads} thread{'s' * (threads > 1)}, a machine in use. The two passes run the model, the second backwards too; the "
-        "fit is what follows them."
+        f"{threads} thread{'s' * (threads > 1)}, a machine in use. Both passes run the model, the second backwards too; then "
+        "comes the fit."
     )
     cells = [[row["label"], *(row[name] for name in parts), total] for row, total in zip(rows, left, strict=True)]
     table = Table("Seconds", ["recipe", *parts.values(), "all"], cells)
-    return [Section("What calibration takes", text, [table], [Picture("times", "Where calibration spends its time.", figure)])]
+    picture = Picture("times", "Where calibration spends its time.", figure)
+    return [Section("What calibration takes", text, [table], [picture])]
 
 
 MAKERS: dict[str, Callable[[list[Row], dict[str, Any]], list[Section]]] = {
@@ -192,10 +197,16 @@ def _by(rows: list[Row], entry: str) -> dict[Any, list[Row]]:
     return {value: [row for row in rows if row[entry] == value] for value in dict.fromkeys(row[entry] for row in rows)}
 
 
-def _line(axes: "Axes", i: int, places: list[Any], rows: list[Row], label: str, **options: Any) -> None:
+def _line(
+    axes: "Axes", i: int, places: list[Any], rows: list[Row], label: str, from_zero: bool = False, **options: Any
+) -> None:
     style: Any = style_of(i) | options
     axes.plot(places, [row["kld_strict"] for row in rows], label=label, **style)
-    axes.set(yscale="log", ylabel=LOSS)
+    axes.set_ylabel(LOSS)
+    if from_zero:
+        axes.set_ylim(0, None)
+    else:
+        log_axis(axes.yaxis)
 
 
 def _bars(axes: "Axes", i: int, sides: int, labels: list[str], heights: list[float], label: str) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from narrowkv.evaluate.compare import DYNAMIC
-from narrowkv.report.figures import new_figure, style_of
+from narrowkv.report.figures import log_axis, new_figure, style_of
 from narrowkv.report.sections import Picture, Section, Table
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ def draw_pareto(axes: "Axes", points: Sequence[Point]) -> None:
         axes.plot(*_places(families[name]), linewidth=1, label=name, zorder=2, **style)
     for name, bits, loss in front:
         axes.annotate(name, (bits, loss), (-7, -5), textcoords="offset points", ha="right", va="top", fontsize=8)
-    axes.set(yscale="log", ylabel="KL divergence from the exact model, strict (nats)")
+    axes.set_ylabel("KL divergence from the exact model, strict (nats)")
+    log_axis(axes.yaxis)
     axes.margins(x=0.12, y=0.12)
 
 
@@ -83,7 +84,7 @@ def _drawn(rows: list[Row]) -> "Figure":
     figure, (axes,) = new_figure(7.5, 5)
     draw_pareto(axes, [_point(row) for row in rows])
     axes.set_xlabel(f"allocated bits for each number, in a cache of {rows[0]['context']:,} tokens")
-    figure.legend(loc="outside right upper", fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
 

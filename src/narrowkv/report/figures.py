@@ -47,6 +47,16 @@ def style_of(i: int) -> dict[str, str]:
     return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
 
 
+def log_axis(axis: Any) -> None:
+    """Make an axis (`axes.xaxis`, `axes.yaxis`) logarithmic, with plain numbers at 1, 2 and 5 of each decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
+
+
 def save(figure: "Figure", path: Path) -> None:
     """Write a picture, SVG or PNG by the name's ending, atomically."""
     import matplotlib
