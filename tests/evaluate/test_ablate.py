@@ -4,8 +4,8 @@ import itertools
 from dataclasses import asdict, fields
 
 import pytest
-from tests.evaluate.letters import LEARN_FROM, TEXT, Letters
 from tests.families import make
+from tests.letters import TEXT, make_letters
 
 from narrowkv import calibrate, get_recipe
 from narrowkv.errors import RecipeError
@@ -16,12 +16,14 @@ from narrowkv.evaluate.ladders import LADDERS, fits, rotates
 from narrowkv.evaluate.results import ResultFile, read_result
 from narrowkv.integrations import prepare
 
+LETTERS = make_letters()
+LEARN_FROM = "A journey of a thousand miles begins with a single step, in the morning. " * 30
 OPTIONS = AblateOptions(bits=(3,), window=64, limit=1, samples=3, context=128)
 
 
 def run(model, ladders, path, options=OPTIONS, on_step=None):
     results = ResultFile(path, "ablate", "narrowkv ablate tiny", asdict(options) | {"bits": list(options.bits)})
-    ablate(model, Letters(), ladders, TEXT, LEARN_FROM, options, results, on_step, {"mine": LEARN_FROM[::-1]})
+    ablate(model, LETTERS, ladders, TEXT, LEARN_FROM, options, results, on_step, {"mine": LEARN_FROM[::-1]})
     return read_result(path)["rows"]
 
 
@@ -61,8 +63,8 @@ def test_every_rung_has_the_figures_of_its_recipe_alone(tiny, tmp_path):
     rows = run(model, list(ablating.NAMES), tmp_path / "ablate.json", on_step=lambda *step: seen.append(step))
     assert seen[-1][0] == seen[-1][1] and [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert list(dict.fromkeys(row["ladder"] for row in rows)) == [*LADDERS, "texts", "times"]
-    learned = cut_windows(Letters(), LEARN_FROM, 64, 3)
-    windows = cut_windows(Letters(), TEXT, 64, 1)
+    learned = cut_windows(LETTERS, LEARN_FROM, 64, 3)
+    windows = cut_windows(LETTERS, TEXT, 64, 1)
     calibration = calibrate(model, learned.split(1), "nuq3-1%")
     (expected,) = measure(model, [calibration], windows)
     alike = [row for row in rows if row.get("kld_strict") == expected.kld_strict]

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from tests.evaluate.letters import LEARN_FROM, TEXT, Letters
+from tests.letters import TEXT, make_letters
 
 from narrowkv import calibrate, get_recipe
 from narrowkv.errors import OutputError, TextError
@@ -14,6 +14,8 @@ from narrowkv.evaluate import cut_windows, measure
 from narrowkv.evaluate.compare import DYNAMIC, CompareOptions, compare
 from narrowkv.evaluate.results import ResultFile, read_result
 
+LETTERS = make_letters()
+LEARN_FROM = "A journey of a thousand miles begins with a single step, in the morning. " * 30
 OPTIONS = CompareOptions(window=64, limit=2, samples=2, context=150, decode_steps=2, recall_distance=0)
 TIMES = {"decode_ms", "decode_ms_least", "load"}
 
@@ -27,7 +29,7 @@ def opened(path):
 
 
 def run(model, recipes, path, on_step=None, learn_from=LEARN_FROM):
-    compare(model, Letters(), recipes, TEXT, learn_from, OPTIONS, opened(path), on_step)
+    compare(model, LETTERS, recipes, TEXT, learn_from, OPTIONS, opened(path), on_step)
     return read_result(path, "compare")["rows"]
 
 
@@ -38,8 +40,8 @@ def lasting(rows):
 def test_rows_are_what_measuring_gives(tiny, tmp_path):
     model, seen = tiny(), []
     dynamic, row = run(model, ["nuq3-1%"], tmp_path / "compare.json", lambda done, total: seen.append((done, total)))
-    windows = cut_windows(Letters(), TEXT, 64, 2)
-    calibration = calibrate(model, cut_windows(Letters(), LEARN_FROM, 64, 2).split(1), "nuq3-1%")
+    windows = cut_windows(LETTERS, TEXT, 64, 2)
+    calibration = calibrate(model, cut_windows(LETTERS, LEARN_FROM, 64, 2).split(1), "nuq3-1%")
     (expected,) = measure(model, [calibration], windows)
     for name in ("perplexity_strict", "perplexity_stream", "kld_strict", "kld_strict_p99", "top1", "tokens"):
         assert row[name] == getattr(expected, name)

@@ -52,7 +52,7 @@ def ablate(
         default_text(model, calibration_text, "narrowkv://train"),
     )
     if scored is None or learned is None:
-        raise TextError("Ablations need a text to score and another to learn from; give --text and --calibration-text.")
+        raise TextError("This needs a text to score and another to learn from; give --text and --calibration-text.")
     options = ablating.AblateOptions(_widths(bits), window, limit, samples, context, backend)
     settings = {"model": model, "dtype": dtype, "device": device, "text": scored, "calibration_text": learned}
     path = out / f"{ablating.KIND}.json"

@@ -90,7 +90,9 @@ class _Climb:
         further = cut_windows(tokenizer, text, window, len(self.windows) + samples)[len(self.windows) :]
         if len(further):
             self.texts[SAME_TEXT] = further
-        self.texts[RANDOM] = _random_like(self.texts[OWN_TEXT], len(tokenizer), results.seed)
+        embedding: Any = model.get_input_embeddings()
+        vocabulary = min(len(tokenizer), len(embedding.weight))
+        self.texts[RANDOM] = _random_like(self.texts[OWN_TEXT], vocabulary, results.seed)
 
     def climb(self, ladders: Sequence[str], on_step: OnStep | None) -> None:
         rungs = self._missing(ladders)

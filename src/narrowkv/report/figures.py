@@ -44,7 +44,7 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **o
 
 def style_of(i: int) -> dict[str, str]:
     """Colour and marker of the i-th line."""
-    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]}
 
 
 def log_axis(axis: Any) -> None:
