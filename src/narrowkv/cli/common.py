@@ -1,11 +1,14 @@
 """What the commands share: options, progress bars, and finding the tables that a recipe needs."""
 
 import contextlib
+import shlex
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -23,6 +26,7 @@ from narrowkv.methods import Recipe, get_recipe
 from narrowkv.report import figures, sections
 
 DEFAULT_RECIPE = "narrow3"
+WIDTH = 160  # of tables that do not go to a terminal
 
 out = Console()
 err = Console(stderr=True)
@@ -45,6 +49,9 @@ BackendOption = Annotated[
 ]
 WindowOption = Annotated[int, typer.Option(min=2, help="Tokens per sequence.")]
 SamplesOption = Annotated[int, typer.Option(min=1, help="Sequences to calibrate on.")]
+FolderOption = Annotated[
+    Path, typer.Option("--out", help="Folder for figures and pictures; a run that was interrupted goes on.")
+]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
 
 
@@ -126,12 +133,18 @@ def quality_caption(rows: list[Quality]) -> str:
     )
 
 
+def command_line() -> str:
+    """The command as it was given, for files of figures."""
+    return shlex.join(["narrowkv", *sys.argv[1:]])
+
+
 def show_sections(shown: list[sections.Section], folder: Path, kind: str) -> None:
     """Print each section's text and tables, and draw its pictures as `FOLDER/<kind>-<name>.svg`."""
+    wide = out if out.is_terminal else Console(width=WIDTH)
     for section in shown:
         out.print(f"\n[bold]{escape(section.title)}[/bold]\n{escape(section.text)}", highlight=False)
         for table in section.tables:
-            out.print(section_table(table))
+            wide.print(section_table(table))
         for picture in section.pictures:
             path = folder / f"{kind}-{picture.name}.svg"
             figures.save(picture.figure, path)
@@ -140,7 +153,7 @@ def show_sections(shown: list[sections.Section], folder: Path, kind: str) -> Non
 
 def section_table(table: sections.Table) -> Table:
     """A section's table for the terminal: columns of numbers are aligned right."""
-    printed = Table(title=escape(table.caption), title_justify="left")
+    printed = Table(title=escape(table.caption), title_justify="left", box=SIMPLE)
     for heading, numbers in zip(table.columns, table.numbers, strict=True):
         printed.add_column(escape(heading), justify="right" if numbers else "left")
     for row in table.rows:
