@@ -1,12 +1,15 @@
 """What the commands share: options, progress bars, and finding the tables that a recipe needs."""
 
 import contextlib
+import shlex
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -19,6 +22,8 @@ from narrowkv.evaluate.sources import read_text
 from narrowkv.integrations import calibrate_many
 from narrowkv.integrations.models import DEMO
 from narrowkv.methods import Recipe, get_recipe
+from narrowkv.report.figures import save
+from narrowkv.report.sections import Section
 
 DEFAULT_RECIPE = "narrow3"
 
@@ -43,6 +48,9 @@ BackendOption = Annotated[
 ]
 WindowOption = Annotated[int, typer.Option(min=2, help="Tokens per sequence.")]
 SamplesOption = Annotated[int, typer.Option(min=1, help="Sequences to calibrate on.")]
+FolderOption = Annotated[
+    Path, typer.Option("--out", help="Folder for figures and pictures; a run that was interrupted goes on.")
+]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
 
 
@@ -122,3 +130,26 @@ def quality_caption(rows: list[Quality]) -> str:
         "bits: allocated for each number held, everything counted. strict: every number attended to is quantised.\n"
         f"stream: chunks of {first.stream_chunk} tokens attend exactly to themselves and to the packed past."
     )
+
+
+def command_line() -> str:
+    """The command as it was given, for files of figures."""
+    return shlex.join(["narrowkv", *sys.argv[1:]])
+
+
+def show_sections(sections: list[Section], folder: Path, kind: str) -> None:
+    """Print the tables of sections, and write their pictures as `<kind>-<name>.svg` into a folder."""
+    for section in sections:
+        out.print(f"\n[bold]{escape(section.title)}[/bold]\n{escape(section.text)}", highlight=False)
+        for held in section.tables:
+            table = Table(title=escape(held.caption), title_justify="left")
+            numeric = [any(isinstance(row[i], (int, float)) for row in held.rows) for i in range(len(held.columns))]
+            for column, right in zip(held.columns, numeric, strict=True):
+                table.add_column(escape(column), justify="right" if right else "left")
+            for row in held.rows:
+                table.add_row(*map(escape, held.shown(row)))
+            out.print(table)
+        for picture in section.pictures:
+            path = folder / f"{kind}-{picture.name}.svg"
+            save(picture.figure, path)
+            out.print(f"{path}: {picture.caption}", markup=False, highlight=False)

@@ -54,6 +54,7 @@ class ResultFile:
         file that is there already is continued if its kind, settings and seed are these. Raises OutputError where they differ.
         """
         self.path = path
+        self.seed = seed
         self.rows: list[dict[str, Any]] = []
         self._head = {
             "format": FORMAT,
