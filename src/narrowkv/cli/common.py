@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -26,6 +27,7 @@ from narrowkv.report.figures import save
 from narrowkv.report.sections import Section
 
 DEFAULT_RECIPE = "narrow3"
+WIDTH = 160  # of tables that do not go to a terminal
 
 out = Console()
 err = Console(stderr=True)
@@ -139,16 +141,17 @@ def command_line() -> str:
 
 def show_sections(sections: list[Section], folder: Path, kind: str) -> None:
     """Print the tables of sections, and write their pictures as `<kind>-<name>.svg` into a folder."""
+    wide = out if out.is_terminal else Console(width=WIDTH)
     for section in sections:
         out.print(f"\n[bold]{escape(section.title)}[/bold]\n{escape(section.text)}", highlight=False)
         for held in section.tables:
-            table = Table(title=escape(held.caption), title_justify="left")
+            table = Table(title=escape(held.caption), title_justify="left", box=SIMPLE)
             numeric = [any(isinstance(row[i], (int, float)) for row in held.rows) for i in range(len(held.columns))]
             for column, right in zip(held.columns, numeric, strict=True):
                 table.add_column(escape(column), justify="right" if right else "left")
             for row in held.rows:
                 table.add_row(*map(escape, held.shown(row)))
-            out.print(table)
+            wide.print(table)
         for picture in section.pictures:
             path = folder / f"{kind}-{picture.name}.svg"
             save(picture.figure, path)

@@ -50,13 +50,18 @@ def _recipes(scores: Scores) -> list[str]:
     return list(dict.fromkeys(recipe for held in scores.values() for recipe in held))
 
 
+def _baselines(scores: Scores) -> dict[str, float]:
+    """The mean score of the model itself in each task."""
+    found: dict[str, list[float]] = {}
+    for (task, _, _), held in scores.items():
+        if BASELINE in held:
+            found.setdefault(task, []).append(held[BASELINE])
+    return {task: sum(means) / len(means) for task, means in found.items()}
+
+
 def _cannot(scores: Scores) -> str:
     """A sentence on the tasks that the model itself does not do."""
-    means = {}
-    for task in dict.fromkeys(task for task, _, _ in scores):
-        baseline = [held[BASELINE] for (name, _, _), held in scores.items() if name == task and BASELINE in held]
-        means[task] = sum(baseline) / len(baseline) if baseline else 0.0
-    failed = [f"{task} ({mean:.0%})" for task, mean in means.items() if mean < CAN]
+    failed = [f"{task} ({mean:.0%})" for task, mean in _baselines(scores).items() if mean < CAN]
     if not failed:
         return ""
     return f"The model itself, with 16 bits, does not do {', '.join(failed)}: those figures say nothing about recipes."
@@ -114,7 +119,7 @@ def _heat_maps(task: str, scores: Scores) -> Picture:
 
 
 def _lines(scores: Scores) -> Picture:
-    recipes, tasks = _recipes(scores), list(dict.fromkeys(task for task, _, _ in scores))
+    recipes, baselines, tasks = _recipes(scores), _baselines(scores), list(dict.fromkeys(task for task, _, _ in scores))
     columns = min(len(tasks), 2)
     figure, panels = new_figure(
         4.2 * columns, 2.9 * -(-len(tasks) // columns) + 0.5, -(-len(tasks) // columns), columns, sharey=True
@@ -122,11 +127,13 @@ def _lines(scores: Scores) -> Picture:
     for axes, task in zip(panels, tasks, strict=False):
         lengths = [length for name, length, _ in scores if name == task]
         for i, recipe in enumerate(recipes):
-            line = {"color": "black", "linestyle": "--"} if recipe == BASELINE else style_of(i - 1)
+            own: dict[str, Any] = {"color": "black", "linestyle": "--", "zorder": 3}
+            line = own if recipe == BASELINE else style_of(i - 1)
             values = [scores[task, length, None].get(recipe, float("nan")) for length in lengths]
             axes.plot(range(len(lengths)), [100 * value for value in values], label=recipe, **line)
-        axes.set_title(task)
+        axes.set_title(task if baselines.get(task, 1.0) >= CAN else f"{task} (the model itself cannot)")
         axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+        axes.set_xlim(-0.2, len(lengths) - 0.8)
         axes.set_ylim(-4, 104)
     for axes in panels[len(tasks) :]:
         axes.set_visible(False)
