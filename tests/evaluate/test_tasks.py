@@ -9,6 +9,7 @@ from tests.letters import TEXT, make_letters
 from narrowkv.errors import OutputError, TextError
 from narrowkv.evaluate.results import ResultFile, read_result
 from narrowkv.evaluate.tasks import BASELINE, TaskOptions, run_tasks
+from narrowkv.methods import get_recipe
 from narrowkv.report.tasks import sections
 
 OPTIONS = TaskOptions(
@@ -77,6 +78,9 @@ def test_an_interrupted_run_goes_on_and_more_can_be_asked_later(asked, tmp_path)
     file_of_others.write_text(file.read_text() + "\n" + json.dumps({"input": "The", "outputs": ["a"]}))
     with pytest.raises(OutputError, match="other questions"):
         run_tasks(model, tokenizer, [], TEXT, None, OPTIONS, results, [file_of_others])
+    impostor = get_recipe("int3").with_options(name="int4")
+    with pytest.raises(OutputError, match="another recipe called int4"):
+        run_tasks(model, tokenizer, [impostor], TEXT, None, OPTIONS, results)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Long-context tasks: what recipes answer beside the 16-bit cache, by task, length and depth."""
 
 import functools
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ class TaskOptions:
     tasks: tuple[str, ...] = tuple(MAKERS)
     lengths: tuple[int, ...] = (512, 1024, 2048)
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    rows: int = 8
+    rows: int = 16
     window: int = 2048
     samples: int = 16
     new_tokens: int = 64
@@ -73,18 +74,23 @@ def run_tasks(
 
     text: running text in which things are told. learn_from: the text from which recipes that need it learn. files: of
     LongBench or RULER, see `task_files`. on_step: called with (steps done, steps in all). Rows: task, length and depth (or
-    None), recipe, score (the mean, 0 to 1), rows (how many), measure; of files, whose length is a mean, the sha256 too.
+    None), recipe and its definition (a checksum), score (the mean, 0 to 1), rows (how many), measure; of files, whose length
+    is a mean, the sha256 too.
 
     The tasks are scored strictly: every number attended to has gone through the quantiser, and a row is right if each token of
     the answer is the likeliest after those before it, which is when a greedy answer is exact. Questions of files are answered
     as in use: the prompt attends exactly to itself, the greedy answer to the packed prompt.
 
-    Raises TextError where a text is missing or a length does not fit the task or the model.
+    Raises TextError where a text is missing or a length does not fit the task or the model, OutputError where the file has
+    figures of other questions or of another recipe of the same name.
     """
     chosen = [get_recipe(recipe) for recipe in recipes]
     cells = [*_task_cells(model, tokenizer, text, options, results.seed), *_file_cells(model, tokenizer, files, options)]
-    missing = {recipe.name for recipe in chosen if any(_is_missing(cell, recipe.name, results) for cell in cells)}
-    learning = [recipe for recipe in chosen if recipe.name in missing and recipe.needs_calibration]
+    learning = [
+        recipe
+        for recipe in chosen
+        if recipe.needs_calibration and any(_is_missing(cell, recipe.name, recipe, results) for cell in cells)
+    ]
     batches = _batches(tokenizer, learning, learn_from, options)
     done, total = 0, 2 * len(batches) + len(cells) * (len(chosen) + 1)
 
@@ -95,20 +101,30 @@ def run_tasks(
             on_step(done, total)
 
     learned = calibrate_many(model, batches, learning, backend=options.backend, on_batch=step) if learning else []
-    sources: dict[str, Source | None] = {BASELINE: None, **{recipe.name: recipe for recipe in chosen}}
-    sources |= {calibration.recipe.name: calibration for calibration in learned}
+    sources: dict[str, Source] = {calibration.recipe.name: calibration for calibration in learned}
+    asked: dict[str, Recipe | None] = {BASELINE: None, **{recipe.name: recipe for recipe in chosen}}
     for cell in cells:
-        for name, source in sources.items():
-            if _is_missing(cell, name, results):
-                results.add({**cell.keys, "recipe": name, "score": cell.score(source), **cell.told})
+        for name, recipe in asked.items():
+            if _is_missing(cell, name, recipe, results):
+                score = cell.score(None if recipe is None else sources.get(name, recipe))
+                results.add({**cell.keys, "recipe": name, "definition": _definition(recipe), "score": score, **cell.told})
             step()
 
 
-def _is_missing(cell: _Cell, recipe: str, results: ResultFile) -> bool:
-    row = results.find(**cell.keys, recipe=recipe)
-    if row is not None and any(row.get(name) != what for name, what in cell.told.items()):
+def _is_missing(cell: _Cell, name: str, recipe: Recipe | None, results: ResultFile) -> bool:
+    row = results.find(**cell.keys, recipe=name)
+    if row is None:
+        return True
+    if row["definition"] != _definition(recipe):
+        raise OutputError(f"{results.path} has figures of another recipe called {name}; rename one of the two.")
+    if any(row.get(field) != what for field, what in cell.told.items()):
         raise OutputError(f"{results.path} has figures of other questions for {cell.keys['task']}; name another folder.")
-    return row is None
+    return False
+
+
+def _definition(recipe: Recipe | None) -> str | None:
+    """A checksum of all that a recipe says."""
+    return None if recipe is None else checksum(json.dumps(recipe.to_dict(), sort_keys=True).encode())
 
 
 def _task_cells(model: PreTrainedModel, tokenizer: Any, text: str, options: TaskOptions, seed: int) -> Iterator[_Cell]:
