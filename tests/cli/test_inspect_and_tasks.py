@@ -46,10 +46,10 @@ def test_inspect(narrowkv, tmp_path):
 
 
 def test_tasks(narrowkv, tmp_path):
-    status, out, _ = narrowkv(f"{ASK} --task passkey --lengths 300 --depths 0,1 --rows 2")
+    status, out, _ = narrowkv(f"{ASK} --tasks passkey --lengths 300 --depths 0,1 --rows 2")
     assert status == 0 and "16 bit" in out and "int4" in out and "does not do passkey" in out
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"tasks.json", "tasks-passkey.svg"}
-    status, _, _ = narrowkv(f"{ASK} --task passkey --lengths 300 --depths 0.5 --rows 2")
+    status, _, _ = narrowkv(f"{ASK} --tasks passkey --lengths 300 --depths 0.5 --rows 2")
     rows = json.loads((tmp_path / "out" / "tasks.json").read_text())["rows"]
     assert status == 0 and [row["depth"] for row in rows] == [0.0, 0.0, 1.0, 1.0, 0.5, 0.5]
 
@@ -63,12 +63,12 @@ def test_tasks(narrowkv, tmp_path):
         (f"{LOOK} --recipe narrow3", "no codebook"),
         (f"{LOOK} --recipe nuq9", "9 bits"),
         ("inspect MODEL --out /proc/x --text TEXT --window 64", "Cannot write"),
-        (f"{ASK} --task poem", "no task 'poem'"),
+        (f"{ASK} --tasks poem", "no task 'poem'"),
         (f"{ASK} --lengths many", "--lengths takes numbers"),
         (f"{ASK} --depths 2", "--depths takes numbers"),
         (f"{ASK} --lengths 4096", "512 positions"),
-        (f"{ASK} --task none --file BAD", "bad.jsonl, line 1"),
-        ("tasks MODEL --out OUT --recipes nuq3 --task passkey --lengths 300", "--calibration-text"),
+        (f"{ASK} --tasks none --file BAD", "bad.jsonl, line 1"),
+        ("tasks MODEL --out OUT --recipes nuq3 --tasks passkey --lengths 300", "--calibration-text"),
     ],
 )
 def test_bad_input_is_one_sentence(narrowkv, tmp_path, command, cause):

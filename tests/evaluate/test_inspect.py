@@ -108,8 +108,9 @@ def test_pictures_draw_from_the_file_alone(seen):
     assert titles[:3] == ["keys before RoPE", "keys after RoPE", "values"]
 
 
-def test_without_a_rotary_embedding_a_sentence_says_so(tmp_path):
-    inspect(make("gpt2"), BATCHES, opened(tmp_path))
+@pytest.mark.parametrize(("family", "options"), [("gpt2", {}), ("gptj", {"recipe": "nuq3-postrope", "backend": "dense"})])
+def test_without_a_rotary_embedding_a_sentence_says_so(tmp_path, family, options):
+    inspect(make(family), BATCHES, opened(tmp_path), **options)
     first, _ = sections(read_result(tmp_path / "inspect.json"))
     assert "no rotary embedding" in first.text and len(first.tables[0].rows) == 2
     assert [axes.get_title() for axes in first.pictures[0].figure.axes][:2] == ["keys", "values"]

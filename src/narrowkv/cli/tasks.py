@@ -33,6 +33,7 @@ from narrowkv.report.tasks import sections
 
 DEFAULT = tasking.TaskOptions()
 LENGTHS, DEPTHS = (",".join(f"{number:g}" for number in numbers) for numbers in (DEFAULT.lengths, DEFAULT.depths))
+TEXT = "narrowkv://held-out"
 RECIPES = "narrow3,narrow2,nuq2-1%,int2"
 
 
@@ -40,14 +41,16 @@ def tasks(
     model: ModelArgument,
     out: FolderOption,
     recipes: Annotated[str, typer.Option(help="Names of recipes or JSON files, separated by commas.")] = RECIPES,
-    task: Annotated[str, typer.Option(help=f"Of {', '.join(MAKERS)}; `none` for files alone.")] = ",".join(MAKERS),
+    wanted: Annotated[str, typer.Option("--tasks", help=f"Of {', '.join(MAKERS)}; `none` for files alone.")] = ",".join(
+        MAKERS
+    ),
     lengths: Annotated[str, typer.Option(help="Tokens of the rows.")] = LENGTHS,
     depths: Annotated[str, typer.Option(help="Of the passkey, 0 to 1.")] = DEPTHS,
     rows: Annotated[int, typer.Option(min=1, help="Rows of each task, length and depth.")] = DEFAULT.rows,
     file: Annotated[list[Path] | None, typer.Option(help="JSON lines of LongBench or RULER; may be given again.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions of each file at most.")] = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="Generated for a question of a file.")] = DEFAULT.new_tokens,
-    text: Annotated[str | None, typer.Option(help="Text in which things are told: a file or a data set's name.")] = None,
+    text: Annotated[str, typer.Option(help="Text in which things are told: a file or a data set's name.")] = TEXT,
     calibration_text: CalibrationTextOption = None,
     window: WindowOption = DEFAULT.window,
     samples: SamplesOption = DEFAULT.samples,
@@ -59,7 +62,7 @@ def tasks(
     """Passkey by depth and length, key-value recall, several needles, variable tracking, counting; and your own files."""
     chosen = [get_recipe(name.strip()) for name in recipes.split(",")]
     options = tasking.TaskOptions(
-        tasks=() if task == "none" else tuple(name.strip() for name in task.split(",")),
+        tasks=() if wanted == "none" else tuple(name.strip() for name in wanted.split(",")),
         lengths=_numbers(lengths, "--lengths", int, 1, 2**31),
         depths=_numbers(depths, "--depths", float, 0, 1),
         rows=rows,
@@ -69,12 +72,11 @@ def tasks(
         limit=limit,
         backend=backend,
     )
-    told = default_text(model, text, "narrowkv://held-out") or "narrowkv://held-out"
     learned = default_text(model, calibration_text, "narrowkv://train")
-    settings = {"model": model, "dtype": dtype, "device": device, "text": told, "calibration_text": learned}
+    settings = {"model": model, "dtype": dtype, "device": device, "text": text, "calibration_text": learned}
     path = out / f"{tasking.KIND}.json"
     results = ResultFile(path, tasking.KIND, command_line(), settings | options.settings(), seed)
-    words, learn_from = read_text(told), None if learned is None else read_text(learned)
+    words, learn_from = read_text(text), None if learned is None else read_text(learned)
     loaded, tokenizer = load_model(model, dtype, device)
     with progress("asking") as advance:
         tasking.run_tasks(loaded, tokenizer, chosen, words, learn_from, options, results, file or (), advance)

@@ -15,11 +15,6 @@ def plain(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", letters).split())
 
 
-def exact_match(given: str, accepted: Sequence[str]) -> float:
-    """Whether the answer is one of those accepted, written plainly."""
-    return float(plain(given) in {plain(answer) for answer in accepted})
-
-
 def f1(given: str, accepted: Sequence[str]) -> float:
     """The harmonic mean of precision and recall of words, of LongBench's question answering (Bai et al., arXiv 2308.14508)."""
     return max((_overlap(plain(given).split(), plain(answer).split()) for answer in accepted), default=0.0)

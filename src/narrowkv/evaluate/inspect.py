@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from narrowkv.attention import AUTO
 from narrowkv.calibration.learning import LayerFits, Need
 from narrowkv.calibration.statistics import Quantiles
-from narrowkv.codec import Quantizer, Scheme
+from narrowkv.codec import Quantizer
 from narrowkv.errors import RecipeError, TextError, UnsupportedModelError
 from narrowkv.evaluate.results import ResultFile
 from narrowkv.integrations.capture import show_layers
@@ -46,11 +46,11 @@ class _Tensor:
             self.heat = size[0].transpose(1, 2).flatten(0, 1)  # [channels, tokens]
             self.channels, self.tokens = (size.new_zeros(count, dtype=torch.float64) for count in self.heat.shape)
         self.first = max(self.first, size[:, :, 0].max().item())
-        self.magnitudes.add(size[:, :, 1:].transpose(1, 2).flatten(0, 1).flatten(1))
+        self.magnitudes.add(size[:, :, 1:].flatten()[:, None])
 
     def largest(self, fraction: float) -> float:
         """The magnitude that so many of the numbers do not exceed."""
-        return self.magnitudes.quantile(fraction, pooled=True).item()
+        return self.magnitudes.quantile(fraction).item()
 
     def see_gradient(self, x: Tensor, threshold: float) -> None:
         """Second pass: where the numbers beyond the threshold are, and the gradient once it is known."""
@@ -68,7 +68,7 @@ class _Tensor:
 def inspect(
     model: PreTrainedModel,
     batches: Sequence[Tensor],
-    held: ResultFile,
+    results: ResultFile,
     layer: int | None = None,
     recipe: Recipe | str = RECIPE,
     *,
@@ -98,7 +98,7 @@ def inspect(
         raise TextError("There is nothing to look at; give sequences of one length of 3 tokens or more.")
     facts = facts_for(model, backend, [chosen])
     fact = _layer(facts.attention, layer)
-    if any(row["what"] == "distribution" and row["tensor"] == "values" for row in held.rows):
+    if any(row["what"] == "distribution" and row["tensor"] == "values" for row in results.rows):
         return  # the last row is there, so all are
     schemes = chosen.schemes(fact.layer)
     if any(scheme.datatype != "nuq" or scheme.codebook != "layer" for scheme in (schemes.keys, schemes.values)):
@@ -137,10 +137,10 @@ def inspect(
     tensors = seen[facts.attention.index(fact)]
     rows += [_outliers_row(fact.layer, *item) for item in tensors.items()]
     rows += [_heat_row(fact.layer, *item) for item in tensors.items()]
-    rows += [_distribution_row(fact, fits, scheme, chosen.sinks) for scheme in (schemes.keys, schemes.values)]
+    rows += [_distribution_row(fact, fits, chosen, keys) for keys in (True, False)]
     for row in rows:
-        if held.find(what=row["what"], layer=row["layer"], tensor=row["tensor"]) is None:
-            held.add(row)
+        if results.find(what=row["what"], layer=row["layer"], tensor=row["tensor"]) is None:
+            results.add(row)
 
 
 def _layer(attention: Sequence[AttentionFacts], layer: int | None) -> AttentionFacts:
@@ -162,7 +162,7 @@ def _layer_row(layer: int, name: str, tensor: _Tensor) -> dict[str, Any]:
 
 def _outliers_row(layer: int, name: str, tensor: _Tensor) -> dict[str, Any]:
     channels, tokens = len(tensor.channels), len(tensor.tokens)
-    sequences = (tensor.count / (channels * (tokens - 1))) if tokens > 1 else 1
+    sequences = tensor.count / (channels * (tokens - 1))
     return {
         "what": "outliers",
         "layer": layer,
@@ -185,9 +185,10 @@ def _heat_row(layer: int, name: str, tensor: _Tensor) -> dict[str, Any]:
     return {"what": "heat map", "layer": layer, "tensor": name, **told}
 
 
-def _distribution_row(fact: AttentionFacts, fits: LayerFits, scheme: Scheme, sinks: int) -> dict[str, Any]:
-    keys = scheme.axis == "channel"
-    fit, quantizer = fits.fits[Need.of(scheme, keys, sinks)], fits.quantizer(scheme, keys, sinks)
+def _distribution_row(fact: AttentionFacts, fits: LayerFits, recipe: Recipe, keys: bool) -> dict[str, Any]:
+    pair = recipe.schemes(fact.layer)
+    scheme = pair.keys if keys else pair.values
+    fit, quantizer = fits.fits[Need.of(scheme, keys, recipe.sinks)], fits.quantizer(scheme, keys, recipe.sinks)
     assert isinstance(quantizer, Quantizer) and quantizer.codebook is not None
     histogram = fit.histogram  # type: ignore[union-attr]
     return {
@@ -209,7 +210,8 @@ def _means(x: Tensor, parts: int) -> Tensor:
 
 def _in_fullest(counts: Tensor) -> float:
     """The share of all that is counted in the fullest tenth of the places."""
-    return (counts.sort(descending=True).values[: max(round(FULLEST * len(counts)), 1)].sum() / counts.sum()).item()
+    fullest = counts.sort(descending=True).values[: max(round(FULLEST * len(counts)), 1)]
+    return (fullest.sum() / counts.sum().clamp(min=1)).item()
 
 
 def _density(mass: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from narrowkv.methods import Recipe
 
 Source = Calibration | Recipe
 STREAM_CHUNK = 128
-RECALL_ROWS = 8  # recall rows at a time
+RECALL_ROWS, RECALL_TOKENS = 8, 2**15  # recall rows at a time, fewer where they are long
 LOGIT_ROWS = 512  # tokens compared at a time, which bounds the memory of wide vocabularies
 
 
@@ -162,7 +162,8 @@ def recalled(model: PreTrainedModel, source: Source | None, batch: RecallBatch, 
     first = int(batch.answer_mask.any(0).int().argmax())
     keep = batch.input_ids.shape[1] - first + 1
     logits = []
-    for ids in batch.input_ids.to(model.device).split(RECALL_ROWS):
+    rows = min(RECALL_ROWS, max(RECALL_TOKENS // batch.input_ids.shape[1], 1))
+    for ids in batch.input_ids.to(model.device).split(rows):
         cache = None if source is None else PackedCache(model, source, strict=True, backend=backend)
         logits.append(model(ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep).logits)
     return accuracy(torch.cat(logits), batch)

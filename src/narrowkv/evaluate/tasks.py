@@ -179,7 +179,12 @@ def _answered(
         cache = None if source is None else PackedCache(model, source, backend=options.backend)
         with torch.inference_mode():
             found = model.generate(
-                ids, past_key_values=cache, max_new_tokens=options.new_tokens, do_sample=False, pad_token_id=pad
+                ids,
+                attention_mask=torch.ones_like(ids),  # a padding token in the prompt is text like any other
+                past_key_values=cache,
+                max_new_tokens=options.new_tokens,
+                do_sample=False,
+                pad_token_id=pad,
             )
         given = tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
         scores.append(question.metric(given, question.accepted))
