@@ -23,7 +23,7 @@ from narrowkv.methods import Recipe
 
 Source = Calibration | Recipe
 STREAM_CHUNK = 128
-RECALL_ROWS = 8  # recall rows at a time
+RECALL_ROWS, RECALL_TOKENS = 8, 2**15  # recall rows at a time, fewer where they are long
 LOGIT_ROWS = 512  # tokens compared at a time, which bounds the memory of wide vocabularies
 
 
@@ -129,10 +129,10 @@ def measure(
             held.stream += _loss(_streamed(model, PackedCache(model, source, backend=backend), ids, stream_chunk)[0, :-1], row)
             step()
     for batch in recall:
-        recall_fp.append(_recall(model, None, batch, backend))
+        recall_fp.append(recalled(model, None, batch, backend))
         step()
         for source, held in zip(sources, sums, strict=True):
-            held.right.append(_recall(model, source, batch, backend))
+            held.right.append(recalled(model, source, batch, backend))
             step()
     scored = windows.shape[0] * (windows.shape[1] - 1)
     return [
@@ -161,10 +161,13 @@ def _streamed(model: PreTrainedModel, cache: PackedCache, ids: Tensor, chunk: in
     return torch.cat([model(part, past_key_values=cache, use_cache=True).logits for part in ids.split(chunk, dim=1)], dim=1)
 
 
-def _recall(model: PreTrainedModel, source: Source | None, batch: RecallBatch, backend: str) -> float:
-    keep = int(batch.answer_mask.sum(1).max()) + 1
+def recalled(model: PreTrainedModel, source: Source | None, batch: RecallBatch, backend: str = AUTO) -> float:
+    """The share of rows in which each token of the answer is the likeliest, strict; source: None for the model's own cache."""
+    first = int(batch.answer_mask.any(0).int().argmax())
+    keep = batch.input_ids.shape[1] - first + 1
     logits = []
-    for ids in batch.input_ids.to(model.device).split(RECALL_ROWS):
+    rows = min(RECALL_ROWS, max(RECALL_TOKENS // batch.input_ids.shape[1], 1))
+    for ids in batch.input_ids.to(model.device).split(rows):
         cache = None if source is None else PackedCache(model, source, strict=True, backend=backend)
         logits.append(model(ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep).logits)
     return accuracy(torch.cat(logits), batch)

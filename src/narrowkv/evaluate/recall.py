@@ -133,9 +133,9 @@ def facts(tokenizer: Any, filler: Sequence[int], distance: int, count: int, seed
     """
     _check(filler, count)
     rng = random.Random(f"facts-{seed}")
-    start = _start_tokens(tokenizer)
-    gap = _encode(tokenizer, "\n\n")
-    drawn = [_draw_facts(tokenizer, rng) for _ in range(count)]
+    start = start_tokens(tokenizer)
+    gap = encode(tokenizer, "\n\n")
+    drawn = [draw_facts(tokenizer, rng) for _ in range(count)]
     lead = max(len(gap + row[0][0] + row[0][1]) for row in drawn) + len(start) + 4
     length = lead + distance
     rows = []
@@ -146,7 +146,7 @@ def facts(tokenizer: Any, filler: Sequence[int], distance: int, count: int, seed
         room -= sum(len(piece) for fact in distractors for piece in fact)
         if room < 0:
             raise ValueError(f"distance {distance} is too small: this tokenizer's facts need {distance - room}")
-        text = _cycle(filler, rng.randrange(len(filler)), before - len(start) + room)
+        text = cycle(filler, rng.randrange(len(filler)), before - len(start) + room)
         cuts = sorted(rng.randint(0, room) for _ in distractors)
         ids = start + text[: before - len(start)] + asked[0] + asked[1] + asked[2]
         text = text[before - len(start) :]
@@ -169,11 +169,11 @@ def passages(tokenizer: Any, filler: Sequence[int], distance: int, count: int, s
     if distance < passage:
         raise ValueError(f"distance {distance} is too small: a passage has {passage} tokens")
     rng = random.Random(f"passages-{seed}")
-    start = _start_tokens(tokenizer)
+    start = start_tokens(tokenizer)
     rows = []
     for _ in range(count):
         lead = 8
-        text = _cycle(filler, rng.randrange(len(filler)), lead + distance)
+        text = cycle(filler, rng.randrange(len(filler)), lead + distance)
         rows.append((start + text + text[lead : lead + passage], PASSAGE_ANSWER))
     return _batch(rows)
 
@@ -212,30 +212,30 @@ def accuracy(logits: torch.Tensor, batch: RecallBatch) -> float:
     return right.all(dim=1).double().mean().item()
 
 
-def _draw_facts(tokenizer: Any, rng: random.Random) -> list[tuple[list[int], ...]]:
-    """Draw one row's facts, the asked one first, each as token ids of prefix, answer and end."""
-    names = rng.sample(NAMES, FACTS_PER_ROW)
-    nouns = rng.sample(NOUNS, FACTS_PER_ROW)
+def draw_facts(tokenizer: Any, rng: random.Random, count: int = FACTS_PER_ROW) -> list[tuple[list[int], ...]]:
+    """Draw one row's facts, at most 26, each as token ids of prefix, answer and end; no two share a name or a noun."""
+    names = rng.sample(NAMES, count)
+    nouns = rng.sample(NOUNS, count)
     drawn = []
     for name, noun in zip(names, nouns, strict=True):
         words = [*rng.sample(ADJECTIVES, rng.choice((1, 2))), noun]
         pieces = fact_pieces(name, " ".join(words))
-        drawn.append(tuple(_encode(tokenizer, piece) for piece in pieces))
+        drawn.append(tuple(encode(tokenizer, piece) for piece in pieces))
     return drawn
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
+def encode(tokenizer: Any, text: str) -> list[int]:
     """Return the token ids of a text, without special tokens."""
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
-def _start_tokens(tokenizer: Any) -> list[int]:
+def start_tokens(tokenizer: Any) -> list[int]:
     """Return the token ids every row begins with: the beginning-of-text token, if there is one."""
     bos = getattr(tokenizer, "bos_token_id", None)
     return [] if bos is None else [bos]
 
 
-def _cycle(filler: Sequence[int], begin: int, length: int) -> list[int]:
+def cycle(filler: Sequence[int], begin: int, length: int) -> list[int]:
     """Return ``length`` tokens of the filler from ``begin`` on, starting over at its end."""
     return [filler[(begin + offset) % len(filler)] for offset in range(length)]
 

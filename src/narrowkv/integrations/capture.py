@@ -46,6 +46,29 @@ def _without_weight_gradients(model: PreTrainedModel) -> Iterator[None]:
 
 
 @torch.inference_mode(False)  # gradients are needed, wherever this is called from
+def show_layers(
+    model: PreTrainedModel,
+    facts: ModelFacts,
+    data: Iterable[Tensor],
+    listener: LayerListener,
+    *,
+    gradients: bool = False,
+    dense: bool = False,
+    on_batch: Callable[[], None] | None = None,
+) -> None:
+    """Run a model over batches and show a listener what every attention layer would store.
+
+    facts: as `facts_for` returns them. data: token ids [batch, tokens] int64. gradients: the summed loss goes backwards too,
+    so that a hook put on a shown tensor learns its gradient. Raises ActivationError where the model computes NaN or infinity.
+    """
+    with _without_weight_gradients(model):
+        for batch in data:
+            _run(model, capture_cache(model, facts, listener, dense), batch, gradients=gradients)
+            if on_batch:
+                on_batch()
+
+
+@torch.inference_mode(False)  # as above, and what is learned must not belong to inference mode
 def calibrate_many(
     model: PreTrainedModel,
     batches: Iterable[Tensor],
@@ -95,13 +118,10 @@ def calibrate_many(
         (lambda place, *numbers: by_place[place].see_range(*numbers), False, LayerFits.merge_ranges),
         (lambda place, *numbers: by_place[place].see_codebook(*numbers), True, LayerFits.merge_codebooks),
     )
-    with _without_weight_gradients(model):
-        for listener, gradients, merge in passes:
-            for batch in data:
-                _run(model, capture_cache(model, facts, listener, dense), batch, gradients=gradients)
-                report()
-            for layer in by_place if group is not None else ():
-                merge(layer, group)
+    for listener, gradients, merge in passes:
+        show_layers(model, facts, data, listener, gradients=gradients, dense=dense, on_batch=report)
+        for layer in by_place if group is not None else ():
+            merge(layer, group)
     counts = torch.tensor([sum(batch.shape[0] for batch in data), sum(batch.numel() for batch in data)])
     sequences, tokens = (reduced(counts, "SUM", group) if group else counts).tolist()
     provenance = {"narrowkv": __version__, "sequences": sequences, "tokens": tokens}

@@ -42,7 +42,7 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **o
     return figure, list(panels.flat)
 
 
-def style_of(i: int) -> dict[str, str]:
+def style_of(i: int) -> dict[str, Any]:
     """Colour and marker of the i-th line."""
     return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]}
 

@@ -1,0 +1,55 @@
+"""`narrowkv inspect`: pictures of what a model's cache holds."""
+
+from typing import Annotated
+
+import typer
+
+from narrowkv.attention import AUTO
+from narrowkv.cli.common import (
+    BackendOption,
+    DeviceOption,
+    DtypeOption,
+    FolderOption,
+    ModelArgument,
+    WindowOption,
+    command_line,
+    default_text,
+    progress,
+    show_sections,
+)
+from narrowkv.errors import TextError
+from narrowkv.evaluate import cut_windows
+from narrowkv.evaluate import inspect as inspecting
+from narrowkv.evaluate.results import ResultFile, read_result
+from narrowkv.evaluate.sources import read_text
+from narrowkv.integrations import load_model
+from narrowkv.report.inspect import sections
+
+
+def inspect(
+    model: ModelArgument,
+    out: FolderOption,
+    layer: Annotated[
+        int | None, typer.Option(help="Layer whose numbers are drawn, from 0.", show_default="the middle one")
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="Whose codebook is drawn.")] = inspecting.RECIPE,
+    text: Annotated[str | None, typer.Option(help="A text file or a data set's name.")] = None,
+    window: WindowOption = 2048,
+    samples: Annotated[int, typer.Option(min=1, help="Sequences to look at.")] = 4,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+    backend: BackendOption = AUTO,
+) -> None:
+    """Draw what is quantised: magnitudes by channel, token and layer, outliers, codebooks over their data, Fisher weight."""
+    source = default_text(model, text, "narrowkv://train")
+    if source is None:
+        raise TextError("There is nothing to look at without a text; give one with --text FILE.")
+    settings = {"model": model, "layer": layer, "recipe": recipe, "text": source, "window": window, "samples": samples}
+    path = out / f"{inspecting.KIND}.json"
+    results = ResultFile(path, inspecting.KIND, command_line(), {**settings, "dtype": dtype, "backend": backend})
+    words = read_text(source)
+    loaded, tokenizer = load_model(model, dtype, device)
+    batches = cut_windows(tokenizer, words, window, samples).split(1)
+    with progress("looking") as advance:
+        inspecting.inspect(loaded, batches, results, layer, recipe, backend=backend, on_step=advance)
+    show_sections(sections(read_result(path)), out, inspecting.KIND)

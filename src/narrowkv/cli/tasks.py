@@ -1,0 +1,93 @@
+"""`narrowkv tasks`: long-context tasks, for several recipes beside the 16-bit cache."""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from narrowkv.attention import AUTO
+from narrowkv.cli.common import (
+    BackendOption,
+    CalibrationTextOption,
+    DeviceOption,
+    DtypeOption,
+    FolderOption,
+    ModelArgument,
+    SamplesOption,
+    WindowOption,
+    command_line,
+    default_text,
+    progress,
+    show_sections,
+)
+from narrowkv.errors import TextError
+from narrowkv.evaluate import tasks as tasking
+from narrowkv.evaluate.results import ResultFile, read_result
+from narrowkv.evaluate.sources import read_text
+from narrowkv.evaluate.task_rows import MAKERS
+from narrowkv.integrations import load_model
+from narrowkv.methods import get_recipe
+from narrowkv.report.tasks import sections
+
+DEFAULT = tasking.TaskOptions()
+LENGTHS, DEPTHS = (",".join(f"{number:g}" for number in numbers) for numbers in (DEFAULT.lengths, DEFAULT.depths))
+TEXT = "narrowkv://held-out"
+RECIPES = "narrow3,narrow2,nuq2-1%,int2"
+
+
+def tasks(
+    model: ModelArgument,
+    out: FolderOption,
+    recipes: Annotated[str, typer.Option(help="Names of recipes or JSON files, separated by commas.")] = RECIPES,
+    wanted: Annotated[str, typer.Option("--tasks", help=f"Of {', '.join(MAKERS)}; `none` for files alone.")] = ",".join(
+        MAKERS
+    ),
+    lengths: Annotated[str, typer.Option(help="Tokens of the rows.")] = LENGTHS,
+    depths: Annotated[str, typer.Option(help="Of the passkey, 0 to 1.")] = DEPTHS,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of each task, length and depth.")] = DEFAULT.rows,
+    file: Annotated[list[Path] | None, typer.Option(help="JSON lines of LongBench or RULER; may be given again.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each file at most.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Generated for a question of a file.")] = DEFAULT.new_tokens,
+    text: Annotated[str, typer.Option(help="Text in which things are told: a file or a data set's name.")] = TEXT,
+    calibration_text: CalibrationTextOption = None,
+    window: WindowOption = DEFAULT.window,
+    samples: SamplesOption = DEFAULT.samples,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+    backend: BackendOption = AUTO,
+    seed: int = 0,
+) -> None:
+    """Passkey by depth and length, key-value recall, several needles, variable tracking, counting; and your own files."""
+    chosen = [get_recipe(name.strip()) for name in recipes.split(",")]
+    options = tasking.TaskOptions(
+        tasks=() if wanted == "none" else tuple(name.strip() for name in wanted.split(",")),
+        lengths=_numbers(lengths, "--lengths", int, 1, 2**31),
+        depths=_numbers(depths, "--depths", float, 0, 1),
+        rows=rows,
+        window=window,
+        samples=samples,
+        new_tokens=new_tokens,
+        limit=limit,
+        backend=backend,
+    )
+    learned = default_text(model, calibration_text, "narrowkv://train")
+    settings = {"model": model, "dtype": dtype, "device": device, "text": text, "calibration_text": learned}
+    path = out / f"{tasking.KIND}.json"
+    results = ResultFile(path, tasking.KIND, command_line(), settings | options.settings(), seed)
+    words, learn_from = read_text(text), None if learned is None else read_text(learned)
+    loaded, tokenizer = load_model(model, dtype, device)
+    with progress("asking") as advance:
+        tasking.run_tasks(loaded, tokenizer, chosen, words, learn_from, options, results, file or (), advance)
+    show_sections(sections(read_result(path)), out, tasking.KIND)
+
+
+def _numbers(given: str, option: str, kind: Callable[[str], Any], least: float, most: float) -> tuple[Any, ...]:
+    """Numbers separated by commas; raises TextError where one is none, or outside its bounds."""
+    numbers: tuple[Any, ...] = ()
+    with contextlib.suppress(ValueError):
+        numbers = tuple(kind(part) for part in given.split(","))
+    if not numbers or not all(least <= number <= most for number in numbers):
+        raise TextError(f"{option} takes numbers from {least:,} to {most:,} separated by commas, not {given!r}.")
+    return numbers

@@ -1,0 +1,229 @@
+"""What is quantised: how large keys and values are by channel, token and layer, and how the loss depends on them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from narrowkv.attention import AUTO
+from narrowkv.calibration.learning import LayerFits, Need
+from narrowkv.calibration.statistics import Quantiles
+from narrowkv.codec import Quantizer
+from narrowkv.errors import RecipeError, TextError, UnsupportedModelError
+from narrowkv.evaluate.results import ResultFile
+from narrowkv.integrations.capture import show_layers
+from narrowkv.integrations.dense import DENSE
+from narrowkv.integrations.preparation import facts_for
+from narrowkv.integrations.probe import AttentionFacts
+from narrowkv.methods import Recipe, get_recipe
+
+KIND = "inspect"
+RECIPE = "nuq3-1%"
+TENSORS = ("keys", "rotated", "values")  # before and after the rotary embedding
+FRACTIONS = {"t99": 0.99, "t99.9": 0.999, "t99.99": 0.9999, "t100": 1.0}
+HEAT_CHANNELS, HEAT_TOKENS = 128, 64  # cells of a heat map
+PLACES = 128  # parts into which channels and tokens are cut where outliers are counted
+BINS = 64  # of a distribution
+FULLEST = 0.1  # of the channels, or tokens, whose share of the outliers is told
+
+
+class _Tensor:
+    """What is gathered of one tensor of one layer, in two passes; its first token, which is a sink, is kept apart."""
+
+    def __init__(self) -> None:
+        self.magnitudes = Quantiles()
+        self.first = self.gradient = 0.0
+        self.count = 0
+        self.heat: Tensor | None = None
+        self.channels = self.tokens = torch.zeros(0)
+
+    def see_range(self, x: Tensor) -> None:
+        """First pass: x [batch, kv_heads, tokens, head_dim]."""
+        size = x.detach().float().abs()
+        if self.heat is None:
+            self.heat = size[0].transpose(1, 2).flatten(0, 1)  # [channels, tokens]
+            self.channels, self.tokens = (size.new_zeros(count, dtype=torch.float64) for count in self.heat.shape)
+        self.first = max(self.first, size[:, :, 0].max().item())
+        self.magnitudes.add(size[:, :, 1:].flatten()[:, None])
+
+    def largest(self, fraction: float) -> float:
+        """The magnitude that so many of the numbers do not exceed."""
+        return self.magnitudes.quantile(fraction).item()
+
+    def see_gradient(self, x: Tensor, threshold: float) -> None:
+        """Second pass: where the numbers beyond the threshold are, and the gradient once it is known."""
+        beyond = x.detach().abs() > threshold
+        self.channels += beyond.sum((0, 2)).flatten()
+        self.tokens += torch.nn.functional.pad(beyond.sum((0, 1, 3)), (0, len(self.tokens) - x.shape[2]))
+        x.register_hook(self._add_gradient)
+
+    def _add_gradient(self, gradient: Tensor) -> None:
+        squared = gradient[:, :, 1:].double().square()
+        self.gradient += squared.sum().item()
+        self.count += squared.numel()
+
+
+def inspect(
+    model: PreTrainedModel,
+    batches: Sequence[Tensor],
+    results: ResultFile,
+    layer: int | None = None,
+    recipe: Recipe | str = RECIPE,
+    *,
+    backend: str = AUTO,
+    on_step: Callable[[int, int], None] | None = None,
+) -> None:
+    """Look at what a model stores, and add what is found to a file of figures, unless it is there.
+
+    batches: token ids [batch, tokens] int64, all of one length. layer: whose heat maps and distributions are wanted, the
+    middle one by default. recipe: whose codebook is drawn over the distributions. on_step: called with (batches done, batches
+    in both passes). The rows, by `what`:
+
+    - `layer`, of each layer and tensor: magnitudes t99 to t100 (so many percent of the numbers are no larger), `first_token`
+      (the largest magnitude of the first token, which the others leave out), `fisher` (mean squared gradient of the window's
+      summed loss by one number; KVQuant, section 3.3);
+    - `outliers`, of the chosen layer: shares of the numbers beyond t99, by parts of the channels and of the tokens, and the
+      part of them that the fullest tenth of channels, or tokens, holds;
+    - `heat map`, of the chosen layer: mean magnitudes of the first sequence, [channels, tokens] in at most 128 x 64 cells;
+    - `distribution`, of the chosen layer's keys and values, normalised: densities in 64 bins over [-1, 1] of the numbers
+      and of their Fisher weights, and the codebook.
+
+    Raises TextError without text, UnsupportedModelError where the layer has no keys of its own, RecipeError where the recipe
+    has no codebook of a layer, and what `calibrate` raises.
+    """
+    chosen = get_recipe(recipe)
+    if not len(batches) or any(batch.shape != batches[0].shape or batch.shape[1] < 3 for batch in batches):
+        raise TextError("There is nothing to look at; give sequences of one length of 3 tokens or more.")
+    facts = facts_for(model, backend, [chosen])
+    fact = _layer(facts.attention, layer)
+    if any(row["what"] == "distribution" and row["tensor"] == "values" for row in results.rows):
+        return  # the last row is there, so all are
+    schemes = chosen.schemes(fact.layer)
+    if any(scheme.datatype != "nuq" or scheme.codebook != "layer" for scheme in (schemes.keys, schemes.values)):
+        raise RecipeError(f"Recipe {chosen.name} learns no codebook that a layer shares; choose one such as {RECIPE}.")
+    fits = LayerFits([chosen], fact.layer, (fact.kv_heads, fact.head_dim))
+    seen = [{name: _Tensor() for name in TENSORS if name != "rotated" or one.rope} for one in facts.attention]
+    thresholds: list[dict[str, float]] = []
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if on_step:
+            on_step(done, 2 * len(batches))
+
+    def first_pass(place: int, *numbers: Tensor) -> None:
+        for name, x in zip(TENSORS, numbers, strict=True):
+            if name in seen[place]:
+                seen[place][name].see_range(x)
+        if facts.attention[place] is fact:
+            fits.see_range(*numbers)
+
+    def second_pass(place: int, *numbers: Tensor) -> None:
+        for name, x in zip(TENSORS, numbers, strict=True):
+            if name in seen[place]:
+                seen[place][name].see_gradient(x, thresholds[place][name])
+        if facts.attention[place] is fact:
+            fits.see_codebook(*numbers)
+
+    show_layers(model, facts, batches, first_pass, dense=backend == DENSE, on_batch=step)
+    thresholds += [{name: tensor.largest(FRACTIONS["t99"]) for name, tensor in layer.items()} for layer in seen]
+    show_layers(model, facts, batches, second_pass, gradients=True, dense=backend == DENSE, on_batch=step)
+    rows = []
+    for one, of_layer in zip(facts.attention, seen, strict=True):
+        rows += [_layer_row(one.layer, *item) for item in of_layer.items()]
+    tensors = seen[facts.attention.index(fact)]
+    rows += [_outliers_row(fact.layer, *item) for item in tensors.items()]
+    rows += [_heat_row(fact.layer, *item) for item in tensors.items()]
+    rows += [_distribution_row(fact, fits, chosen, keys) for keys in (True, False)]
+    for row in rows:
+        if results.find(what=row["what"], layer=row["layer"], tensor=row["tensor"]) is None:
+            results.add(row)
+
+
+def _layer(attention: Sequence[AttentionFacts], layer: int | None) -> AttentionFacts:
+    if layer is None:
+        return attention[len(attention) // 2]
+    for fact in attention:
+        if fact.layer == layer:
+            return fact
+    raise UnsupportedModelError(
+        f"Layer {layer} keeps no keys and values of its own; choose one of {', '.join(str(fact.layer) for fact in attention)}."
+    )
+
+
+def _layer_row(layer: int, name: str, tensor: _Tensor) -> dict[str, Any]:
+    ranges = {label: _short(tensor.largest(fraction)) for label, fraction in FRACTIONS.items()}
+    told = {"first_token": _short(tensor.first), "fisher": _short(tensor.gradient / tensor.count)}
+    return {"what": "layer", "layer": layer, "tensor": name, **ranges, **told}
+
+
+def _outliers_row(layer: int, name: str, tensor: _Tensor) -> dict[str, Any]:
+    channels, tokens = len(tensor.channels), len(tensor.tokens)
+    sequences = tensor.count / (channels * (tokens - 1))
+    return {
+        "what": "outliers",
+        "layer": layer,
+        "tensor": name,
+        "beyond": _short(tensor.largest(FRACTIONS["t99"])),
+        "channels": channels,
+        "tokens": tokens,
+        "by_channel": _plain(_means(tensor.channels / (tokens * sequences), PLACES)),
+        "by_token": _plain(_means(tensor.tokens / (channels * sequences), PLACES)),
+        "in_fullest_channels": _short(_in_fullest(tensor.channels)),
+        "in_fullest_tokens": _short(_in_fullest(tensor.tokens)),
+    }
+
+
+def _heat_row(layer: int, name: str, tensor: _Tensor) -> dict[str, Any]:
+    assert tensor.heat is not None
+    channels, tokens = tensor.heat.shape
+    cells = _means(_means(tensor.heat, HEAT_TOKENS).T, HEAT_CHANNELS).T
+    told = {"channels": channels, "tokens": tokens, "magnitude": [_plain(row) for row in cells]}
+    return {"what": "heat map", "layer": layer, "tensor": name, **told}
+
+
+def _distribution_row(fact: AttentionFacts, fits: LayerFits, recipe: Recipe, keys: bool) -> dict[str, Any]:
+    pair = recipe.schemes(fact.layer)
+    scheme = pair.keys if keys else pair.values
+    fit, quantizer = fits.fits[Need.of(scheme, keys, recipe.sinks)], fits.quantizer(scheme, keys, recipe.sinks)
+    assert isinstance(quantizer, Quantizer) and quantizer.codebook is not None
+    histogram = fit.histogram  # type: ignore[union-attr]
+    return {
+        "what": "distribution",
+        "layer": fact.layer,
+        "tensor": ("keys" if scheme.pre_rope or fact.rope is None else "rotated") if keys else "values",
+        "bits": scheme.bits,
+        "density": _plain(_density(histogram.count)),
+        "weight": _plain(_density(histogram.weight)),
+        "codebook": _plain(quantizer.codebook),
+    }
+
+
+def _means(x: Tensor, parts: int) -> Tensor:
+    """x [..., n] with its last dimension cut into at most so many parts, almost equal, and the mean of each."""
+    pieces = x.tensor_split(min(parts, x.shape[-1]), dim=-1)
+    return torch.stack([piece.mean(-1) for piece in pieces], -1)
+
+
+def _in_fullest(counts: Tensor) -> float:
+    """The share of all that is counted in the fullest tenth of the places."""
+    fullest = counts.sort(descending=True).values[: max(round(FULLEST * len(counts)), 1)]
+    return (fullest.sum() / counts.sum().clamp(min=1)).item()
+
+
+def _density(mass: Tensor) -> Tensor:
+    """Mass [bins] over [-1, 1] as a density in fewer bins; all 0 where there is none."""
+    share = mass.view(BINS, -1).sum(1)
+    return share / share.sum().clamp(min=torch.finfo(torch.float64).tiny) * (BINS / 2)
+
+
+def _plain(numbers: Tensor) -> list[float]:
+    return [_short(number) for number in numbers.tolist()]
+
+
+def _short(number: float) -> float:
+    """Six digits, which no picture needs more of."""
+    return float(f"{number:.6g}")

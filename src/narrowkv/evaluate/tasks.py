@@ -1,0 +1,220 @@
+"""Long-context tasks: what recipes answer beside the 16-bit cache, by task, length and depth."""
+
+import functools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from narrowkv.attention import AUTO
+from narrowkv.errors import OutputError, TextError
+from narrowkv.evaluate.quality import Source, cut_windows, recalled
+from narrowkv.evaluate.recall import RecallBatch
+from narrowkv.evaluate.results import ResultFile
+from narrowkv.evaluate.task_files import Question, read_questions
+from narrowkv.evaluate.task_rows import BY_DEPTH, MAKERS, make_rows
+from narrowkv.files import checksum
+from narrowkv.integrations import PackedCache, calibrate_many
+from narrowkv.integrations.probe import text_config
+from narrowkv.methods import Recipe, get_recipe
+
+KIND = "tasks"
+BASELINE = "16 bit"  # the model with its own cache
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """What the figures depend on beside model, texts and recipes.
+
+    tasks: of `MAKERS`. lengths: tokens of a row. depths: from 0 to 1, of what the passkey task asks for. rows: of each task,
+    length and depth. window, samples: of the calibration. new_tokens: generated for a question of a file. limit: questions of
+    each file at most. backend: of the caches.
+    """
+
+    tasks: tuple[str, ...] = tuple(MAKERS)
+    lengths: tuple[int, ...] = (512, 1024, 2048)
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    rows: int = 16
+    window: int = 2048
+    samples: int = 16
+    new_tokens: int = 64
+    limit: int | None = None
+    backend: str = AUTO
+
+    def settings(self) -> dict[str, Any]:
+        """Those that all figures of a file share: tasks, lengths and depths may be added later."""
+        return {name: what for name, what in asdict(self).items() if name not in ("tasks", "lengths", "depths")}
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """One figure to be measured for every recipe: what finds its row, what else the row tells, and what measures it."""
+
+    keys: dict[str, Any]
+    told: dict[str, Any]
+    score: Callable[[Source | None], float]
+
+
+def run_tasks(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    recipes: Sequence[str | Recipe],
+    text: str,
+    learn_from: str | None,
+    options: TaskOptions,
+    results: ResultFile,
+    files: Sequence[Path] = (),
+    on_step: Callable[[int, int], None] | None = None,
+) -> None:
+    """Measure what `results` has no row of yet, with the model's own cache (`16 bit`) and with each recipe.
+
+    text: running text in which things are told. learn_from: the text from which recipes that need it learn. files: of
+    LongBench or RULER, see `task_files`. on_step: called with (steps done, steps in all). Rows: task, length and depth (or
+    None), recipe and its definition (a checksum), score (the mean, 0 to 1), rows (how many), measure; of files, whose length
+    is a mean, the sha256 too.
+
+    The tasks are scored strictly: every number attended to has gone through the quantiser, and a row is right if each token of
+    the answer is the likeliest after those before it, which is when a greedy answer is exact. Questions of files are answered
+    as in use: the prompt attends exactly to itself, the greedy answer to the packed prompt.
+
+    Raises TextError where a text is missing or a length does not fit the task or the model, OutputError where the file has
+    figures of other questions or of another recipe of the same name.
+    """
+    chosen = [get_recipe(recipe) for recipe in recipes]
+    cells = [*_task_cells(model, tokenizer, text, options, results.seed), *_file_cells(model, tokenizer, files, options)]
+    learning = [
+        recipe
+        for recipe in chosen
+        if recipe.needs_calibration and any(_is_missing(cell, recipe.name, recipe, results) for cell in cells)
+    ]
+    batches = _batches(tokenizer, learning, learn_from, options)
+    done, total = 0, 2 * len(batches) + len(cells) * (len(chosen) + 1)
+
+    def step(*_: int) -> None:
+        nonlocal done
+        done += 1
+        if on_step:
+            on_step(done, total)
+
+    learned = calibrate_many(model, batches, learning, backend=options.backend, on_batch=step) if learning else []
+    sources: dict[str, Source] = {calibration.recipe.name: calibration for calibration in learned}
+    asked: dict[str, Recipe | None] = {BASELINE: None, **{recipe.name: recipe for recipe in chosen}}
+    for cell in cells:
+        for name, recipe in asked.items():
+            if _is_missing(cell, name, recipe, results):
+                score = cell.score(None if recipe is None else sources.get(name, recipe))
+                results.add({**cell.keys, "recipe": name, "definition": _definition(recipe), "score": score, **cell.told})
+            step()
+
+
+def _is_missing(cell: _Cell, name: str, recipe: Recipe | None, results: ResultFile) -> bool:
+    row = results.find(**cell.keys, recipe=name)
+    if row is None:
+        return True
+    if row["definition"] != _definition(recipe):
+        raise OutputError(f"{results.path} has figures of another recipe called {name}; rename one of the two.")
+    if any(row.get(field) != what for field, what in cell.told.items()):
+        raise OutputError(f"{results.path} has figures of other questions for {cell.keys['task']}; name another folder.")
+    return False
+
+
+def _definition(recipe: Recipe | None) -> str | None:
+    """A checksum of all that a recipe says."""
+    return None if recipe is None else checksum(json.dumps(recipe.to_dict(), sort_keys=True).encode())
+
+
+def _task_cells(model: PreTrainedModel, tokenizer: Any, text: str, options: TaskOptions, seed: int) -> Iterator[_Cell]:
+    unknown = [task for task in options.tasks if task not in MAKERS]
+    if unknown:
+        raise TextError(f"There is no task {unknown[0]!r}; there are {', '.join(MAKERS)}.")
+    filler = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    most = _positions(model)
+    for task in options.tasks:
+        for length in options.lengths:
+            if length > most:
+                raise TextError(f"The model has {most:,} positions, a length of {length:,} does not fit; give smaller ones.")
+            for depth in options.depths if task in BY_DEPTH else (None,):
+                batch = make_rows(task, tokenizer, filler, length, options.rows, seed, depth)
+                yield _Cell(
+                    {"task": task, "length": length, "depth": depth},
+                    {"rows": options.rows, "measure": "exact answer"},
+                    functools.partial(_recalled, model, batch, options.backend),
+                )
+
+
+def _file_cells(model: PreTrainedModel, tokenizer: Any, files: Sequence[Path], options: TaskOptions) -> Iterator[_Cell]:
+    for path in files:
+        questions = read_questions(path, options.limit)
+        pairs = [(question, _prompt(model, tokenizer, path, question, options.new_tokens)) for question in questions]
+        measures = sorted({question.metric.__name__.replace("_", " ") for question in questions})
+        yield _Cell(
+            {"task": str(path)},
+            {
+                "length": sum(ids.shape[1] for _, ids in pairs) // len(pairs),
+                "depth": None,
+                "rows": len(pairs),
+                "measure": ", ".join(measures),
+                "sha256": checksum(path.read_bytes()),
+            },
+            functools.partial(_answered, model, tokenizer, pairs, options),
+        )
+
+
+@torch.inference_mode()
+def _recalled(model: PreTrainedModel, batch: RecallBatch, backend: str, source: Source | None) -> float:
+    return recalled(model, source, batch, backend)
+
+
+def _answered(
+    model: Any, tokenizer: Any, pairs: Sequence[tuple[Question, torch.Tensor]], options: TaskOptions, source: Source | None
+) -> float:
+    """The mean score of greedy answers."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    scores = []
+    for question, ids in pairs:
+        cache = None if source is None else PackedCache(model, source, backend=options.backend)
+        with torch.inference_mode():
+            found = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),  # a padding token in the prompt is text like any other
+                past_key_values=cache,
+                max_new_tokens=options.new_tokens,
+                do_sample=False,
+                pad_token_id=pad,
+            )
+        given = tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
+        scores.append(question.metric(given, question.accepted))
+    return sum(scores) / len(scores)
+
+
+def _prompt(model: PreTrainedModel, tokenizer: Any, path: Path, question: Question, new_tokens: int) -> torch.Tensor:
+    """Token ids [1, tokens] of a question, without its middle where it is too long and that is usual."""
+    ids = tokenizer(question.prompt, return_tensors="pt", verbose=False)["input_ids"].to(model.device)
+    most = _positions(model) - new_tokens
+    if ids.shape[1] <= most:
+        return ids
+    if not question.cut or most < 2:
+        raise TextError(
+            f"{path}, line {question.line} has {ids.shape[1]:,} tokens, but the model has room for {most:,} before an answer "
+            f"of {new_tokens}; give shorter questions, or a model of more positions."
+        )
+    return torch.cat([ids[:, : most // 2], ids[:, -(most - most // 2) :]], dim=1)
+
+
+def _positions(model: PreTrainedModel) -> int:
+    """Positions that the model is said to have; as many as one likes where it says nothing."""
+    return getattr(text_config(model), "max_position_embeddings", None) or 2**62
+
+
+def _batches(
+    tokenizer: Any, learning: Sequence[Recipe], learn_from: str | None, options: TaskOptions
+) -> tuple[torch.Tensor, ...]:
+    if not learning:
+        return ()
+    if learn_from is None:
+        raise TextError(f"Recipe {learning[0].name} learns its tables from a text; give one with --calibration-text FILE.")
+    return cut_windows(tokenizer, learn_from, options.window, options.samples).split(1)
