@@ -22,6 +22,10 @@ from narrowkv import load_model
 ASSETS = Path(os.environ.get("NARROWKV_ASSETS", Path(__file__).parents[2] / "shared" / "assets"))
 
 
+with torch.device("meta"):
+    torch.empty(0)  # torch remembers now, before it is replaced below, what such a context applies to
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that nobody wrote holds NaN (or 0x2B), so that reading it is noticed."""

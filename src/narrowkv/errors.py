@@ -29,6 +29,10 @@ class ActivationError(NarrowKVError, ValueError):
     """Keys or values that cannot be stored: NaN, infinity, or beyond the range of 16 bits."""
 
 
+class BudgetError(NarrowKVError, ValueError):
+    """Memory, devices or a context that cannot be planned for."""
+
+
 class TextError(NarrowKVError, ValueError):
     """A text that is missing, empty or too short for what was asked."""
 

@@ -1,10 +1,9 @@
 """The demo in full: what it must write, and what the built-in model must show."""
 
-import json
-
 import pytest
 
 from narrowkv.cli.main import run
+from narrowkv.evaluate.results import read_result
 
 KEYS = {
     *("recipe", "bits_per_element", "nbytes", "nbytes_fp16", "perplexity_strict", "perplexity_stream", "perplexity_fp"),
@@ -18,7 +17,7 @@ def rows(tmp_path_factory):
     with pytest.raises(SystemExit) as stop:
         run(["demo", "--recall-rows", "128", "--json", str(path)])
     assert not stop.value.code
-    return {row["recipe"]: row for row in json.loads(path.read_text())}
+    return {row["recipe"]: row for row in read_result(path, "demo")["rows"]}
 
 
 def test_every_recipe_has_every_figure(rows):

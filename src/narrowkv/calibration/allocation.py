@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from narrowkv.calibration.samples import Samples
 from narrowkv.codec import AnyQuantizer, Scheme
@@ -30,14 +31,20 @@ def measure(quantizer: AnyQuantizer, samples: Samples, keys: bool) -> Option:
     """What a quantizer takes and costs, found by storing a sample of tokens as a cache would."""
     numbers = samples.heads()[:, :, : 16 * BLOCK]
     numbers = numbers.repeat(1, 1, -(-BLOCK // numbers.shape[2]), 1) if numbers.shape[2] < BLOCK else numbers
+    return Option(quantizer.scheme, stored_bits(quantizer, numbers, keys), samples.cost(quantizer))
+
+
+def stored_bits(quantizer: AnyQuantizer, numbers: Tensor, keys: bool) -> float:
+    """Bits that a store takes for each token of `numbers` [batch, kv_heads, tokens, head_dim], of which whole blocks are
+    stored; tables are counted as at 32,768 tokens.
+    """
     whole = numbers.shape[2] // BLOCK * BLOCK
     blocks = to_blocks(quantizer.encode(numbers[:, :, :whole]))
     found = 0 if blocks.outlier_index is None else len(blocks.outlier_index)
     side = PackedSide.allocate(quantizer, whole // BLOCK, blocks, keys=keys, outlier_room=found)
     held = [*side.planes, *side.outliers(), *side.ranges.values()]
     tables = sum(table.nbytes for table in quantizer.tensors().values())
-    bits = 8 * (sum(tensor.nbytes for tensor in held) / whole + tables / REFERENCE_TOKENS)
-    return Option(quantizer.scheme, bits, samples.cost(quantizer))
+    return 8 * (sum(tensor.nbytes for tensor in held) / whole + tables / REFERENCE_TOKENS)
 
 
 def allocate(menus: Sequence[Sequence[Option]], budget: float, numbers: int = 1, beside: float = 0.0) -> list[int]:

@@ -115,6 +115,11 @@ def learn(recipe: Recipe, layers: Mapping[int, LayerFits]) -> Learned:
     return Learned(recipe, finished, report)
 
 
+def beside_bits(layers: int, numbers: int) -> float:
+    """Bits for each of the `numbers` of a token in all layers that no choice of schemes changes."""
+    return (POSITION_BITS + SLOT_BITS * layers) / numbers
+
+
 def _choose(recipe: Recipe, layers: Mapping[int, LayerFits]) -> tuple[Recipe, dict[str, Any]]:
     """The recipe with a scheme for each layer, and what that is predicted to take and to cost."""
     assert recipe.choices
@@ -122,7 +127,7 @@ def _choose(recipe: Recipe, layers: Mapping[int, LayerFits]) -> tuple[Recipe, di
     for fits in layers.values():
         menus += [fits.menu(recipe.choices.keys, True, recipe.sinks), fits.menu(recipe.choices.values, False, recipe.sinks)]
     numbers = sum(2 * fits.shape[0] * fits.shape[1] for fits in layers.values())
-    beside = (POSITION_BITS + SLOT_BITS * len(layers)) / numbers
+    beside = beside_bits(len(layers), numbers)
     try:
         picks = allocate(menus, recipe.choices.budget, numbers, beside)
     except RecipeError as error:

@@ -7,13 +7,13 @@ from rich.markup import escape
 
 from narrowkv.calibration import Calibration
 from narrowkv.calibration.allocation import REFERENCE_TOKENS
-from narrowkv.cli.common import JsonOption, err, learn, out, progress, quality_caption, quality_table
+from narrowkv.cli.common import JsonOption, command_line, err, learn, out, progress, quality_caption, quality_table
 from narrowkv.cli.generate import continue_text, summary
 from narrowkv.evaluate import cut_windows, measure
 from narrowkv.evaluate.quality import at_length
 from narrowkv.evaluate.recall import recall_batches
+from narrowkv.evaluate.results import ResultFile
 from narrowkv.evaluate.sources import read_text
-from narrowkv.files import write_json
 from narrowkv.integrations import PackedCache, load_model
 from narrowkv.integrations.models import DEMO
 from narrowkv.methods import get_recipe
@@ -67,7 +67,11 @@ def demo(
     counted = f"Bits and kB: of a cache of {REFERENCE_TOKENS:,} tokens."
     out.print(f"{quality_caption(rows)}\n{recalled} {counted}", highlight=False)
     if json_file is not None:
-        write_json(json_file, [row.to_dict() for row in rows])
+        json_file.unlink(missing_ok=True)  # all is measured anew
+        settings = {"model": DEMO, "windows": windows, "samples": samples, "recall_distance": recall_distance}
+        results = ResultFile(json_file, "demo", command_line(), settings | {"recall_rows": recall_rows})
+        for row in rows:
+            results.add(row.to_dict())
 
 
 def speak(model: Any, tokenizer: Any, calibration: Calibration, text: str) -> None:

@@ -201,7 +201,8 @@ def watch(model: PreTrainedModel) -> tuple[list[Seen], list[Seen]]:
 
 def _require_shapes(seen: Seen) -> None:
     keys, values, layer = seen.keys[0], seen.values[0], seen.layer
-    require_finite(keys, "On a few tokens, keys")
+    if not keys.is_meta:
+        require_finite(keys, "On a few tokens, keys")
     if keys.dim() != 4 or keys.shape[2] != TOKENS:
         raise UnsupportedModelError(f"Layer {layer} stores keys of an unknown shape {list(keys.shape)}; use DynamicCache.")
     if keys.shape[3] % 8 or keys.shape[3] > MAX_HEAD_DIM:
@@ -253,22 +254,26 @@ def _by_position(model: PreTrainedModel, positions: Tensor | None, stored: Store
     """
     if positions is None or positions.dim() != 2:
         return None
-    parameters = getattr(text_config(model), "rope_parameters", None) or {}
-    if "mrope_section" in str(parameters):  # several positions of a token, alike only in text
+    if has_sections(model):
         return None
     kept = stored.keep(None, tables)
     expected = torch.cat(stored.cos_sin(kept), dim=-1).double()
     tolerance = (2**-6 if kept.dtype.itemsize == 2 else 1e-3) * expected.abs() + 1e-6
-    for frequencies, scaling, kind in _frequencies(model):
-        rope = Rope(frequencies, scaling, stored.interleaved)
-        if kind in STATIC_ROPE and 2 * len(frequencies) == expected.shape[-1]:
+    for inverse, scaling, kind in frequencies(model):
+        rope = Rope(inverse, scaling, stored.interleaved)
+        if kind in STATIC_ROPE and 2 * len(inverse) == expected.shape[-1]:
             found = torch.cat(rope.cos_sin(positions), dim=-1).double()
             if bool(((found - expected).abs() <= tolerance).all()):
                 return rope
     return None
 
 
-def _frequencies(model: PreTrainedModel) -> list[tuple[Tensor, float, str]]:
+def has_sections(model: PreTrainedModel) -> bool:
+    """Whether a token has several positions, which are alike only in text."""
+    return "mrope_section" in str(getattr(text_config(model), "rope_parameters", None) or {})
+
+
+def frequencies(model: PreTrainedModel) -> list[tuple[Tensor, float, str]]:
     """All inverse frequencies that the model holds, with their scaling and type."""
     found = []
     for module in model.modules():

@@ -16,7 +16,6 @@ from narrowkv.store.tail import Numbers, Tail
 from narrowkv.store.window import Window
 
 TILE_NUMBERS = 2**19  # numbers encoded or decoded at a time, which bounds the memory of intermediate results
-GROWTH = 16  # while decoding, a new page holds one more sixteenth of what is stored
 
 
 class LayerStore:
@@ -185,8 +184,7 @@ class LayerStore:
         if columns > 1:
             return Page.allocate(self.quantizers, columns * batch, keys, values, exactly=True)
         if not self.growing or not self.growing.fits(keys, values):
-            room = max(len(self.columns) // GROWTH, 1)
-            self.growing = Page.allocate(self.quantizers, room * batch, keys, values, exactly=room == 1)
+            self.growing = Page.to_grow(self.quantizers, len(self.columns), batch, keys, values)
         return self.growing
 
     def tiles(self, stop: int | None = None, *, unsealed: bool = False) -> Iterator[tuple[int, Tensor, Tensor]]:

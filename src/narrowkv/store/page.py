@@ -16,6 +16,7 @@ from narrowkv.codec.packing import PLANES, pack, plane_bytes, unpack
 from narrowkv.codec.scheme import BLOCK
 
 OUTLIER_BYTES = 4  # a 16-bit value and a 16-bit index
+GROWTH = 16  # while decoding, a new page holds one more sixteenth of what is stored
 
 
 def is_channel_major(scheme: Scheme, keys: bool) -> bool:
@@ -187,6 +188,19 @@ class Page:
             outlier_room = 0 if exactly else (found + found // 8 + 1) * slots // keys.codes.shape[0]
             sides.append(PackedSide.allocate(quantizer, slots, blocks, keys=blocks is keys, outlier_room=outlier_room))
         return cls(slots, sides[0], sides[1])
+
+    @classmethod
+    def to_grow(
+        cls, quantizers: tuple[AnyQuantizer, AnyQuantizer], columns: int, batch: int, keys: Encoded, values: Encoded
+    ) -> "Page":
+        """Memory for columns that come singly behind so many others; keys and values are the first."""
+        room = max(columns // GROWTH, 1)
+        return cls.allocate(quantizers, room * batch, keys, values, exactly=room == 1)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors that are held."""
+        sides = (self.keys, self.values)
+        return [part for side in sides for part in (*side.planes, *side.ranges.values(), *side.outliers())]
 
     def __deepcopy__(self, memo: dict) -> "Page":
         """Blocks never change, so a copy shares them; neither may write into the free slots any more."""

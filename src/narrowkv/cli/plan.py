@@ -1,0 +1,49 @@
+"""`narrowkv plan`: what will fit, from a model's configuration alone."""
+
+from typing import Annotated
+
+import typer
+
+from narrowkv.cli.common import DtypeOption, FolderOption, command_line, progress, show_sections
+from narrowkv.evaluate.results import ResultFile, read_result
+from narrowkv.methods import get_recipe
+from narrowkv.plan import SHAPES, Budget, parse_bytes, parse_tokens, read_shape
+from narrowkv.plan import plan as make_plan
+from narrowkv.plan.planner import KIND
+from narrowkv.report.plan import sections
+
+RECIPES = "fp16,narrow4,narrow3,narrow2,nuq4-1%,nuq3-1%,nuq2-1%,kivi-2"
+
+
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(help=f"A local folder, a hub id, narrowkv://demo, or one of {', '.join(SHAPES)}.", metavar="MODEL"),
+    ],
+    out: FolderOption,
+    recipes: Annotated[str, typer.Option(help="Names of recipes or JSON files, separated by commas.")] = RECIPES,
+    context: Annotated[str, typer.Option(help="Lengths such as 131072, 128K or 1M, separated by commas.")] = "32K,128K,1M",
+    memory: Annotated[
+        str | None, typer.Option(help="Of each GPU, such as 80GB or 79.2GiB: then also the longest context.")
+    ] = None,
+    reserve: Annotated[
+        str | None, typer.Option(help="What of it is kept for activations and all else, such as 2GiB.", show_default="nothing")
+    ] = None,
+    gpus: Annotated[int, typer.Option(help="Between which the heads are split (tensor parallelism).")] = 1,
+    batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
+    dtype: DtypeOption = "auto",
+    weight_bits: Annotated[
+        float | None, typer.Option(help="Bits of each weight where weights are quantised.", show_default="those of the dtype")
+    ] = None,
+) -> None:
+    """Tell what a cache will take, and which context fits, without loading a weight."""
+    chosen = [get_recipe(name.strip()) for name in recipes.split(",")]
+    contexts = sorted({parse_tokens(length) for length in context.split(",")})
+    room, kept = (None if size is None else parse_bytes(size) for size in (memory, reserve))
+    budget = Budget(batch, gpus, room, kept or 0, weight_bits)
+    shape = read_shape(model, dtype)
+    path = out / f"{KIND}.json"
+    results = ResultFile(path, KIND, command_line(), shape.to_dict() | budget.to_dict() | {"contexts": contexts})
+    with progress("planning") as advance:
+        make_plan(shape, chosen, contexts, budget, results, advance)
+    show_sections(sections(read_result(path)), out, KIND)

@@ -1,0 +1,222 @@
+"""What the store of one layer allocates, found by filling a real one and counting its tensors.
+
+Short contexts are stored as they are. A longer one is a short one of the same remainder and whole blocks more, each of which
+takes as many bytes as the one before; the page that is allocated once decoding seals a block is allocated at its true size,
+on torch's meta device, by the store's own code.
+"""
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from narrowkv.codec import AnyQuantizer, Encoded, Scheme, quantizer_for
+from narrowkv.codec.scheme import BLOCK
+from narrowkv.store import LayerStore, Ledger
+from narrowkv.store.page import GROWTH, Page
+
+Quantizers = tuple[AnyQuantizer, AnyQuantizer]
+CHUNK = 2048  # tokens of a prompt at a time, where a sliding window lets go of those before
+DECODED = BLOCK + 1  # tokens after which decoding has sealed a block and opened a tail
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One layer's part of a cache: batch, KV heads of one device, head_dim, dtype of the numbers, and its sliding window."""
+
+    batch: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    sliding_window: int | None = None
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes after a prompt was read, and once decoding goes on from there, for about a sixteenth more tokens."""
+
+    prompt: int
+    decoding: int
+
+    def __add__(self, other: "Held") -> "Held":
+        return Held(self.prompt + other.prompt, self.decoding + other.decoding)
+
+    def __mul__(self, times: int) -> "Held":
+        return Held(self.prompt * times, self.decoding * times)
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes allocated by all of them, shared storage counted once."""
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def stand_in(scheme: Scheme, kv_heads: int, head_dim: int) -> AnyQuantizer:
+    """A quantizer with tables of the shapes that calibration learns, by which numbers of magnitude 1 are outliers."""
+    if not scheme.needs_calibration:
+        return quantizer_for(scheme)
+    codes, levels = head_dim // scheme.numbers, 2**scheme.code_bits
+    if scheme.codebook != "layer":
+        tables = {
+            "points": torch.zeros(kv_heads, codes, levels, scheme.numbers, dtype=torch.float16),
+            "weight": torch.ones(kv_heads, codes, scheme.numbers),
+        }
+        if scheme.outliers:
+            tables["limit"] = torch.full((1,), 0.5)
+        if scheme.turn:
+            tables["turn"] = torch.eye(head_dim, dtype=torch.float16).repeat(kv_heads, 1, 1)
+        return quantizer_for(scheme, **tables)
+    by_channel = torch.ones(kv_heads, head_dim)
+    tables = {"codebook": torch.linspace(-1, 1, levels)} if scheme.datatype == "nuq" else {}
+    if scheme.static:
+        tables |= {"scale": by_channel, "zero": 0 * by_channel}
+    if scheme.outliers and (scheme.static or scheme.outlier_scope == "matrix"):
+        limits = by_channel if scheme.outlier_scope == "vector" else torch.ones(1, 1)
+        tables |= {"lower": -limits / 2, "upper": limits / 2}
+    if scheme.smooth:
+        tables["smooth"] = by_channel
+    return quantizer_for(scheme, **tables)
+
+
+def typical_block(quantizer: AnyQuantizer, shape: LayerShape) -> Tensor:
+    """64 tokens [batch, kv_heads, 64, head_dim] of which as many numbers are outliers as the scheme asks for.
+
+    Where thresholds are learned, that is the fraction itself, to the nearest whole number in a block, spread evenly. Where
+    they are taken online, no two numbers at the ends of a vector are equal, so that as many are outliers as can be.
+    """
+    scheme, (heads, dim) = quantizer.scheme, (shape.kv_heads, shape.head_dim)
+    if getattr(quantizer, "lower", None) is not None or getattr(quantizer, "limit", None) is not None:
+        codes = dim // scheme.numbers
+        total = BLOCK * heads * codes
+        count = round(scheme.outliers * total)
+        chosen = torch.zeros(total)
+        chosen[torch.arange(count) * total // max(count, 1)] = 1
+        block = torch.zeros(heads, BLOCK, dim)
+        block[:, :, :codes] = chosen.view(BLOCK, heads, codes).transpose(0, 1)
+    else:
+        rank = torch.arange(heads * dim)
+        from_end = torch.minimum(rank, heads * dim - 1 - rank)
+        step = 1.5 * torch.finfo(shape.dtype).eps  # so that neighbours differ in 16 bits too
+        token = torch.exp(-step * from_end) * torch.where(rank < heads * dim // 2, -1.0, 1.0)
+        block = token.view(dim, heads).T[:, None].expand(-1, BLOCK, -1)
+    return block.to(shape.dtype).expand(shape.batch, -1, -1, -1)
+
+
+class _Filling:
+    """A real store, and the record of what turns its keys, that take tokens as a layer of a cache does."""
+
+    def __init__(self, layer: "LayerBytes", record: Tensor | None):
+        self.store = LayerStore(*layer.quantizers, *layer.options)
+        self.ledger = Ledger()
+        self.blocks = layer.blocks
+        self.sliding_window = layer.shape.sliding_window
+        self.record = record
+
+    def read(self, tokens: int) -> None:
+        """A prompt: at once, or chunk by chunk where the window slides."""
+        chunk = tokens if self.sliding_window is None else CHUNK
+        for start in range(0, tokens, chunk):
+            self.take(min(chunk, tokens - start))
+
+    def decode(self) -> None:
+        for _ in range(DECODED):
+            self.take(1)
+
+    def take(self, count: int) -> None:
+        start = self.store.length % BLOCK
+        if self.sliding_window is not None:
+            self.ledger.forget(self.store.first)
+            self.store.forget(self.store.length - self.sliding_window + 1)
+        times = -(-(start + count) // BLOCK)
+        keys, values = (block.repeat(1, 1, times, 1)[:, :, start : start + count] for block in self.blocks)
+        self.store.append(keys, values)
+        if self.record is not None:
+            self.ledger.append(self.record.expand(-1, count, *self.record.shape[2:]))
+
+
+class LayerBytes:
+    """Counts what one layer takes at any length."""
+
+    def __init__(self, quantizers: Quantizers, sinks: int, window: int, shape: LayerShape):
+        """quantizers, sinks, window: as of LayerStore."""
+        self.quantizers = quantizers
+        self.options = (sinks, window)
+        self.shape = shape
+        self.blocks = [typical_block(quantizer, shape) for quantizer in quantizers]
+        store = LayerStore(*quantizers, sinks, window)
+        exact = sinks + window + store.together + max(store.ahead)
+        self.settled = (-(-exact // BLOCK) + 1) * BLOCK  # tokens after which a block takes as much as the one before
+
+    @property
+    def tables(self) -> int:
+        """Bytes of what is learned or fixed for the layer."""
+        return nbytes(table for quantizer in self.quantizers for table in quantizer.tensors().values())
+
+    def held(self, tokens: int) -> Held:
+        """What is allocated behind a prompt of so many tokens."""
+        if self.shape.sliding_window is not None:
+            return self._stored(self._steady(tokens))[0]
+        if tokens < 2 * GROWTH * BLOCK + self.settled:  # pages to grow hold one block yet
+            return self._stored(tokens)[0]
+        short, columns, first, pages = self._settled(tokens % BLOCK)
+        more = (tokens - self.settled) // BLOCK
+        page = Page.to_grow(self.quantizers, columns + more, self.shape.batch, *first)
+        return short + Held(more * self._block, more * self._block - pages + nbytes(page.tensors()))
+
+    def records(self, tokens: int, record: Tensor) -> Held:
+        """Bytes of what is kept of each token to turn its keys: such as `record` [batch, 1, ...]."""
+        if self.shape.sliding_window is not None:
+            return self._stored(self._steady(tokens), record)[1]
+        ledger, record = Ledger(), record.to("meta")
+        ledger.append(record.expand(-1, tokens, *record.shape[2:]))
+        prompt = nbytes(ledger.tensors())
+        for _ in range(DECODED):
+            ledger.append(record)
+        return Held(prompt, nbytes(ledger.tensors()))
+
+    def _stored(self, tokens: int, record: Tensor | None = None) -> tuple[Held, Held]:
+        """Bytes of a store that has really taken so many tokens, and of the record beside it."""
+        filling = _Filling(self, record)
+        counts = []
+        for go_on in (lambda: filling.read(tokens), filling.decode):
+            go_on()
+            counts += [nbytes(filling.store.tensors()), nbytes(filling.ledger.tensors())]
+        return Held(counts[0], counts[2]), Held(counts[1], counts[3])
+
+    def _steady(self, tokens: int) -> int:
+        """The shortest prompt that leaves a sliding window as one of so many tokens does."""
+        least = self.settled + (self.shape.sliding_window or 0) + 2 * CHUNK
+        return tokens - max(tokens - least, 0) // CHUNK * CHUNK
+
+    @functools.cached_property
+    def _block(self) -> int:
+        """Bytes of one more block of a prompt, for all sequences."""
+        counts = []
+        for tokens in (self.settled, self.settled + BLOCK):
+            filling = _Filling(self, None)
+            filling.read(tokens)
+            counts.append(nbytes(filling.store.tensors()))
+        return counts[1] - counts[0]
+
+    @functools.lru_cache(maxsize=BLOCK)  # noqa: B019
+    def _settled(self, rest: int) -> tuple[Held, int, tuple[Encoded, Encoded], int]:
+        """A short prompt: bytes, blocks, the first of those that decoding seals, and bytes of the pages that these lie in."""
+        filling = _Filling(self, None)
+        store = filling.store
+        filling.read(self.settled + rest)
+        columns, prompt = len(store.columns), nbytes(store.tensors())
+        filling.decode()
+        later = store.columns[columns:]
+        pages = {id(column.page): column.page for column in later}.values()
+        sides = (later[0].page.keys, later[0].page.values)
+        keys, values = (_on_meta(side.take(later[0].slots)) for side in sides)
+        return Held(prompt, nbytes(store.tensors())), columns, (keys, values), sum(nbytes(page.tensors()) for page in pages)
+
+
+def _on_meta(encoded: Encoded) -> Encoded:
+    """The same shapes and dtypes without memory behind them."""
+    index, values = (None if part is None else part.to("meta") for part in (encoded.outlier_index, encoded.outlier_values))
+    ranges = {name: part.to("meta") for name, part in encoded.ranges.items()}
+    return Encoded(encoded.codes.to("meta"), ranges, index, values)

@@ -1,0 +1,194 @@
+"""The plan: what recipes take at given contexts, and the longest context that each leaves room for."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from narrowkv.calibration.allocation import Option, allocate, stored_bits
+from narrowkv.calibration.learning import beside_bits
+from narrowkv.codec import Scheme
+from narrowkv.codec.scheme import BLOCK
+from narrowkv.errors import BudgetError
+from narrowkv.evaluate.results import ResultFile
+from narrowkv.methods import LayerSchemes, Recipe
+from narrowkv.plan.layers import CHUNK, Held, LayerBytes, LayerShape, stand_in, typical_block
+from narrowkv.plan.models import ModelShape
+
+KIND = "plan"
+MOST_TOKENS = 2**40  # a context that is called unlimited
+
+
+@dataclass(frozen=True)
+class Budget:
+    """batch: sequences at a time. devices: under tensor parallelism. memory: bytes of each device; None for no limit.
+    reserve: bytes of it that are kept for activations and all else. weight_bits: of each weight; None for the dtype's.
+
+    Raises BudgetError where there is no sequence or no device.
+    """
+
+    batch: int = 1
+    devices: int = 1
+    memory: int | None = None
+    reserve: int = 0
+    weight_bits: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.devices < 1:
+            raise BudgetError("A plan needs one sequence and one GPU at least.")
+        if self.weight_bits is not None and not 0 < self.weight_bits <= 64:
+            raise BudgetError(f"Weights have more than 0 and at most 64 bits each, not {self.weight_bits:g}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+def evenly_chosen(recipe: Recipe, shape: ModelShape) -> Recipe:
+    """A recipe that leaves the choice of schemes to calibration, with a choice that fills its budget as if all layers were
+    as sensitive; calibration's own choice takes at most the same budget.
+    """
+    if recipe.choices is None:
+        return recipe
+    menus = []
+    for layer in shape.layers:
+        one = LayerShape(1, layer.kv_heads, layer.head_dim, shape.dtype)
+        for choices, keys in ((recipe.choices.keys, True), (recipe.choices.values, False)):
+            menus.append([_option(scheme, one, keys) for scheme in choices])
+    numbers = sum(2 * layer.kv_heads * layer.head_dim for layer in shape.layers)
+    picks = allocate(menus, recipe.choices.budget, numbers, beside_bits(len(shape.layers), numbers))
+    schemes = [menu[pick].scheme for menu, pick in zip(menus, picks, strict=True)]
+    pairs = zip(schemes[::2], schemes[1::2], strict=True)
+    layers = {layer.layer: LayerSchemes(*pair) for layer, pair in zip(shape.layers, pairs, strict=True)}
+    return replace(recipe, layers=layers, choices=None)
+
+
+_options: dict[tuple[Scheme, LayerShape, bool], Option] = {}
+
+
+def _option(scheme: Scheme, shape: LayerShape, keys: bool) -> Option:
+    """What a scheme takes; its cost is that of rounding to so many bits."""
+    known = _options.get((scheme, shape, keys))
+    if known is None:
+        quantizer = stand_in(scheme, shape.kv_heads, shape.head_dim)
+        bits = stored_bits(quantizer, typical_block(quantizer, shape), keys)
+        cost = 4 ** (-bits / (shape.kv_heads * shape.head_dim))
+        known = _options[scheme, shape, keys] = Option(scheme, bits, cost)
+    return known
+
+
+class CacheBytes:
+    """Counts what a cache takes in each device, at any length."""
+
+    def __init__(self, shape: ModelShape, recipe: Recipe, batch: int = 1, devices: int = 1):
+        """Raises RecipeError or BudgetError where these do not fit together."""
+        parts = shape.parts(devices)
+        recipe.require_layers([layer.layer for layer in shape.layers])
+        recipe = evenly_chosen(recipe, shape)
+        kinds: Counter[tuple[LayerSchemes, LayerShape]] = Counter()
+        self.records: dict[str, tuple[LayerBytes, torch.Tensor]] = {}
+        meters: dict[tuple[LayerSchemes, LayerShape], LayerBytes] = {}
+        for layer in shape.layers:
+            schemes = recipe.schemes(layer.layer)
+            one = LayerShape(batch, layer.kv_heads // parts, layer.head_dim, shape.dtype, layer.sliding_window)
+            if (schemes, one) not in meters:
+                for scheme in (schemes.keys, schemes.values):
+                    scheme.require_head_dim(layer.head_dim)
+                pair = (stand_in(scheme, one.kv_heads, one.head_dim) for scheme in (schemes.keys, schemes.values))
+                meters[schemes, one] = LayerBytes((next(pair), next(pair)), recipe.sinks, recipe.window, one)
+            kinds[schemes, one] += 1
+            if layer.record is not None and schemes.keys.pre_rope:
+                self._keep(layer.record, layer.angles, meters[schemes, one])
+        self.layers = [(meters[kind], count) for kind, count in kinds.items()]
+        self.tables = sum(meter.tables * count for meter, count in self.layers)
+
+    def _keep(self, record: str, angles: int, meter: LayerBytes) -> None:
+        """What is kept of each token once for several layers stays until none of them needs it."""
+        batch, dtype = meter.shape.batch, meter.shape.dtype
+        entry = torch.zeros(batch, 1, 2, angles, dtype=dtype) if angles else torch.zeros(batch, 1, dtype=torch.int32)
+        known = self.records.get(record)
+        if known is None or _window(meter) > _window(known[0]):
+            self.records[record] = (meter, entry)
+
+    def held(self, tokens: int) -> Held:
+        """All that is allocated behind a prompt of so many tokens."""
+        total = Held(self.tables, self.tables)
+        for meter, count in self.layers:
+            total += meter.held(tokens) * count
+        for meter, entry in self.records.values():
+            total += meter.records(tokens, entry)
+        return total
+
+    def longest(self, room: int) -> int | None:
+        """The longest prompt, in whole blocks (chunks where windows slide), from which decoding can go on in so many bytes.
+
+        None where there is no end, since only windows are kept.
+        """
+        step = CHUNK if any(meter.shape.sliding_window is not None for meter, _ in self.layers) else BLOCK
+        low, high = 0, 64
+        while self.held(high * step).decoding <= room:
+            low, high = high, 2 * high
+            if high * step > MOST_TOKENS:
+                return None
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.held(middle * step).decoding <= room else (low, middle)
+        return low * step
+
+
+def _window(meter: LayerBytes) -> float:
+    return float("inf") if meter.shape.sliding_window is None else meter.shape.sliding_window
+
+
+def plan(
+    shape: ModelShape,
+    recipes: Sequence[Recipe],
+    contexts: Sequence[int],
+    budget: Budget,
+    results: ResultFile,
+    on_step: Callable[[int, int], None] | None = None,
+) -> None:
+    """Add a row for each recipe: bytes for each device at these contexts, and the longest context under the budget.
+
+    on_step: called with (recipes done, recipes in all). Raises BudgetError where not even the weights find room.
+    """
+    weights = shape.weight_bytes(budget.devices, budget.weight_bits)
+    room = None if budget.memory is None else budget.memory - budget.reserve - weights
+    if room is not None and room <= 0:
+        raise BudgetError(
+            f"The weights of {shape.name} take {weights / 2**30:.1f} GiB of each GPU's {(weights + room) / 2**30:.1f} GiB, "
+            "which leaves no room for a cache; plan for more memory, more GPUs, or fewer bits a weight."
+        )
+    for done, recipe in enumerate(recipes):
+        if results.find(recipe=recipe.name) is None:
+            cache = CacheBytes(shape, recipe, budget.batch, budget.devices)
+            longest = None if room is None else cache.longest(room)
+            results.add(
+                {
+                    "recipe": recipe.name,
+                    "weights": weights,
+                    "tables": cache.tables,
+                    "limited": longest is not None,
+                    "longest": longest,
+                    "contexts": [_at(cache, tokens, room) for tokens in contexts],
+                    "curve": [_at(cache, tokens, room) for tokens in _doublings(max([*contexts, longest or 0]))],
+                }
+            )
+        if on_step:
+            on_step(done + 1, len(recipes))
+
+
+def _at(cache: CacheBytes, tokens: int, room: int | None) -> dict[str, int | str | None]:
+    held = cache.held(tokens)
+    fits = None if room is None else "yes" if held.decoding <= room else "prompt only" if held.prompt <= room else "no"
+    return {"tokens": tokens, "prompt": held.prompt, "decoding": held.decoding, "fits": fits}
+
+
+def _doublings(longest: int) -> list[int]:
+    """Lengths that double, up to the first beyond the longest."""
+    lengths = [CHUNK]
+    while lengths[-1] < longest:
+        lengths.append(2 * lengths[-1])
+    return lengths

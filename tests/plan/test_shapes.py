@@ -1,0 +1,48 @@
+"""Shapes read from a configuration alone."""
+
+import pytest
+import torch
+from tests.families import REFUSED, make
+from transformers import AutoConfig
+
+from narrowkv import PackedCache
+from narrowkv.errors import UnsupportedModelError
+from narrowkv.plan import SHAPES, read_shape
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gemma4_text", "qwen2_5_vl", "gpt_oss", "qwen3_next", "smollm3"])
+def test_layers_are_those_that_the_probe_finds(family, tmp_path):
+    model = make(family)
+    model.config.save_pretrained(tmp_path)
+    shape = read_shape(str(tmp_path))
+    cache = PackedCache(model, "int4", backend="torch")
+    assert [(layer.kv_heads, layer.head_dim) for layer in shape.layers] == cache.shapes
+    assert [layer.sliding_window for layer in shape.layers] == [layer.sliding_window for layer in cache.packed]
+    assert shape.weights == sum(parameter.numel() for parameter in model.parameters())
+    for layer, packed in zip(shape.layers, cache.packed, strict=True):
+        assert packed.rope is None or layer.record == packed.rope.record
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in ("llama-7b", "llama-3-8b") else pytest.param(name, marks=pytest.mark.wide) for name in SHAPES]
+)
+def test_named_shapes(name):
+    shape = read_shape(name)
+    assert shape.weights / 1e9 == pytest.approx(float(name.rpartition("-")[2].removesuffix("b")), rel=0.1)
+    assert shape.dtype == torch.float16
+    assert shape.weight_bytes(1) == 2 * shape.weights == 4 * shape.weight_bytes(1, bits=4)
+
+
+def test_what_cannot_be_planned_for_gets_a_sentence(tmp_path):
+    for family, (settings, words) in REFUSED.items():
+        if family == "mamba":
+            AutoConfig.for_model(family, **settings).save_pretrained(tmp_path)
+            with pytest.raises(UnsupportedModelError, match=words):
+                read_shape(str(tmp_path))
+    AutoConfig.for_model("vit").save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="as a language model"):
+        read_shape(str(tmp_path))
+    with pytest.raises(UnsupportedModelError, match="configuration"):
+        read_shape(str(tmp_path / "nothing"))
+    with pytest.raises(UnsupportedModelError, match="dtype"):
+        read_shape("llama-7b", "int7")
