@@ -1,30 +1,27 @@
-"""Every method at its true bits: `python -m benchmarks.accuracy [--models NAME ...] [--json FILE] [--picture FILE]`.
+"""Every method at its true bits: `python -m benchmarks.accuracy --out FOLDER [--models NAME ...] [--picture FILE]`.
 
-Calibrated on one part of a text, measured on another. Bits are those that a cache of 32,768 tokens allocates, all counted.
+Calibrated on one part of a text, measured on another, as `narrowkv compare` does it: one file of figures for each model in the
+folder, and a run that was interrupted goes on. Bits are those that a cache of 32,768 tokens allocates, all counted.
 `narrowkv://demo` is the built-in model; other models are folders, measured on TinyStories from NARROWKV_ASSETS. With
 `--across` calibration reads another kind of text: stories for the built-in model, its training text for the others.
 """
 
 import argparse
-import json
 import os
 import re
+import shlex
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("svg")
-import matplotlib.pyplot as plt
-
-from narrowkv import calibrate_many, get_recipe, load_model
-from narrowkv.calibration.allocation import REFERENCE_TOKENS
-from narrowkv.evaluate import cut_windows, measure
-from narrowkv.evaluate.quality import bits_at
-from narrowkv.evaluate.recall import facts, passages
+from narrowkv import get_recipe, load_model
+from narrowkv.evaluate.compare import DYNAMIC, KIND, CompareOptions, compare
+from narrowkv.evaluate.results import ResultFile
 from narrowkv.evaluate.sources import read_text
 from narrowkv.integrations.models import DEMO
+from narrowkv.report.compare import draw_pareto
+from narrowkv.report.figures import new_figure, save
 
 ASSETS = Path(os.environ.get("NARROWKV_ASSETS", Path(__file__).parents[2] / "shared" / "assets"))
 RECIPES = (
@@ -36,17 +33,7 @@ RECIPES = (
     *("intrinsic-2", "intrinsic-2-nearest"),
 )
 MOST_BITS = 5.2  # in the picture
-FAMILIES = {  # of the picture: which recipes, colours that colour-blind readers can tell apart, markers
-    "narrow (ours)": (r"narrow\d(\.\d)?", "#CC79A7", "D"),
-    "one codebook a pair": (r"pair\d(-1%)?", "#E69F00", "v"),
-    "one codebook a channel": (r"channel\d", "#56B4E9", "P"),
-    "KVQuant, 1% outliers": (r"nuq\d-1%", "#0072B2", "o"),
-    "KVQuant, no outliers": (r"nuq\d", "#009E73", "s"),
-    "KIVI, no window": (r"kivi-.*-r0", "#F0E442", "<"),
-    "Hadamard integers": (r"hadamard.*", "#999999", "X"),
-    "integers per token": (r"int\d", "#D55E00", "^"),
-    "nvfp4": (r"nvfp4", "#000000", "*"),
-}
+PICTURED = r"narrow\d(\.\d)?|pair\d(-1%)?|channel\d|nuq\d(-1%)?|kivi-.*-r0|hadamard.*|int\d|nvfp4"
 
 
 def texts(name: str, across: bool) -> tuple[str, str]:
@@ -62,24 +49,29 @@ def texts(name: str, across: bool) -> tuple[str, str]:
 
 def rows(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """The figures of all recipes on one model; those whose groups do not fill its heads are left out."""
-    window, samples, windows = options.window, options.samples, options.windows
     model, tokenizer = load_model(name, "float32")
     head_dim = model.config.get_text_config().head_dim
     recipes = [get_recipe(recipe) for recipe in options.recipes]
     recipes = [recipe for recipe in recipes if recipe.values.axis == "block" or head_dim % (recipe.values.group or 1) == 0]
     learn_from, measure_on = texts(name, options.across)
-    batches = cut_windows(tokenizer, learn_from, window, samples)
-    learned = calibrate_many(model, batches, [recipe for recipe in recipes if recipe.needs_calibration])
-    sources: list[Any] = [next((c for c in learned if c.recipe.name == recipe.name), recipe) for recipe in recipes]
-    recall = []
-    if name == DEMO and options.recall_rows:
-        filler = tokenizer.encode(measure_on, add_special_tokens=False, verbose=False)
-        recall = [make(tokenizer, filler, 512, options.recall_rows, 0) for make in (facts, passages)]
-    found = measure(model, sources, cut_windows(tokenizer, measure_on, window, windows), recall)
-    return [
-        asdict(row) | {"model": Path(name).name, "bits_long": bits_at(model, source, batches[:1], REFERENCE_TOKENS)}
-        for row, source in zip(found, sources, strict=True)
-    ]
+    chosen = CompareOptions(
+        window=options.window,
+        limit=options.windows,
+        samples=options.samples,
+        decode_steps=0,
+        recall_distance=512 if name == DEMO and options.recall_rows else 0,
+        recall_rows=options.recall_rows,
+    )
+    model_name = Path(name).name
+    settings = {
+        "model": model_name,
+        "text": "built-in" if name == DEMO else "stories",
+        "across": options.across,
+        **asdict(chosen),
+    }
+    results = ResultFile(options.out / f"{model_name}.json", KIND, shlex.join(["python", *sys.argv]), settings)
+    compare(model, tokenizer, recipes, measure_on, learn_from, chosen, results)
+    return [row | {"model": model_name} for row in results.rows if row["recipe"] != DYNAMIC]
 
 
 def table(found: list[dict[str, Any]]) -> str:
@@ -95,29 +87,23 @@ def table(found: list[dict[str, Any]]) -> str:
     for row in sorted(found, key=lambda row: row["kld_strict"]):
         recall = "-" if row["recall"] is None else f"{row['recall']:.0%}"
         lines.append(
-            f"| `{row['recipe']}` | {row['bits_long']:.2f} | {row['perplexity_strict']:.3f} | {row['perplexity_stream']:.3f} "
-            f"| {row['kld_strict']:.4f} | {row['kld_strict_p99']:.3f} | {recall} |"
+            f"| `{row['recipe']}` | {row['bits_per_element']:.2f} | {row['perplexity_strict']:.3f} "
+            f"| {row['perplexity_stream']:.3f} | {row['kld_strict']:.4f} | {row['kld_strict_p99']:.3f} | {recall} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def draw(found: list[dict[str, Any]], path: Path) -> None:
-    """Divergence over bits up to MOST_BITS, one panel for each model, a colour and marker for each family of recipes."""
+    """Divergence over bits up to MOST_BITS, one panel for each model."""
     models = list(dict.fromkeys(row["model"] for row in found))
-    plt.rcParams["svg.hashsalt"] = "narrowkv"
-    figure, panels = plt.subplots(1, len(models), figsize=(5 * len(models), 5), layout="constrained", squeeze=False)
-    for axes, model in zip(panels[0], models, strict=True):
-        shown = [row for row in found if row["model"] == model and row["kld_strict"] > 0 and row["bits_long"] <= MOST_BITS]
-        for label, (pattern, colour, marker) in FAMILIES.items():
-            rows = sorted((row["bits_long"], row["kld_strict"]) for row in shown if re.fullmatch(pattern, row["recipe"]))
-            if rows:
-                axes.plot(*zip(*rows, strict=True), color=colour, marker=marker, label=label, linewidth=1)
-        axes.set(
-            title=model, yscale="log", xlabel="allocated bits at 32,768 tokens", ylabel="KL divergence from 16 bit, strict"
-        )
-        axes.grid(True, which="major", alpha=0.3)
-    panels[0][0].legend(fontsize=8, loc="upper right")
-    figure.savefig(path, metadata={"Date": None})
+    figure, panels = new_figure(5 * len(models), 5, columns=len(models))
+    for axes, model in zip(panels, models, strict=True):
+        shown = [row for row in found if row["model"] == model and re.fullmatch(PICTURED, row["recipe"])]
+        points = [(row["recipe"], row["bits_per_element"], row["kld_strict"]) for row in shown]
+        draw_pareto(axes, [point for point in points if point[1] <= MOST_BITS])
+        axes.set(title=model, xlabel="allocated bits for each number at 32,768 tokens")
+    panels[0].legend(fontsize=8, loc="upper right", frameon=False)
+    save(figure, path)
 
 
 def main() -> None:
@@ -130,7 +116,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--recall-rows", type=int, default=64)
     parser.add_argument("--across", action="store_true", help="calibrate on another kind of text than is measured")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     found = []
@@ -138,8 +124,6 @@ def main() -> None:
         own_rows = rows(name, options)
         print(table(own_rows), flush=True)
         found += own_rows
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
     if options.picture:
         draw(found, options.picture)
 

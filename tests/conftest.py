@@ -7,6 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
+
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,

@@ -43,3 +43,7 @@ class OutputError(NarrowKVError, OSError):
 
 class MissingPackageError(NarrowKVError, ImportError):
     """A package that is not installed, which only what was asked for needs."""
+
+
+class ReportError(NarrowKVError, ValueError):
+    """A report that cannot be made of what was asked for."""

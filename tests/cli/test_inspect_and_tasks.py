@@ -37,7 +37,7 @@ ASK = "tasks MODEL --out OUT --recipes int4 --text TEXT"
 
 def test_inspect(narrowkv, tmp_path):
     status, out, _ = narrowkv(f"{LOOK} --samples 2 --layer 0")
-    assert status == 0 and "t99.99" in out and "keys after RoPE" in out
+    assert status == 0 and "t99.99" in out and "keys before RoPE" in out
     names = {path.name for path in (tmp_path / "out").iterdir()}
     pictures = ("magnitude", "outliers", "distribution", "ranges", "fisher")
     assert names == {"inspect.json", *(f"inspect-{name}.svg" for name in pictures)}

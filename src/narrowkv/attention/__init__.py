@@ -5,24 +5,30 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from narrowkv.attention import cpu, naive, tiled
-from narrowkv.attention.cpu_tables import why_unread
+from narrowkv.attention import cpu, cuda, naive, tiled
+from narrowkv.attention.reading import why_unread
 from narrowkv.attention.rope import AnyRope, Rope, StoredRope
 from narrowkv.attention.visible import Visible
 from narrowkv.codec import Scheme
 
-BACKENDS: dict[str, Callable[..., Tensor]] = {"cpu": cpu.attend, "torch": tiled.attend, "naive": naive.attend}
+BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "cpu": cpu.attend,
+    "cuda": cuda.attend,
+    "torch": tiled.attend,
+    "naive": naive.attend,
+}
 
 
 AUTO = "auto"
 
 
 def chosen(backend: str, device: torch.device, dtype: torch.dtype, schemes: list[tuple[Scheme, Scheme]]) -> str:
-    """The backend meant: AUTO is `cpu` where it runs and reads all schemes, else `torch`; others stand for themselves."""
+    """The backend meant: AUTO is `cpu` or `cuda` where it runs and reads all schemes, else `torch`; others are themselves."""
     if backend != AUTO:
         return backend
-    fits = device.type == "cpu" and dtype != torch.float64
-    return "cpu" if fits and not any(why_unread(scheme) for pair in schemes for scheme in pair) else "torch"
+    fits = device.type == "cpu" or (device.type == "cuda" and cuda.runs_on(device))
+    reads = dtype != torch.float64 and not any(why_unread(scheme) for pair in schemes for scheme in pair)
+    return device.type if fits and reads else "torch"
 
 
 def described(backend: str, words: bool) -> str:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from narrowkv import _kernels
 from narrowkv.attention import tiled
-from narrowkv.attention.cpu_tables import matrix_of, side_of, turn_query, turn_sum, turned_by, turning_of, why_unread
+from narrowkv.attention.cpu_tables import side_of, turned_by, turning_of
 from narrowkv.attention.cpu_words import reads
+from narrowkv.attention.reading import matrix_of, turn_query, turn_sum, why_unread
 from narrowkv.attention.rope import AnyRope, Rope
 from narrowkv.attention.visible import Visible
 from narrowkv.codec import Scheme

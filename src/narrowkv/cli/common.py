@@ -23,8 +23,7 @@ from narrowkv.evaluate.sources import read_text
 from narrowkv.integrations import calibrate_many
 from narrowkv.integrations.models import DEMO
 from narrowkv.methods import Recipe, get_recipe
-from narrowkv.report.figures import save
-from narrowkv.report.sections import Section
+from narrowkv.report import figures, sections
 
 DEFAULT_RECIPE = "narrow3"
 WIDTH = 160  # of tables that do not go to a terminal
@@ -139,20 +138,24 @@ def command_line() -> str:
     return shlex.join(["narrowkv", *sys.argv[1:]])
 
 
-def show_sections(sections: list[Section], folder: Path, kind: str) -> None:
-    """Print the tables of sections, and write their pictures as `<kind>-<name>.svg` into a folder."""
+def show_sections(shown: list[sections.Section], folder: Path, kind: str) -> None:
+    """Print each section's text and tables, and draw its pictures as `FOLDER/<kind>-<name>.svg`."""
     wide = out if out.is_terminal else Console(width=WIDTH)
-    for section in sections:
+    for section in shown:
         out.print(f"\n[bold]{escape(section.title)}[/bold]\n{escape(section.text)}", highlight=False)
-        for held in section.tables:
-            table = Table(title=escape(held.caption), title_justify="left", box=SIMPLE)
-            numeric = [any(isinstance(row[i], (int, float)) for row in held.rows) for i in range(len(held.columns))]
-            for column, right in zip(held.columns, numeric, strict=True):
-                table.add_column(escape(column), justify="right" if right else "left")
-            for row in held.rows:
-                table.add_row(*map(escape, held.shown(row)))
-            wide.print(table)
+        for table in section.tables:
+            wide.print(section_table(table))
         for picture in section.pictures:
             path = folder / f"{kind}-{picture.name}.svg"
-            save(picture.figure, path)
-            out.print(f"{path}: {picture.caption}", markup=False, highlight=False)
+            figures.save(picture.figure, path)
+            out.print(f"{escape(str(path))}: {escape(picture.caption)}", highlight=False, soft_wrap=True)
+
+
+def section_table(table: sections.Table) -> Table:
+    """A section's table for the terminal: columns of numbers are aligned right."""
+    printed = Table(title=escape(table.caption), title_justify="left", box=SIMPLE)
+    for heading, numbers in zip(table.columns, table.numbers, strict=True):
+        printed.add_column(escape(heading), justify="right" if numbers else "left")
+    for row in table.rows:
+        printed.add_row(*(escape(cell) for cell in table.shown(row)))
+    return printed

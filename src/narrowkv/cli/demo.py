@@ -11,7 +11,7 @@ from narrowkv.cli.common import JsonOption, command_line, err, learn, out, progr
 from narrowkv.cli.generate import continue_text, summary
 from narrowkv.evaluate import cut_windows, measure
 from narrowkv.evaluate.quality import at_length
-from narrowkv.evaluate.recall import facts, passages
+from narrowkv.evaluate.recall import recall_batches
 from narrowkv.evaluate.results import ResultFile
 from narrowkv.evaluate.sources import read_text
 from narrowkv.integrations import PackedCache, load_model
@@ -54,8 +54,7 @@ def demo(
     sources: list = [learned.get(recipe.name, recipe) for recipe in recipes]
     text = read_text("narrowkv://held-out")
     speak(model, tokenizer, learned["narrow3"], text)
-    filler = tokenizer.encode(text, add_special_tokens=False, verbose=False)
-    recall = [make(tokenizer, filler, recall_distance, recall_rows, 0) for make in (facts, passages)]
+    recall = recall_batches(tokenizer, text, recall_distance, recall_rows)
     with progress("measuring") as advance:
         scored = cut_windows(tokenizer, text, WINDOW, windows)
         rows = measure(model, sources, scored, recall, on_step=advance)

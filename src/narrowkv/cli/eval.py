@@ -28,7 +28,7 @@ from narrowkv.cli.common import (
 from narrowkv.errors import TextError
 from narrowkv.evaluate import cut_windows, measure
 from narrowkv.evaluate.quality import STREAM_CHUNK, bits_at
-from narrowkv.evaluate.recall import facts, passages
+from narrowkv.evaluate.recall import recall_batches
 from narrowkv.evaluate.sources import read_text
 from narrowkv.files import write_json
 from narrowkv.integrations import load_model
@@ -61,13 +61,7 @@ def evaluate(
     windows = cut_windows(tokenizer, words, window, limit)
     learned_from = default_text(model, calibration_text, "narrowkv://train")
     source = find_source(loaded, tokenizer, recipe, calibration, learned_from, window, samples, backend)
-    batches = []
-    if recall_distance:
-        filler = tokenizer.encode(words, add_special_tokens=False, verbose=False)
-        try:
-            batches = [make(tokenizer, filler, recall_distance, recall_rows, 0) for make in (facts, passages)]
-        except ValueError as error:
-            raise TextError(f"Recall over {recall_distance} tokens cannot be tested: {error}.") from error
+    batches = recall_batches(tokenizer, words, recall_distance, recall_rows)
     with progress("measuring") as advance:
         rows = measure(loaded, [source], windows, batches, stream_chunk=stream_chunk, backend=backend, on_step=advance)
     out.print(quality_table(rows, escape(f"{model} on {source_text}")))

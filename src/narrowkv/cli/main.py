@@ -8,7 +8,7 @@ from rich.markup import escape
 from transformers.utils import logging as transformers_logging
 
 from narrowkv import __version__
-from narrowkv.cli import calibrate, demo, env, eval, generate, inspect, plan, recipes, tasks
+from narrowkv.cli import ablate, calibrate, compare, demo, env, eval, generate, inspect, plan, recipes, report, tasks
 from narrowkv.cli.common import err, out
 from narrowkv.errors import NarrowKVError
 
@@ -17,9 +17,12 @@ app.command()(demo.demo)
 app.command()(calibrate.calibrate)
 app.command()(generate.generate)
 app.command("eval")(eval.evaluate)
+app.command()(compare.compare)
+app.command()(ablate.ablate)
 app.command()(inspect.inspect)
 app.command()(tasks.tasks)
 app.command()(plan.plan)
+app.command()(report.report)
 app.add_typer(recipes.app, name="recipes")
 app.command()(env.env)
 

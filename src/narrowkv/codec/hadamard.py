@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @functools.cache
-def _tables(head_dim: int) -> tuple[Tensor, Tensor]:
+def _tables(head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Signs [head_dim] and the orthogonal symmetric matrix [n, n], n the largest power of 2 that divides head_dim.
 
     The signs look random but are a fixed formula: what is saved today is read tomorrow.
@@ -19,16 +19,16 @@ def _tables(head_dim: int) -> tuple[Tensor, Tensor]:
     matrix, size = torch.ones(1, 1), head_dim & -head_dim
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return signs, matrix / size**0.5
+    return signs.to(device), (matrix / size**0.5).to(device)
 
 
 def rotate(x: Tensor) -> Tensor:
     """Rotate x [..., head_dim] float32."""
-    signs, matrix = (table.to(x.device) for table in _tables(x.shape[-1]))
+    signs, matrix = _tables(x.shape[-1], x.device)
     return ((x * signs).unflatten(-1, (-1, len(matrix))) @ matrix).flatten(-2)
 
 
 def rotate_back(x: Tensor) -> Tensor:
     """Inverse of `rotate`."""
-    signs, matrix = (table.to(x.device) for table in _tables(x.shape[-1]))
+    signs, matrix = _tables(x.shape[-1], x.device)
     return (x.unflatten(-1, (-1, len(matrix))) @ matrix).flatten(-2) * signs

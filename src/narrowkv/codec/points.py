@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from narrowkv import _kernels
+from narrowkv.codec import cuda
 from narrowkv.codec.encoded import Encoded
 from narrowkv.codec.quantizer import keep_outliers, within_cap
 from narrowkv.codec.scheme import Scheme
@@ -106,7 +107,8 @@ class PointQuantizer(Tables):
 
     def _nearest(self, turned: Tensor) -> tuple[Tensor, Tensor]:
         unit, points = self._search
-        return (search if points.is_cpu else nearest_naive)(turned.detach() * unit, points)
+        find = search if points.is_cpu else cuda.search if cuda.runs_on(points.device) else nearest_naive
+        return find(turned.detach() * unit, points)
 
     @functools.cached_property
     def _search(self) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from narrowkv.codec import datatypes, hadamard
+from narrowkv.codec import cuda, datatypes, hadamard
 from narrowkv.codec.compiled import Encoder
 from narrowkv.codec.encoded import Encoded
 from narrowkv.codec.ranges import online_range, outliers_per_tail, spread, to_16_bits, to_scale_zero
@@ -82,17 +82,19 @@ class Quantizer(Tables):
         bool, tokens whose numbers are never read from the codes (padding, attention sinks): no outliers are spent on them.
         Raises ActivationError where a range or an outlier does not fit 16 bits.
         """
-        if x.is_cpu and self._encoder is not None:
+        encoder = self._encoder_for(x)
+        if encoder is not None:
             batch, heads, tokens, dim = x.shape
             room = Room(self.scheme, batch, heads, tokens, dim, like=x)
-            held = self._encoder.write(room, 0, x, skip)
+            held = encoder.write(room, 0, x, skip)
             if held is not None:
                 room.outliers = held
                 return room.encoded()
         return self.encode_naive(x, skip)
 
     def encode_into(self, room: Room, first: int, x: Tensor, skip: Tensor | None = None) -> int:
-        held = self._encoder.write(room, first, x, skip) if x.is_cpu and self._encoder is not None else None
+        encoder = self._encoder_for(x)
+        held = None if encoder is None else encoder.write(room, first, x, skip)
         return super().encode_into(room, first, x, skip) if held is None else held
 
     def encode_naive(self, x: Tensor, skip: Tensor | None = None) -> Encoded:
@@ -130,6 +132,23 @@ class Quantizer(Tables):
         if self.boundaries is None or len(self.boundaries) > MOST_BOUNDARIES or by_matrix or selected or special:
             return None
         return Encoder(scheme, self.boundaries, self.scale, self.zero, self.lower, self.upper)
+
+    @functools.cached_property
+    def _cuda_encoder(self) -> cuda.Encoder | None:
+        """The form of `encode` for a GPU, or None where it does not do what the scheme asks for."""
+        if self._encoder is None or self.boundaries is None or self.scheme.group:
+            return None
+        scale, zero, lower, upper = (
+            None if part is None else part.contiguous() for part in (self.scale, self.zero, self.lower, self.upper)
+        )
+        per_tail = functools.partial(outliers_per_tail, fraction=0.0 if self.scheme.static else self.scheme.outliers)
+        return cuda.Encoder(self.scheme, self.boundaries.contiguous(), scale, zero, lower, upper, per_tail)
+
+    def _encoder_for(self, x: Tensor) -> Encoder | cuda.Encoder | None:
+        """Whatever encodes numbers that lie where x does, faster than plain torch."""
+        if x.is_cpu:
+            return self._encoder
+        return self._cuda_encoder if cuda.runs_on(x.device) else None
 
     def normalise(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Numbers as a codebook sees them, outside [-1, 1] where they are outliers, and the scale they were divided by.

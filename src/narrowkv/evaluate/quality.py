@@ -33,9 +33,9 @@ class Quality:
 
     bits_per_element, nbytes: allocated by a cache that holds one window; nbytes_fp16: what 16 bits a number would take.
     perplexity_strict, perplexity_stream, perplexity_fp: the last without quantisation. kld_strict, kld_strict_p99: mean over
-    tokens of KL(16-bit || quantised), in nats, and its 99th percentile. recall, recall_fp: share of recall rows answered
-    without error, strict; None where there were none. tokens: scored. window: tokens per sequence. stream_chunk: tokens per
-    chunk when streaming.
+    tokens of KL(16-bit || quantised), in nats, and its 99th percentile. top1: share of tokens after which the likeliest next
+    one is what it is without quantisation, strict. recall, recall_fp: share of recall rows answered without error, strict;
+    None where there were none. tokens: scored. window: tokens per sequence. stream_chunk: tokens per chunk when streaming.
     """
 
     recipe: str
@@ -47,6 +47,7 @@ class Quality:
     perplexity_fp: float
     kld_strict: float
     kld_strict_p99: float
+    top1: float
     recall: float | None
     recall_fp: float | None
     tokens: int
@@ -65,6 +66,7 @@ class _Sums:
     strict: float = 0.0
     stream: float = 0.0
     divergences: list[Tensor] = field(default_factory=list)
+    agreed: int = 0
     right: list[float] = field(default_factory=list)
     nbytes: int = 0
     numbers: int = 0
@@ -122,6 +124,7 @@ def measure(
             logits = model(ids, past_key_values=cache, use_cache=True).logits[0, :-1]
             held.strict += _loss(logits, row)
             held.divergences.append(divergences(baseline, logits))
+            held.agreed += int((baseline.argmax(-1) == logits.argmax(-1)).sum())
             held.nbytes, held.numbers = cache.nbytes, cache.numbers
             held.stream += _loss(_streamed(model, PackedCache(model, source, backend=backend), ids, stream_chunk)[0, :-1], row)
             step()
@@ -143,6 +146,7 @@ def measure(
             perplexity_fp=math.exp(loss_fp / scored),
             kld_strict=torch.cat(held.divergences).double().mean().item(),
             kld_strict_p99=torch.cat(held.divergences).quantile(0.99).item(),
+            top1=held.agreed / scored,
             recall=sum(held.right) / len(held.right) if held.right else None,
             recall_fp=sum(recall_fp) / len(recall_fp) if recall_fp else None,
             tokens=scored,
@@ -193,19 +197,25 @@ def bits_at(model: PreTrainedModel, source: Source, ids: Tensor, tokens: int) ->
 
 def at_length(row: Quality, model: PreTrainedModel, source: Source, ids: Tensor, tokens: int) -> Quality:
     """The same figures with the bits and bytes of a cache of `tokens` tokens; see `filled`."""
-    cache = filled(model, source, ids, tokens)
+    return with_bytes_of(row, filled(model, source, ids, tokens))
+
+
+def with_bytes_of(row: Quality, cache: PackedCache) -> Quality:
+    """The same figures with the bits and bytes of a cache."""
     return replace(row, bits_per_element=cache.bits_per_element, nbytes=cache.nbytes, nbytes_fp16=2 * cache.numbers)
 
 
 @torch.inference_mode()
-def filled(model: PreTrainedModel, source: Source, ids: Tensor, tokens: int) -> PackedCache:
+def filled(model: PreTrainedModel, source: Source, ids: Tensor, tokens: int, backend: str = AUTO) -> PackedCache:
     """A cache that holds `tokens` tokens of one sequence, whose bytes are those of any text of that length.
 
     ids: [1, n] int64; what the model stores for them is stored again and again, without running the model that long.
+    backend: of the cache.
     """
-    cache = PackedCache(model, source)
+    ids = ids[:, :tokens].to(model.device)
+    cache = PackedCache(model, source, backend=backend)
     exact_keys = Scheme(16, "exact", pre_rope=cache.recipe.keys.pre_rope)
-    seen = PackedCache(model, Recipe("seen", keys=exact_keys, values=Scheme(16, "exact")))
+    seen = PackedCache(model, Recipe("seen", keys=exact_keys, values=Scheme(16, "exact")), backend=backend)
     model(ids, past_key_values=cache, use_cache=True)
     model(ids, past_key_values=seen, use_cache=True)
     for layer, exact in zip(cache.packed, seen.packed, strict=True):
@@ -216,5 +226,6 @@ def filled(model: PreTrainedModel, source: Source, ids: Tensor, tokens: int) -> 
     for ledger in cache.ledgers.values():
         entries = ledger.read(0, ids.shape[1])
         while ledger.length < tokens:
-            ledger.append(entries[:, : tokens - ledger.length])
+            more = entries[:, : tokens - ledger.length]
+            ledger.append(more if more.is_floating_point() else more + ledger.length)  # positions go on
     return cache

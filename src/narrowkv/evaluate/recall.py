@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from narrowkv.errors import TextError
+
 NAMES = [
     "Abigail",
     "Bernard",
@@ -174,6 +176,20 @@ def passages(tokenizer: Any, filler: Sequence[int], distance: int, count: int, s
         text = cycle(filler, rng.randrange(len(filler)), lead + distance)
         rows.append((start + text + text[lead : lead + passage], PASSAGE_ANSWER))
     return _batch(rows)
+
+
+def recall_batches(tokenizer: Any, text: str, distance: int, rows: int, seed: int = 0) -> list[RecallBatch]:
+    """``rows`` rows of each kind over ``distance`` tokens within a text, or none where that is 0.
+
+    Raises TextError where such rows cannot be built.
+    """
+    if distance == 0:
+        return []
+    filler = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    try:
+        return [make(tokenizer, filler, distance, rows, seed) for make in (facts, passages)]
+    except ValueError as error:
+        raise TextError(f"Recall over {distance} tokens cannot be tested: {error}.") from error
 
 
 def accuracy(logits: torch.Tensor, batch: RecallBatch) -> float:

@@ -44,7 +44,17 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **o
 
 def style_of(i: int) -> dict[str, Any]:
     """Colour and marker of the i-th line."""
-    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]}
+
+
+def log_axis(axis: Any) -> None:
+    """Make an axis (`axes.xaxis`, `axes.yaxis`) logarithmic, with plain numbers at 1, 2 and 5 of each decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
 
 
 def save(figure: "Figure", path: Path) -> None:

@@ -28,7 +28,7 @@ def sections(result: dict[str, Any]) -> list[Section]:
         what: [row for row in rows if row["what"] == what] for what in ("layer", "outliers", "heat map", "distribution")
     }
     layer = by_kind["heat map"][0]["layer"]
-    rotary = any(row["tensor"] == "rotated" for row in by_kind["heat map"])
+    rotary = layer in _rotary(by_kind["heat map"])
     return [
         Section(
             f"What layer {layer} stores",
@@ -58,6 +58,11 @@ def _about_rope(rows: list[dict[str, Any]]) -> str:
         f"tenth of the channels holds {part['keys']} of the numbers beyond t99 of the keys before the rotary embedding, "
         f"{part['rotated']} after it, and {part['values']} of those of the values."
     )
+
+
+def _rotary(rows: list[dict[str, Any]]) -> set[int]:
+    """The layers whose keys are seen before and after the rotary embedding."""
+    return {row["layer"] for row in rows if row["tensor"] == "rotated"}
 
 
 def _title(tensor: str, rotary: bool) -> str:
@@ -160,19 +165,25 @@ def _layer_axis(axes: "Axes", layers: list[int]) -> None:
 
 def _outlier_table(rows: list[dict[str, Any]]) -> Table:
     columns = ["numbers", "t99", "in the fullest 10% of channels, %", "in the fullest 10% of tokens, %"]
+    rotary = _rotary(rows)
     cells: list[list[Cell]] = [
-        [TITLES[row["tensor"]], row["beyond"], 100 * row["in_fullest_channels"], 100 * row["in_fullest_tokens"]]
+        [
+            _title(row["tensor"], row["layer"] in rotary),
+            row["beyond"],
+            100 * row["in_fullest_channels"],
+            100 * row["in_fullest_tokens"],
+        ]
         for row in rows
     ]
     return Table("Where the numbers beyond t99 are", columns, cells, {columns[2]: 0, columns[3]: 0})
 
 
 def _layer_table(rows: list[dict[str, Any]]) -> Table:
-    columns = ["layer", "numbers", *RANGES, "first token", "Fisher, 1e-6"]
+    columns, rotary = ["layer", "numbers", *RANGES, "first token", "Fisher, 1e-6"], _rotary(rows)
     cells: list[list[Cell]] = [
         [
             row["layer"],
-            TITLES[row["tensor"]],
+            _title(row["tensor"], row["layer"] in rotary),
             *(row[label] for label in RANGES),
             row["first_token"],
             1e6 * row["fisher"],

@@ -27,6 +27,11 @@ class Table:
     rows: list[list[Cell]]
     digits: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def numbers(self) -> list[bool]:
+        """Which columns hold numbers alone, and so are aligned right."""
+        return [all(not isinstance(row[i], str) for row in self.rows) for i in range(len(self.columns))]
+
     def shown(self, row: list[Cell]) -> list[str]:
         """A row as text; None is a dash."""
         return [_shown(cell, self.digits.get(column, 2)) for column, cell in zip(self.columns, row, strict=True)]

@@ -1,0 +1,153 @@
+"""The measurements of one layer for `benchmarks.gpu`: correctness, decoding, encoding and prompts, against torch in the same
+run.
+"""
+
+import contextlib
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.drawn import HEAD_DIM
+from benchmarks.gpu_clock import copies, milliseconds
+from benchmarks.gpu_store import bytes_of, filled
+from narrowkv.attention import BACKENDS, Rope, Visible, cuda, tiled
+from narrowkv.store import LayerStore
+
+Row = dict[str, Any]
+PREFILL = 2048
+
+
+def rope_on(device: torch.device) -> Rope:
+    return Rope(1 / 10_000 ** (torch.arange(HEAD_DIM // 2, device=device) / (HEAD_DIM // 2)))
+
+
+def asking(store: LayerStore, new: tuple[Tensor, Tensor], device: torch.device) -> dict[str, Any]:
+    """What `attend` is told beside queries and store."""
+    pre_rope = store.quantizers[0].scheme.pre_rope
+    kept = torch.arange(store.length, dtype=torch.int32, device=device)[None]
+    return {
+        "past": store.length,
+        "new": new,
+        "rope": rope_on(device) if pre_rope else None,
+        "kept": kept if pre_rope else None,
+        "visible": Visible(),
+        "scaling": HEAD_DIM**-0.5,
+    }
+
+
+def drawn_step(
+    store: LayerStore, heads: int, queries: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, dict[str, Any]]:
+    """A query and the options of attention, with new tokens for each query."""
+    assert store.shape is not None
+    batch, kv_heads, dim = store.shape
+    new = torch.randn(2, batch, kv_heads, queries, dim, device=device, dtype=dtype)
+    return torch.randn(batch, heads, queries, dim, device=device, dtype=dtype), asking(store, (new[0], new[1]), device)
+
+
+def correctness(name: str, tokens: int, batch: int, heads: tuple[int, int], queries: int, device: torch.device) -> Row:
+    """The relative error of attention in 32 and in 16 bits against the naive twin in float32."""
+    row: Row = {"recipe": name, "tokens": tokens, "batch": batch, "heads": list(heads), "queries": queries}
+    store = filled(name, tokens, batch, heads[1], device, torch.float16)
+    store.append(*torch.randn(2, batch, heads[1], 37, HEAD_DIM, device=device, dtype=torch.float16))  # a tail
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        if dtype == torch.bfloat16 and device.type != "cuda":
+            continue  # the interpreter has none
+        query, options = drawn_step(store, heads[0], queries, device, dtype)
+        expected = BACKENDS["naive"](query.double(), store, **options)
+        found = cuda.attend(query, store, **options)
+        row[str(dtype).removeprefix("torch.")] = float((found - expected).norm() / expected.norm())
+    return row
+
+
+def decoding(name: str, tokens: int, batch: int, heads: tuple[int, int], device: torch.device, copied: float) -> Row:
+    """Milliseconds of one layer's attention of one token, and the share of the bandwidth of a copy."""
+    store = filled(name, tokens, batch, heads[1], device, torch.bfloat16)
+    size = bytes_of(store)
+    stores = [store] + [filled(name, tokens, batch, heads[1], device, torch.bfloat16) for _ in range(copies(size, device) - 1)]
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    calls = [
+        cuda.prepare(query, one, **options)
+        for one in stores
+        for query, options in [drawn_step(one, heads[0], 1, device, dtype)]
+    ]
+    time = milliseconds(calls, device)
+    return {
+        "recipe": name, "tokens": tokens, "batch": batch, "heads": list(heads), "milliseconds": time, "bytes": size,
+        "share_of_bandwidth": size / time / 1e6 / copied,
+    }  # fmt: skip
+
+
+def peers(tokens: int, batch: int, heads: tuple[int, int], device: torch.device) -> dict[str, float]:
+    """Milliseconds of the same over keys and values in 16 bits, by what torch has, and by packages that are installed."""
+    shape = (2, batch, heads[1], tokens, HEAD_DIM)
+    size = 2 * 2 * batch * heads[1] * tokens * HEAD_DIM
+    dtype = torch.bfloat16
+    pairs = [torch.randn(shape, device=device, dtype=dtype) for _ in range(copies(size, device, 0.6))]
+    query = torch.randn(batch, heads[0], 1, HEAD_DIM, device=device, dtype=dtype)
+    rows = query.view(batch, heads[1], -1, HEAD_DIM)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    forms: dict[str, Callable[[Tensor, Tensor], Any]] = {
+        "sdpa": lambda keys, values: sdpa(query, keys, values, enable_gqa=True),
+        "sdpa, a group as rows": lambda keys, values: sdpa(rows, keys, values),
+    }
+    if importlib.util.find_spec("flash_attn"):
+        from flash_attn import flash_attn_with_kvcache
+
+        forms["flash_attn"] = lambda keys, values: flash_attn_with_kvcache(
+            query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
+        )
+    if importlib.util.find_spec("flashinfer") and batch == 1:
+        import flashinfer
+
+        forms["flashinfer"] = lambda keys, values: flashinfer.single_decode_with_kv_cache(
+            query[0, :, 0], keys[0], values[0], kv_layout="HND"
+        )
+    found = {}
+    for name, form in forms.items():
+        with contextlib.suppress(RuntimeError), _flash(device):
+            found[name] = milliseconds([functools.partial(form, pair[0], pair[1]) for pair in pairs], device)
+    return found
+
+
+@contextlib.contextmanager
+def _flash(device: torch.device) -> Iterator[None]:
+    """Within, torch's flash attention, or cuDNN's, is taken, not the plain one."""
+    if device.type != "cuda":
+        yield
+        return
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
+        yield
+
+
+def encoding(name: str, tokens: int, batch: int, heads: tuple[int, int], device: torch.device, steps: int = 128) -> Row:
+    """Milliseconds of appending one token to a layer, the mean of `steps`, and of a chunk of a prompt, a token."""
+    store = filled(name, tokens, batch, heads[1], device, torch.bfloat16)
+    new = torch.randn(2, batch, heads[1], 1, HEAD_DIM, device=device, dtype=torch.bfloat16)
+
+    def some() -> None:
+        for _ in range(steps):
+            store.append(new[0], new[1])
+
+    chunk = torch.randn(2, batch, heads[1], min(PREFILL, tokens), HEAD_DIM, device=device, dtype=torch.bfloat16)
+    one = milliseconds([some], device, turns=3, graph=False) / steps
+    many = milliseconds([lambda: store.append(chunk[0], chunk[1])], device, turns=3, graph=False)
+    return {"recipe": name, "batch": batch, "heads": list(heads), "decoding": one, "prompt_token": many / chunk.shape[3]}
+
+
+def prompts(name: str, tokens: int, heads: tuple[int, int], device: torch.device) -> Row:
+    """Milliseconds of attention of a chunk of a prompt behind `tokens` others, against torch's over all in 16 bits."""
+    store = filled(name, tokens, 1, heads[1], device, torch.bfloat16)
+    new = min(PREFILL, tokens)
+    query, options = drawn_step(store, heads[0], new, device, torch.bfloat16)
+    time = milliseconds([lambda: tiled.attend(query, store, **options)], device, turns=5, graph=False)
+    keys, values = torch.randn(2, 1, heads[1], tokens + new, HEAD_DIM, device=device, dtype=torch.bfloat16)
+    mask = torch.ones(new, tokens + new, dtype=torch.bool, device=device).tril(tokens)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    peer = milliseconds([lambda: sdpa(query, keys, values, attn_mask=mask, enable_gqa=True)], device, turns=5, graph=False)
+    return {"recipe": name, "tokens": tokens, "heads": list(heads), "milliseconds": time, "sdpa": peer}

@@ -1,0 +1,67 @@
+"""Stores of any length on any device, for `benchmarks.gpu`: some blocks are encoded, and their bytes repeated in memory of
+their own.
+"""
+
+import torch
+from torch import Tensor
+
+from benchmarks import drawn
+from narrowkv import get_recipe
+from narrowkv.codec import AnyQuantizer, Scheme
+from narrowkv.store import BLOCK, LayerStore
+from narrowkv.store.page import Column, PackedSide, Page
+
+DRAWN_BLOCKS = 32  # that differ
+
+
+def quantizer(scheme: Scheme, kv_heads: int, device: torch.device) -> AnyQuantizer:
+    """A scheme with tables drawn at random, for any number of KV heads."""
+    made = drawn.random_quantizer(scheme)
+    heads = torch.arange(kv_heads) % drawn.KV_HEADS
+    tables = {name: table[heads] if table.dim() > 1 and len(table) > 1 else table for name, table in made.tensors().items()}
+    return type(made)(scheme, **tables).to(device)
+
+
+def filled(name: str, tokens: int, batch: int, kv_heads: int, device: torch.device, dtype: torch.dtype) -> LayerStore:
+    """A store of whole blocks, up to `tokens` of each sequence, in one page."""
+    recipe = get_recipe(name)
+    sides = quantizer(recipe.keys, kv_heads, device), quantizer(recipe.values, kv_heads, device)
+    small = LayerStore(*sides)
+    blocks = tokens // BLOCK
+    shape = (2, batch, kv_heads, min(blocks, DRAWN_BLOCKS) * BLOCK, drawn.HEAD_DIM)
+    keys, values = torch.randn(shape, dtype=dtype, device=device)
+    small.append(keys, values)
+    page = small.columns[0].page
+    slots = blocks * batch
+    larger = Page(slots, repeated(page.keys, slots), repeated(page.values, slots))
+    larger.used = slots
+    store = LayerStore(*sides)
+    store.shape = small.shape
+    store.columns = [Column(larger, row.clone(), BLOCK) for row in torch.arange(slots).view(blocks, batch)]
+    store.sealed = blocks * BLOCK
+    return store
+
+
+def repeated(side: PackedSide, slots: int) -> PackedSide:
+    """The first blocks of a side again and again, `slots` in all."""
+    have = len(side.planes[0])
+    index = torch.arange(slots, device=side.planes[0].device) % have
+    planes, ranges = [plane[index] for plane in side.planes], {name: part[index] for name, part in side.ranges.items()}
+    outliers: tuple[Tensor, Tensor, Tensor] | None = None
+    if side.outlier_values is not None and side.outlier_index is not None and side.outlier_offsets is not None:
+        values, places = side.outlier_values[: side.outliers_used], side.outlier_index[: side.outliers_used]
+        times = -(-slots // have)
+        counts = side.outlier_offsets.diff().view(have, -1)[index].flatten()
+        offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+        total = int(offsets[-1])
+        outliers = (
+            values.repeat(times, *[1] * (values.dim() - 1))[:total].clone(),
+            places.repeat(times)[:total].clone(),
+            offsets,
+        )
+    return PackedSide(side.shape, side.bits, side.channel_major, planes, ranges, outliers)
+
+
+def bytes_of(store: LayerStore) -> int:
+    """Bytes allocated for what is held."""
+    return sum(part.nbytes for part in store.tensors())

@@ -1,0 +1,233 @@
+"""Attention of a few queries on a GPU, by kernels written in Triton: reads packed blocks in place, merges what programs found.
+
+The open tail is decoded beside them, and what is exact (attention sinks, the window, new tokens) goes as it is. Products are
+in 16 bits for queries in 16 bits, else in float32; sums are in float32.
+"""
+
+import functools
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from narrowkv.attention import tiled
+from narrowkv.attention.cuda_blocks import Blocks, blocks_of, side_parts
+from narrowkv.attention.reading import turn_query, turn_sum, why_unread
+from narrowkv.attention.rope import AnyRope, Rope
+from narrowkv.attention.triton_forms import Case, power_of_2
+from narrowkv.attention.visible import Visible
+from narrowkv.codec import AnyQuantizer
+from narrowkv.errors import UnsupportedModelError
+from narrowkv.store import LayerStore
+
+MOST_HEAD_DIM = 256
+FEWEST_ROWS, MOST_ROWS = 8, 64  # queries of a group that share a decoded tile
+PROGRAMS = 4  # for each multiprocessor
+FEWEST_BLOCKS, MOST_SPLITS = 4, 128  # of a program; of a sequence's blocks
+
+
+def attend(
+    query: Tensor,
+    store: LayerStore,
+    *,
+    past: int,
+    new: tuple[Tensor, Tensor] | None,
+    rope: AnyRope | None,
+    kept: Tensor | None,
+    visible: Visible,
+    scaling: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """Attention of the newest queries over the packed cache; parameters and result as of `naive.attend`.
+
+    More than 16 queries (so prompts are read), and queries in float64, go to `tiled.attend`. Raises UnsupportedModelError
+    where Triton or the GPU is missing, for numbers kept in float64, for heads of more than 256 channels, and for keys rotated
+    by Hadamard before the rotary embedding.
+    """
+    _require(query, store)
+    if query.shape[2] > tiled.FEW_QUERIES or query.dtype == torch.float64:
+        options: dict[str, Any] = {"visible": visible, "scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
+        return tiled.attend(query, store, past=past, new=new, rope=rope, kept=kept, **options)
+    options = {"visible": visible, "scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
+    return prepare(query, store, past=past, new=new, rope=rope, kept=kept, **options)()
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of attention, all set: calling it launches kernels, and nothing else, so that a CUDA graph may capture it."""
+
+    launch: Any
+    query: Tensor
+    lengths: Tensor
+    parts: tuple[Any, Any, Any]
+    plan: Any
+    numbers: tuple[float, float, float]
+    quantizers: tuple[AnyQuantizer, AnyQuantizer]
+    blocks: Blocks
+
+    def __call__(self) -> Tensor:
+        """[batch, query_heads, queries, head_dim] float32."""
+        query, (keys, values), blocks = self.query, self.quantizers, self.blocks
+        packed = turn_query(keys, blocks.matrices[0], query.float()) if blocks.turned[0] else query
+        found: Tensor = self.launch.attend(packed, query, self.lengths, self.parts, self.plan, *self.numbers)
+        return turn_sum(values, blocks.matrices[1], found[0]) + found[1] if self.plan.apart else found[0]
+
+
+def prepare(
+    query: Tensor,
+    store: LayerStore,
+    *,
+    past: int,
+    new: tuple[Tensor, Tensor] | None,
+    rope: AnyRope | None,
+    kept: Tensor | None,
+    visible: Visible,
+    scaling: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> Call:
+    """`attend` of up to 16 queries, but for its kernels; what they read must stay where it is until they have run."""
+    launch = _require(query, store)
+    rope = rope if kept is not None else None
+    kept = _kept(rope, kept)
+    blocks = blocks_of(store, rope, kept, visible.padding)
+    length = past + (new[0].shape[2] if new else 0)
+    case = _case(query, store, blocks, rope, kept, visible, softcap)
+    shared = launch.Shared(
+        **blocks.shared(),
+        kept=kept,
+        padding=visible.padding.view(torch.uint8) if case.padding and visible.padding is not None else None,
+        hidden=_hidden(visible, query, store.first, length) if case.hidden else None,
+        sink_index=store.sink_index,
+        sink_logits=sink_logits,
+    )
+    splits = _splits(query, store, blocks, case)
+    plan = launch.Plan(*blocks.forms, case, splits, blocks.turned[1], query.dtype != torch.float32)
+    lengths = _lengths(store, blocks, past, length, query.shape[2])
+    packed = lengths[launch.SEALED] + lengths[launch.TAIL]
+    sides = [
+        launch.SideParts(**side_parts(store, blocks, i, new[i] if new else None, packed, past - store.first)) for i in range(2)
+    ]
+    return Call(
+        launch=launch,
+        query=query.contiguous(),
+        lengths=torch.tensor(lengths, dtype=torch.int32, device=query.device),
+        parts=(sides[0], sides[1], shared),
+        plan=plan,
+        numbers=(scaling, softcap or 0.0, rope.scaling if isinstance(rope, Rope) else 1.0),
+        quantizers=store.quantizers,
+        blocks=blocks,
+    )
+
+
+@functools.cache
+def _launch() -> ModuleType | None:
+    """The module that launches kernels; None without Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("narrowkv.attention.triton_launch")
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether kernels run on a device: a GPU that Triton compiles for, or any memory where it interprets them."""
+    launch = _launch()
+    return launch is not None and (device.type == "cuda" or bool(launch.INTERPRETED))
+
+
+def _require(query: Tensor, store: LayerStore) -> Any:
+    """The module that launches kernels; raises UnsupportedModelError where they do not read such a cache."""
+    if _launch() is None:
+        raise UnsupportedModelError("Backend cuda needs Triton; install it (`pip install triton`), or choose backend torch.")
+    if not runs_on(query.device):
+        raise UnsupportedModelError(f"Backend cuda reads memory of a GPU, not of {query.device}; choose backend torch.")
+    for quantizer in store.quantizers:
+        if why := why_unread(quantizer.scheme):
+            raise UnsupportedModelError(f"Backend cuda {why}; choose backend torch.")
+    dim = query.shape[3]
+    if dim > MOST_HEAD_DIM or dim % 8:
+        raise UnsupportedModelError(
+            f"Backend cuda reads heads of up to {MOST_HEAD_DIM} channels, a multiple of 8, not of {dim}; choose backend torch."
+        )
+    return _launch()
+
+
+def _kept(rope: AnyRope | None, kept: Tensor | None) -> Tensor | None:
+    """What is kept of each token, as kernels read it: positions [1 or batch, tokens] int32, or angles of a token together."""
+    if rope is None or kept is None:
+        return None
+    if kept.stride(0) == 0:
+        kept = kept[:1]
+    if isinstance(rope, Rope):
+        kept = kept if kept.dtype == torch.int32 else kept.to(torch.int32)
+        return kept if kept.stride(1) == 1 else kept.contiguous()
+    angles = torch.stack(rope.cos_sin(kept), dim=2)
+    return angles.contiguous()
+
+
+def _case(
+    query: Tensor,
+    store: LayerStore,
+    blocks: Blocks,
+    rope: AnyRope | None,
+    kept: Tensor | None,
+    visible: Visible,
+    softcap: float | None,
+) -> Case:
+    assert store.shape is not None
+    rows = query.shape[1] // store.shape[1] * query.shape[2]
+    hidden = visible.rule is not None
+    pairs = 0 if rope is None or kept is None else blocks.pairs or kept.shape[-1]
+    exact = torch.get_float32_matmul_precision() == "highest" and query.dtype == torch.float32
+    return Case(
+        rows=rows,
+        room=min(max(power_of_2(rows), FEWEST_ROWS), MOST_ROWS),
+        queries=query.shape[2],
+        dim=query.shape[3],
+        pairs=pairs,
+        interleaved=rope is not None and rope.interleaved,
+        turning=blocks.turning,
+        sinks=0 if store.sink_index is None else store.sink_index.shape[1],
+        softcap=softcap is not None,
+        padding=visible.padding is not None and not hidden,
+        window=0 if hidden else visible.sliding_window or 0,
+        hidden=hidden,
+        precision="ieee" if exact else "tf32",
+    )
+
+
+def _hidden(visible: Visible, query: Tensor, first: int, length: int) -> Tensor:
+    """What each query does not see, by the rule: [batch or 1, queries, tokens held] uint8."""
+    index = torch.arange(first, length, device=query.device)
+    return visible.hidden(index[len(index) - query.shape[2] :], index)[:, 0].contiguous().view(torch.uint8)
+
+
+def _splits(query: Tensor, store: LayerStore, blocks: Blocks, case: Case) -> int:
+    """How many programs share the blocks of a head: enough to keep a GPU busy, by how many blocks there is room for."""
+    assert store.shape is not None
+    programs = PROGRAMS * _multiprocessors(query.device)
+    others = query.shape[0] * store.shape[1] * -(-case.rows // case.room)
+    return max(min(-(-programs // others), blocks.room // FEWEST_BLOCKS, MOST_SPLITS), 1)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _lengths(store: LayerStore, blocks: Blocks, past: int, length: int, queries: int) -> list[int]:
+    """How much of everything counts, in the order of `triton_launch`."""
+    held = past - store.first
+    sealed = min(store.sealed, held)
+    tail = min(store.tail.tokens, held - sealed) if store.tail else 0
+    packed = sealed + tail
+    outliers = [room.outliers for room in store.tail.rooms] if store.tail else [0, 0]
+    starts = [sealed, packed, held]
+    sinks = 0 if store.sink_index is None else store.sinks
+    return [blocks.count, sealed, store.first, length - queries, tail, sinks, held - packed, length - past, *starts, *outliers]

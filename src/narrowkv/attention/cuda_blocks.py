@@ -1,0 +1,316 @@
+"""What kernels on a GPU are told of a store: forms of its sides, tables, and where its blocks lie, kept from call to call."""
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from narrowkv.attention.reading import matrix_of
+from narrowkv.attention.rope import AnyRope, Rope
+from narrowkv.attention.triton_forms import Form, power_of_2
+from narrowkv.codec import AnyQuantizer, PointQuantizer, Quantizer
+from narrowkv.codec.packing import PLANES
+from narrowkv.errors import UnsupportedModelError
+from narrowkv.store import BLOCK, LayerStore, addresses
+from narrowkv.store.page import Column, is_channel_major
+
+KINDS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+GROWTH = 8  # columns find room for one more eighth
+MOST_NONZEROS = 32
+FOLDED_BITS = 4
+
+_KNOWN: WeakKeyDictionary[LayerStore, "Blocks"] = WeakKeyDictionary()
+_ANGLES = WeakIdKeyDictionary()  # by a rope's frequencies: what `angles` reads
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Codebooks and fixed ranges of one side as kernels read them, float32, and by what its head is turned.
+
+    table: [heads, codes, levels, numbers] or [levels]; scale, zero: [heads, codes]. bytes: the table's numbers in float16, the
+    lower bytes of all levels before the higher, [heads, codes, numbers, levels / 2] int32 or [levels / 2].
+    """
+
+    table: Tensor | None = None
+    bytes: Tensor | None = None
+    scale: Tensor | None = None
+    zero: Tensor | None = None
+
+
+@dataclass
+class Blocks:
+    """A store's sides and sealed blocks. Memory of a given room stays where it is while columns come.
+
+    table: [room, batch, 2, 8] int64; starts: [room + 1] int32; bases: [room, batch] int32 position of each block's first
+    token, if the others follow it. ends: serial numbers of the first and last of `sure` columns, which tell whether it is
+    still them.
+    """
+
+    forms: tuple[Form, Form]
+    tables: tuple[Tables, Tables]
+    matrices: tuple[Tensor | None, Tensor | None]
+    turned: tuple[bool, bool]  # whether queries are turned before, sums after
+    table: Tensor
+    starts: Tensor
+    bases: Tensor
+    near: Tensor | None
+    turns: Tensor | None
+    turning: str
+    ends: tuple[int, int] = (-1, -1)
+    count: int = 0
+    sure: int = 0  # of them, those of which the position of every token was known
+
+    @property
+    def room(self) -> int:
+        return len(self.table)
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of channels that turn, where positions tell how far."""
+        return 0 if self.turns is None else len(self.turns)
+
+    def shared(self) -> dict[str, Tensor | None]:
+        """Its tensors, as `triton_launch.Shared` names them."""
+        some = self.count > 0
+        return {
+            "blocks": self.table if some else None,
+            "starts": self.starts,
+            "bases": self.bases,
+            "near": self.near,
+            "turns": self.turns,
+        }
+
+
+def blocks_of(store: LayerStore, rope: AnyRope | None, kept: Tensor | None, padding: Tensor | None) -> Blocks:
+    """The store's blocks; only new columns are looked at, unless the first are others than before.
+
+    kept: of `rope`, by which stored keys are turned. padding: [batch, tokens] bool, False where hidden.
+    """
+    known = _KNOWN.get(store)
+    columns = store.columns
+    same = known is not None and known.sure <= len(columns) and known.ends == _ends(columns[: known.sure])
+    if known is None or not same or (known.turning == "none") != (kept is None):
+        known = _KNOWN[store] = _made(store, rope, kept)
+    known.count = known.sure
+    if known.count < len(columns):
+        _add(known, store, kept, padding)
+    return known
+
+
+def _ends(columns: list[Column]) -> tuple[int, int]:
+    """What tells runs of columns apart: a column that has changed has a new number, and none is changed between others."""
+    return (columns[0].serial, columns[-1].serial) if columns else (-1, -1)
+
+
+def _made(store: LayerStore, rope: AnyRope | None, kept: Tensor | None) -> Blocks:
+    """Without a column yet."""
+    assert store.shape is not None
+    batch, heads, dim = store.shape
+    device = _device(store)
+    kinds = _kind(store, 0), _kind(store, 1)
+    near, turns = _angles(rope) if isinstance(rope, Rope) and kept is not None else (None, None)
+    matrices = [matrix_of(quantizer) for quantizer in store.quantizers]
+    turned = [
+        quantizer.scheme.hadamard or matrix is not None for quantizer, matrix in zip(store.quantizers, matrices, strict=True)
+    ]
+    return Blocks(
+        forms=forms_of(store.quantizers, heads, dim, kinds),
+        tables=(tables_of(store.quantizers[0], True), tables_of(store.quantizers[1], False)),
+        matrices=(matrices[0], matrices[1]),
+        turned=(turned[0], turned[1]),
+        table=torch.zeros(0, batch, 2, 8, dtype=torch.int64, device=device),
+        starts=torch.zeros(1, dtype=torch.int32, device=device),
+        bases=torch.zeros(0, batch, dtype=torch.int32, device=device),
+        near=near,
+        turns=turns,
+        turning="none" if kept is None else "near" if turns is not None else "given",
+    )
+
+
+def _add(known: Blocks, store: LayerStore, kept: Tensor | None, padding: Tensor | None) -> None:
+    """Enter the columns that are not yet there, but for those after the last token of which something is kept."""
+    new = store.columns[known.count :]
+    counts = torch.tensor([column.count for column in new])
+    ends = counts.cumsum(0) + (int(known.starts[known.count]) if known.count else 0)
+    if kept is not None:
+        reached = int((ends - counts < kept.shape[1]).sum())
+        new, counts, ends = new[:reached], counts[:reached], ends[:reached]
+    if not new:
+        return
+    first, count = known.count, known.count + len(new)
+    if count > known.room:
+        more = count + count // GROWTH + 1 - known.room
+        known.table, known.starts, known.bases = (
+            torch.cat([part, part.new_zeros(more, *part.shape[1:])]) for part in (known.table, known.starts, known.bases)
+        )
+    known.table[first:count] = addresses(new).to(known.table.device)
+    known.starts[first + 1 : count + 1] = ends.to(known.starts.device)
+    if known.turning == "near" and kept is not None:
+        known.bases[first:count], follow = _bases(kept, padding, store.first, (ends - counts).tolist(), ends.tolist())
+        known.turning = "near" if follow else "positions"
+    known.count = count
+    known.sure = count if kept is None else first + int((ends <= kept.shape[1]).sum())
+    known.ends = _ends(store.columns[: known.sure])
+
+
+def _bases(kept: Tensor, padding: Tensor | None, first: int, starts: list[int], ends: list[int]) -> tuple[Tensor, bool]:
+    """Positions of blocks' first tokens, [blocks, 1 or batch], counted back from their last, before which there may be
+    padding; and whether those of all tokens that are seen follow each other.
+    """
+    ends = [min(end, kept.shape[1]) for end in ends]
+    begin, lengths = torch.tensor(starts, device=kept.device), torch.tensor(ends, device=kept.device)
+    bases = kept[:, lengths - 1] - (lengths - 1 - begin)
+    block = torch.repeat_interleave(lengths - begin)
+    tokens = torch.arange(starts[0], ends[-1], device=kept.device)
+    strange = kept[:, starts[0] : ends[-1]] != bases[:, block] + tokens - begin[block]
+    if padding is not None:
+        strange = strange & padding[:, first + starts[0] : first + ends[-1]]
+    return bases.T, not bool(strange.any())
+
+
+def _device(store: LayerStore) -> torch.device:
+    return store.tensors()[0].device
+
+
+def _ordered(quantizer: AnyQuantizer, keys: bool) -> bool:
+    """Whether columns of its tiles are tokens, which then lie in the order of its planes."""
+    return quantizer.scheme.bits != 16 and is_channel_major(quantizer.scheme, keys)
+
+
+def forms_of(quantizers: tuple[AnyQuantizer, AnyQuantizer], heads: int, dim: int, kinds: tuple[str, str]) -> tuple[Form, Form]:
+    """The forms of keys and values. kinds: of exact numbers."""
+    sides = list(zip(quantizers, (True, False), kinds, strict=True))
+    planes = [PLANES[quantizer.scheme.code_bits][0] for quantizer, keys, _ in sides if _ordered(quantizer, keys)]
+    order = max(planes, default=8)  # one for both, where their columns are tokens
+    first, second = (_form(quantizer, keys, heads, dim, order, kind) for quantizer, keys, kind in sides)
+    return first, second
+
+
+def _form(quantizer: AnyQuantizer, keys: bool, heads: int, dim: int, order: int, kind: str) -> Form:
+    scheme = quantizer.scheme
+    codes = dim // scheme.numbers
+    channel_major = is_channel_major(scheme, keys)
+    exact = scheme.bits == 16
+    wide = 4
+    if not channel_major:
+        order = 8 if exact else PLANES[scheme.code_bits][0]
+        planes = (8,) if exact else PLANES[scheme.code_bits]
+        wide = 4 if all(codes * plane % 32 == 0 for plane in planes) and not exact else 1
+    forms = scheme.range_forms(heads, BLOCK, codes)
+    own = isinstance(quantizer, PointQuantizer) or _folds(quantizer, channel_major)
+    shape, ranges = (1, 1, 1), "none"
+    if forms:
+        shape, ranges = forms["scale"][0], "held"
+    elif scheme.static and not own:
+        shape, ranges = (heads, 1, codes), "fixed"
+    expected = scheme.outliers * BLOCK * codes
+    return Form(
+        bits=16 if exact else scheme.code_bits,
+        codes=codes,
+        numbers=scheme.numbers,
+        heads=heads,
+        channel_major=channel_major,
+        order=order,
+        wide=wide,
+        own=own,
+        even=scheme.datatype == "int" and scheme.bits == 8,
+        ranges=ranges,
+        range_heads=shape[0],
+        range_tokens=shape[1],
+        range_channels=shape[2],
+        zero=not scheme.symmetric,
+        nonzeros=min(max(power_of_2(int(1.25 * expected)), 16), MOST_NONZEROS) if expected else 0,
+        kind=kind,
+    )
+
+
+def _folds(quantizer: AnyQuantizer, channel_major: bool) -> bool:
+    """Whether fixed ranges of channels go into a codebook for each of them, which saves a multiplication."""
+    return channel_major and quantizer.scheme.static and quantizer.scheme.bits <= FOLDED_BITS
+
+
+def tables_of(quantizer: AnyQuantizer, keys: bool) -> Tables:
+    """Its tables."""
+    if isinstance(quantizer, PointQuantizer):
+        assert quantizer.points is not None
+        return Tables(quantizer.points.float().contiguous(), _bytes(quantizer.points.transpose(2, 3)))
+    if not isinstance(quantizer, Quantizer) or quantizer.codebook is None:
+        return Tables()
+    table = quantizer.codebook.float().contiguous()
+    if quantizer.scale is None or quantizer.zero is None:
+        return Tables(table, _bytes(table))
+    if _folds(quantizer, is_channel_major(quantizer.scheme, keys)):
+        levels = table * quantizer.scale[..., None] + quantizer.zero[..., None]
+        return Tables(levels[..., None].contiguous(), _bytes(levels[:, :, None]))
+    return Tables(table, _bytes(table), quantizer.scale.contiguous(), quantizer.zero.contiguous())
+
+
+def _bytes(table: Tensor) -> Tensor | None:
+    """As `Tables.bytes` has it, of a table [..., levels]; None where there are more than 16."""
+    if table.shape[-1] > 16:
+        return None
+    parts = table.half().contiguous()[..., None].view(torch.uint8)  # [..., levels, 2], lower bytes first
+    return parts.transpose(-1, -2).flatten(-2).contiguous().view(torch.int32)
+
+
+def _kind(store: LayerStore, side: int) -> str:
+    """Of exact numbers: all of them, or outliers. Raises UnsupportedModelError where kernels do not read it."""
+    exact = store.quantizers[side].scheme.bits == 16
+    if store.tail:
+        room = store.tail.rooms[side]
+        found = room.codes if exact else room.outlier_values
+    else:
+        page = store.columns[0].page if store.columns else None
+        packed = None if page is None else (page.keys, page.values)[side]
+        found = None if packed is None else packed.planes[0] if exact else packed.outlier_values
+    dtype = torch.float16 if found is None else found.dtype
+    if dtype not in KINDS:
+        raise UnsupportedModelError(f"Backend cuda does not read numbers kept in {dtype}; choose backend torch.")
+    return KINDS[dtype]
+
+
+def _angles(rope: Rope) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the positions 0 to 63, [2, pairs, 64] float32, and frequencies in turns, [pairs] float64."""
+    frequencies = rope.inverse_frequencies
+    known = _ANGLES.get(frequencies)
+    if known is None:
+        angles = frequencies.double()[:, None] * torch.arange(BLOCK, device=frequencies.device)
+        near = torch.stack([angles.cos(), angles.sin()]).float().contiguous()
+        known = _ANGLES[frequencies] = (near, frequencies.double() / (2 * torch.pi))
+    return known
+
+
+def side_parts(store: LayerStore, blocks: Blocks, side: int, new: Tensor | None, packed: int, held: int) -> dict[str, Any]:
+    """Keys, or values, by the names of `triton_launch.SideParts`, of the first `held` tokens, `packed` of them in codes."""
+    tables = blocks.tables[side]
+    parts: dict[str, Tensor | None] = {
+        "table": tables.table,
+        "bytes": tables.bytes,
+        "scale": tables.scale,
+        "zero": tables.zero,
+    }
+    if store.tail and packed > store.sealed:
+        room = store.tail.rooms[side]
+        parts |= {
+            "tail": room.codes,
+            "tail_scale": room.ranges.get("scale"),
+            "tail_zero": room.ranges.get("zero"),
+            "tail_outliers": room.outlier_values,
+            "tail_index": room.outlier_index,
+        }
+    if store.sink_numbers is not None:
+        parts["sinks"] = store.sink_numbers[side]
+    if held > packed:
+        parts["window"] = by_head(store.recent.held()[side][:, :, : held - packed])
+    if new is not None and new.shape[2]:
+        parts["new"] = by_head(new)
+    return parts
+
+
+def by_head(x: Tensor) -> Tensor:
+    """x [batch, heads, tokens, head_dim], numbers of a head together and heads equally far apart; a copy if they are not."""
+    together = x.stride(3) == 1 and x.stride(2) == x.shape[3] and x.stride(0) == x.shape[1] * x.stride(1)
+    return x if together else x.contiguous()

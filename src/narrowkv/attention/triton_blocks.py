@@ -1,0 +1,173 @@
+"""Triton: attention over sealed blocks, read where they lie. A program takes a run of blocks of one KV head of one sequence.
+
+Each block is decoded once for all queries of its group. Keys are turned relative to the block's first token, by angles that
+all blocks share, and queries are turned back by its position. Sums are in float32; tiles of keys, values and weights in
+NUMBER.
+"""
+
+import triton
+import triton.language as tl
+
+from narrowkv.attention.triton_outliers import add_key_outliers, add_value_outliers, value_channels
+from narrowkv.attention.triton_rows import angles, cos_sin, in_twos, pair_channels, read_query, seen, weigh, write_part
+from narrowkv.attention.triton_tiles import column_places, levels_of, look_up, look_up_bytes, ranged, read_codes, read_nibbles
+
+
+@triton.jit
+def attend_blocks(
+    query, table, starts, bases, lengths, sums, peaks,
+    key_table, key_bytes, key_scale, key_zero, value_table, value_bytes, value_scale, value_zero,
+    near, turns, kept, padding, hidden, sink_index,
+    batch, slots, splits, kept_stride, padding_stride, hidden_batch, hidden_stride, window,
+    scaling, softcap, stretch,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, NUMBER: tl.constexpr,
+):  # fmt: skip
+    """query: [batch, heads, rows, head_dim]. table: [columns, batch, 2, 8] addresses. starts: [columns + 1]; bases: [columns,
+    batch] positions of the first tokens. lengths: [4] columns, sealed tokens that count, first token held, first query.
+    near, turns, kept: of `angles`; padding, hidden: of `seen`, for each sequence. Results as of `write_part`, [batch * heads,
+    slots, ..], of which a program fills the slot of its split.
+    """
+    split, place = tl.program_id(0), tl.program_id(1)
+    row, head = place // K.heads, place % K.heads
+    rows = tl.program_id(2) * C.room + tl.arange(0, C.room)
+    count, sealed = tl.load(lengths), tl.load(lengths + 1)
+    first, asking = tl.load(lengths + 2), tl.load(lengths + 3)
+    share = (count + splits - 1) // splits
+    begin = split * share
+    end = tl.minimum(begin + share, count)
+    kept += row.to(tl.int64) * kept_stride
+    padding += row.to(tl.int64) * padding_stride
+    hidden += (row % hidden_batch).to(tl.int64) * C.queries * hidden_stride
+
+    channel_a, channel_b = pair_channels(C)
+    query_a = read_query(query, place, rows, channel_a, scaling, stretch, C)
+    query_b = read_query(query, place, rows, channel_b, scaling, stretch, C)
+    size = tl.maximum(tl.max(tl.abs(query_a), 0), tl.max(tl.abs(query_b), 0))  # of a query: so that 16 bits hold it
+    size = tl.where(size > 0, size, 1.0)[None, :]
+    query_a, query_b = query_a / size, query_b / size
+    key_rows_a, key_rows_b = channel_a % K.codes, channel_b % K.codes
+    value_rows = tl.arange(0, V.row_room)
+    levels_a = 0
+    levels_b = 0
+    levels_v = 0
+    levels_w = 0
+    if K.by_bytes and NUMBER == tl.float16:  # noqa: SIM300
+        levels_a = levels_of(key_bytes, head, key_rows_a, channel_a // K.codes, K)
+        levels_b = levels_of(key_bytes, head, key_rows_b, channel_b // K.codes, K)
+    if V.by_bytes and NUMBER == tl.float16:  # noqa: SIM300
+        levels_v = levels_of(value_bytes, head, value_rows, value_rows * 0, V)
+        levels_w = levels_of(value_bytes, head, value_rows, value_rows * 0 + V.numbers - 1, V)
+    pair = tl.arange(0, C.lanes)
+    turn = tl.load(turns + pair, mask=pair < C.pairs, other=0.0)
+    token_of = column_places(K)  # of a row of scores
+    if C.turning == "near":
+        near_cos, near_sin = angles(pair[:, None], token_of[None, :], (token_of >= 0)[None, :], near, turns, kept, C)
+        near_cos, near_sin = near_cos.to(NUMBER), near_sin.to(NUMBER)
+
+    largest = tl.full([C.room], float("-inf"), tl.float32)
+    total = tl.full([C.room], 0, tl.float32)
+    part = tl.full([V.channels, C.room], 0, tl.float32)
+    for i in range(begin, end):
+        entry = table + (i * batch + row) * 16
+        start = tl.load(starts + i)
+        live = token_of < tl.minimum(tl.load(starts + i + 1), sealed) - start
+        back_a, back_b = query_a, query_b
+        if C.turning == "near":
+            cos, sin = cos_sin(tl.load(bases + i * batch + row), turn)
+            back_a = query_a * cos[:, None] + query_b * sin[:, None]
+            back_b = query_b * cos[:, None] - query_a * sin[:, None]
+        keys_a, keys_b = read_keys(entry, levels_a, levels_b, key_table, key_scale, key_zero, head, token_of, K, C, NUMBER)
+        if C.turning == "near":
+            keys_a, keys_b = keys_a * near_cos - keys_b * near_sin, keys_b * near_cos + keys_a * near_sin
+        elif C.turning != "none":
+            cos, sin = angles(pair[:, None], start + token_of[None, :], live[None, :], near, turns, kept, C)
+            keys_a, keys_b = keys_a * cos - keys_b * sin, keys_b * cos + keys_a * sin
+        scores = tl.dot(tl.trans(keys_a.to(NUMBER)), back_a.to(NUMBER), input_precision=C.precision)
+        scores = tl.dot(tl.trans(keys_b.to(NUMBER)), back_b.to(NUMBER), scores, input_precision=C.precision)
+        if K.nonzeros > 0:
+            from_ = 0 if C.turning == "near" else start
+            scores = add_key_outliers(
+                scores, entry, key_table, key_scale, key_zero, head, back_a, back_b, from_, near, turns, kept, K, C
+            )
+        scores = in_twos(scores * size, softcap, C)
+        for j in tl.static_range(tl.constexpr(C.sinks)):
+            live &= first + start + token_of != tl.load(sink_index + row * C.sinks + j)
+        sees = seen(rows, start + token_of, live, first, asking, padding, hidden, hidden_stride, window, C)
+        weights, fading, largest = weigh(tl.where(sees, scores, float("-inf")), largest)
+        total = total * fading + tl.sum(weights, 0)
+        values = read_values(entry + 8, levels_v, levels_w, value_table, value_scale, value_zero, head, token_of, V, NUMBER)
+        part = tl.dot(values, weights.to(NUMBER), part * fading[None, :], input_precision=C.precision)
+        if V.nonzeros > 0:
+            part = add_value_outliers(part, entry + 8, value_table, value_scale, value_zero, head, weights, K, V, C)
+    write_part(sums, peaks, part, total, largest, value_channels(V), rows, place * slots + split, C)
+
+
+@triton.jit
+def exact_at(entry, head, token, channel, F: tl.constexpr):
+    """Exact numbers of a block [64, head_dim], for `token` and `channel` that broadcast; 0 beyond the last channel."""
+    address = tl.load(entry)
+    live = (token >= 0) & (channel < F.dim)
+    at = (head * 64 + token) * F.dim + channel
+    if F.kind == "fp16":
+        return tl.load(tl.multiple_of(address.to(tl.pointer_type(tl.float16)), 16) + at, mask=live, other=0.0)
+    elif F.kind == "bf16":
+        return tl.load(tl.multiple_of(address.to(tl.pointer_type(tl.bfloat16)), 16) + at, mask=live, other=0.0)
+    else:
+        return tl.load(tl.multiple_of(address.to(tl.pointer_type(tl.float32)), 16) + at, mask=live, other=0.0)
+
+
+@triton.jit
+def read_keys(
+    entry, levels_a, levels_b, table, scale, zero, head, token_of, K: tl.constexpr, C: tl.constexpr, NUMBER: tl.constexpr
+):
+    """Keys of a block, but for outliers, not turned: the first and the second channels of pairs, [lanes, 64] each."""
+    channel_a, channel_b = pair_channels(C)
+    if K.bits == 16:
+        keys_a = exact_at(entry, head, token_of[None, :], channel_a[:, None], K)
+        keys_b = exact_at(entry, head, token_of[None, :], channel_b[:, None], K)
+        return keys_a.to(NUMBER), keys_b.to(NUMBER)
+    else:
+        rows_a, rows_b = channel_a % K.codes, channel_b % K.codes
+        codes_a = read(entry, head, rows_a, K, NUMBER)
+        codes_b = codes_a
+        if K.numbers == 1 or not C.coupled:
+            codes_b = read(entry, head, rows_b, K, NUMBER)
+        keys_a = to_numbers(codes_a, levels_a, entry, table, scale, zero, head, rows_a, channel_a // K.codes, K, NUMBER)
+        keys_b = to_numbers(codes_b, levels_b, entry, table, scale, zero, head, rows_b, channel_b // K.codes, K, NUMBER)
+        return keys_a, keys_b
+
+
+@triton.jit
+def read_values(entry, levels, levels_w, table, scale, zero, head, token_of, V: tl.constexpr, NUMBER: tl.constexpr):
+    """Values of a block, but for outliers: [channels, 64]."""
+    if V.bits == 16:
+        return exact_at(entry, head, token_of[None, :], value_channels(V)[:, None], V).to(NUMBER)
+    elif not V.channel_major:
+        codes = read(entry, head, token_of, V, NUMBER)
+        return tl.trans(to_numbers(codes, levels, entry, table, scale, zero, head, token_of, token_of * 0, V, NUMBER))
+    else:
+        rows = tl.arange(0, V.row_room)
+        codes = read(entry, head, rows, V, NUMBER)
+        numbers = to_numbers(codes, levels, entry, table, scale, zero, head, rows, rows * 0, V, NUMBER)
+        if V.numbers == 2:
+            others = to_numbers(codes, levels_w, entry, table, scale, zero, head, rows, rows * 0 + 1, V, NUMBER)
+            numbers = tl.reshape(tl.permute(tl.join(numbers, others), (0, 2, 1)), [V.channels, 64])
+        return numbers
+
+
+@triton.jit
+def read(entry, head, rows, F: tl.constexpr, NUMBER: tl.constexpr):
+    """Codes of rows, as `to_numbers` looks them up."""
+    if F.by_bytes and NUMBER == tl.float16:  # noqa: SIM300
+        return read_nibbles(entry, head, rows, F)
+    else:
+        return read_codes(entry, head, rows, F)
+
+
+@triton.jit
+def to_numbers(codes, levels, entry, table, scale, zero, head, rows, number, F: tl.constexpr, NUMBER: tl.constexpr):
+    """What codes stand for, but for outliers: [n, columns]."""
+    if F.by_bytes and NUMBER == tl.float16:  # noqa: SIM300
+        return ranged(look_up_bytes(codes, levels, F), entry, scale, zero, head, rows, F)
+    else:
+        return ranged(look_up(codes, table, head, rows, number, F).to(NUMBER), entry, scale, zero, head, rows, F)

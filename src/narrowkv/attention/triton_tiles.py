@@ -1,0 +1,271 @@
+"""Triton: from packed bytes to tiles of numbers.
+
+A row of codes is read as words of 32 bits (bytes where a row is no whole number of words), which are taken apart within the
+threads that have read them. So a tile's columns come in an order of their own, `column_places`. Rows of a channel-major side
+are channels (or pairs) and columns are tokens; of a token-major side it is the other way round. Tiles are of NUMBER, float16
+or float32; two numbers of 16 bits take one instruction.
+"""
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def column_places(F: tl.constexpr):
+    """Which code of a row each column of a tile is: [columns] int32; `F.length` or more where there is none."""
+    column = tl.arange(0, F.columns)
+    unit, within = column // F.each, column % F.each
+    if F.wide == 4:  # bits of a column, from the lowest: a half of a byte, the byte, and which codes of the half
+        half = within % 2 if F.sharing > 1 else 0
+        byte = within // (2 if F.sharing > 1 else 1) % 4
+        share = half * 2 + within // 8 if F.sharing == 4 else half
+    else:
+        byte, share = 0, within
+    return tl.where(unit < F.units_held, unit * F.wide + byte + share * F.stride, F.length)
+
+
+@triton.jit
+def column_of(place, F: tl.constexpr):
+    """The inverse: in which column a code of a row lies."""
+    unit, byte, share = place % F.stride // F.wide, place % F.stride % F.wide, place // F.stride
+    if F.wide == 1:
+        within = share
+    elif F.sharing == 4:
+        within = share % 2 * 8 + byte * 2 + share // 2
+    elif F.sharing == 2:
+        within = byte * 2 + share
+    else:
+        within = byte
+    return unit * F.each + within
+
+
+@triton.jit
+def plane_at(entry, i: tl.constexpr, wide: tl.constexpr):
+    """Where plane i of a block begins, as a pointer to units; blocks begin at multiples of 16 bytes."""
+    address = tl.load(entry + i)
+    if wide == 4:
+        return tl.multiple_of(address.to(tl.pointer_type(tl.int32)), 16)
+    else:
+        return tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
+
+
+@triton.jit
+def beside(first, second):
+    """Each column of one tile beside that of another: [n, m] twice -> [n, 2 * m]."""
+    return tl.reshape(tl.join(first, second), [first.shape[0], first.shape[1] * 2])
+
+
+@triton.jit
+def doubled(words, shift: tl.constexpr):
+    """Each column beside itself, shifted: [n, m] -> [n, 2 * m]."""
+    return beside(words, words >> shift)
+
+
+@triton.jit
+def read_plane(entry, head, rows, i: tl.constexpr, F: tl.constexpr):
+    """Plane i of some rows [n] of a head of a block, a unit for each of the ordering plane: [n, units] int32."""
+    unit = tl.arange(0, F.units)[None, :]
+    live = (rows[:, None] < F.rows) & (unit < F.units_held)
+    held: tl.constexpr = F.units_held * F.planes[i] // F.order  # units of a row of this plane
+    at = (head * F.rows + rows[:, None]) * held + unit % held
+    words = tl.load(plane_at(entry, i, F.wide) + at, mask=live, other=0).to(tl.int32)
+    if held < F.units_held:
+        words = words >> (unit // held * F.planes[i])
+    return words
+
+
+@triton.jit
+def read_nibbles(entry, head, rows, F: tl.constexpr):
+    """Codes of up to 4 bits, eight to a word, each in 4 bits: [n, columns / 8] int32."""
+    words = read_plane(entry, head, rows, 0, F)
+    if F.sharing == 4:
+        words = doubled(words, 2) & 0x33333333
+    if len(F.planes) > 1:
+        words = words | ((doubled(read_plane(entry, head, rows, 1, F), 2) & 0x11111111) << 2)
+    return words
+
+
+@triton.jit
+def read_codes(entry, head, rows, F: tl.constexpr):
+    """Codes of rows [n] of a head of a block: [n, columns] int32; 0 beyond the last row and column."""
+    codes = tl.full([rows.shape[0], F.columns], 0, tl.int32)
+    for i in tl.static_range(len(F.planes)):
+        words = read_plane(entry, head, rows, i, F)
+        if F.wide == 4:
+            if F.sharing == 4:
+                words = doubled(words, F.order)
+            words = doubled(doubled(words, 16), 8)
+            if F.sharing > 1:
+                words = doubled(words, 4)
+        else:
+            if F.sharing == 4:
+                words = doubled(words, 2 * F.order)
+            if F.sharing > 1:
+                words = doubled(words, F.order)
+        codes |= (words & ((1 << F.planes[i]) - 1)) << F.offsets[i]
+    return codes
+
+
+@triton.jit
+def picked(low, high, which):
+    """Four bytes of the eight of two words, low ones first, each named by 4 bits (below 8) of the last 16 of `which`."""
+    if INTERPRETED:
+        found = tl.zeros_like(which)
+        for i in tl.static_range(4):
+            byte = (which >> (4 * i)) & 7
+            found |= ((tl.where(byte < 4, low, high) >> (byte % 4 * 8)) & 255) << (8 * i)
+        return found
+    else:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, which], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def byte_of_levels(words, levels, side: tl.constexpr, F: tl.constexpr):
+    """The lower or higher bytes of the levels that four codes name: int32. levels: of `levels_of`."""
+    if F.levels == 4:
+        return picked(levels[side], levels[side], words & 0x3333)
+    elif F.levels == 8:
+        return picked(levels[2 * side], levels[2 * side + 1], words & 0x7777)
+    else:
+        below = picked(levels[4 * side], levels[4 * side + 1], words & 0x7777)
+        above = picked(levels[4 * side + 2], levels[4 * side + 3], words & 0x7777)
+        return picked(below, above, ((words >> 1) & 0x4444) | 0x3210)
+
+
+@triton.jit
+def levels_of(table, head, rows, number, F: tl.constexpr):
+    """Codebooks of up to 16 levels as bytes in words: the lower bytes of all levels, then the higher, [n, 1] int32 each.
+
+    number: [n], which of those that a code stands for. table: [heads, codes, numbers, levels / 2], or [levels / 2], int32.
+    """
+    words: tl.constexpr = F.levels // 2
+    at = (((head * F.codes + rows) * F.numbers + number) * words)[:, None] if F.own else rows[:, None] * 0
+    live = (rows < F.rows)[:, None] if F.own else (rows >= 0)[:, None]
+    zero, one = tl.load(table + at, mask=live, other=0), tl.load(table + at + 1, mask=live, other=0)
+    if words == 2:
+        return zero, one
+    else:
+        two, three = tl.load(table + at + 2, mask=live, other=0), tl.load(table + at + 3, mask=live, other=0)
+        if words == 4:
+            return zero, one, two, three
+        else:
+            four, five = tl.load(table + at + 4, mask=live, other=0), tl.load(table + at + 5, mask=live, other=0)
+            six, seven = tl.load(table + at + 6, mask=live, other=0), tl.load(table + at + 7, mask=live, other=0)
+            return zero, one, two, three, four, five, six, seven
+
+
+@triton.jit
+def look_up_bytes(words, levels, F: tl.constexpr):
+    """What codes stand for before ranges: words [n, m] of eight -> [n, 8 * m] float16, looked up byte by byte in registers."""
+    fours = doubled(words, 16)
+    lower, higher = byte_of_levels(fours, levels, 0, F), byte_of_levels(fours, levels, 1, F)
+    first, last = tl.full(lower.shape, 0x5140, tl.int32), tl.full(lower.shape, 0x7362, tl.int32)
+    twos = beside(picked(lower, higher, first), picked(lower, higher, last))
+    return beside(twos.to(tl.int16), (twos >> 16).to(tl.int16)).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def look_up(codes, table, head, rows, number, F: tl.constexpr):
+    """What codes [n, columns] stand for before ranges; table: [heads, codes, levels, numbers], or [levels]."""
+    if F.even:
+        return codes.to(tl.float32)
+    elif F.own:
+        at = ((head * F.codes + rows) * F.levels * F.numbers + number)[:, None] + codes * F.numbers
+        return tl.load(table + at, mask=(rows < F.rows)[:, None], other=0.0)
+    else:
+        return tl.load(table + codes)
+
+
+@triton.jit
+def ranges_at(entry, scale, zero, F: tl.constexpr):
+    """Where scale and zero lie: with the block, or fixed."""
+    if F.ranges == "held":
+        scale = tl.load(entry + 3).to(tl.pointer_type(tl.float16))
+        zero = tl.load(entry + 4).to(tl.pointer_type(tl.float16))
+    return scale, zero
+
+
+@triton.jit
+def range_of(scale, zero, head, token, channel, live, F: tl.constexpr):
+    """What codes, or levels, are multiplied by, and what is added, float32; scale, zero: of the block's first head."""
+    at = (head if F.range_heads > 1 else 0) * F.range_tokens * F.range_channels
+    if F.range_tokens > 1:
+        at += token // (64 // F.range_tokens) * F.range_channels
+    if F.range_channels > 1:
+        at += channel // (F.dim // F.range_channels)
+    stretch = tl.load(scale + at, mask=live, other=0.0).to(tl.float32)
+    shift = tl.zeros_like(stretch)
+    if F.zero:
+        shift = tl.load(zero + at, mask=live, other=0.0).to(tl.float32)
+    if F.even:  # levels of even steps from -1 to 1
+        return stretch * (2.0 / (F.levels - 1)), shift - stretch
+    else:
+        return stretch, shift
+
+
+@triton.jit
+def ranged(numbers, entry, scale, zero, head, rows, F: tl.constexpr):
+    """Numbers [n, columns] with their ranges, if there are any."""
+    NUMBER: tl.constexpr = numbers.dtype
+    if F.ranges != "none":
+        scale, zero = ranges_at(entry, scale, zero, F)
+        row = rows[:, None] if F.by_row else tl.full([1, 1], 0, tl.int32)
+        if F.by_row and F.by_column and F.groups <= 8:
+            place = column_places(F)[None, :]
+            for i in tl.static_range(tl.constexpr(F.groups)):
+                some, more = range_in(scale, zero, head, row, row * 0 + i * F.group, F)
+                if i == 0:
+                    stretch, shift = some.to(NUMBER), more.to(NUMBER)
+                else:
+                    stretch = tl.where(place // F.group == i, some.to(NUMBER), stretch)
+                    shift = tl.where(place // F.group == i, more.to(NUMBER), shift)
+        else:
+            column = column_places(F)[None, :] if F.by_column else tl.full([1, 1], 0, tl.int32)
+            stretch, shift = range_in(scale, zero, head, row, column, F)
+        numbers = numbers * stretch.to(NUMBER) + shift.to(NUMBER)
+    return numbers
+
+
+@triton.jit
+def range_in(scale, zero, head, row, column, F: tl.constexpr):
+    """`range_of` rows and columns that broadcast."""
+    live = (row < F.rows) & (column < F.length)
+    if F.channel_major:
+        return range_of(scale, zero, head, column, row, live, F)
+    else:
+        return range_of(scale, zero, head, row, column, live, F)
+
+
+@triton.jit
+def stands_for(code, table, scale, zero, head, token, place, number: tl.constexpr, live, F: tl.constexpr):
+    """What single codes stand for, float32; place: of each within its head. All broadcast."""
+    if F.own:
+        at = ((head * F.codes + place) * F.levels + code) * F.numbers + number
+        numbers = tl.load(table + at, mask=live, other=0.0).to(tl.float32)
+    elif F.even:
+        numbers = code.to(tl.float32)
+    else:
+        numbers = tl.load(table + code).to(tl.float32)
+    if F.ranges != "none":
+        stretch, shift = range_of(scale, zero, head, token, place, live, F)
+        numbers = numbers * stretch + shift
+    return numbers
+
+
+@triton.jit
+def missed(entry, table, scale, zero, head, token, code, number: tl.constexpr, exact, live, F: tl.constexpr):
+    """By how much the numbers that single codes stand for miss the exact ones: [n] float32."""
+    row, column = token, code
+    if F.channel_major:
+        row, column = code, token
+    found = tl.zeros_like(code)
+    for i in tl.static_range(len(F.planes)):
+        at = (head * F.rows + row) * F.row_bytes[i] + column % F.row_bytes[i]
+        byte = tl.load(plane_at(entry, i, 1) + at, mask=live, other=0).to(tl.int32)
+        found |= ((byte >> (column // F.row_bytes[i] * F.planes[i])) & ((1 << F.planes[i]) - 1)) << F.offsets[i]
+    scale, zero = ranges_at(entry, scale, zero, F)
+    return tl.where(live, exact - stands_for(found, table, scale, zero, head, token, code, number, live, F), 0.0)

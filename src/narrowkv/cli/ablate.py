@@ -1,0 +1,72 @@
+"""`narrowkv ablate`: what each idea of the method gains on a model, one at a time."""
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from narrowkv.attention import AUTO
+from narrowkv.calibration.allocation import REFERENCE_TOKENS
+from narrowkv.cli.common import (
+    BackendOption,
+    CalibrationTextOption,
+    DeviceOption,
+    DtypeOption,
+    FolderOption,
+    ModelArgument,
+    SamplesOption,
+    WindowOption,
+    command_line,
+    default_text,
+    progress,
+    show_sections,
+)
+from narrowkv.errors import RecipeError, TextError
+from narrowkv.evaluate import ablate as ablating
+from narrowkv.evaluate.results import ResultFile, read_result
+from narrowkv.evaluate.sources import read_text
+from narrowkv.integrations import load_model
+from narrowkv.report.ablate import sections
+
+
+def ablate(
+    model: ModelArgument,
+    out: FolderOption,
+    ladders: Annotated[str, typer.Option(help="Which, separated by commas.")] = ",".join(ablating.NAMES),
+    bits: Annotated[str, typer.Option(help="Widths at which they are climbed, separated by commas.")] = "4,3,2",
+    text: Annotated[str | None, typer.Option(help="Text to score: a file or a data set's name.")] = None,
+    calibration_text: CalibrationTextOption = None,
+    other_text: Annotated[list[str] | None, typer.Option(help="Learn from this text too, for the ladder `texts`.")] = None,
+    window: WindowOption = 512,
+    limit: Annotated[int, typer.Option(min=1, help="Score at most this many windows.")] = 4,
+    samples: SamplesOption = 16,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of the cache whose bits are counted.")] = REFERENCE_TOKENS,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+    backend: BackendOption = AUTO,
+    seed: Annotated[int, typer.Option(help="Of the random tokens in the ladder `texts`.")] = 0,
+) -> None:
+    """Climb the ladders of KVQuant's ablations on a model: what each idea gains; a table and a picture each."""
+    scored, learned = (
+        default_text(model, text, "narrowkv://held-out"),
+        default_text(model, calibration_text, "narrowkv://train"),
+    )
+    if scored is None or learned is None:
+        raise TextError("This needs a text to score and another to learn from; give --text and --calibration-text.")
+    options = ablating.AblateOptions(_widths(bits), window, limit, samples, context, backend)
+    settings = {"model": model, "dtype": dtype, "device": device, "text": scored, "calibration_text": learned}
+    path = out / f"{ablating.KIND}.json"
+    results = ResultFile(path, ablating.KIND, command_line(), settings | asdict(options) | {"bits": list(options.bits)}, seed)
+    words, learn_from, others = read_text(scored), read_text(learned), {name: read_text(name) for name in other_text or ()}
+    loaded, tokenizer = load_model(model, dtype, device)
+    names = [name.strip() for name in ladders.split(",")]
+    with progress("climbing") as advance:
+        ablating.ablate(loaded, tokenizer, names, words, learn_from, options, results, advance, others)
+    show_sections(sections(read_result(path)), out, ablating.KIND)
+
+
+def _widths(bits: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(width) for width in bits.split(","))
+    except ValueError as error:
+        raise RecipeError(f"--bits takes widths such as 4,3,2, not {bits!r}.") from error

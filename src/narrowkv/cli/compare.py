@@ -1,0 +1,82 @@
+"""`narrowkv compare`: recipes side by side on one model and text."""
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from narrowkv.attention import AUTO
+from narrowkv.calibration.allocation import REFERENCE_TOKENS
+from narrowkv.cli.common import (
+    BackendOption,
+    CalibrationTextOption,
+    DeviceOption,
+    DtypeOption,
+    FolderOption,
+    ModelArgument,
+    SamplesOption,
+    WindowOption,
+    command_line,
+    default_text,
+    progress,
+    show_sections,
+)
+from narrowkv.errors import TextError
+from narrowkv.evaluate import compare as comparing
+from narrowkv.evaluate.quality import STREAM_CHUNK
+from narrowkv.evaluate.results import ResultFile, read_result
+from narrowkv.evaluate.sources import read_text
+from narrowkv.integrations import load_model
+from narrowkv.methods import get_recipe
+from narrowkv.report.compare import sections
+
+RECIPES = "narrow4,narrow3,narrow2,nuq4-1%,nuq3-1%,nuq2-1%,kivi-4,kivi-2,int4,int3"
+
+
+def compare(
+    model: ModelArgument,
+    out: FolderOption,
+    recipes: Annotated[str, typer.Option(help="Names of recipes or JSON files, separated by commas.")] = RECIPES,
+    text: Annotated[str | None, typer.Option(help="Text to score: a file or a data set's name.")] = None,
+    calibration_text: CalibrationTextOption = None,
+    window: WindowOption = 2048,
+    limit: Annotated[int | None, typer.Option(min=1, help="Score at most this many windows.")] = None,
+    samples: SamplesOption = 16,
+    context: Annotated[
+        int, typer.Option(min=1, help="Tokens whose bytes are counted, and over which is decoded.")
+    ] = REFERENCE_TOKENS,
+    decode_steps: Annotated[int, typer.Option(min=0, help="Tokens timed; 0 times none.")] = 16,
+    stream_chunk: Annotated[int, typer.Option(min=1, help="Tokens per chunk when streaming.")] = STREAM_CHUNK,
+    recall_distance: Annotated[int, typer.Option(min=0, help="Tokens over which recall is tested; 0 for not.")] = 512,
+    recall_rows: Annotated[int, typer.Option(min=1)] = 32,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+    backend: BackendOption = AUTO,
+    seed: Annotated[int, typer.Option(help="Of the recall rows.")] = 0,
+) -> None:
+    """Compare recipes: bits, bytes, perplexity, divergence, top-1 agreement, recall and time; a table and a picture."""
+    chosen = [get_recipe(name.strip()) for name in recipes.split(",")]
+    scored, learned = (
+        default_text(model, text, "narrowkv://held-out"),
+        default_text(model, calibration_text, "narrowkv://train"),
+    )
+    if scored is None:
+        raise TextError("A comparison needs a text; give one with --text FILE.")
+    options = comparing.CompareOptions(
+        window, limit, samples, context, decode_steps, stream_chunk, recall_distance, recall_rows, backend
+    )
+    settings = {
+        "model": model,
+        "dtype": dtype,
+        "device": device,
+        "text": scored,
+        "calibration_text": learned,
+        **asdict(options),
+    }
+    path = out / f"{comparing.KIND}.json"
+    results = ResultFile(path, comparing.KIND, command_line(), settings, seed)
+    words, learn_from = read_text(scored), None if learned is None else read_text(learned)
+    loaded, tokenizer = load_model(model, dtype, device)
+    with progress("comparing") as advance:
+        comparing.compare(loaded, tokenizer, chosen, words, learn_from, options, results, advance)
+    show_sections(sections(read_result(path)), out, comparing.KIND)

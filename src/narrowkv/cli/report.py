@@ -1,0 +1,137 @@
+"""`narrowkv report`: all figures of one model on one page."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from narrowkv.attention import AUTO
+from narrowkv.cli import ablate, compare, inspect, plan, tasks
+from narrowkv.cli.common import (
+    BackendOption,
+    CalibrationTextOption,
+    DeviceOption,
+    DtypeOption,
+    FolderOption,
+    ModelArgument,
+    WindowOption,
+    default_text,
+    err,
+    out,
+)
+from narrowkv.errors import ReportError, TextError
+from narrowkv.evaluate.results import read_result
+from narrowkv.files import write_atomically
+from narrowkv.report.page import Part, render
+from narrowkv.report.sections import Section
+
+PAGE = "report.html"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a report is asked to be of; as of the command's options."""
+
+    model: str
+    folder: Path
+    text: str | None
+    calibration_text: str | None
+    window: int
+    memory: str
+    gpus: int
+    quick: bool
+    running: dict[str, Any]  # dtype, device and backend
+
+    @property
+    def texts(self) -> dict[str, Any]:
+        return {"text": self.text, "calibration_text": self.calibration_text, **self.running}
+
+
+def _plan(asked: Asked) -> None:
+    plan.plan(asked.model, asked.folder, memory=asked.memory, gpus=asked.gpus, dtype=asked.running["dtype"])
+
+
+def _compare(asked: Asked) -> None:
+    less: dict[str, Any] = {"limit": 1, "samples": 4, "decode_steps": 4, "recall_rows": 8} if asked.quick else {"limit": 4}
+    compare.compare(asked.model, asked.folder, window=asked.window, **less, **asked.texts)
+
+
+def _tasks(asked: Asked) -> None:
+    lengths = ",".join(str(asked.window // part) for part in ((4, 1) if asked.quick else (4, 2, 1)))
+    less: dict[str, Any] = {"rows": 4, "samples": 4, "recipes": "narrow3,narrow2,int2"} if asked.quick else {}
+    tasks.tasks(asked.model, asked.folder, window=asked.window, lengths=lengths, **less, **asked.texts)
+
+
+def _ablate(asked: Asked) -> None:
+    less: dict[str, Any] = {"bits": "3", "limit": 2, "samples": 4} if asked.quick else {}
+    ablate.ablate(asked.model, asked.folder, window=min(asked.window, 512), **less, **asked.texts)
+
+
+def _inspect(asked: Asked) -> None:
+    looked_at: dict[str, Any] = {"text": asked.calibration_text, "window": asked.window, "samples": 1 if asked.quick else 4}
+    inspect.inspect(asked.model, asked.folder, **looked_at, **asked.running)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of figures. measure: adds what its file, `<kind>.json`, lacks. sections: from what that file holds."""
+
+    title: str
+    measure: Callable[[Asked], None]
+    sections: Callable[[dict[str, Any]], list[Section]]
+
+
+KINDS = {
+    "plan": Kind("What fits", _plan, plan.sections),
+    "compare": Kind("What recipes cost", _compare, compare.sections),
+    "tasks": Kind("Long-context tasks", _tasks, tasks.sections),
+    "ablate": Kind("What each idea gains", _ablate, ablate.sections),
+    "inspect": Kind("What is quantised", _inspect, inspect.sections),
+}
+
+
+def report(
+    model: ModelArgument,
+    folder: FolderOption,
+    only: Annotated[str, typer.Option(help="Which kinds of figures, separated by commas.")] = ",".join(KINDS),
+    quick: Annotated[bool, typer.Option("--quick", help="Less of everything: rougher figures, sooner.")] = False,
+    text: Annotated[str | None, typer.Option(help="Text to score: a file or a data set's name.")] = None,
+    calibration_text: CalibrationTextOption = None,
+    window: WindowOption = 2048,
+    memory: Annotated[str, typer.Option(help="Of each GPU, for the plan.")] = "80GB",
+    gpus: Annotated[int, typer.Option(min=1, help="For the plan.")] = 1,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+    backend: BackendOption = AUTO,
+) -> None:
+    """Measure a model in every way and write one page, `report.html`, beside the figures; an interrupted run goes on."""
+    chosen = _chosen(only)
+    running = {"dtype": dtype, "device": device, "backend": backend}
+    texts = default_text(model, text, "narrowkv://held-out"), default_text(model, calibration_text, "narrowkv://train")
+    if None in texts and chosen != ["plan"]:
+        raise TextError("A report needs a text to score and another to learn from; give --text and --calibration-text.")
+    asked = Asked(model, folder, *texts, window, memory, gpus, quick, running)
+    for i, name in enumerate(chosen):
+        err.print(f"[bold]{name}[/bold], {i + 1} of {len(chosen)}", highlight=False)
+        KINDS[name].measure(asked)
+    page = folder / PAGE
+    written = render(model, [_part(folder, name) for name in chosen])
+    write_atomically(page, lambda temporary: temporary.write_text(written, encoding="utf-8"))
+    out.print(f"\n[bold]{escape(str(page))}[/bold] shows all of this on one page.", highlight=False, soft_wrap=True)
+
+
+def _chosen(only: str) -> list[str]:
+    """Kinds in the order of the page; raises ReportError where there is one that does not exist."""
+    asked = [name.strip() for name in only.split(",")]
+    if unknown := [name for name in asked if name not in KINDS]:
+        raise ReportError(f"There are no figures of {unknown[0]!r}; there are {', '.join(KINDS)}.")
+    return [name for name in KINDS if name in asked]
+
+
+def _part(folder: Path, name: str) -> Part:
+    path = folder / f"{name}.json"
+    result = read_result(path, name)
+    return Part(name, KINDS[name].title, path.name, result, KINDS[name].sections(result))

@@ -1,0 +1,110 @@
+"""The forms for a GPU of what is done to every new token, written in Triton; plain torch where it is not installed."""
+
+import functools
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from narrowkv.codec.room import Room
+from narrowkv.codec.scheme import Scheme
+
+
+@functools.cache
+def kernels() -> ModuleType | None:
+    """The module of kernels; None without Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("narrowkv.codec.triton_encode")
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether kernels run on a device."""
+    return device.type == "cuda" and kernels() is not None
+
+
+def _room(n: int) -> int:
+    """The smallest power of 2 that is not less than n."""
+    return 1 << (n - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """`Quantizer.encode` for one scheme and its tables (float32), for ranges that are fixed or those of a token.
+
+    tail: how many outliers each end of a range has, by how many numbers share it.
+    """
+
+    scheme: Scheme
+    boundaries: Tensor
+    scale: Tensor | None
+    zero: Tensor | None
+    lower: Tensor | None
+    upper: Tensor | None
+    tail: Any
+
+    def write(self, room: Room, first: int, x: Tensor, skip: Tensor | None) -> int | None:
+        """Encode x [batch, kv_heads, tokens, head_dim] into room from the token `first` on.
+
+        Returns how many outliers the room then holds, which the caller lets it count; None where something does not fit 16
+        bits. This count is the one thing that the host waits for.
+        """
+        while True:  # until outliers find room
+            free = 0 if room.outlier_index is None else len(room.outlier_index) - room.outliers
+            counts = torch.zeros(2, dtype=torch.int32, device=x.device)
+            with torch.cuda.device_of(x):
+                self.launch(room, first, x, skip, counts)
+            if not self.scheme.outliers and self.scheme.static:
+                return 0
+            found, unfit = counts.tolist()
+            if unfit:
+                return None
+            if found <= free:
+                return room.outliers + found
+            room.reserve(found)
+
+    def launch(self, room: Room, first: int, x: Tensor, skip: Tensor | None, counts: Tensor) -> None:
+        """The same without waiting: counts [2] int32 are added to, by outliers found and numbers that do not fit."""
+        module = kernels()
+        assert module is not None
+        x = x if x.stride(3) == 1 else x.contiguous()
+        batch, heads, tokens, dim = x.shape
+        shared = self.scheme.axis == "token"
+        numbers = heads * dim if shared else dim
+        index, values, other = room.outlier_index, room.outlier_values, counts
+        if index is not None and values is not None:
+            index, values = index[room.outliers :], values[room.outliers :]
+        skip = None if skip is None else skip.contiguous().view(torch.uint8)
+        fixed = (self.scale, self.zero, self.lower, self.upper)
+        module.encode_tokens[(batch, tokens, 1 if shared else heads)](
+            x, _or(skip, other), room.codes, _or(room.ranges.get("scale"), other), _or(room.ranges.get("zero"), other),
+            _or(index, other), _or(values, other), counts, self.boundaries, *(_or(part, other) for part in fixed),
+            first, room.tokens, 0 if index is None else len(index), x.stride(0), x.stride(1), x.stride(2), tokens,
+            HEADS=heads, DIM=dim, WIDE=_room(numbers), SHARED=shared, FIXED=self.scheme.static, TAIL=self.tail(numbers),
+            OUTLIERS=self.scheme.outliers > 0, SKIPS=skip is not None, BOUNDARIES=len(self.boundaries),
+        )  # fmt: skip
+
+
+def _or(part: Tensor | None, other: Tensor) -> Tensor:
+    """A pointer for what is not there and never read."""
+    return other if part is None else part
+
+
+def search(numbers: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """`points.nearest` on a GPU; points: [kv_heads, codes, levels, numbers] float32."""
+    module = kernels()
+    assert module is not None
+    batch, heads, tokens, _ = numbers.shape
+    _, codes, levels, count = points.shape
+    found = torch.empty(batch, heads, tokens, codes, dtype=torch.uint8, device=numbers.device)
+    cost = torch.empty(found.shape, device=numbers.device)
+    with torch.cuda.device_of(numbers):
+        module.nearest_points[(batch * heads * tokens,)](
+            numbers.contiguous(), points.contiguous(), found, cost, tokens, heads,
+            CODES=codes, LEVELS=levels, NUMBERS=count, WIDE=_room(codes),
+        )  # fmt: skip
+    return found, cost

@@ -1,0 +1,104 @@
+"""Triton: what is done to every new token on a GPU: ranges, codes and outliers of one, and the nearest points of another."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def encode_tokens(
+    x, skip, codes, scale, zero, index, values, counts,
+    boundaries, fixed_scale, fixed_zero, lower, upper,
+    first, room, free, x_batch, x_head, x_token, skip_batch,
+    HEADS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, SHARED: tl.constexpr, FIXED: tl.constexpr,
+    TAIL: tl.constexpr, OUTLIERS: tl.constexpr, SKIPS: tl.constexpr, BOUNDARIES: tl.constexpr,
+):  # fmt: skip
+    """One token, all its heads at once if they share a range (SHARED), else one of them.
+
+    x: [batch, heads, new, head_dim] by strides, channels side by side. skip: [batch, new], not 0 where no outlier is kept.
+    codes: [batch, heads, room, head_dim] uint8; the token is written to place `first` and those after it. scale, zero: [batch,
+    1 or heads, room, 1] float16, or FIXED by channel, with thresholds lower and upper. TAIL: how many outliers each end of a
+    range has. index, values: [free] where the next outliers go, in any order; counts: [2] how many there are, and of what does
+    not fit 16 bits.
+    """
+    row, token, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i = tl.arange(0, WIDE)
+    channel = i % DIM
+    own = i // DIM if SHARED else i // DIM + head
+    live = i < (HEADS * DIM if SHARED else DIM)
+    at = x + row.to(tl.int64) * x_batch + own.to(tl.int64) * x_head + token.to(tl.int64) * x_token + channel
+    number = tl.load(at, mask=live, other=0.0).to(tl.float32)
+    place = ((row * HEADS + own) * room + first + token) * DIM + channel  # in the flattened codes
+    of_channel = own * DIM + channel
+    if FIXED:
+        stretch = tl.load(fixed_scale + of_channel, mask=live, other=0.0)
+        middle = tl.load(fixed_zero + of_channel, mask=live, other=0.0)
+    else:
+        low, high = inner_range(number, live, i, TAIL)
+        held_scale, held_zero = ((high - low) / 2).to(tl.float16), ((high + low) / 2).to(tl.float16)
+        of_token = ((row if SHARED else row * HEADS + head) * room) + first + token
+        tl.store(scale + of_token, held_scale)
+        tl.store(zero + of_token, held_zero)
+        stretch, middle = held_scale.to(tl.float32), held_zero.to(tl.float32)
+        tl.atomic_add(counts + 1, ((tl.abs(stretch) == float("inf")) | (tl.abs(middle) == float("inf"))).to(tl.int32))
+    normal = (number - middle) * tl.where(stretch > 0, 1 / tl.where(stretch > 0, stretch, 1.0), 0.0)
+    code = tl.full([WIDE], 0, tl.int32)
+    for j in tl.static_range(BOUNDARIES):
+        code += (normal > tl.load(boundaries + j)).to(tl.int32)
+    tl.store(codes + place, code.to(tl.uint8), mask=live)
+    if OUTLIERS:
+        if FIXED:
+            low = tl.load(lower + of_channel, mask=live, other=0.0)
+            high = tl.load(upper + of_channel, mask=live, other=0.0)
+        outside = live & ((number < low) | (number > high))
+        if SKIPS:
+            outside = outside & (tl.load(skip + row * skip_batch + token) + i * 0 == 0)
+        kept = number.to(values.dtype.element_ty)
+        tl.atomic_add(counts + 1, tl.sum((outside & (tl.abs(kept.to(tl.float32)) == float("inf"))).to(tl.int32), 0))
+        begin = tl.atomic_add(counts, tl.sum(outside.to(tl.int32), 0))
+        to = begin + tl.cumsum(outside.to(tl.int32), 0) - 1
+        tl.store(index + to, place.to(tl.int64), mask=outside & (to < free))
+        tl.store(values + to, kept, mask=outside & (to < free))
+
+
+@triton.jit
+def inner_range(number, live, i, TAIL: tl.constexpr):
+    """The smallest and the largest number once TAIL of them are left out at each end."""
+    lows, highs = tl.where(live, number, float("inf")), tl.where(live, number, float("-inf"))
+    for _ in range(TAIL):
+        lows = tl.where(i == tl.argmin(lows, 0), float("inf"), lows)
+        highs = tl.where(i == tl.argmax(highs, 0), float("-inf"), highs)
+    return tl.min(lows, 0), tl.max(highs, 0)
+
+
+@triton.jit
+def nearest_points(
+    numbers, points, codes, cost, tokens, heads,
+    CODES: tl.constexpr, LEVELS: tl.constexpr, NUMBERS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Code of the nearest point, the first of several as near, and the squared distance to it, of one token of a head.
+
+    numbers: [batch, heads, tokens, head_dim] float32. points: [heads, codes, levels, numbers] float32. codes, cost: [batch,
+    heads, tokens, codes].
+    """
+    place = tl.program_id(0)
+    head = place // tokens % heads
+    code = tl.arange(0, WIDE)
+    live = code < CODES
+    x = tl.load(numbers + place.to(tl.int64) * CODES * NUMBERS + code, mask=live, other=0.0)
+    y = x
+    if NUMBERS == 2:
+        y = tl.load(numbers + place.to(tl.int64) * CODES * NUMBERS + CODES + code, mask=live, other=0.0)
+    best = tl.full([WIDE], float("inf"), tl.float32)
+    found = tl.full([WIDE], 0, tl.int32)
+    for level in range(LEVELS):
+        at = points + ((head * CODES + code) * LEVELS + level) * NUMBERS
+        distance = x - tl.load(at, mask=live, other=0.0)
+        distance = distance * distance
+        if NUMBERS == 2:
+            other = y - tl.load(at + 1, mask=live, other=0.0)
+            distance = distance + other * other
+        nearer = distance < best
+        best, found = tl.where(nearer, distance, best), tl.where(nearer, level, found)
+    to = place.to(tl.int64) * CODES + code
+    tl.store(codes + to, found.to(tl.uint8), mask=live)
+    tl.store(cost + to, best, mask=live)

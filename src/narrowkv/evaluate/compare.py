@@ -1,0 +1,126 @@
+"""What recipes cost on one model and one text: a row of figures for each, written as soon as it is measured."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from narrowkv.attention import AUTO
+from narrowkv.calibration.allocation import REFERENCE_TOKENS
+from narrowkv.errors import OutputError, TextError
+from narrowkv.evaluate.decoding import decoding, filled_dynamic, nbytes_of
+from narrowkv.evaluate.quality import STREAM_CHUNK, Source, cut_windows, filled, measure, with_bytes_of
+from narrowkv.evaluate.recall import RecallBatch, recall_batches
+from narrowkv.evaluate.results import ResultFile
+from narrowkv.evaluate.steps import OnStep, Steps
+from narrowkv.files import checksum
+from narrowkv.integrations import calibrate_many
+from narrowkv.methods import Recipe, get_recipe
+
+KIND = "compare"
+DYNAMIC = "DynamicCache"  # the row of transformers' own cache, for its bytes and its time
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """What the figures depend on beside model, texts and recipes.
+
+    window: tokens per sequence. limit: windows scored at most. samples: sequences to calibrate on. context: tokens of the
+    cache whose bytes are counted and over which tokens are decoded. decode_steps: tokens timed; 0 times none. stream_chunk:
+    tokens per chunk when streaming. recall_distance: tokens over which recall is tested, 0 for not; recall_rows: of each kind.
+    backend: of the caches.
+    """
+
+    window: int = 2048
+    limit: int | None = None
+    samples: int = 16
+    context: int = REFERENCE_TOKENS
+    decode_steps: int = 16
+    stream_chunk: int = STREAM_CHUNK
+    recall_distance: int = 512
+    recall_rows: int = 32
+    backend: str = AUTO
+
+
+def compare(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    recipes: Sequence[str | Recipe],
+    text: str,
+    learn_from: str | None,
+    options: CompareOptions,
+    results: ResultFile,
+    on_step: OnStep | None = None,
+) -> None:
+    """Measure those recipes that `results` has no row of yet.
+
+    text: to score. learn_from: the text from which recipes that need it learn, all in one pass. Raises TextError where a text
+    is missing or too short, OutputError where the file has another recipe of the same name.
+    """
+    missing = [recipe for recipe in map(get_recipe, recipes) if _is_missing(recipe, results)]
+    learning = [recipe for recipe in missing if recipe.needs_calibration]
+    if learning and learn_from is None:
+        raise TextError(f"Recipe {learning[0].name} learns its tables from a text; give one with --calibration-text FILE.")
+    windows = cut_windows(tokenizer, text, options.window, options.limit)
+    recall = recall_batches(tokenizer, text, options.recall_distance, options.recall_rows, results.seed)
+    batches = cut_windows(tokenizer, learn_from, options.window, options.samples).split(1) if learn_from and learning else ()
+    each = 2 * (len(windows) + len(recall))
+    steps = Steps(2 * len(batches) + (each + 1) * len(missing), on_step)
+    if results.find(recipe=DYNAMIC) is None:
+        results.add(_dynamic_row(model, windows, options))
+    learned = calibrate_many(model, batches, learning, backend=options.backend, on_batch=steps.part()) if learning else []
+    sources = {calibration.recipe.name: calibration for calibration in learned}
+    for recipe in missing:
+        source = sources.get(recipe.name, recipe)
+        figures = _row(model, source, windows, recall, options, steps)
+        results.add({"recipe": recipe.name, "definition": definition(recipe), **figures})
+
+
+def definition(recipe: Recipe) -> str:
+    """A checksum of all that a recipe says."""
+    return checksum(json.dumps(recipe.to_dict(), sort_keys=True).encode())
+
+
+def _is_missing(recipe: Recipe, results: ResultFile) -> bool:
+    row = results.find(recipe=recipe.name)
+    if row is not None and row["definition"] != definition(recipe):
+        raise OutputError(f"{results.path} has figures of another recipe called {recipe.name}; rename one of the two.")
+    return row is None
+
+
+def _row(
+    model: PreTrainedModel,
+    source: Source,
+    windows: Tensor,
+    recall: Sequence[RecallBatch],
+    options: CompareOptions,
+    steps: Steps,
+) -> dict[str, Any]:
+    """The figures of one recipe, measured alone so that its row can be kept, though the exact model runs anew for it."""
+    chunk, backend = options.stream_chunk, options.backend
+    (quality,) = measure(model, [source], windows, recall, stream_chunk=chunk, backend=backend, on_step=steps.part())
+    cache = filled(model, source, windows[:1], options.context, backend)
+    quality = with_bytes_of(quality, cache)
+    timed = decoding(model, cache, windows[:1], options.decode_steps)
+    steps.part()(1, 1)
+    figures = quality.to_dict()
+    del figures["recipe"]
+    return {**figures, "context": options.context, "backend": cache.backend, "threads": torch.get_num_threads(), **timed}
+
+
+def _dynamic_row(model: PreTrainedModel, windows: Tensor, options: CompareOptions) -> dict[str, Any]:
+    cache = filled_dynamic(model, windows[:1], options.context)
+    nbytes = nbytes_of(cache)
+    return {
+        "recipe": DYNAMIC,
+        "bits_per_element": 8.0 * model.dtype.itemsize,
+        "nbytes": nbytes,
+        "context": options.context,
+        "backend": "transformers",
+        "threads": torch.get_num_threads(),
+        **decoding(model, cache, windows[:1], options.decode_steps),
+    }

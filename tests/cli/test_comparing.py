@@ -1,0 +1,79 @@
+"""`compare` and `ablate` as a user meets them: files, pictures, a run that goes on, one sentence on errors."""
+
+import pytest
+from tests.conftest import make_tiny
+from tests.letters import TEXT, make_letters
+
+from narrowkv.cli.main import run
+from narrowkv.evaluate.results import read_result
+
+
+@pytest.fixture
+def narrowkv(capsys):
+    """Run the command on the tiny model; returns (exit status, standard output, standard error)."""
+
+    def call(*arguments):
+        status = 0
+        try:
+            run([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            status = stop.code or 0
+        captured = capsys.readouterr()
+        return status, " ".join(captured.out.split()), " ".join(captured.err.split())
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a tiny model, its tokenizer and a text."""
+    path = tmp_path_factory.mktemp("tiny")
+    make_tiny().save_pretrained(path)
+    make_letters().save_pretrained(path)
+    (path / "text.txt").write_text(TEXT)
+    return path
+
+
+def texts(folder):
+    return ("--text", folder / "text.txt", "--calibration-text", folder / "text.txt", "--window", 64, "--limit", 1)
+
+
+def test_compare(narrowkv, folder, tmp_path):
+    small = ("--samples", 1, "--context", 128, "--decode-steps", 1, "--recall-distance", 70, "--recall-rows", 1)
+    command = ("compare", folder, "--out", tmp_path, *texts(folder), *small)
+    status, _, err = narrowkv(*command, "--recipes", "int4")
+    assert status == 1 and "Recall over 70 tokens cannot be tested" in err and not list(tmp_path.iterdir())
+    command = [0 if part == 70 else part for part in command]
+    status, out, _ = narrowkv(*command, "--recipes", "int4,nuq3")
+    assert status == 0 and "Least divergence first" in out and "int4" in out and "DynamicCache" in out
+    assert {path.name for path in tmp_path.iterdir()} == {"compare.json", "compare-pareto.svg"}
+    before = read_result(tmp_path / "compare.json", "compare")
+    assert narrowkv(*command, "--recipes", "int4,nuq3,int3")[0] == 0  # goes on
+    assert read_result(tmp_path / "compare.json")["rows"][:3] == before["rows"]
+    status, _, err = narrowkv(*command, "--recipes", "int4", "--samples", 2)
+    assert status == 1 and "other settings" in err
+
+
+def test_ablate(narrowkv, folder, tmp_path):
+    command = ("ablate", folder, "--out", tmp_path, *texts(folder), "--samples", 1, "--context", 128, "--bits", 3)
+    status, out, _ = narrowkv(*command, "--ladders", "sinks,outliers")
+    assert status == 0 and "Attention sinks" in out and "0.25%" in out
+    assert {path.name for path in tmp_path.iterdir()} == {"ablate.json", "ablate-sinks.svg", "ablate-outliers.svg"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (("compare", "--recipes", "nuq3,gguf"), "no recipe 'gguf'"),
+        (("compare", "--recipes", "int4"), "needs a text"),
+        (("ablate",), "needs a text"),
+        (("ablate", "--ladders", "steps", "--bits", "four"), "widths such as 4,3,2"),
+        (("ablate", "--ladders", "rope"), "no ladder 'rope'"),
+    ],
+    ids=lambda part: " ".join(part) if isinstance(part, tuple) else "",
+)
+def test_bad_input_is_one_sentence(narrowkv, folder, tmp_path, arguments, cause):
+    given = texts(folder) if cause != "needs a text" else ()
+    status, _, err = narrowkv(arguments[0], folder, "--out", tmp_path, *given, *arguments[1:])
+    assert status == 1 and err.startswith("Error:") and cause in err and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
