@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from narrowkv.evaluate.results import read_result
-from narrowkv.report.figures import COLOURS, MARKERS, new_figure, save
+from narrowkv.report.figures import COLOURS, MARKERS, log_axis, new_figure, save
 from narrowkv.report.plan import length
 from narrowkv.report.plan import sections as plan_sections
 
@@ -53,7 +53,7 @@ def draw_demo(rows: dict[str, dict[str, Any]], path: Path) -> None:
         axes.plot(bits, divergence, marker=marker, color=colour, label=label, markersize=8)
         for name, x, y in zip(names, bits, divergence, strict=True):
             axes.annotate(name, (x, y), textcoords="offset points", xytext=offset, fontsize=9, color=colour)
-    axes.set_yscale("log")
+    log_axis(axes.yaxis)
     axes.set_xlabel("allocated bits for each number, everything counted")
     axes.set_ylabel("KL divergence from 16 bit (nats, strict)")
     axes.set_title("The built-in model on text it was not trained on: lower is better")
