@@ -2,6 +2,7 @@
 
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -120,6 +121,12 @@ def test_pictures_take_the_colours_of_the_page_except_on_colours():
     assert "stroke: currentColor" in svg and "stroke: #000000" not in svg  # axes
     assert "stroke: color-mix(in srgb, currentColor 31%, var(--paper))" in inline_svg(lines(), "p1", "")  # grid
     assert 'aria-label="Found &amp; kept."' in svg and "<metadata" not in svg
+
+
+def test_long_tables_are_shown_when_asked_for(parts):
+    table = Table("Many", ["n"], [[i] for i in range(72)])
+    page = render("model", [replace(parts[0], sections=[Section("Long", "", [table])])])
+    assert "<summary>72 rows</summary>" in page and page.count("<tr>") == 73
 
 
 @pytest.fixture(scope="module")

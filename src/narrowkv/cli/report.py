@@ -55,13 +55,15 @@ def _plan(asked: Asked) -> None:
 
 
 def _compare(asked: Asked) -> None:
-    less: dict[str, Any] = {"limit": 1, "samples": 4, "decode_steps": 4, "recall_rows": 8} if asked.quick else {"limit": 4}
+    less: dict[str, Any] = {"limit": 2, "samples": 8}
+    if asked.quick:
+        less = {"limit": 1, "samples": 4, "decode_steps": 4, "recall_rows": 8}
     compare.compare(asked.model, asked.folder, window=asked.window, **less, **asked.texts)
 
 
 def _tasks(asked: Asked) -> None:
     lengths = ",".join(str(asked.window // part) for part in ((4, 1) if asked.quick else (4, 2, 1)))
-    less: dict[str, Any] = {"rows": 4, "samples": 4, "recipes": "narrow3,narrow2,int2"} if asked.quick else {}
+    less: dict[str, Any] = {"rows": 4, "samples": 4, "recipes": "narrow3,narrow2,int2"} if asked.quick else {"samples": 8}
     tasks.tasks(asked.model, asked.folder, window=asked.window, lengths=lengths, **less, **asked.texts)
 
 

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from narrowkv.report.inline import inline_svg
 from narrowkv.report.sections import Section
 
+MANY = 24  # rows of a table beyond which it is shown when asked for
 VERSIONS = ("narrowkv", "torch", "transformers", "python")
 
 
@@ -58,6 +59,7 @@ def render(model: str, parts: Sequence[Part]) -> str:
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         svg=_numbered(),
         as_json=json.dumps,
+        many=MANY,
     )
 
 
