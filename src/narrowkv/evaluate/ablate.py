@@ -13,11 +13,10 @@ from narrowkv.attention import AUTO
 from narrowkv.calibration import Calibration
 from narrowkv.calibration.allocation import REFERENCE_TOKENS
 from narrowkv.errors import RecipeError
-from narrowkv.evaluate.compare import definition
 from narrowkv.evaluate.ladders import LADDERS, OWN_TEXT, Rung, kvquant, require_widths, rotates, texts
 from narrowkv.evaluate.parts import part_losses
 from narrowkv.evaluate.quality import Quality, Source, cut_windows, filled, measure, with_bytes_of
-from narrowkv.evaluate.results import ResultFile
+from narrowkv.evaluate.results import ResultFile, definition
 from narrowkv.evaluate.steps import OnStep, Steps
 from narrowkv.integrations import calibrate_many
 from narrowkv.integrations.preparation import facts_for

@@ -1,6 +1,5 @@
 """What recipes cost on one model and one text: a row of figures for each, written as soon as it is measured."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +14,8 @@ from narrowkv.errors import OutputError, TextError
 from narrowkv.evaluate.decoding import decoding, filled_dynamic, nbytes_of
 from narrowkv.evaluate.quality import STREAM_CHUNK, Source, cut_windows, filled, measure, with_bytes_of
 from narrowkv.evaluate.recall import RecallBatch, recall_batches
-from narrowkv.evaluate.results import ResultFile
+from narrowkv.evaluate.results import ResultFile, definition
 from narrowkv.evaluate.steps import OnStep, Steps
-from narrowkv.files import checksum
 from narrowkv.integrations import calibrate_many
 from narrowkv.methods import Recipe, get_recipe
 
@@ -78,11 +76,6 @@ def compare(
         source = sources.get(recipe.name, recipe)
         figures = _row(model, source, windows, recall, options, steps)
         results.add({"recipe": recipe.name, "definition": definition(recipe), **figures})
-
-
-def definition(recipe: Recipe) -> str:
-    """A checksum of all that a recipe says."""
-    return checksum(json.dumps(recipe.to_dict(), sort_keys=True).encode())
 
 
 def _is_missing(recipe: Recipe, results: ResultFile) -> bool:

@@ -1,5 +1,6 @@
 """Files of figures: each says by which command, versions and seed it was made, and goes on where it was interrupted."""
 
+import json
 import os
 import platform
 from datetime import date
@@ -12,7 +13,8 @@ import torch
 from narrowkv import __version__, _kernels
 from narrowkv.attention import BACKENDS
 from narrowkv.errors import FileFormatError, OutputError
-from narrowkv.files import read_json, write_json
+from narrowkv.files import checksum, read_json, write_json
+from narrowkv.methods import Recipe
 
 FORMAT, FORMAT_VERSION = "narrowkv-result", 1
 
@@ -92,3 +94,8 @@ def read_result(path: Path, kind: str | None = None) -> dict[str, Any]:
     if kind not in (None, held["kind"]):
         raise FileFormatError(f"{path} holds figures of {held['kind']}, not of {kind}; name another file.")
     return held
+
+
+def definition(recipe: Recipe) -> str:
+    """A checksum of all that a recipe says, by which rows of another recipe of the same name are told apart."""
+    return checksum(json.dumps(recipe.to_dict(), sort_keys=True).encode())

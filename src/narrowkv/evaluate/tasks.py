@@ -1,7 +1,6 @@
 """Long-context tasks: what recipes answer beside the 16-bit cache, by task, length and depth."""
 
 import functools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from narrowkv.attention import AUTO
 from narrowkv.errors import OutputError, TextError
 from narrowkv.evaluate.quality import Source, cut_windows, recalled
 from narrowkv.evaluate.recall import RecallBatch
-from narrowkv.evaluate.results import ResultFile
+from narrowkv.evaluate.results import ResultFile, definition
 from narrowkv.evaluate.task_files import Question, read_questions
 from narrowkv.evaluate.task_rows import BY_DEPTH, MAKERS, make_rows
 from narrowkv.files import checksum
@@ -107,7 +106,7 @@ def run_tasks(
         for name, recipe in asked.items():
             if _is_missing(cell, name, recipe, results):
                 score = cell.score(None if recipe is None else sources.get(name, recipe))
-                results.add({**cell.keys, "recipe": name, "definition": _definition(recipe), "score": score, **cell.told})
+                results.add({**cell.keys, "recipe": name, "definition": _told(recipe), "score": score, **cell.told})
             step()
 
 
@@ -115,16 +114,15 @@ def _is_missing(cell: _Cell, name: str, recipe: Recipe | None, results: ResultFi
     row = results.find(**cell.keys, recipe=name)
     if row is None:
         return True
-    if row["definition"] != _definition(recipe):
+    if row["definition"] != _told(recipe):
         raise OutputError(f"{results.path} has figures of another recipe called {name}; rename one of the two.")
     if any(row.get(field) != what for field, what in cell.told.items()):
         raise OutputError(f"{results.path} has figures of other questions for {cell.keys['task']}; name another folder.")
     return False
 
 
-def _definition(recipe: Recipe | None) -> str | None:
-    """A checksum of all that a recipe says."""
-    return None if recipe is None else checksum(json.dumps(recipe.to_dict(), sort_keys=True).encode())
+def _told(recipe: Recipe | None) -> str | None:
+    return None if recipe is None else definition(recipe)
 
 
 def _task_cells(model: PreTrainedModel, tokenizer: Any, text: str, options: TaskOptions, seed: int) -> Iterator[_Cell]:

@@ -1,7 +1,6 @@
 """The plan: what recipes take at given contexts, and the longest context that each leaves room for."""
 
 import functools
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,8 +13,7 @@ from narrowkv.calibration.learning import beside_bits
 from narrowkv.codec import Scheme
 from narrowkv.codec.scheme import BLOCK
 from narrowkv.errors import BudgetError, OutputError, RecipeError
-from narrowkv.evaluate.results import ResultFile
-from narrowkv.files import checksum
+from narrowkv.evaluate.results import ResultFile, definition
 from narrowkv.methods import LayerSchemes, Recipe
 from narrowkv.plan.layers import CHUNK, Held, LayerBytes, LayerShape, stand_in, typical_block
 from narrowkv.plan.models import ModelShape
@@ -163,9 +161,9 @@ def plan(
             "which leaves no room for a cache; plan for more memory, more GPUs, or fewer bits a weight."
         )
     for done, recipe in enumerate(recipes):
-        definition = checksum(json.dumps(recipe.to_dict(), sort_keys=True).encode())
+        told = definition(recipe)
         known = results.find(recipe=recipe.name)
-        if known is not None and known["definition"] != definition:
+        if known is not None and known["definition"] != told:
             raise OutputError(f"{results.path} has a row of another recipe called {recipe.name}; give this one another name.")
         if known is None:
             cache = CacheBytes(shape, recipe, budget.batch, budget.devices)
@@ -173,7 +171,7 @@ def plan(
             results.add(
                 {
                     "recipe": recipe.name,
-                    "definition": definition,
+                    "definition": told,
                     "weights": weights,
                     "tables": cache.tables,
                     "limited": longest is not None,
