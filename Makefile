@@ -9,7 +9,7 @@ KERNEL_TESTS := tests/attention/test_cpu.py tests/attention/test_cpu_words.py te
   tests/codec/test_compiled.py tests/codec/test_packing.py tests/codec/test_points.py
 INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 
-.PHONY: demo test test-all lint fuzz sanitize cross format clean
+.PHONY: demo test test-all lint fuzz sanitize cross results measure docs format clean
 
 $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard cpp/*)
 	$(PYTHON) -m venv $(VENV)
