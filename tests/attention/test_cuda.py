@@ -53,6 +53,11 @@ def test_lengths_of_a_row_of_codes(length):
         check(*case(KEYS["nuq2"], VALUES[values], (1, 1, 1, length, 66, 1)), torch.float16)
 
 
+def test_heads_shorter_than_a_word_of_codes():
+    for name in ("pair2-1%", "pair3"):
+        check(*case(KEYS[name], VALUES["pair3"], (1, 2, 1, 8, 66, 1)), torch.float16)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_numbers_of_their_own_dtype(dtype):
     check(*case(KEYS["exact"], VALUES["exact"], (2, 2, 2, 16, 70, 1), dtype=dtype, window=20), torch.float16)
