@@ -144,7 +144,7 @@ def levels_of(table, head, rows, number, F: tl.constexpr):
     """
     words: tl.constexpr = F.levels // 2
     at = (((head * F.codes + rows) * F.numbers + number) * words)[:, None] if F.own else rows[:, None] * 0
-    live = (rows < F.rows)[:, None] if F.own else (rows >= 0)[:, None]
+    live = ((rows < F.rows) & (number < F.numbers))[:, None] if F.own else (rows >= 0)[:, None]
     zero, one = tl.load(table + at, mask=live, other=0), tl.load(table + at + 1, mask=live, other=0)
     if words == 2:
         return zero, one
@@ -175,7 +175,7 @@ def look_up(codes, table, head, rows, number, F: tl.constexpr):
         return codes.to(tl.float32)
     elif F.own:
         at = ((head * F.codes + rows) * F.levels * F.numbers + number)[:, None] + codes * F.numbers
-        return tl.load(table + at, mask=(rows < F.rows)[:, None], other=0.0)
+        return tl.load(table + at, mask=((rows < F.rows) & (number < F.numbers))[:, None], other=0.0)
     else:
         return tl.load(table + codes)
 
