@@ -15,7 +15,7 @@ from narrowkv import _kernels
 from narrowkv.attention import tiled
 from narrowkv.attention.cpu_tables import side_of, turned_by, turning_of
 from narrowkv.attention.cpu_words import reads
-from narrowkv.attention.reading import matrix_of, turn_query, turn_sum, why_unread
+from narrowkv.attention.reading import matrix_of, require_read, turn_query, turn_sum
 from narrowkv.attention.rope import AnyRope, Rope
 from narrowkv.attention.visible import Visible
 from narrowkv.codec import Scheme
@@ -67,9 +67,7 @@ def attend(
     """
     if query.device.type != "cpu":
         raise UnsupportedModelError(f"Backend cpu reads memory of the CPU, not of {query.device}; choose backend torch.")
-    for quantizer in store.quantizers:
-        if why := why_unread(quantizer.scheme):
-            raise UnsupportedModelError(f"Backend cpu {why}; choose backend torch.")
+    require_read("cpu", store.quantizers)
     rotated = rope if kept is not None else None
     sealed = min(store.sealed, past - store.first)
     if query.shape[2] > tiled.FEW_QUERIES or query.dtype == torch.float64 or sealed <= 0:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from narrowkv.attention import tiled
 from narrowkv.attention.cuda_blocks import Blocks, blocks_of, side_parts
-from narrowkv.attention.reading import turn_query, turn_sum, why_unread
+from narrowkv.attention.reading import require_read, turn_query, turn_sum
 from narrowkv.attention.rope import AnyRope, Rope
 from narrowkv.attention.triton_forms import Case, power_of_2
 from narrowkv.attention.visible import Visible
@@ -50,10 +50,9 @@ def attend(
     by Hadamard before the rotary embedding.
     """
     _require(query, store)
+    options: dict[str, Any] = {"visible": visible, "scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
     if query.shape[2] > tiled.FEW_QUERIES or query.dtype == torch.float64:
-        options: dict[str, Any] = {"visible": visible, "scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
         return tiled.attend(query, store, past=past, new=new, rope=rope, kept=kept, **options)
-    options = {"visible": visible, "scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
     return prepare(query, store, past=past, new=new, rope=rope, kept=kept, **options)()
 
 
@@ -145,9 +144,7 @@ def _require(query: Tensor, store: LayerStore) -> Any:
         raise UnsupportedModelError("Backend cuda needs Triton; install it (`pip install triton`), or choose backend torch.")
     if not runs_on(query.device):
         raise UnsupportedModelError(f"Backend cuda reads memory of a GPU, not of {query.device}; choose backend torch.")
-    for quantizer in store.quantizers:
-        if why := why_unread(quantizer.scheme):
-            raise UnsupportedModelError(f"Backend cuda {why}; choose backend torch.")
+    require_read("cuda", store.quantizers)
     dim = query.shape[3]
     if dim > MOST_HEAD_DIM or dim % 8:
         raise UnsupportedModelError(

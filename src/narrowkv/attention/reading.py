@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from narrowkv.codec import AnyQuantizer, PointQuantizer, Quantizer, Scheme, hadamard
+from narrowkv.errors import UnsupportedModelError
 from narrowkv.store import BLOCK
 
 
@@ -18,6 +19,13 @@ def why_unread(scheme: Scheme) -> str | None:
     if scheme.pre_rope and (scheme.hadamard or scheme.smooth):
         return "cannot undo a Hadamard rotation or smoothing of keys kept unrotated"
     return None
+
+
+def require_read(backend: str, quantizers: tuple[AnyQuantizer, ...]) -> None:
+    """Raise UnsupportedModelError where the kernels of a backend do not read such a cache."""
+    for quantizer in quantizers:
+        if why := why_unread(quantizer.scheme):
+            raise UnsupportedModelError(f"Backend {backend} {why}; choose backend torch.")
 
 
 def turn_query(quantizer: AnyQuantizer, matrix: Tensor | None, query: Tensor) -> Tensor:

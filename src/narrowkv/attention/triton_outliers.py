@@ -29,6 +29,15 @@ def outlier_range(entry, head):
 
 
 @triton.jit
+def outlier_places(index, start, end, F: tl.constexpr):
+    """Outliers from `start` on: their numbers [n], which of them are before `end`, their tokens and codes."""
+    which = start + tl.arange(0, F.nonzeros)
+    live = which < end
+    places = tl.load(index + which, mask=live, other=0).to(tl.int32)
+    return which, live, places // F.codes, places % F.codes
+
+
+@triton.jit
 def outlier_values(entry, which, number: tl.constexpr, live, F: tl.constexpr):
     """Exact numbers of outliers [n], float32."""
     address = tl.load(entry + 5)
@@ -56,10 +65,7 @@ def add_key_outliers(
     begin, end = outlier_range(entry, head)
     index = tl.load(entry + 6).to(tl.pointer_type(tl.int16))
     for start in range(begin, end, K.nonzeros):
-        which = start + tl.arange(0, K.nonzeros)
-        live = which < end
-        places = tl.load(index + which, mask=live, other=0).to(tl.int32)
-        token, code = places // K.codes, places % K.codes
+        which, live, token, code = outlier_places(index, start, end, K)
         added = tl.full([K.nonzeros, C.room], 0, tl.float32)
         for number in tl.static_range(tl.constexpr(K.numbers)):
             exact = outlier_values(entry, which, number, live, K)
@@ -83,10 +89,7 @@ def add_value_outliers(part, entry, table, scale, zero, head, weights, K: tl.con
     begin, end = outlier_range(entry, head)
     index = tl.load(entry + 6).to(tl.pointer_type(tl.int16))
     for start in range(begin, end, V.nonzeros):
-        which = start + tl.arange(0, V.nonzeros)
-        live = which < end
-        places = tl.load(index + which, mask=live, other=0).to(tl.int32)
-        token, code = places // V.codes, places % V.codes
+        which, live, token, code = outlier_places(index, start, end, V)
         tokens = tl.broadcast_to(column_of(token, K)[:, None], [V.nonzeros, C.room])
         weight = tl.gather(weights, tokens, 0)
         for number in tl.static_range(tl.constexpr(V.numbers)):

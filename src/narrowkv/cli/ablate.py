@@ -18,6 +18,7 @@ from narrowkv.cli.common import (
     WindowOption,
     command_line,
     default_text,
+    listed,
     progress,
     show_sections,
 )
@@ -59,9 +60,8 @@ def ablate(
     results = ResultFile(path, ablating.KIND, command_line(), settings | asdict(options) | {"bits": list(options.bits)}, seed)
     words, learn_from, others = read_text(scored), read_text(learned), {name: read_text(name) for name in other_text or ()}
     loaded, tokenizer = load_model(model, dtype, device)
-    names = [name.strip() for name in ladders.split(",")]
     with progress("climbing") as advance:
-        ablating.ablate(loaded, tokenizer, names, words, learn_from, options, results, advance, others)
+        ablating.ablate(loaded, tokenizer, listed(ladders), words, learn_from, options, results, advance, others)
     show_sections(sections(read_result(path)), out, ablating.KIND)
 
 

@@ -133,6 +133,11 @@ def quality_caption(rows: list[Quality]) -> str:
     )
 
 
+def listed(names: str) -> list[str]:
+    """Names separated by commas."""
+    return [name.strip() for name in names.split(",")]
+
+
 def command_line() -> str:
     """The command as it was given, for files of figures."""
     return shlex.join(["narrowkv", *sys.argv[1:]])

@@ -18,6 +18,7 @@ from narrowkv.cli.common import (
     WindowOption,
     command_line,
     default_text,
+    listed,
     progress,
     show_sections,
 )
@@ -55,7 +56,7 @@ def compare(
     seed: Annotated[int, typer.Option(help="Of the recall rows.")] = 0,
 ) -> None:
     """Compare recipes: bits, bytes, perplexity, divergence, top-1 agreement, recall and time; a table and a picture."""
-    chosen = [get_recipe(name.strip()) for name in recipes.split(",")]
+    chosen = [get_recipe(name) for name in listed(recipes)]
     scored, learned = (
         default_text(model, text, "narrowkv://held-out"),
         default_text(model, calibration_text, "narrowkv://train"),

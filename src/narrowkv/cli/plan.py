@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from narrowkv.cli.common import DtypeOption, FolderOption, command_line, progress, show_sections
+from narrowkv.cli.common import DtypeOption, FolderOption, command_line, listed, progress, show_sections
 from narrowkv.evaluate.results import ResultFile, read_result
 from narrowkv.methods import get_recipe
 from narrowkv.plan import SHAPES, Budget, parse_bytes, parse_tokens, read_shape
@@ -37,7 +37,7 @@ def plan(
     ] = None,
 ) -> None:
     """Tell what a cache will take, and which context fits, without loading a weight."""
-    chosen = [get_recipe(name.strip()) for name in recipes.split(",")]
+    chosen = [get_recipe(name) for name in listed(recipes)]
     contexts = sorted({parse_tokens(length) for length in context.split(",")})
     room, kept = (None if size is None else parse_bytes(size) for size in (memory, reserve))
     budget = Budget(batch, gpus, room, kept or 0, weight_bits)

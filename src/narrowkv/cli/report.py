@@ -20,6 +20,7 @@ from narrowkv.cli.common import (
     WindowOption,
     default_text,
     err,
+    listed,
     out,
 )
 from narrowkv.errors import ReportError, TextError
@@ -127,7 +128,7 @@ def report(
 
 def _chosen(only: str) -> list[str]:
     """Kinds in the order of the page; raises ReportError where there is one that does not exist."""
-    asked = [name.strip() for name in only.split(",")]
+    asked = listed(only)
     if unknown := [name for name in asked if name not in KINDS]:
         raise ReportError(f"There are no figures of {unknown[0]!r}; there are {', '.join(KINDS)}.")
     return [name for name in KINDS if name in asked]

@@ -19,6 +19,7 @@ from narrowkv.cli.common import (
     WindowOption,
     command_line,
     default_text,
+    listed,
     progress,
     show_sections,
 )
@@ -60,9 +61,9 @@ def tasks(
     seed: int = 0,
 ) -> None:
     """Passkey by depth and length, key-value recall, several needles, variable tracking, counting; and your own files."""
-    chosen = [get_recipe(name.strip()) for name in recipes.split(",")]
+    chosen = [get_recipe(name) for name in listed(recipes)]
     options = tasking.TaskOptions(
-        tasks=() if wanted == "none" else tuple(name.strip() for name in wanted.split(",")),
+        tasks=() if wanted == "none" else tuple(listed(wanted)),
         lengths=_numbers(lengths, "--lengths", int, 1, 2**31),
         depths=_numbers(depths, "--depths", float, 0, 1),
         rows=rows,

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from narrowkv.attention import AUTO
 from narrowkv.calibration.allocation import REFERENCE_TOKENS
-from narrowkv.errors import OutputError, TextError
+from narrowkv.errors import TextError
 from narrowkv.evaluate.decoding import decoding, filled_dynamic, nbytes_of
 from narrowkv.evaluate.quality import STREAM_CHUNK, Source, cut_windows, filled, measure, with_bytes_of
 from narrowkv.evaluate.recall import RecallBatch, recall_batches
@@ -59,7 +59,7 @@ def compare(
     text: to score. learn_from: the text from which recipes that need it learn, all in one pass. Raises TextError where a text
     is missing or too short, OutputError where the file has another recipe of the same name.
     """
-    missing = [recipe for recipe in map(get_recipe, recipes) if _is_missing(recipe, results)]
+    missing = [recipe for recipe in map(get_recipe, recipes) if results.find_recipe(recipe.name, recipe) is None]
     learning = [recipe for recipe in missing if recipe.needs_calibration]
     if learning and learn_from is None:
         raise TextError(f"Recipe {learning[0].name} learns its tables from a text; give one with --calibration-text FILE.")
@@ -76,13 +76,6 @@ def compare(
         source = sources.get(recipe.name, recipe)
         figures = _row(model, source, windows, recall, options, steps)
         results.add({"recipe": recipe.name, "definition": definition(recipe), **figures})
-
-
-def _is_missing(recipe: Recipe, results: ResultFile) -> bool:
-    row = results.find(recipe=recipe.name)
-    if row is not None and row["definition"] != definition(recipe):
-        raise OutputError(f"{results.path} has figures of another recipe called {recipe.name}; rename one of the two.")
-    return row is None
 
 
 def _row(

@@ -78,6 +78,16 @@ class ResultFile:
         """The row that has these entries, if it was measured already."""
         return next((row for row in self.rows if all(row.get(name) == value for name, value in keys.items())), None)
 
+    def find_recipe(self, name: str, recipe: Recipe | None, **keys: Any) -> dict[str, Any] | None:
+        """The row of a recipe that has these entries; raises OutputError where it is another recipe's of the same name.
+
+        Rows hold `recipe`, the name, and its `definition`. recipe: None for the model's own cache.
+        """
+        row = self.find(**keys, recipe=name)
+        if row is not None and row["definition"] != definition(recipe):
+            raise OutputError(f"{self.path} has figures of another recipe called {name}; rename one of the two.")
+        return row
+
     def add(self, row: dict[str, Any]) -> None:
         """Add a row and write the file."""
         self.rows.append(row)
@@ -96,6 +106,6 @@ def read_result(path: Path, kind: str | None = None) -> dict[str, Any]:
     return held
 
 
-def definition(recipe: Recipe) -> str:
-    """A checksum of all that a recipe says, by which rows of another recipe of the same name are told apart."""
-    return checksum(json.dumps(recipe.to_dict(), sort_keys=True).encode())
+def definition(recipe: Recipe | None) -> str | None:
+    """A checksum of all that a recipe says, by which rows of another recipe of the same name are told apart; or None."""
+    return None if recipe is None else checksum(json.dumps(recipe.to_dict(), sort_keys=True).encode())

@@ -106,23 +106,17 @@ def run_tasks(
         for name, recipe in asked.items():
             if _is_missing(cell, name, recipe, results):
                 score = cell.score(None if recipe is None else sources.get(name, recipe))
-                results.add({**cell.keys, "recipe": name, "definition": _told(recipe), "score": score, **cell.told})
+                results.add({**cell.keys, "recipe": name, "definition": definition(recipe), "score": score, **cell.told})
             step()
 
 
 def _is_missing(cell: _Cell, name: str, recipe: Recipe | None, results: ResultFile) -> bool:
-    row = results.find(**cell.keys, recipe=name)
+    row = results.find_recipe(name, recipe, **cell.keys)
     if row is None:
         return True
-    if row["definition"] != _told(recipe):
-        raise OutputError(f"{results.path} has figures of another recipe called {name}; rename one of the two.")
     if any(row.get(field) != what for field, what in cell.told.items()):
         raise OutputError(f"{results.path} has figures of other questions for {cell.keys['task']}; name another folder.")
     return False
-
-
-def _told(recipe: Recipe | None) -> str | None:
-    return None if recipe is None else definition(recipe)
 
 
 def _task_cells(model: PreTrainedModel, tokenizer: Any, text: str, options: TaskOptions, seed: int) -> Iterator[_Cell]:

@@ -12,7 +12,7 @@ from narrowkv.calibration.allocation import Option, allocate, stored_bits
 from narrowkv.calibration.learning import beside_bits
 from narrowkv.codec import Scheme
 from narrowkv.codec.scheme import BLOCK
-from narrowkv.errors import BudgetError, OutputError, RecipeError
+from narrowkv.errors import BudgetError, RecipeError
 from narrowkv.evaluate.results import ResultFile, definition
 from narrowkv.methods import LayerSchemes, Recipe
 from narrowkv.plan.layers import CHUNK, Held, LayerBytes, LayerShape, stand_in, typical_block
@@ -161,17 +161,13 @@ def plan(
             "which leaves no room for a cache; plan for more memory, more GPUs, or fewer bits a weight."
         )
     for done, recipe in enumerate(recipes):
-        told = definition(recipe)
-        known = results.find(recipe=recipe.name)
-        if known is not None and known["definition"] != told:
-            raise OutputError(f"{results.path} has a row of another recipe called {recipe.name}; give this one another name.")
-        if known is None:
+        if results.find_recipe(recipe.name, recipe) is None:
             cache = CacheBytes(shape, recipe, budget.batch, budget.devices)
             longest = None if room is None else cache.longest(room)
             results.add(
                 {
                     "recipe": recipe.name,
-                    "definition": told,
+                    "definition": definition(recipe),
                     "weights": weights,
                     "tables": cache.tables,
                     "limited": longest is not None,
