@@ -42,7 +42,7 @@ def test_inspect(narrowkv, tmp_path):
     pictures = ("magnitude", "outliers", "distribution", "ranges", "fisher")
     assert names == {"inspect.json", *(f"inspect-{name}.svg" for name in pictures)}
     held = json.loads((tmp_path / "out" / "inspect.json").read_text())
-    assert held["settings"]["layer"] == 0 and held["command"].startswith("narrowkv")
+    assert held["settings"]["layer"] == 0 and held["command"].startswith("narrowkv inspect ")
 
 
 def test_tasks(narrowkv, tmp_path):

@@ -2,8 +2,8 @@
 
 import contextlib
 import shlex
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +27,8 @@ from narrowkv.report import figures, sections
 
 DEFAULT_RECIPE = "narrow3"
 WIDTH = 160  # of tables that do not go to a terminal
+
+GIVEN: ContextVar[Sequence[str]] = ContextVar("GIVEN", default=())  # arguments of the command that runs
 
 out = Console()
 err = Console(stderr=True)
@@ -140,7 +142,7 @@ def listed(names: str) -> list[str]:
 
 def command_line() -> str:
     """The command as it was given, for files of figures."""
-    return shlex.join(["narrowkv", *sys.argv[1:]])
+    return shlex.join(["narrowkv", *GIVEN.get()])
 
 
 def show_sections(shown: list[sections.Section], folder: Path, kind: str) -> None:

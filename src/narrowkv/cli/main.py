@@ -9,7 +9,7 @@ from transformers.utils import logging as transformers_logging
 
 from narrowkv import __version__
 from narrowkv.cli import ablate, calibrate, compare, demo, env, eval, generate, inspect, plan, recipes, report, tasks
-from narrowkv.cli.common import err, out
+from narrowkv.cli.common import GIVEN, err, out
 from narrowkv.errors import NarrowKVError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -42,8 +42,10 @@ def run(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; errors of ours become one sentence on standard error and exit status 1."""
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    given = sys.argv[1:] if arguments is None else arguments
+    GIVEN.set(given)
     try:
-        app(arguments)
+        app(given)
     except NarrowKVError as error:
         err.print(f"[bold red]Error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
