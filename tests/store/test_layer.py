@@ -61,7 +61,7 @@ def test_levels_over_a_sliding_window_do_not_depend_on_how_tokens_arrive(monkeyp
     schemes = (Scheme(2, "iv", axis="block", group=16, span=3), Scheme(2, "iv-kmeans", axis="block", group=64, span=2))
     stores = []
     for cuts, tile in (([], 2**19), ([], 1), (range(1, 300), 2**19), ([70, 71, 200], 2**19)):
-        monkeypatch.setattr("narrowkv.store.layer.TILE_NUMBERS", tile)
+        monkeypatch.setattr("narrowkv.store.reading.TILE_NUMBERS", tile)
         stores.append(LayerStore(*(quantizer_for(scheme) for scheme in schemes), window=64))
         fill(stores[-1], keys, values, cuts)
         assert stores[-1].recent.tokens == 64 + (300 - 64) % 64
@@ -74,7 +74,7 @@ def test_small_tiles_change_nothing(name, monkeypatch):
     keys, values = torch.randn(2, 2, 333, 56), torch.randn(2, 2, 333, 56)
     whole = make_store(name)
     whole.append(keys, values)
-    monkeypatch.setattr("narrowkv.store.layer.TILE_NUMBERS", 1)
+    monkeypatch.setattr("narrowkv.store.reading.TILE_NUMBERS", 1)
     tiled = make_store(name)
     tiled.append(keys, values)
     starts = [start for start, _, _ in tiled.tiles()]

@@ -89,13 +89,22 @@ def prepare(
     scaling: float,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    told: Tensor | None = None,
 ) -> Call:
-    """`attend` of up to 16 queries, but for its kernels; what they read must stay where it is until they have run."""
+    """`attend` of up to 16 queries, but for its kernels; what they read must stay where it is until they have run.
+
+    told: `lengths` on the device, if a CUDA graph is captured; `kept` is then of all for which there is room. Raises
+    UnsupportedModelError where a rule hides tokens from a captured step.
+    """
     launch = _require(query, store)
     rope = rope if kept is not None else None
     kept = _kept(rope, kept)
     blocks = blocks_of(store, rope, kept, visible.padding)
     length = past + (new[0].shape[2] if new else 0)
+    if told is None:
+        told = torch.tensor(lengths(store, blocks, past, length, query.shape[2]), dtype=torch.int32, device=query.device)
+    elif visible.rule is not None:
+        raise UnsupportedModelError("A mask by rule cannot be captured in a CUDA graph; decode without one.")
     case = _case(query, store, blocks, rope, kept, visible, softcap)
     shared = launch.Shared(
         **blocks.shared(),
@@ -107,15 +116,11 @@ def prepare(
     )
     splits = _splits(query, store, blocks, case)
     plan = launch.Plan(*blocks.forms, case, splits, blocks.turned[1], query.dtype != torch.float32)
-    lengths = _lengths(store, blocks, past, length, query.shape[2])
-    packed = lengths[launch.SEALED] + lengths[launch.TAIL]
-    sides = [
-        launch.SideParts(**side_parts(store, blocks, i, new[i] if new else None, packed, past - store.first)) for i in range(2)
-    ]
+    sides = [launch.SideParts(**side_parts(store, blocks, i, new[i] if new else None)) for i in range(2)]
     return Call(
         launch=launch,
         query=query.contiguous(),
-        lengths=torch.tensor(lengths, dtype=torch.int32, device=query.device),
+        lengths=told,
         parts=(sides[0], sides[1], shared),
         plan=plan,
         numbers=(scaling, softcap or 0.0, rope.scaling if isinstance(rope, Rope) else 1.0),
@@ -161,9 +166,7 @@ def _kept(rope: AnyRope | None, kept: Tensor | None) -> Tensor | None:
         kept = kept[:1]
     if isinstance(rope, Rope):
         kept = kept if kept.dtype == torch.int32 else kept.to(torch.int32)
-        return kept if kept.stride(1) == 1 else kept.contiguous()
-    angles = torch.stack(rope.cos_sin(kept), dim=2)
-    return angles.contiguous()
+    return kept if kept[0].is_contiguous() else kept.contiguous()
 
 
 def _case(
@@ -218,13 +221,12 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _lengths(store: LayerStore, blocks: Blocks, past: int, length: int, queries: int) -> list[int]:
-    """How much of everything counts, in the order of `triton_launch`."""
+def lengths(store: LayerStore, blocks: Blocks, past: int, length: int, queries: int, kept: int = 0) -> list[int]:
+    """How much of everything counts, in the order of `triton_launch`; kept: what of `kept` is of the first token held."""
     held = past - store.first
     sealed = min(store.sealed, held)
     tail = min(store.tail.tokens, held - sealed) if store.tail else 0
     packed = sealed + tail
-    outliers = [room.outliers for room in store.tail.rooms] if store.tail else [0, 0]
-    starts = [sealed, packed, held]
     sinks = 0 if store.sink_index is None else store.sinks
-    return [blocks.count, sealed, store.first, length - queries, tail, sinks, held - packed, length - past, *starts, *outliers]
+    counts = [blocks.count, sealed, store.first, length - queries, tail, sinks, held - packed, length - past]
+    return [*counts, sealed, packed, held, kept]

@@ -18,7 +18,7 @@ from narrowkv.store import BLOCK, LayerStore, addresses
 from narrowkv.store.page import Column, is_channel_major
 
 KINDS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-GROWTH = 8  # columns find room for one more eighth
+GROWTH, LEAST_GROWTH = 8, 16  # columns find room for one more eighth, or so many more
 MOST_NONZEROS = 32
 FOLDED_BITS = 4
 
@@ -89,11 +89,12 @@ def blocks_of(store: LayerStore, rope: AnyRope | None, kept: Tensor | None, padd
 
     kept: of `rope`, by which stored keys are turned. padding: [batch, tokens] bool, False where hidden.
     """
-    known = _KNOWN.get(store)
-    columns = store.columns
-    same = known is not None and known.sure <= len(columns) and known.ends == _ends(columns[: known.sure])
-    if known is None or not same or (known.turning == "none") != (kept is None):
+    known, columns = _KNOWN.get(store), store.columns
+    assert store.shape is not None
+    if known is None or (known.turning == "none") != (kept is None) or known.table.shape[1] != store.shape[0]:
         known = _KNOWN[store] = _made(store, rope, kept)
+    elif known.sure > len(columns) or known.ends != _ends(columns[: known.sure]):  # others, in the same memory
+        known.ends, known.sure, known.turning = (-1, -1), 0, _turning(known.turns, kept)
     known.count = known.sure
     if known.count < len(columns):
         _add(known, store, kept, padding)
@@ -126,8 +127,19 @@ def _made(store: LayerStore, rope: AnyRope | None, kept: Tensor | None) -> Block
         bases=torch.zeros(0, batch, dtype=torch.int32, device=device),
         near=near,
         turns=turns,
-        turning="none" if kept is None else "near" if turns is not None else "given",
+        turning=_turning(turns, kept),
     )
+
+
+def _turning(turns: Tensor | None, kept: Tensor | None) -> str:
+    """How keys are turned as far as is known before any is looked at."""
+    return "none" if kept is None else "near" if turns is not None else "given"
+
+
+def tables_for(store: LayerStore) -> list[Tensor]:
+    """What is allocated for kernels to find the blocks of a store."""
+    known = _KNOWN.get(store)
+    return [] if known is None else [known.table, known.starts, known.bases]
 
 
 def _add(known: Blocks, store: LayerStore, kept: Tensor | None, padding: Tensor | None) -> None:
@@ -142,7 +154,7 @@ def _add(known: Blocks, store: LayerStore, kept: Tensor | None, padding: Tensor 
         return
     first, count = known.count, known.count + len(new)
     if count > known.room:
-        more = count + count // GROWTH + 1 - known.room
+        more = count + max(count // GROWTH, LEAST_GROWTH) - known.room
         known.table, known.starts, known.bases = (
             torch.cat([part, part.new_zeros(more, *part.shape[1:])]) for part in (known.table, known.starts, known.bases)
         )
@@ -283,8 +295,8 @@ def _angles(rope: Rope) -> tuple[Tensor, Tensor]:
     return known
 
 
-def side_parts(store: LayerStore, blocks: Blocks, side: int, new: Tensor | None, packed: int, held: int) -> dict[str, Any]:
-    """Keys, or values, by the names of `triton_launch.SideParts`, of the first `held` tokens, `packed` of them in codes."""
+def side_parts(store: LayerStore, blocks: Blocks, side: int, new: Tensor | None) -> dict[str, Any]:
+    """Keys, or values, by the names of `triton_launch.SideParts`; how much of them counts is told by `lengths`."""
     tables = blocks.tables[side]
     parts: dict[str, Tensor | None] = {
         "table": tables.table,
@@ -292,7 +304,7 @@ def side_parts(store: LayerStore, blocks: Blocks, side: int, new: Tensor | None,
         "scale": tables.scale,
         "zero": tables.zero,
     }
-    if store.tail and packed > store.sealed:
+    if store.tail:
         room = store.tail.rooms[side]
         parts |= {
             "tail": room.codes,
@@ -300,11 +312,12 @@ def side_parts(store: LayerStore, blocks: Blocks, side: int, new: Tensor | None,
             "tail_zero": room.ranges.get("zero"),
             "tail_outliers": room.outlier_values,
             "tail_index": room.outlier_index,
+            "tail_count": room.tally.counts if room.tally else room.codes.new_tensor([room.outliers], dtype=torch.int32),
         }
     if store.sink_numbers is not None:
         parts["sinks"] = store.sink_numbers[side]
-    if held > packed:
-        parts["window"] = by_head(store.recent.held()[side][:, :, : held - packed])
+    if store.recent.room:
+        parts["window"] = by_head(store.recent.room[side])
     if new is not None and new.shape[2]:
         parts["new"] = by_head(new)
     return parts

@@ -23,7 +23,7 @@ def attend_blocks(
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, NUMBER: tl.constexpr,
 ):  # fmt: skip
     """query: [batch, heads, rows, head_dim]. table: [columns, batch, 2, 8] addresses. starts: [columns + 1]; bases: [columns,
-    batch] positions of the first tokens. lengths: [4] columns, sealed tokens that count, first token held, first query.
+    batch] positions of the first tokens. lengths: as `triton_launch` has them.
     near, turns, kept: of `angles`; padding, hidden: of `seen`, for each sequence. Results as of `write_part`, [batch * heads,
     slots, ..], of which a program fills the slot of its split.
     """
@@ -35,7 +35,7 @@ def attend_blocks(
     share = (count + splits - 1) // splits
     begin = split * share
     end = tl.minimum(begin + share, count)
-    kept += row.to(tl.int64) * kept_stride
+    kept += row.to(tl.int64) * kept_stride + tl.load(lengths + 11) * C.kept_width
     padding += row.to(tl.int64) * padding_stride
     hidden += (row % hidden_batch).to(tl.int64) * C.queries * hidden_stride
 

@@ -171,6 +171,11 @@ class Case:
         return self.dim // 2
 
     @property
+    def kept_width(self) -> int:
+        """Numbers that are kept of each token, by which its keys turn."""
+        return 2 * self.pairs if self.turning == "given" else 1
+
+    @property
     def still(self) -> int:
         """Pairs of channels that do not turn, but 1 if all do."""
         return max(self.half - self.pairs, 1)

@@ -20,11 +20,9 @@ from narrowkv.store import BLOCK
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 NUMBERS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}  # of exact tokens
 
-# places in `lengths`, int32: columns, sealed tokens that count, first token held, first query, tokens elsewhere, where
-# those begin, and outliers of the tail's keys, then of its values
-COLUMNS, SEALED, FIRST, ASKING, TAIL, SINKS, WINDOW, NEW, TAIL_START, WINDOW_START, NEW_START, KEY_OUTLIERS, VALUE_OUTLIERS = (
-    range(13)
-)
+# places in `lengths`, int32: columns, sealed tokens that count, first token held, first query, tokens elsewhere, where those
+# begin, and what of `kept` belongs to the first token held
+COLUMNS, SEALED, FIRST, ASKING, TAIL, SINKS, WINDOW, NEW, TAIL_START, WINDOW_START, NEW_START, KEPT = range(12)
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,7 @@ class SideParts:
     tail_zero: Tensor | None = None
     tail_outliers: Tensor | None = None
     tail_index: Tensor | None = None
+    tail_count: Tensor | None = None  # [1 or more] int32, first of them how many outliers count
     sinks: Tensor | None = None  # [batch, heads, n, head_dim]
     window: Tensor | None = None
     new: Tensor | None = None
@@ -152,7 +151,7 @@ class _Step:
         case, (keys, values), shared = self.plan.case, self.sides, self.shared
         batch, query_heads = self.query.shape[:2]
         heads = self.plan.keys.heads
-        tail = [self.tail_numbers(form, side, i) for i, (form, side) in enumerate(zip(self._forms, self.sides, strict=True))]
+        tail = [self.tail_numbers(form, side) for form, side in zip(self._forms, self.sides, strict=True)]
         loose: dict[str, tuple[Tensor | None, Tensor | None, int, int]] = {
             "tail": (tail[0], tail[1], TAIL, TAIL_START),
             "sinks": (keys.sinks, values.sinks, SINKS, SINKS),
@@ -211,7 +210,7 @@ class _Step:
             *self.strides, *self.numbers, PLACED=placed, C=case, NUMBER=NUMBERS[self.query.dtype], num_warps=2 * WARPS,
         )  # fmt: skip
 
-    def tail_numbers(self, form: Form, side: SideParts, which: int) -> Tensor | None:
+    def tail_numbers(self, form: Form, side: SideParts) -> Tensor | None:
         """Keys, or values, of the tail [batch, heads, 64, head_dim], not turned."""
         if side.tail is None or form.bits == 16:
             return side.tail
@@ -224,7 +223,7 @@ class _Step:
         )  # fmt: skip
         if side.tail_index is not None and len(side.tail_index):
             grid = (triton.cdiv(len(side.tail_index), OUTLIERS.value),)
-            put_outliers[grid](side.tail_index, side.tail_outliers, self.lengths, KEY_OUTLIERS + which, numbers, F=form)
+            put_outliers[grid](side.tail_index, side.tail_outliers, side.tail_count, numbers, F=form)
         return numbers
 
     @property

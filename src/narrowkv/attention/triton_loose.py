@@ -28,7 +28,7 @@ def attend_loose(
     count, begin = tl.load(lengths + held), tl.load(lengths + own)
     first, asking = tl.load(lengths + 2), tl.load(lengths + 3)
     packed = tl.load(lengths + 1) + tl.load(lengths + 4)
-    kept += row.to(tl.int64) * kept_stride
+    kept += row.to(tl.int64) * kept_stride + tl.load(lengths + 11) * C.kept_width
     padding += row.to(tl.int64) * padding_stride
     hidden += (row % hidden_batch).to(tl.int64) * C.queries * hidden_stride
     keys += place.to(tl.int64) * key_stride

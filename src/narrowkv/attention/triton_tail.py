@@ -29,10 +29,10 @@ def decode_tail(codes, table, scale, zero, numbers, F: tl.constexpr, WIDE: tl.co
 
 
 @triton.jit
-def put_outliers(index, values, lengths, held, numbers, F: tl.constexpr):
-    """Write lengths[held] outliers of the tail; index: [..] int64 in the flattened codes; values: [.., numbers]."""
+def put_outliers(index, values, count, numbers, F: tl.constexpr):
+    """Write count[0] outliers of the tail; index: [..] int64 in the flattened codes; values: [.., numbers]."""
     which = tl.program_id(0) * OUTLIERS + tl.arange(0, OUTLIERS)
-    live = which < tl.load(lengths + held)
+    live = which < tl.load(count)
     at = tl.load(index + which, mask=live, other=0)
     for number in tl.static_range(tl.constexpr(F.numbers)):
         exact = tl.load(values + which * F.numbers + number, mask=live, other=0.0).to(tl.float32)

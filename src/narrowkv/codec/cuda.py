@@ -3,9 +3,10 @@
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -32,11 +33,23 @@ def _room(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+class Stepper(Protocol):
+    """Encodes tokens one by one without waiting for the GPU; what does not fit 16 bits is told later, by the room's tally."""
+
+    def most(self, batch: int, kv_heads: int, head_dim: int) -> int:
+        """How many outliers a token has at most."""
+        ...
+
+    def step(self, room: Room, first: int, x: Tensor, skip: Tensor | None, places: Tensor | None) -> None:
+        """Encode x [batch, kv_heads, tokens, head_dim] into room from the token `first` on, and places[0] after it."""
+        ...
+
+
 @dataclass(frozen=True)
 class Encoder:
     """`Quantizer.encode` for one scheme and its tables (float32), for ranges that are fixed or those of a token.
 
-    tail: how many outliers each end of a range has, by how many numbers share it.
+    tail: how many outliers each end of a range has, by how many numbers share it. turned: what is done to numbers first.
     """
 
     scheme: Scheme
@@ -45,7 +58,22 @@ class Encoder:
     zero: Tensor | None
     lower: Tensor | None
     upper: Tensor | None
-    tail: Any
+    tail: Callable[[int], int]
+    turned: Callable[[Tensor], Tensor] | None = None
+
+    def most(self, batch: int, kv_heads: int, head_dim: int) -> int:
+        """How many outliers a token has at most."""
+        if not self.scheme.outliers:
+            return 0
+        if self.scheme.static:
+            return batch * kv_heads * head_dim
+        vectors, numbers = (1, kv_heads * head_dim) if self.scheme.axis == "token" else (kv_heads, head_dim)
+        return batch * vectors * 2 * self.tail(numbers)
+
+    def step(self, room: Room, first: int, x: Tensor, skip: Tensor | None, places: Tensor | None) -> None:
+        """As of `Stepper`."""
+        assert room.tally is not None
+        self.launch(room, first, x, skip, room.tally.counts, places=places)
 
     def write(self, room: Room, first: int, x: Tensor, skip: Tensor | None) -> int | None:
         """Encode x [batch, kv_heads, tokens, head_dim] into room from the token `first` on.
@@ -56,8 +84,7 @@ class Encoder:
         while True:  # until outliers find room
             free = 0 if room.outlier_index is None else len(room.outlier_index) - room.outliers
             counts = torch.zeros(2, dtype=torch.int32, device=x.device)
-            with torch.cuda.device_of(x):
-                self.launch(room, first, x, skip, counts)
+            self.launch(room, first, x, skip, counts, held=room.outliers)
             if not self.scheme.outliers and self.scheme.static:
                 return 0
             found, unfit = counts.tolist()
@@ -67,25 +94,108 @@ class Encoder:
                 return room.outliers + found
             room.reserve(found)
 
-    def launch(self, room: Room, first: int, x: Tensor, skip: Tensor | None, counts: Tensor) -> None:
-        """The same without waiting: counts [2] int32 are added to, by outliers found and numbers that do not fit."""
+    def launch(
+        self,
+        room: Room,
+        first: int,
+        x: Tensor,
+        skip: Tensor | None,
+        counts: Tensor,
+        *,
+        held: int = 0,
+        places: Tensor | None = None,
+    ) -> None:
+        """The same without waiting: counts [2] int32 are added to, by outliers found and numbers that do not fit.
+
+        Outliers are written behind the first `held` and as many as were counted before.
+        """
         module = kernels()
         assert module is not None
+        x = x if self.turned is None else self.turned(x)
         x = x if x.stride(3) == 1 else x.contiguous()
         batch, heads, tokens, dim = x.shape
         shared = self.scheme.axis == "token"
         numbers = heads * dim if shared else dim
         index, values, other = room.outlier_index, room.outlier_values, counts
         if index is not None and values is not None:
-            index, values = index[room.outliers :], values[room.outliers :]
+            index, values = index[held:], values[held:]
         skip = None if skip is None else skip.contiguous().view(torch.uint8)
         fixed = (self.scale, self.zero, self.lower, self.upper)
-        module.encode_tokens[(batch, tokens, 1 if shared else heads)](
-            x, _or(skip, other), room.codes, _or(room.ranges.get("scale"), other), _or(room.ranges.get("zero"), other),
-            _or(index, other), _or(values, other), counts, self.boundaries, *(_or(part, other) for part in fixed),
-            first, room.tokens, 0 if index is None else len(index), x.stride(0), x.stride(1), x.stride(2), tokens,
-            HEADS=heads, DIM=dim, WIDE=_room(numbers), SHARED=shared, FIXED=self.scheme.static, TAIL=self.tail(numbers),
-            OUTLIERS=self.scheme.outliers > 0, SKIPS=skip is not None, BOUNDARIES=len(self.boundaries),
+        with torch.cuda.device_of(x):
+            module.encode_tokens[(batch, tokens, 1 if shared else heads)](
+                x, _or(skip, other), room.codes, _or(room.ranges.get("scale"), other), _or(room.ranges.get("zero"), other),
+                _or(index, other), _or(values, other), counts, _or(places, other),
+                self.boundaries, *(_or(part, other) for part in fixed),
+                first, room.tokens, 0 if index is None else len(index), x.stride(0), x.stride(1), x.stride(2), tokens,
+                HEADS=heads, DIM=dim, WIDE=_room(numbers), SHARED=shared, FIXED=self.scheme.static, TAIL=self.tail(numbers),
+                OUTLIERS=self.scheme.outliers > 0, SKIPS=skip is not None, PLACED=places is not None,
+                BOUNDARIES=len(self.boundaries), enable_fp_fusion=False,
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PointEncoder:
+    """`PointQuantizer.encode` of tokens one by one.
+
+    turned: numbers as codebooks see them, float32. unit: [kv_heads, 1, head_dim], what these are multiplied by; points:
+    [kv_heads, codes, levels, numbers], so multiplied. limit: [1], or None.
+    """
+
+    turned: Callable[[Tensor], Tensor]
+    unit: Tensor
+    points: Tensor
+    limit: Tensor | None
+
+    def most(self, batch: int, kv_heads: int, head_dim: int) -> int:
+        """How many outliers a token has at most."""
+        return 0 if self.limit is None else batch * kv_heads * self.points.shape[1]
+
+    def step(self, room: Room, first: int, x: Tensor, skip: Tensor | None, places: Tensor | None) -> None:
+        """As of `Stepper`."""
+        assert room.tally is not None
+        module, counts = kernels(), room.tally.counts
+        assert module is not None
+        exact = self.turned(x).contiguous()
+        batch, heads, tokens, _ = exact.shape
+        codes, levels, numbers = self.points.shape[1:]
+        index, values = room.outlier_index, room.outlier_values
+        skip = None if skip is None else skip.contiguous().view(torch.uint8)
+        with torch.cuda.device_of(x):
+            module.encode_points[(batch, tokens, heads)](
+                exact, exact * self.unit, _or(skip, counts), self.points, _or(self.limit, counts), room.codes,
+                _or(index, counts), _or(values, counts), counts, _or(places, counts),
+                first, room.tokens, 0 if index is None else len(index), tokens, heads,
+                CODES=codes, LEVELS=levels, NUMBERS=numbers, WIDE=_room(codes), OUTLIERS=self.limit is not None,
+                SKIPS=skip is not None, PLACED=places is not None, enable_fp_fusion=False,
+            )  # fmt: skip
+
+
+class Copier:
+    """Numbers that stay exact, written as they are."""
+
+    def most(self, batch: int, kv_heads: int, head_dim: int) -> int:
+        """How many outliers a token has at most."""
+        return 0
+
+    def step(self, room: Room, first: int, x: Tensor, skip: Tensor | None, places: Tensor | None) -> None:
+        """As of `Stepper`."""
+        assert room.tally is not None
+        put(room.codes, first, x, room.tally.counts, places)
+
+
+def put(room: Tensor, first: int, x: Tensor, counts: Tensor, places: Tensor | None) -> None:
+    """Write x [batch, kv_heads, tokens, head_dim] into room from the token `first` on, and places[0] after it.
+
+    Adds to counts[1] how many numbers are NaN or infinite.
+    """
+    module = kernels()
+    assert module is not None
+    x = x if x.stride(3) == 1 else x.contiguous()
+    batch, heads, tokens, dim = x.shape
+    with torch.cuda.device_of(x):
+        module.put_tokens[(batch, tokens, heads)](
+            x, room, counts, _or(places, counts), first, room.shape[2], *x.stride()[:3],
+            HEADS=heads, DIM=dim, WIDE=_room(dim), PLACED=places is not None,
         )  # fmt: skip
 
 
@@ -105,6 +215,6 @@ def search(numbers: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     with torch.cuda.device_of(numbers):
         module.nearest_points[(batch * heads * tokens,)](
             numbers.contiguous(), points.contiguous(), found, cost, tokens, heads,
-            CODES=codes, LEVELS=levels, NUMBERS=count, WIDE=_room(codes),
+            CODES=codes, LEVELS=levels, NUMBERS=count, WIDE=_room(codes), enable_fp_fusion=False,
         )  # fmt: skip
     return found, cost

@@ -87,6 +87,10 @@ class PointQuantizer(Tables):
             keep_outliers(encoded, exact, outside, skip, x.dtype)
         return encoded
 
+    def stepper(self) -> cuda.Stepper | None:
+        unit, points = self._search
+        return None if self.scheme.outlier_cap is not None else cuda.PointEncoder(self.turned, unit, points, self.limit)
+
     def decode(self, encoded: Encoded) -> Tensor:
         """What the codes stand for: [batch, kv_heads, tokens, head_dim] float32."""
         assert self.points is not None
@@ -107,16 +111,17 @@ class PointQuantizer(Tables):
 
     def _nearest(self, turned: Tensor) -> tuple[Tensor, Tensor]:
         unit, points = self._search
-        find = search if points.is_cpu else cuda.search if cuda.runs_on(points.device) else nearest_naive
+        find = cuda.search if cuda.runs_on(points.device) else search if points.is_cpu else nearest_naive
         return find(turned.detach() * unit, points)
 
     @functools.cached_property
     def _search(self) -> tuple[Tensor, Tensor]:
-        """What numbers are multiplied by, [kv_heads, 1, head_dim], and points so multiplied; on a CPU as of `laid_out`."""
+        """What numbers are multiplied by, [kv_heads, 1, head_dim], and points so multiplied, as `find` takes them."""
         assert self.points is not None and self.weight is not None
         unit = self.weight.sqrt()
         points = self.points.float() * unit[:, :, None]
-        return from_vectors(unit)[:, None].contiguous(), laid_out(points) if points.is_cpu else points
+        compiled = points.is_cpu and not cuda.runs_on(points.device)
+        return from_vectors(unit)[:, None].contiguous(), laid_out(points) if compiled else points.contiguous()
 
     @functools.cached_property
     def _matrices(self) -> Tensor:

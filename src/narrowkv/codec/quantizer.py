@@ -102,8 +102,7 @@ class Quantizer(Tables):
         if self.scheme.datatype == "exact":
             return Encoded(x.clone(memory_format=torch.contiguous_format))
         assert self.boundaries is not None
-        numbers = x.float() if self.smooth is None else x.float() / self.smooth[:, None]
-        numbers = hadamard.rotate(numbers) if self.scheme.hadamard else numbers.contiguous()
+        numbers = self._turned(x)
         lower, upper = self._thresholds(numbers, skip)
         scale, zero = self._range(numbers, lower, upper)
         ranges = {} if self.scheme.static else self._rounded(scale, zero)
@@ -136,19 +135,31 @@ class Quantizer(Tables):
     @functools.cached_property
     def _cuda_encoder(self) -> cuda.Encoder | None:
         """The form of `encode` for a GPU, or None where it does not do what the scheme asks for."""
-        if self._encoder is None or self.boundaries is None or self.scheme.group:
+        scheme = self.scheme
+        by_matrix = scheme.outliers > 0 and scheme.outlier_scope == "matrix"
+        special = scheme.symmetric or scheme.outlier_cap is not None or scheme.group
+        if self.boundaries is None or len(self.boundaries) > MOST_BOUNDARIES or by_matrix or special:
             return None
         scale, zero, lower, upper = (
             None if part is None else part.contiguous() for part in (self.scale, self.zero, self.lower, self.upper)
         )
-        per_tail = functools.partial(outliers_per_tail, fraction=0.0 if self.scheme.static else self.scheme.outliers)
-        return cuda.Encoder(self.scheme, self.boundaries.contiguous(), scale, zero, lower, upper, per_tail)
+        per_tail = functools.partial(outliers_per_tail, fraction=0.0 if scheme.static else scheme.outliers)
+        turned = self._turned if scheme.hadamard or self.smooth is not None else None
+        return cuda.Encoder(scheme, self.boundaries.contiguous(), scale, zero, lower, upper, per_tail, turned)
 
     def _encoder_for(self, x: Tensor) -> Encoder | cuda.Encoder | None:
         """Whatever encodes numbers that lie where x does, faster than plain torch."""
-        if x.is_cpu:
-            return self._encoder
-        return self._cuda_encoder if cuda.runs_on(x.device) else None
+        if cuda.runs_on(x.device):
+            return self._cuda_encoder
+        return self._encoder if x.is_cpu else None
+
+    def stepper(self) -> cuda.Stepper | None:
+        return cuda.Copier() if self.scheme.datatype == "exact" else self._cuda_encoder
+
+    def _turned(self, x: Tensor) -> Tensor:
+        """Numbers as the codes see them, float32."""
+        numbers = x.float() if self.smooth is None else x.float() / self.smooth[:, None]
+        return hadamard.rotate(numbers) if self.scheme.hadamard else numbers.contiguous()
 
     def normalise(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Numbers as a codebook sees them, outside [-1, 1] where they are outliers, and the scale they were divided by.

@@ -5,6 +5,9 @@ from torch import Tensor
 
 from narrowkv.codec.encoded import Encoded, ravel
 from narrowkv.codec.scheme import Scheme
+from narrowkv.codec.tally import Tally
+
+AHEAD = 2  # tokens that a GPU may encode before the host learns how many outliers they had
 
 
 class Room:
@@ -13,10 +16,13 @@ class Room:
     codes: [batch, kv_heads, tokens, codes of a head]; ranges: as `Encoded` has them; zeros where nothing was written yet.
     outlier_index: [room] int64, places in the flattened codes, in order of arrival; outlier_values: [room] in 16 bits; the
         first `outliers` of them count. Or None.
+    tally: counts outliers on a GPU, where tokens are encoded one by one; else None.
     """
 
-    def __init__(self, scheme: Scheme, batch: int, kv_heads: int, tokens: int, head_dim: int, like: Tensor):
-        """like: numbers to be encoded, whose device and dtype count."""
+    def __init__(
+        self, scheme: Scheme, batch: int, kv_heads: int, tokens: int, head_dim: int, like: Tensor, most: int | None = None
+    ):
+        """like: numbers to be encoded, whose device and dtype count. most: outliers of one token, if a GPU counts them."""
         dtype, device = like.dtype, like.device
         codes = head_dim // scheme.numbers
         shape = (batch, kv_heads, tokens, codes)
@@ -26,22 +32,35 @@ class Room:
             name: torch.zeros(batch, *form, dtype=held, device=device)
             for name, (form, held) in scheme.range_forms(kv_heads, tokens, codes).items()
         }
-        self.outliers = 0
+        self.tally = None if most is None else Tally(device)
+        self._outliers = 0
         self.outlier_index: Tensor | None = None
         self.outlier_values: Tensor | None = None
         if scheme.outliers:
             kept = dtype if dtype.itemsize == 2 else torch.float16
             self.outlier_index = torch.zeros(0, dtype=torch.int64, device=device)
             self.outlier_values = torch.zeros(0, *scheme.outlier_shape, dtype=kept, device=device)
-            self.reserve(int(1.125 * scheme.outliers * self.codes.numel()) + 1)
+            self.reserve(int(1.125 * scheme.outliers * self.codes.numel()) + 1 + AHEAD * (most or 0))
 
     @property
     def tokens(self) -> int:
         return self.codes.shape[2]
 
+    @property
+    def outliers(self) -> int:
+        """How many outliers count; waits for a GPU that may have found some. Raises ActivationError as `Tally.learn`."""
+        return self._outliers if self.tally is None else self.tally.exact()
+
+    @outliers.setter
+    def outliers(self, outliers: int) -> None:
+        if self.tally is not None:
+            self.tally.put(outliers)
+        self._outliers = outliers
+
     def tensors(self) -> list[Tensor]:
         """All tensors that are held."""
-        return Encoded(self.codes, self.ranges, self.outlier_index, self.outlier_values).tensors()
+        counts = [] if self.tally is None else [self.tally.counts]
+        return [*Encoded(self.codes, self.ranges, self.outlier_index, self.outlier_values).tensors(), *counts]
 
     def encoded(self) -> Encoded:
         """All that was written, without a copy; outliers in order of arrival."""
@@ -58,6 +77,13 @@ class Room:
             self.outlier_index, self.outlier_values = (
                 torch.cat([part, part.new_zeros(more, *part.shape[1:])]) for part in (self.outlier_index, self.outlier_values)
             )
+
+    def promise(self, most: int) -> None:
+        """Make sure that as many outliers find room as kernels may now find; waits where that is not sure."""
+        assert self.tally is not None
+        if self.outlier_index is not None and self.tally.most + most > len(self.outlier_index):
+            self.reserve(most)
+        self.tally.promise(max(most, 1))  # where there are none, what does not fit is counted yet
 
     def put(self, first: int, encoded: Encoded) -> int:
         """Write tokens from the token `first` on; returns how many outliers are then held, and lets the caller count them."""

@@ -6,6 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from narrowkv.codec.cuda import Stepper
 from narrowkv.codec.encoded import Encoded
 from narrowkv.codec.room import Room
 from narrowkv.codec.scheme import Scheme
@@ -42,6 +43,10 @@ class Tables:
         fails leaves nothing behind.
         """
         return room.put(first, self.encode(x, skip))
+
+    def stepper(self) -> Stepper | None:
+        """What encodes single tokens on a GPU without waiting for it; None where that is not done."""
+        return None
 
     def to(self, device: torch.device) -> Self:
         """The same quantizer with its tables on `device`."""

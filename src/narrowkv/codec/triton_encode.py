@@ -6,27 +6,30 @@ import triton.language as tl
 
 @triton.jit
 def encode_tokens(
-    x, skip, codes, scale, zero, index, values, counts,
+    x, skip, codes, scale, zero, index, values, counts, places,
     boundaries, fixed_scale, fixed_zero, lower, upper,
     first, room, free, x_batch, x_head, x_token, skip_batch,
     HEADS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, SHARED: tl.constexpr, FIXED: tl.constexpr,
-    TAIL: tl.constexpr, OUTLIERS: tl.constexpr, SKIPS: tl.constexpr, BOUNDARIES: tl.constexpr,
+    TAIL: tl.constexpr, OUTLIERS: tl.constexpr, SKIPS: tl.constexpr, PLACED: tl.constexpr, BOUNDARIES: tl.constexpr,
 ):  # fmt: skip
     """One token, all its heads at once if they share a range (SHARED), else one of them.
 
     x: [batch, heads, new, head_dim] by strides, channels side by side. skip: [batch, new], not 0 where no outlier is kept.
-    codes: [batch, heads, room, head_dim] uint8; the token is written to place `first` and those after it. scale, zero: [batch,
-    1 or heads, room, 1] float16, or FIXED by channel, with thresholds lower and upper. TAIL: how many outliers each end of a
-    range has. index, values: [free] where the next outliers go, in any order; counts: [2] how many there are, and of what does
-    not fit 16 bits.
+    codes: [batch, heads, room, head_dim] uint8; the token is written to place `first` (PLACED: and places[0] after it), others
+    behind it. scale, zero: [batch, 1 or heads, room, 1] float16, or FIXED by channel, with thresholds lower and upper. TAIL:
+    how many outliers each end of a range has. index, values: [free] of outliers, in any order; counts: [2] how many there are
+    already, and how many numbers do not fit 16 bits or are none.
     """
     row, token, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if PLACED:
+        first += tl.load(places)
     i = tl.arange(0, WIDE)
     channel = i % DIM
     own = i // DIM if SHARED else i // DIM + head
     live = i < (HEADS * DIM if SHARED else DIM)
     at = x + row.to(tl.int64) * x_batch + own.to(tl.int64) * x_head + token.to(tl.int64) * x_token + channel
     number = tl.load(at, mask=live, other=0.0).to(tl.float32)
+    unfit = tl.sum((live & no_number(number)).to(tl.int32), 0)
     place = ((row * HEADS + own) * room + first + token) * DIM + channel  # in the flattened codes
     of_channel = own * DIM + channel
     if FIXED:
@@ -39,7 +42,7 @@ def encode_tokens(
         tl.store(scale + of_token, held_scale)
         tl.store(zero + of_token, held_zero)
         stretch, middle = held_scale.to(tl.float32), held_zero.to(tl.float32)
-        tl.atomic_add(counts + 1, ((tl.abs(stretch) == float("inf")) | (tl.abs(middle) == float("inf"))).to(tl.int32))
+        unfit += (no_number(stretch) | no_number(middle)).to(tl.int32)
     normal = (number - middle) * tl.where(stretch > 0, 1 / tl.where(stretch > 0, stretch, 1.0), 0.0)
     code = tl.full([WIDE], 0, tl.int32)
     for j in tl.static_range(BOUNDARIES):
@@ -53,11 +56,18 @@ def encode_tokens(
         if SKIPS:
             outside = outside & (tl.load(skip + row * skip_batch + token) + i * 0 == 0)
         kept = number.to(values.dtype.element_ty)
-        tl.atomic_add(counts + 1, tl.sum((outside & (tl.abs(kept.to(tl.float32)) == float("inf"))).to(tl.int32), 0))
+        unfit += tl.sum((outside & no_number(kept.to(tl.float32))).to(tl.int32), 0)
         begin = tl.atomic_add(counts, tl.sum(outside.to(tl.int32), 0))
         to = begin + tl.cumsum(outside.to(tl.int32), 0) - 1
         tl.store(index + to, place.to(tl.int64), mask=outside & (to < free))
         tl.store(values + to, kept, mask=outside & (to < free))
+    tl.atomic_add(counts + 1, unfit, mask=unfit > 0)
+
+
+@triton.jit
+def no_number(x):
+    """Whether x is NaN or infinite."""
+    return (x != x) | (tl.abs(x) == float("inf"))
 
 
 @triton.jit
@@ -88,17 +98,80 @@ def nearest_points(
     y = x
     if NUMBERS == 2:
         y = tl.load(numbers + place.to(tl.int64) * CODES * NUMBERS + CODES + code, mask=live, other=0.0)
-    best = tl.full([WIDE], float("inf"), tl.float32)
-    found = tl.full([WIDE], 0, tl.int32)
-    for level in range(LEVELS):
-        at = points + ((head * CODES + code) * LEVELS + level) * NUMBERS
-        distance = x - tl.load(at, mask=live, other=0.0)
-        distance = distance * distance
-        if NUMBERS == 2:
-            other = y - tl.load(at + 1, mask=live, other=0.0)
-            distance = distance + other * other
-        nearer = distance < best
-        best, found = tl.where(nearer, distance, best), tl.where(nearer, level, found)
+    found, best = nearest(x, y, points + (head * CODES + code) * LEVELS * NUMBERS, live, LEVELS, NUMBERS, WIDE)
     to = place.to(tl.int64) * CODES + code
     tl.store(codes + to, found.to(tl.uint8), mask=live)
     tl.store(cost + to, best, mask=live)
+
+
+@triton.jit
+def nearest(x, y, points, live, LEVELS: tl.constexpr, NUMBERS: tl.constexpr, WIDE: tl.constexpr):
+    """Which of its points is nearest to each x (and y), and the squared distance to it; points: where those of each begin."""
+    best = tl.full([WIDE], float("inf"), tl.float32)
+    found = tl.full([WIDE], 0, tl.int32)
+    for level in range(LEVELS):
+        distance = x - tl.load(points + level * NUMBERS, mask=live, other=0.0)
+        distance = distance * distance
+        if NUMBERS == 2:
+            other = y - tl.load(points + level * NUMBERS + 1, mask=live, other=0.0)
+            distance = distance + other * other
+        nearer = distance < best
+        best, found = tl.where(nearer, distance, best), tl.where(nearer, level, found)
+    return found, best
+
+
+@triton.jit
+def encode_points(
+    exact, numbers, skip, points, limit, codes, index, values, counts, places,
+    first, room, free, tokens, heads,
+    CODES: tl.constexpr, LEVELS: tl.constexpr, NUMBERS: tl.constexpr, WIDE: tl.constexpr, OUTLIERS: tl.constexpr,
+    SKIPS: tl.constexpr, PLACED: tl.constexpr,
+):  # fmt: skip
+    """One token of a head: codes of the nearest points, and exact numbers where those cost more than `limit`.
+
+    exact, numbers: [batch, heads, tokens, head_dim] float32, before and after units. points: as of `nearest_points`. codes:
+    [batch, heads, room, CODES]; the rest as of `encode_tokens`, an outlier being a code's numbers.
+    """
+    row, token, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if PLACED:
+        first += tl.load(places)
+    code = tl.arange(0, WIDE)
+    live = code < CODES
+    at = ((row * heads + head) * tokens + token) * CODES * NUMBERS + code
+    x = tl.load(numbers + at, mask=live, other=0.0)
+    y = tl.load(numbers + at + CODES, mask=live & (NUMBERS == 2), other=0.0)
+    found, cost = nearest(x, y, points + (head * CODES + code) * LEVELS * NUMBERS, live, LEVELS, NUMBERS, WIDE)
+    place = ((row * heads + head) * room + first + token) * CODES + code
+    tl.store(codes + place, found.to(tl.uint8), mask=live)
+    unfit = tl.sum((live & (no_number(x) | no_number(y))).to(tl.int32), 0)
+    if OUTLIERS:
+        outside = live & (cost > tl.load(limit))
+        if SKIPS:
+            outside = outside & (tl.load(skip + row * tokens + token) + code * 0 == 0)
+        begin = tl.atomic_add(counts, tl.sum(outside.to(tl.int32), 0))
+        to = begin + tl.cumsum(outside.to(tl.int32), 0) - 1
+        kept = outside & (to < free)
+        tl.store(index + to, place.to(tl.int64), mask=kept)
+        for number in tl.static_range(NUMBERS):
+            one = tl.load(exact + at + number * CODES, mask=live, other=0.0).to(values.dtype.element_ty)
+            unfit += tl.sum((outside & no_number(one.to(tl.float32))).to(tl.int32), 0)
+            tl.store(values + to * NUMBERS + number, one, mask=kept)
+    tl.atomic_add(counts + 1, unfit, mask=unfit > 0)
+
+
+@triton.jit
+def put_tokens(
+    x, room, counts, places, first, tokens, x_batch, x_head, x_token,
+    HEADS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, PLACED: tl.constexpr,
+):  # fmt: skip
+    """One token of a head, as it is. x, counts, places: as of `encode_tokens`. room: [batch, heads, tokens, head_dim]."""
+    row, token, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if PLACED:
+        first += tl.load(places)
+    channel = tl.arange(0, WIDE)
+    live = channel < DIM
+    at = x + row.to(tl.int64) * x_batch + head.to(tl.int64) * x_head + token.to(tl.int64) * x_token + channel
+    number = tl.load(at, mask=live, other=0.0)
+    tl.store(room + ((row.to(tl.int64) * HEADS + head) * tokens + first + token) * DIM + channel, number, mask=live)
+    unfit = tl.sum((live & no_number(number.to(tl.float32))).to(tl.int32), 0)
+    tl.atomic_add(counts + 1, unfit, mask=unfit > 0)

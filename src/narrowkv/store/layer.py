@@ -10,12 +10,11 @@ from torch import Tensor
 from narrowkv.codec import AnyQuantizer, Encoded
 from narrowkv.codec.ranges import require_finite
 from narrowkv.errors import ActivationError, CacheUseError
-from narrowkv.store.page import BLOCK, Column, Page, from_blocks, move_together, to_blocks
-from narrowkv.store.sinks import Places, find_sinks, put_sinks
+from narrowkv.store import reading, steps
+from narrowkv.store.page import BLOCK, Column, Page, move_together, to_blocks
+from narrowkv.store.sinks import Places, find_sinks
 from narrowkv.store.tail import Numbers, Tail
 from narrowkv.store.window import Window
-
-TILE_NUMBERS = 2**19  # numbers encoded or decoded at a time, which bounds the memory of intermediate results
 
 
 class LayerStore:
@@ -80,7 +79,8 @@ class LayerStore:
         """Store new tokens.
 
         keys, values: [batch, kv_heads, new, head_dim]. valid: [batch, new] bool, False for padding; None if all count.
-        Raises CacheUseError if batch, heads or head_dim differ from what is held, ActivationError on NaN and infinity.
+        Raises CacheUseError if batch, heads or head_dim differ from what is held, ActivationError on NaN and infinity; of
+        single tokens on a GPU that are encoded without waiting for it, up to a block later.
         """
         shape = (keys.shape[0], keys.shape[1], keys.shape[3])
         if self.shape is not None and shape != self.shape:
@@ -88,6 +88,11 @@ class LayerStore:
                 f"This cache holds batch {self.shape[0]}, {self.shape[1]} KV heads of {self.shape[2]}, but got batch "
                 f"{shape[0]}, {shape[1]} heads of {shape[2]}; call cache.reset() or make a new cache."
             )
+        if steps.make_room(self, keys, values):
+            steps.write(self, keys, values, None if valid is None else ~valid)
+            steps.advance(self, keys.shape[2])
+            steps.seal(self)
+            return
         for numbers in (keys, values):  # before anything is stored, so that a refusal leaves all as it was
             require_finite(numbers, "Keys or values")
         skip = None if valid is None else ~valid
@@ -102,19 +107,37 @@ class LayerStore:
 
     def _append(self, keys: Tensor, values: Tensor, skip: Tensor | None) -> None:
         """Encode what leaves the exact window, and keep the rest."""
-        if self.window == 0 and self.together == 1:
+        if not self.windowed:
             return self._encode(keys, values, skip, keys.shape[2])
-        leaving = max(self.recent.tokens + keys.shape[2] - self.window, 0) // self.together * self.together
+        leaving = self.leaving(keys.shape[2])
         if leaving:
             self._encode(*self.recent.oldest(leaving + max(self.ahead), keys, values, skip), leaving)
         self.recent.shift(leaving, keys, values, skip)
 
+    @property
+    def windowed(self) -> bool:
+        """Whether new tokens stay exact at first."""
+        return self.window > 0 or self.together > 1
+
+    def leaving(self, new: int) -> int:
+        """How many tokens leave the exact window when so many come."""
+        return max(self.recent.tokens + new - self.window, 0) // self.together * self.together
+
+    def release(self, leaving: int) -> None:
+        """Encode the oldest tokens of the exact window."""
+        nothing = [part[:, :, :0] for part in self.recent.held()[:2]]
+        self._encode(*self.recent.oldest(leaving + max(self.ahead), nothing[0], nothing[1], None), leaving)
+        self.recent.shift(leaving, nothing[0], nothing[1], None)
+
+    def sinks_seen(self) -> bool:
+        """Whether no more sinks will come."""
+        if not self.sinks_found and self.sink_index is not None:
+            self.sinks_found = bool((self.sink_index[:, -1] >= 0).all())
+        return self.sinks_found
+
     def _find_sinks(self, skip: Tensor) -> Places | None:
         """The sinks among new tokens, as `find_sinks`; None once all were seen."""
-        if self.sink_index is not None and bool((self.sink_index[:, -1] >= 0).all()):
-            self.sinks_found = True
-            return None
-        return find_sinks(skip, self.sink_index, self.sinks)
+        return None if self.sinks_seen() else find_sinks(skip, self.sink_index, self.sinks)
 
     def _take_sinks(self, keys: Tensor, values: Tensor, before: int, row: Tensor, token: Tensor, place: Tensor) -> None:
         """Keep the sinks among new tokens, which follow `before` others."""
@@ -140,7 +163,7 @@ class LayerStore:
     def _encode_pieces(self, keys: Tensor, values: Tensor, skip: Tensor | None, new: int) -> None:
         """First what fills the tail, then whole blocks tile by tile, then a new tail."""
         batch, heads, _, dim = keys.shape
-        tile = max(TILE_NUMBERS // (batch * heads * dim) // BLOCK, 1) * BLOCK
+        tile = max(reading.TILE_NUMBERS // (batch * heads * dim) // BLOCK, 1) * BLOCK
         to_seal = ((self.tail.tokens if self.tail else 0) + new) // BLOCK
         page: Page | None = None
         start = 0
@@ -158,8 +181,7 @@ class LayerStore:
                     self.tail = self.tail or Tail(self.quantizers, keys, values)
                     self.tail.append(parts[0], parts[1], stop - start)
                     if self.tail.tokens == BLOCK:
-                        page = self._seal(self.tail.block(), page, to_seal)
-                        self.tail = None
+                        page = self.seal_tail(page, to_seal)
                 start = stop
         finally:
             if page:
@@ -174,6 +196,16 @@ class LayerStore:
         self.columns += [Column(page, column.clone(), count) for column in slots]
         self.sealed += count * len(slots)
         return page
+
+    def seal_tail(self, page: Page | None = None, columns: int = 1) -> Page:
+        """Pack the full tail, as `_seal`; one that a GPU's steps write to stays where it is."""
+        assert self.tail is not None
+        sealed = self._seal(self.tail.block(), page, columns)
+        if self.tail.steppers:
+            self.tail.clear()
+        else:
+            self.tail = None
+        return sealed
 
     def _page(self, columns: int, keys: Encoded, values: Encoded) -> Page:
         """A page for `columns` columns, of which these are the first: one just large enough where many come at once,
@@ -193,42 +225,7 @@ class LayerStore:
         Yields (index of the first token, keys, values) with keys and values [batch, kv_heads, tokens, head_dim] float32,
         or in the model's dtype where they are exact; sinks are put in place.
         """
-        stop = self.length if stop is None else min(stop, self.length)
-        start = self.first + (self.sealed if unsealed else 0)
-        for pair in self._pieces(stop, unsealed):
-            count = min(pair[0].shape[2], stop - start)
-            if count <= 0:
-                return
-            keys, values = (part[:, :, :count] for part in pair)
-            if self.sink_index is not None and self.sink_numbers is not None:
-                put_sinks(start, (keys, values), self.sink_index, self.sink_numbers)
-            yield start, keys, values
-            start += count
-
-    def _pieces(self, stop: int, unsealed: bool) -> Iterator[tuple[Tensor, ...]]:
-        start, i = self.first, len(self.columns) if unsealed else 0
-        while i < len(self.columns) and start < stop:
-            assert self.shape is not None
-            first = self.columns[i]
-            limit = max(TILE_NUMBERS // (BLOCK * self.shape[0] * self.shape[1] * self.shape[2]), 1)
-            run = [first]
-            while len(run) < limit and i + len(run) < len(self.columns) and start + len(run) * BLOCK < stop:
-                following = self.columns[i + len(run)]
-                if following.page is not first.page or run[-1].count < BLOCK:
-                    break
-                run.append(following)
-            slots = torch.cat([column.slots for column in run])
-            tokens = (len(run) - 1) * BLOCK + run[-1].count
-            yield tuple(
-                from_blocks(quantizer.decode(side.take(slots)), self.shape[0])[:, :, :tokens]
-                for quantizer, side in zip(self.quantizers, (first.page.keys, first.page.values), strict=True)
-            )
-            start += tokens
-            i += len(run)
-        if self.tail:
-            yield self.tail.decode()
-        if self.recent.tokens:
-            yield tuple(part.clone() for part in self.recent.held()[:2])
+        return reading.tiles(self, self.length if stop is None else min(stop, self.length), unsealed)
 
     def read(self, stop: int | None = None) -> tuple[Tensor, Tensor]:
         """The tokens held before `stop`, decoded at once: keys, values [batch, kv_heads, stop - first, head_dim]."""

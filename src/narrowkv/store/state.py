@@ -30,7 +30,7 @@ def to_tensors(store: LayerStore) -> dict[str, Tensor]:
             found |= {f"{name}.plane{i}": plane for i, plane in enumerate(side.planes)}
             found |= {f"{name}.{part}": tensor for part, tensor in side.ranges.items()}
             found |= {f"{name}.{part}": getattr(side, part) for part in PACKED if getattr(side, part) is not None}
-    for name, encoded in zip(SIDES, store.tail.encoded() if store.tail else (), strict=False):
+    for name, encoded in zip(SIDES, store.tail.encoded() if store.tail and store.tail.tokens else (), strict=False):
         found |= {f"tail.{name}.{part}": tensor for part, tensor in encoded.ranges.items()}
         found |= {f"tail.{name}.{part}": getattr(encoded, part) for part in ENCODED if getattr(encoded, part) is not None}
     if store.recent.tokens:

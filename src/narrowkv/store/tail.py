@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from narrowkv.codec import AnyQuantizer, Encoded
-from narrowkv.codec.room import Room
+from narrowkv.codec import AnyQuantizer, Encoded, cuda
+from narrowkv.codec.room import AHEAD, Room
 from narrowkv.store.page import BLOCK
 
 Numbers = tuple[Tensor, Tensor | None]  # [batch, kv_heads, tokens, head_dim], and which are skipped [batch, tokens]
@@ -16,9 +16,13 @@ class Tail:
         """Room without a token yet. keys, values: numbers such as will come, [batch, kv_heads, any, head_dim]."""
         self.quantizers = quantizers
         self.tokens = 0
+        (batch, heads, _, dim), runs = keys.shape, cuda.runs_on(keys.device)
+        found = [quantizer.stepper() if runs else None for quantizer in quantizers]
+        self.steppers = [stepper for stepper in found if stepper is not None and None not in found]  # both, or none
+        self.most = [stepper.most(batch, heads, dim) for stepper in self.steppers]  # outliers of a token
         self.rooms = tuple(
-            Room(quantizer.scheme, like.shape[0], like.shape[1], BLOCK, like.shape[3], like=like)
-            for quantizer, like in zip(quantizers, (keys, values), strict=True)
+            Room(quantizer.scheme, batch, heads, BLOCK, dim, like=like, most=most)
+            for quantizer, like, most in zip(quantizers, (keys, values), self.most or (None, None), strict=True)
         )
 
     def tensors(self) -> list[Tensor]:
@@ -26,12 +30,36 @@ class Tail:
         return [tensor for room in self.rooms for tensor in room.tensors()]
 
     def append(self, keys: Numbers, values: Numbers, new: int) -> None:
-        """Encode tokens, `new` of which must find room; a refusal leaves all as it was."""
+        """Encode tokens, `new` of which must find room; a refusal (few on a GPU have none) leaves all as it was."""
+        if new <= AHEAD and self.make_room(new):
+            self.step(keys, values)
+            self.tokens += new
+            return
         keys_room, values_room = self.rooms
         keys_held = self.quantizers[0].encode_into(keys_room, self.tokens, *keys)
         values_held = self.quantizers[1].encode_into(values_room, self.tokens, *values)
         keys_room.outliers, values_room.outliers = keys_held, values_held
         self.tokens += new
+
+    def make_room(self, new: int) -> bool:
+        """Whether so many new tokens may be encoded by `step`; if so, their outliers find room."""
+        if not self.steppers or self.tokens + new > BLOCK:
+            return False
+        for room, most in zip(self.rooms, self.most, strict=True):
+            room.promise(new * most)
+        return True
+
+    def step(self, keys: Numbers, values: Numbers, places: Tensor | None = None) -> None:
+        """Encode tokens on a GPU, without waiting for it, behind those held, or from places[0] on; `tokens` stays."""
+        first = self.tokens if places is None else 0
+        for stepper, room, (numbers, skip) in zip(self.steppers, self.rooms, (keys, values), strict=True):
+            stepper.step(room, first, numbers, skip, places)
+
+    def clear(self) -> None:
+        """Forget all tokens; what is written next lies where they lay."""
+        for room in self.rooms:
+            room.outliers = 0
+        self.tokens = 0
 
     def put(self, pair: tuple[Encoded, Encoded]) -> None:
         """Take tokens that are encoded already."""

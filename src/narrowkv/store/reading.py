@@ -1,0 +1,55 @@
+"""What a store holds, decoded piece by piece."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from narrowkv.store.page import BLOCK, from_blocks
+from narrowkv.store.sinks import put_sinks
+
+if TYPE_CHECKING:
+    from narrowkv.store.layer import LayerStore
+
+TILE_NUMBERS = 2**19  # numbers encoded or decoded at a time, which bounds the memory of intermediate results
+
+
+def tiles(store: "LayerStore", stop: int, unsealed: bool) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """`LayerStore.tiles`."""
+    start = store.first + (store.sealed if unsealed else 0)
+    for pair in _pieces(store, stop, unsealed):
+        count = min(pair[0].shape[2], stop - start)
+        if count <= 0:
+            return
+        keys, values = (part[:, :, :count] for part in pair)
+        if store.sink_index is not None and store.sink_numbers is not None:
+            put_sinks(start, (keys, values), store.sink_index, store.sink_numbers)
+        yield start, keys, values
+        start += count
+
+
+def _pieces(store: "LayerStore", stop: int, unsealed: bool) -> Iterator[tuple[Tensor, ...]]:
+    start, i = store.first, len(store.columns) if unsealed else 0
+    while i < len(store.columns) and start < stop:
+        assert store.shape is not None
+        first = store.columns[i]
+        limit = max(TILE_NUMBERS // (BLOCK * store.shape[0] * store.shape[1] * store.shape[2]), 1)
+        run = [first]
+        while len(run) < limit and i + len(run) < len(store.columns) and start + len(run) * BLOCK < stop:
+            following = store.columns[i + len(run)]
+            if following.page is not first.page or run[-1].count < BLOCK:
+                break
+            run.append(following)
+        slots = torch.cat([column.slots for column in run])
+        tokens = (len(run) - 1) * BLOCK + run[-1].count
+        yield tuple(
+            from_blocks(quantizer.decode(side.take(slots)), store.shape[0])[:, :, :tokens]
+            for quantizer, side in zip(store.quantizers, (first.page.keys, first.page.values), strict=True)
+        )
+        start += tokens
+        i += len(run)
+    if store.tail and store.tail.tokens:
+        yield store.tail.decode()
+    if store.recent.tokens:
+        yield tuple(part.clone() for part in store.recent.held()[:2])

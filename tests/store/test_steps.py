@@ -1,0 +1,95 @@
+"""Tokens stored one by one as on a GPU, interpreted: the same numbers as without, and nobody waits for a count."""
+
+import pytest
+import torch
+from tests.attention.test_cpu import KEYS, made
+
+from narrowkv.codec import Quantizer, Scheme, cuda, points
+from narrowkv.codec.tally import Tally
+from narrowkv.errors import ActivationError
+from narrowkv.store import LayerStore, steps
+
+pytestmark = pytest.mark.skipif(cuda.kernels() is None, reason="needs Triton (`pip install triton`)")
+BY_TOKEN = Scheme(4, "nuq", axis="token", outliers=0.02)
+CASES = {
+    "nuq4-1%": ((KEYS["nuq4-1%"], BY_TOKEN), {"sinks": 2}),
+    "pair2-1%": ((KEYS["pair2-1%"], KEYS["pair2-1%"]), {"sinks": 1}),
+    "turned, exact": ((KEYS["channel2 turned"], KEYS["exact"]), {}),
+    "hadamard": ((KEYS["hadamard"], KEYS["hadamard"]), {}),
+    "kivi-2": ((KEYS["kivi-2"], KEYS["token_head groups"]), {"window": 16}),
+    "a window of single tokens": ((KEYS["nuq2"], BY_TOKEN), {"window": 5}),
+}
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Single tokens go by kernels, interpreted, and many at once, which would take long, by plain torch."""
+    monkeypatch.setattr(cuda, "runs_on", lambda device: True)
+    monkeypatch.setattr(cuda, "search", points.nearest_naive)
+    monkeypatch.setattr(Quantizer, "_encoder_for", lambda quantizer, x: None)
+
+
+def stores(name):
+    pair, options = CASES[name]
+    keys, values = made(pair[0], 2, 24), made(pair[1], 2, 24)
+    return [LayerStore(keys, values, **options) for _ in range(2)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_single_tokens_are_stored_as_many_are(name, as_on_a_gpu, monkeypatch):
+    stepped, whole = stores(name)
+    keys, values = torch.randn(2, 3, 2, 67, 24).half()
+    valid = torch.ones(3, 67, dtype=torch.bool)
+    valid[1, 62:64] = False
+    stepped.append(keys[:, :, :60], values[:, :, :60], valid[:, :60])
+    assert stepped.sinks_seen()
+    waits, exact = [], Tally.exact
+    monkeypatch.setattr(Tally, "exact", lambda tally: waits.append(tally.promised != tally._settled) or exact(tally))
+    for i in range(60, 67):
+        stepped.append(keys[:, :, i : i + 1], values[:, :, i : i + 1], valid[:, i : i + 1])
+        assert not any(waits) or stepped.packed % 64 == 0 or stepped.window == 5
+        for tally in steps.tallies(stepped):
+            tally.learn(tally.counts.tolist(), tally.promised)  # as a copy that came in time
+        waits.clear()
+    whole.append(keys, values, valid)
+    assert stepped.length == whole.length
+    for found, expected in zip(stepped.read(), whole.read(), strict=True):
+        assert torch.equal(found[valid[:, None].expand(found.shape[:3])], expected[valid[:, None].expand(found.shape[:3])])
+    stepped.crop(65)
+    assert stepped.length == 65
+
+
+def test_outliers_find_room_however_many_there_are(as_on_a_gpu):
+    stepped, whole = stores("nuq4-1%")
+    keys, values = 100 * torch.randn(2, 1, 2, 7, 24)  # all are outliers
+    for i in range(7):
+        stepped.append(keys[:, :, i : i + 1], values[:, :, i : i + 1])
+    whole.append(keys, values)
+    for found, expected in zip(stepped.read(), whole.read(), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["nuq4-1%", "pair2-1%", "turned, exact", "kivi-2"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_no_number_is_told_when_the_host_learns_of_it(name, bad, as_on_a_gpu):
+    store, _ = stores(name)
+    keys, values = torch.randn(2, 1, 2, 70, 24)
+    store.append(keys[:, :, :30], values[:, :, :30])
+    store.append(keys[:, :, 30:31], values[:, :, 30:31])
+    keys[0, 1, 31, 3] = bad
+    store.append(keys[:, :, 31:32], values[:, :, 31:32])
+    with pytest.raises(ActivationError, match="NaN or infinity"):
+        sum(tally.exact() for tally in steps.tallies(store))
+
+
+def test_counts_under_way_when_the_tail_is_sealed_are_left_alone():
+    tally = Tally(torch.device("cpu"))
+    tally.promise(5)
+    tally.counts[0] = 3
+    under_way = tally.promised
+    tally.put(0)
+    tally.promise(2)
+    tally.learn([3, 0], under_way)
+    assert tally.most == 2
+    tally.learn([1, 0], tally.promised)
+    assert tally.most == tally.exact() == 1
