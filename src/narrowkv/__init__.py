@@ -6,9 +6,11 @@ from narrowkv.calibration import Calibration
 from narrowkv.codec import Scheme
 from narrowkv.errors import NarrowKVError
 from narrowkv.integrations import (
+    DecodingGraph,
     PackedCache,
     calibrate,
     calibrate_many,
+    cuda_graph,
     disable,
     enable,
     explain,
@@ -19,6 +21,7 @@ from narrowkv.methods import Recipe, get_recipe, recipe_names
 
 __all__ = [
     "Calibration",
+    "DecodingGraph",
     "NarrowKVError",
     "PackedCache",
     "Recipe",
@@ -26,6 +29,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "calibrate_many",
+    "cuda_graph",
     "disable",
     "enable",
     "explain",

@@ -24,6 +24,7 @@ from narrowkv.codec import AnyQuantizer
 from narrowkv.errors import UnsupportedModelError
 from narrowkv.store import LayerStore
 
+TOLD = 12  # numbers of `lengths`
 MOST_HEAD_DIM = 256
 FEWEST_ROWS, MOST_ROWS = 8, 64  # queries of a group that share a decoded tile
 PROGRAMS = 4  # for each multiprocessor
@@ -219,6 +220,12 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def blocks_for(store: LayerStore, rope: AnyRope | None, kept: Tensor | None, padding: Tensor | None) -> Blocks:
+    """The store's blocks as the next step reads them; kept, padding: as of `attend`, which looks at new ones alone."""
+    rope = rope if kept is not None else None
+    return blocks_of(store, rope, _kept(rope, kept), padding)
 
 
 def lengths(store: LayerStore, blocks: Blocks, past: int, length: int, queries: int, kept: int = 0) -> list[int]:

@@ -4,14 +4,17 @@ from narrowkv.integrations.cache import PackedCache
 from narrowkv.integrations.capture import calibrate, calibrate_many
 from narrowkv.integrations.default import disable, enable, make_default
 from narrowkv.integrations.explain import Explanation, explain
+from narrowkv.integrations.graph import DecodingGraph, cuda_graph
 from narrowkv.integrations.models import load_model
 from narrowkv.integrations.preparation import prepare
 
 __all__ = [
+    "DecodingGraph",
     "Explanation",
     "PackedCache",
     "calibrate",
     "calibrate_many",
+    "cuda_graph",
     "disable",
     "enable",
     "explain",

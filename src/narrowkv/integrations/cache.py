@@ -10,9 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from narrowkv.attention import AUTO, BACKENDS, chosen, cpu, described
+from narrowkv.attention.cuda_blocks import tables_for
 from narrowkv.calibration import Calibration, Fingerprint
 from narrowkv.calibration.processes import tensor_parallel_rank
 from narrowkv.codec import AnyQuantizer
+from narrowkv.codec.tally import Tally
 from narrowkv.errors import CacheUseError, RecipeError, UnsupportedModelError
 from narrowkv.integrations.dense import DENSE, DenseLayer
 from narrowkv.integrations.disk import load_cache, save_cache
@@ -21,7 +23,7 @@ from narrowkv.integrations.layer import PackedLayer
 from narrowkv.integrations.preparation import facts_for
 from narrowkv.integrations.probe import AttentionFacts, own_layers, text_config
 from narrowkv.methods import Recipe, get_recipe
-from narrowkv.store import LayerStore, Ledger
+from narrowkv.store import LayerStore, Ledger, steps
 
 
 class PackedCache(NarrowCache):
@@ -61,6 +63,8 @@ class PackedCache(NarrowCache):
         self.device = model.device
         self.before = 0  # tokens held when the model began to run
         self.running = False  # while the model runs, and after a run that did not come to its end
+        self.news = steps.News()
+        self.captured = False  # while the model runs to be captured in a CUDA graph
         self.ledgers: dict[str, Ledger] = {}
         self.packed: list[PackedLayer] = []
         layers, rank = own_layers(text_config(model)), tensor_parallel_rank(model)
@@ -117,6 +121,7 @@ class PackedCache(NarrowCache):
             for layer in self.packed:
                 if isinstance(layer, DenseLayer):
                     layer.padding = None if mask is None else mask.bool()
+        self.news.receive()
         self.running, self.before = True, self.length
 
     def first_needed(self, ledger: Ledger) -> int:
@@ -130,6 +135,12 @@ class PackedCache(NarrowCache):
     def finish(self) -> None:
         """Called when the language model has run to its end."""
         self.running = False
+        if not self.captured:
+            self.news.send(self.tallies())
+
+    def tallies(self) -> list[Tally]:
+        """Where a GPU counts what its layers find."""
+        return [tally for layer in self.packed for tally in steps.tallies(layer.store)]
 
     def save(self, path: str | Path, token_ids: Tensor | None = None) -> None:
         """Write what is held to one file, still packed; token_ids [batch, tokens], if given, let `load` check the prompt.
@@ -220,7 +231,7 @@ class PackedCache(NarrowCache):
         """Everything that is held: packed blocks, scales, outliers, tails, sinks, windows, positions, tables."""
         found = [tensor for ledger in self.ledgers.values() for tensor in ledger.tensors()]
         for layer in self.packed:
-            found += layer.store.tensors()
+            found += [*layer.store.tensors(), *tables_for(layer.store)]
             found += [table for quantizer in layer.store.quantizers for table in quantizer.tensors().values()]
         return found
 

@@ -24,7 +24,7 @@ class DenseLayer(PackedLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Store new tokens [batch, kv_heads, new, head_dim]; returns keys and values of all that are held."""
         self.lazy_initialization(key_states, value_states)
-        self._forget()
+        self.forget()
         past, new = self.store.length, key_states.shape[2]
         self.store.append(key_states, value_states, valid_tokens(self.padding, past, new))
         if self.strict or self.is_exact:

@@ -23,6 +23,7 @@ from narrowkv.attention import Visible
 from narrowkv.attention.rope import Tables
 from narrowkv.errors import CacheUseError, UnsupportedModelError
 from narrowkv.integrations.probe import identity
+from narrowkv.store.steps import AHEAD
 
 NAME = "narrowkv"
 KNOWN_TENSORS = ("position_ids", "s_aux")
@@ -108,7 +109,8 @@ class Step:
 
 
 def valid_tokens(padding: Tensor | None, past: int, new: int) -> Tensor | None:
-    """The part of an attention mask [batch, tokens] bool that is about the new tokens, None where none of them is padding.
+    """The part of an attention mask [batch, tokens] bool that is about the new tokens, None where none of them is padding; few
+    tokens on a GPU are not looked at.
 
     Raises CacheUseError where the mask does not cover all tokens.
     """
@@ -120,6 +122,8 @@ def valid_tokens(padding: Tensor | None, past: int, new: int) -> Tensor | None:
             "pass one that covers them all."
         )
     valid = padding[:, past : past + new]
+    if valid.is_cuda and new <= AHEAD:  # to look would be to wait
+        return valid
     return None if valid.all() else valid
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
-from narrowkv.attention import BACKENDS, AnyRope
+from narrowkv.attention import BACKENDS, AnyRope, cuda
 from narrowkv.errors import CacheUseError, UnsupportedModelError
 from narrowkv.integrations.interface import LazyMask, Step, model_attention, require_step
-from narrowkv.store import LayerStore, Ledger
+from narrowkv.store import LayerStore, Ledger, steps
 
 # the rest of the model compiles; what follows chooses tensors by how much is held and by what it finds in them
 not_traced: Any = functools.partial(
@@ -48,6 +48,8 @@ class PackedLayer(CacheLayerMixin):
         # whether `crop` leaves no trace: tokens that have left an exact window cannot become exact again
         self.is_croppable = store.window == 0 and store.together == 1
         self.step: Step | None = None
+        self.told: Tensor | None = None  # while a CUDA graph is captured: [cuda.TOLD + 3] int32, what its kernels are told
+        self.leads = False  # whether, then, it is the first of those that share a ledger
 
     @property
     def is_exact(self) -> bool:
@@ -66,8 +68,10 @@ class PackedLayer(CacheLayerMixin):
         """Store new tokens; key_states and value_states: [batch, kv_heads, new, head_dim], keys not turned."""
         step, self.step = require_step(self.step), None
         self.lazy_initialization(key_states, value_states)
-        self._forget()
+        self.forget()
         past, new = self.store.length, key_states.shape[2]
+        if self.told is not None:
+            return self._update_captured(self.told, step, key_states, value_states)
         kept = self.rope.keep(step.positions, step.tables) if self.rope else None
         stored = key_states if self.ledger else self.turn(key_states, kept)
         self.store.append(stored, value_states, step.valid(past, new))
@@ -76,9 +80,18 @@ class PackedLayer(CacheLayerMixin):
         handle = PackedHandle(self, kept, past, key_states, value_states)
         return handle, handle
 
-    def _forget(self) -> None:
+    def _update_captured(self, told: Tensor, step: Step, keys: Tensor, values: Tensor) -> Any:
+        """What the device does of an `update` that the host has counted before."""
+        kept = self.rope.keep(step.positions, step.tables) if self.rope else None
+        steps.write(self.store, keys if self.ledger else self.turn(keys, kept), values, places=told[cuda.TOLD :])
+        if self.ledger and self.leads and kept is not None:
+            self.ledger.step(kept, told[cuda.TOLD + 2 :][:1].long())
+        handle = PackedHandle(self, kept, self.store.length if self.strict else self.store.length - 1, keys, values)
+        return handle, handle
+
+    def forget(self) -> None:
         """Drop what no query from the next token on can see; what follows from the past alone, so that masks may ask first."""
-        if self.sliding_window is not None:
+        if self.sliding_window is not None and self.told is None:
             self.store.forget(self.store.length - self.sliding_window + 1)
 
     def get_seq_length(self) -> int:
@@ -89,7 +102,7 @@ class PackedLayer(CacheLayerMixin):
 
     @not_traced
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        self._forget()
+        self.forget()
         return self.store.length - self.store.first + query_length, self.store.first
 
     def reset(self) -> None:
@@ -140,23 +153,39 @@ class PackedHandle:
         cache's backend.
         """
         layer = self.layer
-        asking = None if self.kept is None else self.kept[:, -query.shape[2] :]
+        if layer.told is not None:
+            return self._attend_captured(query, mask, scaling, **kwargs)
         if layer.is_exact or (self.past == 0 and not layer.strict):
+            asking = None if self.kept is None else self.kept[:, -query.shape[2] :]
             keys, values = layer.store.read() if layer.is_exact else (layer.turn(self.keys, self.kept), self.values)
             output, _ = model_attention(module, layer.turn(query, asking), keys, values, mask, scaling=scaling, **kwargs)
             return output
-        precise = torch.promote_types(query.dtype, torch.float32)
         past = layer.store.length if layer.strict else self.past
-        output = BACKENDS[layer.backend](
-            layer.turn(query.to(precise), asking).to(query.dtype),
-            layer.store,
-            past=past,
-            new=None if layer.strict else (layer.turn(self.keys.to(precise), self.kept), self.values),
-            rope=layer.rope if layer.ledger else None,
-            kept=layer.ledger.read(layer.store.first, past) if layer.ledger else None,
-            visible=mask.visible,
-            scaling=scaling,
-            softcap=kwargs.get("softcap"),
-            sink_logits=kwargs.get("s_aux"),
-        )
+        kept = layer.ledger.read(layer.store.first, past) if layer.ledger else None
+        question, options = self._question(query, mask, scaling, past, kept, **kwargs)
+        return BACKENDS[layer.backend](question, layer.store, **options).to(query.dtype).transpose(1, 2).contiguous()
+
+    def _attend_captured(self, query: Tensor, mask: LazyMask, scaling: float, **kwargs: Any) -> Tensor:
+        """The same, while a CUDA graph is captured."""
+        layer = self.layer
+        kept = layer.ledger.room if layer.ledger else None
+        question, options = self._question(query, mask, scaling, self.past, kept, **kwargs)
+        output = cuda.prepare(question, layer.store, told=layer.told, **options)()
         return output.to(query.dtype).transpose(1, 2).contiguous()
+
+    def _question(
+        self, query: Tensor, mask: LazyMask, scaling: float, past: int, kept: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The query turned, and what backends are told beside it and the store."""
+        layer, precise = self.layer, torch.promote_types(query.dtype, torch.float32)
+        asking = None if self.kept is None else self.kept[:, -query.shape[2] :]
+        return layer.turn(query.to(precise), asking).to(query.dtype), {
+            "past": past,
+            "new": None if layer.strict else (layer.turn(self.keys.to(precise), self.kept), self.values),
+            "rope": layer.rope if layer.ledger else None,
+            "kept": kept,
+            "visible": mask.visible,
+            "scaling": scaling,
+            "softcap": kwargs.get("softcap"),
+            "sink_logits": kwargs.get("s_aux"),
+        }

@@ -180,7 +180,7 @@ class LayerStore:
                 else:
                     self.tail = self.tail or Tail(self.quantizers, keys, values)
                     self.tail.append(parts[0], parts[1], stop - start)
-                    if self.tail.tokens == BLOCK:
+                    if self.tail.is_full:
                         page = self.seal_tail(page, to_seal)
                 start = stop
         finally:

@@ -22,12 +22,26 @@ class Ledger:
     def append(self, entries: Tensor) -> None:
         """entries: [batch, new, ...], integer or floating point."""
         new, held = entries.shape[1], self.length - self.first
-        room = 0 if self._held is None else self._held.shape[1]
-        if held + new > room:
-            self._resize(entries, held + new + held // 16)
-        assert self._held is not None
-        self._held[:, held : held + new] = entries
+        self.reserve(new, entries)
+        self.room[:, held : held + new] = entries
         self.length += new
+
+    def reserve(self, new: int, like: Tensor) -> None:
+        """Make sure that so many more entries, such as those of `like`, find room."""
+        held = self.length - self.first
+        if self._held is None or held + new > self._held.shape[1]:
+            self._resize(like, held + new + held // 16)
+
+    def step(self, entries: Tensor, place: Tensor) -> None:
+        """Write entries [1 or batch, 1, ...] to place [1] int64 of the room, on the device alone; `length` stays."""
+        entries = entries.to(self.room.dtype).expand(len(self.room), *entries.shape[1:])
+        self.room.index_copy_(1, place, entries)
+
+    @property
+    def room(self) -> Tensor:
+        """Entries of the tokens from `first` on, and room for more: [batch, room, ...]."""
+        assert self._held is not None
+        return self._held
 
     def _resize(self, like: Tensor, room: int) -> None:
         held = self.length - self.first
@@ -39,8 +53,8 @@ class Ledger:
 
     def read(self, start: int, stop: int) -> Tensor:
         """Entries of the tokens from `start` to before `stop`: [batch, stop - start, ...]."""
-        assert self._held is not None and start >= self.first
-        return self._held[:, start - self.first : stop - self.first]
+        assert start >= self.first
+        return self.room[:, start - self.first : stop - self.first]
 
     def forget(self, before: int) -> None:
         """Let go of tokens older than the token `before`, once they are half of what is held."""

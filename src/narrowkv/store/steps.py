@@ -4,18 +4,23 @@ What the host does (`make_room`, `advance`, `seal`) looks at no number; what the
 CUDA graph, which is told by numbers on the device where to write: places [2] int32, in the tail and in the window.
 """
 
-from typing import TYPE_CHECKING
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from narrowkv.codec import cuda
 from narrowkv.codec.room import AHEAD
 from narrowkv.codec.tally import Tally
-from narrowkv.store.page import BLOCK
 from narrowkv.store.tail import Tail
 
 if TYPE_CHECKING:
     from narrowkv.store.layer import LayerStore
+
+MOST_UNDER_WAY = 4
 
 
 def make_room(store: "LayerStore", keys: Tensor, values: Tensor) -> bool:
@@ -58,8 +63,45 @@ def advance(store: "LayerStore", new: int) -> None:
 
 def seal(store: "LayerStore") -> None:
     """Seal the tail if it is full; how many outliers it has is waited for."""
-    if store.tail and store.tail.tokens == BLOCK:
+    if store.tail and store.tail.is_full:
         store.seal_tail().commit()
+
+
+@dataclass
+class News:
+    """Counts on their way from the device, so that the host learns of them without waiting."""
+
+    under_way: deque[tuple[list[tuple[Tally, int]], Tensor, Any]] = field(default_factory=deque)
+
+    def __deepcopy__(self, memo: dict) -> "News":
+        """What is under way is for the original alone."""
+        return News()
+
+    def send(self, tallies: Iterable[Tally]) -> None:
+        """Send off what is counted once all that was launched has run."""
+        asked = [(tally, tally.promised) for tally in tallies]
+        if not asked or len(self.under_way) == MOST_UNDER_WAY:
+            return
+        counts, arrived = torch.stack([tally.counts for tally, _ in asked]), None
+        if counts.is_cuda:
+            counts = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True).copy_(counts, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self.under_way.append((asked, counts, arrived))
+
+    def receive(self) -> None:
+        """Let the host learn what has come. Raises ActivationError as `Tally.learn`."""
+        while self.under_way and (self.under_way[0][2] is None or self.under_way[0][2].query()):
+            asked, counts, _ = self.under_way.popleft()
+            for (tally, promised), found in zip(asked, counts.tolist(), strict=True):
+                tally.learn(found, promised)
+
+    def settle(self, tallies: Iterable[Tally]) -> None:
+        """Wait once, and let the host learn all."""
+        asked = list(tallies)
+        if asked:
+            for tally, found in zip(asked, torch.stack([tally.counts for tally in asked]).tolist(), strict=True):
+                tally.learn(found, tally.promised)
 
 
 def tallies(store: "LayerStore") -> list[Tally]:

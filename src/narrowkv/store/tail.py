@@ -25,6 +25,10 @@ class Tail:
             for quantizer, like, most in zip(quantizers, (keys, values), self.most or (None, None), strict=True)
         )
 
+    @property
+    def is_full(self) -> bool:
+        return self.tokens == BLOCK
+
     def tensors(self) -> list[Tensor]:
         """All tensors that are held."""
         return [tensor for room in self.rooms for tensor in room.tensors()]

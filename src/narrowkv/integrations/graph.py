@@ -1,0 +1,230 @@
+"""Decoding by a CUDA graph: the launches of a whole step of a model are captured once, and replayed for each token.
+
+What changes from step to step is told to the kernels by numbers on the device, which the host writes before each replay;
+memory is allocated, and blocks are sealed, between replays. A step is captured anew where memory that it reads has moved.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from narrowkv.attention import cuda
+from narrowkv.attention.cuda_blocks import Blocks
+from narrowkv.errors import CacheUseError, NarrowKVError, UnsupportedModelError
+from narrowkv.integrations.cache import PackedCache
+from narrowkv.integrations.layer import PackedLayer
+from narrowkv.store import steps
+
+MASK_ROOM = 1024  # tokens for which a mask has room beyond those there are
+# what a model may be asked for beside the token: none of it changes what a step computes
+KNOWN = {"past_key_values", "position_ids", "attention_mask", "use_cache", "return_dict", "logits_to_keep", "cache_position"}
+
+
+@contextlib.contextmanager
+def cuda_graph(model: PreTrainedModel, cache: PackedCache) -> Iterator["DecodingGraph"]:
+    """Within, single tokens for which `model` is asked with this cache, as `generate` does, run as one CUDA graph.
+
+    All else (prompts, other caches) runs as before. Raises as `DecodingGraph`.
+    """
+    graph, plain = DecodingGraph(model, cache), model.forward
+
+    @functools.wraps(plain)
+    def forward(input_ids: Tensor | None = None, **options: Any) -> Any:
+        single = input_ids is not None and input_ids.shape[1] == 1
+        if input_ids is None or not single or options.get("past_key_values") is not cache or cache.length == 0:
+            graph.padded = None  # a prompt may bring padding
+            return plain(input_ids, **options)
+        asked = [name for name, part in options.items() if name not in KNOWN and part is not None and part is not False]
+        if asked:
+            raise UnsupportedModelError(f"A step by a CUDA graph yields logits alone; ask without {', '.join(asked)}.")
+        logits = graph.step(input_ids, options.get("position_ids"), options.get("attention_mask"))
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+    replaced = model.__dict__.get("forward")
+    model.__dict__["forward"] = forward
+    try:
+        yield graph
+    finally:
+        if replaced is None:
+            del model.__dict__["forward"]
+        else:
+            model.__dict__["forward"] = replaced
+
+
+def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """A function that does again on the device what `run` does, and where its result then is."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+    return graph.replay, result
+
+
+class DecodingGraph:
+    """Steps of one token for each sequence, by a model with a packed cache that holds a prompt.
+
+    Raises UnsupportedModelError where the cache does not decode by backend `cuda`, or a layer is not packed.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: PackedCache):
+        if cache.backend != "cuda":
+            raise UnsupportedModelError(
+                f"A CUDA graph needs a cache with backend cuda, not {cache.backend}; decode without one."
+            )
+        if len(cache.packed) != len(cache.layers) or any(layer.is_exact for layer in cache.packed):
+            raise UnsupportedModelError(
+                "A CUDA graph decodes layers that are all packed, which not all are; decode without one."
+            )
+        self.forward, self.cache = model.forward, cache
+        self.told = torch.zeros(len(cache.packed), cuda.TOLD + 3, dtype=torch.int32, device=cache.device)
+        self.padded: bool | None = None  # whether a mask hides tokens, once one was looked at
+        self._mask: Tensor | None = None  # [batch, room] bool, if so
+        self._memory: Any = None  # what was captured
+        self._inputs: tuple[Tensor, Tensor] | None = None
+        self._replay: Callable[[], None] | None = None
+        self._logits: Tensor | None = None
+
+    def step(self, token_ids: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Logits [batch, 1, vocabulary] of the tokens after token_ids [batch, 1], which join the cache.
+
+        positions: [batch, 1], of these tokens in their sequences; by default as many as are held. mask: [batch, tokens], 0
+        for padding, these tokens included. Raises CacheUseError while the cache is empty, UnsupportedModelError where a step
+        cannot be captured, ActivationError, up to a block of tokens late, where numbers cannot be stored.
+        """
+        cache = self.cache
+        if cache.length == 0:
+            raise CacheUseError("The cache is empty; let the model read a prompt before it decodes by a CUDA graph.")
+        cache.news.receive()
+        positions = torch.full_like(token_ids, cache.length) if positions is None else positions
+        self._look_at(mask)
+        self._make_room(cache.packed)
+        self._count(1)
+        try:
+            self._prepare(token_ids, positions)
+        except BaseException:
+            self._count(-1)
+            raise
+        assert self._inputs is not None and self._replay is not None and self._logits is not None
+        for held, given in zip(self._inputs, (token_ids, positions), strict=True):
+            held.copy_(given)
+        self._replay()
+        self._seal(cache.packed)
+        return self._logits.clone()
+
+    def _look_at(self, mask: Tensor | None) -> None:
+        """Keep what a mask hides where the graph reads it; whether it hides anything is asked of the first after a prompt."""
+        if self.padded is None:
+            self.padded = mask is not None and not bool(mask.all())
+        if not self.padded or mask is None:
+            self._mask = self._mask if self.padded else None
+            return
+        if self._mask is None or len(self._mask) != len(mask) or self._mask.shape[1] < mask.shape[1]:
+            self._mask = mask.new_ones(len(mask), mask.shape[1] + MASK_ROOM, dtype=torch.bool)
+        self._mask[:, : mask.shape[1]] = mask
+
+    def _make_room(self, layers: list[PackedLayer]) -> None:
+        """On the host: let go of what no step sees any more, and find room for a token in every layer."""
+        for layer in layers:
+            layer.forget()
+            assert layer.store.shape is not None
+            batch, heads, dim = layer.store.shape
+            like = torch.empty(batch, heads, 1, dim, dtype=self.cache.dtype, device=self.cache.device)
+            if not steps.make_room(layer.store, like, like):
+                raise UnsupportedModelError(
+                    "A captured step cannot store tokens that no kernel encodes one by one, or before all attention sinks "
+                    "have come; decode without a CUDA graph."
+                )
+        for ledger in self.cache.ledgers.values():
+            ledger.forget(self.cache.first_needed(ledger))
+            ledger.reserve(1, ledger.room[:, :1])
+
+    def _count(self, new: int) -> None:
+        """On the host: count the token that the device is about to store."""
+        for layer in self.cache.packed:
+            steps.advance(layer.store, new)
+        for ledger in self.cache.ledgers.values():
+            ledger.length += new
+
+    def _prepare(self, token_ids: Tensor, positions: Tensor) -> None:
+        """Tell the device how much of everything there is now; capture the step if what it reads is not where it was."""
+        rows, memory = [], [token_ids.shape, None if self._mask is None else self._mask.data_ptr()]
+        for layer in self.cache.packed:
+            row, blocks = self._row(layer)
+            rows.append(row)
+            memory += _memory(layer, blocks)
+        self.told.copy_(torch.tensor(rows, dtype=torch.int32))
+        if memory != self._memory:
+            self._memory = self._replay = self._logits = None  # before memory is taken for others
+            self._capture(token_ids, positions)
+            self._memory = memory
+
+    def _row(self, layer: PackedLayer) -> tuple[list[int], Blocks]:
+        """What is told to the kernels of a layer, where tokens are written last; and its blocks, looked at before."""
+        store, ledger = layer.store, layer.ledger
+        past = store.length if layer.strict else store.length - 1
+        kept = ledger.read(store.first, past) if ledger else None
+        blocks = cuda.blocks_for(store, layer.rope, kept, self._mask)
+        counts = cuda.lengths(store, blocks, past, store.length, 1, store.first - ledger.first if ledger else 0)
+        places = (store.tail.tokens if store.tail else 0, store.recent.tokens, ledger.length - ledger.first if ledger else 0)
+        return [*counts, *(place - 1 for place in places)], blocks
+
+    def _capture(self, token_ids: Tensor, positions: Tensor) -> None:
+        self._inputs = inputs = (token_ids.clone(), positions.clone())
+
+        def run() -> Tensor:
+            options = {"position_ids": inputs[1], "attention_mask": self._mask, "past_key_values": self.cache}
+            logits: Tensor = self.forward(input_ids=inputs[0], use_cache=True, **options).logits
+            return logits
+
+        counted = [(tally.counts, tally.counts.clone()) for tally in self.cache.tallies()]
+        with self._layers_told():
+            try:
+                try:
+                    run()  # compiles what was not yet, and leaves what the first replay writes again
+                finally:
+                    for counts, before in counted:
+                        counts.copy_(before)
+                self._replay, self._logits = capture(run)
+            except NarrowKVError:
+                raise
+            except RuntimeError as error:
+                why = str(error).splitlines()[0]
+                raise UnsupportedModelError(
+                    f"A step of this model cannot be captured ({why}); decode without a graph."
+                ) from error
+
+    @contextlib.contextmanager
+    def _layers_told(self) -> Iterator[None]:
+        """Within, layers do of a step what the device does."""
+        cache, leading = self.cache, {id(layer.ledger): layer for layer in reversed(self.cache.packed)}
+        cache.captured = True
+        for layer, row in zip(cache.packed, self.told, strict=True):
+            layer.told, layer.leads = row, leading[id(layer.ledger)] is layer
+        try:
+            yield
+        finally:
+            cache.captured = cache.running = False
+            for layer in cache.packed:
+                layer.told, layer.leads = None, False
+
+    def _seal(self, layers: list[PackedLayer]) -> None:
+        """On the host: seal full tails, for which all counts are waited for at once."""
+        cache = self.cache
+        if any(layer.store.tail and layer.store.tail.is_full for layer in layers):
+            cache.news.settle(cache.tallies())
+            for layer in layers:
+                steps.seal(layer.store)
+        cache.news.send(cache.tallies())
+
+
+def _memory(layer: PackedLayer, blocks: Blocks) -> list[Any]:
+    """Where all lies that a layer's kernels read and write, and what of it they are compiled for."""
+    store, ledger = layer.store, layer.ledger
+    held = [blocks.table, blocks.starts, blocks.bases, *(store.tail.tensors() if store.tail else ()), *store.recent.tensors()]
+    held += [*(store.sink_numbers or ()), *(() if ledger is None else (ledger.room,))]
+    return [blocks.count > 0, blocks.turning, *(part.data_ptr() for part in held)]
