@@ -32,7 +32,7 @@ from narrowkv.attention.triton_forms import Case
 from narrowkv.attention.triton_launch import WARPS, stages_of
 from narrowkv.attention.triton_loose import attend_loose, merge
 from narrowkv.attention.triton_tail import decode_tail, put_outliers
-from narrowkv.codec.triton_encode import encode_tokens, nearest_points
+from narrowkv.codec.triton_encode import encode_points, encode_tokens, nearest_points, put_tokens
 
 ARCHITECTURES = (80, 90, 100)
 RECIPES = ("nuq4-1%", "nuq3-1%", "nuq2-1%", "kivi-2", "kivi-4", "pair2", "pair3")
@@ -98,17 +98,22 @@ def others(architecture: int) -> Iterator[Compiled]:
     types = TYPES | exact | {"sink_logits": "*fp32", "output": "*fp32", "table": "*fp32", "scale": "*fp16", "zero": "*fp16"}
     yield looked_at("loose", attend_loose, {"PLACED": True, "C": loose, "NUMBER": tl.bfloat16}, types, architecture)
     yield looked_at("merge", merge, {"SLOTS": 128, "WIDE": 128, "SINKS": 32, "APART": True}, types, architecture)
-    types |= {"index": "*i64", "values": "*bf16"}
+    types |= {"index": "*i64", "values": "*bf16", "count": "*i32"}
     yield looked_at("tail", decode_tail, {"F": keys, "WIDE": 64}, types, architecture)
     yield looked_at("tail outliers", put_outliers, {"F": values}, types, architecture)
     tables = dict.fromkeys(("boundaries", "fixed_scale", "fixed_zero", "lower", "upper", "points", "cost"), "*fp32")
-    types |= tables | {"x": "*bf16", "skip": "*u8", "counts": "*i32"}
-    shape = {"HEADS": 8, "DIM": 128, "WIDE": 1024, "OUTLIERS": True, "SKIPS": True, "BOUNDARIES": 15}
+    types |= tables | {"x": "*bf16", "skip": "*u8", "counts": "*i32", "places": "*i32"}
+    shape = {"HEADS": 8, "DIM": 128, "WIDE": 1024, "OUTLIERS": True, "SKIPS": True, "PLACED": True, "BOUNDARIES": 15}
     for name, fixed, tail in (("encode keys", True, 0), ("encode values", False, 5)):
         choice = {"SHARED": not fixed, "FIXED": fixed, "TAIL": tail}
         yield looked_at(name, encode_tokens, shape | choice, types, architecture)
     points = {"CODES": 64, "LEVELS": 16, "NUMBERS": 2, "WIDE": 64}
     yield looked_at("nearest points", nearest_points, points, types, architecture)
+    types |= {"exact": "*fp32", "numbers": "*fp32", "limit": "*fp32", "places": "*i32", "room": "i32"}
+    step = {"OUTLIERS": True, "SKIPS": True, "PLACED": True}
+    yield looked_at("encode pairs", encode_points, points | step, types, architecture)
+    types |= {"room": "*bf16"}
+    yield looked_at("put tokens", put_tokens, {"HEADS": 8, "DIM": 128, "WIDE": 128, "PLACED": True}, types, architecture)
 
 
 def looked_at(name: str, kernel: Any, constants: dict[str, Any], types: dict[str, str], architecture: int) -> Compiled:

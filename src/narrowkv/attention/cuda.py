@@ -21,6 +21,7 @@ from narrowkv.attention.rope import AnyRope, Rope
 from narrowkv.attention.triton_forms import Case, power_of_2
 from narrowkv.attention.visible import Visible
 from narrowkv.codec import AnyQuantizer
+from narrowkv.codec.cuda import sent
 from narrowkv.errors import UnsupportedModelError
 from narrowkv.store import LayerStore
 
@@ -103,7 +104,7 @@ def prepare(
     blocks = blocks_of(store, rope, kept, visible.padding)
     length = past + (new[0].shape[2] if new else 0)
     if told is None:
-        told = torch.tensor(lengths(store, blocks, past, length, query.shape[2]), dtype=torch.int32, device=query.device)
+        told = sent(lengths(store, blocks, past, length, query.shape[2]), query.device)
     elif visible.rule is not None:
         raise UnsupportedModelError("A mask by rule cannot be captured in a CUDA graph; decode without one.")
     case = _case(query, store, blocks, rope, kept, visible, softcap)

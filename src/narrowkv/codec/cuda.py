@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -202,6 +202,11 @@ def put(room: Tensor, first: int, x: Tensor, counts: Tensor, places: Tensor | No
 def _or(part: Tensor | None, other: Tensor) -> Tensor:
     """A pointer for what is not there and never read."""
     return other if part is None else part
+
+
+def sent(numbers: Any, device: torch.device) -> Tensor:
+    """Whole numbers, in lists, as int32 on a device, without waiting for it."""
+    return torch.tensor(numbers, dtype=torch.int32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def search(numbers: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from narrowkv.attention import cuda
 from narrowkv.attention.cuda_blocks import Blocks
+from narrowkv.codec.cuda import sent
 from narrowkv.errors import CacheUseError, NarrowKVError, UnsupportedModelError
 from narrowkv.integrations.cache import PackedCache
 from narrowkv.integrations.layer import PackedLayer
@@ -157,7 +158,7 @@ class DecodingGraph:
             row, blocks = self._row(layer)
             rows.append(row)
             memory += _memory(layer, blocks)
-        self.told.copy_(torch.tensor(rows, dtype=torch.int32))
+        self.told.copy_(sent(rows, self.told.device))
         if memory != self._memory:
             self._memory = self._replay = self._logits = None  # before memory is taken for others
             self._capture(token_ids, positions)
