@@ -28,10 +28,10 @@ from triton.compiler import ASTSource
 from narrowkv import get_recipe
 from narrowkv.attention.cuda_blocks import forms_of
 from narrowkv.attention.triton_blocks import attend_blocks
-from narrowkv.attention.triton_forms import Case
+from narrowkv.attention.triton_forms import Case, Loose
 from narrowkv.attention.triton_launch import WARPS, stages_of
 from narrowkv.attention.triton_loose import attend_loose, merge
-from narrowkv.attention.triton_tail import decode_tail, put_outliers
+from narrowkv.attention.triton_tail import decode_tail
 from narrowkv.codec.triton_encode import encode_points, encode_tokens, nearest_points, put_tokens
 
 ARCHITECTURES = (80, 90, 100)
@@ -94,13 +94,17 @@ def others(architecture: int) -> Iterator[Compiled]:
     """The kernels beside it."""
     keys, values, case = case_of("pair2-1%")
     loose = replace(case, turning="positions")
-    exact = {"query": "*bf16", "keys": "*bf16", "values": "*bf16", "places": "*i64", "numbers": "*fp32", "codes": "*u8"}
-    types = TYPES | exact | {"sink_logits": "*fp32", "output": "*fp32", "table": "*fp32", "scale": "*fp16", "zero": "*fp16"}
-    yield looked_at("loose", attend_loose, {"PLACED": True, "C": loose, "NUMBER": tl.bfloat16}, types, architecture)
+    exact = {f"{kind}_{side}": "*bf16" for kind in ("sink", "window", "new") for side in ("keys", "values")}
+    types = TYPES | exact | {"packed_query": "*bf16", "tail_keys": "*fp32", "tail_values": "*fp32"}
+    parts = {"TAIL": loose, "OLD": loose, "NEW": case, "L": Loose(0, 1, 2, 3), "NUMBER": tl.bfloat16}
+    yield looked_at("loose", attend_loose, parts, types, architecture)
+    types |= {"sink_logits": "*fp32", "output": "*fp32"}
     yield looked_at("merge", merge, {"SLOTS": 128, "WIDE": 128, "SINKS": 32, "APART": True}, types, architecture)
-    types |= {"index": "*i64", "values": "*bf16", "count": "*i32"}
-    yield looked_at("tail", decode_tail, {"F": keys, "WIDE": 64}, types, architecture)
-    yield looked_at("tail outliers", put_outliers, {"F": values}, types, architecture)
+    of_side = {"codes": "*u8", "scale": "*fp32", "zero": "*fp32", "index": "*i64", "outliers": "*bf16", "count": "*i32"}
+    types |= {f"{side}_{part}": kind for side in ("key", "value") for part, kind in of_side.items()}
+    types |= {"keys": "*fp32", "values": "*fp32"}
+    yield looked_at("tail", decode_tail, {"K": keys, "V": values}, types, architecture)
+    types |= {"codes": "*u8", "scale": "*fp16", "zero": "*fp16", "index": "*i64", "values": "*bf16", "numbers": "*fp32"}
     tables = dict.fromkeys(("boundaries", "fixed_scale", "fixed_zero", "lower", "upper", "points", "cost"), "*fp32")
     types |= tables | {"x": "*bf16", "skip": "*u8", "counts": "*i32", "places": "*i32"}
     shape = {"HEADS": 8, "DIM": 128, "WIDE": 1024, "OUTLIERS": True, "SKIPS": True, "PLACED": True, "BOUNDARIES": 15}
@@ -123,7 +127,9 @@ def looked_at(name: str, kernel: Any, constants: dict[str, Any], types: dict[str
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": 2 * WARPS if kernel in (attend_loose, merge) else WARPS}
-    if "K" in constants:
+    if kernel is attend_loose:
+        options["num_stages"] = 1
+    if "NUMBER" in constants and "K" in constants:
         options["num_stages"] = stages_of(constants["K"], constants["V"])
     made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -114,6 +114,11 @@ class Form:
         return max(power_of_2(self.rows), 16)
 
     @property
+    def code_room(self) -> int:
+        """Codes of a token of a head, up to a power of 2."""
+        return power_of_2(self.codes)
+
+    @property
     def channels(self) -> int:
         """Channels of a tile of values, those that only fill it up included."""
         return self.row_room * self.numbers if self.channel_major else self.columns
@@ -194,3 +199,13 @@ class Case:
     def wide(self) -> int:
         """Channels of a tile of exact values."""
         return max(power_of_2(self.dim), 16)
+
+
+@dataclass(frozen=True)
+class Loose:
+    """Which kinds of tokens lie outside of blocks: the place of each among those that there are, else -1."""
+
+    tail: int
+    sinks: int
+    window: int
+    new: int

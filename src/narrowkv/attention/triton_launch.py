@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from narrowkv.attention.triton_blocks import attend_blocks
-from narrowkv.attention.triton_forms import Case, Form, power_of_2
+from narrowkv.attention.triton_forms import Case, Form, Loose, power_of_2
 from narrowkv.attention.triton_loose import attend_loose, merge
-from narrowkv.attention.triton_tail import OUTLIERS, TOKENS, decode_tail, put_outliers
+from narrowkv.attention.triton_tail import TOKENS, decode_tail
 from narrowkv.store import BLOCK
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -148,26 +148,20 @@ class _Step:
     numbers: tuple[float, float, float]
 
     def run(self) -> Tensor:
-        case, (keys, values), shared = self.plan.case, self.sides, self.shared
+        case, keys, shared = self.plan.case, self.sides[0], self.shared
         batch, query_heads = self.query.shape[:2]
         heads = self.plan.keys.heads
-        tail = [self.tail_numbers(form, side) for form, side in zip(self._forms, self.sides, strict=True)]
-        loose: dict[str, tuple[Tensor | None, Tensor | None, int, int]] = {
-            "tail": (tail[0], tail[1], TAIL, TAIL_START),
-            "sinks": (keys.sinks, values.sinks, SINKS, SINKS),
-            "window": (keys.window, values.window, WINDOW, WINDOW_START),
-            "new": (keys.new, values.new, NEW, NEW_START),
-        }
-        present = [(name, *part) for name, part in loose.items() if part[0] is not None]
+        tail = self.tail_numbers()
+        parts = {"tail": tail[0], "sinks": keys.sinks, "window": keys.window, "new": keys.new}
+        present = [name for name, part in parts.items() if part is not None]
         splits = 0 if shared.blocks is None else self.plan.splits
         slots = splits + len(present)
         sums = self.query.new_empty(batch * heads, slots, case.rows, case.dim, dtype=torch.float32)
         peaks = sums.new_empty(batch * heads, slots, case.rows, 2)
         if splits:
             self.launch_blocks(sums, peaks, splits)
-        for i, (name, first, second, held, start) in enumerate(present):
-            assert first is not None and second is not None
-            self.launch_loose(name, first, second, held, start, sums, peaks, splits + i)
+        if present:
+            self.launch_loose(tail, present, sums, peaks, splits)
         output = sums.new_empty(1 + self.plan.apart, *self.query.shape)
         rows = batch * query_heads * case.queries
         merge[(rows,)](
@@ -193,38 +187,42 @@ class _Step:
             num_warps=WARPS, num_stages=stages_of(self.plan.keys, self.plan.values),
         )  # fmt: skip
 
-    def launch_loose(
-        self, name: str, keys: Tensor, values: Tensor, held: int, start: int, sums: Tensor, peaks: Tensor, slot: int
-    ) -> None:
-        case, shared, lengths = self.plan.case, self.shared, self.lengths
-        packed, placed = name == "tail", name == "sinks"
-        turning = "positions" if case.turning == "near" else case.turning
-        if name == "new":
-            turning = "none"
-        case = replace(case, turning=turning, pairs=case.pairs if turning != "none" else 0, sinks=case.sinks if packed else 0)
+    def launch_loose(self, tail: list[Tensor | None], present: list[str], sums: Tensor, peaks: Tensor, slot: int) -> None:
+        case, shared, lengths, (keys, values) = self.plan.case, self.shared, self.lengths, self.sides
+        new = replace(case, turning="none", pairs=0, sinks=0)
+        tail_case = replace(case, turning="positions" if case.turning == "near" else case.turning)
+        parts = [(tail[0], tail[1]), (keys.sinks, values.sinks), (keys.window, values.window), (keys.new, values.new)]
+        strides = [
+            0 if part is None else part.stride(1)
+            for part in (tail[0], keys.sinks, keys.window, values.window, keys.new, values.new)
+        ]
         index = _or(shared.sink_index, lengths)
-        attend_loose[(len(sums), self.chunks)](
-            self.packed_query if packed else self.query, keys, values, index, lengths, sums, peaks,
+        attend_loose[(len(sums), self.chunks, len(present))](
+            self.packed_query, self.query, *(_or(part, lengths) for pair in parts for part in pair), lengths, sums, peaks,
             _or(shared.turns, lengths), *self.sight, index,
-            self.plan.keys.heads, sums.shape[1], slot, held, start, index.shape[-1], keys.stride(1), values.stride(1),
-            *self.strides, *self.numbers, PLACED=placed, C=case, NUMBER=NUMBERS[self.query.dtype], num_warps=2 * WARPS,
+            self.plan.keys.heads, sums.shape[1], slot, index.shape[-1], *self.strides, *strides, *self.numbers,
+            L=Loose(*(present.index(name) if name in present else -1 for name in ("tail", "sinks", "window", "new"))),
+            TAIL=tail_case, OLD=replace(tail_case, sinks=0), NEW=new, NUMBER=NUMBERS[self.query.dtype],
+            num_warps=2 * WARPS, num_stages=1,
         )  # fmt: skip
 
-    def tail_numbers(self, form: Form, side: SideParts) -> Tensor | None:
-        """Keys, or values, of the tail [batch, heads, 64, head_dim], not turned."""
-        if side.tail is None or form.bits == 16:
-            return side.tail
-        batch = len(side.tail)
-        numbers = self.query.new_empty(batch, form.heads, BLOCK, form.dim, dtype=torch.float32)
-        scale, zero = (side.tail_scale, side.tail_zero) if form.ranges == "held" else (side.scale, side.zero)
-        decode_tail[(batch * form.heads, BLOCK // TOKENS.value)](
-            side.tail, _or(side.table, numbers), _or(scale, numbers), _or(zero, numbers), numbers,
-            F=form, WIDE=power_of_2(form.codes),
-        )  # fmt: skip
-        if side.tail_index is not None and len(side.tail_index):
-            grid = (triton.cdiv(len(side.tail_index), OUTLIERS.value),)
-            put_outliers[grid](side.tail_index, side.tail_outliers, side.tail_count, numbers, F=form)
-        return numbers
+    def tail_numbers(self) -> list[Tensor | None]:
+        """Keys and values of the tail [batch, heads, 64, head_dim], not turned; those that are exact as they lie."""
+        found: list[Tensor | None] = [side.tail for side in self.sides]
+        tail = found[0]
+        coded = [form.bits < 16 for form in self._forms]
+        if tail is None or not any(coded):
+            return found
+        arguments: list[Tensor] = []
+        for i, (form, side) in enumerate(zip(self._forms, self.sides, strict=True)):
+            if coded[i]:
+                found[i] = self.query.new_empty(len(tail), form.heads, BLOCK, form.dim, dtype=torch.float32)
+            scale, zero = (side.tail_scale, side.tail_zero) if form.ranges == "held" else (side.scale, side.zero)
+            lists = (side.tail, side.table, scale, zero, side.tail_index, side.tail_outliers, side.tail_count, found[i])
+            arguments += [_or(part, self.lengths) for part in lists]
+        keys, values = self._forms
+        decode_tail[(len(tail) * keys.heads, BLOCK // TOKENS.value, 2)](*arguments, K=keys, V=values)
+        return found
 
     @property
     def chunks(self) -> int:

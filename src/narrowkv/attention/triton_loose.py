@@ -10,17 +10,64 @@ TOKENS = tl.constexpr(64)  # at a time
 
 @triton.jit
 def attend_loose(
-    query, keys, values, places, lengths, sums, peaks, turns, kept, padding, hidden, sink_index,
-    heads, slots, slot, held, own, place_stride, key_stride, value_stride,
+    packed_query, query, tail_keys, tail_values, sink_keys, sink_values, window_keys, window_values, new_keys, new_values,
+    lengths, sums, peaks, turns, kept, padding, hidden, sink_index,
+    heads, slots, slot, places, kept_stride, padding_stride, hidden_batch, hidden_stride, window,
+    tail_stride, sink_stride, window_key_stride, window_value_stride, new_key_stride, new_value_stride,
+    scaling, softcap, stretch,
+    L: tl.constexpr, TAIL: tl.constexpr, OLD: tl.constexpr, NEW: tl.constexpr, NUMBER: tl.constexpr,
+):  # fmt: skip
+    """One kind of loose tokens of a head: each has programs of its own, and a slot from `slot` on. Parameters as of
+    `attend_part`; TAIL, OLD, NEW: the case for the tail, for sinks and window, and for new tokens.
+    """
+    kind = tl.program_id(2)
+    if L.tail >= 0:  # noqa: SIM102, known to the compiler
+        if kind == L.tail:
+            attend_part(
+                packed_query, tail_keys, tail_values, lengths, sums, peaks, turns, kept, padding, hidden, sink_index,
+                heads, slots, slot + L.tail, 4, 8, tail_stride, tail_stride, places,
+                kept_stride, padding_stride, hidden_batch, hidden_stride, window,
+                scaling, softcap, stretch, False, TAIL, NUMBER,
+            )  # fmt: skip
+    if L.sinks >= 0:  # noqa: SIM102, known to the compiler
+        if kind == L.sinks:
+            attend_part(
+                query, sink_keys, sink_values, lengths, sums, peaks, turns, kept, padding, hidden, sink_index,
+                heads, slots, slot + L.sinks, 5, 5, sink_stride, sink_stride, places,
+                kept_stride, padding_stride, hidden_batch, hidden_stride, window,
+                scaling, softcap, stretch, True, OLD, NUMBER,
+            )  # fmt: skip
+    if L.window >= 0:  # noqa: SIM102, known to the compiler
+        if kind == L.window:
+            attend_part(
+                query, window_keys, window_values, lengths, sums, peaks, turns, kept, padding, hidden, sink_index,
+                heads, slots, slot + L.window, 6, 9, window_key_stride, window_value_stride, places,
+                kept_stride, padding_stride, hidden_batch, hidden_stride, window,
+                scaling, softcap, stretch, False, OLD, NUMBER,
+            )  # fmt: skip
+    if L.new >= 0:  # noqa: SIM102, known to the compiler
+        if kind == L.new:
+            attend_part(
+                query, new_keys, new_values, lengths, sums, peaks, turns, kept, padding, hidden, sink_index,
+                heads, slots, slot + L.new, 7, 10, new_key_stride, new_value_stride, places,
+                kept_stride, padding_stride, hidden_batch, hidden_stride, window,
+                scaling, softcap, stretch, False, NEW, NUMBER,
+            )  # fmt: skip
+
+
+@triton.jit
+def attend_part(
+    query, keys, values, lengths, sums, peaks, turns, kept, padding, hidden, sink_index,
+    heads, slots, slot, held, own, key_stride, value_stride, places,
     kept_stride, padding_stride, hidden_batch, hidden_stride, window,
     scaling, softcap, stretch,
     PLACED: tl.constexpr, C: tl.constexpr, NUMBER: tl.constexpr,
 ):  # fmt: skip
     """Attention over lengths[held] tokens [batch, heads, .., head_dim], the first of which is the lengths[own]-th of all held.
 
-    PLACED: which token of the sequence each is, is told by places [batch, tokens] instead, and those count that blocks and the
-    tail hold too. key_stride, value_stride: from one head to the next. lengths: as of `attend_blocks`, and tokens in the tail.
-    Slot `slot` is filled.
+    PLACED: which token of the sequence each is, is told by sink_index [batch, places] instead, and those count that blocks and
+    the tail hold too. key_stride, value_stride: from one head to the next. lengths: as `triton_launch` has them. Slot `slot`
+    is filled.
     """
     place = tl.program_id(0)
     row = place // heads
@@ -46,7 +93,7 @@ def attend_loose(
         live = token < count
         standing = begin + token
         if PLACED:
-            standing = (tl.load(places + row * place_stride + token, mask=live, other=-1) - first).to(tl.int32)
+            standing = (tl.load(sink_index + row * places + token, mask=live, other=-1) - first).to(tl.int32)
             live &= (standing >= 0) & (standing < packed)
         for j in tl.static_range(tl.constexpr(C.sinks)):
             live &= first + standing != tl.load(sink_index + row * C.sinks + j)

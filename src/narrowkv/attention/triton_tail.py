@@ -1,4 +1,4 @@
-"""Triton: the open tail as numbers, from codes of a byte each; then its outliers, each by a thread of its own."""
+"""Triton: the open tail as numbers, from codes of a byte each, with its outliers in their places."""
 
 import triton
 import triton.language as tl
@@ -6,34 +6,50 @@ import triton.language as tl
 from narrowkv.attention.triton_tiles import stands_for
 
 TOKENS = tl.constexpr(8)  # a program
-OUTLIERS = tl.constexpr(128)  # a program
+OUTLIERS = tl.constexpr(128)  # at a time
 
 
 @triton.jit
-def decode_tail(codes, table, scale, zero, numbers, F: tl.constexpr, WIDE: tl.constexpr):
-    """codes: [batch, heads, 64, codes] uint8; scale, zero: held or fixed. numbers: [batch, heads, 64, head_dim]."""
+def decode_tail(
+    key_codes, key_table, key_scale, key_zero, key_index, key_outliers, key_count, keys,
+    value_codes, value_table, value_scale, value_zero, value_index, value_outliers, value_count, values,
+    K: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    """Some tokens of a head: keys, or values; a side that is exact is left alone. Parameters as of `decode_side`."""
+    if tl.program_id(2) == 0:
+        if K.bits < 16:
+            decode_side(key_codes, key_table, key_scale, key_zero, key_index, key_outliers, key_count, keys, K)
+    else:
+        if V.bits < 16:
+            decode_side(value_codes, value_table, value_scale, value_zero, value_index, value_outliers, value_count, values, V)
+
+
+@triton.jit
+def decode_side(codes, table, scale, zero, index, outliers, count, numbers, F: tl.constexpr):
+    """codes: [batch, heads, 64, codes] uint8; scale, zero: held or fixed. index: [..] int64 in the flattened codes; outliers:
+    [.., numbers], of which count[0] count, in any order. numbers: [batch, heads, 64, head_dim].
+    """
     place = tl.program_id(0)
     head = place % F.heads
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)[:, None]
-    code = tl.arange(0, WIDE)[None, :]
+    first = tl.program_id(1) * TOKENS
+    token = first + tl.arange(0, TOKENS)[:, None]
+    code = tl.arange(0, F.code_room)[None, :]
     live = (token < 64) & (code < F.codes)
     found = tl.load(codes + (place * 64 + token) * F.codes + code, mask=live, other=0).to(tl.int32)
     if F.ranges == "held":
-        first = place // F.heads * F.range_heads * F.range_tokens * F.range_channels
-        scale += first
-        zero += first
+        held = place // F.heads * F.range_heads * F.range_tokens * F.range_channels
+        scale += held
+        zero += held
     for number in tl.static_range(tl.constexpr(F.numbers)):
         decoded = stands_for(found, table, scale, zero, head, token, code, number, live, F)
-        at = (place * 64 + token) * F.dim + code + number * F.codes
-        tl.store(numbers + at, decoded, mask=live)
-
-
-@triton.jit
-def put_outliers(index, values, count, numbers, F: tl.constexpr):
-    """Write count[0] outliers of the tail; index: [..] int64 in the flattened codes; values: [.., numbers]."""
-    which = tl.program_id(0) * OUTLIERS + tl.arange(0, OUTLIERS)
-    live = which < tl.load(count)
-    at = tl.load(index + which, mask=live, other=0)
-    for number in tl.static_range(tl.constexpr(F.numbers)):
-        exact = tl.load(values + which * F.numbers + number, mask=live, other=0.0).to(tl.float32)
-        tl.store(numbers + at // F.codes * F.dim + at % F.codes + number * F.codes, exact, mask=live)
+        tl.store(numbers + (place * 64 + token) * F.dim + code + number * F.codes, decoded, mask=live)
+    if F.nonzeros > 0:
+        tl.debug_barrier()  # outliers are written after what their codes stand for
+        begin = (place * 64 + first).to(tl.int64) * F.codes
+        for start in range(0, tl.load(count), OUTLIERS):
+            which = start + tl.arange(0, OUTLIERS)
+            at = tl.load(index + which, mask=which < tl.load(count), other=-1)
+            own = (at >= begin) & (at < begin + TOKENS * F.codes)
+            for number in tl.static_range(tl.constexpr(F.numbers)):
+                exact = tl.load(outliers + which * F.numbers + number, mask=own, other=0.0).to(tl.float32)
+                tl.store(numbers + at // F.codes * F.dim + at % F.codes + number * F.codes, exact, mask=own)
