@@ -1,6 +1,7 @@
 """Everything that is to be known of a GPU, in one call: `python -m benchmarks.gpu [--out FOLDER] [--minutes 8.5]`.
 
-In this order: correctness of every recipe against the naive twin in float32 over odd shapes; the bandwidth of a copy; one
+In this order: correctness of every recipe against the naive twin in float32 over odd shapes, and of single tokens that join a
+cache by kernels, launch by launch and by a CUDA graph, against plain torch; the bandwidth of a copy; one
 layer's attention of one token (32 query heads over 8 and over 32 KV heads of 128 channels) against torch's and others' over 16
 bits, by CUDA graphs over inputs that exceed the L2, medians; appending; prompts; whole models (`benchmarks.gpu_model`). What
 does not fit the time is left out and named. Results are written after each part, one JSON file for the card; the table in
@@ -89,7 +90,7 @@ def decoding(device: torch.device, tiny: bool, copied: float) -> Iterator[dict[s
 def appending(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
     for name in RECIPES[:2] if tiny else RECIPES:
         for batch, heads in ((1, (2, 1)),) if tiny else ((1, HEADS[0]), (16, HEADS[0])):
-            yield gpu_parts.encoding(name, 128 if tiny else 8192, batch, heads, device, steps=2 if tiny else 128)
+            yield gpu_parts.encoding(name, 128 if tiny else 8192, batch, heads, device, 2 if tiny else 128)
 
 
 def prompts(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
@@ -101,7 +102,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("results"))
     parser.add_argument("--minutes", type=float, default=8.5)
-    parser.add_argument("--parts", nargs="+", help="of correctness, decoding, appending, prompts, models; all by default")
+    parser.add_argument(
+        "--parts", nargs="+", help="of correctness, steps, decoding, appending, prompts, models; all by default"
+    )
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() and not arguments.tiny else "cpu")
@@ -120,6 +123,7 @@ def main() -> None:
     tiny = arguments.tiny
     parts: dict[str, Part] = {
         "correctness": lambda: correctness(device, tiny),
+        "steps": lambda: gpu_model.stepped(device, tiny),
         "decoding": lambda: decoding(device, tiny, copied),
         "appending": lambda: appending(device, tiny),
         "prompts": lambda: prompts(device, tiny),

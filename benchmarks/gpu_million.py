@@ -48,7 +48,7 @@ def measured(recipe: str, tokens: int, layers: int, device: torch.device) -> dic
     time = milliseconds(calls, device) * layers
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     return {
-        "layers": layers, "tokens": tokens // 64 * 64, "cache_bytes": held, "peak_bytes": peak, "attention_milliseconds": time,
+        "layers": layers, "tokens": stores[0].length, "cache_bytes": held, "peak_bytes": peak, "attention_milliseconds": time,
         "gigabytes_per_second": held / time / 1e6,
     }  # fmt: skip
 

@@ -1,20 +1,22 @@
 """Whole models for `benchmarks.gpu`: time and memory of a decoded token, and the longest context that fits.
 
 Random weights in the shape of Llama-2-7B and Llama-3-8B, in bfloat16; caches hold random numbers. Steps run as transformers
-runs them, one launch after the other, for both sides. The longest context is what remains of the memory, once the model is
-there, over the bytes of a token, which are those that were allocated.
+runs them, one launch after the other, for both sides; ours also as one CUDA graph. The longest context is what remains of the
+memory, once the model is there, over the bytes of a token, which are those that were allocated.
 """
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.gpu_store import filled, quantizer
-from narrowkv import Calibration, PackedCache, get_recipe
+from narrowkv import Calibration, PackedCache, cuda_graph, get_recipe
 from narrowkv.calibration import Fingerprint
 
 HEAD_DIM = 128
@@ -37,19 +39,49 @@ def model_of(name: str, device: torch.device, tiny: bool) -> LlamaForCausalLM:
         return LlamaForCausalLM._from_config(config, attn_implementation="sdpa").eval()
 
 
-def packed(model: PreTrainedModel, name: str, tokens: int, batch: int) -> PackedCache:
-    """Our cache, of whole blocks."""
+def empty(model: PreTrainedModel, name: str, backend: str = "cuda") -> PackedCache:
+    """Our cache, with tables drawn at random."""
     config, device = model.config, model.device
     recipe, heads = get_recipe(name), config.num_key_value_heads
     pair = quantizer(recipe.keys, heads, device), quantizer(recipe.values, heads, device)
     layers = dict.fromkeys(range(config.num_hidden_layers), pair)
     shapes = dict.fromkeys(layers, (heads, HEAD_DIM))
-    cache = Calibration(recipe, Fingerprint.of(model), layers, shapes).cache(model, backend="cuda")
+    return Calibration(recipe, Fingerprint.of(model), layers, shapes).cache(model, backend=backend)
+
+
+def packed(model: PreTrainedModel, name: str, tokens: int, batch: int) -> PackedCache:
+    """Our cache, full of random numbers."""
+    cache, device = empty(model, name), model.device
     for layer in cache.packed:
-        layer.store = filled(name, tokens, batch, heads, device, model.dtype)
+        layer.store = filled(name, tokens, batch, model.config.num_key_value_heads, device, model.dtype)
     for ledger in cache.ledgers.values():
-        ledger.append(torch.arange(tokens, device=device).expand(batch, -1))
+        ledger.append(torch.arange(cache.length, device=device).expand(batch, -1))
     return cache
+
+
+def stepped(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
+    """How far logits of single tokens behind a prompt, by the kernels and by a CUDA graph of them, are from plain torch's."""
+    model, gpu = model_of("Llama-3-8B", device, True).float(), device.type == "cuda"
+    prompt, steps = (50, 2) if tiny else (150, 140)
+    ids = torch.randint(0, 64, (2, prompt + steps), device=device)
+    for name in RECIPES[:1] if tiny else ("nuq4-1%", *RECIPES):
+        torch.manual_seed(0)
+        plain = _logits(model, empty(model, name, "torch"), ids, prompt, False)
+        row: dict[str, Any] = {"recipe": name, "steps": steps}
+        for kind, graph in (("launches", False), ("graph", True))[: 1 + gpu]:
+            torch.manual_seed(0)
+            found = _logits(model, empty(model, name), ids, prompt, graph)
+            row[kind] = float((found - plain).norm() / plain.norm())
+        yield row
+
+
+def _logits(model: PreTrainedModel, cache: PackedCache, ids: Tensor, prompt: int, graph: bool) -> Tensor:
+    found = []
+    with torch.inference_mode(), cuda_graph(model, cache) if graph else contextlib.nullcontext():
+        model(input_ids=ids[:, :prompt], past_key_values=cache)
+        for i in range(prompt, ids.shape[1]):
+            found.append(model(input_ids=ids[:, i : i + 1], past_key_values=cache).logits)
+    return torch.cat(found, dim=1)
 
 
 def exact(model: PreTrainedModel, tokens: int, batch: int) -> DynamicCache:
@@ -62,8 +94,10 @@ def exact(model: PreTrainedModel, tokens: int, batch: int) -> DynamicCache:
     return cache
 
 
-def measured(model: PreTrainedModel, make: Callable[[], Any], batch: int, turns: int) -> dict[str, Any]:
-    """Milliseconds of a token, bytes of the cache and the peak of memory while decoding; or that memory was short."""
+def measured(model: PreTrainedModel, make: Callable[[], Any], batch: int, turns: int, graph: bool) -> dict[str, Any]:
+    """Milliseconds of a token, bytes of the cache and the peak of memory while decoding; or that memory was short. graph:
+    whether steps run as a CUDA graph.
+    """
     device = model.device
     gpu = device.type == "cuda"
     before = torch.cuda.memory_allocated() if gpu else 0
@@ -74,10 +108,10 @@ def measured(model: PreTrainedModel, make: Callable[[], Any], batch: int, turns:
         held = torch.cuda.memory_allocated() - before if gpu else 0
         if gpu:
             torch.cuda.reset_peak_memory_stats()
-        with torch.inference_mode():
+        with torch.inference_mode(), cuda_graph(model, cache) if graph else contextlib.nullcontext():
             for turn in range(turns + 3):
                 start = time.perf_counter()
-                model(token, past_key_values=cache)
+                model(input_ids=token, past_key_values=cache)
                 if gpu:
                     torch.cuda.synchronize()
                 if turn >= 3:
@@ -106,8 +140,9 @@ def rows(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
                 make: Callable[[], Any] = functools.partial(exact, model, tokens, batch)
                 if cache in RECIPES:
                     make = functools.partial(packed, model, cache, tokens, batch)
-                row = measured(model, make, batch, 2 if tiny else 20)
-                if row.get("cache_bytes"):
-                    row["longest"] = longest(model, row["cache_bytes"] / tokens / batch)
-                yield {"model": name, "cache": cache, "tokens": tokens, "batch": batch, **row}
+                for graph in (False, True) if cache in RECIPES and device.type == "cuda" else (False,):
+                    row = measured(model, make, batch, 2 if tiny else 20, graph)
+                    if row.get("cache_bytes"):
+                        row["longest"] = longest(model, row["cache_bytes"] / tokens / batch)
+                    yield {"model": name, "cache": cache, "tokens": tokens, "batch": batch, "graph": graph, **row}
         del model

@@ -16,7 +16,7 @@ from benchmarks.drawn import HEAD_DIM
 from benchmarks.gpu_clock import copies, milliseconds
 from benchmarks.gpu_store import bytes_of, filled
 from narrowkv.attention import BACKENDS, Rope, Visible, cuda, tiled
-from narrowkv.store import LayerStore
+from narrowkv.store import LayerStore, steps
 
 Row = dict[str, Any]
 PREFILL = 2048
@@ -54,7 +54,6 @@ def correctness(name: str, tokens: int, batch: int, heads: tuple[int, int], quer
     """The relative error of attention in 32 and in 16 bits against the naive twin in float32."""
     row: Row = {"recipe": name, "tokens": tokens, "batch": batch, "heads": list(heads), "queries": queries}
     store = filled(name, tokens, batch, heads[1], device, torch.float16)
-    store.append(*torch.randn(2, batch, heads[1], 37, HEAD_DIM, device=device, dtype=torch.float16))  # a tail
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         if dtype == torch.bfloat16 and device.type != "cuda":
             continue  # the interpreter has none
@@ -125,19 +124,27 @@ def _flash(device: torch.device) -> Iterator[None]:
         yield
 
 
-def encoding(name: str, tokens: int, batch: int, heads: tuple[int, int], device: torch.device, steps: int = 128) -> Row:
-    """Milliseconds of appending one token to a layer, the mean of `steps`, and of a chunk of a prompt, a token."""
+def encoding(
+    name: str, tokens: int, batch: int, heads: tuple[int, int], device: torch.device, tokens_appended: int = 128
+) -> Row:
+    """Milliseconds of storing one token in a layer: the device's part of a step, `append` as the host calls it (the mean of
+    `tokens_appended`, blocks sealed on the way), and a token of a chunk of a prompt.
+    """
     store = filled(name, tokens, batch, heads[1], device, torch.bfloat16)
     new = torch.randn(2, batch, heads[1], 1, HEAD_DIM, device=device, dtype=torch.bfloat16)
+    row: Row = {"recipe": name, "batch": batch, "heads": list(heads)}
+    if steps.make_room(store, new[0], new[1]):  # on a GPU
+        places = torch.zeros(2, dtype=torch.int32, device=device)
+        row["step"] = milliseconds([lambda: steps.write(store, new[0], new[1], places=places)] * 16, device)
 
     def some() -> None:
-        for _ in range(steps):
+        for _ in range(tokens_appended):
             store.append(new[0], new[1])
 
     chunk = torch.randn(2, batch, heads[1], min(PREFILL, tokens), HEAD_DIM, device=device, dtype=torch.bfloat16)
-    one = milliseconds([some], device, turns=3, graph=False) / steps
+    one = milliseconds([some], device, turns=3, graph=False) / tokens_appended
     many = milliseconds([lambda: store.append(chunk[0], chunk[1])], device, turns=3, graph=False)
-    return {"recipe": name, "batch": batch, "heads": list(heads), "decoding": one, "prompt_token": many / chunk.shape[3]}
+    return {**row, "append": one, "prompt_token": many / chunk.shape[3]}
 
 
 def prompts(name: str, tokens: int, heads: tuple[int, int], device: torch.device) -> Row:

@@ -12,6 +12,7 @@ from narrowkv.store import BLOCK, LayerStore
 from narrowkv.store.page import Column, PackedSide, Page
 
 DRAWN_BLOCKS = 32  # that differ
+LOOSE = 37  # tokens beyond blocks and window
 
 
 def quantizer(scheme: Scheme, kv_heads: int, device: torch.device) -> AnyQuantizer:
@@ -23,10 +24,12 @@ def quantizer(scheme: Scheme, kv_heads: int, device: torch.device) -> AnyQuantiz
 
 
 def filled(name: str, tokens: int, batch: int, kv_heads: int, device: torch.device, dtype: torch.dtype) -> LayerStore:
-    """A store of whole blocks, up to `tokens` of each sequence, in one page."""
+    """A store of whole blocks, up to `tokens` of each sequence, in one page, and of what its recipe has beside them: attention
+    sinks, a window, and a tail.
+    """
     recipe = get_recipe(name)
     sides = quantizer(recipe.keys, kv_heads, device), quantizer(recipe.values, kv_heads, device)
-    small = LayerStore(*sides)
+    small = LayerStore(*sides, sinks=recipe.sinks)
     blocks = tokens // BLOCK
     shape = (2, batch, kv_heads, min(blocks, DRAWN_BLOCKS) * BLOCK, drawn.HEAD_DIM)
     keys, values = torch.randn(shape, dtype=dtype, device=device)
@@ -35,10 +38,11 @@ def filled(name: str, tokens: int, batch: int, kv_heads: int, device: torch.devi
     slots = blocks * batch
     larger = Page(slots, repeated(page.keys, slots), repeated(page.values, slots))
     larger.used = slots
-    store = LayerStore(*sides)
-    store.shape = small.shape
+    store = LayerStore(*sides, sinks=recipe.sinks, window=recipe.window)
+    store.shape, store.sink_index, store.sink_numbers = small.shape, small.sink_index, small.sink_numbers
     store.columns = [Column(larger, row.clone(), BLOCK) for row in torch.arange(slots).view(blocks, batch)]
     store.sealed = blocks * BLOCK
+    store.append(*torch.randn(2, batch, kv_heads, recipe.window + LOOSE, drawn.HEAD_DIM, dtype=dtype, device=device))
     return store
 
 

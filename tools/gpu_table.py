@@ -30,7 +30,7 @@ def page(found: dict[str, Any]) -> str:
         f"{facts['narrowkv']}. A copy moves {facts['copy_gigabytes_per_second']:.0f} GB/s, bytes read and written.",
     ]
     for name, make in (
-        ("correctness", correctness), ("decoding", decoding), ("appending", appending), ("prompts", prompts),
+        ("correctness", correctness), ("steps", steps), ("decoding", decoding), ("appending", appending), ("prompts", prompts),
         ("models", models),
     ):  # fmt: skip
         if found.get(name):
@@ -49,6 +49,12 @@ def correctness(rows: list[Row]) -> str:
     )
 
 
+def steps(rows: list[Row]) -> str:
+    cells = ([row["recipe"], row["steps"], row["launches"], row.get("graph")] for row in rows)
+    head = ["recipe", "tokens", "launch by launch", "by a CUDA graph"]
+    return "Relative distance of logits from plain torch's, token by token behind a prompt:\n\n" + table(head, cells)
+
+
 def decoding(rows: list[Row]) -> str:
     head = ["recipe", "heads", "batch", "tokens", "ms", "best of torch and others, ms", "times as fast", "of the bandwidth"]
     cells = (
@@ -62,8 +68,9 @@ def decoding(rows: list[Row]) -> str:
 
 
 def appending(rows: list[Row]) -> str:
-    cells = ([row["recipe"], row["batch"], row["decoding"], 1e3 * row["prompt_token"]] for row in rows)
-    return "Appending to one layer:\n\n" + table(["recipe", "batch", "one token, ms", "a token of a prompt, us"], cells)
+    cells = ([row["recipe"], row["batch"], row.get("step"), row["append"], 1e3 * row["prompt_token"]] for row in rows)
+    head = ["recipe", "batch", "one token, on the device, ms", "as the host calls it, ms", "a token of a prompt, us"]
+    return "Storing in one layer:\n\n" + table(head, cells)
 
 
 def prompts(rows: list[Row]) -> str:
@@ -78,7 +85,8 @@ def models(rows: list[Row]) -> str:
     head = ["model", "cache", "tokens", "batch", "ms a token", "cache, GB", "peak, GB", "longest context"]
     cells = (
         [
-            row["model"], row["cache"], row["tokens"], row["batch"], row["milliseconds"] or row["why"],
+            row["model"], row["cache"] + (", CUDA graph" if row["graph"] else ""), row["tokens"], row["batch"],
+            row["milliseconds"] or row["why"],
             *(None if row.get(name) is None else row[name] / 1e9 for name in ("cache_bytes", "peak_bytes")),
             row.get("longest"),
         ]
