@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from narrowkv.attention import fused
 from narrowkv.attention.visible import Visible
 
 
@@ -56,10 +57,10 @@ class Running:
 
 
 class Fused:
-    """Torch's fused attention of a CPU over each piece, and the mean of those, weighted by the sums of their softmaxes.
+    """Torch's fused attention over each piece (fused.py), and the mean of those, weighted by the sums of their softmaxes.
 
-    Products are in the dtype of the queries, so that 16 bits use the processor's matrix unit; weights and means are in float32
-    at least.
+    Products are in the dtype of the queries, so that 16 bits use the matrix unit of a processor or a GPU; weights and means
+    are in float32 at least.
     """
 
     def __init__(self, query: Tensor, asking: range, visible: Visible, scaling: float, sink_logits: Tensor | None):
@@ -79,13 +80,9 @@ class Fused:
     def see(self, keys: Tensor, values: Tensor, tokens: range) -> None:
         """Add keys (rotated) and values [batch, kv_heads, n, head_dim] of these tokens, the channels of each side by side."""
         pattern = self.visible.pattern(self.asking, tokens)
-        hidden = None if pattern else _hidden(self.visible, self.asking, tokens, keys.device)
-        mask = None if hidden is None else self.query.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
-        mean, log_total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # the one that tells the sum
-            self.query, keys, values, is_causal=pattern == "causal", attn_mask=mask, scale=self.scaling
-        )
-        if hidden is not None:  # it tells 0 of a query that sees nothing
-            log_total = log_total.masked_fill(hidden.all(-1), -torch.inf)
+        causal = pattern == "causal" and len(tokens) == len(self.asking)
+        hidden = None if pattern == "all" or causal else _hidden(self.visible, self.asking, tokens, keys.device)
+        mean, log_total = fused.attend(self.query, keys, values, causal, hidden, self.scaling)
         share = (log_total - self.log_total).sigmoid().nan_to_num(0.0)  # nan where both have seen nothing
         self.mean.lerp_(mean.to(self.mean.dtype), share[..., None])
         self.log_total = torch.logaddexp(self.log_total, log_total)

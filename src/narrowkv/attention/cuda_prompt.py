@@ -1,0 +1,148 @@
+"""Attention of many queries on a GPU: kernels decode sealed blocks, a run of them at a time, for `tiled.attend_pieces`.
+
+Queries in 16 bits go by torch's fused attention (fused.py); queries in 32 bits, and scores with a softcap, piece by piece with
+scores that are held. The open tail, the window and attention sinks are few and decoded by torch.
+"""
+
+import importlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from narrowkv.attention import tiled
+from narrowkv.attention.cuda_blocks import Blocks, blocks_of
+from narrowkv.attention.reading import turn_sum
+from narrowkv.attention.rope import AnyRope, Rope
+from narrowkv.attention.triton_forms import Case
+from narrowkv.attention.visible import Visible
+from narrowkv.store import LayerStore
+from narrowkv.store.sinks import put_sinks
+
+# tokens decoded at a time: the results of all queries are gone over once for each run, so runs are long; numbers of both sides
+# that they take memory for bound them
+MOST_TOKENS, FEWEST_TOKENS, MOST_NUMBERS = 8192, 2048, 2**26
+
+Piece = tuple[int, Tensor, Tensor]  # index of the first token, keys, values
+
+
+def attend(
+    query: Tensor,
+    store: LayerStore,
+    *,
+    past: int,
+    new: tuple[Tensor, Tensor] | None,
+    rope: AnyRope | None,
+    kept: Tensor | None,
+    read: Tensor | None,
+    visible: Visible,
+    scaling: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """Attention of the newest queries over the packed cache; parameters and result as of `naive.attend`.
+
+    read: what is kept, as kernels read it: positions [1 or batch, tokens] int32, or cosines and sines [.., tokens, 2, pairs].
+    """
+    query = query.to(tiled.precision_of(query, softcap))
+    rope = rope if kept is not None else None
+    turning = None if rope is None or kept is None else (rope, kept)
+    if min(store.sealed, past - store.first) > 0:
+        blocks = blocks_of(store, rope, read, visible.padding)
+        most = _most_tokens(store) if tiled.fuses(query, softcap) else tiled.FUSED_SLICE
+        stored = _stored(store, blocks, past, turning, read, query.dtype, most)
+    else:
+        stored = _unsealed(store, past, turning, query.dtype)
+    return tiled.attend_pieces(
+        query, stored, past=past, new=new, visible=visible, scaling=scaling, softcap=softcap, sink_logits=sink_logits
+    )
+
+
+def _most_tokens(store: LayerStore) -> int:
+    assert store.shape is not None
+    batch, heads, dim = store.shape
+    return min(max(MOST_NUMBERS // (2 * batch * heads * dim), FEWEST_TOKENS), MOST_TOKENS)
+
+
+def _unsealed(store: LayerStore, past: int, turning: tuple[AnyRope, Tensor] | None, precision: torch.dtype) -> Iterator[Piece]:
+    """What is not in sealed blocks: the open tail, then the window."""
+    for start, keys, values in store.tiles(past, unsealed=True):
+        if turning is not None:
+            rope, kept = turning
+            at = start - store.first
+            keys = rope.rotate(keys.to(torch.promote_types(precision, torch.float32)), kept[:, at : at + keys.shape[2]])
+        yield start, keys.to(precision), values.to(precision)
+
+
+def _stored(
+    store: LayerStore,
+    blocks: Blocks,
+    past: int,
+    turning: tuple[AnyRope, Tensor] | None,
+    read: Tensor | None,
+    precision: torch.dtype,
+    most: int,
+) -> Iterator[Piece]:
+    """All that is held before `past`, about `most` tokens at a time; what is not in blocks comes with the last of them."""
+    decode = importlib.import_module("narrowkv.attention.triton_decode").decode
+    assert store.shape is not None
+    batch, heads, dim = store.shape
+    held, sealed = past - store.first, min(past - store.first, store.sealed)
+    case = _case(dim, blocks, turning)
+    stretch = turning[0].scaling if turning is not None and isinstance(turning[0], Rope) else 1.0
+    sinks = _sinks(store, turning)
+    begin, column = 0, 0
+    while begin < sealed:
+        stop, end = column, begin
+        while end < sealed and end - begin < most:
+            end += store.columns[stop].count
+            stop += 1
+        end = min(end, sealed)
+        room = (held if end == sealed else end) - begin
+        pair = tuple(torch.empty(batch, heads, room, dim, dtype=precision, device=blocks.table.device) for _ in range(2))
+        decode(pair, blocks, case, read, stretch, range(column, stop), range(begin, end))
+        keys, values = (
+            turn_sum(quantizer, matrix, numbers.float()).to(precision) if turned else numbers
+            for quantizer, matrix, turned, numbers in zip(store.quantizers, blocks.matrices, blocks.turned, pair, strict=True)
+        )
+        if sinks is not None and store.sink_index is not None:
+            put_sinks(store.first + begin, (keys, values), store.sink_index, sinks)
+        if end == sealed:
+            for start, some_keys, some_values in _unsealed(store, past, turning, precision):
+                at = start - store.first - begin
+                keys[:, :, at : at + some_keys.shape[2]] = some_keys
+                values[:, :, at : at + some_keys.shape[2]] = some_values
+        yield store.first + begin, keys, values
+        begin, column = end, stop
+
+
+def _case(dim: int, blocks: Blocks, turning: tuple[AnyRope, Tensor] | None) -> Case:
+    """A case of keys alone."""
+    pairs = 0 if turning is None else blocks.pairs or turning[1].shape[-1]
+    return Case(
+        rows=0,
+        room=0,
+        queries=0,
+        dim=dim,
+        pairs=pairs,
+        interleaved=turning is not None and turning[0].interleaved,
+        turning=blocks.turning,
+        sinks=0,
+        softcap=False,
+        padding=False,
+        window=0,
+        hidden=False,
+        precision="ieee",
+    )
+
+
+def _sinks(store: LayerStore, turning: tuple[AnyRope, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+    """Keys, turned, and values of attention sinks [batch, kv_heads, sinks, head_dim]."""
+    if store.sink_numbers is None or store.sink_index is None or turning is None:
+        return store.sink_numbers
+    keys, values = store.sink_numbers
+    rope, kept = turning
+    at = (store.sink_index - store.first).clamp(0, kept.shape[1] - 1)
+    rows = torch.arange(len(at), device=at.device)[:, None]
+    kept = kept.expand(len(at), *kept.shape[1:])[rows, at]
+    return rope.rotate(keys.to(torch.promote_types(keys.dtype, torch.float32)), kept), values
