@@ -30,6 +30,7 @@ from narrowkv.attention.cuda_blocks import forms_of
 from narrowkv.attention.triton_blocks import attend_blocks
 from narrowkv.attention.triton_decode import decode_keys, decode_values, put_block_outliers, turn_keys
 from narrowkv.attention.triton_forms import Case
+from narrowkv.attention.triton_join import join_piece
 from narrowkv.attention.triton_launch import WARPS, stages_of
 from narrowkv.attention.triton_loose import attend_loose, merge
 from narrowkv.attention.triton_tail import decode_tail, put_outliers
@@ -109,6 +110,8 @@ def others(architecture: int) -> Iterator[Compiled]:
     """The kernels beside it."""
     for recipe in ("nuq4-1%", "pair2", "kivi-2"):
         yield from of_prompts(recipe, architecture)
+    pointers = {"mean": "*fp32", "log_total": "*fp32", "more": "*bf16", "log_more": "*fp32"}
+    yield looked_at("join pieces", join_piece, {"WIDE": HEAD_DIM}, pointers, architecture)
     keys, values, case = case_of("pair2-1%")
     loose = replace(case, turning="positions")
     exact = {"query": "*bf16", "keys": "*bf16", "values": "*bf16", "places": "*i64", "numbers": "*fp32", "codes": "*u8"}

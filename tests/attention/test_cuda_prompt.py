@@ -4,7 +4,7 @@ import pytest
 import torch
 from tests.attention.test_cpu import KEYS, VALUES, case
 
-from narrowkv.attention import Visible, cuda, cuda_prompt, naive, tiled
+from narrowkv.attention import Visible, cuda, cuda_prompt, naive, softmax, tiled
 from narrowkv.codec import Scheme
 
 pytestmark = pytest.mark.skipif(
@@ -85,3 +85,16 @@ def test_the_result_does_not_depend_on_how_many_blocks_are_decoded_at_a_time(mon
     monkeypatch.setattr(tiled, "_stored", no_plain_decoding)
     monkeypatch.setattr(cuda_prompt, "MOST_TOKENS", most)
     check(*case(KEYS["nuq4-1%"], BY_TOKEN, (1, 4, 2, 16, 260, NEW)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_pieces_are_joined_as_by_torch(dtype):
+    from narrowkv.attention import triton_join
+
+    mean, log_total = torch.randn(3, 2, 21, 40), 10 * torch.randn(3, 2, 21)
+    more, log_more = torch.randn(3, 21, 2, 40, dtype=dtype).transpose(1, 2), 10 * torch.randn(3, 2, 32)[..., :21]
+    log_total[0, 0, :3] = log_more[0, 0, 2:5] = -torch.inf
+    expected = mean.clone(), log_total.clone()
+    softmax.join(*expected, more, log_more)
+    triton_join.join(mean, log_total, more, log_more)
+    torch.testing.assert_close((mean, log_total), expected)

@@ -6,6 +6,7 @@ scores that are held. The open tail, the window and attention sinks are few and 
 
 import importlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +20,8 @@ from narrowkv.attention.visible import Visible
 from narrowkv.store import LayerStore
 from narrowkv.store.sinks import put_sinks
 
-# tokens decoded at a time: the results of all queries are gone over once for each run, so runs are long; numbers of both sides
-# that they take memory for bound them
-MOST_TOKENS, FEWEST_TOKENS, MOST_NUMBERS = 8192, 2048, 2**26
+# decoded at a time: many tokens, since all results are gone over for each run; fewer where their numbers take much memory
+MOST_TOKENS, FEWEST_TOKENS, MOST_NUMBERS = 16_384, 2048, 2**26
 
 Piece = tuple[int, Tensor, Tensor]  # index of the first token, keys, values
 
@@ -53,9 +53,13 @@ def attend(
         stored = _stored(store, blocks, past, turning, read, query.dtype, most)
     else:
         stored = _unsealed(store, past, turning, query.dtype)
-    return tiled.attend_pieces(
-        query, stored, past=past, new=new, visible=visible, scaling=scaling, softcap=softcap, sink_logits=sink_logits
-    )
+    options: dict[str, Any] = {"visible": visible, "scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
+    return tiled.attend_pieces(query, stored, past=past, new=new, joining=_kernels("join").join, **options)
+
+
+def _kernels(name: str) -> Any:
+    """A module of kernels, which needs Triton."""
+    return importlib.import_module(f"narrowkv.attention.triton_{name}")
 
 
 def _most_tokens(store: LayerStore) -> int:
@@ -84,7 +88,7 @@ def _stored(
     most: int,
 ) -> Iterator[Piece]:
     """All that is held before `past`, about `most` tokens at a time; what is not in blocks comes with the last of them."""
-    decode = importlib.import_module("narrowkv.attention.triton_decode").decode
+    decode = _kernels("decode").decode
     assert store.shape is not None
     batch, heads, dim = store.shape
     held, sealed = past - store.first, min(past - store.first, store.sealed)

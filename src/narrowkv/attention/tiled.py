@@ -6,14 +6,14 @@ a fused attention for them (fused.py): on a CPU, and on a GPU. There, queries in
 computed piece by piece with scores that are held (`softmax.Running`).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from narrowkv.attention import fused
 from narrowkv.attention.rope import AnyRope
-from narrowkv.attention.softmax import Fused, Running
+from narrowkv.attention.softmax import Fused, Running, join
 from narrowkv.attention.visible import Visible
 from narrowkv.store import LayerStore
 
@@ -65,10 +65,11 @@ def attend_pieces(
     scaling: float,
     softcap: float | None,
     sink_logits: Tensor | None,
+    joining: Callable[[Tensor, Tensor, Tensor, Tensor], None] = join,
 ) -> Tensor:
     """`attend` over what is stored as it comes: (index of the first token, rotated keys, values), in the dtype of the queries.
 
-    query: in the dtype that `precision_of` tells.
+    query: in the dtype that `precision_of` tells. joining: `softmax.join`, or what does the same.
     """
     length = past + (new[0].shape[2] if new else 0)
     first = length - query.shape[2]
@@ -79,7 +80,7 @@ def attend_pieces(
     for some in _slices(query.shape[2], rows):
         asking, part = range(first + some.start, first + some.stop), query[:, :, some]
         if fusing:
-            parts.append(Fused(part, asking, visible, scaling, sink_logits))
+            parts.append(Fused(part, asking, visible, scaling, sink_logits, joining))
         else:
             parts.append(Running(part, asking, visible, scaling, softcap, sink_logits))
     for start, keys, values in stored:
