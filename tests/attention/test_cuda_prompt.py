@@ -66,6 +66,12 @@ def test_any_length_and_none_in_blocks(total):
     check(*case(KEYS["kivi-2"], VALUES["kivi-2"], (1, 2, 1, 16, total, NEW), sinks=2, window=33), torch.float16)
 
 
+def test_a_prompt_before_which_nothing_is_stored():
+    query, store, options = case(KEYS["nuq2"], VALUES["token"], (2, 2, 1, 24, NEW, NEW))
+    store.reset()
+    check(query, store, options, torch.float16)
+
+
 def test_a_cache_as_it_grows_is_cropped_and_selected():
     query, store, options = case(KEYS["nuq2"], VALUES["kivi-2"], (2, 2, 1, 16, 180, NEW), sinks=2, window=40)
     check(query, store, options | {"past": 180, "new": None, "kept": torch.arange(180).expand(2, -1)})  # strict

@@ -5,6 +5,7 @@ scores that are held. The open tail, the window and attention sinks are few and 
 """
 
 import importlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,16 +46,31 @@ def attend(
     read: what is kept, as kernels read it: positions [1 or batch, tokens] int32, or cosines and sines [.., tokens, 2, pairs].
     """
     query = query.to(tiled.precision_of(query, softcap))
-    rope = rope if kept is not None else None
-    turning = None if rope is None or kept is None else (rope, kept)
-    if min(store.sealed, past - store.first) > 0:
-        blocks = blocks_of(store, rope, read, visible.padding)
-        most = _most_tokens(store) if tiled.fuses(query, softcap) else tiled.FUSED_SLICE
-        stored = _stored(store, blocks, past, turning, read, query.dtype, most)
-    else:
-        stored = _unsealed(store, past, turning, query.dtype)
+    most = _most_tokens(store) if tiled.fuses(query, softcap) else tiled.FUSED_SLICE
+    stored = pieces(store, past, rope, kept, read, visible.padding, query.dtype, most)
     options: dict[str, Any] = {"visible": visible, "scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
     return tiled.attend_pieces(query, stored, past=past, new=new, joining=_kernels("join").join, **options)
+
+
+def pieces(
+    store: LayerStore,
+    past: int,
+    rope: AnyRope | None,
+    kept: Tensor | None,
+    read: Tensor | None,
+    padding: Tensor | None,
+    precision: torch.dtype,
+    most: int = MOST_TOKENS,
+) -> Iterator[Piece]:
+    """All that is held before `past`, keys turned, in this dtype, about `most` tokens at a time; parameters as of `attend`.
+
+    What is not in sealed blocks comes with the last of them, for each piece costs a pass over the results of all queries.
+    """
+    rope = rope if kept is not None else None
+    turning = None if rope is None or kept is None else (rope, kept)
+    if min(store.sealed, past - store.first) <= 0:
+        return _unsealed(store, past, turning, precision)
+    return _runs(store, blocks_of(store, rope, read, padding), past, turning, read, precision, most)
 
 
 def _kernels(name: str) -> Any:
@@ -63,9 +79,8 @@ def _kernels(name: str) -> Any:
 
 
 def _most_tokens(store: LayerStore) -> int:
-    assert store.shape is not None
-    batch, heads, dim = store.shape
-    return min(max(MOST_NUMBERS // (2 * batch * heads * dim), FEWEST_TOKENS), MOST_TOKENS)
+    numbers = 2 * math.prod(store.shape or ())  # of a token of all sequences, keys and values
+    return min(max(MOST_NUMBERS // numbers, FEWEST_TOKENS), MOST_TOKENS)
 
 
 def _unsealed(store: LayerStore, past: int, turning: tuple[AnyRope, Tensor] | None, precision: torch.dtype) -> Iterator[Piece]:
@@ -78,7 +93,7 @@ def _unsealed(store: LayerStore, past: int, turning: tuple[AnyRope, Tensor] | No
         yield start, keys.to(precision), values.to(precision)
 
 
-def _stored(
+def _runs(
     store: LayerStore,
     blocks: Blocks,
     past: int,
@@ -87,7 +102,6 @@ def _stored(
     precision: torch.dtype,
     most: int,
 ) -> Iterator[Piece]:
-    """All that is held before `past`, about `most` tokens at a time; what is not in blocks comes with the last of them."""
     decode = _kernels("decode").decode
     assert store.shape is not None
     batch, heads, dim = store.shape
