@@ -18,6 +18,7 @@ from narrowkv.attention.reading import turn_sum
 from narrowkv.attention.rope import AnyRope, Rope
 from narrowkv.attention.triton_forms import Case
 from narrowkv.attention.visible import Visible
+from narrowkv.codec import AnyQuantizer
 from narrowkv.store import LayerStore
 from narrowkv.store.sinks import put_sinks
 
@@ -120,8 +121,8 @@ def _runs(
         pair = tuple(torch.empty(batch, heads, room, dim, dtype=precision, device=blocks.table.device) for _ in range(2))
         decode(pair, blocks, case, read, stretch, range(column, stop), range(begin, end))
         keys, values = (
-            turn_sum(quantizer, matrix, numbers.float()).to(precision) if turned else numbers
-            for quantizer, matrix, turned, numbers in zip(store.quantizers, blocks.matrices, blocks.turned, pair, strict=True)
+            _turned_back(quantizer, matrix, numbers)
+            for quantizer, matrix, numbers in zip(store.quantizers, blocks.matrices, pair, strict=True)
         )
         if sinks is not None and store.sink_index is not None:
             put_sinks(store.first + begin, (keys, values), store.sink_index, sinks)
@@ -132,6 +133,13 @@ def _runs(
                 values[:, :, at : at + some_keys.shape[2]] = some_values
         yield store.first + begin, keys, values
         begin, column = end, stop
+
+
+def _turned_back(quantizer: AnyQuantizer, matrix: Tensor | None, numbers: Tensor) -> Tensor:
+    """Decoded keys or values, as their codes see them, turned back, in their dtype: learned turns by products in that."""
+    if quantizer.scheme.hadamard:
+        return turn_sum(quantizer, None, numbers.float()).to(numbers.dtype)
+    return turn_sum(quantizer, None if matrix is None else matrix.to(numbers.dtype), numbers)
 
 
 def _case(dim: int, blocks: Blocks, turning: tuple[AnyRope, Tensor] | None) -> Case:
