@@ -20,9 +20,10 @@ from narrowkv.attention.triton_rows import angles, cos_sin, pair_channels
 from narrowkv.attention.triton_tiles import column_places, levels_of
 
 WARPS = 4
+SPAN = ["batch", "column", "begin", "stop", "room"]  # prompts of any length are one program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SPAN)
 def decode_keys(
     keys, table, starts, bases, levels, level_bytes, scale, zero, near, turns, kept,
     batch, column, begin, stop, room, kept_stride, stretch,
@@ -58,7 +59,7 @@ def decode_keys(
     tl.store(keys + at + channel_b[None, :], keys_b, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SPAN)
 def decode_values(
     values, table, starts, levels, level_bytes, scale, zero, batch, column, begin, stop, room,
     V: tl.constexpr, K: tl.constexpr, NUMBER: tl.constexpr,
@@ -82,7 +83,7 @@ def decode_values(
     tl.store(values + token[:, None] * V.dim + channel[None, :], numbers, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SPAN)
 def put_block_outliers(numbers, table, starts, batch, column, begin, stop, room, side: tl.constexpr, F: tl.constexpr):
     """Write the outliers of columns over decoded numbers, a thread each. side: 0 for keys, 1 for values."""
     i, place = column + tl.program_id(0), tl.program_id(1)
@@ -100,7 +101,7 @@ def put_block_outliers(numbers, table, starts, batch, column, begin, stop, room,
             tl.store(numbers + token * F.dim + code + number * F.codes, exact, mask=live & (token < count))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SPAN)
 def turn_keys(
     keys, starts, bases, near, turns, kept, batch, column, begin, stop, room, kept_stride, stretch,
     HEADS: tl.constexpr, C: tl.constexpr,

@@ -10,7 +10,7 @@ from narrowkv.attention.triton_forms import power_of_2
 ROWS = tl.constexpr(16)  # queries of a program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def join_piece(mean, log_total, more, log_more, rows, dim, WIDE: tl.constexpr):
     """mean: [rows, dim] float32, log_total: [rows] float32, of all that was seen, changed in place; more, log_more: of one
     piece, more in any dtype.
