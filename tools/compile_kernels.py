@@ -137,7 +137,7 @@ def looked_at(name: str, kernel: Any, constants: dict[str, Any], types: dict[str
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": 2 * WARPS if kernel in (attend_loose, merge) else WARPS}
+    options = {"num_warps": 2 * WARPS if kernel in (attend_loose, merge, turn_keys) else WARPS}
     if kernel is attend_blocks:
         options["num_stages"] = stages_of(constants["K"], constants["V"])
     made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)

@@ -187,7 +187,7 @@ def decode(
         if outliers[0] and case.turning != "none":
             turn_keys[grid](
                 keys, starts, blocks.bases, near, turns, kept, *span, kept_stride, stretch,
-                HEADS=keys.shape[1], C=case, num_warps=WARPS,
+                HEADS=keys.shape[1], C=case, num_warps=2 * WARPS,
             )  # fmt: skip
 
 
