@@ -27,7 +27,12 @@ from benchmarks.gpu_clock import bandwidth
 
 RECIPES = ("nuq4-1%", "nuq3-1%", "nuq2-1%", "pair3", "pair2", "kivi-2", "kivi-4")
 EVERY = (*RECIPES, "nuq4", "nuq3", "nuq2", "channel4", "channel3", "channel2", "pair3-1%", "pair2-1%", "int4", "int2", "fp16")
-SHAPES = ((1000, 1, (32, 8), 1), (330, 3, (6, 2), 5), (2048, 2, (8, 8), 16))  # tokens, batch, heads, queries
+SHAPES = (
+    (1000, 1, (32, 8), 1),
+    (330, 3, (6, 2), 5),
+    (2048, 2, (8, 8), 16),
+    (700, 2, (8, 2), 65),
+)  # tokens, batch, heads, queries
 HEADS = ((32, 8), (32, 32))
 LENGTHS = (2048, 4096, 8192, 32_768, 131_072, 524_288)
 Part = Callable[[], Iterator[dict[str, Any]]]
@@ -69,7 +74,7 @@ def facts(device: torch.device) -> dict[str, Any]:
 
 
 def correctness(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
-    shapes = ((130, 1, (2, 1), 1),) if tiny else SHAPES
+    shapes = ((130, 1, (2, 1), 1), (130, 2, (2, 1), 20)) if tiny else SHAPES
     for name in RECIPES[:2] if tiny else EVERY:
         for tokens, batch, heads, queries in shapes:
             yield gpu_parts.correctness(name, tokens, batch, heads, queries, device)
@@ -96,6 +101,7 @@ def appending(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
 def prompts(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
     for name in RECIPES[:1] if tiny else RECIPES:
         yield gpu_parts.prompts(name, 128 if tiny else 32_768, (2, 1) if tiny else HEADS[0], device)
+        yield gpu_parts.whole_prompts(name, 128 if tiny else gpu_parts.PREFILL, (2, 1) if tiny else HEADS[0], device)
 
 
 def main() -> None:

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 from benchmarks.drawn import HEAD_DIM
 from benchmarks.gpu_clock import copies, milliseconds
 from benchmarks.gpu_store import bytes_of, filled
-from narrowkv.attention import BACKENDS, Rope, Visible, cuda, tiled
-from narrowkv.store import LayerStore, steps
+from narrowkv.attention import BACKENDS, Rope, Visible, cuda, cuda_prompt, tiled
+from narrowkv.store import BLOCK, LayerStore, steps
 
 Row = dict[str, Any]
 PREFILL = 2048
@@ -58,10 +59,17 @@ def correctness(name: str, tokens: int, batch: int, heads: tuple[int, int], quer
         if dtype == torch.bfloat16 and device.type != "cuda":
             continue  # the interpreter has none
         query, options = drawn_step(store, heads[0], queries, device, dtype)
-        expected = BACKENDS["naive"](query.double(), store, **options)
-        found = cuda.attend(query, store, **options)
-        row[str(dtype).removeprefix("torch.")] = float((found - expected).norm() / expected.norm())
+        shown = [options["visible"]]
+        if queries > tiled.FEW_QUERIES:  # prompts take another operator where a mask says what is seen
+            index = torch.arange(store.length + queries, device=device)
+            shown.append(Visible(index >= 40 * torch.arange(batch, device=device)[:, None], tokens // 2))
+        row[str(dtype).removeprefix("torch.")] = max(_error(query, store, options | {"visible": some}) for some in shown)
     return row
+
+
+def _error(query: Tensor, store: LayerStore, options: dict[str, Any]) -> float:
+    expected = BACKENDS["naive"](query.double(), store, **options)
+    return float((cuda.attend(query, store, **options) - expected).norm() / expected.norm())
 
 
 def decoding(name: str, tokens: int, batch: int, heads: tuple[int, int], device: torch.device, copied: float) -> Row:
@@ -148,13 +156,64 @@ def encoding(
 
 
 def prompts(name: str, tokens: int, heads: tuple[int, int], device: torch.device) -> Row:
-    """Milliseconds of attention of a chunk of a prompt behind `tokens` others, against torch's over all in 16 bits."""
-    store = filled(name, tokens, 1, heads[1], device, torch.bfloat16)
+    """Milliseconds of attention of a chunk of a prompt behind `tokens` others, of decoding those, and of torch's over all in
+    16 bits.
+    """
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    store = filled(name, tokens, 1, heads[1], device, dtype)
     new = min(PREFILL, tokens)
-    query, options = drawn_step(store, heads[0], new, device, torch.bfloat16)
-    time = milliseconds([lambda: tiled.attend(query, store, **options)], device, turns=5, graph=False)
-    keys, values = torch.randn(2, 1, heads[1], tokens + new, HEAD_DIM, device=device, dtype=torch.bfloat16)
+    query, options = drawn_step(store, heads[0], new, device, dtype)
+    keys, values = torch.randn(2, 1, heads[1], tokens + new, HEAD_DIM, device=device, dtype=dtype)
+    sdpa = functools.partial(torch.nn.functional.scaled_dot_product_attention, query, keys, values, enable_gqa=True)
     mask = torch.ones(new, tokens + new, dtype=torch.bool, device=device).tril(tokens)
-    sdpa = torch.nn.functional.scaled_dot_product_attention
-    peer = milliseconds([lambda: sdpa(query, keys, values, attn_mask=mask, enable_gqa=True)], device, turns=5, graph=False)
-    return {"recipe": name, "tokens": tokens, "heads": list(heads), "milliseconds": time, "sdpa": peer}
+    exact = options | {"new": (keys[:, :, tokens:], values[:, :, tokens:]), "softcap": None, "sink_logits": None}
+    held = [(0, keys[:, :, :tokens], values[:, :, :tokens])]
+    exact = {name: part for name, part in exact.items() if name not in ("rope", "kept")}
+    found = _milliseconds_of(
+        {
+            "ours": lambda: cuda.attend(query, store, **options),
+            "decoding": lambda: list(map(len, cuda_prompt.pieces(store, tokens, *_turning(options), None, dtype))),
+            "the same of 16 bits": lambda: tiled.attend_pieces(query, held, **exact),
+            "sdpa, causal from the last": lambda: sdpa(attn_mask=causal_lower_right(new, tokens + new)),
+            "sdpa, mask": lambda: sdpa(attn_mask=mask),
+        },
+        device,
+    )
+    return {"recipe": name, "tokens": tokens, "new": new, "heads": list(heads), **_against_sdpa(found)}
+
+
+def whole_prompts(name: str, new: int, heads: tuple[int, int], device: torch.device) -> Row:
+    """Milliseconds of attention of a prompt read in one go and of appending it, and of torch's attention alone."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    store = filled(name, BLOCK, 1, heads[1], device, dtype)
+    keys, values = torch.randn(2, 1, heads[1], new, HEAD_DIM, device=device, dtype=dtype)
+    query = torch.randn(1, heads[0], new, HEAD_DIM, device=device, dtype=dtype)
+    options = asking(store, (keys, values), device)
+    sdpa = functools.partial(torch.nn.functional.scaled_dot_product_attention, query, keys, values, enable_gqa=True)
+
+    def ours() -> None:
+        store.reset()
+        cuda.attend(query, store, **options | {"past": 0, "kept": None})
+        store.append(keys, values)
+
+    found = _milliseconds_of({"ours": ours, "sdpa": lambda: sdpa(is_causal=True)}, device)
+    return {"recipe": name, "tokens": 0, "new": new, "heads": list(heads), **_against_sdpa(found)}
+
+
+def _turning(options: dict[str, Any]) -> tuple[Rope | None, Tensor | None, Tensor | None]:
+    """What `cuda_prompt.pieces` is told of positions."""
+    return options["rope"], options["kept"], options["kept"]
+
+
+def _milliseconds_of(forms: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
+    """Of each that runs; torch's by the kernel that it takes by itself."""
+    found = {}
+    for name, form in forms.items():
+        with contextlib.suppress(RuntimeError):
+            found[name] = milliseconds([form], device, turns=5, graph=False)
+    return found
+
+
+def _against_sdpa(found: dict[str, float]) -> Row:
+    best = min((time for name, time in found.items() if name.startswith("sdpa")), default=float("nan"))
+    return {"milliseconds": found.get("ours"), "sdpa": best, "each": found}

@@ -28,7 +28,9 @@ from triton.compiler import ASTSource
 from narrowkv import get_recipe
 from narrowkv.attention.cuda_blocks import forms_of
 from narrowkv.attention.triton_blocks import attend_blocks
+from narrowkv.attention.triton_decode import decode_keys, decode_values, put_block_outliers, turn_keys
 from narrowkv.attention.triton_forms import Case, Loose
+from narrowkv.attention.triton_join import join_piece
 from narrowkv.attention.triton_launch import WARPS, stages_of
 from narrowkv.attention.triton_loose import attend_loose, merge
 from narrowkv.attention.triton_tail import decode_tail
@@ -90,8 +92,26 @@ def compiled(recipe: str, architecture: int) -> Compiled:
     return looked_at(recipe, attend_blocks, {"K": keys, "V": values, "C": case, "NUMBER": tl.float16}, TYPES, architecture)
 
 
+def of_prompts(recipe: str, architecture: int) -> Iterator[Compiled]:
+    """The kernels that decode blocks for prompts."""
+    keys, values, case = case_of(recipe)
+    types = TYPES | {"keys": "*bf16", "values": "*bf16", "numbers": "*bf16", "scale": "*fp32", "zero": "*fp32"}
+    types |= {"table": "*i64", "levels": "*fp32", "level_bytes": "*i32"}
+    plain = {"K": replace(keys, nonzeros=0), "NUMBER": tl.float16}
+    apart = replace(case, turning="none") if keys.nonzeros else case
+    yield looked_at(f"decode keys, {recipe}", decode_keys, plain | {"C": apart}, types, architecture)
+    yield looked_at(f"decode values, {recipe}", decode_values, plain | {"V": replace(values, nonzeros=0)}, types, architecture)
+    if keys.nonzeros:
+        yield looked_at("put outliers", put_block_outliers, {"side": 0, "F": keys}, types, architecture)
+        yield looked_at("turn keys", turn_keys, {"HEADS": KV_HEADS, "C": case}, types, architecture)
+
+
 def others(architecture: int) -> Iterator[Compiled]:
     """The kernels beside it."""
+    for recipe in ("nuq4-1%", "pair2", "kivi-2"):
+        yield from of_prompts(recipe, architecture)
+    pointers = {"mean": "*fp32", "log_total": "*fp32", "more": "*bf16", "log_more": "*fp32"}
+    yield looked_at("join pieces", join_piece, {"WIDE": HEAD_DIM}, pointers, architecture)
     keys, values, case = case_of("pair2-1%")
     loose = replace(case, turning="positions")
     exact = {f"{kind}_{side}": "*bf16" for kind in ("sink", "window", "new") for side in ("keys", "values")}
@@ -126,10 +146,10 @@ def looked_at(name: str, kernel: Any, constants: dict[str, Any], types: dict[str
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": 2 * WARPS if kernel in (attend_loose, merge) else WARPS}
+    options = {"num_warps": 2 * WARPS if kernel in (attend_loose, merge, turn_keys) else WARPS}
     if kernel is attend_loose:
         options["num_stages"] = 1
-    if "NUMBER" in constants and "K" in constants:
+    if kernel is attend_blocks:
         options["num_stages"] = stages_of(constants["K"], constants["V"])
     made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -75,10 +75,11 @@ def appending(rows: list[Row]) -> str:
 
 def prompts(rows: list[Row]) -> str:
     cells = (
-        [row["recipe"], row["tokens"], row["milliseconds"], row["sdpa"], row["milliseconds"] / row["sdpa"]] for row in rows
+        [row["recipe"], row["tokens"], row["new"], row["milliseconds"], row["sdpa"], row["milliseconds"] / row["sdpa"]]
+        for row in rows
     )
-    head = ["recipe", "tokens before", "ms", "sdpa, ms", "times as long"]
-    return "Attention of a chunk of a prompt in one layer:\n\n" + table(head, cells)
+    head = ["recipe", "tokens before", "tokens", "ms", "sdpa, ms", "times as long"]
+    return "Attention of a chunk of a prompt in one layer, with appending where none is before it:\n\n" + table(head, cells)
 
 
 def models(rows: list[Row]) -> str:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from narrowkv.attention import tiled
-from narrowkv.attention.cuda_blocks import Blocks, blocks_of, side_parts
+from narrowkv.attention import cuda_prompt, tiled
+from narrowkv.attention.cuda_blocks import Blocks, blocks_of
+from narrowkv.attention.cuda_parts import side_parts
 from narrowkv.attention.reading import require_read, turn_query, turn_sum
 from narrowkv.attention.rope import AnyRope, Rope
 from narrowkv.attention.triton_forms import Case, power_of_2
@@ -47,14 +48,16 @@ def attend(
 ) -> Tensor:
     """Attention of the newest queries over the packed cache; parameters and result as of `naive.attend`.
 
-    More than 16 queries (so prompts are read), and queries in float64, go to `tiled.attend`. Raises UnsupportedModelError
-    where Triton or the GPU is missing, for numbers kept in float64, for heads of more than 256 channels, and for keys rotated
-    by Hadamard before the rotary embedding.
+    More than 16 queries (so prompts are read) go to `cuda_prompt.attend`, queries in float64 to `tiled.attend`. Raises
+    UnsupportedModelError where Triton or the GPU is missing, for numbers kept in float64, for heads of more than 256 channels,
+    and for keys rotated by Hadamard before the rotary embedding.
     """
     _require(query, store)
     options: dict[str, Any] = {"visible": visible, "scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
-    if query.shape[2] > tiled.FEW_QUERIES or query.dtype == torch.float64:
+    if query.dtype == torch.float64:
         return tiled.attend(query, store, past=past, new=new, rope=rope, kept=kept, **options)
+    if query.shape[2] > tiled.FEW_QUERIES:
+        return cuda_prompt.attend(query, store, past=past, new=new, rope=rope, kept=kept, read=_kept(rope, kept), **options)
     return prepare(query, store, past=past, new=new, rope=rope, kept=kept, **options)()
 
 

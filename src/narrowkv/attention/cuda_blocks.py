@@ -1,7 +1,6 @@
 """What kernels on a GPU are told of a store: forms of its sides, tables, and where its blocks lie, kept from call to call."""
 
 from dataclasses import dataclass
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -293,37 +292,3 @@ def _angles(rope: Rope) -> tuple[Tensor, Tensor]:
         near = torch.stack([angles.cos(), angles.sin()]).float().contiguous()
         known = _ANGLES[frequencies] = (near, frequencies.double() / (2 * torch.pi))
     return known
-
-
-def side_parts(store: LayerStore, blocks: Blocks, side: int, new: Tensor | None) -> dict[str, Any]:
-    """Keys, or values, by the names of `triton_launch.SideParts`; how much of them counts is told by `lengths`."""
-    tables = blocks.tables[side]
-    parts: dict[str, Tensor | None] = {
-        "table": tables.table,
-        "bytes": tables.bytes,
-        "scale": tables.scale,
-        "zero": tables.zero,
-    }
-    if store.tail:
-        room = store.tail.rooms[side]
-        parts |= {
-            "tail": room.codes,
-            "tail_scale": room.ranges.get("scale"),
-            "tail_zero": room.ranges.get("zero"),
-            "tail_outliers": room.outlier_values,
-            "tail_index": room.outlier_index,
-            "tail_count": room.tally.counts if room.tally else room.codes.new_tensor([room.outliers], dtype=torch.int32),
-        }
-    if store.sink_numbers is not None:
-        parts["sinks"] = store.sink_numbers[side]
-    if store.recent.room:
-        parts["window"] = by_head(store.recent.room[side])
-    if new is not None and new.shape[2]:
-        parts["new"] = by_head(new)
-    return parts
-
-
-def by_head(x: Tensor) -> Tensor:
-    """x [batch, heads, tokens, head_dim], numbers of a head together and heads equally far apart; a copy if they are not."""
-    together = x.stride(3) == 1 and x.stride(2) == x.shape[3] and x.stride(0) == x.shape[1] * x.stride(1)
-    return x if together else x.contiguous()

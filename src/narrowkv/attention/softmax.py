@@ -1,8 +1,11 @@
 """Queries on their way along the keys: a softmax that is carried from one piece of keys to the next, in two forms."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from narrowkv.attention import fused
 from narrowkv.attention.visible import Visible
 
 
@@ -56,22 +59,31 @@ class Running:
 
 
 class Fused:
-    """Torch's fused attention of a CPU over each piece, and the mean of those, weighted by the sums of their softmaxes.
+    """Torch's fused attention over each piece (fused.py), and the mean of those, weighted by the sums of their softmaxes.
 
-    Products are in the dtype of the queries, so that 16 bits use the processor's matrix unit; weights and means are in float32
-    at least.
+    Products are in the dtype of the queries, so that 16 bits use the matrix unit of a processor or a GPU; weights and means
+    are in float32 at least.
     """
 
-    def __init__(self, query: Tensor, asking: range, visible: Visible, scaling: float, sink_logits: Tensor | None):
-        """query: [batch, query_heads, queries, head_dim]. asking: where in the sequence they are. The rest as of
-        `naive.attend`.
+    def __init__(
+        self,
+        query: Tensor,
+        asking: range,
+        visible: Visible,
+        scaling: float,
+        sink_logits: Tensor | None,
+        joining: Callable[[Tensor, Tensor, Tensor, Tensor], None],
+    ):
+        """query: [batch, query_heads, queries, head_dim]. asking: where in the sequence they are. joining: `join`, or what
+        does the same. The rest as of `naive.attend`.
         """
         self.query = query
         self.asking = asking
         self.visible = visible
         self.scaling = scaling
+        self.joining = joining
         precision = torch.promote_types(query.dtype, torch.float32)
-        self.mean = torch.zeros_like(query, dtype=precision)
+        self.mean = torch.zeros(query.shape, dtype=precision, device=query.device)
         self.log_total = self.mean.new_full(query.shape[:3], -torch.inf)
         if sink_logits is not None:
             self.log_total[:] = sink_logits.to(precision)[:, None]
@@ -79,20 +91,25 @@ class Fused:
     def see(self, keys: Tensor, values: Tensor, tokens: range) -> None:
         """Add keys (rotated) and values [batch, kv_heads, n, head_dim] of these tokens, the channels of each side by side."""
         pattern = self.visible.pattern(self.asking, tokens)
-        hidden = None if pattern else _hidden(self.visible, self.asking, tokens, keys.device)
-        mask = None if hidden is None else self.query.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
-        mean, log_total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # the one that tells the sum
-            self.query, keys, values, is_causal=pattern == "causal", attn_mask=mask, scale=self.scaling
-        )
-        if hidden is not None:  # it tells 0 of a query that sees nothing
-            log_total = log_total.masked_fill(hidden.all(-1), -torch.inf)
-        share = (log_total - self.log_total).sigmoid().nan_to_num(0.0)  # nan where both have seen nothing
-        self.mean.lerp_(mean.to(self.mean.dtype), share[..., None])
-        self.log_total = torch.logaddexp(self.log_total, log_total)
+        causal = pattern == "causal" and len(tokens) == len(self.asking)
+        hidden = None if pattern == "all" or causal else _hidden(self.visible, self.asking, tokens, keys.device)
+        mean, log_total = fused.attend(self.query, keys, values, causal, hidden, self.scaling)
+        self.joining(self.mean, self.log_total, mean, log_total)
 
     def result(self) -> Tensor:
         """[batch, query_heads, queries, head_dim]; zeros for a query that has seen nothing."""
         return self.mean
+
+
+def join(mean: Tensor, log_total: Tensor, more: Tensor, log_more: Tensor) -> None:
+    """Add what queries found in one more piece to what they found before, in place.
+
+    mean, more: [batch, heads, queries, head_dim], more in any dtype. log_total, log_more: [batch, heads, queries], logs of the
+    sums of softmaxes, -inf where a query saw nothing.
+    """
+    share = (log_more - log_total).sigmoid().nan_to_num(0.0)  # nan where both have seen nothing
+    mean.lerp_(more.to(mean.dtype), share[..., None])
+    torch.logaddexp(log_total, log_more, out=log_total)
 
 
 def _hidden(visible: Visible, asking: range, tokens: range, device: torch.device) -> Tensor:

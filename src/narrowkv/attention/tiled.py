@@ -1,16 +1,19 @@
 """Attention in plain torch, tile by tile: decode a piece of the cache, attend to it, forget it. Runs on any device.
 
 The softmax is carried from tile to tile (softmax.py), so that the memory needed does not grow with the length of the cache.
-Computes in float32, or in float64 for queries in float64; on a CPU, products of many queries in 16 bits stay in 16 bits.
+Computes in float32, or in float64 for queries in float64; products of many queries in 16 bits stay in 16 bits where torch has
+a fused attention for them (fused.py): on a CPU, and on a GPU. There, queries in 32 bits, and scores with a softcap, are
+computed piece by piece with scores that are held (`softmax.Running`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
+from narrowkv.attention import fused
 from narrowkv.attention.rope import AnyRope
-from narrowkv.attention.softmax import Fused, Running
+from narrowkv.attention.softmax import Fused, Running, join
 from narrowkv.attention.visible import Visible
 from narrowkv.store import LayerStore
 
@@ -34,35 +37,75 @@ def attend(
     sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Attention of the newest queries over the packed cache; parameters and result as of `naive.attend`."""
+    query = query.to(precision_of(query, softcap))
+    least = min(query.shape[2], FUSED_SLICE) if fuses(query, softcap) else 1
+    stored = _stored(store, past, rope, kept, query.dtype, least)
+    return attend_pieces(
+        query, stored, past=past, new=new, visible=visible, scaling=scaling, softcap=softcap, sink_logits=sink_logits
+    )
+
+
+def fuses(query: Tensor, softcap: float | None) -> bool:
+    """Whether torch's fused attention computes these queries, which is so for many of them where there is one (fused.py)."""
+    return query.shape[2] > FEW_QUERIES and softcap is None and fused.device_for(query) is not None
+
+
+def precision_of(query: Tensor, softcap: float | None) -> torch.dtype:
+    """In which dtype products with keys and values are."""
+    return query.dtype if fuses(query, softcap) else torch.promote_types(query.dtype, torch.float32)
+
+
+def attend_pieces(
+    query: Tensor,
+    stored: Iterable[tuple[int, Tensor, Tensor]],
+    *,
+    past: int,
+    new: tuple[Tensor, Tensor] | None,
+    visible: Visible,
+    scaling: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+    joining: Callable[[Tensor, Tensor, Tensor, Tensor], None] = join,
+) -> Tensor:
+    """`attend` over what is stored as it comes: (index of the first token, rotated keys, values), in the dtype of the queries.
+
+    query: in the dtype that `precision_of` tells. joining: `softmax.join`, or what does the same.
+    """
     length = past + (new[0].shape[2] if new else 0)
     first = length - query.shape[2]
-    fused = query.device.type == "cpu" and query.shape[2] > FEW_QUERIES and softcap is None
-    precision = query.dtype if fused else torch.promote_types(query.dtype, torch.float32)
-    query = query.to(precision).contiguous()
+    query = query.contiguous()
+    fusing = fuses(query, softcap)
+    rows, columns = _sizes(query, visible) if fusing else (QUERY_SLICE, KEY_SLICE)
     parts: list[Fused | Running] = []
-    for some in _slices(query.shape[2], _rows(visible) if fused else QUERY_SLICE):
+    for some in _slices(query.shape[2], rows):
         asking, part = range(first + some.start, first + some.stop), query[:, :, some]
-        if fused:
-            parts.append(Fused(part, asking, visible, scaling, sink_logits))
+        if fusing:
+            parts.append(Fused(part, asking, visible, scaling, sink_logits, joining))
         else:
             parts.append(Running(part, asking, visible, scaling, softcap, sink_logits))
-    least = min(query.shape[2], FUSED_SLICE) if fused else 1
-    for start, keys, values in _stored(store, past, rope, kept, precision, least):
+    for start, keys, values in stored:
         _show(parts, visible, start, keys, values)
     if new:
-        for some in _slices(new[0].shape[2], FUSED_SLICE if fused else KEY_SLICE):
-            keys, values = (side[:, :, some].to(precision).contiguous() for side in new)
+        for some in _slices(new[0].shape[2], columns):
+            keys, values = (side[:, :, some].to(query.dtype).contiguous() for side in new)
             _show(parts, visible, past + some.start, keys, values)
-    return torch.cat([part.result() for part in parts], dim=2)
+    return torch.cat([part.result() for part in parts], dim=2) if len(parts) > 1 else parts[0].result()
 
 
 def _slices(total: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
 
-def _rows(visible: Visible) -> int:
-    """Queries at a time where scores are not held: as many as slide with a window, else most keys are hidden from most."""
-    return FUSED_SLICE if visible.sliding_window is None else min(max(visible.sliding_window, QUERY_SLICE), FUSED_SLICE)
+def _sizes(query: Tensor, visible: Visible) -> tuple[int, int]:
+    """Queries, and new keys, at a time where scores are not held.
+
+    As many queries as slide with a window, else most keys are hidden from most; all of both on a GPU where no mask is needed.
+    """
+    if visible.sliding_window is not None:
+        return min(max(visible.sliding_window, QUERY_SLICE), FUSED_SLICE), FUSED_SLICE
+    if fused.device_for(query) == "gpu" and visible.padding is None and visible.rule is None:
+        return query.shape[2], query.shape[2]
+    return FUSED_SLICE, FUSED_SLICE
 
 
 def _stored(

@@ -1,0 +1,197 @@
+"""Triton: sealed blocks as numbers, [batch, heads, tokens, head_dim], for the attention of prompts; and what launches that.
+
+A program decodes one block of one KV head of one sequence, its keys or its values, and turns keys as it writes them. Where
+keys have outliers, those are put in place first, a thread each, and another kernel turns what was written. Numbers are looked
+up in float16 for results in 16 bits, else in float32; keys are turned in float32.
+"""
+
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from narrowkv.attention.cuda_blocks import Blocks
+from narrowkv.attention.triton_blocks import read_keys, read_values
+from narrowkv.attention.triton_forms import Case
+from narrowkv.attention.triton_outliers import outlier_places, outlier_range, outlier_values, value_channels
+from narrowkv.attention.triton_rows import angles, cos_sin, pair_channels
+from narrowkv.attention.triton_tiles import column_places, levels_of
+
+WARPS = 4
+SPAN = ["batch", "column", "begin", "stop", "room"]  # prompts of any length are one program
+
+
+@triton.jit(do_not_specialize=SPAN)
+def decode_keys(
+    keys, table, starts, bases, levels, level_bytes, scale, zero, near, turns, kept,
+    batch, column, begin, stop, room, kept_stride, stretch,
+    K: tl.constexpr, C: tl.constexpr, NUMBER: tl.constexpr,
+):  # fmt: skip
+    """Keys of columns from `column` on, [batch, heads, room, head_dim], from the token `begin` to before `stop` of those held.
+
+    table, starts, bases, turns, kept: as of `attend_blocks`; near: of `angles_of_tokens`; stretch: the factor of the rotary
+    embedding. Outliers are left as their codes have them.
+    """
+    i, place = column + tl.program_id(0), tl.program_id(1)
+    row, head = place // K.heads, place % K.heads
+    entry = table + (i * batch + row) * 16
+    channel_a, channel_b = pair_channels(C)
+    token = column_places(K)
+    levels_a = 0
+    levels_b = 0
+    if K.by_bytes and NUMBER == tl.float16:  # noqa: SIM300
+        levels_a = levels_of(level_bytes, head, channel_a % K.codes, channel_a // K.codes, K)
+        levels_b = levels_of(level_bytes, head, channel_b % K.codes, channel_b // K.codes, K)
+    keys_a, keys_b = read_keys(entry, levels_a, levels_b, levels, scale, zero, head, token, K, C, NUMBER)
+    start = tl.load(starts + i)
+    live = token < tl.minimum(tl.load(starts + i + 1), stop) - start
+    keys_a, keys_b = tl.trans(keys_a.to(tl.float32)), tl.trans(keys_b.to(tl.float32))
+    if C.turning != "none":
+        kept += row.to(tl.int64) * kept_stride
+        cos, sin = angles_of_tokens(token, live, start, bases + i * batch + row, near, turns, kept, stretch, C)
+        keys_a, keys_b = keys_a * cos - keys_b * sin, keys_b * cos + keys_a * sin
+    keys += (place.to(tl.int64) * room + (start - begin)) * C.dim
+    inside = live[:, None] & (tl.arange(0, C.lanes) < C.half)[None, :]
+    at = token[:, None] * C.dim
+    tl.store(keys + at + channel_a[None, :], keys_a, mask=inside)
+    tl.store(keys + at + channel_b[None, :], keys_b, mask=inside)
+
+
+@triton.jit(do_not_specialize=SPAN)
+def decode_values(
+    values, table, starts, levels, level_bytes, scale, zero, batch, column, begin, stop, room,
+    V: tl.constexpr, K: tl.constexpr, NUMBER: tl.constexpr,
+):  # fmt: skip
+    """Values of columns, as `decode_keys` does it."""
+    i, place = column + tl.program_id(0), tl.program_id(1)
+    row, head = place // V.heads, place % V.heads
+    entry = table + (i * batch + row) * 16 + 8
+    token, channel = column_places(K), value_channels(V)
+    levels_v = 0
+    levels_w = 0
+    if V.by_bytes and NUMBER == tl.float16:  # noqa: SIM300
+        rows = tl.arange(0, V.row_room)
+        levels_v = levels_of(level_bytes, head, rows, rows * 0, V)
+        levels_w = levels_of(level_bytes, head, rows, rows * 0 + V.numbers - 1, V)
+    numbers = tl.trans(read_values(entry, levels_v, levels_w, levels, scale, zero, head, token, V, NUMBER))
+    start = tl.load(starts + i)
+    live = token < tl.minimum(tl.load(starts + i + 1), stop) - start
+    values += (place.to(tl.int64) * room + (start - begin)) * V.dim
+    inside = live[:, None] & (channel < V.dim)[None, :]
+    tl.store(values + token[:, None] * V.dim + channel[None, :], numbers, mask=inside)
+
+
+@triton.jit(do_not_specialize=SPAN)
+def put_block_outliers(numbers, table, starts, batch, column, begin, stop, room, side: tl.constexpr, F: tl.constexpr):
+    """Write the outliers of columns over decoded numbers, a thread each. side: 0 for keys, 1 for values."""
+    i, place = column + tl.program_id(0), tl.program_id(1)
+    row, head = place // F.heads, place % F.heads
+    entry = table + (i * batch + row) * 16 + side * 8
+    start = tl.load(starts + i)
+    count = tl.minimum(tl.load(starts + i + 1), stop) - start
+    numbers += (place.to(tl.int64) * room + (start - begin)) * F.dim
+    index = tl.load(entry + 6).to(tl.pointer_type(tl.int16))
+    first, last = outlier_range(entry, head)
+    for some in range(first, last, F.nonzeros):
+        which, live, token, code = outlier_places(index, some, last, F)
+        for number in tl.static_range(tl.constexpr(F.numbers)):
+            exact = outlier_values(entry, which, number, live, F)
+            tl.store(numbers + token * F.dim + code + number * F.codes, exact, mask=live & (token < count))
+
+
+@triton.jit(do_not_specialize=SPAN)
+def turn_keys(
+    keys, starts, bases, near, turns, kept, batch, column, begin, stop, room, kept_stride, stretch,
+    HEADS: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Turn decoded keys of columns where they lie."""
+    i, place = column + tl.program_id(0), tl.program_id(1)
+    row = place // HEADS
+    channel_a, channel_b = pair_channels(C)
+    token = tl.arange(0, 64)
+    start = tl.load(starts + i)
+    live = token < tl.minimum(tl.load(starts + i + 1), stop) - start
+    inside = live[:, None] & (tl.arange(0, C.lanes) < C.half)[None, :]
+    keys += (place.to(tl.int64) * room + (start - begin)) * C.dim
+    at_a, at_b = token[:, None] * C.dim + channel_a[None, :], token[:, None] * C.dim + channel_b[None, :]
+    keys_a = tl.load(keys + at_a, mask=inside, other=0.0).to(tl.float32)
+    keys_b = tl.load(keys + at_b, mask=inside, other=0.0).to(tl.float32)
+    kept += row.to(tl.int64) * kept_stride
+    cos, sin = angles_of_tokens(token, live, start, bases + i * batch + row, near, turns, kept, stretch, C)
+    tl.store(keys + at_a, keys_a * cos - keys_b * sin, mask=inside)
+    tl.store(keys + at_b, keys_b * cos + keys_a * sin, mask=inside)
+
+
+@triton.jit
+def angles_of_tokens(token, live, start, base, near, turns, kept, stretch, C: tl.constexpr):
+    """Cosine and sine, times `stretch`, by which pairs turn at tokens of a block: [tokens, lanes] float32 each.
+
+    base: where the position of the block's first token is. Where others follow it, their angles are those of the positions 0
+    to 63, near: [2, 64, pairs], turned on by the first; else they are those of `angles`.
+    """
+    pair = tl.arange(0, C.lanes)[None, :]
+    if C.turning == "near":
+        turning = live[:, None] & (pair < C.pairs)
+        at = near + token[:, None] * C.pairs + pair
+        cos, sin = tl.load(at, mask=turning, other=1.0), tl.load(at + 64 * C.pairs, mask=turning, other=0.0)
+        by_cos, by_sin = cos_sin(tl.load(base), tl.load(turns + pair, mask=pair < C.pairs, other=0.0))
+        cos, sin = cos * by_cos - sin * by_sin, sin * by_cos + cos * by_sin
+    else:
+        cos, sin = angles(pair, start + token[:, None], live[:, None], near, turns, kept, C)
+    factor = tl.where(pair < C.pairs, stretch, 1.0)
+    return cos * factor, sin * factor
+
+
+def decode(
+    pair: tuple[Tensor, Tensor],
+    blocks: Blocks,
+    case: Case,
+    kept: Tensor | None,
+    stretch: float,
+    columns: range,
+    tokens: range,
+) -> None:
+    """Write keys and values of these columns, which are of these tokens of those held, to the first places of a pair.
+
+    pair: [batch, kv_heads, room, head_dim] each, contiguous. kept: of each token held, as `angles` reads it; stretch: the
+    factor of the rotary embedding. Keys are turned as the case has it.
+    """
+    keys, values = pair
+    batch = len(keys)
+    grid = (len(columns), batch * keys.shape[1])
+    span = (batch, columns.start, tokens.start, tokens.stop, keys.shape[2])
+    table, starts = blocks.table, blocks.starts
+    near = None if blocks.near is None else blocks.near.transpose(1, 2).contiguous()
+    near, turns, kept = (table if part is None else part for part in (near, blocks.turns, kept))
+    kept_stride = 0 if len(kept) == 1 else kept.stride(0)
+    number = tl.float32 if keys.dtype == torch.float32 else tl.float16
+    key_form, value_form = (replace(form, nonzeros=0) for form in blocks.forms)
+    outliers = [form.nonzeros > 0 for form in blocks.forms]
+    with torch.cuda.device_of(keys):
+        decode_keys[grid](
+            keys, table, starts, blocks.bases, *_tables(blocks, 0), near, turns, kept,
+            *span, kept_stride, stretch,
+            K=key_form, C=replace(case, turning="none") if outliers[0] else case, NUMBER=number, num_warps=WARPS,
+        )  # fmt: skip
+        decode_values[grid](
+            values, table, starts, *_tables(blocks, 1), *span,
+            V=value_form, K=key_form, NUMBER=number, num_warps=WARPS,
+        )  # fmt: skip
+        for side, (form, numbers) in enumerate(zip(blocks.forms, pair, strict=True)):
+            if outliers[side]:
+                put_block_outliers[grid](
+                    numbers, table, starts, *span, side=side, F=form, num_warps=1
+                )  # fmt: skip
+        if outliers[0] and case.turning != "none":
+            turn_keys[grid](
+                keys, starts, blocks.bases, near, turns, kept, *span, kept_stride, stretch,
+                HEADS=keys.shape[1], C=case, num_warps=2 * WARPS,
+            )  # fmt: skip
+
+
+def _tables(blocks: Blocks, side: int) -> list[Tensor]:
+    """Tables of keys, or of values, with a pointer for what is not there and never read."""
+    tables = blocks.tables[side]
+    return [blocks.starts if part is None else part for part in (tables.table, tables.bytes, tables.scale, tables.zero)]
