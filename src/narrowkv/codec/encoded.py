@@ -46,6 +46,7 @@ class Encoded:
 
     def rows(self, rows: Tensor) -> "Encoded":
         """The batch rows named by `rows` [n] int64, in that order, repeats allowed; outliers of a row keep their order."""
+        rows = rows.to(self.codes.device)
         codes, ranges = self.codes[rows], {name: part[rows] for name, part in self.ranges.items()}
         if self.outlier_index is None or self.outlier_values is None:
             return Encoded(codes, ranges)

@@ -93,7 +93,7 @@ def load_tensors(store: LayerStore, tensors: dict[str, Tensor], shape: tuple[int
     if "tail.keys.codes" in reader.tensors:
         pair = [_load_tail(reader, name, q, shape) for name, q in zip(SIDES, store.quantizers, strict=True)]
         _require(pair[0].tokens == pair[1].tokens < BLOCK, "tail.keys.codes")
-        like = torch.empty(batch, heads, 0, dim, dtype=dtype)
+        like = torch.empty(batch, heads, 0, dim, dtype=dtype, device=pair[0].codes.device)
         store.tail = Tail(store.quantizers, like, like)
         store.tail.put((pair[0], pair[1]))
     if "recent.keys" in reader.tensors:
