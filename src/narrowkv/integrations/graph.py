@@ -22,7 +22,7 @@ from narrowkv.integrations.cache import PackedCache
 from narrowkv.integrations.layer import PackedLayer
 from narrowkv.store import steps
 
-MASK_ROOM = 1024  # tokens for which a mask has room beyond those there are
+ROOM = 1024  # tokens for which masks and positions find room at a time, so that steps are seldom captured anew
 # what a model may be asked for beside the token: none of it changes what a step computes
 KNOWN = {"past_key_values", "position_ids", "attention_mask", "use_cache", "return_dict", "logits_to_keep", "cache_position"}
 
@@ -125,7 +125,7 @@ class DecodingGraph:
             self._mask = self._mask if self.padded else None
             return
         if self._mask is None or len(self._mask) != len(mask) or self._mask.shape[1] < mask.shape[1]:
-            self._mask = mask.new_ones(len(mask), mask.shape[1] + MASK_ROOM, dtype=torch.bool)
+            self._mask = mask.new_ones(len(mask), mask.shape[1] + ROOM, dtype=torch.bool)
         self._mask[:, : mask.shape[1]] = mask
 
     def _make_room(self, layers: list[PackedLayer]) -> None:
@@ -142,7 +142,8 @@ class DecodingGraph:
                 )
         for ledger in self.cache.ledgers.values():
             ledger.forget(self.cache.first_needed(ledger))
-            ledger.reserve(1, ledger.room[:, :1])
+            if ledger.length - ledger.first == ledger.room.shape[1]:
+                ledger.reserve(ROOM, ledger.room[:, :1])
 
     def _count(self, new: int) -> None:
         """On the host: count the token that the device is about to store."""
