@@ -137,3 +137,7 @@ def test_numbers_that_cannot_be_stored_are_told_by_a_later_step(tiny):
         graph.step(token)
         with pytest.raises(ActivationError, match="NaN"):
             graph.step(token)
+        cache.reset()
+        model.model.embed_tokens.weight[1] = 1.0
+        model(token, past_key_values=cache)
+        assert graph.step(token).isfinite().all()

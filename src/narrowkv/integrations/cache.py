@@ -33,9 +33,9 @@ class PackedCache(NarrowCache):
     keep their own state beside the packed ones. source: a Calibration for this model, or a calibration-free Recipe or its
     name. strict: new tokens too are attended to as they are stored (how papers measure perplexity); otherwise a chunk attends
     to itself exactly and to the packed past. backend: which attention runs: `cpu` reads packed blocks in compiled code for up
-    to 16 tokens at a time, on a CPU, and prompts as `torch` does, which decodes tile by tile; `naive` decodes all at once;
-    `dense` hands decoded tensors to models that compute attention by themselves; `auto` is `cpu` where that runs and reads
-    the recipe, else `torch`. `cache.backend` says which it is.
+    to 16 tokens at a time, on a CPU, and prompts as `torch` does, which decodes tile by tile; `cuda` does both by kernels on a
+    GPU; `naive` decodes all at once; `dense` hands decoded tensors to models that compute attention by themselves; `auto` is
+    `cpu` or `cuda` where that runs and reads the recipe, else `torch`. `cache.backend` says which it is.
 
     Raises UnsupportedModelError, RecipeError or CalibrationError where the three do not fit together.
     """
@@ -182,7 +182,7 @@ class PackedCache(NarrowCache):
             layer.reset()
         for ledger in self.ledgers.values():
             ledger.reset()
-        self.running = False
+        self.running, self.news = False, steps.News()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the newest tokens; `tokens_to_remove` is negative or 0, as transformers has it. Nothing is re-encoded.
