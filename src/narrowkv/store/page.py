@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from narrowkv.codec import AnyQuantizer, Encoded, Scheme
-from narrowkv.codec.encoded import ravel
+from narrowkv.codec import AnyQuantizer, Encoded, Scheme, cuda
+from narrowkv.codec.cuda_pack import pack_into
 from narrowkv.codec.packing import PLANES, pack, plane_bytes, unpack
 from narrowkv.codec.scheme import BLOCK
 
@@ -25,8 +25,12 @@ def is_channel_major(scheme: Scheme, keys: bool) -> bool:
 
 
 def to_blocks(encoded: Encoded) -> Encoded:
-    """Cut tokens into blocks: [batch, kv_heads, n * 64, head_dim] -> [n * batch, kv_heads, 64, head_dim], block-major."""
-    batch, count = encoded.codes.shape[0], encoded.codes.shape[2] // BLOCK
+    """Cut tokens into blocks: [batch, kv_heads, n * 64, head_dim] -> [n * batch, kv_heads, 64, head_dim], block-major.
+
+    Outliers are sorted, those beyond `outlier_count` last. A GPU is not waited for.
+    """
+    batch, heads, tokens, dim = encoded.codes.shape
+    count = tokens // BLOCK
 
     def cut(part: Tensor) -> Tensor:
         blocks = part.unflatten(2, (count, -1))  # [batch, heads, n, 64 or groups, dim]
@@ -35,12 +39,14 @@ def to_blocks(encoded: Encoded) -> Encoded:
     codes, ranges = cut(encoded.codes), {name: cut(part) for name, part in encoded.ranges.items()}
     if encoded.outlier_index is None or encoded.outlier_values is None:
         return Encoded(codes, ranges)
-    index = encoded.outlier_index
+    index, size = encoded.outlier_index, BLOCK * dim
     if count > 1:
-        row, head, token, channel = torch.unravel_index(index, encoded.codes.shape)
-        index = ravel((token // BLOCK * batch + row, head, token % BLOCK, channel), codes.shape)
+        row_and_head, block = index // size // count, index // size % count
+        index = (block * batch * heads + row_and_head) * size + index % size
+    if encoded.outlier_count is not None:
+        index = torch.where(torch.arange(len(index), device=index.device) < encoded.outlier_count, index, codes.numel())
     index, order = index.sort()
-    return Encoded(codes, ranges, index, encoded.outlier_values[order])
+    return Encoded(codes, ranges, index, encoded.outlier_values[order], encoded.outlier_count)
 
 
 def from_blocks(blocks: Tensor, batch: int) -> Tensor:
@@ -58,6 +64,7 @@ class PackedSide:
     ranges: [slots, ...] what is held of online ranges, by name, as `Scheme.range_forms` has it for 64 tokens.
     outlier_values, outlier_index: [room] (of pairs [room, 2]) 16-bit value and index token * codes + code, sorted by slot,
         head, token, code; those of slot s and head h begin at outlier_offsets[s * kv_heads + h].
+    outliers_used: how many there are at most; exactly, unless a GPU alone knows how many came.
     """
 
     def __init__(
@@ -80,7 +87,8 @@ class PackedSide:
         self.outlier_offsets: Tensor | None
         self.outlier_values, self.outlier_index, self.outlier_offsets = outliers or (None, None, None)
         self.outliers_used = len(outliers[0]) if outliers else 0
-        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._end: int | Tensor = self.outliers_used  # where the next outliers go; a number on the GPU once it counted some
+        self._pending: list[tuple[int | Tensor, Tensor, Tensor]] = []
 
     @classmethod
     def allocate(cls, quantizer: AnyQuantizer, slots: int, like: Encoded, *, keys: bool, outlier_room: int) -> "PackedSide":
@@ -107,7 +115,7 @@ class PackedSide:
                 torch.zeros(slots * heads + 1, dtype=torch.int32, device=device),
             )
         side = cls((heads, BLOCK, dim), bits, channel_major, planes, ranges, outliers)
-        side.outliers_used = 0
+        side.outliers_used = side._end = 0
         return side
 
     def outliers(self) -> list[Tensor]:
@@ -116,36 +124,48 @@ class PackedSide:
         return [part for part in parts if part is not None]
 
     def put(self, slot: int, blocks: Encoded) -> None:
-        """Write blocks [n, kv_heads, 64, head_dim] into slots slot..slot+n; outliers wait for `commit`."""
+        """Write blocks [n, kv_heads, 64, head_dim], as of `to_blocks`, into slots slot..slot+n; outliers wait for `commit`.
+
+        Nothing here, nor in `commit`, waits for a GPU, which alone may know how many outliers there are
+        (`Encoded.outlier_count`); room is then taken for all that could be.
+        """
         stop = slot + blocks.codes.shape[0]
-        rows = blocks.codes.transpose(2, 3) if self.channel_major and self.bits < 16 else blocks.codes
-        for plane, packed in zip(self.planes, [rows] if self.bits == 16 else pack(rows, self.bits), strict=True):
-            plane[slot:stop] = packed
+        self._pack([plane[slot:stop] for plane in self.planes], blocks.codes)
         for name, held in self.ranges.items():
             held[slot:stop] = blocks.ranges[name]
         if self.outlier_offsets is not None:
             assert blocks.outlier_index is not None and blocks.outlier_values is not None
             heads, tokens, dim = self.shape
-            group = blocks.outlier_index // (tokens * dim)
-            ends = torch.bincount(group, minlength=(stop - slot) * heads).cumsum(0) + self.outliers_used
-            self.outlier_offsets[slot * heads + 1 : stop * heads + 1] = ends.int()
-            self.outlier_offsets[stop * heads + 1 :] = ends[-1].int()
-            self.outliers_used += len(group)
-            self._pending.append(((blocks.outlier_index % (tokens * dim)).short(), blocks.outlier_values))
+            borders = torch.arange(1, (stop - slot) * heads + 1, device=blocks.codes.device) * (tokens * dim)
+            ends = (torch.searchsorted(blocks.outlier_index, borders) + self._end).int()
+            self.outlier_offsets[slot * heads + 1 : stop * heads + 1] = ends
+            self.outlier_offsets[stop * heads + 1 :] = ends[-1]
+            self._pending.append((self._end, (blocks.outlier_index % (tokens * dim)).short(), blocks.outlier_values))
+            self.outliers_used += len(blocks.outlier_index)
+            self._end = ends[-1] if blocks.outlier_count is not None else self._end + len(blocks.outlier_index)
+
+    def _pack(self, planes: list[Tensor], codes: Tensor) -> None:
+        """Write codes of blocks into the planes of their slots."""
+        rows = codes.transpose(2, 3) if self.channel_major and self.bits < 16 else codes
+        if self.bits < 16 and cuda.runs_on(codes.device):
+            return pack_into(planes, rows, self.bits)
+        for plane, packed in zip(planes, [rows] if self.bits == 16 else pack(rows, self.bits), strict=True):
+            plane.copy_(packed)
 
     def commit(self) -> None:
         """Move the outliers of all `put` since the last commit to their place; a page made without room is fitted."""
         if not self._pending:
             return
-        index, values = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
-        self._pending = []
         assert self.outlier_values is not None and self.outlier_index is not None
         if len(self.outlier_values) == 0:
-            self.outlier_index, self.outlier_values = index, values
-        else:
-            start = self.outliers_used - len(index)
-            self.outlier_index[start : self.outliers_used] = index
-            self.outlier_values[start : self.outliers_used] = values
+            room = sum(len(index) for _, index, _ in self._pending)
+            self.outlier_index = self.outlier_index.new_empty(room)
+            self.outlier_values = self.outlier_values.new_empty(room, *self.outlier_values.shape[1:])
+        for begin, index, values in self._pending:  # what lies behind the last that counts is written over by the next
+            count, device = len(index), index.device
+            place = slice(begin, begin + count) if isinstance(begin, int) else begin + torch.arange(count, device=device)
+            self.outlier_index[place], self.outlier_values[place] = index, values
+        self._pending = []
 
     def take(self, slots: Tensor) -> Encoded:
         """The blocks in `slots` [n] int64, as codes [n, kv_heads, 64, head_dim]."""
@@ -185,7 +205,9 @@ class Page:
         sides = []
         for quantizer, blocks in zip(quantizers, (keys, values), strict=True):
             found = len(blocks.outlier_index) if blocks.outlier_index is not None else 0
-            outlier_room = 0 if exactly else (found + found // 8 + 1) * slots // keys.codes.shape[0]
+            if blocks.outlier_count is None:
+                found += found // 8 + 1
+            outlier_room = 0 if exactly else found * slots // keys.codes.shape[0]
             sides.append(PackedSide.allocate(quantizer, slots, blocks, keys=blocks is keys, outlier_room=outlier_room))
         return cls(slots, sides[0], sides[1])
 
@@ -208,7 +230,7 @@ class Page:
         return self
 
     def fits(self, keys: Encoded, values: Encoded) -> bool:
-        """Whether these blocks find free slots and room for their outliers."""
+        """Whether these blocks find free slots and room for their outliers, or as many as they could be."""
         free = self.slots - self.used >= keys.codes.shape[0]
         return free and all(
             side.outlier_values is None
