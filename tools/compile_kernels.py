@@ -35,6 +35,8 @@ from narrowkv.attention.triton_launch import WARPS, stages_of
 from narrowkv.attention.triton_loose import attend_loose, merge
 from narrowkv.attention.triton_tail import decode_tail
 from narrowkv.codec.triton_encode import encode_points, encode_tokens, nearest_points, put_tokens
+from narrowkv.codec.triton_groups import encode_channel_groups, encode_token_groups
+from narrowkv.codec.triton_pack import pack_codes
 
 ARCHITECTURES = (80, 90, 100)
 RECIPES = ("nuq4-1%", "nuq3-1%", "nuq2-1%", "kivi-2", "kivi-4", "pair2", "pair3")
@@ -131,6 +133,17 @@ def others(architecture: int) -> Iterator[Compiled]:
     for name, fixed, tail in (("encode keys", True, 0), ("encode values", False, 5)):
         choice = {"SHARED": not fixed, "FIXED": fixed, "TAIL": tail}
         yield looked_at(name, encode_tokens, shape | choice, types, architecture)
+    shape |= {"HEADS": 32, "WIDE": 4096, "SHARED": True, "FIXED": False, "TAIL": 20}
+    yield looked_at("encode values of 32 heads", encode_tokens, shape, types, architecture)
+    shape = {"HEADS": 8, "DIM": 128, "GROUP": 32, "SKIPS": False, "BOUNDARIES": 3}
+    yield looked_at("encode groups of tokens", encode_token_groups, shape | {"WIDE": 128}, types, architecture)
+    del shape["SKIPS"]
+    grouped = shape | {"GROUPS": 32, "WIDE": 32}
+    yield looked_at("encode groups of channels", encode_channel_groups, grouped, types, architecture)
+    types |= dict.fromkeys(("low", "middle", "high"), "*u8")
+    for name, length in (("pack keys", 64), ("pack values", 128)):
+        planes = {"LENGTH": length, "WIDE": length, "ROWS": 32, "LOW": 2, "MIDDLE": 1, "HIGH": 0}
+        yield looked_at(name, pack_codes, planes, types, architecture)
     points = {"CODES": 64, "LEVELS": 16, "NUMBERS": 2, "WIDE": 64}
     yield looked_at("nearest points", nearest_points, points, types, architecture)
     types |= {"exact": "*fp32", "numbers": "*fp32", "limit": "*fp32", "places": "*i32", "room": "i32"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tests.attention.test_cpu import KEYS, made
 
-from narrowkv.codec import Scheme, cuda, points
+from narrowkv.codec import Quantizer, Scheme, cuda, points
 from narrowkv.codec.room import Room
 
 pytestmark = pytest.mark.skipif(cuda.kernels() is None, reason="needs Triton (`pip install triton`)")
@@ -15,6 +15,13 @@ SCHEMES = {
     "values by token": Scheme(3, "nuq", axis="token", outliers=0.02),
     "values by token, none outside": Scheme(2, "int", axis="token"),
     "values by token and head": Scheme(4, "nf", axis="token_head", outliers=0.02),
+}
+
+GROUPED = {
+    "tokens of a channel": Scheme(2, "int", axis="channel", group=32),
+    "tokens of a channel, few": Scheme(4, "nf", axis="channel", group=8, outliers=0.02),
+    "channels of a token": Scheme(4, "int", axis="token_head", group=8),
+    "channels of a token, 20": Scheme(3, "int", axis="token_head", group=20),
 }
 
 
@@ -42,7 +49,7 @@ def test_tokens_are_encoded_as_in_plain_torch(scheme, skipping):
 def test_outliers_that_find_no_room_are_made_room_for():
     scheme = SCHEMES["values by token"]
     quantizer = made(scheme, 3, 40).to(DEVICE)
-    x = torch.randn(2, 3, 6, 40, device=DEVICE)
+    x = torch.randn(2, 3, 2, 40, device=DEVICE).half()
     room = Room(scheme, 2, 3, 64, 40, like=x)
     room.outlier_index, room.outlier_values = room.outlier_index[:3], room.outlier_values[:3]
     assert quantizer._cuda_encoder.write(room, 0, x, None) == len(quantizer.encode_naive(x).outlier_index) > 3
@@ -54,6 +61,46 @@ def test_what_does_not_fit_16_bits_is_told():
     x[0, 0, 1, 3] = 1e6
     room = Room(quantizer.scheme, 1, 1, 64, 16, like=x)
     assert quantizer._cuda_encoder.write(room, 0, x, None) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_numbers_that_are_equal_are_left_out_one_by_one(dtype):
+    scheme = Scheme(2, "int", axis="token", outliers=0.02)
+    x = (torch.randint(-4, 4, (1, 2, 6, 80), device=DEVICE) / 7).to(dtype)
+    x[..., 0] *= -0.0
+    x[0, :, 1, :8] = 3e-6
+    x[0, :, 2] = -2.5
+    expected = Quantizer(scheme).to(DEVICE).encode_naive(x)
+    room = Room(scheme, 1, 2, 6, 80, like=x)
+    room.outliers = Quantizer(scheme).to(DEVICE)._cuda_encoder.write(room, 0, x, None)
+    assert torch.equal(room.encoded().outlier_index.sort().values, expected.outlier_index)
+    for ours, theirs in zip(room.encoded().tensors()[:3], expected.tensors()[:3], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("skipping", [False, True])
+@pytest.mark.parametrize("scheme", GROUPED.values(), ids=GROUPED)
+def test_groups_are_encoded_as_in_plain_torch(scheme, skipping):
+    quantizer = made(scheme, 3, 40).to(DEVICE)
+    tokens = 64 if scheme.axis == "channel" else 6
+    x = torch.randn(2, 3, tokens, 40).half().transpose(1, 2).contiguous().transpose(1, 2).to(DEVICE)
+    skip = torch.rand(2, tokens, device=DEVICE) < 0.4 if skipping else None
+    if skip is not None:
+        skip[1, tokens // 2 :] = True
+    expected = quantizer.encode_naive(x, skip)
+    room = Room(scheme, 2, 3, 2 * tokens, 40, like=x)
+    assert quantizer._group_encoder.write(room, tokens, x, skip) == 0
+    assert torch.equal(room.codes[:, :, tokens:], expected.codes)
+    for name, part in expected.ranges.items():
+        assert torch.equal(room.ranges[name].chunk(2, dim=2)[1], part)
+
+
+@pytest.mark.parametrize("scheme", GROUPED.values(), ids=GROUPED)
+def test_a_range_of_a_group_that_does_not_fit_16_bits_is_told(scheme):
+    x = torch.randn(1, 1, 32, 40, device=DEVICE)
+    x[0, 0, 7, 3] = 1e6
+    room = Room(scheme, 1, 1, 64, 40, like=x)
+    assert Quantizer(scheme).to(DEVICE)._group_encoder.write(room, 0, x, None) is None
 
 
 @pytest.mark.parametrize("shape", [(3, 20, 16, 2), (1, 80, 8, 1), (2, 12, 32, 2)])

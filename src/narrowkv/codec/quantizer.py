@@ -12,6 +12,7 @@ from torch import Tensor
 
 from narrowkv.codec import cuda, datatypes, hadamard
 from narrowkv.codec.compiled import Encoder
+from narrowkv.codec.cuda_groups import GroupEncoder
 from narrowkv.codec.encoded import Encoded
 from narrowkv.codec.ranges import online_range, outliers_per_tail, spread, to_16_bits, to_scale_zero
 from narrowkv.codec.room import Room
@@ -147,10 +148,20 @@ class Quantizer(Tables):
         turned = self._turned if scheme.hadamard or self.smooth is not None else None
         return cuda.Encoder(scheme, self.boundaries.contiguous(), scale, zero, lower, upper, per_tail, turned)
 
-    def _encoder_for(self, x: Tensor) -> Encoder | cuda.Encoder | None:
+    @functools.cached_property
+    def _group_encoder(self) -> GroupEncoder | None:
+        """The same for ranges of groups, as KIVI has it."""
+        scheme = self.scheme
+        if not scheme.group or outliers_per_tail(scheme.group, scheme.outliers) or scheme.hadamard or scheme.smooth:
+            return None
+        if self.boundaries is None or len(self.boundaries) > MOST_BOUNDARIES or scheme.symmetric:
+            return None
+        return GroupEncoder(scheme, self.boundaries.contiguous())
+
+    def _encoder_for(self, x: Tensor) -> Encoder | cuda.Encoder | GroupEncoder | None:
         """Whatever encodes numbers that lie where x does, faster than plain torch."""
         if cuda.runs_on(x.device):
-            return self._cuda_encoder
+            return self._cuda_encoder or self._group_encoder
         return self._encoder if x.is_cpu else None
 
     def stepper(self) -> cuda.Stepper | None:

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from narrowkv.codec.triton_ranges import code_of, inner_range
+
 
 @triton.jit
 def encode_tokens(
@@ -36,18 +38,14 @@ def encode_tokens(
         stretch = tl.load(fixed_scale + of_channel, mask=live, other=0.0)
         middle = tl.load(fixed_zero + of_channel, mask=live, other=0.0)
     else:
-        low, high = inner_range(number, live, i, TAIL)
+        low, high = inner_range(number.to(x.dtype.element_ty), live, TAIL)
         held_scale, held_zero = ((high - low) / 2).to(tl.float16), ((high + low) / 2).to(tl.float16)
         of_token = ((row if SHARED else row * HEADS + head) * room) + first + token
         tl.store(scale + of_token, held_scale)
         tl.store(zero + of_token, held_zero)
         stretch, middle = held_scale.to(tl.float32), held_zero.to(tl.float32)
         unfit += (no_number(stretch) | no_number(middle)).to(tl.int32)
-    normal = (number - middle) * tl.where(stretch > 0, 1 / tl.where(stretch > 0, stretch, 1.0), 0.0)
-    code = tl.full([WIDE], 0, tl.int32)
-    for j in tl.static_range(BOUNDARIES):
-        code += (normal > tl.load(boundaries + j)).to(tl.int32)
-    tl.store(codes + place, code.to(tl.uint8), mask=live)
+    tl.store(codes + place, code_of(number, stretch, middle, boundaries, BOUNDARIES), mask=live)
     if OUTLIERS:
         if FIXED:
             low = tl.load(lower + of_channel, mask=live, other=0.0)
@@ -68,16 +66,6 @@ def encode_tokens(
 def no_number(x):
     """Whether x is NaN or infinite."""
     return (x != x) | (tl.abs(x) == float("inf"))
-
-
-@triton.jit
-def inner_range(number, live, i, TAIL: tl.constexpr):
-    """The smallest and the largest number once TAIL of them are left out at each end."""
-    lows, highs = tl.where(live, number, float("inf")), tl.where(live, number, float("-inf"))
-    for _ in range(TAIL):
-        lows = tl.where(i == tl.argmin(lows, 0), float("inf"), lows)
-        highs = tl.where(i == tl.argmax(highs, 0), float("-inf"), highs)
-    return tl.min(lows, 0), tl.max(highs, 0)
 
 
 @triton.jit

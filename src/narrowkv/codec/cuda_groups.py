@@ -1,0 +1,51 @@
+"""The form for a GPU of `Quantizer.encode` for ranges of groups, written in Triton."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from narrowkv.codec.room import Room
+from narrowkv.codec.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class GroupEncoder:
+    """`Quantizer.encode` for groups of tokens of a channel, or of channels of a token, that have no outliers."""
+
+    scheme: Scheme
+    boundaries: Tensor
+
+    def write(self, room: Room, first: int, x: Tensor, skip: Tensor | None) -> int | None:
+        """Encode x [batch, kv_heads, tokens, head_dim], whole groups, into room from the token `first` on.
+
+        Returns how many outliers the room holds, as before; None where a range does not fit 16 bits, for which the host waits.
+        """
+        counts = torch.zeros(2, dtype=torch.int32, device=x.device)
+        self.launch(room, first, x, skip, counts)
+        return None if counts[1].item() else room.outliers
+
+    def launch(self, room: Room, first: int, x: Tensor, skip: Tensor | None, counts: Tensor) -> None:
+        """The same without waiting: counts[1] int32 is added to, by ranges that do not fit."""
+        import triton
+
+        from narrowkv.codec import triton_groups
+
+        group = self.scheme.group
+        assert group is not None
+        x = x if x.stride(3) == 1 else x.contiguous()
+        batch, heads, tokens, dim = x.shape
+        held = (room.codes, room.ranges["scale"], room.ranges["zero"], counts, self.boundaries, first, room.tokens)
+        shape = {"HEADS": heads, "DIM": dim, "GROUP": group, "BOUNDARIES": len(self.boundaries), "enable_fp_fusion": False}
+        with torch.cuda.device_of(x):
+            if self.scheme.axis == "channel":
+                marks = counts if skip is None else skip.contiguous().view(torch.uint8)
+                triton_groups.encode_token_groups[(batch, tokens // group, heads)](
+                    x, marks, *held, *x.stride()[:3], tokens,
+                    WIDE=triton.next_power_of_2(dim), SKIPS=skip is not None, **shape,
+                )  # fmt: skip
+            else:
+                triton_groups.encode_channel_groups[(batch, tokens)](
+                    x, *held, *x.stride()[:3],
+                    GROUPS=triton.next_power_of_2(heads * dim // group), WIDE=triton.next_power_of_2(group), **shape,
+                )  # fmt: skip
