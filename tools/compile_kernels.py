@@ -47,6 +47,7 @@ TYPES = {
     "near": "*fp32", "turns": "*fp64", "kept": "*i32", "padding": "*u8", "hidden": "*u8", "sink_index": "*i64",
     "scaling": "fp32", "softcap": "fp32", "stretch": "fp32",
 }  # fmt: skip
+STRIDES = ("x_batch", "x_head", "x_token", "room", "block_stride", "head_stride", "row_stride", "code_stride")
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -129,20 +130,18 @@ def others(architecture: int) -> Iterator[Compiled]:
     types |= {"codes": "*u8", "scale": "*fp16", "zero": "*fp16", "index": "*i64", "values": "*bf16", "numbers": "*fp32"}
     tables = dict.fromkeys(("boundaries", "fixed_scale", "fixed_zero", "lower", "upper", "points", "cost"), "*fp32")
     types |= tables | {"x": "*bf16", "skip": "*u8", "counts": "*i32", "places": "*i32"}
-    shape = {"HEADS": 8, "DIM": 128, "WIDE": 1024, "OUTLIERS": True, "SKIPS": True, "PLACED": True, "BOUNDARIES": 15}
-    for name, fixed, tail in (("encode keys", True, 0), ("encode values", False, 5)):
-        choice = {"SHARED": not fixed, "FIXED": fixed, "TAIL": tail}
-        yield looked_at(name, encode_tokens, shape | choice, types, architecture)
-    shape |= {"HEADS": 32, "WIDE": 4096, "SHARED": True, "FIXED": False, "TAIL": 20}
-    yield looked_at("encode values of 32 heads", encode_tokens, shape, types, architecture)
+    shape = {"DIM": 128, "OUTLIERS": True, "SKIPS": True, "PLACED": True, "BOUNDARIES": 15}
+    for name, heads, fixed, tail in (("keys", 8, True, 0), ("values", 8, False, 5), ("values of 32 heads", 32, False, 20)):
+        choice = {"HEADS": heads, "TOGETHER": heads, "WIDE": 128 * heads, "FIXED": fixed, "TAIL": tail}
+        yield looked_at(f"encode {name}", encode_tokens, shape | choice, types, architecture)
     shape = {"HEADS": 8, "DIM": 128, "GROUP": 32, "SKIPS": False, "BOUNDARIES": 3}
     yield looked_at("encode groups of tokens", encode_token_groups, shape | {"WIDE": 128}, types, architecture)
     del shape["SKIPS"]
     grouped = shape | {"GROUPS": 32, "WIDE": 32}
     yield looked_at("encode groups of channels", encode_channel_groups, grouped, types, architecture)
     types |= dict.fromkeys(("low", "middle", "high"), "*u8")
-    for name, length in (("pack keys", 64), ("pack values", 128)):
-        planes = {"LENGTH": length, "WIDE": length, "ROWS": 32, "LOW": 2, "MIDDLE": 1, "HIGH": 0}
+    for name, length, along in (("pack keys", 64, "row_stride"), ("pack values", 128, "code_stride")):
+        planes = {"LENGTH": length, "WIDE": length, "ROWS": 32, "LOW": 2, "MIDDLE": 1, "HIGH": 0, along: 1}
         yield looked_at(name, pack_codes, planes, types, architecture)
     points = {"CODES": 64, "LEVELS": 16, "NUMBERS": 2, "WIDE": 64}
     yield looked_at("nearest points", nearest_points, points, types, architecture)
@@ -157,9 +156,11 @@ def looked_at(name: str, kernel: Any, constants: dict[str, Any], types: dict[str
     """Compile a kernel and read what the compiler and the disassembler tell."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    whole = {name for name in names if signature[name].startswith("*") or (signature[name] == "i32" and name in STRIDES)}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in whole}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": 2 * WARPS if kernel in (attend_loose, merge, turn_keys) else WARPS}
+    twice = kernel in (attend_loose, merge, turn_keys) or constants.get("WIDE", 0) > 2048
+    options = {"num_warps": 2 * WARPS if twice else WARPS}
     if kernel is attend_loose:
         options["num_stages"] = 1
     if kernel is attend_blocks:

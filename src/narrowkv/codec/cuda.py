@@ -14,6 +14,8 @@ from torch import Tensor
 from narrowkv.codec.room import Room
 from narrowkv.codec.scheme import Scheme
 
+NUMBERS = 1024  # that a program takes at a time, where it may choose
+
 
 @functools.cache
 def kernels() -> ModuleType | None:
@@ -114,23 +116,30 @@ class Encoder:
         x = x if self.turned is None else self.turned(x)
         x = x if x.stride(3) == 1 else x.contiguous()
         batch, heads, tokens, dim = x.shape
-        shared = self.scheme.axis == "token"
-        numbers = heads * dim if shared else dim
+        together = self._together(heads, dim)
+        numbers = together * dim
         index, values, other = room.outlier_index, room.outlier_values, counts
         if index is not None and values is not None:
             index, values = index[held:], values[held:]
         skip = None if skip is None else skip.contiguous().view(torch.uint8)
         fixed = (self.scale, self.zero, self.lower, self.upper)
         with torch.cuda.device_of(x):
-            module.encode_tokens[(batch, tokens, 1 if shared else heads)](
+            module.encode_tokens[(batch, tokens, -(-heads // together))](
                 x, _or(skip, other), room.codes, _or(room.ranges.get("scale"), other), _or(room.ranges.get("zero"), other),
                 _or(index, other), _or(values, other), counts, _or(places, other),
                 self.boundaries, *(_or(part, other) for part in fixed),
                 first, room.tokens, 0 if index is None else len(index), x.stride(0), x.stride(1), x.stride(2), tokens,
-                HEADS=heads, DIM=dim, WIDE=_room(numbers), SHARED=shared, FIXED=self.scheme.static, TAIL=self.tail(numbers),
-                OUTLIERS=self.scheme.outliers > 0, SKIPS=skip is not None, PLACED=places is not None,
-                BOUNDARIES=len(self.boundaries), enable_fp_fusion=False,
+                HEADS=heads, DIM=dim, WIDE=_room(numbers), TOGETHER=together, FIXED=self.scheme.static,
+                TAIL=self.tail(numbers), OUTLIERS=self.scheme.outliers > 0, SKIPS=skip is not None,
+                PLACED=places is not None, BOUNDARIES=len(self.boundaries),
+                enable_fp_fusion=False, num_warps=min(max(_room(numbers) // 512, 4), 16),
             )  # fmt: skip
+
+    def _together(self, heads: int, dim: int) -> int:
+        """How many heads a program takes: all that share a range, or a few whose ranges are fixed."""
+        if self.scheme.axis == "token":
+            return heads
+        return min(max(NUMBERS // dim, 1), heads) if self.scheme.static else 1
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ def encode_tokens(
     x, skip, codes, scale, zero, index, values, counts, places,
     boundaries, fixed_scale, fixed_zero, lower, upper,
     first, room, free, x_batch, x_head, x_token, skip_batch,
-    HEADS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, SHARED: tl.constexpr, FIXED: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, TOGETHER: tl.constexpr, FIXED: tl.constexpr,
     TAIL: tl.constexpr, OUTLIERS: tl.constexpr, SKIPS: tl.constexpr, PLACED: tl.constexpr, BOUNDARIES: tl.constexpr,
 ):  # fmt: skip
-    """One token, all its heads at once if they share a range (SHARED), else one of them.
+    """One token, so many of its heads TOGETHER: all if they share a range, one if not, any number if ranges are FIXED.
 
     x: [batch, heads, new, head_dim] by strides, channels side by side. skip: [batch, new], not 0 where no outlier is kept.
     codes: [batch, heads, room, head_dim] uint8; the token is written to place `first` (PLACED: and places[0] after it), others
@@ -22,13 +22,15 @@ def encode_tokens(
     how many outliers each end of a range has. index, values: [free] of outliers, in any order; counts: [2] how many there are
     already, and how many numbers do not fit 16 bits or are none.
     """
-    row, token, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, token, head = tl.program_id(0), tl.program_id(1), tl.program_id(2) * TOGETHER
     if PLACED:
         first += tl.load(places)
     i = tl.arange(0, WIDE)
     channel = i % DIM
-    own = i // DIM if SHARED else i // DIM + head
-    live = i < (HEADS * DIM if SHARED else DIM)
+    own = i // DIM + head
+    live = i < TOGETHER * DIM
+    if HEADS % TOGETHER:
+        live = live & (own < HEADS)
     at = x + row.to(tl.int64) * x_batch + own.to(tl.int64) * x_head + token.to(tl.int64) * x_token + channel
     number = tl.load(at, mask=live, other=0.0).to(tl.float32)
     unfit = tl.sum((live & no_number(number)).to(tl.int32), 0)
@@ -40,7 +42,7 @@ def encode_tokens(
     else:
         low, high = inner_range(number.to(x.dtype.element_ty), live, TAIL)
         held_scale, held_zero = ((high - low) / 2).to(tl.float16), ((high + low) / 2).to(tl.float16)
-        of_token = ((row if SHARED else row * HEADS + head) * room) + first + token
+        of_token = (row if TOGETHER == HEADS else row * HEADS + head) * room + first + token
         tl.store(scale + of_token, held_scale)
         tl.store(zero + of_token, held_zero)
         stretch, middle = held_scale.to(tl.float32), held_zero.to(tl.float32)
