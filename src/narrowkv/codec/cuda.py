@@ -230,5 +230,6 @@ def search(numbers: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
         module.nearest_points[(batch * heads * tokens,)](
             numbers.contiguous(), points.contiguous(), found, cost, tokens, heads,
             CODES=codes, LEVELS=levels, NUMBERS=count, WIDE=_room(codes), enable_fp_fusion=False,
+            num_warps=min(max(_room(codes) // 32, 1), 4),
         )  # fmt: skip
     return found, cost
