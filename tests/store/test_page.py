@@ -1,9 +1,10 @@
-"""Pages whose outliers a GPU alone has counted, against those whose outliers the host knows."""
+"""Pages as a GPU fills them, by interpreted kernels and counts that it alone knows, against those that the host fills."""
 
 import pytest
 import torch
 
-from narrowkv.codec import Encoded, Quantizer, Scheme
+from narrowkv.codec import Encoded, Quantizer, Scheme, cuda
+from narrowkv.store import LayerStore
 from narrowkv.store.page import Page, to_blocks
 
 SCHEME = Scheme(3, "int", outliers=0.02)
@@ -56,3 +57,23 @@ def test_a_page_with_room_tells_when_outliers_could_be_too_many():
     assert page.fits(blocks, blocks)
     more = to_blocks(counted(encoded(1, 64), 200))
     assert not page.fits(more, more)
+
+
+@pytest.mark.skipif(cuda.kernels() is None, reason="needs Triton (`pip install triton`)")
+@pytest.mark.parametrize(
+    "schemes",
+    [
+        (SCHEME, Scheme(16, "exact")),
+        (Scheme(2, "int", axis="channel", group=32), Scheme(4, "int", axis="token_head", group=8)),
+    ],
+    ids=["outliers", "groups"],
+)
+def test_a_prompt_is_stored_as_without_kernels(schemes, monkeypatch):
+    stores = [LayerStore(*map(Quantizer, schemes)) for _ in range(2)]
+    x = torch.randn(1, HEADS, 128, DIM).half()
+    stores[0].append(x, x)
+    monkeypatch.setattr(cuda, "runs_on", lambda device: True)
+    stores[1].append(x, x)
+    assert len(stores[0].columns) == 2
+    for one, other in zip(*(store.columns[0].page.tensors() for store in stores), strict=True):
+        assert torch.equal(one, other)
