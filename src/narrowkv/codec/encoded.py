@@ -14,15 +14,12 @@ class Encoded:
     ranges: what is held of online ranges, by name, as `Scheme.range_forms` has it: `scale` and, unless it is symmetric,
         `zero`: [batch, 1 or kv_heads, tokens or groups, 1, groups or head_dim].
     outlier_index: [n] int64, ascending positions in the flattened codes; outlier_values: [n] in 16 bits. Or None.
-    outlier_count: [1] or [] int32 on the codes' device, how many of the first outliers count, in any order; None: all. Only
-        blocks on their way into a page (`store.page`) may have it.
     """
 
     codes: Tensor
     ranges: dict[str, Tensor] = field(default_factory=dict)
     outlier_index: Tensor | None = None
     outlier_values: Tensor | None = None
-    outlier_count: Tensor | None = None
 
     @property
     def tokens(self) -> int:

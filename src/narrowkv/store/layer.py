@@ -163,7 +163,7 @@ class LayerStore:
     def _encode_pieces(self, keys: Tensor, values: Tensor, skip: Tensor | None, new: int) -> None:
         """First what fills the tail, then whole blocks tile by tile, then a new tail."""
         batch, heads, _, dim = keys.shape
-        tile = max(reading.TILE_NUMBERS // (batch * heads * dim) // BLOCK, 1) * BLOCK
+        tile = max(reading.tile_numbers(keys.device) // (batch * heads * dim) // BLOCK, 1) * BLOCK
         to_seal = ((self.tail.tokens if self.tail else 0) + new) // BLOCK
         page: Page | None = None
         start = 0

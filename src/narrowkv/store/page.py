@@ -27,7 +27,7 @@ def is_channel_major(scheme: Scheme, keys: bool) -> bool:
 def to_blocks(encoded: Encoded) -> Encoded:
     """Cut tokens into blocks: [batch, kv_heads, n * 64, head_dim] -> [n * batch, kv_heads, 64, head_dim], block-major.
 
-    Outliers are sorted, those beyond `outlier_count` last. A GPU is not waited for.
+    Outliers are sorted. A GPU is not waited for.
     """
     batch, heads, tokens, dim = encoded.codes.shape
     count = tokens // BLOCK
@@ -43,10 +43,8 @@ def to_blocks(encoded: Encoded) -> Encoded:
     if count > 1:
         row_and_head, block = index // size // count, index // size % count
         index = (block * batch * heads + row_and_head) * size + index % size
-    if encoded.outlier_count is not None:
-        index = torch.where(torch.arange(len(index), device=index.device) < encoded.outlier_count, index, codes.numel())
     index, order = index.sort()
-    return Encoded(codes, ranges, index, encoded.outlier_values[order], encoded.outlier_count)
+    return Encoded(codes, ranges, index, encoded.outlier_values[order])
 
 
 def from_blocks(blocks: Tensor, batch: int) -> Tensor:
@@ -64,7 +62,7 @@ class PackedSide:
     ranges: [slots, ...] what is held of online ranges, by name, as `Scheme.range_forms` has it for 64 tokens.
     outlier_values, outlier_index: [room] (of pairs [room, 2]) 16-bit value and index token * codes + code, sorted by slot,
         head, token, code; those of slot s and head h begin at outlier_offsets[s * kv_heads + h].
-    outliers_used: how many there are at most; exactly, unless a GPU alone knows how many came.
+    outliers_used: how many there are.
     """
 
     def __init__(
@@ -87,8 +85,7 @@ class PackedSide:
         self.outlier_offsets: Tensor | None
         self.outlier_values, self.outlier_index, self.outlier_offsets = outliers or (None, None, None)
         self.outliers_used = len(outliers[0]) if outliers else 0
-        self._end: int | Tensor = self.outliers_used  # where the next outliers go; a number on the GPU once it counted some
-        self._pending: list[tuple[int | Tensor, Tensor, Tensor]] = []
+        self._pending: list[tuple[Tensor, Tensor]] = []
 
     @classmethod
     def allocate(cls, quantizer: AnyQuantizer, slots: int, like: Encoded, *, keys: bool, outlier_room: int) -> "PackedSide":
@@ -115,7 +112,7 @@ class PackedSide:
                 torch.zeros(slots * heads + 1, dtype=torch.int32, device=device),
             )
         side = cls((heads, BLOCK, dim), bits, channel_major, planes, ranges, outliers)
-        side.outliers_used = side._end = 0
+        side.outliers_used = 0
         return side
 
     def outliers(self) -> list[Tensor]:
@@ -126,8 +123,7 @@ class PackedSide:
     def put(self, slot: int, blocks: Encoded) -> None:
         """Write blocks [n, kv_heads, 64, head_dim], as of `to_blocks`, into slots slot..slot+n; outliers wait for `commit`.
 
-        Nothing here, nor in `commit`, waits for a GPU, which alone may know how many outliers there are
-        (`Encoded.outlier_count`); room is then taken for all that could be.
+        Nothing here, nor in `commit`, waits for a GPU.
         """
         stop = slot + blocks.codes.shape[0]
         self._pack([plane[slot:stop] for plane in self.planes], blocks.codes)
@@ -137,12 +133,11 @@ class PackedSide:
             assert blocks.outlier_index is not None and blocks.outlier_values is not None
             heads, tokens, dim = self.shape
             borders = torch.arange(1, (stop - slot) * heads + 1, device=blocks.codes.device) * (tokens * dim)
-            ends = (torch.searchsorted(blocks.outlier_index, borders) + self._end).int()
+            ends = (torch.searchsorted(blocks.outlier_index, borders) + self.outliers_used).int()
             self.outlier_offsets[slot * heads + 1 : stop * heads + 1] = ends
             self.outlier_offsets[stop * heads + 1 :] = ends[-1]
-            self._pending.append((self._end, (blocks.outlier_index % (tokens * dim)).short(), blocks.outlier_values))
+            self._pending.append(((blocks.outlier_index % (tokens * dim)).short(), blocks.outlier_values))
             self.outliers_used += len(blocks.outlier_index)
-            self._end = ends[-1] if blocks.outlier_count is not None else self._end + len(blocks.outlier_index)
 
     def _pack(self, planes: list[Tensor], codes: Tensor) -> None:
         """Write codes of blocks into the planes of their slots."""
@@ -156,16 +151,15 @@ class PackedSide:
         """Move the outliers of all `put` since the last commit to their place; a page made without room is fitted."""
         if not self._pending:
             return
+        index, values = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
+        self._pending = []
         assert self.outlier_values is not None and self.outlier_index is not None
         if len(self.outlier_values) == 0:
-            room = sum(len(index) for _, index, _ in self._pending)
-            self.outlier_index = self.outlier_index.new_empty(room)
-            self.outlier_values = self.outlier_values.new_empty(room, *self.outlier_values.shape[1:])
-        for begin, index, values in self._pending:  # what lies behind the last that counts is written over by the next
-            count, device = len(index), index.device
-            place = slice(begin, begin + count) if isinstance(begin, int) else begin + torch.arange(count, device=device)
-            self.outlier_index[place], self.outlier_values[place] = index, values
-        self._pending = []
+            self.outlier_index, self.outlier_values = index, values
+        else:
+            start = self.outliers_used - len(index)
+            self.outlier_index[start : self.outliers_used] = index
+            self.outlier_values[start : self.outliers_used] = values
 
     def take(self, slots: Tensor) -> Encoded:
         """The blocks in `slots` [n] int64, as codes [n, kv_heads, 64, head_dim]."""
@@ -205,9 +199,7 @@ class Page:
         sides = []
         for quantizer, blocks in zip(quantizers, (keys, values), strict=True):
             found = len(blocks.outlier_index) if blocks.outlier_index is not None else 0
-            if blocks.outlier_count is None:
-                found += found // 8 + 1
-            outlier_room = 0 if exactly else found * slots // keys.codes.shape[0]
+            outlier_room = 0 if exactly else (found + found // 8 + 1) * slots // keys.codes.shape[0]
             sides.append(PackedSide.allocate(quantizer, slots, blocks, keys=blocks is keys, outlier_room=outlier_room))
         return cls(slots, sides[0], sides[1])
 
@@ -218,6 +210,10 @@ class Page:
         """Memory for columns that come singly behind so many others; keys and values are the first."""
         room = max(columns // GROWTH, 1)
         return cls.allocate(quantizers, room * batch, keys, values, exactly=room == 1)
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys.planes[0].device
 
     def tensors(self) -> list[Tensor]:
         """All tensors that are held."""
@@ -230,7 +226,7 @@ class Page:
         return self
 
     def fits(self, keys: Encoded, values: Encoded) -> bool:
-        """Whether these blocks find free slots and room for their outliers, or as many as they could be."""
+        """Whether these blocks find free slots and room for their outliers."""
         free = self.slots - self.used >= keys.codes.shape[0]
         return free and all(
             side.outlier_values is None

@@ -12,7 +12,13 @@ from narrowkv.store.sinks import put_sinks
 if TYPE_CHECKING:
     from narrowkv.store.layer import LayerStore
 
-TILE_NUMBERS = 2**19  # numbers encoded or decoded at a time, which bounds the memory of intermediate results
+# numbers encoded or decoded at a time, which bounds the memory of intermediate results; on a GPU, where each launch costs time
+TILE_NUMBERS, GPU_TILE_NUMBERS = 2**19, 2**23
+
+
+def tile_numbers(device: torch.device) -> int:
+    """How many numbers are encoded or decoded at a time."""
+    return GPU_TILE_NUMBERS if device.type == "cuda" else TILE_NUMBERS
 
 
 def tiles(store: "LayerStore", stop: int, unsealed: bool) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -34,7 +40,7 @@ def _pieces(store: "LayerStore", stop: int, unsealed: bool) -> Iterator[tuple[Te
     while i < len(store.columns) and start < stop:
         assert store.shape is not None
         first = store.columns[i]
-        limit = max(TILE_NUMBERS // (BLOCK * store.shape[0] * store.shape[1] * store.shape[2]), 1)
+        limit = max(tile_numbers(first.page.device) // (BLOCK * store.shape[0] * store.shape[1] * store.shape[2]), 1)
         run = [first]
         while len(run) < limit and i + len(run) < len(store.columns) and start + len(run) * BLOCK < stop:
             following = store.columns[i + len(run)]
