@@ -37,7 +37,7 @@ from narrowkv.codec.triton_encode import encode_tokens, nearest_points
 ARCHITECTURES = (80, 90, 100)
 RECIPES = ("nuq4-1%", "nuq3-1%", "nuq2-1%", "kivi-2", "kivi-4", "pair2", "pair3")
 TYPES = {
-    "query": "*bf16", "table": "*i64", "starts": "*i32", "bases": "*i32", "lengths": "*i32", "sums": "*fp32", "peaks": "*fp32",
+    "query": "*bf16", "table": "*i64", "starts": "*i32", "bases": "*i32", "lengths": "*i32", "sums": "*fp32", "peaks": "*fp32", "tiles": "*fp16",
     "key_table": "*fp32", "key_bytes": "*i32", "key_scale": "*fp32", "key_zero": "*fp32",
     "value_table": "*fp32", "value_bytes": "*i32", "value_scale": "*fp32", "value_zero": "*fp32",
     "near": "*fp32", "turns": "*fp64", "kept": "*i32", "padding": "*u8", "hidden": "*u8", "sink_index": "*i64",

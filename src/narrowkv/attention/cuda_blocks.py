@@ -19,7 +19,7 @@ from narrowkv.store.page import Column, is_channel_major
 
 KINDS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 GROWTH = 8  # columns find room for one more eighth
-MOST_NONZEROS = 32
+FEWEST_NONZEROS, MOST_NONZEROS = 128, 512
 FOLDED_BITS = 4
 
 _KNOWN: WeakKeyDictionary[LayerStore, "Blocks"] = WeakKeyDictionary()
@@ -222,7 +222,7 @@ def _form(quantizer: AnyQuantizer, keys: bool, heads: int, dim: int, order: int,
         range_tokens=shape[1],
         range_channels=shape[2],
         zero=not scheme.symmetric,
-        nonzeros=min(max(power_of_2(int(1.25 * expected)), 16), MOST_NONZEROS) if expected else 0,
+        nonzeros=min(max(power_of_2(int(1.25 * expected)), FEWEST_NONZEROS), MOST_NONZEROS) if expected else 0,
         kind=kind,
     )
 

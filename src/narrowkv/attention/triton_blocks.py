@@ -8,14 +8,14 @@ NUMBER.
 import triton
 import triton.language as tl
 
-from narrowkv.attention.triton_outliers import add_key_outliers, add_value_outliers, value_channels
+from narrowkv.attention.triton_outliers import put_outliers, value_channels, with_outliers
 from narrowkv.attention.triton_rows import angles, cos_sin, in_twos, pair_channels, read_query, seen, weigh, write_part
 from narrowkv.attention.triton_tiles import column_places, levels_of, look_up, look_up_bytes, ranged, read_codes, read_nibbles
 
 
 @triton.jit
 def attend_blocks(
-    query, table, starts, bases, lengths, sums, peaks,
+    query, table, starts, bases, lengths, sums, peaks, tiles,
     key_table, key_bytes, key_scale, key_zero, value_table, value_bytes, value_scale, value_zero,
     near, turns, kept, padding, hidden, sink_index,
     batch, slots, splits, kept_stride, padding_stride, hidden_batch, hidden_stride, window,
@@ -64,6 +64,12 @@ def attend_blocks(
         near_cos, near_sin = angles(pair[:, None], token_of[None, :], (token_of >= 0)[None, :], near, turns, kept, C)
         near_cos, near_sin = near_cos.to(NUMBER), near_sin.to(NUMBER)
 
+    program = (tl.program_id(2) * tl.num_programs(1) + place) * splits + split
+    key_tile = tiles + program.to(tl.int64) * (K.tile + V.tile)
+    value_tile = key_tile + K.tile
+    for i in range(0, K.tile + V.tile, 1024):
+        within = i + tl.arange(0, 1024)
+        tl.store(key_tile + within, tl.zeros([1024], NUMBER), mask=within < K.tile + V.tile)
     largest = tl.full([C.room], float("-inf"), tl.float32)
     total = tl.full([C.room], 0, tl.float32)
     part = tl.full([V.channels, C.room], 0, tl.float32)
@@ -76,7 +82,15 @@ def attend_blocks(
             cos, sin = cos_sin(tl.load(bases + i * batch + row), turn)
             back_a = query_a * cos[:, None] + query_b * sin[:, None]
             back_b = query_b * cos[:, None] - query_a * sin[:, None]
-        keys_a, keys_b = read_keys(entry, levels_a, levels_b, key_table, key_scale, key_zero, head, token_of, K, C, NUMBER)
+        if K.nonzeros > 0:
+            put_outliers(key_tile, entry, head, False, K)
+        if V.nonzeros > 0:
+            put_outliers(value_tile, entry + 8, head, False, V)
+        if K.nonzeros + V.nonzeros > 0:
+            tl.debug_barrier()
+        keys_a, keys_b = read_keys(
+            entry, key_tile, levels_a, levels_b, key_table, key_scale, key_zero, head, token_of, K, C, NUMBER
+        )
         if C.turning == "near":
             keys_a, keys_b = keys_a * near_cos - keys_b * near_sin, keys_b * near_cos + keys_a * near_sin
         elif C.turning != "none":
@@ -84,21 +98,20 @@ def attend_blocks(
             keys_a, keys_b = keys_a * cos - keys_b * sin, keys_b * cos + keys_a * sin
         scores = tl.dot(tl.trans(keys_a.to(NUMBER)), back_a.to(NUMBER), input_precision=C.precision)
         scores = tl.dot(tl.trans(keys_b.to(NUMBER)), back_b.to(NUMBER), scores, input_precision=C.precision)
-        if K.nonzeros > 0:
-            from_ = 0 if C.turning == "near" else start
-            scores = add_key_outliers(
-                scores, entry, key_table, key_scale, key_zero, head, back_a, back_b, from_, near, turns, kept, K, C
-            )
         scores = in_twos(scores * size, softcap, C)
         for j in tl.static_range(tl.constexpr(C.sinks)):
             live &= first + start + token_of != tl.load(sink_index + row * C.sinks + j)
         sees = seen(rows, start + token_of, live, first, asking, padding, hidden, hidden_stride, window, C)
         weights, fading, largest = weigh(tl.where(sees, scores, float("-inf")), largest)
         total = total * fading + tl.sum(weights, 0)
-        values = read_values(entry + 8, levels_v, levels_w, value_table, value_scale, value_zero, head, token_of, V, NUMBER)
+        values = read_values(entry + 8, value_tile, levels_v, levels_w, value_table, value_scale, value_zero, head, token_of, V, NUMBER)
         part = tl.dot(values, weights.to(NUMBER), part * fading[None, :], input_precision=C.precision)
+        if K.nonzeros + V.nonzeros > 0:
+            tl.debug_barrier()
+        if K.nonzeros > 0:
+            put_outliers(key_tile, entry, head, True, K)
         if V.nonzeros > 0:
-            part = add_value_outliers(part, entry + 8, value_table, value_scale, value_zero, head, weights, K, V, C)
+            put_outliers(value_tile, entry + 8, head, True, V)
     write_part(sums, peaks, part, total, largest, value_channels(V), rows, place * slots + split, C)
 
 
@@ -118,7 +131,7 @@ def exact_at(entry, head, token, channel, F: tl.constexpr):
 
 @triton.jit
 def read_keys(
-    entry, levels_a, levels_b, table, scale, zero, head, token_of, K: tl.constexpr, C: tl.constexpr, NUMBER: tl.constexpr
+    entry, tile, levels_a, levels_b, table, scale, zero, head, token_of, K: tl.constexpr, C: tl.constexpr, NUMBER: tl.constexpr
 ):
     """Keys of a block, but for outliers, not turned: the first and the second channels of pairs, [lanes, 64] each."""
     channel_a, channel_b = pair_channels(C)
@@ -134,23 +147,33 @@ def read_keys(
             codes_b = read(entry, head, rows_b, K, NUMBER)
         keys_a = to_numbers(codes_a, levels_a, entry, table, scale, zero, head, rows_a, channel_a // K.codes, K, NUMBER)
         keys_b = to_numbers(codes_b, levels_b, entry, table, scale, zero, head, rows_b, channel_b // K.codes, K, NUMBER)
+        if K.nonzeros > 0:
+            keys_a = with_outliers(keys_a, tile, channel_a, channel_a < K.dim, K)
+            keys_b = with_outliers(keys_b, tile, channel_b, channel_b < K.dim, K)
         return keys_a, keys_b
 
 
 @triton.jit
-def read_values(entry, levels, levels_w, table, scale, zero, head, token_of, V: tl.constexpr, NUMBER: tl.constexpr):
+def read_values(entry, tile, levels, levels_w, table, scale, zero, head, token_of, V: tl.constexpr, NUMBER: tl.constexpr):
     """Values of a block, but for outliers: [channels, 64]."""
     if V.bits == 16:
         return exact_at(entry, head, token_of[None, :], value_channels(V)[:, None], V).to(NUMBER)
     elif not V.channel_major:
         codes = read(entry, head, token_of, V, NUMBER)
-        return tl.trans(to_numbers(codes, levels, entry, table, scale, zero, head, token_of, token_of * 0, V, NUMBER))
+        numbers = to_numbers(codes, levels, entry, table, scale, zero, head, token_of, token_of * 0, V, NUMBER)
+        if V.nonzeros > 0:
+            numbers = with_outliers(numbers, tile, token_of, token_of < 64, V)
+        return tl.trans(numbers)
     else:
         rows = tl.arange(0, V.row_room)
         codes = read(entry, head, rows, V, NUMBER)
         numbers = to_numbers(codes, levels, entry, table, scale, zero, head, rows, rows * 0, V, NUMBER)
+        if V.nonzeros > 0:
+            numbers = with_outliers(numbers, tile, rows, rows < V.codes, V)
         if V.numbers == 2:
             others = to_numbers(codes, levels_w, entry, table, scale, zero, head, rows, rows * 0 + 1, V, NUMBER)
+            if V.nonzeros > 0:
+                others = with_outliers(others, tile, rows + V.codes, rows < V.codes, V)
             numbers = tl.reshape(tl.permute(tl.join(numbers, others), (0, 2, 1)), [V.channels, 64])
         return numbers
 

@@ -119,6 +119,11 @@ class Form:
         return self.row_room * self.numbers if self.channel_major else self.columns
 
     @property
+    def tile(self) -> int:
+        """Numbers of a tile for outliers."""
+        return (self.dim if self.channel_major else BLOCK) * self.columns if self.nonzeros else 0
+
+    @property
     def group(self) -> int:
         """Codes of a row that share a range."""
         if self.channel_major:

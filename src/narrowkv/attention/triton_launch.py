@@ -186,8 +186,12 @@ class _Step:
         shared, lengths = self.shared, self.lengths
         assert shared.blocks is not None
         tables = [_or(part, lengths) for side in self.sides for part in (side.table, side.bytes, side.scale, side.zero)]
+        programs = splits * len(sums) * self.chunks
+        tiles = sums.new_empty(
+            programs * (self.plan.keys.tile + self.plan.values.tile), dtype=torch.float16 if self.plan.rounded else torch.float32
+        )
         attend_blocks[(splits, len(sums), self.chunks)](
-            self.packed_query, shared.blocks, shared.starts, _or(shared.bases, lengths), lengths, sums, peaks, *tables,
+            self.packed_query, shared.blocks, shared.starts, _or(shared.bases, lengths), lengths, sums, peaks, tiles, *tables,
             _or(shared.near, lengths), _or(shared.turns, lengths), *self.sight, _or(shared.sink_index, lengths),
             shared.blocks.shape[1], sums.shape[1], splits, *self.strides, *self.numbers,
             K=self.plan.keys, V=self.plan.values, C=self.plan.case, NUMBER=tl.float16 if self.plan.rounded else tl.float32,
