@@ -121,7 +121,12 @@ class Form:
     @property
     def tile(self) -> int:
         """Numbers of a tile for outliers."""
-        return (self.dim if self.channel_major else BLOCK) * self.columns if self.nonzeros else 0
+        return self.tile_rows * self.columns if self.nonzeros else 0
+
+    @property
+    def tile_rows(self) -> int:
+        """Channels or tokens of such a tile."""
+        return self.dim if self.channel_major else BLOCK
 
     @property
     def group(self) -> int:

@@ -9,6 +9,7 @@ or float32; two numbers of 16 bits take one instruction.
 import triton
 import triton.language as tl
 
+LARGEST = tl.constexpr(46_000.0)  # the square root of a half of what float16 holds
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
@@ -109,6 +110,14 @@ def read_codes(entry, head, rows, F: tl.constexpr):
 
 
 @triton.jit
+def fitting(numbers, NUMBER: tl.constexpr):
+    """Numbers as NUMBER; NaN for those that would overflow when keys are turned, so that no result hides it."""
+    if NUMBER == tl.float16:
+        numbers = tl.where(tl.abs(numbers.to(tl.float32)) > LARGEST, float("nan"), numbers)
+    return numbers.to(NUMBER)
+
+
+@triton.jit
 def picked(low, high, which):
     """Four bytes of the eight of two words, low ones first, each named by 4 bits (below 8) of the last 16 of `which`."""
     if INTERPRETED:
@@ -165,7 +174,13 @@ def look_up_bytes(words, levels, F: tl.constexpr):
     lower, higher = byte_of_levels(fours, levels, 0, F), byte_of_levels(fours, levels, 1, F)
     first, last = tl.full(lower.shape, 0x5140, tl.int32), tl.full(lower.shape, 0x7362, tl.int32)
     twos = beside(picked(lower, higher, first), picked(lower, higher, last))
-    return beside(twos.to(tl.int16), (twos >> 16).to(tl.int16)).to(tl.float16, bitcast=True)
+    return halves(twos)
+
+
+@triton.jit
+def halves(words):
+    """Both numbers of words [n, m], low one first: [n, 2 * m] float16."""
+    return beside(words.to(tl.int16), (words >> 16).to(tl.int16)).to(tl.float16, bitcast=True)
 
 
 @triton.jit
