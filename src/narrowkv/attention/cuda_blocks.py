@@ -250,6 +250,8 @@ def tables_of(quantizer: AnyQuantizer, keys: bool) -> Tables:
 
 def _bytes(table: Tensor) -> Tensor | None:
     """As `Tables.bytes` has it, of a table [..., levels]; None where there are more than 16."""
+    if table.shape[-1] > 16 and table.dim() == 4 and table.shape[2] == 2:
+        return table.transpose(2, 3).half().contiguous().view(torch.int32)[..., 0]
     if table.shape[-1] > 16:
         return None
     parts = table.half().contiguous()[..., None].view(torch.uint8)  # [..., levels, 2], lower bytes first

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from narrowkv.attention.triton_outliers import put_outliers, value_channels, with_outliers
 from narrowkv.attention.triton_rows import angles, cos_sin, in_twos, pair_channels, read_query, seen, weigh, write_part
-from narrowkv.attention.triton_tiles import column_places, levels_of, look_up, look_up_bytes, ranged, read_codes, read_nibbles
+from narrowkv.attention.triton_tiles import column_places, levels_of, look_up, look_up_bytes, look_up_words, ranged, read_codes, read_nibbles, words_of
 
 
 @triton.jit
@@ -54,6 +54,12 @@ def attend_blocks(
     if K.by_bytes and NUMBER == tl.float16:  # noqa: SIM300
         levels_a = levels_of(key_bytes, head, key_rows_a, channel_a // K.codes, K)
         levels_b = levels_of(key_bytes, head, key_rows_b, channel_b // K.codes, K)
+    if K.by_words and NUMBER == tl.float16:  # noqa: SIM300
+        levels_a = words_of(key_bytes, head, key_rows_a, K)
+        levels_b = levels_a if C.coupled else words_of(key_bytes, head, key_rows_b, K)
+    if V.by_words and NUMBER == tl.float16:  # noqa: SIM300
+        levels_v = words_of(value_bytes, head, value_rows, V)
+        levels_w = levels_v
     if V.by_bytes and NUMBER == tl.float16:  # noqa: SIM300
         levels_v = levels_of(value_bytes, head, value_rows, value_rows * 0, V)
         levels_w = levels_of(value_bytes, head, value_rows, value_rows * 0 + V.numbers - 1, V)
@@ -192,5 +198,7 @@ def to_numbers(codes, levels, entry, table, scale, zero, head, rows, number, F: 
     """What codes stand for, but for outliers: [n, columns]."""
     if F.by_bytes and NUMBER == tl.float16:  # noqa: SIM300
         return ranged(look_up_bytes(codes, levels, F), entry, scale, zero, head, rows, F)
+    elif F.by_words and NUMBER == tl.float16:  # noqa: SIM300
+        return look_up_words(codes, levels, number, F)
     else:
         return ranged(look_up(codes, table, head, rows, number, F).to(NUMBER), entry, scale, zero, head, rows, F)

@@ -259,7 +259,7 @@ WARPS = 4
 
 def stages_of(keys: Form, values: Form) -> int:
     """How many blocks are under way at once; looked-up numbers would lie in shared memory, each once for every stage."""
-    return 3 if all(form.by_bytes or form.bits == 16 for form in (keys, values)) else 1
+    return 3 if all(form.by_bytes or form.shuffled or form.bits == 16 for form in (keys, values)) else 1
 
 
 def _or(part: Tensor | None, other: Tensor) -> Tensor:

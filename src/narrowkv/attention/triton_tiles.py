@@ -80,33 +80,56 @@ def read_plane(entry, head, rows, i: tl.constexpr, F: tl.constexpr):
 @triton.jit
 def read_nibbles(entry, head, rows, F: tl.constexpr):
     """Codes of up to 4 bits, eight to a word, each in 4 bits: [n, columns / 8] int32."""
-    words = read_plane(entry, head, rows, 0, F)
-    if F.sharing == 4:
-        words = doubled(words, 2) & 0x33333333
+    words = nibbles_of(entry, head, rows, 0, F)
     if len(F.planes) > 1:
-        words = words | ((doubled(read_plane(entry, head, rows, 1, F), 2) & 0x11111111) << 2)
+        words = words | (nibbles_of(entry, head, rows, 1, F) << 2)
     return words
+
+
+@triton.jit
+def nibbles_of(entry, head, rows, i: tl.constexpr, F: tl.constexpr):
+    """What plane i has of them."""
+    words = read_plane(entry, head, rows, i, F)
+    if F.sharing == 4:
+        words = doubled(words, 2)
+    return words & (((1 << F.planes[i]) - 1) * 0x11111111) if F.planes[i] < 4 else words
 
 
 @triton.jit
 def read_codes(entry, head, rows, F: tl.constexpr):
     """Codes of rows [n] of a head of a block: [n, columns] int32; 0 beyond the last row and column."""
-    codes = tl.full([rows.shape[0], F.columns], 0, tl.int32)
-    for i in tl.static_range(len(F.planes)):
-        words = read_plane(entry, head, rows, i, F)
-        if F.wide == 4:
+    if F.wide == 4:
+        low = tl.full([rows.shape[0], F.columns // (4 if F.sharing == 1 else 8)], 0, tl.int32)
+        high = low
+        for i in tl.static_range(len(F.planes)):
+            words = read_plane(entry, head, rows, i, F)
             if F.sharing == 4:
                 words = doubled(words, F.order)
-            words = doubled(doubled(words, 16), 8)
-            if F.sharing > 1:
-                words = doubled(words, 4)
-        else:
+            low |= (words & F.masks[i]) << F.offsets[i]
+            high |= ((words >> 4) & F.masks[i]) << F.offsets[i]
+        return beside(taken_apart(low), taken_apart(high)) if F.sharing > 1 else taken_apart(low)
+    else:
+        codes = tl.full([rows.shape[0], F.columns], 0, tl.int32)
+        for i in tl.static_range(len(F.planes)):
+            words = read_plane(entry, head, rows, i, F)
             if F.sharing == 4:
                 words = doubled(words, 2 * F.order)
             if F.sharing > 1:
                 words = doubled(words, F.order)
-        codes |= (words & ((1 << F.planes[i]) - 1)) << F.offsets[i]
-    return codes
+            codes |= (words & ((1 << F.planes[i]) - 1)) << F.offsets[i]
+        return codes
+
+
+@triton.jit
+def taken_apart(words):
+    """The four bytes of words [n, m]: [n, 4 * m] int32."""
+    return beside(beside(byte_of(words, 0), byte_of(words, 2)), beside(byte_of(words, 1), byte_of(words, 3)))
+
+
+@triton.jit
+def byte_of(words, i: tl.constexpr):
+    """A byte of each word."""
+    return picked(words, words * 0, tl.full(words.shape, 0x4440 + i, tl.int32))
 
 
 @triton.jit
@@ -181,6 +204,23 @@ def look_up_bytes(words, levels, F: tl.constexpr):
 def halves(words):
     """Both numbers of words [n, m], low one first: [n, 2 * m] float16."""
     return beside(words.to(tl.int16), (words >> 16).to(tl.int16)).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def words_of(table, head, rows, F: tl.constexpr):
+    """Codebooks of pairs, a word for both numbers of a level: [n, levels] int32, or pointers to where each begins, [n, 1].
+
+    table: [heads, codes, levels] int32.
+    """
+    begin = table + ((head * F.codes + rows % F.codes) * F.levels)[:, None]
+    return tl.load(begin + tl.arange(0, F.levels)[None, :]) if F.shuffled else begin
+
+
+@triton.jit
+def look_up_words(codes, levels, number, F: tl.constexpr):
+    """What codes [n, columns] stand for, by `words_of`: float16; number: [n], 0 or 1 but in rows that only fill a tile up."""
+    words = tl.gather(levels, codes, 1) if F.shuffled else tl.load(levels + codes)
+    return (words >> (number % 2 * 16)[:, None]).to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @triton.jit
