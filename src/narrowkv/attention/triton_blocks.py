@@ -12,6 +12,8 @@ from narrowkv.attention.triton_outliers import put_outliers, value_channels, wit
 from narrowkv.attention.triton_rows import angles, cos_sin, in_twos, pair_channels, read_query, seen, weigh, write_part
 from narrowkv.attention.triton_tiles import column_places, levels_of, look_up, look_up_bytes, look_up_words, ranged, read_codes, read_nibbles, words_of
 
+TURNS = tl.constexpr(32)  # blocks for which queries are turned on from one to the next, before they are turned anew
+
 
 @triton.jit
 def attend_blocks(
@@ -64,7 +66,10 @@ def attend_blocks(
         levels_v = levels_of(value_bytes, head, value_rows, value_rows * 0, V)
         levels_w = levels_of(value_bytes, head, value_rows, value_rows * 0 + V.numbers - 1, V)
     pair = tl.arange(0, C.lanes)
-    turn = tl.load(turns + pair, mask=pair < C.pairs, other=0.0)
+    reached = -(2**31)  # where queries are turned to, if a block begins there
+    if C.turning == "near":
+        step_cos, step_sin = cos_sin(pair * 0 + 64, tl.load(turns + pair, mask=pair < C.pairs, other=0.0))
+        step_cos, step_sin = step_cos[:, None], step_sin[:, None]
     token_of = column_places(K)  # of a row of scores
     if C.turning == "near":
         near_cos, near_sin = angles(pair[:, None], token_of[None, :], (token_of >= 0)[None, :], near, turns, kept, C)
@@ -83,11 +88,13 @@ def attend_blocks(
         entry = table + (i * batch + row) * 16
         start = tl.load(starts + i)
         live = token_of < tl.minimum(tl.load(starts + i + 1), sealed) - start
-        back_a, back_b = query_a, query_b
         if C.turning == "near":
-            cos, sin = cos_sin(tl.load(bases + i * batch + row), turn)
-            back_a = query_a * cos[:, None] + query_b * sin[:, None]
-            back_b = query_b * cos[:, None] - query_a * sin[:, None]
+            base = tl.load(bases + i * batch + row)
+            if base == reached and i % TURNS != 0:
+                query_a, query_b = query_a * step_cos + query_b * step_sin, query_b * step_cos - query_a * step_sin
+            else:
+                query_a, query_b = turned_back(query, place, rows, scaling, stretch, size, base, turns, C)
+            reached = base + 64
         if K.nonzeros > 0:
             put_outliers(key_tile, entry, head, False, K)
         if V.nonzeros > 0:
@@ -102,8 +109,8 @@ def attend_blocks(
         elif C.turning != "none":
             cos, sin = angles(pair[:, None], start + token_of[None, :], live[None, :], near, turns, kept, C)
             keys_a, keys_b = keys_a * cos - keys_b * sin, keys_b * cos + keys_a * sin
-        scores = tl.dot(tl.trans(keys_a.to(NUMBER)), back_a.to(NUMBER), input_precision=C.precision)
-        scores = tl.dot(tl.trans(keys_b.to(NUMBER)), back_b.to(NUMBER), scores, input_precision=C.precision)
+        scores = tl.dot(tl.trans(keys_a.to(NUMBER)), query_a.to(NUMBER), input_precision=C.precision)
+        scores = tl.dot(tl.trans(keys_b.to(NUMBER)), query_b.to(NUMBER), scores, input_precision=C.precision)
         scores = in_twos(scores * size, softcap, C)
         for j in tl.static_range(tl.constexpr(C.sinks)):
             live &= first + start + token_of != tl.load(sink_index + row * C.sinks + j)
@@ -119,6 +126,17 @@ def attend_blocks(
         if V.nonzeros > 0:
             put_outliers(value_tile, entry + 8, head, True, V)
     write_part(sums, peaks, part, total, largest, value_channels(V), rows, place * slots + split, C)
+
+
+@triton.jit
+def turned_back(query, place, rows, scaling, stretch, size, base, turns, C: tl.constexpr):
+    """Queries as of `attend_blocks`, turned back by the position of a block's first token."""
+    pair = tl.arange(0, C.lanes)
+    channel_a, channel_b = pair_channels(C)
+    query_a = read_query(query, place, rows, channel_a, scaling, stretch, C) / size
+    query_b = read_query(query, place, rows, channel_b, scaling, stretch, C) / size
+    cos, sin = cos_sin(base, tl.load(turns + pair, mask=pair < C.pairs, other=0.0))
+    return query_a * cos[:, None] + query_b * sin[:, None], query_b * cos[:, None] - query_a * sin[:, None]
 
 
 @triton.jit
