@@ -8,7 +8,7 @@ NUMBER.
 import triton
 import triton.language as tl
 
-from narrowkv.attention.triton_outliers import put_outliers, value_channels, with_outliers
+from narrowkv.attention.triton_outliers import clear_outliers, put_outliers, value_channels, with_outliers
 from narrowkv.attention.triton_rows import angles, cos_sin, in_twos, pair_channels, read_query, seen, weigh, write_part
 from narrowkv.attention.triton_tiles import column_places, levels_of, look_up, look_up_bytes, look_up_words, ranged, read_codes, read_nibbles, words_of
 
@@ -96,9 +96,9 @@ def attend_blocks(
                 query_a, query_b = turned_back(query, place, rows, scaling, stretch, size, base, turns, C)
             reached = base + 64
         if K.nonzeros > 0:
-            put_outliers(key_tile, entry, head, False, K)
+            key_begin, key_end, key_first = put_outliers(key_tile, entry, head, K)
         if V.nonzeros > 0:
-            put_outliers(value_tile, entry + 8, head, False, V)
+            value_begin, value_end, value_first = put_outliers(value_tile, entry + 8, head, V)
         if K.nonzeros + V.nonzeros > 0:
             tl.debug_barrier()
         keys_a, keys_b = read_keys(
@@ -122,9 +122,9 @@ def attend_blocks(
         if K.nonzeros + V.nonzeros > 0:
             tl.debug_barrier()
         if K.nonzeros > 0:
-            put_outliers(key_tile, entry, head, True, K)
+            clear_outliers(key_tile, entry, key_begin, key_end, key_first, K)
         if V.nonzeros > 0:
-            put_outliers(value_tile, entry + 8, head, True, V)
+            clear_outliers(value_tile, entry + 8, value_begin, value_end, value_first, V)
     write_part(sums, peaks, part, total, largest, value_channels(V), rows, place * slots + split, C)
 
 

@@ -22,36 +22,62 @@ def value_channels(V: tl.constexpr):
 
 
 @triton.jit
-def put_outliers(tile, entry, head, clear: tl.constexpr, F: tl.constexpr):
-    """Write the outliers of a head of a block to the tile [channels, or tokens, columns]; or zeros where they were."""
+def put_outliers(tile, entry, head, F: tl.constexpr):
+    """Write the outliers of a head of a block to the tile [channels, or tokens, columns]. Returns what `clear_outliers` takes.
+
+    That is where outliers begin and end, and the first ones' places in the tile [n], -1 where there is none.
+    """
     offsets = tl.load(entry + 7).to(tl.pointer_type(tl.int32)) + head
     begin, end = tl.load(offsets), tl.load(offsets + 1)
-    index = tl.load(entry + 6).to(tl.pointer_type(tl.int16))
-    put_some(tile, entry, index, begin, end, clear, F)
-    for start in range(begin + F.nonzeros, end, F.nonzeros):  # of a crowded block
-        tl.debug_barrier()  # so that the compiler does not unroll what hardly ever runs
-        put_some(tile, entry, index, start, end, clear, F)
+    first = places_of(entry, begin, end, tile.dtype.element_ty, F)
+    put_some(tile, entry, first, begin, F)
+    for start in range(begin + F.nonzeros, end, F.nonzeros):
+        tl.debug_barrier()  # so that the compiler does not unroll what only a crowded block needs
+        put_some(tile, entry, places_of(entry, start, end, tile.dtype.element_ty, F), start, F)
+    return begin, end, first
 
 
 @triton.jit
-def put_some(tile, entry, index, start, end, clear: tl.constexpr, F: tl.constexpr):
-    """A round of `put_outliers`."""
+def clear_outliers(tile, entry, begin, end, first, F: tl.constexpr):
+    """Write zeros where `put_outliers` has written."""
+    clear_some(tile, first, F)
+    for start in range(begin + F.nonzeros, end, F.nonzeros):
+        tl.debug_barrier()
+        clear_some(tile, places_of(entry, start, end, tile.dtype.element_ty, F), F)
+
+
+@triton.jit
+def places_of(entry, start, end, NUMBER: tl.constexpr, F: tl.constexpr):
+    """Places in the tile of outliers from `start` on, of the first number of each: [n] int32, -1 from `end` on."""
     which = start + tl.arange(0, F.nonzeros)
-    live = which < end
-    place = tl.load(index + which, mask=live, other=0).to(tl.uint32)
-    token, code = place // F.codes, place % F.codes
+    index = tl.load(entry + 6).to(tl.pointer_type(tl.int16))
+    place = tl.load(index + which, mask=which < end, other=0).to(tl.uint32)
+    row, column = place // F.codes, column_of(place % F.codes, F)
+    if F.channel_major:
+        row, column = place % F.codes, column_of(place // F.codes, F)
+    at = row * F.columns + column
+    if F.by_bytes and NUMBER == tl.float16:
+        at = (column % F.each // 2 * F.tile_rows + row) * F.units * 2 + column // F.each * 2 + column % 2
+    return tl.where(which < end, at.to(tl.int32), -1)
+
+
+@triton.jit
+def put_some(tile, entry, at, start, F: tl.constexpr):
+    """A round of `put_outliers`."""
+    NUMBER: tl.constexpr = tile.dtype.element_ty
+    which = start + tl.arange(0, F.nonzeros)
     for number in tl.static_range(tl.constexpr(F.numbers)):
-        row, column = token, column_of(code, F)
-        if F.channel_major:
-            row, column = code + number * F.codes, column_of(token, F)
-        at = row * F.columns + column
-        if F.by_bytes and tile.dtype.element_ty == tl.float16:
-            at = (column % F.each // 2 * F.tile_rows + row) * F.units * 2 + column // F.each * 2 + column % 2
-        exact = tl.zeros([F.nonzeros], tile.dtype.element_ty)
-        if not clear:
-            exact = fitting(outlier_values(entry, which * F.numbers + number, live, F), tile.dtype.element_ty)
-            exact = tl.where(exact == 0.0, 6e-8 if tile.dtype.element_ty == tl.float16 else 1e-37, exact)
-        tl.store(tile + at, exact.to(tile.dtype.element_ty), mask=live)
+        exact = fitting(outlier_values(entry, which * F.numbers + number, at >= 0, F), NUMBER)
+        exact = tl.where(exact == 0.0, 6e-8 if NUMBER == tl.float16 else 1e-37, exact)
+        tl.store(tile + at + number * (F.codes * (2 * F.units if F.by_bytes and NUMBER == tl.float16 else F.columns)), exact.to(NUMBER), mask=at >= 0)
+
+
+@triton.jit
+def clear_some(tile, at, F: tl.constexpr):
+    """A round of `clear_outliers`."""
+    NUMBER: tl.constexpr = tile.dtype.element_ty
+    for number in tl.static_range(tl.constexpr(F.numbers)):
+        tl.store(tile + at + number * (F.codes * (2 * F.units if F.by_bytes and NUMBER == tl.float16 else F.columns)), tl.zeros([F.nonzeros], NUMBER), mask=at >= 0)
 
 
 @triton.jit
