@@ -82,7 +82,7 @@ def attend_blocks(
         within = i + tl.arange(0, 1024)
         tl.store(key_tile + within, tl.zeros([1024], NUMBER), mask=within < K.tile + V.tile)
     largest = tl.full([C.room], float("-inf"), tl.float32)
-    total = tl.full([C.room], 0, tl.float32)
+    totals = tl.full([K.columns, C.room], 0, tl.float32)
     part = tl.full([V.channels, C.room], 0, tl.float32)
     for i in range(begin, end):
         entry = table + (i * batch + row) * 16
@@ -116,7 +116,7 @@ def attend_blocks(
             live &= first + start + token_of != tl.load(sink_index + row * C.sinks + j)
         sees = seen(rows, start + token_of, live, first, asking, padding, hidden, hidden_stride, window, C)
         weights, fading, largest = weigh(tl.where(sees, scores, float("-inf")), largest)
-        total = total * fading + tl.sum(weights, 0)
+        totals = totals * fading[None, :] + weights
         values = read_values(entry + 8, value_tile, levels_v, levels_w, value_table, value_scale, value_zero, head, token_of, V, NUMBER)
         part = tl.dot(values, weights.to(NUMBER), part * fading[None, :], input_precision=C.precision)
         if K.nonzeros + V.nonzeros > 0:
@@ -125,7 +125,7 @@ def attend_blocks(
             clear_outliers(key_tile, entry, key_begin, key_end, key_first, K)
         if V.nonzeros > 0:
             clear_outliers(value_tile, entry + 8, value_begin, value_end, value_first, V)
-    write_part(sums, peaks, part, total, largest, value_channels(V), rows, place * slots + split, C)
+    write_part(sums, peaks, part, tl.sum(totals, 0), largest, value_channels(V), rows, place * slots + split, C)
 
 
 @triton.jit
