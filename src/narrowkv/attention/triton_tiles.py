@@ -156,16 +156,16 @@ def picked(low, high, which):
 
 
 @triton.jit
-def byte_of_levels(words, levels, side: tl.constexpr, F: tl.constexpr):
-    """The lower or higher bytes of the levels that four codes name: int32. levels: of `levels_of`."""
+def byte_of_levels(fours, chosen, levels, side: tl.constexpr, F: tl.constexpr):
+    """The lower or higher bytes of the levels that four codes name: int32; arguments as in `look_up_bytes`."""
     if F.levels == 4:
-        return picked(levels[side], levels[side], words & 0x3333)
+        return picked(levels[side], levels[side], fours)
     elif F.levels == 8:
-        return picked(levels[2 * side], levels[2 * side + 1], words & 0x7777)
+        return picked(levels[2 * side], levels[2 * side + 1], fours)
     else:
-        below = picked(levels[4 * side], levels[4 * side + 1], words & 0x7777)
-        above = picked(levels[4 * side + 2], levels[4 * side + 3], words & 0x7777)
-        return picked(below, above, ((words >> 1) & 0x4444) | 0x3210)
+        below = picked(levels[4 * side], levels[4 * side + 1], fours)
+        above = picked(levels[4 * side + 2], levels[4 * side + 3], fours)
+        return picked(below, above, chosen)
 
 
 @triton.jit
@@ -193,8 +193,12 @@ def levels_of(table, head, rows, number, F: tl.constexpr):
 @triton.jit
 def look_up_bytes(words, levels, F: tl.constexpr):
     """What codes stand for before ranges: words [n, m] of eight -> [n, 8 * m] float16, looked up byte by byte in registers."""
-    fours = doubled(words, 16)
-    lower, higher = byte_of_levels(fours, levels, 0, F), byte_of_levels(fours, levels, 1, F)
+    chosen = words
+    if F.levels == 16:  # by three bits of each code from either half of the levels, then by the fourth
+        chosen = ((words >> 1) & 0x44444444) | 0x32103210
+        words = words & 0x77777777
+    fours, chosen = doubled(words, 16), doubled(chosen, 16)
+    lower, higher = byte_of_levels(fours, chosen, levels, 0, F), byte_of_levels(fours, chosen, levels, 1, F)
     first, last = tl.full(lower.shape, 0x5140, tl.int32), tl.full(lower.shape, 0x7362, tl.int32)
     twos = beside(picked(lower, higher, first), picked(lower, higher, last))
     return halves(twos)
