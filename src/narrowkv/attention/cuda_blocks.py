@@ -21,6 +21,8 @@ KINDS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 GROWTH = 8  # columns find room for one more eighth
 FEWEST_NONZEROS, MOST_NONZEROS = 128, 512
 FOLDED_BITS = 4
+COPIES = 32  # of a codebook that all share
+LARGEST = 46_000  # of numbers in 16 bits: as of `triton_tiles`
 
 _KNOWN: WeakKeyDictionary[LayerStore, "Blocks"] = WeakKeyDictionary()
 _ANGLES = WeakIdKeyDictionary()  # by a rope's frequencies: what `angles` reads
@@ -31,7 +33,8 @@ class Tables:
     """Codebooks and fixed ranges of one side as kernels read them, float32, and by what its head is turned.
 
     table: [heads, codes, levels, numbers] or [levels]; scale, zero: [heads, codes]. bytes: the table's numbers in float16, the
-    lower bytes of all levels before the higher, [heads, codes, numbers, levels / 2] int32 or [levels / 2].
+    lower bytes of all levels before the higher, [heads, codes, numbers, levels / 2] int32, or [32, levels / 2] of one that all
+    share; of pairs with more than 16 levels words of both numbers, [heads, codes, levels] int32.
     """
 
     table: Tensor | None = None
@@ -249,13 +252,22 @@ def tables_of(quantizer: AnyQuantizer, keys: bool) -> Tables:
 
 
 def _bytes(table: Tensor) -> Tensor | None:
-    """As `Tables.bytes` has it, of a table [..., levels]; None where there are more than 16."""
-    if table.shape[-1] > 16 and table.dim() == 4 and table.shape[2] == 2:
-        return table.transpose(2, 3).half().contiguous().view(torch.int32)[..., 0]
+    """As `Tables.bytes` has it, of a table [..., numbers, levels] or [levels]; raises UnsupportedModelError, see `_halves`."""
     if table.shape[-1] > 16:
-        return None
-    parts = table.half().contiguous()[..., None].view(torch.uint8)  # [..., levels, 2], lower bytes first
-    return parts.transpose(-1, -2).flatten(-2).contiguous().view(torch.int32)
+        return _halves(table.transpose(2, 3)).view(torch.int32)[..., 0] if table.dim() == 4 and table.shape[2] == 2 else None
+    parts = _halves(table)[..., None].view(torch.uint8)  # [..., levels, 2], lower bytes first
+    words = parts.transpose(-1, -2).flatten(-2).contiguous().view(torch.int32)
+    return words.repeat(COPIES, 1) if table.dim() == 1 else words
+
+
+def _halves(table: Tensor) -> Tensor:
+    """A table in float16; raises UnsupportedModelError for numbers that would overflow when keys are turned."""
+    largest = table.abs().max().item()
+    if largest > LARGEST:
+        raise UnsupportedModelError(
+            f"Backend cuda computes with numbers of up to {LARGEST:,}, and a codebook has {largest:,.0f}; choose backend torch."
+        )
+    return table.half().contiguous()
 
 
 def _kind(store: LayerStore, side: int) -> str:

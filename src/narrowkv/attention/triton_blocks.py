@@ -90,7 +90,7 @@ def attend_blocks(
         live = token_of < tl.minimum(tl.load(starts + i + 1), sealed) - start
         if C.turning == "near":
             base = tl.load(bases + i * batch + row)
-            if base == reached and i % TURNS != 0:
+            if base == reached and (i - begin) % TURNS != 0:
                 query_a, query_b = query_a * step_cos + query_b * step_sin, query_b * step_cos - query_a * step_sin
             else:
                 query_a, query_b = turned_back(query, place, rows, scaling, stretch, size, base, turns, C)

@@ -32,7 +32,7 @@ class SideParts:
     """Keys, or values: tables of `tl_tiles`; what the tail holds; exact tokens. None where there is no such thing."""
 
     table: Tensor | None = None  # [heads, codes, levels, numbers] or [levels] float32
-    bytes: Tensor | None = None  # [heads, codes, numbers, levels / 2] or [levels / 2] int32
+    bytes: Tensor | None = None  # as of `cuda_blocks.Tables`, int32
     scale: Tensor | None = None  # [heads, codes] float32, fixed ones
     zero: Tensor | None = None
     tail: Tensor | None = None  # [batch, heads, 64, codes] uint8, or exact

@@ -172,10 +172,12 @@ def byte_of_levels(fours, chosen, levels, side: tl.constexpr, F: tl.constexpr):
 def levels_of(table, head, rows, number, F: tl.constexpr):
     """Codebooks of up to 16 levels as bytes in words: the lower bytes of all levels, then the higher, [n, 1] int32 each.
 
-    number: [n], which of those that a code stands for. table: [heads, codes, numbers, levels / 2], or [levels / 2], int32.
+    number: [n], which of those that a code stands for. table: [heads, codes, numbers, levels / 2] int32, or the one that all
+    share 32 times, [32, levels / 2]: of what is the same for all threads the compiler makes a copy at every use.
     """
     words: tl.constexpr = F.levels // 2
-    at = (((head * F.codes + rows) * F.numbers + number) * words)[:, None] if F.own else rows[:, None] * 0
+    place = (head * F.codes + rows) * F.numbers + number if F.own else rows % 32
+    at = (place * words)[:, None]
     live = ((rows < F.rows) & (number < F.numbers))[:, None] if F.own else (rows >= 0)[:, None]
     zero, one = tl.load(table + at, mask=live, other=0), tl.load(table + at + 1, mask=live, other=0)
     if words == 2:
