@@ -8,9 +8,11 @@ NUMBER.
 import triton
 import triton.language as tl
 
+from narrowkv.attention.triton_fetch import addresses_of, fetch, outlier_range
+from narrowkv.attention.triton_lookup import levels_of, look_up, look_up_bytes, look_up_words, words_of
 from narrowkv.attention.triton_outliers import clear_outliers, put_outliers, value_channels, with_outliers
 from narrowkv.attention.triton_rows import angles, cos_sin, in_twos, pair_channels, read_query, seen, weigh, write_part
-from narrowkv.attention.triton_tiles import column_places, levels_of, look_up, look_up_bytes, look_up_words, ranged, read_codes, read_nibbles, words_of
+from narrowkv.attention.triton_tiles import column_places, fitting, ranged, read_codes, read_nibbles
 
 TURNS = tl.constexpr(32)  # blocks for which queries are turned on from one to the next, before they are turned anew
 
@@ -95,6 +97,9 @@ def attend_blocks(
             else:
                 query_a, query_b = turned_back(query, place, rows, scaling, stretch, size, base, turns, C)
             reached = base + 64
+        if K.nonzeros + V.nonzeros > 0:  # such a loop the compiler does not read ahead in
+            next_ = table + (tl.minimum(i + 1, end - 1) * batch + row) * 16
+            key_next, value_next = addresses_of(next_), addresses_of(next_ + 8)
         if K.nonzeros > 0:
             key_begin, key_end, key_first = put_outliers(key_tile, entry, head, K)
         if V.nonzeros > 0:
@@ -111,15 +116,24 @@ def attend_blocks(
             keys_a, keys_b = keys_a * cos - keys_b * sin, keys_b * cos + keys_a * sin
         scores = tl.dot(tl.trans(keys_a.to(NUMBER)), query_a.to(NUMBER), input_precision=C.precision)
         scores = tl.dot(tl.trans(keys_b.to(NUMBER)), query_b.to(NUMBER), scores, input_precision=C.precision)
+        key_from, key_to, value_from, value_to = 0, 0, 0, 0
+        if K.nonzeros > 0:
+            key_from, key_to = outlier_range(key_next[3], head)
+        if V.nonzeros > 0:
+            value_from, value_to = outlier_range(value_next[3], head)
         scores = in_twos(scores * size, softcap, C)
         for j in tl.static_range(tl.constexpr(C.sinks)):
             live &= first + start + token_of != tl.load(sink_index + row * C.sinks + j)
         sees = seen(rows, start + token_of, live, first, asking, padding, hidden, hidden_stride, window, C)
         weights, fading, largest = weigh(tl.where(sees, scores, float("-inf")), largest)
         totals = totals * fading[None, :] + weights
-        values = read_values(entry + 8, value_tile, levels_v, levels_w, value_table, value_scale, value_zero, head, token_of, V, NUMBER)
+        values = read_values(
+            entry + 8, value_tile, levels_v, levels_w, value_table, value_scale, value_zero, head, token_of, V, NUMBER
+        )
         part = tl.dot(values, weights.to(NUMBER), part * fading[None, :], input_precision=C.precision)
         if K.nonzeros + V.nonzeros > 0:
+            fetch(key_next, key_from, key_to, head, K)
+            fetch(value_next, value_from, value_to, head, V)
             tl.debug_barrier()
         if K.nonzeros > 0:
             clear_outliers(key_tile, entry, key_begin, key_end, key_first, K)
@@ -162,7 +176,7 @@ def read_keys(
     if K.bits == 16:
         keys_a = exact_at(entry, head, token_of[None, :], channel_a[:, None], K)
         keys_b = exact_at(entry, head, token_of[None, :], channel_b[:, None], K)
-        return keys_a.to(NUMBER), keys_b.to(NUMBER)
+        return fitting(keys_a, NUMBER), fitting(keys_b, NUMBER)
     else:
         rows_a, rows_b = channel_a % K.codes, channel_b % K.codes
         codes_a = read(entry, head, rows_a, K, NUMBER)
@@ -181,7 +195,7 @@ def read_keys(
 def read_values(entry, tile, levels, levels_w, table, scale, zero, head, token_of, V: tl.constexpr, NUMBER: tl.constexpr):
     """Values of a block, but for outliers: [channels, 64]."""
     if V.bits == 16:
-        return exact_at(entry, head, token_of[None, :], value_channels(V)[:, None], V).to(NUMBER)
+        return fitting(exact_at(entry, head, token_of[None, :], value_channels(V)[:, None], V), NUMBER)
     elif not V.channel_major:
         codes = read(entry, head, token_of, V, NUMBER)
         numbers = to_numbers(codes, levels, entry, table, scale, zero, head, token_of, token_of * 0, V, NUMBER)

@@ -188,7 +188,8 @@ class _Step:
         tables = [_or(part, lengths) for side in self.sides for part in (side.table, side.bytes, side.scale, side.zero)]
         programs = splits * len(sums) * self.chunks
         tiles = sums.new_empty(
-            programs * (self.plan.keys.tile + self.plan.values.tile), dtype=torch.float16 if self.plan.rounded else torch.float32
+            programs * (self.plan.keys.tile + self.plan.values.tile),
+            dtype=torch.float16 if self.plan.rounded else torch.float32,
         )
         attend_blocks[(splits, len(sums), self.chunks)](
             self.packed_query, shared.blocks, shared.starts, _or(shared.bases, lengths), lengths, sums, peaks, tiles, *tables,
@@ -258,8 +259,13 @@ WARPS = 4
 
 
 def stages_of(keys: Form, values: Form) -> int:
-    """How many blocks are under way at once; looked-up numbers would lie in shared memory, each once for every stage."""
-    return 3 if all(form.by_bytes or form.shuffled or form.bits == 16 for form in (keys, values)) else 1
+    """How many blocks are under way at once.
+
+    Looked-up numbers would lie in shared memory, each once for every stage; and no load may overtake what a block's outliers
+    write.
+    """
+    read_once = all(form.by_bytes or form.shuffled or form.bits == 16 for form in (keys, values))
+    return 3 if read_once and not keys.nonzeros + values.nonzeros else 1
 
 
 def _or(part: Tensor | None, other: Tensor) -> Tensor:

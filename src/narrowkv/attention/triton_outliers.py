@@ -1,14 +1,16 @@
 """Triton: outliers of sealed blocks, exact numbers in place of those that their codes stand for.
 
-A program has a tile of its own in global memory, of zeros, which stays in the caches nearest to it. It writes the outliers of a
-block there, each by a thread, whichever tokens and channels they are of; reads the tile beside the block's codes, where what is
-not zero goes before what a code stands for; and clears it. Nothing depends on how outliers are spread over rows.
+A program has a tile of its own in global memory, of zeros, which stays in the caches nearest to it. It writes a block's
+outliers there, each by a thread, whichever tokens and channels they are of; reads the tile beside the codes, where what is
+not zero goes before what a code stands for (an exact zero is written as the smallest number); and clears it.
 """
 
 import triton
 import triton.language as tl
 
-from narrowkv.attention.triton_tiles import INTERPRETED, beside, column_of, column_places, fitting, halves
+from narrowkv.attention.triton_fetch import outlier_range
+from narrowkv.attention.triton_lookup import halves
+from narrowkv.attention.triton_tiles import INTERPRETED, beside, column_of, column_places, fitting
 
 
 @triton.jit
@@ -27,8 +29,7 @@ def put_outliers(tile, entry, head, F: tl.constexpr):
 
     That is where outliers begin and end, and the first ones' places in the tile [n], -1 where there is none.
     """
-    offsets = tl.load(entry + 7).to(tl.pointer_type(tl.int32)) + head
-    begin, end = tl.load(offsets), tl.load(offsets + 1)
+    begin, end = outlier_range(tl.load(entry + 7), head)
     first = places_of(entry, begin, end, tile.dtype.element_ty, F)
     put_some(tile, entry, first, begin, F)
     for start in range(begin + F.nonzeros, end, F.nonzeros):
@@ -56,7 +57,7 @@ def places_of(entry, start, end, NUMBER: tl.constexpr, F: tl.constexpr):
     if F.channel_major:
         row, column = place % F.codes, column_of(place // F.codes, F)
     at = row * F.columns + column
-    if F.by_bytes and NUMBER == tl.float16:
+    if F.by_bytes and NUMBER == tl.float16:  # noqa: SIM300
         at = (column % F.each // 2 * F.tile_rows + row) * F.units * 2 + column // F.each * 2 + column % 2
     return tl.where(which < end, at.to(tl.int32), -1)
 
@@ -64,20 +65,25 @@ def places_of(entry, start, end, NUMBER: tl.constexpr, F: tl.constexpr):
 @triton.jit
 def put_some(tile, entry, at, start, F: tl.constexpr):
     """A round of `put_outliers`."""
-    NUMBER: tl.constexpr = tile.dtype.element_ty
     which = start + tl.arange(0, F.nonzeros)
     for number in tl.static_range(tl.constexpr(F.numbers)):
-        exact = fitting(outlier_values(entry, which * F.numbers + number, at >= 0, F), NUMBER)
-        exact = tl.where(exact == 0.0, 6e-8 if NUMBER == tl.float16 else 1e-37, exact)
-        tl.store(tile + at + number * (F.codes * (2 * F.units if F.by_bytes and NUMBER == tl.float16 else F.columns)), exact.to(NUMBER), mask=at >= 0)
+        exact = fitting(outlier_values(entry, which * F.numbers + number, at >= 0, F), tile.dtype.element_ty)
+        exact = tl.where(exact == 0.0, 6e-8 if exact.dtype == tl.float16 else 1e-37, exact).to(exact.dtype)
+        store_number(tile, at, number, exact, F)
 
 
 @triton.jit
 def clear_some(tile, at, F: tl.constexpr):
     """A round of `clear_outliers`."""
-    NUMBER: tl.constexpr = tile.dtype.element_ty
     for number in tl.static_range(tl.constexpr(F.numbers)):
-        tl.store(tile + at + number * (F.codes * (2 * F.units if F.by_bytes and NUMBER == tl.float16 else F.columns)), tl.zeros([F.nonzeros], NUMBER), mask=at >= 0)
+        store_number(tile, at, number, tl.zeros([F.nonzeros], tile.dtype.element_ty), F)
+
+
+@triton.jit
+def store_number(tile, at, number: tl.constexpr, x, F: tl.constexpr):
+    """Write one of the numbers of outliers."""
+    row = 2 * F.units if F.by_bytes and x.dtype == tl.float16 else F.columns
+    tl.store(tile + at + number * F.codes * row, x, mask=at >= 0)
 
 
 @triton.jit

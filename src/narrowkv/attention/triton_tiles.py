@@ -133,14 +133,6 @@ def byte_of(words, i: tl.constexpr):
 
 
 @triton.jit
-def fitting(numbers, NUMBER: tl.constexpr):
-    """Numbers as NUMBER; NaN for those that would overflow when keys are turned, so that no result hides it."""
-    if NUMBER == tl.float16:
-        numbers = tl.where(tl.abs(numbers.to(tl.float32)) > LARGEST, float("nan"), numbers)
-    return numbers.to(NUMBER)
-
-
-@triton.jit
 def picked(low, high, which):
     """Four bytes of the eight of two words, low ones first, each named by 4 bits (below 8) of the last 16 of `which`."""
     if INTERPRETED:
@@ -156,89 +148,11 @@ def picked(low, high, which):
 
 
 @triton.jit
-def byte_of_levels(fours, chosen, levels, side: tl.constexpr, F: tl.constexpr):
-    """The lower or higher bytes of the levels that four codes name: int32; arguments as in `look_up_bytes`."""
-    if F.levels == 4:
-        return picked(levels[side], levels[side], fours)
-    elif F.levels == 8:
-        return picked(levels[2 * side], levels[2 * side + 1], fours)
-    else:
-        below = picked(levels[4 * side], levels[4 * side + 1], fours)
-        above = picked(levels[4 * side + 2], levels[4 * side + 3], fours)
-        return picked(below, above, chosen)
-
-
-@triton.jit
-def levels_of(table, head, rows, number, F: tl.constexpr):
-    """Codebooks of up to 16 levels as bytes in words: the lower bytes of all levels, then the higher, [n, 1] int32 each.
-
-    number: [n], which of those that a code stands for. table: [heads, codes, numbers, levels / 2] int32, or the one that all
-    share 32 times, [32, levels / 2]: of what is the same for all threads the compiler makes a copy at every use.
-    """
-    words: tl.constexpr = F.levels // 2
-    place = (head * F.codes + rows) * F.numbers + number if F.own else rows % 32
-    at = (place * words)[:, None]
-    live = ((rows < F.rows) & (number < F.numbers))[:, None] if F.own else (rows >= 0)[:, None]
-    zero, one = tl.load(table + at, mask=live, other=0), tl.load(table + at + 1, mask=live, other=0)
-    if words == 2:
-        return zero, one
-    else:
-        two, three = tl.load(table + at + 2, mask=live, other=0), tl.load(table + at + 3, mask=live, other=0)
-        if words == 4:
-            return zero, one, two, three
-        else:
-            four, five = tl.load(table + at + 4, mask=live, other=0), tl.load(table + at + 5, mask=live, other=0)
-            six, seven = tl.load(table + at + 6, mask=live, other=0), tl.load(table + at + 7, mask=live, other=0)
-            return zero, one, two, three, four, five, six, seven
-
-
-@triton.jit
-def look_up_bytes(words, levels, F: tl.constexpr):
-    """What codes stand for before ranges: words [n, m] of eight -> [n, 8 * m] float16, looked up byte by byte in registers."""
-    chosen = words
-    if F.levels == 16:  # by three bits of each code from either half of the levels, then by the fourth
-        chosen = ((words >> 1) & 0x44444444) | 0x32103210
-        words = words & 0x77777777
-    fours, chosen = doubled(words, 16), doubled(chosen, 16)
-    lower, higher = byte_of_levels(fours, chosen, levels, 0, F), byte_of_levels(fours, chosen, levels, 1, F)
-    first, last = tl.full(lower.shape, 0x5140, tl.int32), tl.full(lower.shape, 0x7362, tl.int32)
-    twos = beside(picked(lower, higher, first), picked(lower, higher, last))
-    return halves(twos)
-
-
-@triton.jit
-def halves(words):
-    """Both numbers of words [n, m], low one first: [n, 2 * m] float16."""
-    return beside(words.to(tl.int16), (words >> 16).to(tl.int16)).to(tl.float16, bitcast=True)
-
-
-@triton.jit
-def words_of(table, head, rows, F: tl.constexpr):
-    """Codebooks of pairs, a word for both numbers of a level: [n, levels] int32, or pointers to where each begins, [n, 1].
-
-    table: [heads, codes, levels] int32.
-    """
-    begin = table + ((head * F.codes + rows % F.codes) * F.levels)[:, None]
-    return tl.load(begin + tl.arange(0, F.levels)[None, :]) if F.shuffled else begin
-
-
-@triton.jit
-def look_up_words(codes, levels, number, F: tl.constexpr):
-    """What codes [n, columns] stand for, by `words_of`: float16; number: [n], 0 or 1 but in rows that only fill a tile up."""
-    words = tl.gather(levels, codes, 1) if F.shuffled else tl.load(levels + codes)
-    return (words >> (number % 2 * 16)[:, None]).to(tl.int16).to(tl.float16, bitcast=True)
-
-
-@triton.jit
-def look_up(codes, table, head, rows, number, F: tl.constexpr):
-    """What codes [n, columns] stand for before ranges; table: [heads, codes, levels, numbers], or [levels]."""
-    if F.even:
-        return codes.to(tl.float32)
-    elif F.own:
-        at = ((head * F.codes + rows) * F.levels * F.numbers + number)[:, None] + codes * F.numbers
-        return tl.load(table + at, mask=((rows < F.rows) & (number < F.numbers))[:, None], other=0.0)
-    else:
-        return tl.load(table + codes)
+def fitting(numbers, NUMBER: tl.constexpr):
+    """Numbers as NUMBER; NaN for those that would overflow when keys are turned, so that no result hides it."""
+    if NUMBER == tl.float16:  # noqa: SIM300
+        numbers = tl.where(tl.abs(numbers.to(tl.float32)) > LARGEST, float("nan"), numbers)
+    return numbers.to(NUMBER)
 
 
 @triton.jit
@@ -278,16 +192,16 @@ def ranged(numbers, entry, scale, zero, head, rows, F: tl.constexpr):
         if F.by_row and F.by_column and F.groups <= 8:
             place = column_places(F)[None, :]
             for i in tl.static_range(tl.constexpr(F.groups)):
-                some, more = range_in(scale, zero, head, row, row * 0 + i * F.group, F)
+                some, more = range_in(scale, zero, head, row, row * 0 + i * F.group, NUMBER, F)
                 if i == 0:
-                    stretch, shift = some.to(NUMBER), more.to(NUMBER)
+                    stretch, shift = some, more
                 else:
-                    stretch = tl.where(place // F.group == i, some.to(NUMBER), stretch)
-                    shift = tl.where(place // F.group == i, more.to(NUMBER), shift)
+                    stretch = tl.where(place // F.group == i, some, stretch)
+                    shift = tl.where(place // F.group == i, more, shift)
         else:
             column = column_places(F)[None, :] if F.by_column else tl.full([1, 1], 0, tl.int32)
-            stretch, shift = range_in(scale, zero, head, row, column, F)
-        numbers = fused(numbers, stretch.to(NUMBER), shift.to(NUMBER))
+            stretch, shift = range_in(scale, zero, head, row, column, NUMBER, F)
+        numbers = fused(numbers, stretch, shift)
     return numbers
 
 
@@ -303,13 +217,17 @@ def fused(x, y, z):
 
 
 @triton.jit
-def range_in(scale, zero, head, row, column, F: tl.constexpr):
-    """`range_of` rows and columns that broadcast."""
+def range_in(scale, zero, head, row, column, NUMBER: tl.constexpr, F: tl.constexpr):
+    """`range_of` rows and columns that broadcast, as NUMBER; NaN where numbers may be too large for `fitting`."""
     live = (row < F.rows) & (column < F.length)
+    token, channel = row, column
     if F.channel_major:
-        return range_of(scale, zero, head, column, row, live, F)
-    else:
-        return range_of(scale, zero, head, row, column, live, F)
+        token, channel = column, row
+    stretch, shift = range_of(scale, zero, head, token, channel, live, F)
+    if NUMBER == tl.float16:  # noqa: SIM300
+        furthest = tl.abs(shift) + tl.abs(stretch) * (F.levels - 1 if F.even else 1)
+        shift = tl.where(furthest > LARGEST, float("nan"), shift)
+    return stretch.to(NUMBER), shift.to(NUMBER)
 
 
 @triton.jit
@@ -326,18 +244,3 @@ def stands_for(code, table, scale, zero, head, token, place, number: tl.constexp
         stretch, shift = range_of(scale, zero, head, token, place, live, F)
         numbers = numbers * stretch + shift
     return numbers
-
-
-@triton.jit
-def missed(entry, table, scale, zero, head, token, code, number: tl.constexpr, exact, live, F: tl.constexpr):
-    """By how much the numbers that single codes stand for miss the exact ones: [n] float32."""
-    row, column = token, code
-    if F.channel_major:
-        row, column = code, token
-    found = tl.zeros_like(code)
-    for i in tl.static_range(len(F.planes)):
-        at = (head * F.rows + row) * F.row_bytes[i] + column % F.row_bytes[i]
-        byte = tl.load(plane_at(entry, i, 1) + at, mask=live, other=0).to(tl.int32)
-        found |= ((byte >> (column // F.row_bytes[i] * F.planes[i])) & ((1 << F.planes[i]) - 1)) << F.offsets[i]
-    scale, zero = ranges_at(entry, scale, zero, F)
-    return tl.where(live, exact - stands_for(found, table, scale, zero, head, token, code, number, live, F), 0.0)
