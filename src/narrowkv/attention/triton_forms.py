@@ -61,8 +61,10 @@ class Form:
 
     @property
     def shuffled(self) -> bool:
-        """Whether the threads of a warp hold those words and hand them to each other; else they are loaded."""
-        return self.by_words and self.levels <= 64
+        """Whether the threads of a warp hold those words and hand them to each other, as far as registers go; else they are
+        loaded.
+        """
+        return self.by_words and self.levels <= 64 and not self.nonzeros
 
     @property
     def planes(self) -> tuple[int, ...]:
