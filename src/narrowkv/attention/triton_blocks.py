@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from narrowkv.attention.triton_fetch import addresses_of, fetch, outlier_range
-from narrowkv.attention.triton_lookup import levels_of, look_up, look_up_bytes, look_up_words, words_of
+from narrowkv.attention.triton_lookup import held_levels, look_up, look_up_bytes, look_up_words
 from narrowkv.attention.triton_outliers import clear_outliers, put_outliers, value_channels, with_outliers
 from narrowkv.attention.triton_rows import angles, cos_sin, in_twos, pair_channels, read_query, seen, weigh, write_part
 from narrowkv.attention.triton_tiles import column_places, fitting, ranged, read_codes, read_nibbles
@@ -51,22 +51,13 @@ def attend_blocks(
     query_a, query_b = query_a / size, query_b / size
     key_rows_a, key_rows_b = channel_a % K.codes, channel_b % K.codes
     value_rows = tl.arange(0, V.row_room)
-    levels_a = 0
-    levels_b = 0
-    levels_v = 0
-    levels_w = 0
-    if K.by_bytes and NUMBER == tl.float16:  # noqa: SIM300
-        levels_a = levels_of(key_bytes, head, key_rows_a, channel_a // K.codes, K)
-        levels_b = levels_of(key_bytes, head, key_rows_b, channel_b // K.codes, K)
-    if K.by_words and NUMBER == tl.float16:  # noqa: SIM300
-        levels_a = words_of(key_bytes, head, key_rows_a, K)
-        levels_b = levels_a if C.coupled else words_of(key_bytes, head, key_rows_b, K)
-    if V.by_words and NUMBER == tl.float16:  # noqa: SIM300
-        levels_v = words_of(value_bytes, head, value_rows, V)
-        levels_w = levels_v
-    if V.by_bytes and NUMBER == tl.float16:  # noqa: SIM300
-        levels_v = levels_of(value_bytes, head, value_rows, value_rows * 0, V)
-        levels_w = levels_of(value_bytes, head, value_rows, value_rows * 0 + V.numbers - 1, V)
+    levels_a = held_levels(key_bytes, head, key_rows_a, channel_a // K.codes, K, NUMBER)
+    levels_b, levels_w = levels_a, held_levels(value_bytes, head, value_rows, value_rows * 0, V, NUMBER)
+    levels_v = levels_w
+    if not (K.by_words and C.coupled):
+        levels_b = held_levels(key_bytes, head, key_rows_b, channel_b // K.codes, K, NUMBER)
+    if not V.by_words:
+        levels_w = held_levels(value_bytes, head, value_rows, value_rows * 0 + V.numbers - 1, V, NUMBER)
     pair = tl.arange(0, C.lanes)
     reached = -(2**31)  # where queries are turned to, if a block begins there
     if C.turning == "near":
@@ -100,12 +91,13 @@ def attend_blocks(
         if K.nonzeros + V.nonzeros > 0:  # such a loop the compiler does not read ahead in
             next_ = table + (tl.minimum(i + 1, end - 1) * batch + row) * 16
             key_next, value_next = addresses_of(next_), addresses_of(next_ + 8)
+            tl.debug_barrier()  # until tiles are cleared
         if K.nonzeros > 0:
             key_begin, key_end, key_first = put_outliers(key_tile, entry, head, K)
         if V.nonzeros > 0:
             value_begin, value_end, value_first = put_outliers(value_tile, entry + 8, head, V)
         if K.nonzeros + V.nonzeros > 0:
-            tl.debug_barrier()
+            tl.debug_barrier()  # until outliers are written
         keys_a, keys_b = read_keys(
             entry, key_tile, levels_a, levels_b, key_table, key_scale, key_zero, head, token_of, K, C, NUMBER
         )
@@ -134,7 +126,7 @@ def attend_blocks(
         if K.nonzeros + V.nonzeros > 0:
             fetch(key_next, key_from, key_to, head, K)
             fetch(value_next, value_from, value_to, head, V)
-            tl.debug_barrier()
+            tl.debug_barrier()  # until tiles are read
         if K.nonzeros > 0:
             clear_outliers(key_tile, entry, key_begin, key_end, key_first, K)
         if V.nonzeros > 0:

@@ -20,6 +20,17 @@ def byte_of_levels(fours, chosen, levels, side: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
+def held_levels(table, head, rows, number, F: tl.constexpr, NUMBER: tl.constexpr):
+    """Codebooks of rows as `levels_of` or `words_of` has them; 0 where they are read number by number."""
+    if F.by_bytes and NUMBER == tl.float16:  # noqa: SIM300
+        return levels_of(table, head, rows, number, F)
+    elif F.by_words and NUMBER == tl.float16:  # noqa: SIM300
+        return words_of(table, head, rows, F)
+    else:
+        return 0
+
+
+@triton.jit
 def levels_of(table, head, rows, number, F: tl.constexpr):
     """Codebooks of up to 16 levels as bytes in words: the lower bytes of all levels, then the higher, [n, 1] int32 each.
 
