@@ -218,13 +218,16 @@ def fused(x, y, z):
 
 @triton.jit
 def range_in(scale, zero, head, row, column, NUMBER: tl.constexpr, F: tl.constexpr):
-    """`range_of` rows and columns that broadcast, as NUMBER; NaN where numbers may be too large for `fitting`."""
+    """`range_of` rows and columns that broadcast, as NUMBER; NaN where numbers may be too large for `fitting`.
+
+    Not so of values by token, which are not turned: where they overflow, infinity shows in the result.
+    """
     live = (row < F.rows) & (column < F.length)
     token, channel = row, column
     if F.channel_major:
         token, channel = column, row
     stretch, shift = range_of(scale, zero, head, token, channel, live, F)
-    if NUMBER == tl.float16:  # noqa: SIM300
+    if F.channel_major and NUMBER == tl.float16:  # noqa: SIM300
         furthest = tl.abs(shift) + tl.abs(stretch) * (F.levels - 1 if F.even else 1)
         shift = tl.where(furthest > LARGEST, float("nan"), shift)
     return stretch.to(NUMBER), shift.to(NUMBER)
