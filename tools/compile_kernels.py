@@ -3,8 +3,9 @@ FILE]`.
 
 For each architecture, and each recipe, the kernel over blocks for one query of four heads that share a KV head of 128
 channels, as models in 16 bits use it: registers of a thread, instructions that spill them to memory, shared memory of a
-program, instructions of the loop over blocks (an inner loop over outliers counted once), and matrix instructions among them;
-then the other kernels. Needs Triton, not interpreted.
+program, instructions of the loop over blocks, and matrix instructions among them; then the other kernels. Not counted are
+further rounds of outliers, which only a crowded block needs, and turning queries anew, which one block of 32 does. Needs
+Triton, not interpreted.
 """
 
 import argparse
@@ -39,9 +40,13 @@ from narrowkv.codec.triton_groups import encode_channel_groups, encode_token_gro
 from narrowkv.codec.triton_pack import pack_codes
 
 ARCHITECTURES = (80, 90, 100)
-RECIPES = ("nuq4-1%", "nuq3-1%", "nuq2-1%", "kivi-2", "kivi-4", "pair2", "pair3")
+RECIPES = (
+    *("nuq4-1%", "nuq3-1%", "nuq2-1%", "nuq4", "nuq3", "nuq2", "kivi-4", "kivi-2"),
+    *("pair2", "pair2-1%", "pair2.5", "pair3", "pair3-1%", "pair3.5", "pair4"),
+)
 TYPES = {
-    "query": "*bf16", "table": "*i64", "starts": "*i32", "bases": "*i32", "lengths": "*i32", "sums": "*fp32", "peaks": "*fp32",
+    "query": "*bf16", "table": "*i64", "starts": "*i32", "bases": "*i32", "lengths": "*i32", "sums": "*fp32",
+    "peaks": "*fp32", "tiles": "*fp16",
     "key_table": "*fp32", "key_bytes": "*i32", "key_scale": "*fp32", "key_zero": "*fp32",
     "value_table": "*fp32", "value_bytes": "*i32", "value_scale": "*fp32", "value_zero": "*fp32",
     "near": "*fp32", "turns": "*fp64", "kept": "*i32", "padding": "*u8", "hidden": "*u8", "sink_index": "*i64",
@@ -184,7 +189,7 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 def _loop(code: str) -> tuple[list[str], list[str]]:
-    """All instructions, and those of the longest loop."""
+    """All instructions, and those of the longest loop that run for every block."""
     operations: list[str] = []
     labels: dict[str, int] = {}
     jumps: list[tuple[int, str]] = []
@@ -195,8 +200,18 @@ def _loop(code: str) -> tuple[list[str], list[str]]:
             if step[1].startswith("BRA") and (target := re.search(r"\.L_x_\d+", step[2])):
                 jumps.append((len(operations), target[0]))
             operations.append(step[1].split(".")[0])
-    loops = [operations[labels[to] : at + 1] for at, to in jumps if labels.get(to, at) < at]
-    return operations, max(loops, key=len, default=[])
+    stretches = [tuple(sorted((at, labels.get(to, at)))) for at, to in jumps]
+    loops = [(labels[to], at) for at, to in jumps if labels.get(to, at) < at]
+    begin, end = max(loops, key=lambda loop: loop[1] - loop[0], default=(0, -1))
+    seldom: set[int] = set()
+    for first, last in stretches:
+        if begin <= first < last <= end and (first, last) != (begin, end):
+            within = operations[first : last + 1]
+            round_of_outliers = (first, last) in loops and "STG" in within
+            turned_anew = (first, last) not in loops and "DMUL" in within
+            if round_of_outliers or turned_anew:
+                seldom.update(range(first, last))
+    return operations, [operations[i] for i in range(begin, end + 1) if i not in seldom]
 
 
 def main() -> None:

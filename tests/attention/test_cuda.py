@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.attention.test_cpu import KEYS, VALUES, case
+from tests.attention.test_cpu import KEYS, VALUES, case, made
 
-from narrowkv.attention import AUTO, Visible, chosen, cuda, naive
+from narrowkv.attention import AUTO, Visible, chosen, cuda, cuda_tables, naive
 from narrowkv.codec import Scheme
 from narrowkv.errors import UnsupportedModelError
 
@@ -14,6 +14,7 @@ pytestmark = pytest.mark.skipif(
     not cuda.runs_on(torch.device("cpu")), reason="needs Triton, interpreted (`pip install triton`)"
 )
 BY_TOKEN = Scheme(4, "nuq", axis="token", outliers=0.02)
+CROWDED = {name: KEYS[name] for name in ("nuq3-1%", "pair2-1%")} | {"pair3-1%": replace(KEYS["pair3"], outliers=0.01)}
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 3e-3}
 
 
@@ -102,6 +103,43 @@ def test_outliers_far_beyond_the_largest_level(scale):
         return x
 
     check(*case(KEYS["token"], BY_TOKEN, (1, 2, 1, 32, 70, 1), numbers=numbers), torch.float16)
+
+
+def drawn_far(*shape):
+    return 50 * torch.randn(shape)
+
+
+def drawn_huge(*shape):
+    return 60_000 - 10_000 * torch.rand(shape)
+
+
+def drawn_near_but_for_one_token(*shape):
+    x = torch.zeros(shape)
+    x[:, :, 17] = 50
+    return x
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("keys", ["nuq3-1%", "pair3-1%"])
+@pytest.mark.parametrize(
+    ("numbers", "outliers"), [(drawn_far, range(512, 768)), (drawn_near_but_for_one_token, [12]), (torch.zeros, [0])]
+)
+def test_outliers_wherever_they_crowd(numbers, outliers, keys, dtype):
+    """Many more than a round takes; all of one token; none of values, and zeros among those of keys."""
+    query, store, options = case(CROWDED[keys], VALUES["pair2-1%"], (1, 2, 1, 24, 66, 1), numbers=numbers)
+    (column,) = store.columns
+    assert column.page.values.outlier_offsets[-1] in outliers
+    check(query, store, options, dtype)
+
+
+def test_numbers_that_16_bits_do_not_hold():
+    far = made(KEYS["pair2-1%"], 1, 16)
+    far.points[0, 3, 5, 1] = 50_048
+    with pytest.raises(UnsupportedModelError, match="50,048"):
+        cuda_tables.tables_of(far, True)
+    for keys, values in (("exact", "token"), ("nuq4-1%", "exact"), ("token", "pair2-1%")):
+        query, store, options = case(KEYS[keys], VALUES[values], (1, 2, 1, 16, 66, 1), numbers=drawn_huge)
+        assert cuda.attend(query.half(), store, **options).isnan().all()
 
 
 def test_a_cache_as_it_grows_is_cropped_and_selected():

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from narrowkv.attention.cuda_tables import Tables, folds, tables_of
 from narrowkv.attention.reading import matrix_of
 from narrowkv.attention.rope import AnyRope, Rope
 from narrowkv.attention.triton_forms import Form, power_of_2
-from narrowkv.codec import AnyQuantizer, PointQuantizer, Quantizer
+from narrowkv.codec import AnyQuantizer, PointQuantizer
 from narrowkv.codec.packing import PLANES
 from narrowkv.errors import UnsupportedModelError
 from narrowkv.store import BLOCK, LayerStore, addresses
@@ -18,25 +19,10 @@ from narrowkv.store.page import Column, is_channel_major
 
 KINDS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 GROWTH, LEAST_GROWTH = 8, 16  # columns find room for one more eighth, or so many more
-MOST_NONZEROS = 32
-FOLDED_BITS = 4
+FEWEST_NONZEROS, MOST_NONZEROS = 128, 512
 
 _KNOWN: WeakKeyDictionary[LayerStore, "Blocks"] = WeakKeyDictionary()
 _ANGLES = WeakIdKeyDictionary()  # by a rope's frequencies: what `angles` reads
-
-
-@dataclass(frozen=True)
-class Tables:
-    """Codebooks and fixed ranges of one side as kernels read them, float32, and by what its head is turned.
-
-    table: [heads, codes, levels, numbers] or [levels]; scale, zero: [heads, codes]. bytes: the table's numbers in float16, the
-    lower bytes of all levels before the higher, [heads, codes, numbers, levels / 2] int32 or [levels / 2].
-    """
-
-    table: Tensor | None = None
-    bytes: Tensor | None = None
-    scale: Tensor | None = None
-    zero: Tensor | None = None
 
 
 @dataclass
@@ -211,7 +197,7 @@ def _form(quantizer: AnyQuantizer, keys: bool, heads: int, dim: int, order: int,
         planes = (8,) if exact else PLANES[scheme.code_bits]
         wide = 4 if all(codes * plane % 32 == 0 for plane in planes) and not exact else 1
     forms = scheme.range_forms(heads, BLOCK, codes)
-    own = isinstance(quantizer, PointQuantizer) or _folds(quantizer, channel_major)
+    own = isinstance(quantizer, PointQuantizer) or folds(quantizer, channel_major)
     shape, ranges = (1, 1, 1), "none"
     if forms:
         shape, ranges = forms["scale"][0], "held"
@@ -233,38 +219,9 @@ def _form(quantizer: AnyQuantizer, keys: bool, heads: int, dim: int, order: int,
         range_tokens=shape[1],
         range_channels=shape[2],
         zero=not scheme.symmetric,
-        nonzeros=min(max(power_of_2(int(1.25 * expected)), 16), MOST_NONZEROS) if expected else 0,
+        nonzeros=min(max(power_of_2(int(1.25 * expected)), FEWEST_NONZEROS), MOST_NONZEROS) if expected else 0,
         kind=kind,
     )
-
-
-def _folds(quantizer: AnyQuantizer, channel_major: bool) -> bool:
-    """Whether fixed ranges of channels go into a codebook for each of them, which saves a multiplication."""
-    return channel_major and quantizer.scheme.static and quantizer.scheme.bits <= FOLDED_BITS
-
-
-def tables_of(quantizer: AnyQuantizer, keys: bool) -> Tables:
-    """Its tables."""
-    if isinstance(quantizer, PointQuantizer):
-        assert quantizer.points is not None
-        return Tables(quantizer.points.float().contiguous(), _bytes(quantizer.points.transpose(2, 3)))
-    if not isinstance(quantizer, Quantizer) or quantizer.codebook is None:
-        return Tables()
-    table = quantizer.codebook.float().contiguous()
-    if quantizer.scale is None or quantizer.zero is None:
-        return Tables(table, _bytes(table))
-    if _folds(quantizer, is_channel_major(quantizer.scheme, keys)):
-        levels = table * quantizer.scale[..., None] + quantizer.zero[..., None]
-        return Tables(levels[..., None].contiguous(), _bytes(levels[:, :, None]))
-    return Tables(table, _bytes(table), quantizer.scale.contiguous(), quantizer.zero.contiguous())
-
-
-def _bytes(table: Tensor) -> Tensor | None:
-    """As `Tables.bytes` has it, of a table [..., levels]; None where there are more than 16."""
-    if table.shape[-1] > 16:
-        return None
-    parts = table.half().contiguous()[..., None].view(torch.uint8)  # [..., levels, 2], lower bytes first
-    return parts.transpose(-1, -2).flatten(-2).contiguous().view(torch.int32)
 
 
 def _kind(store: LayerStore, side: int) -> str:

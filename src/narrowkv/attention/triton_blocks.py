@@ -8,14 +8,18 @@ NUMBER.
 import triton
 import triton.language as tl
 
-from narrowkv.attention.triton_outliers import add_key_outliers, add_value_outliers, value_channels
+from narrowkv.attention.triton_fetch import addresses_of, fetch, outlier_range
+from narrowkv.attention.triton_lookup import held_levels, look_up, look_up_bytes, look_up_words
+from narrowkv.attention.triton_outliers import clear_outliers, put_outliers, value_channels, with_outliers
 from narrowkv.attention.triton_rows import angles, cos_sin, in_twos, pair_channels, read_query, seen, weigh, write_part
-from narrowkv.attention.triton_tiles import column_places, levels_of, look_up, look_up_bytes, ranged, read_codes, read_nibbles
+from narrowkv.attention.triton_tiles import column_places, fitting, ranged, read_codes, read_nibbles
+
+TURNS = tl.constexpr(32)  # blocks for which queries are turned on from one to the next, before they are turned anew
 
 
 @triton.jit
 def attend_blocks(
-    query, table, starts, bases, lengths, sums, peaks,
+    query, table, starts, bases, lengths, sums, peaks, tiles,
     key_table, key_bytes, key_scale, key_zero, value_table, value_bytes, value_scale, value_zero,
     near, turns, kept, padding, hidden, sink_index,
     batch, slots, splits, kept_stride, padding_stride, hidden_batch, hidden_stride, window,
@@ -47,59 +51,98 @@ def attend_blocks(
     query_a, query_b = query_a / size, query_b / size
     key_rows_a, key_rows_b = channel_a % K.codes, channel_b % K.codes
     value_rows = tl.arange(0, V.row_room)
-    levels_a = 0
-    levels_b = 0
-    levels_v = 0
-    levels_w = 0
-    if K.by_bytes and NUMBER == tl.float16:  # noqa: SIM300
-        levels_a = levels_of(key_bytes, head, key_rows_a, channel_a // K.codes, K)
-        levels_b = levels_of(key_bytes, head, key_rows_b, channel_b // K.codes, K)
-    if V.by_bytes and NUMBER == tl.float16:  # noqa: SIM300
-        levels_v = levels_of(value_bytes, head, value_rows, value_rows * 0, V)
-        levels_w = levels_of(value_bytes, head, value_rows, value_rows * 0 + V.numbers - 1, V)
+    levels_a = held_levels(key_bytes, head, key_rows_a, channel_a // K.codes, K, NUMBER)
+    levels_b, levels_w = levels_a, held_levels(value_bytes, head, value_rows, value_rows * 0, V, NUMBER)
+    levels_v = levels_w
+    if not (K.by_words and C.coupled):
+        levels_b = held_levels(key_bytes, head, key_rows_b, channel_b // K.codes, K, NUMBER)
+    if not V.by_words:
+        levels_w = held_levels(value_bytes, head, value_rows, value_rows * 0 + V.numbers - 1, V, NUMBER)
     pair = tl.arange(0, C.lanes)
-    turn = tl.load(turns + pair, mask=pair < C.pairs, other=0.0)
+    reached = -(2**31)  # where queries are turned to, if a block begins there
+    if C.turning == "near":
+        step_cos, step_sin = cos_sin(pair * 0 + 64, tl.load(turns + pair, mask=pair < C.pairs, other=0.0))
+        step_cos, step_sin = step_cos[:, None], step_sin[:, None]
     token_of = column_places(K)  # of a row of scores
     if C.turning == "near":
         near_cos, near_sin = angles(pair[:, None], token_of[None, :], (token_of >= 0)[None, :], near, turns, kept, C)
         near_cos, near_sin = near_cos.to(NUMBER), near_sin.to(NUMBER)
 
+    program = (tl.program_id(2) * tl.num_programs(1) + place) * splits + split
+    key_tile = tiles + program.to(tl.int64) * (K.tile + V.tile)
+    value_tile = key_tile + K.tile
+    for i in range(0, K.tile + V.tile, 1024):
+        within = i + tl.arange(0, 1024)
+        tl.store(key_tile + within, tl.zeros([1024], NUMBER), mask=within < K.tile + V.tile)
     largest = tl.full([C.room], float("-inf"), tl.float32)
-    total = tl.full([C.room], 0, tl.float32)
+    totals = tl.full([K.columns, C.room], 0, tl.float32)
     part = tl.full([V.channels, C.room], 0, tl.float32)
     for i in range(begin, end):
         entry = table + (i * batch + row) * 16
         start = tl.load(starts + i)
         live = token_of < tl.minimum(tl.load(starts + i + 1), sealed) - start
-        back_a, back_b = query_a, query_b
         if C.turning == "near":
-            cos, sin = cos_sin(tl.load(bases + i * batch + row), turn)
-            back_a = query_a * cos[:, None] + query_b * sin[:, None]
-            back_b = query_b * cos[:, None] - query_a * sin[:, None]
-        keys_a, keys_b = read_keys(entry, levels_a, levels_b, key_table, key_scale, key_zero, head, token_of, K, C, NUMBER)
+            base = tl.load(bases + i * batch + row)
+            if base == reached and (i - begin) % TURNS != 0:
+                query_a, query_b = query_a * step_cos + query_b * step_sin, query_b * step_cos - query_a * step_sin
+            else:
+                query_a, query_b = turned_back(query, place, rows, scaling, stretch, size, base, turns, C)
+            reached = base + 64
+        if K.nonzeros + V.nonzeros > 0:  # such a loop the compiler does not read ahead in
+            next_ = table + (tl.minimum(i + 1, end - 1) * batch + row) * 16
+            key_next, value_next = addresses_of(next_), addresses_of(next_ + 8)
+            tl.debug_barrier()  # until tiles are cleared
+        if K.nonzeros > 0:
+            key_begin, key_end, key_first = put_outliers(key_tile, entry, head, K)
+        if V.nonzeros > 0:
+            value_begin, value_end, value_first = put_outliers(value_tile, entry + 8, head, V)
+        if K.nonzeros + V.nonzeros > 0:
+            tl.debug_barrier()  # until outliers are written
+        keys_a, keys_b = read_keys(
+            entry, key_tile, levels_a, levels_b, key_table, key_scale, key_zero, head, token_of, K, C, NUMBER
+        )
         if C.turning == "near":
             keys_a, keys_b = keys_a * near_cos - keys_b * near_sin, keys_b * near_cos + keys_a * near_sin
         elif C.turning != "none":
             cos, sin = angles(pair[:, None], start + token_of[None, :], live[None, :], near, turns, kept, C)
             keys_a, keys_b = keys_a * cos - keys_b * sin, keys_b * cos + keys_a * sin
-        scores = tl.dot(tl.trans(keys_a.to(NUMBER)), back_a.to(NUMBER), input_precision=C.precision)
-        scores = tl.dot(tl.trans(keys_b.to(NUMBER)), back_b.to(NUMBER), scores, input_precision=C.precision)
+        scores = tl.dot(tl.trans(keys_a.to(NUMBER)), query_a.to(NUMBER), input_precision=C.precision)
+        scores = tl.dot(tl.trans(keys_b.to(NUMBER)), query_b.to(NUMBER), scores, input_precision=C.precision)
+        key_from, key_to, value_from, value_to = 0, 0, 0, 0
         if K.nonzeros > 0:
-            from_ = 0 if C.turning == "near" else start
-            scores = add_key_outliers(
-                scores, entry, key_table, key_scale, key_zero, head, back_a, back_b, from_, near, turns, kept, K, C
-            )
+            key_from, key_to = outlier_range(key_next[3], head)
+        if V.nonzeros > 0:
+            value_from, value_to = outlier_range(value_next[3], head)
         scores = in_twos(scores * size, softcap, C)
         for j in tl.static_range(tl.constexpr(C.sinks)):
             live &= first + start + token_of != tl.load(sink_index + row * C.sinks + j)
         sees = seen(rows, start + token_of, live, first, asking, padding, hidden, hidden_stride, window, C)
         weights, fading, largest = weigh(tl.where(sees, scores, float("-inf")), largest)
-        total = total * fading + tl.sum(weights, 0)
-        values = read_values(entry + 8, levels_v, levels_w, value_table, value_scale, value_zero, head, token_of, V, NUMBER)
+        totals = totals * fading[None, :] + weights
+        values = read_values(
+            entry + 8, value_tile, levels_v, levels_w, value_table, value_scale, value_zero, head, token_of, V, NUMBER
+        )
         part = tl.dot(values, weights.to(NUMBER), part * fading[None, :], input_precision=C.precision)
+        if K.nonzeros + V.nonzeros > 0:
+            fetch(key_next, key_from, key_to, head, K)
+            fetch(value_next, value_from, value_to, head, V)
+            tl.debug_barrier()  # until tiles are read
+        if K.nonzeros > 0:
+            clear_outliers(key_tile, entry, key_begin, key_end, key_first, K)
         if V.nonzeros > 0:
-            part = add_value_outliers(part, entry + 8, value_table, value_scale, value_zero, head, weights, K, V, C)
-    write_part(sums, peaks, part, total, largest, value_channels(V), rows, place * slots + split, C)
+            clear_outliers(value_tile, entry + 8, value_begin, value_end, value_first, V)
+    write_part(sums, peaks, part, tl.sum(totals, 0), largest, value_channels(V), rows, place * slots + split, C)
+
+
+@triton.jit
+def turned_back(query, place, rows, scaling, stretch, size, base, turns, C: tl.constexpr):
+    """Queries as of `attend_blocks`, turned back by the position of a block's first token."""
+    pair = tl.arange(0, C.lanes)
+    channel_a, channel_b = pair_channels(C)
+    query_a = read_query(query, place, rows, channel_a, scaling, stretch, C) / size
+    query_b = read_query(query, place, rows, channel_b, scaling, stretch, C) / size
+    cos, sin = cos_sin(base, tl.load(turns + pair, mask=pair < C.pairs, other=0.0))
+    return query_a * cos[:, None] + query_b * sin[:, None], query_b * cos[:, None] - query_a * sin[:, None]
 
 
 @triton.jit
@@ -118,14 +161,14 @@ def exact_at(entry, head, token, channel, F: tl.constexpr):
 
 @triton.jit
 def read_keys(
-    entry, levels_a, levels_b, table, scale, zero, head, token_of, K: tl.constexpr, C: tl.constexpr, NUMBER: tl.constexpr
+    entry, tile, levels_a, levels_b, table, scale, zero, head, token_of, K: tl.constexpr, C: tl.constexpr, NUMBER: tl.constexpr
 ):
     """Keys of a block, but for outliers, not turned: the first and the second channels of pairs, [lanes, 64] each."""
     channel_a, channel_b = pair_channels(C)
     if K.bits == 16:
         keys_a = exact_at(entry, head, token_of[None, :], channel_a[:, None], K)
         keys_b = exact_at(entry, head, token_of[None, :], channel_b[:, None], K)
-        return keys_a.to(NUMBER), keys_b.to(NUMBER)
+        return fitting(keys_a, NUMBER), fitting(keys_b, NUMBER)
     else:
         rows_a, rows_b = channel_a % K.codes, channel_b % K.codes
         codes_a = read(entry, head, rows_a, K, NUMBER)
@@ -134,23 +177,33 @@ def read_keys(
             codes_b = read(entry, head, rows_b, K, NUMBER)
         keys_a = to_numbers(codes_a, levels_a, entry, table, scale, zero, head, rows_a, channel_a // K.codes, K, NUMBER)
         keys_b = to_numbers(codes_b, levels_b, entry, table, scale, zero, head, rows_b, channel_b // K.codes, K, NUMBER)
+        if K.nonzeros > 0:
+            keys_a = with_outliers(keys_a, tile, channel_a, channel_a < K.dim, K)
+            keys_b = with_outliers(keys_b, tile, channel_b, channel_b < K.dim, K)
         return keys_a, keys_b
 
 
 @triton.jit
-def read_values(entry, levels, levels_w, table, scale, zero, head, token_of, V: tl.constexpr, NUMBER: tl.constexpr):
+def read_values(entry, tile, levels, levels_w, table, scale, zero, head, token_of, V: tl.constexpr, NUMBER: tl.constexpr):
     """Values of a block, but for outliers: [channels, 64]."""
     if V.bits == 16:
-        return exact_at(entry, head, token_of[None, :], value_channels(V)[:, None], V).to(NUMBER)
+        return fitting(exact_at(entry, head, token_of[None, :], value_channels(V)[:, None], V), NUMBER)
     elif not V.channel_major:
         codes = read(entry, head, token_of, V, NUMBER)
-        return tl.trans(to_numbers(codes, levels, entry, table, scale, zero, head, token_of, token_of * 0, V, NUMBER))
+        numbers = to_numbers(codes, levels, entry, table, scale, zero, head, token_of, token_of * 0, V, NUMBER)
+        if V.nonzeros > 0:
+            numbers = with_outliers(numbers, tile, token_of, token_of < 64, V)
+        return tl.trans(numbers)
     else:
         rows = tl.arange(0, V.row_room)
         codes = read(entry, head, rows, V, NUMBER)
         numbers = to_numbers(codes, levels, entry, table, scale, zero, head, rows, rows * 0, V, NUMBER)
+        if V.nonzeros > 0:
+            numbers = with_outliers(numbers, tile, rows, rows < V.codes, V)
         if V.numbers == 2:
             others = to_numbers(codes, levels_w, entry, table, scale, zero, head, rows, rows * 0 + 1, V, NUMBER)
+            if V.nonzeros > 0:
+                others = with_outliers(others, tile, rows + V.codes, rows < V.codes, V)
             numbers = tl.reshape(tl.permute(tl.join(numbers, others), (0, 2, 1)), [V.channels, 64])
         return numbers
 
@@ -169,5 +222,7 @@ def to_numbers(codes, levels, entry, table, scale, zero, head, rows, number, F: 
     """What codes stand for, but for outliers: [n, columns]."""
     if F.by_bytes and NUMBER == tl.float16:  # noqa: SIM300
         return ranged(look_up_bytes(codes, levels, F), entry, scale, zero, head, rows, F)
+    elif F.by_words and NUMBER == tl.float16:  # noqa: SIM300
+        return look_up_words(codes, levels, number, F)
     else:
         return ranged(look_up(codes, table, head, rows, number, F).to(NUMBER), entry, scale, zero, head, rows, F)

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from narrowkv.attention.cuda_blocks import Blocks
 from narrowkv.attention.triton_blocks import read_keys, read_values
+from narrowkv.attention.triton_fetch import outlier_range
 from narrowkv.attention.triton_forms import Case
-from narrowkv.attention.triton_outliers import outlier_places, outlier_range, outlier_values, value_channels
+from narrowkv.attention.triton_lookup import held_levels
+from narrowkv.attention.triton_outliers import outlier_values, value_channels
 from narrowkv.attention.triton_rows import angles, cos_sin, pair_channels
-from narrowkv.attention.triton_tiles import column_places, levels_of
+from narrowkv.attention.triton_tiles import column_places
 
 WARPS = 4
 SPAN = ["batch", "column", "begin", "stop", "room"]  # prompts of any length are one program
@@ -39,12 +41,11 @@ def decode_keys(
     entry = table + (i * batch + row) * 16
     channel_a, channel_b = pair_channels(C)
     token = column_places(K)
-    levels_a = 0
-    levels_b = 0
-    if K.by_bytes and NUMBER == tl.float16:  # noqa: SIM300
-        levels_a = levels_of(level_bytes, head, channel_a % K.codes, channel_a // K.codes, K)
-        levels_b = levels_of(level_bytes, head, channel_b % K.codes, channel_b // K.codes, K)
-    keys_a, keys_b = read_keys(entry, levels_a, levels_b, levels, scale, zero, head, token, K, C, NUMBER)
+    levels_a = held_levels(level_bytes, head, channel_a % K.codes, channel_a // K.codes, K, NUMBER)
+    levels_b = levels_a
+    if not (K.by_words and C.coupled):
+        levels_b = held_levels(level_bytes, head, channel_b % K.codes, channel_b // K.codes, K, NUMBER)
+    keys_a, keys_b = read_keys(entry, entry, levels_a, levels_b, levels, scale, zero, head, token, K, C, NUMBER)
     start = tl.load(starts + i)
     live = token < tl.minimum(tl.load(starts + i + 1), stop) - start
     keys_a, keys_b = tl.trans(keys_a.to(tl.float32)), tl.trans(keys_b.to(tl.float32))
@@ -69,13 +70,12 @@ def decode_values(
     row, head = place // V.heads, place % V.heads
     entry = table + (i * batch + row) * 16 + 8
     token, channel = column_places(K), value_channels(V)
-    levels_v = 0
-    levels_w = 0
-    if V.by_bytes and NUMBER == tl.float16:  # noqa: SIM300
-        rows = tl.arange(0, V.row_room)
-        levels_v = levels_of(level_bytes, head, rows, rows * 0, V)
-        levels_w = levels_of(level_bytes, head, rows, rows * 0 + V.numbers - 1, V)
-    numbers = tl.trans(read_values(entry, levels_v, levels_w, levels, scale, zero, head, token, V, NUMBER))
+    rows = tl.arange(0, V.row_room)
+    levels_v = held_levels(level_bytes, head, rows, rows * 0, V, NUMBER)
+    levels_w = levels_v
+    if not V.by_words:
+        levels_w = held_levels(level_bytes, head, rows, rows * 0 + V.numbers - 1, V, NUMBER)
+    numbers = tl.trans(read_values(entry, entry, levels_v, levels_w, levels, scale, zero, head, token, V, NUMBER))
     start = tl.load(starts + i)
     live = token < tl.minimum(tl.load(starts + i + 1), stop) - start
     values += (place.to(tl.int64) * room + (start - begin)) * V.dim
@@ -93,12 +93,15 @@ def put_block_outliers(numbers, table, starts, batch, column, begin, stop, room,
     count = tl.minimum(tl.load(starts + i + 1), stop) - start
     numbers += (place.to(tl.int64) * room + (start - begin)) * F.dim
     index = tl.load(entry + 6).to(tl.pointer_type(tl.int16))
-    first, last = outlier_range(entry, head)
+    first, last = outlier_range(tl.load(entry + 7), head)
     for some in range(first, last, F.nonzeros):
-        which, live, token, code = outlier_places(index, some, last, F)
+        which = some + tl.arange(0, F.nonzeros)
+        found = tl.load(index + which, mask=which < last, other=0).to(tl.int32)
+        token, code = found // F.codes, found % F.codes
+        live = (which < last) & (token < count)
         for number in tl.static_range(tl.constexpr(F.numbers)):
-            exact = outlier_values(entry, which, number, live, F)
-            tl.store(numbers + token * F.dim + code + number * F.codes, exact, mask=live & (token < count))
+            exact = outlier_values(entry, which * F.numbers + number, live, F)
+            tl.store(numbers + token * F.dim + code + number * F.codes, exact, mask=live)
 
 
 @triton.jit(do_not_specialize=SPAN)

@@ -52,7 +52,19 @@ class Form:
     @property
     def by_bytes(self) -> bool:
         """Whether codes are looked up byte by byte in registers: in words, and of 16 levels at most, even ones too."""
-        return self.wide == 4 and self.bits <= 4 and (not self.channel_major or self.order == self.planes[0])
+        return self.wide == 4 and self.bits <= 4 and self.order <= 4
+
+    @property
+    def by_words(self) -> bool:
+        """Whether pairs are looked up as words of two numbers: those of more than 16 levels."""
+        return self.numbers == 2 and self.bits > 4
+
+    @property
+    def shuffled(self) -> bool:
+        """Whether the threads of a warp hold those words and hand them to each other, as far as registers go; else they are
+        loaded.
+        """
+        return self.by_words and self.levels <= 64 and not self.nonzeros
 
     @property
     def planes(self) -> tuple[int, ...]:
@@ -62,6 +74,11 @@ class Form:
     def offsets(self) -> tuple[int, ...]:
         """Which bit of a code each plane begins with."""
         return tuple(sum(self.planes[:i]) for i in range(len(self.planes)))
+
+    @property
+    def masks(self) -> tuple[int, ...]:
+        """The lowest bits of each byte of a word that are of each plane, as int32."""
+        return tuple(-1 if plane == 8 else ((1 << plane) - 1) * 0x01010101 for plane in self.planes)
 
     @property
     def row_bytes(self) -> tuple[int, ...]:
@@ -122,6 +139,16 @@ class Form:
     def channels(self) -> int:
         """Channels of a tile of values, those that only fill it up included."""
         return self.row_room * self.numbers if self.channel_major else self.columns
+
+    @property
+    def tile(self) -> int:
+        """Numbers of a tile for outliers."""
+        return self.tile_rows * self.columns if self.nonzeros else 0
+
+    @property
+    def tile_rows(self) -> int:
+        """Channels or tokens of such a tile."""
+        return self.dim if self.channel_major else BLOCK
 
     @property
     def group(self) -> int:

@@ -30,7 +30,7 @@ class SideParts:
     """Keys, or values: tables of `tl_tiles`; what the tail holds; exact tokens. None where there is no such thing."""
 
     table: Tensor | None = None  # [heads, codes, levels, numbers] or [levels] float32
-    bytes: Tensor | None = None  # [heads, codes, numbers, levels / 2] or [levels / 2] int32
+    bytes: Tensor | None = None  # as of `cuda_blocks.Tables`, int32
     scale: Tensor | None = None  # [heads, codes] float32, fixed ones
     zero: Tensor | None = None
     tail: Tensor | None = None  # [batch, heads, 64, codes] uint8, or exact
@@ -179,8 +179,13 @@ class _Step:
         shared, lengths = self.shared, self.lengths
         assert shared.blocks is not None
         tables = [_or(part, lengths) for side in self.sides for part in (side.table, side.bytes, side.scale, side.zero)]
+        programs = splits * len(sums) * self.chunks
+        tiles = sums.new_empty(
+            programs * (self.plan.keys.tile + self.plan.values.tile),
+            dtype=torch.float16 if self.plan.rounded else torch.float32,
+        )
         attend_blocks[(splits, len(sums), self.chunks)](
-            self.packed_query, shared.blocks, shared.starts, _or(shared.bases, lengths), lengths, sums, peaks, *tables,
+            self.packed_query, shared.blocks, shared.starts, _or(shared.bases, lengths), lengths, sums, peaks, tiles, *tables,
             _or(shared.near, lengths), _or(shared.turns, lengths), *self.sight, _or(shared.sink_index, lengths),
             shared.blocks.shape[1], sums.shape[1], splits, *self.strides, *self.numbers,
             K=self.plan.keys, V=self.plan.values, C=self.plan.case, NUMBER=tl.float16 if self.plan.rounded else tl.float32,
@@ -251,8 +256,13 @@ WARPS = 4
 
 
 def stages_of(keys: Form, values: Form) -> int:
-    """How many blocks are under way at once; looked-up numbers would lie in shared memory, each once for every stage."""
-    return 3 if all(form.by_bytes or form.bits == 16 for form in (keys, values)) else 1
+    """How many blocks are under way at once.
+
+    Looked-up numbers would lie in shared memory, each once for every stage; and no load may overtake what a block's outliers
+    write.
+    """
+    read_once = all(form.by_bytes or form.shuffled or form.bits == 16 for form in (keys, values))
+    return 3 if read_once and not keys.nonzeros + values.nonzeros else 1
 
 
 def _or(part: Tensor | None, other: Tensor) -> Tensor:

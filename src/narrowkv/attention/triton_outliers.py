@@ -1,14 +1,16 @@
-"""Triton: outliers of sealed blocks, added as what they differ by from the number that their code stands for.
+"""Triton: outliers of sealed blocks, exact numbers in place of those that their codes stand for.
 
-All threads of a program share the outliers of a head of a block, so many at a time, whichever tokens and channels they are of;
-a product with a matrix of zeros and ones brings each to its row.
+A program has a tile of its own in global memory, of zeros, which stays in the caches nearest to it. It writes a block's
+outliers there, each by a thread, whichever tokens and channels they are of; reads the tile beside the codes, where what is
+not zero goes before what a code stands for (an exact zero is written as the smallest number); and clears it.
 """
 
 import triton
 import triton.language as tl
 
-from narrowkv.attention.triton_rows import angles, pair_of
-from narrowkv.attention.triton_tiles import column_of, column_places, missed
+from narrowkv.attention.triton_fetch import outlier_range
+from narrowkv.attention.triton_lookup import halves
+from narrowkv.attention.triton_tiles import INTERPRETED, beside, column_of, column_places, fitting
 
 
 @triton.jit
@@ -22,79 +24,118 @@ def value_channels(V: tl.constexpr):
 
 
 @triton.jit
-def outlier_range(entry, head):
-    """Where the outliers of a head of a block begin and end."""
-    offsets = tl.load(entry + 7).to(tl.pointer_type(tl.int32)) + head
-    return tl.load(offsets), tl.load(offsets + 1)
+def put_outliers(tile, entry, head, F: tl.constexpr):
+    """Write the outliers of a head of a block to the tile [channels, or tokens, columns]. Returns what `clear_outliers` takes.
+
+    That is where outliers begin and end, and the first ones' places in the tile [n], -1 where there is none.
+    """
+    begin, end = outlier_range(tl.load(entry + 7), head)
+    first = places_of(entry, begin, end, tile.dtype.element_ty, F)
+    put_some(tile, entry, first, begin, F)
+    for start in range(begin + F.nonzeros, end, F.nonzeros):
+        tl.debug_barrier()  # so that the compiler does not unroll what only a crowded block needs
+        put_some(tile, entry, places_of(entry, start, end, tile.dtype.element_ty, F), start, F)
+    return begin, end, first
 
 
 @triton.jit
-def outlier_places(index, start, end, F: tl.constexpr):
-    """Outliers from `start` on: their numbers [n], which of them are before `end`, their tokens and codes."""
+def clear_outliers(tile, entry, begin, end, first, F: tl.constexpr):
+    """Write zeros where `put_outliers` has written."""
+    clear_some(tile, first, F)
+    for start in range(begin + F.nonzeros, end, F.nonzeros):
+        tl.debug_barrier()
+        clear_some(tile, places_of(entry, start, end, tile.dtype.element_ty, F), F)
+
+
+@triton.jit
+def places_of(entry, start, end, NUMBER: tl.constexpr, F: tl.constexpr):
+    """Places in the tile of outliers from `start` on, of the first number of each: [n] int32, -1 from `end` on."""
     which = start + tl.arange(0, F.nonzeros)
-    live = which < end
-    places = tl.load(index + which, mask=live, other=0).to(tl.int32)
-    return which, live, places // F.codes, places % F.codes
+    index = tl.load(entry + 6).to(tl.pointer_type(tl.int16))
+    place = tl.load(index + which, mask=which < end, other=0).to(tl.uint32)
+    row, column = place // F.codes, column_of(place % F.codes, F)
+    if F.channel_major:
+        row, column = place % F.codes, column_of(place // F.codes, F)
+    at = row * F.columns + column
+    if F.by_bytes and NUMBER == tl.float16:  # noqa: SIM300
+        at = (column % F.each // 2 * F.tile_rows + row) * F.units * 2 + column // F.each * 2 + column % 2
+    return tl.where(which < end, at.to(tl.int32), -1)
 
 
 @triton.jit
-def outlier_values(entry, which, number: tl.constexpr, live, F: tl.constexpr):
+def put_some(tile, entry, at, start, F: tl.constexpr):
+    """A round of `put_outliers`."""
+    which = start + tl.arange(0, F.nonzeros)
+    for number in tl.static_range(tl.constexpr(F.numbers)):
+        exact = fitting(outlier_values(entry, which * F.numbers + number, at >= 0, F), tile.dtype.element_ty)
+        exact = tl.where(exact == 0.0, 6e-8 if exact.dtype == tl.float16 else 1e-37, exact).to(exact.dtype)
+        store_number(tile, at, number, exact, F)
+
+
+@triton.jit
+def clear_some(tile, at, F: tl.constexpr):
+    """A round of `clear_outliers`."""
+    for number in tl.static_range(tl.constexpr(F.numbers)):
+        store_number(tile, at, number, tl.zeros([F.nonzeros], tile.dtype.element_ty), F)
+
+
+@triton.jit
+def store_number(tile, at, number: tl.constexpr, x, F: tl.constexpr):
+    """Write one of the numbers of outliers."""
+    row = 2 * F.units if F.by_bytes and x.dtype == tl.float16 else F.columns
+    tl.store(tile + at + number * F.codes * row, x, mask=at >= 0)
+
+
+@triton.jit
+def outlier_values(entry, at, live, F: tl.constexpr):
     """Exact numbers of outliers [n], float32."""
     address = tl.load(entry + 5)
-    at = which * F.numbers + number
     if F.kind == "bf16":
         return tl.load(address.to(tl.pointer_type(tl.bfloat16)) + at, mask=live, other=0.0).to(tl.float32)
+    elif F.kind == "fp32":
+        return tl.load(address.to(tl.pointer_type(tl.float32)) + at, mask=live, other=0.0)
     else:
         return tl.load(address.to(tl.pointer_type(tl.float16)) + at, mask=live, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def brought_to(rows, added, ROWS: tl.constexpr, C: tl.constexpr):
-    """Sums of added [n, room] by the row that each belongs to: [ROWS, room]. rows: [n]."""
-    fits = (tl.arange(0, ROWS)[:, None] == rows[None, :]).to(tl.float32)
-    return tl.dot(fits, added, input_precision=C.precision)
+def with_outliers(numbers, tile, rows, live, F: tl.constexpr):
+    """Numbers [n, columns] of rows of the tile, those exact ones that it holds in their place."""
+    if F.by_bytes and numbers.dtype == tl.float16:
+        exact = halves(exact_words(tile, rows, live, F))
+    else:
+        at = rows[:, None] * F.columns + tl.arange(0, F.columns)[None, :]
+        exact = tl.load(tile + at, mask=live[:, None], other=0.0)
+    if INTERPRETED or numbers.dtype != tl.float16:
+        return tl.where(exact != 0.0, exact, numbers)
+    else:  # two numbers at once, of which one is zero or taken zero times
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 none; set.eq.f16x2.f16x2 none, $2, $3; fma.rn.f16x2 $0, $1, none, $2; }",
+            "=r,r,r,r",
+            [numbers, exact, tl.zeros_like(exact)],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
 
 
 @triton.jit
-def add_key_outliers(
-    scores, entry, table, scale, zero, head, back_a, back_b, from_, near, turns, kept, K: tl.constexpr, C: tl.constexpr
-):
-    """Scores [64, room] with what outliers of keys add. back_a, back_b: queries [lanes, room]; from_: the token that `angles`
-    count from.
-    """
-    begin, end = outlier_range(entry, head)
-    index = tl.load(entry + 6).to(tl.pointer_type(tl.int16))
-    for start in range(begin, end, K.nonzeros):
-        which, live, token, code = outlier_places(index, start, end, K)
-        added = tl.full([K.nonzeros, C.room], 0, tl.float32)
-        for number in tl.static_range(tl.constexpr(K.numbers)):
-            exact = outlier_values(entry, which, number, live, K)
-            more = missed(entry, table, scale, zero, head, token, code, number, exact, live, K)
-            pair, second = pair_of(code + number * K.codes, C)
-            lanes = tl.broadcast_to(pair[:, None], [K.nonzeros, C.room])
-            first_part, second_part = tl.gather(back_a, lanes, 0), tl.gather(back_b, lanes, 0)
-            factor = tl.where(second[:, None], second_part, first_part)
-            if C.turning != "none":
-                cos, sin = angles(pair, from_ + token, live, near, turns, kept, C)
-                crossed = tl.where(second[:, None], -first_part, second_part)
-                factor = factor * cos[:, None] + crossed * sin[:, None]
-            added += factor * more[:, None]
-        scores += brought_to(column_of(token, K), added, 64, C)
-    return scores
+def exact_words(tile, rows, live, F: tl.constexpr):
+    """Rows of the tile as pairs of numbers, in the order in which `look_up_bytes` has them: [n, columns / 2] int32."""
+    if F.sharing == 4:
+        first = beside(piece_at(tile, rows, live, 0, F), piece_at(tile, rows, live, 4, F))
+        second = beside(piece_at(tile, rows, live, 1, F), piece_at(tile, rows, live, 5, F))
+        third = beside(piece_at(tile, rows, live, 2, F), piece_at(tile, rows, live, 6, F))
+        fourth = beside(piece_at(tile, rows, live, 3, F), piece_at(tile, rows, live, 7, F))
+    else:
+        first, second = piece_at(tile, rows, live, 0, F), piece_at(tile, rows, live, 1, F)
+        third, fourth = piece_at(tile, rows, live, 2, F), piece_at(tile, rows, live, 3, F)
+    return beside(beside(first, third), beside(second, fourth))
 
 
 @triton.jit
-def add_value_outliers(part, entry, table, scale, zero, head, weights, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr):
-    """Sums [channels, room] with what outliers of values add; weights: [64, room]."""
-    begin, end = outlier_range(entry, head)
-    index = tl.load(entry + 6).to(tl.pointer_type(tl.int16))
-    for start in range(begin, end, V.nonzeros):
-        which, live, token, code = outlier_places(index, start, end, V)
-        tokens = tl.broadcast_to(column_of(token, K)[:, None], [V.nonzeros, C.room])
-        weight = tl.gather(weights, tokens, 0)
-        for number in tl.static_range(tl.constexpr(V.numbers)):
-            exact = outlier_values(entry, which, number, live, V)
-            more = missed(entry, table, scale, zero, head, token, code, number, exact, live, V)
-            row = code * V.numbers + number if V.channel_major else column_of(code, V)
-            part += brought_to(row, weight * more[:, None], V.channels, C)
-    return part
+def piece_at(tile, rows, live, piece: tl.constexpr, F: tl.constexpr):
+    """The two numbers of rows of the tile that come `piece`-th of each unit: [n, units] int32."""
+    unit = tl.arange(0, F.units)[None, :]
+    words = tl.multiple_of(tile.to(tl.pointer_type(tl.int32), bitcast=True), 16)
+    return tl.load(words + (piece * F.tile_rows + rows[:, None]) * F.units + unit, mask=live[:, None], other=0)

@@ -9,6 +9,7 @@ or float32; two numbers of 16 bits take one instruction.
 import triton
 import triton.language as tl
 
+LARGEST = tl.constexpr(46_000.0)  # the square root of a half of what float16 holds
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
@@ -79,33 +80,56 @@ def read_plane(entry, head, rows, i: tl.constexpr, F: tl.constexpr):
 @triton.jit
 def read_nibbles(entry, head, rows, F: tl.constexpr):
     """Codes of up to 4 bits, eight to a word, each in 4 bits: [n, columns / 8] int32."""
-    words = read_plane(entry, head, rows, 0, F)
-    if F.sharing == 4:
-        words = doubled(words, 2) & 0x33333333
+    words = nibbles_of(entry, head, rows, 0, F)
     if len(F.planes) > 1:
-        words = words | ((doubled(read_plane(entry, head, rows, 1, F), 2) & 0x11111111) << 2)
+        words = words | (nibbles_of(entry, head, rows, 1, F) << 2)
     return words
+
+
+@triton.jit
+def nibbles_of(entry, head, rows, i: tl.constexpr, F: tl.constexpr):
+    """What plane i has of them."""
+    words = read_plane(entry, head, rows, i, F)
+    if F.sharing == 4:
+        words = doubled(words, 2)
+    return words & (((1 << F.planes[i]) - 1) * 0x11111111) if F.planes[i] < 4 else words
 
 
 @triton.jit
 def read_codes(entry, head, rows, F: tl.constexpr):
     """Codes of rows [n] of a head of a block: [n, columns] int32; 0 beyond the last row and column."""
-    codes = tl.full([rows.shape[0], F.columns], 0, tl.int32)
-    for i in tl.static_range(len(F.planes)):
-        words = read_plane(entry, head, rows, i, F)
-        if F.wide == 4:
+    if F.wide == 4:
+        low = tl.full([rows.shape[0], F.columns // (4 if F.sharing == 1 else 8)], 0, tl.int32)
+        high = low
+        for i in tl.static_range(len(F.planes)):
+            words = read_plane(entry, head, rows, i, F)
             if F.sharing == 4:
                 words = doubled(words, F.order)
-            words = doubled(doubled(words, 16), 8)
-            if F.sharing > 1:
-                words = doubled(words, 4)
-        else:
+            low |= (words & F.masks[i]) << F.offsets[i]
+            high |= ((words >> 4) & F.masks[i]) << F.offsets[i]
+        return beside(taken_apart(low), taken_apart(high)) if F.sharing > 1 else taken_apart(low)
+    else:
+        codes = tl.full([rows.shape[0], F.columns], 0, tl.int32)
+        for i in tl.static_range(len(F.planes)):
+            words = read_plane(entry, head, rows, i, F)
             if F.sharing == 4:
                 words = doubled(words, 2 * F.order)
             if F.sharing > 1:
                 words = doubled(words, F.order)
-        codes |= (words & ((1 << F.planes[i]) - 1)) << F.offsets[i]
-    return codes
+            codes |= (words & ((1 << F.planes[i]) - 1)) << F.offsets[i]
+        return codes
+
+
+@triton.jit
+def taken_apart(words):
+    """The four bytes of words [n, m]: [n, 4 * m] int32."""
+    return beside(beside(byte_of(words, 0), byte_of(words, 2)), beside(byte_of(words, 1), byte_of(words, 3)))
+
+
+@triton.jit
+def byte_of(words, i: tl.constexpr):
+    """A byte of each word."""
+    return picked(words, words * 0, tl.full(words.shape, 0x4440 + i, tl.int32))
 
 
 @triton.jit
@@ -124,60 +148,11 @@ def picked(low, high, which):
 
 
 @triton.jit
-def byte_of_levels(words, levels, side: tl.constexpr, F: tl.constexpr):
-    """The lower or higher bytes of the levels that four codes name: int32. levels: of `levels_of`."""
-    if F.levels == 4:
-        return picked(levels[side], levels[side], words & 0x3333)
-    elif F.levels == 8:
-        return picked(levels[2 * side], levels[2 * side + 1], words & 0x7777)
-    else:
-        below = picked(levels[4 * side], levels[4 * side + 1], words & 0x7777)
-        above = picked(levels[4 * side + 2], levels[4 * side + 3], words & 0x7777)
-        return picked(below, above, ((words >> 1) & 0x4444) | 0x3210)
-
-
-@triton.jit
-def levels_of(table, head, rows, number, F: tl.constexpr):
-    """Codebooks of up to 16 levels as bytes in words: the lower bytes of all levels, then the higher, [n, 1] int32 each.
-
-    number: [n], which of those that a code stands for. table: [heads, codes, numbers, levels / 2], or [levels / 2], int32.
-    """
-    words: tl.constexpr = F.levels // 2
-    at = (((head * F.codes + rows) * F.numbers + number) * words)[:, None] if F.own else rows[:, None] * 0
-    live = ((rows < F.rows) & (number < F.numbers))[:, None] if F.own else (rows >= 0)[:, None]
-    zero, one = tl.load(table + at, mask=live, other=0), tl.load(table + at + 1, mask=live, other=0)
-    if words == 2:
-        return zero, one
-    else:
-        two, three = tl.load(table + at + 2, mask=live, other=0), tl.load(table + at + 3, mask=live, other=0)
-        if words == 4:
-            return zero, one, two, three
-        else:
-            four, five = tl.load(table + at + 4, mask=live, other=0), tl.load(table + at + 5, mask=live, other=0)
-            six, seven = tl.load(table + at + 6, mask=live, other=0), tl.load(table + at + 7, mask=live, other=0)
-            return zero, one, two, three, four, five, six, seven
-
-
-@triton.jit
-def look_up_bytes(words, levels, F: tl.constexpr):
-    """What codes stand for before ranges: words [n, m] of eight -> [n, 8 * m] float16, looked up byte by byte in registers."""
-    fours = doubled(words, 16)
-    lower, higher = byte_of_levels(fours, levels, 0, F), byte_of_levels(fours, levels, 1, F)
-    first, last = tl.full(lower.shape, 0x5140, tl.int32), tl.full(lower.shape, 0x7362, tl.int32)
-    twos = beside(picked(lower, higher, first), picked(lower, higher, last))
-    return beside(twos.to(tl.int16), (twos >> 16).to(tl.int16)).to(tl.float16, bitcast=True)
-
-
-@triton.jit
-def look_up(codes, table, head, rows, number, F: tl.constexpr):
-    """What codes [n, columns] stand for before ranges; table: [heads, codes, levels, numbers], or [levels]."""
-    if F.even:
-        return codes.to(tl.float32)
-    elif F.own:
-        at = ((head * F.codes + rows) * F.levels * F.numbers + number)[:, None] + codes * F.numbers
-        return tl.load(table + at, mask=((rows < F.rows) & (number < F.numbers))[:, None], other=0.0)
-    else:
-        return tl.load(table + codes)
+def fitting(numbers, NUMBER: tl.constexpr):
+    """Numbers as NUMBER; NaN for those that would overflow when keys are turned, so that no result hides it."""
+    if NUMBER == tl.float16:  # noqa: SIM300
+        numbers = tl.where(tl.abs(numbers.to(tl.float32)) > LARGEST, float("nan"), numbers)
+    return numbers.to(NUMBER)
 
 
 @triton.jit
@@ -217,27 +192,45 @@ def ranged(numbers, entry, scale, zero, head, rows, F: tl.constexpr):
         if F.by_row and F.by_column and F.groups <= 8:
             place = column_places(F)[None, :]
             for i in tl.static_range(tl.constexpr(F.groups)):
-                some, more = range_in(scale, zero, head, row, row * 0 + i * F.group, F)
+                some, more = range_in(scale, zero, head, row, row * 0 + i * F.group, NUMBER, F)
                 if i == 0:
-                    stretch, shift = some.to(NUMBER), more.to(NUMBER)
+                    stretch, shift = some, more
                 else:
-                    stretch = tl.where(place // F.group == i, some.to(NUMBER), stretch)
-                    shift = tl.where(place // F.group == i, more.to(NUMBER), shift)
+                    stretch = tl.where(place // F.group == i, some, stretch)
+                    shift = tl.where(place // F.group == i, more, shift)
         else:
             column = column_places(F)[None, :] if F.by_column else tl.full([1, 1], 0, tl.int32)
-            stretch, shift = range_in(scale, zero, head, row, column, F)
-        numbers = numbers * stretch.to(NUMBER) + shift.to(NUMBER)
+            stretch, shift = range_in(scale, zero, head, row, column, NUMBER, F)
+        numbers = fused(numbers, stretch, shift)
     return numbers
 
 
 @triton.jit
-def range_in(scale, zero, head, row, column, F: tl.constexpr):
-    """`range_of` rows and columns that broadcast."""
-    live = (row < F.rows) & (column < F.length)
-    if F.channel_major:
-        return range_of(scale, zero, head, column, row, live, F)
+def fused(x, y, z):
+    """x * y + z, of numbers of 16 bits two at once, which the compiler by itself takes apart and packs again."""
+    if INTERPRETED or x.dtype != tl.float16:
+        return x * y + z
     else:
-        return range_of(scale, zero, head, row, column, live, F)
+        return tl.inline_asm_elementwise(
+            "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [x, y, z], dtype=tl.float16, is_pure=True, pack=2
+        )
+
+
+@triton.jit
+def range_in(scale, zero, head, row, column, NUMBER: tl.constexpr, F: tl.constexpr):
+    """`range_of` rows and columns that broadcast, as NUMBER; NaN where numbers may be too large for `fitting`.
+
+    Not so of values by token, which are not turned: where they overflow, infinity shows in the result.
+    """
+    live = (row < F.rows) & (column < F.length)
+    token, channel = row, column
+    if F.channel_major:
+        token, channel = column, row
+    stretch, shift = range_of(scale, zero, head, token, channel, live, F)
+    if F.channel_major and NUMBER == tl.float16:  # noqa: SIM300
+        furthest = tl.abs(shift) + tl.abs(stretch) * (F.levels - 1 if F.even else 1)
+        shift = tl.where(furthest > LARGEST, float("nan"), shift)
+    return stretch.to(NUMBER), shift.to(NUMBER)
 
 
 @triton.jit
@@ -254,18 +247,3 @@ def stands_for(code, table, scale, zero, head, token, place, number: tl.constexp
         stretch, shift = range_of(scale, zero, head, token, place, live, F)
         numbers = numbers * stretch + shift
     return numbers
-
-
-@triton.jit
-def missed(entry, table, scale, zero, head, token, code, number: tl.constexpr, exact, live, F: tl.constexpr):
-    """By how much the numbers that single codes stand for miss the exact ones: [n] float32."""
-    row, column = token, code
-    if F.channel_major:
-        row, column = code, token
-    found = tl.zeros_like(code)
-    for i in tl.static_range(len(F.planes)):
-        at = (head * F.rows + row) * F.row_bytes[i] + column % F.row_bytes[i]
-        byte = tl.load(plane_at(entry, i, 1) + at, mask=live, other=0).to(tl.int32)
-        found |= ((byte >> (column // F.row_bytes[i] * F.planes[i])) & ((1 << F.planes[i]) - 1)) << F.offsets[i]
-    scale, zero = ranges_at(entry, scale, zero, F)
-    return tl.where(live, exact - stands_for(found, table, scale, zero, head, token, code, number, live, F), 0.0)

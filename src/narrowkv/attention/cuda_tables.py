@@ -1,0 +1,69 @@
+"""Codebooks and fixed ranges as kernels on a GPU read them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from narrowkv.codec import AnyQuantizer, PointQuantizer, Quantizer
+from narrowkv.errors import UnsupportedModelError
+from narrowkv.store.page import is_channel_major
+
+FOLDED_BITS = 4
+COPIES = 32  # of a codebook that all share
+LARGEST = 46_000  # of numbers in 16 bits: as of `triton_tiles`
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Codebooks and fixed ranges of one side as kernels read them, float32, and by what its head is turned.
+
+    table: [heads, codes, levels, numbers] or [levels]; scale, zero: [heads, codes]. bytes: the table's numbers in float16, the
+    lower bytes of all levels before the higher, [heads, codes, numbers, levels / 2] int32, or [32, levels / 2] of one that all
+    share; of pairs with more than 16 levels words of both numbers, [heads, codes, levels] int32.
+    """
+
+    table: Tensor | None = None
+    bytes: Tensor | None = None
+    scale: Tensor | None = None
+    zero: Tensor | None = None
+
+
+def folds(quantizer: AnyQuantizer, channel_major: bool) -> bool:
+    """Whether fixed ranges of channels go into a codebook for each of them, which saves a multiplication."""
+    return channel_major and quantizer.scheme.static and quantizer.scheme.bits <= FOLDED_BITS
+
+
+def tables_of(quantizer: AnyQuantizer, keys: bool) -> Tables:
+    """Its tables."""
+    if isinstance(quantizer, PointQuantizer):
+        assert quantizer.points is not None
+        return Tables(quantizer.points.float().contiguous(), _bytes(quantizer.points.transpose(2, 3)))
+    if not isinstance(quantizer, Quantizer) or quantizer.codebook is None:
+        return Tables()
+    table = quantizer.codebook.float().contiguous()
+    if quantizer.scale is None or quantizer.zero is None:
+        return Tables(table, _bytes(table))
+    if folds(quantizer, is_channel_major(quantizer.scheme, keys)):
+        levels = table * quantizer.scale[..., None] + quantizer.zero[..., None]
+        return Tables(levels[..., None].contiguous(), _bytes(levels[:, :, None]))
+    return Tables(table, _bytes(table), quantizer.scale.contiguous(), quantizer.zero.contiguous())
+
+
+def _bytes(table: Tensor) -> Tensor | None:
+    """As `Tables.bytes` has it, of a table [..., numbers, levels] or [levels]; raises UnsupportedModelError, see `_halves`."""
+    if table.shape[-1] > 16:
+        return _halves(table.transpose(2, 3)).view(torch.int32)[..., 0] if table.dim() == 4 and table.shape[2] == 2 else None
+    parts = _halves(table)[..., None].view(torch.uint8)  # [..., levels, 2], lower bytes first
+    words = parts.transpose(-1, -2).flatten(-2).contiguous().view(torch.int32)
+    return words.repeat(COPIES, 1) if table.dim() == 1 else words
+
+
+def _halves(table: Tensor) -> Tensor:
+    """A table in float16; raises UnsupportedModelError for numbers that would overflow when keys are turned."""
+    largest = table.abs().max().item()
+    if largest > LARGEST:
+        raise UnsupportedModelError(
+            f"Backend cuda reads numbers of up to {LARGEST:,}, and a codebook has {largest:,.0f}; choose backend torch."
+        )
+    return table.half().contiguous()
