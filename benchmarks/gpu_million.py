@@ -26,10 +26,13 @@ WEIGHT_BYTES = 2 * 6_738_415_616  # Llama-2-7B in 16 bits
 SAMPLE = 4096  # tokens by which a layer is measured where it is not held whole
 
 
-def layout(bytes_of_a_token: float, tokens: int, cards: int, card_bytes: float) -> dict[str, Any]:
-    """Whole layers to each card, as even as can be, and the bytes that the fullest holds, with its share of the weights."""
+def layout(bytes_of_a_token: float, beside: float, tokens: int, cards: int, card_bytes: float) -> dict[str, Any]:
+    """Whole layers to each card, as even as can be, and the bytes that the fullest holds, with its share of the weights.
+
+    beside: bytes of a layer that do not grow: tail, sinks, window.
+    """
     layers = -(-LAYERS // cards)
-    cache = layers * bytes_of_a_token * tokens + POSITION_BYTES * tokens
+    cache = layers * (bytes_of_a_token * tokens + beside) + POSITION_BYTES * tokens
     whole = cache + WEIGHT_BYTES * layers / LAYERS
     return {
         "tokens": tokens, "cards": cards, "layers_of_a_card": layers, "cache_bytes_of_a_card": int(cache),
@@ -64,16 +67,16 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sample = filled(arguments.recipe, SAMPLE, 1, KV_HEADS, device, torch.bfloat16)
-    bytes_of_a_token = bytes_of(sample) / SAMPLE
+    few, more = (bytes_of(filled(arguments.recipe, n * SAMPLE, 1, KV_HEADS, device, torch.bfloat16)) for n in (1, 2))
+    bytes_of_a_token = (more - few) / SAMPLE
+    of_layer = (bytes_of_a_token, few - bytes_of_a_token * SAMPLE)
     found: dict[str, Any] = {
         "facts": facts(device),
         "recipe": arguments.recipe,
         "bytes_of_a_token_and_layer": bytes_of_a_token,
-        "one_card": layout(bytes_of_a_token, arguments.tokens, 1, 1e9 * arguments.card_gigabytes),
-        "eight_cards": layout(bytes_of_a_token, 10_000_000, 8, 1e9 * arguments.card_gigabytes),
+        "one_card": layout(*of_layer, arguments.tokens, 1, 1e9 * arguments.card_gigabytes),
+        "eight_cards": layout(*of_layer, 10_000_000, 8, 1e9 * arguments.card_gigabytes),
     }
-    del sample
     if not arguments.layout:
         found["copy_gigabytes_per_second"] = bandwidth(device)
         found["measured"] = measured(arguments.recipe, arguments.tokens, arguments.layers, device)
