@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from narrowkv.attention.cuda_blocks import Blocks
+from narrowkv.codec.cuda import sent
 from narrowkv.store import LayerStore
 
 
@@ -26,7 +26,7 @@ def side_parts(store: LayerStore, blocks: Blocks, side: int, new: Tensor | None)
             "tail_zero": room.ranges.get("zero"),
             "tail_outliers": room.outlier_values,
             "tail_index": room.outlier_index,
-            "tail_count": room.tally.counts if room.tally else room.codes.new_tensor([room.outliers], dtype=torch.int32),
+            "tail_count": room.tally.counts if room.tally else sent([room.outliers], room.codes.device),
         }
     if store.sink_numbers is not None:
         parts["sinks"] = store.sink_numbers[side]

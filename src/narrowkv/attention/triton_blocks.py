@@ -17,7 +17,7 @@ from narrowkv.attention.triton_tiles import column_places, fitting, ranged, read
 TURNS = tl.constexpr(32)  # blocks for which queries are turned on from one to the next, before they are turned anew
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kept_stride", "padding_stride", "hidden_stride"])  # which change while decoding
 def attend_blocks(
     query, table, starts, bases, lengths, sums, peaks, tiles,
     key_table, key_bytes, key_scale, key_zero, value_table, value_bytes, value_scale, value_zero,
@@ -73,7 +73,7 @@ def attend_blocks(
     value_tile = key_tile + K.tile
     for i in range(0, K.tile + V.tile, 1024):
         within = i + tl.arange(0, 1024)
-        tl.store(key_tile + within, tl.zeros([1024], NUMBER), mask=within < K.tile + V.tile)
+        tl.store(key_tile + within, tl.full([1024], 0, NUMBER), mask=within < K.tile + V.tile)
     largest = tl.full([C.room], float("-inf"), tl.float32)
     totals = tl.full([K.columns, C.room], 0, tl.float32)
     part = tl.full([V.channels, C.room], 0, tl.float32)

@@ -28,8 +28,9 @@ def fetch(addresses, begin, end, head, F: tl.constexpr):
         fetch_plane(planes[i], head, F.rows * F.row_bytes[i])
     if F.nonzeros > 0:
         which = begin + tl.minimum(tl.arange(0, F.nonzeros), tl.maximum(end - begin - 1, 0))
-        fetch_lines(index + which * 2)
-        fetch_lines(values + which * (F.numbers * (4 if F.kind == "fp32" else 2)))
+        some = end > begin  # else there may be no such memory
+        fetch_lines(tl.where(some, index + which * 2, planes[0]))
+        fetch_lines(tl.where(some, values + which * (F.numbers * (4 if F.kind == "fp32" else 2)), planes[0]))
 
 
 @triton.jit

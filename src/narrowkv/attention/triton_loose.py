@@ -8,7 +8,7 @@ from narrowkv.attention.triton_rows import angles, in_twos, pair_channels, read_
 TOKENS = tl.constexpr(64)  # at a time
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kept_stride", "padding_stride", "hidden_stride"])  # which change while decoding
 def attend_loose(
     packed_query, query, tail_keys, tail_values, sink_keys, sink_values, window_keys, window_values, new_keys, new_values,
     lengths, sums, peaks, turns, kept, padding, hidden, sink_index,

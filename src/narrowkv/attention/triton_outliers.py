@@ -76,7 +76,7 @@ def put_some(tile, entry, at, start, F: tl.constexpr):
 def clear_some(tile, at, F: tl.constexpr):
     """A round of `clear_outliers`."""
     for number in tl.static_range(tl.constexpr(F.numbers)):
-        store_number(tile, at, number, tl.zeros([F.nonzeros], tile.dtype.element_ty), F)
+        store_number(tile, at, number, tl.full([F.nonzeros], 0, tile.dtype.element_ty), F)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import triton.language as tl
 from narrowkv.codec.triton_ranges import code_of, inner_range
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "free"])
 def encode_tokens(
     x, skip, codes, scale, zero, index, values, counts, places,
     boundaries, fixed_scale, fixed_zero, lower, upper,
@@ -110,7 +110,7 @@ def nearest(x, y, points, live, LEVELS: tl.constexpr, NUMBERS: tl.constexpr, WID
     return found, best
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "free"])
 def encode_points(
     exact, numbers, skip, points, limit, codes, index, values, counts, places,
     first, room, free, tokens, heads,
@@ -149,7 +149,7 @@ def encode_points(
     tl.atomic_add(counts + 1, unfit, mask=unfit > 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def put_tokens(
     x, room, counts, places, first, tokens, x_batch, x_head, x_token,
     HEADS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, PLACED: tl.constexpr,

@@ -121,7 +121,8 @@ class PackedCache(NarrowCache):
             for layer in self.packed:
                 if isinstance(layer, DenseLayer):
                     layer.padding = None if mask is None else mask.bool()
-        self.news.receive()
+        if not self.captured:
+            self.news.receive()
         self.running, self.before = True, self.length
 
     def first_needed(self, ledger: Ledger) -> int:

@@ -22,6 +22,7 @@ from narrowkv.integrations.cache import PackedCache
 from narrowkv.integrations.layer import PackedLayer
 from narrowkv.store import steps
 
+ROW = 16  # numbers told to a layer: `cuda.lengths`, and where its tail, its window and its ledger are written
 ROOM = 1024  # tokens for which masks and positions find room at a time, so that steps are seldom captured anew
 # what a model may be asked for beside the token: none of it changes what a step computes
 KNOWN = {"past_key_values", "position_ids", "attention_mask", "use_cache", "return_dict", "logits_to_keep", "cache_position"}
@@ -82,7 +83,8 @@ class DecodingGraph:
                 "A CUDA graph decodes layers that are all packed, which not all are; decode without one."
             )
         self.forward, self.cache = model.forward, cache
-        self.told = torch.zeros(len(cache.packed), cuda.TOLD + 3, dtype=torch.int32, device=cache.device)
+        # a row is a multiple of 16 bytes, so that kernels are the same for all layers
+        self.told = torch.zeros(len(cache.packed), ROW, dtype=torch.int32, device=cache.device)
         self.padded: bool | None = None  # whether a mask hides tokens, once one was looked at
         self._mask: Tensor | None = None  # [batch, room] bool, if so
         self._memory: Any = None  # what was captured
@@ -97,25 +99,27 @@ class DecodingGraph:
         for padding, these tokens included. Raises CacheUseError while the cache is empty, UnsupportedModelError where a step
         cannot be captured, ActivationError, up to a block of tokens late, where numbers cannot be stored.
         """
-        cache = self.cache
+        cache, device = self.cache, self.told.device
         if cache.length == 0:
             raise CacheUseError("The cache is empty; let the model read a prompt before it decodes by a CUDA graph.")
-        cache.news.receive()
         positions = torch.full_like(token_ids, cache.length) if positions is None else positions
-        self._look_at(mask)
-        self._make_room(cache.packed)
-        self._count(1)
-        try:
-            self._prepare(token_ids, positions)
-        except BaseException:
-            self._count(-1)
-            raise
-        assert self._inputs is not None and self._replay is not None and self._logits is not None
-        for held, given in zip(self._inputs, (token_ids, positions), strict=True):
-            held.copy_(given)
-        self._replay()
-        self._seal(cache.packed)
-        return self._logits.clone()
+        token_ids, positions = (x.to(device) for x in (token_ids, positions.expand_as(token_ids)))
+        with torch.no_grad(), torch.cuda.device_of(self.told):
+            cache.news.receive()
+            self._look_at(mask if mask is None else mask.to(device))
+            self._make_room(cache.packed)
+            self._count(1)
+            try:
+                self._prepare(token_ids, positions)
+                assert self._inputs is not None and self._replay is not None and self._logits is not None
+                for held, given in zip(self._inputs, (token_ids, positions), strict=True):
+                    held.copy_(given)
+                self._replay()
+            except BaseException:
+                self._count(-1)
+                raise
+            self._seal(cache.packed)
+            return self._logits.clone()
 
     def _look_at(self, mask: Tensor | None) -> None:
         """Keep what a mask hides where the graph reads it; whether it hides anything is asked of the first after a prompt."""
@@ -154,7 +158,7 @@ class DecodingGraph:
 
     def _prepare(self, token_ids: Tensor, positions: Tensor) -> None:
         """Tell the device how much of everything there is now; capture the step if what it reads is not where it was."""
-        rows, memory = [], [token_ids.shape, None if self._mask is None else self._mask.data_ptr()]
+        rows, memory = [], [token_ids.shape, *_laid_out([self._mask])]
         for layer in self.cache.packed:
             row, blocks = self._row(layer)
             rows.append(row)
@@ -173,7 +177,7 @@ class DecodingGraph:
         blocks = cuda.blocks_for(store, layer.rope, kept, self._mask)
         counts = cuda.lengths(store, blocks, past, store.length, 1, store.first - ledger.first if ledger else 0)
         places = (store.tail.tokens if store.tail else 0, store.recent.tokens, ledger.length - ledger.first if ledger else 0)
-        return [*counts, *(place - 1 for place in places)], blocks
+        return [*counts, *(place - 1 for place in places), 0], blocks
 
     def _capture(self, token_ids: Tensor, positions: Tensor) -> None:
         self._inputs = inputs = (token_ids.clone(), positions.clone())
@@ -228,5 +232,10 @@ def _memory(layer: PackedLayer, blocks: Blocks) -> list[Any]:
     """Where all lies that a layer's kernels read and write, and what of it they are compiled for."""
     store, ledger = layer.store, layer.ledger
     held = [blocks.table, blocks.starts, blocks.bases, *(store.tail.tensors() if store.tail else ()), *store.recent.tensors()]
-    held += [*(store.sink_numbers or ()), *(() if ledger is None else (ledger.room,))]
-    return [blocks.count > 0, blocks.turning, *(part.data_ptr() for part in held)]
+    held += [*(store.sink_numbers or ())]
+    return [blocks.count > 0, blocks.turning, *_laid_out([*held, store.sink_index, None if ledger is None else ledger.room])]
+
+
+def _laid_out(parts: list[Tensor | None]) -> list[Any]:
+    """Where and how tensors lie."""
+    return [None if part is None else (part.data_ptr(), part.shape, part.stride()) for part in parts]

@@ -48,7 +48,7 @@ class PackedLayer(CacheLayerMixin):
         # whether `crop` leaves no trace: tokens that have left an exact window cannot become exact again
         self.is_croppable = store.window == 0 and store.together == 1
         self.step: Step | None = None
-        self.told: Tensor | None = None  # while a CUDA graph is captured: [cuda.TOLD + 3] int32, what its kernels are told
+        self.told: Tensor | None = None  # while a CUDA graph is captured: [cuda.TOLD + 4] int32, what its kernels are told
         self.leads = False  # whether, then, it is the first of those that share a ledger
 
     @property

@@ -163,7 +163,7 @@ class LayerStore:
     def _encode_pieces(self, keys: Tensor, values: Tensor, skip: Tensor | None, new: int) -> None:
         """First what fills the tail, then whole blocks tile by tile, then a new tail."""
         batch, heads, _, dim = keys.shape
-        tile = max(reading.tile_numbers(keys.device) // (batch * heads * dim) // BLOCK, 1) * BLOCK
+        tile = min(max(reading.tile_numbers(keys.device) // (batch * heads * dim) // BLOCK, 1), reading.MOST_BLOCKS) * BLOCK
         to_seal = ((self.tail.tokens if self.tail else 0) + new) // BLOCK
         page: Page | None = None
         start = 0
@@ -201,7 +201,7 @@ class LayerStore:
         """Pack the full tail, as `_seal`; one that a GPU's steps write to stays where it is."""
         assert self.tail is not None
         sealed = self._seal(self.tail.block(), page, columns)
-        if self.tail.steppers:
+        if self.tail.stays:
             self.tail.clear()
         else:
             self.tail = None

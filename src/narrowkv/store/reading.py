@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # numbers encoded or decoded at a time, which bounds the memory of intermediate results; on a GPU, where each launch costs time
 TILE_NUMBERS, GPU_TILE_NUMBERS = 2**19, 2**23
+MOST_BLOCKS = 512  # encoded at a time: a GPU launches fewer than 65,536 programs along tokens
 
 
 def tile_numbers(device: torch.device) -> int:

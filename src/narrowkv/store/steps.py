@@ -84,9 +84,10 @@ class News:
             return
         counts, arrived = torch.stack([tally.counts for tally, _ in asked]), None
         if counts.is_cuda:
-            counts = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True).copy_(counts, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
+            with torch.cuda.device_of(counts):
+                counts = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True).copy_(counts, non_blocking=True)
+                arrived = torch.cuda.Event()
+                arrived.record()
         self.under_way.append((asked, counts, arrived))
 
     def receive(self) -> None:

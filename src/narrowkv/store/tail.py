@@ -19,10 +19,11 @@ class Tail:
         (batch, heads, _, dim), runs = keys.shape, cuda.runs_on(keys.device)
         found = [quantizer.stepper() if runs else None for quantizer in quantizers]
         self.steppers = [stepper for stepper in found if stepper is not None and None not in found]  # both, or none
-        self.most = [stepper.most(batch, heads, dim) for stepper in self.steppers]  # outliers of a token
+        self.most = [stepper.most(batch, heads, dim) for stepper in self.steppers] or [0, 0]  # outliers of a token
+        self.stays = runs  # where it is when it is sealed: a GPU's steps read and write it there
         self.rooms = tuple(
             Room(quantizer.scheme, batch, heads, BLOCK, dim, like=like, most=most)
-            for quantizer, like, most in zip(quantizers, (keys, values), self.most or (None, None), strict=True)
+            for quantizer, like, most in zip(quantizers, (keys, values), self.most if runs else (None, None), strict=True)
         )
 
     @property
