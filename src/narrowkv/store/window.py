@@ -70,7 +70,9 @@ class Window:
     def make_room(self, new: int, keys: Tensor, values: Tensor) -> None:
         """`reserve` for tokens that come by `step`."""
         self.reserve(new, keys, values)
-        self.tally = self.tally or Tally(keys.device)
+        if self.tally is None:
+            self.tally = Tally(keys.device)
+            self.room[2][:, :, self.tokens :] = False
         self.tally.promise(1)
 
     def step(self, keys: Tensor, values: Tensor, skip: Tensor | None, places: Tensor | None = None) -> None:
@@ -87,8 +89,8 @@ class Window:
             self.room[2][:, 0, new, 0] = False if skip is None else skip
 
     def crop(self, tokens: int) -> None:
-        """Keep the first `tokens` tokens; of room beyond them nothing is skipped."""
-        if self.room and tokens < self.tokens:
+        """Keep the first `tokens` tokens; where steps write, nothing is skipped beyond them."""
+        if self.tally is not None and tokens < self.tokens:
             self.room[2][:, :, tokens:] = False
         self.tokens = tokens
 
