@@ -48,7 +48,8 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Pre
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, use_safetensors=True)
         model = model.to(device).eval()
-        if model.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        slow = torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if slow and model.device.type == "cpu":
             multiply_in_float32(model)
         return model, tokenizer
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
