@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.attention.test_cpu import KEYS, VALUES, case
+from tests.cases import KEYS, VALUES, case
 
 from narrowkv.attention import Rope, Visible, cpu, cpu_words, described, naive
 from narrowkv.codec import Scheme

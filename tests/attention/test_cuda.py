@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.attention.test_cpu import KEYS, VALUES, case, made
+from tests.cases import KEYS, VALUES, case, hide, made
 
-from narrowkv.attention import AUTO, Visible, chosen, cuda, cuda_tables, naive
+from narrowkv.attention import AUTO, chosen, cuda, cuda_tables, naive
 from narrowkv.codec import Scheme
 from narrowkv.errors import UnsupportedModelError
 
@@ -69,12 +69,7 @@ def test_numbers_of_their_own_dtype(dtype):
 @pytest.mark.parametrize("rule", [None, lambda b, h, q, k: (k <= q) & (k // 48 == q // 48)])
 def test_whatever_hides_tokens(rule, window, softcap):
     query, store, options = case(KEYS["nuq4-1%"], BY_TOKEN, (3, 2, 1, 16, 150, 7), sinks=3, padded=[0, 70, 140])
-    options["visible"] = Visible(options["visible"].padding, window, rule, batch=3)
-    options |= {"softcap": softcap, "sink_logits": torch.randn(2)}
-    if window:
-        first = store.first
-        store.forget(options["past"] - window + 1)
-        options["kept"] = options["kept"][:, store.first - first :]
+    hide(query, store, options, rule, window, softcap)
     check(query, store, options)
 
 

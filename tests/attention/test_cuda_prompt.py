@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.attention.test_cpu import KEYS, VALUES, case
+from tests.cases import KEYS, VALUES, case, hide
 
-from narrowkv.attention import Visible, cuda, cuda_prompt, naive, softmax, tiled
+from narrowkv.attention import cuda, cuda_prompt, naive, softmax, tiled
 from narrowkv.codec import Scheme
 
 pytestmark = pytest.mark.skipif(
@@ -49,12 +49,7 @@ def test_every_rotary_embedding(keys, rope):
 @pytest.mark.parametrize("rule", [None, lambda b, h, q, k: (k <= q) & (k // 48 == q // 48)])
 def test_whatever_hides_tokens(rule, window, softcap):
     query, store, options = case(KEYS["nuq4-1%"], BY_TOKEN, (3, 2, 1, 16, 130 + NEW, NEW), sinks=3, padded=[0, 70, 140])
-    options["visible"] = Visible(options["visible"].padding, window, rule, batch=3)
-    options |= {"softcap": softcap, "sink_logits": torch.randn(2)}
-    if window:
-        first = store.first
-        store.forget(options["past"] - window + 1)
-        options["kept"] = options["kept"][:, store.first - first :]
+    hide(query, store, options, rule, window, softcap)
     check(query, store, options)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.attention.test_cpu import KEYS, VALUES, case
+from tests.cases import KEYS, VALUES, case
 
 from narrowkv.attention import Visible, fused, naive, tiled
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.attention.test_cpu import KEYS, made
+from tests.cases import KEYS, made
 
 from narrowkv.codec import Quantizer, Scheme, cuda, points
 from narrowkv.codec.room import Room

@@ -122,14 +122,20 @@ class Quantizer(Tables):
             keep_outliers(encoded, numbers.flatten(), outside, skip, x.dtype)
         return encoded
 
+    @property
+    def _plain(self) -> bool:
+        """Whether ranges and outliers are as every encoder has them, and levels few enough to count those below a number."""
+        scheme = self.scheme
+        by_matrix = scheme.outliers > 0 and scheme.outlier_scope == "matrix"
+        few = self.boundaries is not None and len(self.boundaries) <= MOST_BOUNDARIES
+        return few and not (by_matrix or scheme.symmetric or scheme.outlier_cap is not None)
+
     @functools.cached_property
     def _encoder(self) -> Encoder | None:
         """The compiled form of `encode`, or None where it does not do what the scheme asks for."""
         scheme = self.scheme
-        by_matrix = scheme.outliers > 0 and scheme.outlier_scope == "matrix"
         selected = scheme.axis == "channel" and outliers_per_tail(scheme.group or 0, scheme.outliers) > 0
-        special = scheme.hadamard or scheme.smooth or scheme.symmetric or scheme.outlier_cap is not None
-        if self.boundaries is None or len(self.boundaries) > MOST_BOUNDARIES or by_matrix or selected or special:
+        if self.boundaries is None or not self._plain or selected or scheme.hadamard or scheme.smooth:
             return None
         return Encoder(scheme, self.boundaries, self.scale, self.zero, self.lower, self.upper)
 
@@ -137,9 +143,7 @@ class Quantizer(Tables):
     def _cuda_encoder(self) -> cuda.Encoder | None:
         """The form of `encode` for a GPU, or None where it does not do what the scheme asks for."""
         scheme = self.scheme
-        by_matrix = scheme.outliers > 0 and scheme.outlier_scope == "matrix"
-        special = scheme.symmetric or scheme.outlier_cap is not None or scheme.group
-        if self.boundaries is None or len(self.boundaries) > MOST_BOUNDARIES or by_matrix or special:
+        if self.boundaries is None or not self._plain or scheme.group:
             return None
         scale, zero, lower, upper = (
             None if part is None else part.contiguous() for part in (self.scale, self.zero, self.lower, self.upper)
@@ -152,9 +156,8 @@ class Quantizer(Tables):
     def _group_encoder(self) -> GroupEncoder | None:
         """The same for ranges of groups, as KIVI has it."""
         scheme = self.scheme
-        if not scheme.group or outliers_per_tail(scheme.group, scheme.outliers) or scheme.hadamard or scheme.smooth:
-            return None
-        if self.boundaries is None or len(self.boundaries) > MOST_BOUNDARIES or scheme.symmetric:
+        selected = outliers_per_tail(scheme.group or 0, scheme.outliers) > 0
+        if self.boundaries is None or not self._plain or not scheme.group or selected or scheme.hadamard or scheme.smooth:
             return None
         return GroupEncoder(scheme, self.boundaries.contiguous())
 

@@ -1,0 +1,106 @@
+"""Packed stores of random numbers, by recipe, with the arguments of attention over them."""
+
+from dataclasses import replace
+
+import torch
+
+from narrowkv.attention import Rope, StoredRope, Visible
+from narrowkv.codec import Quantizer, Scheme, quantizer_for
+from narrowkv.store import LayerStore
+
+KEYS = {
+    "nuq4-1%": Scheme(4, "nuq", axis="channel", pre_rope=True, outliers=0.01),
+    "nuq3-1%": Scheme(3, "nuq", axis="channel", pre_rope=True, outliers=0.01),
+    "nuq2": Scheme(2, "nuq", axis="channel", pre_rope=True),
+    "int8": Scheme(8, "int", axis="channel"),
+    "kivi-2": Scheme(2, "int", axis="channel", group=32),
+    "kivi-4-g8": Scheme(4, "int", axis="channel", group=8, outliers=0.01),
+    "token": Scheme(4, "int", pre_rope=True, outliers=0.02),
+    "token_head groups": Scheme(3, "nf", axis="token_head", group=8),
+    "fp4": Scheme(4, "fp", axis="token_head"),
+    "hadamard": Scheme(4, "int", axis="token_head", hadamard=True),
+    "exact": Scheme(16, "exact", pre_rope=True),
+    "channel3-1%": Scheme(3, "nuq", axis="channel", codebook="channel", pre_rope=True, outliers=0.01),
+    "channel2 turned": Scheme(2, "nuq", axis="channel", codebook="channel", turn=True),
+    "pair1.5": Scheme(1.5, "nuq", axis="channel", codebook="pair", pre_rope=True),
+    "pair2-1%": Scheme(2, "nuq", axis="channel", codebook="pair", pre_rope=True, outliers=0.01),
+    "pair2.5 turned": Scheme(2.5, "nuq", axis="channel", codebook="pair", turn=True, outliers=0.01),
+    "pair3": Scheme(3, "nuq", axis="channel", codebook="pair", pre_rope=True),
+    "pair3.5": Scheme(3.5, "nuq", axis="channel", codebook="pair", pre_rope=True),
+    "pair4": Scheme(4, "nuq", axis="channel", codebook="pair"),
+}
+VALUES = {name: replace(scheme, pre_rope=False) for name, scheme in KEYS.items()}
+
+
+class PreciseRope(Rope):
+    """Angles in float64: rounded to float32 they are off by as much as positions are large."""
+
+    def cos_sin(self, kept):
+        angles = kept[..., None].double() * self.inverse_frequencies.double()
+        return angles.cos() * self.scaling, angles.sin() * self.scaling
+
+
+def made(scheme, heads, dim):
+    """A quantizer of a scheme, with tables drawn at random where it needs any."""
+    if scheme.codebook == "layer":
+        if not scheme.needs_calibration:
+            return Quantizer(scheme)
+        scale = torch.rand(heads, dim) * 3 + 0.5
+        zero = torch.randn(heads, dim)
+        codebook = torch.linspace(-1, 1, 2**scheme.code_bits) ** 3 if scheme.datatype == "nuq" else None
+        if not scheme.static:
+            return Quantizer(scheme, codebook=codebook)
+        return Quantizer(scheme, codebook=codebook, scale=scale, zero=zero, lower=zero - 2 * scale, upper=zero + 2 * scale)
+    codes = dim // scheme.numbers
+    return quantizer_for(
+        scheme,
+        points=torch.randn(heads, codes, 2**scheme.code_bits, scheme.numbers).half(),
+        weight=torch.rand(heads, codes, scheme.numbers) + 0.1,
+        limit=torch.ones(1) * 0.3 if scheme.outliers else None,
+        turn=torch.linalg.qr(torch.randn(heads, dim, dim)).Q.half() if scheme.turn else None,
+    )
+
+
+def frequencies(pairs):
+    return 1 / 10_000 ** (torch.arange(pairs) / pairs)
+
+
+def case(keys, values, shape, *, sinks=1, window=0, rope="half", padded=None, dtype=torch.float32, numbers=torch.randn):
+    """A store of random numbers and the arguments of attention over it: (query, store, options)."""
+    batch, heads, kv_heads, dim, total, new = shape
+    store = LayerStore(made(keys, kv_heads, dim), made(values, kv_heads, dim), sinks=sinks, window=window)
+    k, v = (numbers(batch, kv_heads, total, dim).to(dtype) for _ in range(2))
+    valid = None if padded is None else torch.arange(total) >= torch.tensor(padded)[:, None]
+    store.append(k, v, valid)
+    past = total - new
+    positions = (torch.arange(total) if valid is None else valid.cumsum(1) - 1).clamp(min=0).expand(batch, -1)
+    kinds = {
+        "half": PreciseRope(frequencies(dim // 2)),
+        "interleaved": PreciseRope(frequencies(dim // 2), 1.3, interleaved=True),
+        "partial": PreciseRope(frequencies(dim // 4)),
+        "stored": StoredRope("angles0", "once"),
+    }
+    turning = kinds[rope]
+    kept = positions
+    if rope == "stored":
+        angles = torch.rand(batch, total, dim // 2)
+        kept = turning.keep(None, (angles.cos(), angles.sin()))
+    options = {
+        "past": past,
+        "new": (turning.rotate(k.double(), kept)[:, :, past:], v[:, :, past:]),
+        "rope": turning if keys.pre_rope else None,
+        "kept": kept[:, store.first : past] if keys.pre_rope else None,
+        "visible": Visible(valid),
+        "scaling": dim**-0.5,
+    }
+    return torch.randn(batch, heads, new, dim), store, options
+
+
+def hide(query, store, options, rule, window, softcap):
+    """Hide tokens of a case by a rule of the mask and a window, which the store forgets by; add a softcap and sink logits."""
+    options["visible"] = Visible(options["visible"].padding, window, rule, batch=len(query))
+    options |= {"softcap": softcap, "sink_logits": torch.randn(query.shape[1])}
+    if window:
+        first = store.first
+        store.forget(options["past"] - window + 1)
+        options["kept"] = options["kept"][:, store.first - first :]
