@@ -1,15 +1,14 @@
 """Loading models and tokenizers: a local folder, a hub id, or the built-in model."""
 
-import functools
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from narrowkv.errors import UnsupportedModelError
+from narrowkv.integrations.products import lacks_products, multiply_in_float32
 
 DEMO = "narrowkv://demo"
 DTYPES: dict[str, Any] = {
@@ -34,9 +33,8 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Pre
     """A model in evaluation mode and its tokenizer.
 
     name: a local folder, a hub id or `narrowkv://demo`. dtype: auto, float32, bfloat16, float16 or float64. Weights are read
-    from safetensors only, and no code that comes with a model is run. On processors that have no products of bfloat16, for
-    which torch takes ten times as long, linear layers multiply in float32 and round. Raises UnsupportedModelError where
-    loading fails.
+    from safetensors only, and no code that comes with a model is run. On processors that have no products of 16
+    bits, linear layers multiply in float32 and round (`products.py`). Raises UnsupportedModelError where loading fails.
     """
     folder = model_folder(name)
     wanted = DTYPES.get(dtype)
@@ -48,22 +46,9 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Pre
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, use_safetensors=True)
         model = model.to(device).eval()
-        slow = torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        if slow and model.device.type == "cpu":
+        if lacks_products(model.dtype, model.device):
             multiply_in_float32(model)
         return model, tokenizer
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedModelError(f"Cannot load the model {name} on {device}: {reason}") from error
-
-
-def multiply_in_float32(model: nn.Module) -> None:
-    """Let linear layers in bfloat16 multiply in float32; results are rounded to bfloat16, as those of its products are."""
-    for module in model.modules():
-        if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:
-            module.forward = functools.partial(_linear, module)  # type: ignore[method-assign]
-
-
-def _linear(module: nn.Linear, x: Tensor) -> Tensor:
-    bias = None if module.bias is None else module.bias.float()
-    return nn.functional.linear(x.float(), module.weight.float(), bias).to(x.dtype)

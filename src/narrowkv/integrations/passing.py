@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from narrowkv.attention import AnyRope
 from narrowkv.integrations.interface import NarrowCache, Step, model_attention, require_step
 from narrowkv.integrations.probe import EmptyLayer
+from narrowkv.integrations.products import lacks_products
 
 # keys before and after the rotary embedding, values: all [batch, kv_heads, tokens, head_dim]
 Listener = Callable[[Tensor, Tensor, Tensor], None]
@@ -64,5 +65,8 @@ class PassingHandle:
         """Attention for query [batch, query_heads, queries, head_dim], not rotated."""
         if self.rope and self.kept is not None:
             query = self.rope.rotate(query, self.kept[:, -query.shape[2] :])
-        output, _ = model_attention(module, query, self.keys, self.values, mask, scaling=scaling, **kwargs)
-        return output
+        tensors = query, self.keys, self.values
+        if torch.is_grad_enabled() and lacks_products(query.dtype, query.device):  # the way back takes 15 times as long
+            tensors = query.float(), self.keys.float(), self.values.float()
+        output, _ = model_attention(module, *tensors, mask, scaling=scaling, **kwargs)
+        return output.to(query.dtype)
