@@ -37,10 +37,13 @@ def _captured(steps: Sequence[Step]) -> Step:
         for step in steps:
             step()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for step in steps:
-            step()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            for step in steps:
+                step()
+    finally:
+        torch.cuda.set_stream(stream)  # which a capture that failed would not do
     return graph.replay
 
 

@@ -94,10 +94,12 @@ def case_of(recipe: str) -> tuple[Any, Any, Case]:
     return keys, values, case
 
 
-def compiled(recipe: str, architecture: int) -> Compiled:
-    """Compile the kernel over blocks for one recipe and look at the result."""
+def compiled(recipe: str, architecture: int, exact: bool = False) -> Compiled:
+    """Compile the kernel over blocks for one recipe and look at the result. exact: for queries in float32."""
     keys, values, case = case_of(recipe)
-    return looked_at(recipe, attend_blocks, {"K": keys, "V": values, "C": case, "NUMBER": tl.float16}, TYPES, architecture)
+    constants = {"K": keys, "V": values, "C": case, "NUMBER": tl.float32 if exact else tl.float16}
+    types = TYPES | ({"query": "*fp32", "tiles": "*fp32"} if exact else {})
+    return looked_at(f"{recipe}, float32" if exact else recipe, attend_blocks, constants, types, architecture)
 
 
 def of_prompts(recipe: str, architecture: int) -> Iterator[Compiled]:
@@ -115,7 +117,9 @@ def of_prompts(recipe: str, architecture: int) -> Iterator[Compiled]:
 
 
 def others(architecture: int) -> Iterator[Compiled]:
-    """The kernels beside it."""
+    """The kernels beside it, and that over blocks in float32."""
+    for recipe in ("nuq4", "nuq4-1%", "pair3", "kivi-2"):
+        yield compiled(recipe, architecture, exact=True)
     for recipe in ("nuq4-1%", "pair2", "kivi-2"):
         yield from of_prompts(recipe, architecture)
     pointers = {"mean": "*fp32", "log_total": "*fp32", "more": "*bf16", "log_more": "*fp32"}
@@ -165,11 +169,12 @@ def looked_at(name: str, kernel: Any, constants: dict[str, Any], types: dict[str
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in whole}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     twice = kernel in (attend_loose, merge, turn_keys) or constants.get("WIDE", 0) > 2048
+    twice = twice or constants.get("NUMBER") == tl.float32
     options = {"num_warps": 2 * WARPS if twice else WARPS}
     if kernel is attend_loose:
         options["num_stages"] = 1
     if kernel is attend_blocks:
-        options["num_stages"] = stages_of(constants["K"], constants["V"])
+        options["num_stages"] = stages_of(constants["K"], constants["V"], constants["NUMBER"] == tl.float16)
     made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])

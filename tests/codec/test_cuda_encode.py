@@ -3,12 +3,12 @@
 import pytest
 import torch
 from tests.cases import KEYS, made
+from tests.conftest import KERNEL_DEVICE
 
 from narrowkv.codec import Quantizer, Scheme, cuda, points
 from narrowkv.codec.room import Room
 
 pytestmark = pytest.mark.skipif(cuda.kernels() is None, reason="needs Triton (`pip install triton`)")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCHEMES = {
     "keys, fixed": KEYS["nuq4-1%"],
     "keys, fixed, 2 bits": KEYS["nuq2"],
@@ -29,9 +29,9 @@ GROUPED = {
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
 def test_tokens_are_encoded_as_in_plain_torch(scheme, skipping, monkeypatch):
     monkeypatch.setattr(cuda, "NUMBERS", 80)  # two of three heads in a program
-    quantizer = made(scheme, 3, 40).to(DEVICE)
-    x = torch.randn(2, 3, 5, 40).half().transpose(1, 2).contiguous().transpose(1, 2).to(DEVICE)
-    skip = (torch.rand(2, 5) < 0.4).to(DEVICE) if skipping else None
+    quantizer = made(scheme, 3, 40).to(KERNEL_DEVICE)
+    x = torch.randn(2, 3, 5, 40).half().transpose(1, 2).contiguous().transpose(1, 2).to(KERNEL_DEVICE)
+    skip = (torch.rand(2, 5) < 0.4).to(KERNEL_DEVICE) if skipping else None
     expected = quantizer.encode_naive(x, skip)
     room = Room(scheme, 2, 3, 64, 40, like=x)
     held = quantizer._cuda_encoder.write(room, 7, x, skip)
@@ -49,16 +49,16 @@ def test_tokens_are_encoded_as_in_plain_torch(scheme, skipping, monkeypatch):
 
 def test_outliers_that_find_no_room_are_made_room_for():
     scheme = SCHEMES["values by token"]
-    quantizer = made(scheme, 3, 40).to(DEVICE)
-    x = torch.randn(2, 3, 2, 40, device=DEVICE).half()
+    quantizer = made(scheme, 3, 40).to(KERNEL_DEVICE)
+    x = torch.randn(2, 3, 2, 40, device=KERNEL_DEVICE).half()
     room = Room(scheme, 2, 3, 64, 40, like=x)
     room.outlier_index, room.outlier_values = room.outlier_index[:3], room.outlier_values[:3]
     assert quantizer._cuda_encoder.write(room, 0, x, None) == len(quantizer.encode_naive(x).outlier_index) > 3
 
 
 def test_what_does_not_fit_16_bits_is_told():
-    quantizer = made(SCHEMES["values by token, none outside"], 1, 16).to(DEVICE)
-    x = torch.randn(1, 1, 2, 16, device=DEVICE)
+    quantizer = made(SCHEMES["values by token, none outside"], 1, 16).to(KERNEL_DEVICE)
+    x = torch.randn(1, 1, 2, 16, device=KERNEL_DEVICE)
     x[0, 0, 1, 3] = 1e6
     room = Room(quantizer.scheme, 1, 1, 64, 16, like=x)
     assert quantizer._cuda_encoder.write(room, 0, x, None) is None
@@ -67,13 +67,13 @@ def test_what_does_not_fit_16_bits_is_told():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_numbers_that_are_equal_are_left_out_one_by_one(dtype):
     scheme = Scheme(2, "int", axis="token", outliers=0.02)
-    x = (torch.randint(-4, 4, (1, 2, 6, 80), device=DEVICE) / 7).to(dtype)
+    x = (torch.randint(-4, 4, (1, 2, 6, 80), device=KERNEL_DEVICE) / 7).to(dtype)
     x[..., 0] *= -0.0
     x[0, :, 1, :8] = 3e-6
     x[0, :, 2] = -2.5
-    expected = Quantizer(scheme).to(DEVICE).encode_naive(x)
+    expected = Quantizer(scheme).to(KERNEL_DEVICE).encode_naive(x)
     room = Room(scheme, 1, 2, 6, 80, like=x)
-    room.outliers = Quantizer(scheme).to(DEVICE)._cuda_encoder.write(room, 0, x, None)
+    room.outliers = Quantizer(scheme).to(KERNEL_DEVICE)._cuda_encoder.write(room, 0, x, None)
     assert torch.equal(room.encoded().outlier_index.sort().values, expected.outlier_index)
     for ours, theirs in zip(room.encoded().tensors()[:3], expected.tensors()[:3], strict=True):
         assert torch.equal(ours, theirs)
@@ -82,10 +82,10 @@ def test_numbers_that_are_equal_are_left_out_one_by_one(dtype):
 @pytest.mark.parametrize("skipping", [False, True])
 @pytest.mark.parametrize("scheme", GROUPED.values(), ids=GROUPED)
 def test_groups_are_encoded_as_in_plain_torch(scheme, skipping):
-    quantizer = made(scheme, 3, 40).to(DEVICE)
+    quantizer = made(scheme, 3, 40).to(KERNEL_DEVICE)
     tokens = 64 if scheme.axis == "channel" else 6
-    x = torch.randn(2, 3, tokens, 40).half().transpose(1, 2).contiguous().transpose(1, 2).to(DEVICE)
-    skip = torch.rand(2, tokens, device=DEVICE) < 0.4 if skipping else None
+    x = torch.randn(2, 3, tokens, 40).half().transpose(1, 2).contiguous().transpose(1, 2).to(KERNEL_DEVICE)
+    skip = torch.rand(2, tokens, device=KERNEL_DEVICE) < 0.4 if skipping else None
     if skip is not None:
         skip[1, tokens // 2 :] = True
     expected = quantizer.encode_naive(x, skip)
@@ -98,16 +98,16 @@ def test_groups_are_encoded_as_in_plain_torch(scheme, skipping):
 
 @pytest.mark.parametrize("scheme", GROUPED.values(), ids=GROUPED)
 def test_a_range_of_a_group_that_does_not_fit_16_bits_is_told(scheme):
-    x = torch.randn(1, 1, 32, 40, device=DEVICE)
+    x = torch.randn(1, 1, 32, 40, device=KERNEL_DEVICE)
     x[0, 0, 7, 3] = 1e6
     room = Room(scheme, 1, 1, 64, 40, like=x)
-    assert Quantizer(scheme).to(DEVICE)._group_encoder.write(room, 0, x, None) is None
+    assert Quantizer(scheme).to(KERNEL_DEVICE)._group_encoder.write(room, 0, x, None) is None
 
 
 @pytest.mark.parametrize("shape", [(3, 20, 16, 2), (1, 80, 8, 1), (2, 12, 32, 2)])
 def test_the_nearest_points_are_those_that_plain_torch_finds(shape):
-    table = torch.randn(shape, device=DEVICE)
-    numbers = torch.randn(2, shape[0], 3, shape[1] * shape[3], device=DEVICE)
+    table = torch.randn(shape, device=KERNEL_DEVICE)
+    numbers = torch.randn(2, shape[0], 3, shape[1] * shape[3], device=KERNEL_DEVICE)
     codes, cost = cuda.search(numbers, table)
     expected, distance = points.nearest_naive(numbers, table)
     assert torch.equal(codes, expected)

@@ -2,18 +2,18 @@
 
 import pytest
 import torch
+from tests.conftest import KERNEL_DEVICE
 
 from narrowkv.codec import cuda
 from narrowkv.codec.cuda_pack import pack_into
 from narrowkv.codec.packing import PLANES, pack_naive
 
 pytestmark = pytest.mark.skipif(cuda.kernels() is None, reason="needs Triton (`pip install triton`)")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize("bits", PLANES)
 def test_planes_are_those_of_plain_torch(bits):
-    prompt = torch.randint(0, 2**bits, (1, 3, 128, 40), dtype=torch.uint8, device=DEVICE)
+    prompt = torch.randint(0, 2**bits, (1, 3, 128, 40), dtype=torch.uint8, device=KERNEL_DEVICE)
     blocks = prompt.unflatten(2, (2, 64)).permute(2, 0, 1, 3, 4).flatten(0, 1)
     assert blocks.data_ptr() == prompt.data_ptr()
     for rows in (blocks, blocks.transpose(2, 3)):

@@ -28,7 +28,7 @@ from narrowkv.store import LayerStore
 
 TOLD = 12  # numbers of `lengths`
 MOST_HEAD_DIM = 256
-FEWEST_ROWS, MOST_ROWS = 8, 64  # queries of a group that share a decoded tile
+FEWEST_ROWS, MOST_ROWS = 8, 32  # queries that share a decoded tile, half as many in float32: more are spilled
 PROGRAMS = 4  # for each multiprocessor
 FEWEST_BLOCKS, MOST_SPLITS = 4, 128  # of a program; of a sequence's blocks
 
@@ -190,7 +190,7 @@ def _case(
     exact = torch.get_float32_matmul_precision() == "highest" and query.dtype == torch.float32
     return Case(
         rows=rows,
-        room=min(max(power_of_2(rows), FEWEST_ROWS), MOST_ROWS),
+        room=min(max(power_of_2(rows), FEWEST_ROWS), MOST_ROWS // (1 if query.dtype.itemsize == 2 else 2)),
         queries=query.shape[2],
         dim=query.shape[3],
         pairs=pairs,

@@ -17,7 +17,8 @@ from narrowkv.attention.triton_tiles import column_places, fitting, ranged, read
 TURNS = tl.constexpr(32)  # blocks for which queries are turned on from one to the next, before they are turned anew
 
 
-@triton.jit(do_not_specialize=["kept_stride", "padding_stride", "hidden_stride"])  # which change while decoding
+# numbers that change while a cache grows: a kernel would be compiled anew for multiples of 16, and for 1
+@triton.jit(do_not_specialize=["batch", "slots", "splits", "kept_stride", "padding_stride", "hidden_stride"])
 def attend_blocks(
     query, table, starts, bases, lengths, sums, peaks, tiles,
     key_table, key_bytes, key_scale, key_zero, value_table, value_bytes, value_scale, value_zero,

@@ -26,6 +26,7 @@ def join_piece(mean, log_total, more, log_more, rows, dim, WIDE: tl.constexpr):
     nothing = whole == 0.0
     whole = tl.where(nothing, 1.0, whole)
     share = weight / whole
+    tl.debug_barrier()  # every warp has read what one is about to write
     tl.store(log_total + row, tl.where(nothing, float("-inf"), peak + tl.log(whole)), mask=live)
     channel = tl.arange(0, WIDE)
     inside = live[:, None] & (channel < dim)[None, :]

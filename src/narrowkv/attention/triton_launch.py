@@ -176,20 +176,18 @@ class _Step:
         return self.plan.keys, self.plan.values
 
     def launch_blocks(self, sums: Tensor, peaks: Tensor, splits: int) -> None:
-        shared, lengths = self.shared, self.lengths
+        shared, lengths, plan = self.shared, self.lengths, self.plan
         assert shared.blocks is not None
         tables = [_or(part, lengths) for side in self.sides for part in (side.table, side.bytes, side.scale, side.zero)]
         programs = splits * len(sums) * self.chunks
-        tiles = sums.new_empty(
-            programs * (self.plan.keys.tile + self.plan.values.tile),
-            dtype=torch.float16 if self.plan.rounded else torch.float32,
-        )
+        dtype = torch.float16 if plan.rounded else torch.float32
+        tiles = sums.new_empty(programs * (plan.keys.tile + plan.values.tile), dtype=dtype)
         attend_blocks[(splits, len(sums), self.chunks)](
             self.packed_query, shared.blocks, shared.starts, _or(shared.bases, lengths), lengths, sums, peaks, tiles, *tables,
             _or(shared.near, lengths), _or(shared.turns, lengths), *self.sight, _or(shared.sink_index, lengths),
             shared.blocks.shape[1], sums.shape[1], splits, *self.strides, *self.numbers,
-            K=self.plan.keys, V=self.plan.values, C=self.plan.case, NUMBER=tl.float16 if self.plan.rounded else tl.float32,
-            num_warps=WARPS, num_stages=stages_of(self.plan.keys, self.plan.values),
+            K=plan.keys, V=plan.values, C=plan.case, NUMBER=NUMBERS[dtype],
+            num_warps=WARPS if plan.rounded else 2 * WARPS, num_stages=stages_of(plan.keys, plan.values, plan.rounded),
         )  # fmt: skip
 
     def launch_loose(self, tail: list[Tensor | None], present: list[str], sums: Tensor, peaks: Tensor, slot: int) -> None:
@@ -255,14 +253,14 @@ class _Step:
 WARPS = 4
 
 
-def stages_of(keys: Form, values: Form) -> int:
-    """How many blocks are under way at once.
+def stages_of(keys: Form, values: Form, rounded: bool) -> int:
+    """How many blocks are under way at once. rounded: whether numbers are read in 16 bits, else each is loaded.
 
-    Looked-up numbers would lie in shared memory, each once for every stage; and no load may overtake what a block's outliers
+    Loaded numbers would lie in shared memory, each once for every stage; and no load may overtake what a block's outliers
     write.
     """
     read_once = all(form.by_bytes or form.shuffled or form.bits == 16 for form in (keys, values))
-    return 3 if read_once and not keys.nonzeros + values.nonzeros else 1
+    return 3 if rounded and read_once and not keys.nonzeros + values.nonzeros else 1
 
 
 def _or(part: Tensor | None, other: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from narrowkv.attention.triton_rows import angles, in_twos, pair_channels, read_
 TOKENS = tl.constexpr(64)  # at a time
 
 
-@triton.jit(do_not_specialize=["kept_stride", "padding_stride", "hidden_stride"])  # which change while decoding
+@triton.jit(do_not_specialize=["slots", "slot", "places", "kept_stride", "padding_stride", "hidden_stride"])  # as in blocks
 def attend_loose(
     packed_query, query, tail_keys, tail_values, sink_keys, sink_values, window_keys, window_values, new_keys, new_values,
     lengths, sums, peaks, turns, kept, padding, hidden, sink_index,
@@ -116,7 +116,7 @@ def attend_part(
     write_part(sums, peaks, part, total, largest, channel, rows, place * slots + slot, C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total_rows", "slots", "packed"])
 def merge(
     sums, peaks, sink_logits, output, total_rows, slots, packed, group_rows, queries, dim,
     SLOTS: tl.constexpr, WIDE: tl.constexpr, SINKS: tl.constexpr, APART: tl.constexpr,

@@ -6,7 +6,7 @@ import triton.language as tl
 from narrowkv.codec.triton_ranges import code_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def encode_token_groups(
     x, skip, codes, scale, zero, counts, boundaries, first, room, x_batch, x_head, x_token, skip_batch,
     HEADS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr, SKIPS: tl.constexpr,
@@ -35,7 +35,7 @@ def encode_token_groups(
     tl.store(codes + (of_head + first + token) * DIM + channel, code, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def encode_channel_groups(
     x, codes, scale, zero, counts, boundaries, first, room, x_batch, x_head, x_token,
     HEADS: tl.constexpr, DIM: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr,

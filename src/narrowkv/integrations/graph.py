@@ -59,6 +59,17 @@ def cuda_graph(model: PreTrainedModel, cache: PackedCache) -> Iterator["Decoding
             model.__dict__["forward"] = replaced
 
 
+@contextlib.contextmanager
+def without_waiting() -> Iterator[None]:
+    """Within, what waits for the GPU raises RuntimeError: a capture would fail there, and leave torch unable to go on."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
 def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     """A function that does again on the device what `run` does, and where its result then is."""
     graph = torch.cuda.CUDAGraph()
@@ -192,6 +203,9 @@ class DecodingGraph:
             try:
                 try:
                     run()  # compiles what was not yet, and leaves what the first replay writes again
+                    if self.told.is_cuda:
+                        with without_waiting():
+                            run()
                 finally:
                     for counts, before in counted:
                         counts.copy_(before)
