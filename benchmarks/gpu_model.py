@@ -8,7 +8,7 @@ memory, once the model is there, over the bytes of a token, which are those that
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ MODELS = {
     "Llama-2-7B": {"num_key_value_heads": 32, "intermediate_size": 11_008, "vocab_size": 32_000},
 }
 RECIPES = ("nuq3-1%", "pair2", "kivi-2")
+STEPPED = ("nuq4-1%", *RECIPES)
 CASES = ((32_768, 1), (32_768, 8), (131_072, 1))
 TINY = {"num_key_value_heads": 1, "intermediate_size": 64, "vocab_size": 64, "hidden_size": 256, "num_hidden_layers": 1}
 
@@ -59,20 +60,19 @@ def packed(model: PreTrainedModel, name: str, tokens: int, batch: int) -> Packed
     return cache
 
 
-def stepped(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
+def stepped(name: str, device: torch.device, tiny: bool) -> dict[str, Any]:
     """How far logits of single tokens behind a prompt, by the kernels and by a CUDA graph of them, are from plain torch's."""
     model, gpu = model_of("Llama-3-8B", device, True).float(), device.type == "cuda"
     prompt, steps = (50, 2) if tiny else (150, 140)
     ids = torch.randint(0, 64, (2, prompt + steps), device=device)
-    for name in RECIPES[:1] if tiny else ("nuq4-1%", *RECIPES):
+    torch.manual_seed(0)
+    plain = _logits(model, empty(model, name, "torch"), ids, prompt, False)
+    row: dict[str, Any] = {"recipe": name, "steps": steps}
+    for kind, graph in (("launches", False), ("graph", True))[: 1 + gpu]:
         torch.manual_seed(0)
-        plain = _logits(model, empty(model, name, "torch"), ids, prompt, False)
-        row: dict[str, Any] = {"recipe": name, "steps": steps}
-        for kind, graph in (("launches", False), ("graph", True))[: 1 + gpu]:
-            torch.manual_seed(0)
-            found = _logits(model, empty(model, name), ids, prompt, graph)
-            row[kind] = float((found - plain).norm() / plain.norm())
-        yield row
+        found = _logits(model, empty(model, name), ids, prompt, graph)
+        row[kind] = float((found - plain).norm() / plain.norm())
+    return row
 
 
 def _logits(model: PreTrainedModel, cache: PackedCache, ids: Tensor, prompt: int, graph: bool) -> Tensor:
@@ -131,8 +131,8 @@ def longest(model: PreTrainedModel, bytes_of_a_token: float) -> int:
     return int(torch.cuda.mem_get_info()[0] / bytes_of_a_token)
 
 
-def rows(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
-    """One row for each model, length, batch and cache."""
+def rows(device: torch.device, tiny: bool) -> Generator[tuple[str, Callable[[], dict[str, Any]]], None, None]:
+    """What measures one row for each model, length, batch and cache."""
     for name in ("Llama-3-8B",) if tiny else MODELS:
         model = model_of(name, device, tiny)
         for tokens, batch in ((128, 1),) if tiny else CASES:
@@ -141,8 +141,14 @@ def rows(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
                 if cache in RECIPES:
                     make = functools.partial(packed, model, cache, tokens, batch)
                 for graph in (False, True) if cache in RECIPES and device.type == "cuda" else (False,):
-                    row = measured(model, make, batch, 2 if tiny else 20, graph)
-                    if row.get("cache_bytes"):
-                        row["longest"] = longest(model, row["cache_bytes"] / tokens / batch)
-                    yield {"model": name, "cache": cache, "tokens": tokens, "batch": batch, "graph": graph, **row}
-        del model
+                    known = {"model": name, "cache": cache, "tokens": tokens, "batch": batch, "graph": graph}
+                    label = f"{name}, {cache}, {batch} x {tokens} tokens{', CUDA graph' if graph else ''}"
+                    yield label, functools.partial(row, known, model, make, 2 if tiny else 20)
+        del model, make
+
+
+def row(known: dict[str, Any], model: PreTrainedModel, make: Callable[[], Any], turns: int) -> dict[str, Any]:
+    found = measured(model, make, known["batch"], turns, known["graph"])
+    if found.get("cache_bytes"):
+        found["longest"] = longest(model, found["cache_bytes"] / known["tokens"] / known["batch"])
+    return {**known, **found}

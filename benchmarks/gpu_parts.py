@@ -5,7 +5,7 @@ run.
 import contextlib
 import functools
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,12 +15,13 @@ from torch.nn.attention.bias import causal_lower_right
 
 from benchmarks.drawn import HEAD_DIM
 from benchmarks.gpu_clock import copies, milliseconds
-from benchmarks.gpu_store import bytes_of, filled
+from benchmarks.gpu_store import another, bytes_of, filled
 from narrowkv.attention import BACKENDS, Rope, Visible, cuda, cuda_prompt, tiled
 from narrowkv.store import BLOCK, LayerStore, steps
 
 Row = dict[str, Any]
 PREFILL = 2048
+FUSED = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)  # torch's, each by itself
 
 
 def rope_on(device: torch.device) -> Rope:
@@ -52,7 +53,7 @@ def drawn_step(
 
 
 def correctness(name: str, tokens: int, batch: int, heads: tuple[int, int], queries: int, device: torch.device) -> Row:
-    """The relative error of attention in 32 and in 16 bits against the naive twin in float32."""
+    """The relative error of attention in 32 and in 16 bits against the naive twin in float32; not a number counts as such."""
     row: Row = {"recipe": name, "tokens": tokens, "batch": batch, "heads": list(heads), "queries": queries}
     store = filled(name, tokens, batch, heads[1], device, torch.float16)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -63,7 +64,8 @@ def correctness(name: str, tokens: int, batch: int, heads: tuple[int, int], quer
         if queries > tiled.FEW_QUERIES:  # prompts take another operator where a mask says what is seen
             index = torch.arange(store.length + queries, device=device)
             shown.append(Visible(index >= 40 * torch.arange(batch, device=device)[:, None], tokens // 2))
-        row[str(dtype).removeprefix("torch.")] = max(_error(query, store, options | {"visible": some}) for some in shown)
+        errors = torch.tensor([_error(query, store, options | {"visible": some}) for some in shown])
+        row[str(dtype).removeprefix("torch.")] = errors.amax().item()  # NaN if one is
     return row
 
 
@@ -76,7 +78,7 @@ def decoding(name: str, tokens: int, batch: int, heads: tuple[int, int], device:
     """Milliseconds of one layer's attention of one token, and the share of the bandwidth of a copy."""
     store = filled(name, tokens, batch, heads[1], device, torch.bfloat16)
     size = bytes_of(store)
-    stores = [store] + [filled(name, tokens, batch, heads[1], device, torch.bfloat16) for _ in range(copies(size, device) - 1)]
+    stores = [store, *(another(store) for _ in range(copies(size, device) - 1))]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
     calls = [
         cuda.prepare(query, one, **options)
@@ -117,19 +119,12 @@ def peers(tokens: int, batch: int, heads: tuple[int, int], device: torch.device)
         )
     found = {}
     for name, form in forms.items():
-        with contextlib.suppress(RuntimeError), _flash(device):
-            found[name] = milliseconds([functools.partial(form, pair[0], pair[1]) for pair in pairs], device)
+        for kernel in FUSED if name.startswith("sdpa") and device.type == "cuda" else (None,):
+            asked = sdpa_kernel(kernel) if kernel else contextlib.nullcontext()
+            with contextlib.suppress(RuntimeError), asked:  # not all have all
+                kind = f"{name}, {kernel.name.lower().removesuffix('_attention')}" if kernel else name
+                found[kind] = milliseconds([functools.partial(form, pair[0], pair[1]) for pair in pairs], device)
     return found
-
-
-@contextlib.contextmanager
-def _flash(device: torch.device) -> Iterator[None]:
-    """Within, torch's flash attention, or cuDNN's, is taken, not the plain one."""
-    if device.type != "cuda":
-        yield
-        return
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
-        yield
 
 
 def encoding(
@@ -145,9 +140,13 @@ def encoding(
         places = torch.zeros(2, dtype=torch.int32, device=device)
         row["step"] = milliseconds([lambda: steps.write(store, new[0], new[1], places=places)] * 16, device)
 
+    store, news = another(store), steps.News()
+
     def some() -> None:
         for _ in range(tokens_appended):
+            news.receive()
             store.append(new[0], new[1])
+            news.send(steps.tallies(store))
 
     chunk = torch.randn(2, batch, heads[1], min(PREFILL, tokens), HEAD_DIM, device=device, dtype=torch.bfloat16)
     one = milliseconds([some], device, turns=3, graph=False) / tokens_appended
@@ -206,14 +205,14 @@ def _turning(options: dict[str, Any]) -> tuple[Rope | None, Tensor | None, Tenso
 
 
 def _milliseconds_of(forms: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
-    """Of each that runs; torch's by the kernel that it takes by itself."""
+    """Of each; torch's by the kernel that it takes by itself, if one runs."""
     found = {}
     for name, form in forms.items():
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(*([RuntimeError] if name.startswith("sdpa") else [])):
             found[name] = milliseconds([form], device, turns=5, graph=False)
     return found
 
 
 def _against_sdpa(found: dict[str, float]) -> Row:
     best = min((time for name, time in found.items() if name.startswith("sdpa")), default=float("nan"))
-    return {"milliseconds": found.get("ours"), "sdpa": best, "each": found}
+    return {"milliseconds": found["ours"], "sdpa": best, "each": found}

@@ -2,6 +2,8 @@
 their own.
 """
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -34,16 +36,29 @@ def filled(name: str, tokens: int, batch: int, kv_heads: int, device: torch.devi
     shape = (2, batch, kv_heads, min(blocks, DRAWN_BLOCKS) * BLOCK, drawn.HEAD_DIM)
     keys, values = torch.randn(shape, dtype=dtype, device=device)
     small.append(keys, values)
-    page = small.columns[0].page
-    slots = blocks * batch
-    larger = Page(slots, repeated(page.keys, slots), repeated(page.values, slots))
-    larger.used = slots
     store = LayerStore(*sides, sinks=recipe.sinks, window=recipe.window)
     store.shape, store.sink_index, store.sink_numbers = small.shape, small.sink_index, small.sink_numbers
-    store.columns = [Column(larger, row.clone(), BLOCK) for row in torch.arange(slots).view(blocks, batch)]
+    store.columns = columns_of(small.columns[0].page, blocks, batch)
     store.sealed = blocks * BLOCK
     store.append(*torch.randn(2, batch, kv_heads, recipe.window + LOOSE, drawn.HEAD_DIM, dtype=dtype, device=device))
     return store
+
+
+def another(store: LayerStore) -> LayerStore:
+    """The same in memory of its own."""
+    assert store.shape is not None
+    quantizers = {id(quantizer): quantizer for quantizer in store.quantizers}  # their tables are shared, as in a layer
+    other = copy.deepcopy(store, quantizers)
+    other.columns = columns_of(store.columns[0].page, len(store.columns), store.shape[0])
+    return other
+
+
+def columns_of(page: Page, blocks: int, batch: int) -> list[Column]:
+    """So many blocks of each sequence in one page: those of another, again and again."""
+    slots = blocks * batch
+    larger = Page(slots, repeated(page.keys, slots), repeated(page.values, slots))
+    larger.used = slots
+    return [Column(larger, row.clone(), BLOCK) for row in torch.arange(slots).view(blocks, batch)]
 
 
 def repeated(side: PackedSide, slots: int) -> PackedSide:

@@ -42,10 +42,11 @@ def page(found: dict[str, Any]) -> str:
 
 def correctness(rows: list[Row]) -> str:
     kinds = [kind for kind in ("float32", "float16", "bfloat16") if kind in rows[0]]
-    worst = {name: [row for row in rows if row["recipe"] == name] for name in dict.fromkeys(row["recipe"] for row in rows)}
-    cells = ([name, len(some), *(max(row[kind] for row in some) for kind in kinds)] for name, some in worst.items())
+    cells = (
+        [row["recipe"], len(row["each"]), *(row[kind] for kind in kinds), "" if row["right"] else "**wrong**"] for row in rows
+    )
     return "Largest relative error against the naive twin, by the dtype of the queries:\n\n" + table(
-        ["recipe", "shapes", *kinds], cells
+        ["recipe", "shapes", *kinds, ""], cells
     )
 
 
