@@ -9,6 +9,9 @@ KERNEL_TESTS := tests/attention/test_cpu.py tests/attention/test_cpu_words.py te
   tests/codec/test_compiled.py tests/codec/test_packing.py tests/codec/test_points.py
 INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 
+# two processes of one thread: most tests have too little to do for two threads
+SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
 .PHONY: demo test test-all lint fuzz sanitize cross results measure docs format clean
 
 $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard cpp/*)
@@ -29,10 +32,12 @@ lint: $(TOOLS)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'alone and not wide'
+	$(SIDE_BY_SIDE) -m 'not alone and not wide'
 
 test-all: lint
-	$(BIN)/python -m pytest -m ''
+	$(BIN)/python -m pytest -m alone
+	$(SIDE_BY_SIDE) -m 'not alone'
 
 fuzz: $(TOOLS)
 	NARROWKV_FUZZ=100000 $(BIN)/python -m pytest tests/integrations/test_disk.py -k mutated

@@ -5,6 +5,7 @@ import pytest
 from narrowkv.cli.main import run
 from narrowkv.evaluate.results import read_result
 
+pytestmark = pytest.mark.alone
 KEYS = {
     *("recipe", "bits_per_element", "nbytes", "nbytes_fp16", "perplexity_strict", "perplexity_stream", "perplexity_fp"),
     *("kld_strict", "kld_strict_p99", "recall", "recall_fp"),

@@ -7,6 +7,7 @@ memory is allocated, and blocks are sealed, between replays. A step is captured 
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -98,7 +99,8 @@ class DecodingGraph:
         self.told = torch.zeros(len(cache.packed), ROW, dtype=torch.int32, device=cache.device)
         self.padded: bool | None = None  # whether a mask hides tokens, once one was looked at
         self._mask: Tensor | None = None  # [batch, room] bool, if so
-        self._memory: Any = None  # what was captured
+        self._memory: _Memory | None = None  # what was captured
+        self._likes: dict[tuple[int, int, int], Tensor] = {}
         self._inputs: tuple[Tensor, Tensor] | None = None
         self._replay: Callable[[], None] | None = None
         self._logits: Tensor | None = None
@@ -147,9 +149,7 @@ class DecodingGraph:
         """On the host: let go of what no step sees any more, and find room for a token in every layer."""
         for layer in layers:
             layer.forget()
-            assert layer.store.shape is not None
-            batch, heads, dim = layer.store.shape
-            like = torch.empty(batch, heads, 1, dim, dtype=self.cache.dtype, device=self.cache.device)
+            like = self._like(layer.store.shape)
             if not steps.make_room(layer.store, like, like):
                 raise UnsupportedModelError(
                     "A captured step cannot store tokens that no kernel encodes one by one, or before all attention sinks "
@@ -160,6 +160,14 @@ class DecodingGraph:
             if ledger.length - ledger.first == ledger.room.shape[1]:
                 ledger.reserve(ROOM, ledger.room[:, :1])
 
+    def _like(self, shape: tuple[int, int, int] | None) -> Tensor:
+        """A token of a layer [batch, heads, 1, head_dim], whose numbers do not matter."""
+        assert shape is not None
+        if shape not in self._likes:
+            batch, heads, dim = shape
+            self._likes[shape] = torch.empty(batch, heads, 1, dim, dtype=self.cache.dtype, device=self.cache.device)
+        return self._likes[shape]
+
     def _count(self, new: int) -> None:
         """On the host: count the token that the device is about to store."""
         for layer in self.cache.packed:
@@ -169,13 +177,13 @@ class DecodingGraph:
 
     def _prepare(self, token_ids: Tensor, positions: Tensor) -> None:
         """Tell the device how much of everything there is now; capture the step if what it reads is not where it was."""
-        rows, memory = [], [token_ids.shape, *_laid_out([self._mask])]
+        rows, memory = [], _Memory([token_ids.shape], [self._mask])
         for layer in self.cache.packed:
             row, blocks = self._row(layer)
             rows.append(row)
-            memory += _memory(layer, blocks)
+            memory.add(layer, blocks)
         self.told.copy_(sent(rows, self.told.device))
-        if memory != self._memory:
+        if self._memory is None or not memory.is_where(self._memory):
             self._memory = self._replay = self._logits = None  # before memory is taken for others
             self._capture(token_ids, positions)
             self._memory = memory
@@ -242,14 +250,26 @@ class DecodingGraph:
         cache.news.send(cache.tallies())
 
 
-def _memory(layer: PackedLayer, blocks: Blocks) -> list[Any]:
-    """Where all lies that a layer's kernels read and write, and what of it they are compiled for."""
-    store, ledger = layer.store, layer.ledger
-    held = [blocks.table, blocks.starts, blocks.bases, *(store.tail.tensors() if store.tail else ()), *store.recent.tensors()]
-    held += [*(store.sink_numbers or ())]
-    return [blocks.count > 0, blocks.turning, *_laid_out([*held, store.sink_index, None if ledger is None else ledger.room])]
+@dataclass
+class _Memory:
+    """Where all lies that kernels of a step read and write, and what of it they are compiled for."""
+
+    facts: list[Any]
+    parts: list[Tensor | None]
+
+    def add(self, layer: PackedLayer, blocks: Blocks) -> None:
+        store, ledger = layer.store, layer.ledger
+        self.facts += [blocks.count > 0, blocks.turning]
+        self.parts += [blocks.table, blocks.starts, blocks.bases, *(store.tail.tensors() if store.tail else ())]
+        self.parts += [*store.recent.tensors(), *(store.sink_numbers or ()), store.sink_index]
+        self.parts.append(None if ledger is None else ledger.room)
+
+    def is_where(self, other: "_Memory") -> bool:
+        """Whether everything lies where that of another does; most are the same tensors."""
+        if self.facts != other.facts or len(self.parts) != len(other.parts):
+            return False
+        return all(one is two or _layout(one) == _layout(two) for one, two in zip(self.parts, other.parts, strict=True))
 
 
-def _laid_out(parts: list[Tensor | None]) -> list[Any]:
-    """Where and how tensors lie."""
-    return [None if part is None else (part.data_ptr(), part.shape, part.stride()) for part in parts]
+def _layout(part: Tensor | None) -> Any:
+    return None if part is None else (part.data_ptr(), part.shape, part.stride())
