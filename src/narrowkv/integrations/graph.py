@@ -207,16 +207,20 @@ class DecodingGraph:
             return logits
 
         counted = [(tally.counts, tally.counts.clone()) for tally in self.cache.tallies()]
+
+        def rehearse() -> None:  # leaves what the first replay writes again, and counts nothing
+            try:
+                run()
+            finally:
+                for counts, before in counted:
+                    counts.copy_(before)
+
         with self._layers_told():
             try:
-                try:
-                    run()  # compiles what was not yet, and leaves what the first replay writes again
-                    if self.told.is_cuda:
-                        with without_waiting():
-                            run()
-                finally:
-                    for counts, before in counted:
-                        counts.copy_(before)
+                rehearse()  # compiles what was not yet
+                if self.told.is_cuda:
+                    with without_waiting():
+                        rehearse()
                 self._replay, self._logits = capture(run)
             except NarrowKVError:
                 raise
