@@ -20,7 +20,7 @@ import json
 import multiprocessing
 import platform
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ import triton
 import narrowkv
 from benchmarks import gpu_model, gpu_parts
 from benchmarks.gpu_clock import bandwidth
+from benchmarks.gpu_parts import Row, Rows
 
 RECIPES = ("nuq4-1%", "nuq3-1%", "nuq2-1%", "pair3", "pair2", "kivi-2", "kivi-4")
 EVERY = (*RECIPES, "nuq4", "nuq3", "nuq2", "channel4", "channel3", "channel2", "pair3-1%", "pair2-1%", "int4", "int2", "fp16")
@@ -43,8 +44,6 @@ HEADS = ((32, 8), (32, 32))
 LENGTHS = (32_768, 131_072, 8192, 2048, 4096, 524_288)  # what is asked most comes first
 SHARES = {"correctness": 5, "steps": 1, "decoding": 5, "appending": 1, "prompts": 2, "models": 6}  # of the time
 TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 1e-2}
-Row = dict[str, Any]
-Rows = Generator[tuple[str, Callable[[], Row]], None, None]  # each by a name
 
 
 class Report:

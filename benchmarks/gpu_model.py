@@ -8,13 +8,14 @@ memory, once the model is there, over the bytes of a token, which are those that
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from benchmarks.gpu_parts import Row, Rows
 from benchmarks.gpu_store import filled, quantizer
 from narrowkv import Calibration, PackedCache, cuda_graph, get_recipe
 from narrowkv.calibration import Fingerprint
@@ -60,14 +61,14 @@ def packed(model: PreTrainedModel, name: str, tokens: int, batch: int) -> Packed
     return cache
 
 
-def stepped(name: str, device: torch.device, tiny: bool) -> dict[str, Any]:
+def stepped(name: str, device: torch.device, tiny: bool) -> Row:
     """How far logits of single tokens behind a prompt, by the kernels and by a CUDA graph of them, are from plain torch's."""
     model, gpu = model_of("Llama-3-8B", device, True).float(), device.type == "cuda"
     prompt, steps = (50, 2) if tiny else (150, 140)
     ids = torch.randint(0, 64, (2, prompt + steps), device=device)
     torch.manual_seed(0)
     plain = _logits(model, empty(model, name, "torch"), ids, prompt, False)
-    row: dict[str, Any] = {"recipe": name, "steps": steps}
+    row: Row = {"recipe": name, "steps": steps}
     for kind, graph in (("launches", False), ("graph", True))[: 1 + gpu]:
         torch.manual_seed(0)
         found = _logits(model, empty(model, name), ids, prompt, graph)
@@ -94,7 +95,7 @@ def exact(model: PreTrainedModel, tokens: int, batch: int) -> DynamicCache:
     return cache
 
 
-def measured(model: PreTrainedModel, make: Callable[[], Any], batch: int, turns: int, graph: bool) -> dict[str, Any]:
+def measured(model: PreTrainedModel, make: Callable[[], Any], batch: int, turns: int, graph: bool) -> Row:
     """Milliseconds of a token, bytes of the cache and the peak of memory while decoding; or that memory was short. graph:
     whether steps run as a CUDA graph.
     """
@@ -131,7 +132,7 @@ def longest(model: PreTrainedModel, bytes_of_a_token: float) -> int:
     return int(torch.cuda.mem_get_info()[0] / bytes_of_a_token)
 
 
-def rows(device: torch.device, tiny: bool) -> Generator[tuple[str, Callable[[], dict[str, Any]]], None, None]:
+def rows(device: torch.device, tiny: bool) -> Rows:
     """What measures one row for each model, length, batch and cache."""
     for name in ("Llama-3-8B",) if tiny else MODELS:
         model = model_of(name, device, tiny)
@@ -147,7 +148,7 @@ def rows(device: torch.device, tiny: bool) -> Generator[tuple[str, Callable[[], 
         del model, make
 
 
-def row(known: dict[str, Any], model: PreTrainedModel, make: Callable[[], Any], turns: int) -> dict[str, Any]:
+def row(known: Row, model: PreTrainedModel, make: Callable[[], Any], turns: int) -> Row:
     found = measured(model, make, known["batch"], turns, known["graph"])
     if found.get("cache_bytes"):
         found["longest"] = longest(model, found["cache_bytes"] / known["tokens"] / known["batch"])

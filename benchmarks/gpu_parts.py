@@ -5,7 +5,7 @@ run.
 import contextlib
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from narrowkv.attention import BACKENDS, Rope, Visible, cuda, cuda_prompt, tiled
 from narrowkv.store import BLOCK, LayerStore, steps
 
 Row = dict[str, Any]
+Rows = Generator[tuple[str, Callable[[], Row]], None, None]  # what measures each, by a name
 PREFILL = 2048
 FUSED = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)  # torch's, each by itself
 
