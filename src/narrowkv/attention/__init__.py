@@ -10,6 +10,7 @@ from narrowkv.attention.reading import why_unread
 from narrowkv.attention.rope import AnyRope, Rope, StoredRope
 from narrowkv.attention.visible import Visible
 from narrowkv.codec import Scheme
+from narrowkv.defaults import AUTO
 
 BACKENDS: dict[str, Callable[..., Tensor]] = {
     "cpu": cpu.attend,
@@ -17,9 +18,6 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
     "torch": tiled.attend,
     "naive": naive.attend,
 }
-
-
-AUTO = "auto"
 
 
 def chosen(backend: str, device: torch.device, dtype: torch.dtype, schemes: list[tuple[Scheme, Scheme]]) -> str:

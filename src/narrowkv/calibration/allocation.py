@@ -8,10 +8,10 @@ from torch import Tensor
 
 from narrowkv.calibration.samples import Samples
 from narrowkv.codec import AnyQuantizer, Scheme
+from narrowkv.defaults import REFERENCE_TOKENS
 from narrowkv.errors import RecipeError
 from narrowkv.store.page import BLOCK, PackedSide, to_blocks
 
-REFERENCE_TOKENS = 32_768  # at which bits are counted: tables weigh less the longer a cache is
 CELLS = 2**16  # steps into which a budget is divided
 
 

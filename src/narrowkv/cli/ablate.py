@@ -5,8 +5,6 @@ from typing import Annotated
 
 import typer
 
-from narrowkv.attention import AUTO
-from narrowkv.calibration.allocation import REFERENCE_TOKENS
 from narrowkv.cli.common import (
     BackendOption,
     CalibrationTextOption,
@@ -19,21 +17,18 @@ from narrowkv.cli.common import (
     command_line,
     default_text,
     listed,
+    load_model,
     progress,
     show_sections,
 )
+from narrowkv.defaults import AUTO, LADDERS, REFERENCE_TOKENS
 from narrowkv.errors import RecipeError, TextError
-from narrowkv.evaluate import ablate as ablating
-from narrowkv.evaluate.results import ResultFile, read_result
-from narrowkv.evaluate.sources import read_text
-from narrowkv.integrations import load_model
-from narrowkv.report.ablate import sections
 
 
 def ablate(
     model: ModelArgument,
     out: FolderOption,
-    ladders: Annotated[str, typer.Option(help="Which, separated by commas.")] = ",".join(ablating.NAMES),
+    ladders: Annotated[str, typer.Option(help="Which, separated by commas.")] = ",".join(LADDERS),
     bits: Annotated[str, typer.Option(help="Widths at which they are climbed, separated by commas.")] = "4,3,2",
     text: Annotated[str | None, typer.Option(help="Text to score: a file or a data set's name.")] = None,
     calibration_text: CalibrationTextOption = None,
@@ -48,6 +43,11 @@ def ablate(
     seed: Annotated[int, typer.Option(help="Of the random tokens in the ladder `texts`.")] = 0,
 ) -> None:
     """Climb the ladders of KVQuant's ablations on a model: what each idea gains; a table and a picture each."""
+    from narrowkv.evaluate import ablate as ablating
+    from narrowkv.evaluate.results import ResultFile, read_result
+    from narrowkv.evaluate.sources import read_text
+    from narrowkv.report.ablate import sections
+
     scored, learned = (
         default_text(model, text, "narrowkv://held-out"),
         default_text(model, calibration_text, "narrowkv://train"),

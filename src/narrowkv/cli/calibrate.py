@@ -2,16 +2,12 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.table import Table
 
-from narrowkv.attention import AUTO
-from narrowkv.calibration import Calibration
 from narrowkv.cli.common import (
-    DEFAULT_RECIPE,
     BackendOption,
     DeviceOption,
     DtypeOption,
@@ -21,15 +17,17 @@ from narrowkv.cli.common import (
     WindowOption,
     default_text,
     learn,
+    load_model,
     out,
     progress,
 )
+from narrowkv.defaults import AUTO, RECIPE
 from narrowkv.errors import RecipeError, TextError
-from narrowkv.evaluate import cut_windows
-from narrowkv.evaluate.parts import part_losses
-from narrowkv.evaluate.sources import read_text
-from narrowkv.integrations import load_model
-from narrowkv.methods import get_recipe, narrow
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from narrowkv.calibration import Calibration
 
 
 def calibrate(
@@ -49,9 +47,13 @@ def calibrate(
     backend: BackendOption = AUTO,
 ) -> None:
     """Learn a recipe's codebooks, ranges and thresholds for a model, and save them. Processes of torchrun share the text."""
+    import torch
+
+    from narrowkv.methods import get_recipe, narrow
+
     if bits is not None and recipe is not None:
         raise RecipeError("--bits makes a recipe of its own (narrowB.F); give either --bits or --recipe.")
-    chosen = get_recipe(recipe or DEFAULT_RECIPE) if bits is None else narrow.of_budget(bits)
+    chosen = get_recipe(recipe or RECIPE) if bits is None else narrow.of_budget(bits)
     source = default_text(model, text, "narrowkv://train")
     if source is None:
         raise TextError("Calibration needs a text; give one with --text FILE.")
@@ -73,16 +75,21 @@ def calibrate(
     )
 
 
-def further_windows(tokenizer: Any, text: str, window: int, samples: int, check: int) -> torch.Tensor:
+def further_windows(tokenizer: Any, text: str, window: int, samples: int, check: int) -> "Tensor":
     """Windows of the text after those of the calibration; raises TextError where there are none."""
+    from narrowkv.evaluate import cut_windows
+    from narrowkv.evaluate.sources import read_text
+
     windows = cut_windows(tokenizer, read_text(text), window, samples + check)[samples:]
     if not len(windows):
         raise TextError(f"The text ends with the calibration's {samples} windows; give more text, or fewer --samples.")
     return windows
 
 
-def measure_parts(model: Any, calibration: Calibration, windows: torch.Tensor) -> dict[tuple[int, str], float]:
+def measure_parts(model: Any, calibration: "Calibration", windows: "Tensor") -> dict[tuple[int, str], float]:
     """What each choice is found to cost, noted in the calibration's provenance too."""
+    from narrowkv.evaluate.parts import part_losses
+
     with progress("checking") as advance:
         found = part_losses(model, calibration, windows, on_step=advance)
     for (layer, side), loss in found.items():
@@ -90,7 +97,7 @@ def measure_parts(model: Any, calibration: Calibration, windows: torch.Tensor) -
     return found
 
 
-def allocation_table(calibration: Calibration, found: dict[tuple[int, str], float]) -> Table:
+def allocation_table(calibration: "Calibration", found: dict[tuple[int, str], float]) -> Table:
     """The bits chosen for each layer and the loss that they are predicted, and were found, to cost."""
     allocation = calibration.provenance["allocation"]
     table = Table(

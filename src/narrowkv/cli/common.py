@@ -1,11 +1,14 @@
-"""What the commands share: options, progress bars, and finding the tables that a recipe needs."""
+"""What the commands share: options, progress bars, and finding the tables that a recipe needs.
+
+Commands import torch, transformers and what needs them when they run, so that help and mistakes are told at once.
+"""
 
 import contextlib
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE
@@ -14,18 +17,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from narrowkv.attention import AUTO
-from narrowkv.calibration import Calibration
-from narrowkv.calibration.processes import join_processes
+from narrowkv.defaults import AUTO, DEMO, RECIPE
 from narrowkv.errors import RecipeError, TextError
-from narrowkv.evaluate import Quality, cut_windows
-from narrowkv.evaluate.sources import read_text
-from narrowkv.integrations import calibrate_many
-from narrowkv.integrations.models import DEMO
-from narrowkv.methods import Recipe, get_recipe
 from narrowkv.report import figures, sections
 
-DEFAULT_RECIPE = "narrow3"
+if TYPE_CHECKING:
+    from narrowkv.calibration import Calibration
+    from narrowkv.evaluate import Quality
+    from narrowkv.methods import Recipe
+
 WIDTH = 160  # of tables that do not go to a terminal
 
 GIVEN: ContextVar[Sequence[str]] = ContextVar("GIVEN", default=())  # arguments of the command that runs
@@ -35,7 +35,7 @@ err = Console(stderr=True)
 
 ModelArgument = Annotated[str, typer.Argument(help="A local folder, a hub id, or narrowkv://demo.", metavar="MODEL")]
 RecipeOption = Annotated[
-    str | None, typer.Option(help="A recipe's name or a JSON file, see `narrowkv recipes`.", show_default=DEFAULT_RECIPE)
+    str | None, typer.Option(help="A recipe's name or a JSON file, see `narrowkv recipes`.", show_default=RECIPE)
 ]
 CalibrationOption = Annotated[Path | None, typer.Option(help="A folder that `narrowkv calibrate` wrote.")]
 CalibrationTextOption = Annotated[
@@ -66,15 +66,36 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
+    """A model and its tokenizer, as `narrowkv.load_model`, without bars and warnings of transformers."""
+    from narrowkv import integrations
+
+    silence_transformers()
+    return integrations.load_model(name, dtype, device)
+
+
+def silence_transformers() -> None:
+    """No bars and warnings of transformers: a command has its own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
 def default_text(model: str, text: str | None, built_in: str) -> str | None:
     """The text that was named, or for the built-in model the built-in one."""
     return built_in if text is None and model == DEMO else text
 
 
 def learn(
-    model: Any, tokenizer: Any, recipes: list[Recipe], text: str, window: int, samples: int, backend: str = AUTO
-) -> list[Calibration]:
+    model: Any, tokenizer: Any, recipes: "list[Recipe]", text: str, window: int, samples: int, backend: str = AUTO
+) -> "list[Calibration]":
     """Calibrate on the first windows of a text, with a progress bar. Under torchrun the processes share the windows."""
+    from narrowkv.calibration.processes import join_processes
+    from narrowkv.evaluate import cut_windows
+    from narrowkv.evaluate.sources import read_text
+    from narrowkv.integrations import calibrate_many
+
     batches = cut_windows(tokenizer, read_text(text), window, samples).split(1)
     group, rank, size = join_processes(model.device.type)
     if len(batches) < size:
@@ -92,20 +113,23 @@ def find_source(
     window: int,
     samples: int,
     backend: str,
-) -> Calibration | Recipe:
+) -> "Calibration | Recipe":
     """The calibration in a folder, or the recipe, calibrated first on `text` if it needs that and a text is given."""
+    from narrowkv.calibration import Calibration
+    from narrowkv.methods import get_recipe
+
     if calibration is not None:
         if recipe is not None:
             raise RecipeError("A calibration has its own recipe; give either --calibration or --recipe.")
         return Calibration.from_pretrained(calibration, model)
-    chosen = get_recipe(recipe or DEFAULT_RECIPE)
+    chosen = get_recipe(recipe or RECIPE)
     if chosen.needs_calibration and text is not None:
         return learn(model, tokenizer, [chosen], text, window, samples, backend)[0]
     chosen.quantizers(0)  # a recipe that lacks its calibration says so
     return chosen
 
 
-def quality_table(rows: list[Quality], title: str) -> Table:
+def quality_table(rows: "list[Quality]", title: str) -> Table:
     """The figures of several recipes as a table."""
     table = Table(title=title, title_justify="left")
     for heading in ("recipe", "bits", "kB", "of 16 bit", "ppl strict", "ppl stream", "KLD strict", "recall"):
@@ -124,7 +148,7 @@ def quality_table(rows: list[Quality], title: str) -> Table:
     return table
 
 
-def quality_caption(rows: list[Quality]) -> str:
+def quality_caption(rows: "list[Quality]") -> str:
     """What the table's columns mean, with the figures that all rows share."""
     first = rows[0]
     recall = "" if first.recall_fp is None else f", recall {first.recall_fp:.0%}"

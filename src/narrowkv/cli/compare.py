@@ -5,8 +5,6 @@ from typing import Annotated
 
 import typer
 
-from narrowkv.attention import AUTO
-from narrowkv.calibration.allocation import REFERENCE_TOKENS
 from narrowkv.cli.common import (
     BackendOption,
     CalibrationTextOption,
@@ -19,17 +17,12 @@ from narrowkv.cli.common import (
     command_line,
     default_text,
     listed,
+    load_model,
     progress,
     show_sections,
 )
+from narrowkv.defaults import AUTO, REFERENCE_TOKENS, STREAM_CHUNK
 from narrowkv.errors import TextError
-from narrowkv.evaluate import compare as comparing
-from narrowkv.evaluate.quality import STREAM_CHUNK
-from narrowkv.evaluate.results import ResultFile, read_result
-from narrowkv.evaluate.sources import read_text
-from narrowkv.integrations import load_model
-from narrowkv.methods import get_recipe
-from narrowkv.report.compare import sections
 
 RECIPES = "narrow4,narrow3,narrow2,nuq4-1%,nuq3-1%,nuq2-1%,kivi-4,kivi-2,int4,int3"
 
@@ -56,6 +49,12 @@ def compare(
     seed: Annotated[int, typer.Option(help="Of the recall rows.")] = 0,
 ) -> None:
     """Compare recipes: bits, bytes, perplexity, divergence, top-1 agreement, recall and time; a table and a picture."""
+    from narrowkv.evaluate import compare as comparing
+    from narrowkv.evaluate.results import ResultFile, read_result
+    from narrowkv.evaluate.sources import read_text
+    from narrowkv.methods import get_recipe
+    from narrowkv.report.compare import sections
+
     chosen = [get_recipe(name) for name in listed(recipes)]
     scored, learned = (
         default_text(model, text, "narrowkv://held-out"),

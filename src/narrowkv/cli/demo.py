@@ -1,22 +1,16 @@
 """`narrowkv demo`: a real model generates from a packed cache, and a table says what each recipe costs."""
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from narrowkv.calibration import Calibration
-from narrowkv.calibration.allocation import REFERENCE_TOKENS
-from narrowkv.cli.common import JsonOption, command_line, err, learn, out, progress, quality_caption, quality_table
+from narrowkv.cli.common import JsonOption, command_line, err, learn, load_model, out, progress, quality_caption, quality_table
 from narrowkv.cli.generate import continue_text, summary
-from narrowkv.evaluate import cut_windows, measure
-from narrowkv.evaluate.quality import at_length
-from narrowkv.evaluate.recall import recall_batches
-from narrowkv.evaluate.results import ResultFile
-from narrowkv.evaluate.sources import read_text
-from narrowkv.integrations import PackedCache, load_model
-from narrowkv.integrations.models import DEMO
-from narrowkv.methods import get_recipe
+from narrowkv.defaults import DEMO, REFERENCE_TOKENS
+
+if TYPE_CHECKING:
+    from narrowkv.calibration import Calibration
 
 RECIPES = (
     "fp16",
@@ -47,6 +41,13 @@ def demo(
     recall_rows: Annotated[int, typer.Option(min=1)] = 64,
 ) -> None:
     """Calibrate the built-in model, let it speak from a packed cache, and compare recipes."""
+    from narrowkv.evaluate import cut_windows, measure
+    from narrowkv.evaluate.quality import at_length
+    from narrowkv.evaluate.recall import recall_batches
+    from narrowkv.evaluate.results import ResultFile
+    from narrowkv.evaluate.sources import read_text
+    from narrowkv.methods import get_recipe
+
     model, tokenizer = load_model(DEMO)
     recipes = [get_recipe(name) for name in RECIPES]
     calibrated = learn(model, tokenizer, [r for r in recipes if r.needs_calibration], "narrowkv://train", WINDOW, samples)
@@ -74,8 +75,10 @@ def demo(
             results.add(row.to_dict())
 
 
-def speak(model: Any, tokenizer: Any, calibration: Calibration, text: str) -> None:
+def speak(model: Any, tokenizer: Any, calibration: "Calibration", text: str) -> None:
     """Tell the model a fact, let it read something else, ask for the fact, and print what its packed cache took."""
+    from narrowkv.integrations import PackedCache
+
     cache = PackedCache(model, calibration)
     prompt = f"{FACT}\n\n{text[:BETWEEN]}\n\n{QUESTION}"
     words = continue_text(model, tokenizer, cache, prompt, 8).split(".")[0] + "."

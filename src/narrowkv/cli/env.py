@@ -3,12 +3,13 @@
 from rich.table import Table
 
 from narrowkv.cli.common import JsonOption, out
-from narrowkv.evaluate.results import environment
 from narrowkv.files import write_json
 
 
 def env(json_file: JsonOption = None) -> None:
     """Print versions and hardware, for reports."""
+    from narrowkv.evaluate.results import environment
+
     found = environment()
     table = Table(show_header=False)
     for name, what in found.items():

@@ -5,8 +5,6 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from narrowkv.attention import AUTO
-from narrowkv.calibration.allocation import REFERENCE_TOKENS
 from narrowkv.cli.common import (
     BackendOption,
     CalibrationOption,
@@ -20,19 +18,15 @@ from narrowkv.cli.common import (
     WindowOption,
     default_text,
     find_source,
+    load_model,
     out,
     progress,
     quality_caption,
     quality_table,
 )
+from narrowkv.defaults import AUTO, DENSE, REFERENCE_TOKENS, STREAM_CHUNK
 from narrowkv.errors import TextError
-from narrowkv.evaluate import cut_windows, measure
-from narrowkv.evaluate.quality import STREAM_CHUNK, bits_at
-from narrowkv.evaluate.recall import recall_batches
-from narrowkv.evaluate.sources import read_text
 from narrowkv.files import write_json
-from narrowkv.integrations import load_model
-from narrowkv.integrations.dense import DENSE
 
 
 def evaluate(
@@ -53,6 +47,11 @@ def evaluate(
     json_file: JsonOption = None,
 ) -> None:
     """Measure bits, bytes, perplexity (strict and stream), divergence and recall of a recipe or calibration."""
+    from narrowkv.evaluate import cut_windows, measure
+    from narrowkv.evaluate.quality import bits_at
+    from narrowkv.evaluate.recall import recall_batches
+    from narrowkv.evaluate.sources import read_text
+
     source_text = default_text(model, text, "narrowkv://held-out")
     if source_text is None:
         raise TextError("Evaluation needs a text; give one with --text FILE.")

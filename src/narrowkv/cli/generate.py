@@ -1,12 +1,10 @@
 """`narrowkv generate`: continue a prompt from a packed cache."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 
-from narrowkv.attention import AUTO
 from narrowkv.cli.common import (
     BackendOption,
     CalibrationOption,
@@ -20,15 +18,20 @@ from narrowkv.cli.common import (
     default_text,
     err,
     find_source,
+    load_model,
     out,
 )
+from narrowkv.defaults import AUTO
 from narrowkv.errors import TextError
-from narrowkv.evaluate.sources import read_text
-from narrowkv.integrations import PackedCache, load_model
+
+if TYPE_CHECKING:
+    from narrowkv.integrations import PackedCache
 
 
-def continue_text(model: Any, tokenizer: Any, cache: PackedCache, prompt: str, tokens: int, temperature: float = 0.0) -> str:
+def continue_text(model: Any, tokenizer: Any, cache: "PackedCache", prompt: str, tokens: int, temperature: float = 0.0) -> str:
     """The continuation of a prompt; raises TextError if the prompt is empty."""
+    import torch
+
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     if not prompt or inputs["input_ids"].shape[1] == 0:
         raise TextError("The prompt is empty; give at least one word.")
@@ -39,7 +42,7 @@ def continue_text(model: Any, tokenizer: Any, cache: PackedCache, prompt: str, t
     return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def summary(cache: PackedCache) -> str:
+def summary(cache: "PackedCache") -> str:
     """One line on what a cache holds and what it takes."""
     exact = 2 * cache.numbers
     return (
@@ -65,6 +68,11 @@ def generate(
     backend: BackendOption = AUTO,
 ) -> None:
     """Continue a prompt; the model's cache is packed by the recipe."""
+    import torch
+
+    from narrowkv.evaluate.sources import read_text
+    from narrowkv.integrations import PackedCache
+
     if (prompt is None) == (prompt_file is None):
         raise TextError("Give either --prompt TEXT or --prompt-file FILE.")
     text = prompt if prompt is not None else read_text(str(Path(prompt_file or "")))

@@ -4,7 +4,6 @@ from typing import Annotated
 
 import typer
 
-from narrowkv.attention import AUTO
 from narrowkv.cli.common import (
     BackendOption,
     DeviceOption,
@@ -14,16 +13,12 @@ from narrowkv.cli.common import (
     WindowOption,
     command_line,
     default_text,
+    load_model,
     progress,
     show_sections,
 )
+from narrowkv.defaults import AUTO, INSPECTED
 from narrowkv.errors import TextError
-from narrowkv.evaluate import cut_windows
-from narrowkv.evaluate import inspect as inspecting
-from narrowkv.evaluate.results import ResultFile, read_result
-from narrowkv.evaluate.sources import read_text
-from narrowkv.integrations import load_model
-from narrowkv.report.inspect import sections
 
 
 def inspect(
@@ -32,7 +27,7 @@ def inspect(
     layer: Annotated[
         int | None, typer.Option(help="Layer whose numbers are drawn, from 0.", show_default="the middle one")
     ] = None,
-    recipe: Annotated[str, typer.Option(help="Whose codebook is drawn.")] = inspecting.RECIPE,
+    recipe: Annotated[str, typer.Option(help="Whose codebook is drawn.")] = INSPECTED,
     text: Annotated[str | None, typer.Option(help="A text file or a data set's name.")] = None,
     window: WindowOption = 2048,
     samples: Annotated[int, typer.Option(min=1, help="Sequences to look at.")] = 4,
@@ -41,6 +36,12 @@ def inspect(
     backend: BackendOption = AUTO,
 ) -> None:
     """Draw what is quantised: magnitudes by channel, token and layer, outliers, codebooks over their data, Fisher weight."""
+    from narrowkv.evaluate import cut_windows
+    from narrowkv.evaluate import inspect as inspecting
+    from narrowkv.evaluate.results import ResultFile, read_result
+    from narrowkv.evaluate.sources import read_text
+    from narrowkv.report.inspect import sections
+
     source = default_text(model, text, "narrowkv://train")
     if source is None:
         raise TextError("There is nothing to look at without a text; give one with --text FILE.")

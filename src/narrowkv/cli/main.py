@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import typer
 from rich.markup import escape
-from transformers.utils import logging as transformers_logging
 
 from narrowkv import __version__
 from narrowkv.cli import ablate, calibrate, compare, demo, env, eval, generate, inspect, plan, recipes, report, tasks
@@ -40,8 +39,6 @@ def main(version: bool = typer.Option(False, "--version", callback=_print_versio
 
 def run(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; errors of ours become one sentence on standard error and exit status 1."""
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
     given = sys.argv[1:] if arguments is None else arguments
     GIVEN.set(given)
     try:

@@ -4,13 +4,8 @@ from typing import Annotated
 
 import typer
 
-from narrowkv.cli.common import DtypeOption, FolderOption, command_line, listed, progress, show_sections
-from narrowkv.evaluate.results import ResultFile, read_result
-from narrowkv.methods import get_recipe
-from narrowkv.plan import SHAPES, Budget, parse_bytes, parse_tokens, read_shape
-from narrowkv.plan import plan as make_plan
-from narrowkv.plan.planner import KIND
-from narrowkv.report.plan import sections
+from narrowkv.cli.common import DtypeOption, FolderOption, command_line, listed, progress, show_sections, silence_transformers
+from narrowkv.defaults import SHAPES
 
 RECIPES = "fp16,narrow4,narrow3,narrow2,nuq4-1%,nuq3-1%,nuq2-1%,kivi-2"
 
@@ -37,6 +32,14 @@ def plan(
     ] = None,
 ) -> None:
     """Tell what a cache will take, and which context fits, without loading a weight."""
+    from narrowkv.evaluate.results import ResultFile, read_result
+    from narrowkv.methods import get_recipe
+    from narrowkv.plan import Budget, parse_bytes, parse_tokens, read_shape
+    from narrowkv.plan import plan as make_plan
+    from narrowkv.plan.planner import KIND
+    from narrowkv.report.plan import sections
+
+    silence_transformers()
     chosen = [get_recipe(name) for name in listed(recipes)]
     contexts = sorted({parse_tokens(length) for length in context.split(",")})
     room, kept = (None if size is None else parse_bytes(size) for size in (memory, reserve))

@@ -2,20 +2,21 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from narrowkv.cli.common import out
-from narrowkv.codec import Scheme
 from narrowkv.files import write_json
-from narrowkv.methods import get_recipe, recipe_names
+
+if TYPE_CHECKING:
+    from narrowkv.codec import Scheme
 
 app = typer.Typer(help="List recipes, or show one.", no_args_is_help=True)
 
 
-def describe(scheme: Scheme) -> str:
+def describe(scheme: "Scheme") -> str:
     """A scheme in a few words."""
     if scheme.datatype == "exact":
         return "exact"
@@ -31,6 +32,8 @@ def describe(scheme: Scheme) -> str:
 @app.command("list")
 def list_recipes() -> None:
     """All named recipes, with their schemes."""
+    from narrowkv.methods import get_recipe, recipe_names
+
     table = Table("recipe", "keys", "values", "exact tokens", "calibration")
     for name in recipe_names():
         recipe = get_recipe(name)
@@ -56,6 +59,8 @@ def show(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the recipe to this file, to be edited.")] = None,
 ) -> None:
     """One recipe in full, as JSON."""
+    from narrowkv.methods import get_recipe
+
     plain = get_recipe(name).to_dict()
     if json_file is not None:
         write_json(json_file, plain)

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from narrowkv.attention import AUTO
 from narrowkv.cli import ablate, compare, inspect, plan, tasks
 from narrowkv.cli.common import (
     BackendOption,
@@ -23,11 +23,12 @@ from narrowkv.cli.common import (
     listed,
     out,
 )
+from narrowkv.defaults import AUTO
 from narrowkv.errors import ReportError, TextError
-from narrowkv.evaluate.results import read_result
 from narrowkv.files import write_atomically
-from narrowkv.report.page import Part, render
-from narrowkv.report.sections import Section
+
+if TYPE_CHECKING:
+    from narrowkv.report.page import Part
 
 PAGE = "report.html"
 
@@ -80,19 +81,18 @@ def _inspect(asked: Asked) -> None:
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of figures. measure: adds what its file, `<kind>.json`, lacks. sections: from what that file holds."""
+    """One kind of figures. measure: adds what its file, `<kind>.json`, lacks; `report/<kind>.py` draws what that holds."""
 
     title: str
     measure: Callable[[Asked], None]
-    sections: Callable[[dict[str, Any]], list[Section]]
 
 
 KINDS = {
-    "plan": Kind("What fits", _plan, plan.sections),
-    "compare": Kind("What recipes cost", _compare, compare.sections),
-    "tasks": Kind("Long-context tasks", _tasks, tasks.sections),
-    "ablate": Kind("What each idea gains", _ablate, ablate.sections),
-    "inspect": Kind("What is quantised", _inspect, inspect.sections),
+    "plan": Kind("What fits", _plan),
+    "compare": Kind("What recipes cost", _compare),
+    "tasks": Kind("Long-context tasks", _tasks),
+    "ablate": Kind("What each idea gains", _ablate),
+    "inspect": Kind("What is quantised", _inspect),
 }
 
 
@@ -111,6 +111,8 @@ def report(
     backend: BackendOption = AUTO,
 ) -> None:
     """Measure a model in every way and write one page, `report.html`, beside the figures; an interrupted run goes on."""
+    from narrowkv.report.page import render
+
     chosen = _chosen(only)
     running = {"dtype": dtype, "device": device, "backend": backend}
     texts = default_text(model, text, "narrowkv://held-out"), default_text(model, calibration_text, "narrowkv://train")
@@ -134,7 +136,11 @@ def _chosen(only: str) -> list[str]:
     return [name for name in KINDS if name in asked]
 
 
-def _part(folder: Path, name: str) -> Part:
+def _part(folder: Path, name: str) -> "Part":
+    from narrowkv.evaluate.results import read_result
+    from narrowkv.report.page import Part
+
     path = folder / f"{name}.json"
     result = read_result(path, name)
-    return Part(name, KINDS[name].title, path.name, result, KINDS[name].sections(result))
+    drawn = import_module(f"narrowkv.report.{name}")
+    return Part(name, KINDS[name].title, path.name, result, drawn.sections(result))

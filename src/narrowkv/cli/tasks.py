@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from narrowkv.attention import AUTO
 from narrowkv.cli.common import (
     BackendOption,
     CalibrationTextOption,
@@ -20,20 +19,14 @@ from narrowkv.cli.common import (
     command_line,
     default_text,
     listed,
+    load_model,
     progress,
     show_sections,
 )
+from narrowkv.defaults import AUTO, NEW_TOKENS, TASK_DEPTHS, TASK_LENGTHS, TASK_ROWS, TASKS
 from narrowkv.errors import TextError
-from narrowkv.evaluate import tasks as tasking
-from narrowkv.evaluate.results import ResultFile, read_result
-from narrowkv.evaluate.sources import read_text
-from narrowkv.evaluate.task_rows import MAKERS
-from narrowkv.integrations import load_model
-from narrowkv.methods import get_recipe
-from narrowkv.report.tasks import sections
 
-DEFAULT = tasking.TaskOptions()
-LENGTHS, DEPTHS = (",".join(f"{number:g}" for number in numbers) for numbers in (DEFAULT.lengths, DEFAULT.depths))
+LENGTHS, DEPTHS = (",".join(f"{number:g}" for number in numbers) for numbers in (TASK_LENGTHS, TASK_DEPTHS))
 TEXT = "narrowkv://held-out"
 RECIPES = "narrow3,narrow2,nuq2-1%,int2"
 
@@ -42,25 +35,29 @@ def tasks(
     model: ModelArgument,
     out: FolderOption,
     recipes: Annotated[str, typer.Option(help="Names of recipes or JSON files, separated by commas.")] = RECIPES,
-    wanted: Annotated[str, typer.Option("--tasks", help=f"Of {', '.join(MAKERS)}; `none` for files alone.")] = ",".join(
-        MAKERS
-    ),
+    wanted: Annotated[str, typer.Option("--tasks", help=f"Of {', '.join(TASKS)}; `none` for files alone.")] = ",".join(TASKS),
     lengths: Annotated[str, typer.Option(help="Tokens of the rows.")] = LENGTHS,
     depths: Annotated[str, typer.Option(help="Of the passkey, 0 to 1.")] = DEPTHS,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of each task, length and depth.")] = DEFAULT.rows,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of each task, length and depth.")] = TASK_ROWS,
     file: Annotated[list[Path] | None, typer.Option(help="JSON lines of LongBench or RULER; may be given again.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions of each file at most.")] = None,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Generated for a question of a file.")] = DEFAULT.new_tokens,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Generated for a question of a file.")] = NEW_TOKENS,
     text: Annotated[str, typer.Option(help="Text in which things are told: a file or a data set's name.")] = TEXT,
     calibration_text: CalibrationTextOption = None,
-    window: WindowOption = DEFAULT.window,
-    samples: SamplesOption = DEFAULT.samples,
+    window: WindowOption = 2048,
+    samples: SamplesOption = 16,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     backend: BackendOption = AUTO,
     seed: int = 0,
 ) -> None:
     """Passkey by depth and length, key-value recall, several needles, variable tracking, counting; and your own files."""
+    from narrowkv.evaluate import tasks as tasking
+    from narrowkv.evaluate.results import ResultFile, read_result
+    from narrowkv.evaluate.sources import read_text
+    from narrowkv.methods import get_recipe
+    from narrowkv.report.tasks import sections
+
     chosen = [get_recipe(name) for name in listed(recipes)]
     options = tasking.TaskOptions(
         tasks=() if wanted == "none" else tuple(listed(wanted)),

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from narrowkv.attention import AUTO
 from narrowkv.calibration import Calibration
-from narrowkv.calibration.allocation import REFERENCE_TOKENS
+from narrowkv.defaults import REFERENCE_TOKENS
 from narrowkv.errors import RecipeError
 from narrowkv.evaluate.ladders import LADDERS, OWN_TEXT, Rung, kvquant, require_widths, rotates, texts
 from narrowkv.evaluate.parts import part_losses

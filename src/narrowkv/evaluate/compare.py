@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from narrowkv.attention import AUTO
-from narrowkv.calibration.allocation import REFERENCE_TOKENS
+from narrowkv.defaults import REFERENCE_TOKENS, STREAM_CHUNK
 from narrowkv.errors import TextError
 from narrowkv.evaluate.decoding import decoding, filled_dynamic, nbytes_of
-from narrowkv.evaluate.quality import STREAM_CHUNK, Source, cut_windows, filled, measure, with_bytes_of
+from narrowkv.evaluate.quality import Source, cut_windows, filled, measure, with_bytes_of
 from narrowkv.evaluate.recall import RecallBatch, recall_batches
 from narrowkv.evaluate.results import ResultFile, definition
 from narrowkv.evaluate.steps import OnStep, Steps

@@ -11,16 +11,15 @@ from narrowkv.attention import AUTO
 from narrowkv.calibration.learning import LayerFits, Need
 from narrowkv.calibration.statistics import Quantiles
 from narrowkv.codec import Quantizer
+from narrowkv.defaults import DENSE, INSPECTED
 from narrowkv.errors import RecipeError, TextError, UnsupportedModelError
 from narrowkv.evaluate.results import ResultFile
 from narrowkv.integrations.capture import show_layers
-from narrowkv.integrations.dense import DENSE
 from narrowkv.integrations.preparation import facts_for
 from narrowkv.integrations.probe import AttentionFacts
 from narrowkv.methods import Recipe, get_recipe
 
 KIND = "inspect"
-RECIPE = "nuq3-1%"
 TENSORS = ("keys", "rotated", "values")  # before and after the rotary embedding
 FRACTIONS = {"t99": 0.99, "t99.9": 0.999, "t99.99": 0.9999, "t100": 1.0}
 HEAT_CHANNELS, HEAT_TOKENS = 128, 64  # cells of a heat map
@@ -70,7 +69,7 @@ def inspect(
     batches: Sequence[Tensor],
     results: ResultFile,
     layer: int | None = None,
-    recipe: Recipe | str = RECIPE,
+    recipe: Recipe | str = INSPECTED,
     *,
     backend: str = AUTO,
     on_step: Callable[[int, int], None] | None = None,
@@ -102,7 +101,7 @@ def inspect(
         return  # the last row is there, so all are
     schemes = chosen.schemes(fact.layer)
     if any(scheme.datatype != "nuq" or scheme.codebook != "layer" for scheme in (schemes.keys, schemes.values)):
-        raise RecipeError(f"Recipe {chosen.name} learns no codebook that a layer shares; choose one such as {RECIPE}.")
+        raise RecipeError(f"Recipe {chosen.name} learns no codebook that a layer shares; choose one such as {INSPECTED}.")
     fits = LayerFits([chosen], fact.layer, (fact.kv_heads, fact.head_dim))
     seen = [{name: _Tensor() for name in TENSORS if name != "rotated" or one.rope} for one in facts.attention]
     thresholds: list[dict[str, float]] = []

@@ -16,13 +16,13 @@ from transformers import PreTrainedModel
 from narrowkv.attention import AUTO
 from narrowkv.calibration import Calibration
 from narrowkv.codec import Scheme
+from narrowkv.defaults import STREAM_CHUNK
 from narrowkv.errors import ActivationError, TextError
 from narrowkv.evaluate.recall import RecallBatch, accuracy
 from narrowkv.integrations import PackedCache
 from narrowkv.methods import Recipe
 
 Source = Calibration | Recipe
-STREAM_CHUNK = 128
 RECALL_ROWS, RECALL_TOKENS = 8, 2**15  # recall rows at a time, fewer where they are long
 LOGIT_ROWS = 512  # tokens compared at a time, which bounds the memory of wide vocabularies
 

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from narrowkv.attention import AUTO
+from narrowkv.defaults import NEW_TOKENS, TASK_DEPTHS, TASK_LENGTHS, TASK_ROWS
 from narrowkv.errors import OutputError, TextError
 from narrowkv.evaluate.quality import Source, cut_windows, recalled
 from narrowkv.evaluate.recall import RecallBatch
@@ -35,12 +36,12 @@ class TaskOptions:
     """
 
     tasks: tuple[str, ...] = tuple(MAKERS)
-    lengths: tuple[int, ...] = (512, 1024, 2048)
-    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    rows: int = 16
+    lengths: tuple[int, ...] = TASK_LENGTHS
+    depths: tuple[float, ...] = TASK_DEPTHS
+    rows: int = TASK_ROWS
     window: int = 2048
     samples: int = 16
-    new_tokens: int = 64
+    new_tokens: int = NEW_TOKENS
     limit: int | None = None
     backend: str = AUTO
 

@@ -15,8 +15,9 @@ from narrowkv.calibration import Calibration, Fingerprint
 from narrowkv.calibration.processes import tensor_parallel_rank
 from narrowkv.codec import AnyQuantizer
 from narrowkv.codec.tally import Tally
+from narrowkv.defaults import DENSE
 from narrowkv.errors import CacheUseError, RecipeError, UnsupportedModelError
-from narrowkv.integrations.dense import DENSE, DenseLayer
+from narrowkv.integrations.dense import DenseLayer
 from narrowkv.integrations.disk import load_cache, save_cache
 from narrowkv.integrations.interface import ANOTHER_MODEL, TWO_DIMENSIONS, NarrowCache, Step
 from narrowkv.integrations.layer import PackedLayer

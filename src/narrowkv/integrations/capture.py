@@ -13,8 +13,8 @@ from narrowkv.attention import AUTO
 from narrowkv.calibration import Calibration, Fingerprint
 from narrowkv.calibration.learning import LayerFits, learn
 from narrowkv.calibration.processes import Group, is_split, reduced
+from narrowkv.defaults import DENSE
 from narrowkv.errors import ActivationError, CalibrationError, UnsupportedModelError
-from narrowkv.integrations.dense import DENSE
 from narrowkv.integrations.passing import PassingCache, PassingLayer
 from narrowkv.integrations.preparation import facts_for
 from narrowkv.integrations.probe import ModelFacts, evaluating, own_layers, text_config

@@ -13,8 +13,6 @@ from torch import Tensor
 from narrowkv.integrations.interface import valid_tokens
 from narrowkv.integrations.layer import PackedLayer
 
-DENSE = "dense"
-
 
 class DenseLayer(PackedLayer):
     """A packed layer whose `update` returns what it holds as plain tensors."""

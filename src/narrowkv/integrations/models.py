@@ -7,10 +7,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from narrowkv.defaults import DEMO
 from narrowkv.errors import UnsupportedModelError
 from narrowkv.integrations.products import lacks_products, multiply_in_float32
 
-DEMO = "narrowkv://demo"
 DTYPES: dict[str, Any] = {
     "auto": "auto",
     "float32": torch.float32,

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 from transformers.cache_utils import DummyLayer
 
+from narrowkv.defaults import DENSE
 from narrowkv.errors import RecipeError, UnsupportedModelError
-from narrowkv.integrations.dense import DENSE
 from narrowkv.integrations.interface import (
     NAME,
     LazyMask,
