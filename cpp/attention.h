@@ -7,6 +7,7 @@
 namespace narrowkv {
 
 constexpr int kBlock = 64;  // tokens of a block
+constexpr int kMostDim = 512;  // channels of a head: an index of an outlier in a block has 15 bits
 constexpr int kTurned = 32;  // tokens of a tile of keys: with their angles it has room in the nearest cache
 
 enum class Number : int { half, bfloat, single };  // how exact numbers are held
@@ -61,6 +62,7 @@ struct Rotation {
     float scaling;
     const int32_t* positions;  // [batch, ...] with this stride
     int64_t position_stride;
+    int32_t last;  // position that the tables reach
     const float* far;
     const float* near;
     const float* steps;

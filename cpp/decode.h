@@ -71,7 +71,7 @@ template <int bits>
 void decode_any(const Source& source, int first, int64_t row, int count, int stride, int other, const Ranges& ranges, int codes,
                 int from, float* tile) {
     const Side& side = source.side;
-    alignas(64) uint8_t row_codes[256 + kCodes] = {};
+    alignas(64) uint8_t row_codes[kMostDim + kCodes] = {};
     for (int i = 0; i < count; ++i, ++row, tile += stride) {
         const uint8_t* planes[3];
         for (int plane = 0; plane < 3; ++plane) {
@@ -140,19 +140,20 @@ inline void prefetch_beside(const Side& side, const Block& next, const Block& af
     if (after.outlier_offsets) __builtin_prefetch(after.outlier_offsets + head, 0, 2);
 }
 
-// Outliers of a part, from `outlier` on; they are sorted by token.
+// Outliers of a part, from `outlier` on; they are sorted by token. Should they not be, nothing is written beyond the tile.
 template <int numbers, Number kind>
 void put_outliers(Source& source, Part part, float* tile) {
     const Side& side = source.side;
     const int stride = tile_stride(side.channel_major, source.head_dim, part.tokens), codes = side.codes;
     const int by_token = side.channel_major ? 1 : stride, by_channel = side.channel_major ? stride : 1;
-    const uint32_t reciprocal = (1u << 22) / codes + 1;  // of an index below 2^14, a product and a shift divide exactly
+    const uint64_t reciprocal = (uint64_t(1) << 32) / codes + 1;  // of 16 bits, a product and a shift divide exactly
     const uint16_t* index = source.block.outlier_index;
     const uint16_t* values = static_cast<const uint16_t*>(source.block.outlier_values);
     const int last = source.block.outlier_offsets[source.head + 1], stop = (part.from + part.tokens) * codes;
     int i = source.outlier;
     for (; i < last && index[i] < stop; ++i) {
-        const int token = index[i] * uint64_t(reciprocal) >> 22, code = index[i] - token * codes;
+        const int token = index[i] * reciprocal >> 32, code = index[i] - token * codes;
+        if (token < part.from) continue;
         float* to = tile + (token - part.from) * by_token + code * by_channel;
         for (int number = 0; number < numbers; ++number) {
             to[number * codes * by_channel] = to_single(values[i * numbers + number], kind);

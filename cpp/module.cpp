@@ -83,8 +83,18 @@ struct HeldRotation {
 void make_rotation(HeldRotation* held, int pairs, bool interleaved, float scaling, std::optional<Table> far, std::optional<Table> near,
                    std::optional<Table> steps, std::optional<Array<const int16_t>> words, std::optional<Array<const int32_t>> lanes) {
     new (held) HeldRotation{{}, far, near, steps, words, lanes};
-    held->rotation = Rotation{pairs, interleaved, scaling, nullptr, 0, data_or_null(far), data_or_null(near), data_or_null(steps),
+    held->rotation = Rotation{pairs, interleaved, scaling, nullptr, 0, far ? int32_t(far->shape(0)) * kBlock - 1 : 0, data_or_null(far), data_or_null(near), data_or_null(steps),
                               data_or_null(words), data_or_null(lanes), nullptr};
+}
+
+// Every table is as large as what will be read of it.
+void require_tables(const HeldSide& held, int64_t heads) {
+    const Side& side = held.side;
+    const int64_t codes = heads * side.codes * side.numbers, ranges = int64_t(side.range_heads) * side.range_tokens * side.range_channels;
+    const auto holds = [](const std::optional<Table>& table, int64_t floats) { return !table || int64_t(table->size()) >= floats; };
+    if (!(side.bits == 16 || side.table) || !holds(held.table, (side.fixed ? codes : 1) * side.stride) || !holds(held.scale, ranges) ||
+        !holds(held.zero, ranges))
+        throw std::invalid_argument("tables are smaller than what is read of them");
 }
 
 Tail tail_from(const std::vector<int64_t>& parts) {
@@ -100,6 +110,8 @@ void attend(const std::string& kernel, int threads, int chunk, const std::vector
             float softcap) {
     static_assert(sizeof(Block) == 8 * sizeof(int64_t), "a block is eight addresses");
     if (shape.size() != 5) throw std::invalid_argument("a shape is batch, query heads, KV heads, queries and head_dim");
+    if (shape[4] > kMostDim) throw std::invalid_argument("heads have at most 512 channels");
+    require_tables(keys, shape[2]), require_tables(values, shape[2]);
     Problem problem{};
     problem.batch = shape[0];
     problem.kv_heads = shape[2];

@@ -38,6 +38,14 @@ void make_codec(HeldCodec* held, int sharing, int64_t group, double outliers, Ta
                         data_or_null(upper)};
 }
 
+// What ranges learned offline are read of is there, for so many channels of all heads.
+void require_tables(const HeldCodec& held, int64_t channels) {
+    if (held.codec.sharing != Sharing::fixed) return;
+    const auto holds = [&](const std::optional<Table>& table) { return table && int64_t(table->size()) >= channels; };
+    if (!holds(held.scale) || !holds(held.zero) || (held.codec.outliers > 0 && (!holds(held.lower) || !holds(held.upper))))
+        throw std::invalid_argument("tables are smaller than what is read of them");
+}
+
 int64_t encode_tokens(const HeldCodec& held, int kind, uint64_t data, std::array<int64_t, 4> shape, std::array<int64_t, 4> strides,
                       uint64_t skip, int64_t tokens, int64_t first, std::array<uint64_t, 5> parts, int64_t outlier_room,
                       int threads) {
@@ -50,6 +58,7 @@ int64_t encode_tokens(const HeldCodec& held, int kind, uint64_t data, std::array
                     at<uint16_t>(parts[4]),
                     outlier_room};
     const Numbers numbers = numbers_from(kind, data, shape, strides);
+    require_tables(held, shape[1] * shape[3]);
     nb::gil_scoped_release release;
     return encode(held.codec, numbers, at<const uint8_t>(skip), room, threads);
 }

@@ -10,11 +10,17 @@
 namespace narrowkv {
 namespace {
 
-constexpr int kMostPairs = 128;
+constexpr int kMostPairs = kMostDim / 2;
+
+// A position that the tables reach: whoever makes them sees to that, but nothing beyond them is read.
+inline int32_t within(const Rotation& rotation, int32_t position) {
+    return position < 0 ? 0 : position < rotation.last ? position : rotation.last;
+}
 
 // Turn queries [rows][head_dim] back by the angle of a position, and stretch them.
 inline void turn_back(const Rotation& rotation, int32_t position, int rows, int head_dim, float* query) {
     const int pairs = rotation.pairs;
+    position = within(rotation, position);
     const float* __restrict far = rotation.far + int64_t(position / kBlock) * 2 * pairs;
     const float* __restrict step = rotation.steps + position % kBlock * 2 * pairs;
     float cos[kMostPairs], sin[kMostPairs];
@@ -42,6 +48,7 @@ inline void turn_back(const Rotation& rotation, int32_t position, int rows, int 
 }
 
 inline void angle_at(const Rotation& rotation, int32_t position, int pair, float& cos, float& sin) {
+    position = within(rotation, position);
     const float* far = rotation.far + int64_t(position / kBlock) * 2 * rotation.pairs + pair;
     const float* step = rotation.steps + position % kBlock * 2 * rotation.pairs + pair;
     cos = far[0] * step[0] - far[rotation.pairs] * step[rotation.pairs];

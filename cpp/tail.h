@@ -8,15 +8,17 @@
 namespace narrowkv {
 namespace {
 
-// A token's codes looked up in codebooks that are `step` apart, or in one; a register at a time, then one by one.
-inline void look_up_tail(const uint8_t* codes, int count, const float* table, int step, float* numbers) {
+// A token's codes looked up in codebooks that are `step` apart, or in one; a register at a time, then one by one. Bits of a byte
+// beyond those of a code are not looked at.
+inline void look_up_tail(const uint8_t* codes, int count, int bits, const float* table, int step, float* numbers) {
+    const int mask = (1 << bits) - 1;
     simd::Ints apart;
     for (int lane = 0; lane < simd::width; ++lane) apart[lane] = lane * step;
     int code = 0;
     for (; code + simd::width <= count; code += simd::width) {
-        simd::store(numbers + code, simd::gather(table + code * step, simd::widen(codes + code) + apart));
+        simd::store(numbers + code, simd::gather(table + code * step, (simd::widen(codes + code) & mask) + apart));
     }
-    for (; code < count; ++code) numbers[code] = table[code * step + codes[code]];
+    for (; code < count; ++code) numbers[code] = table[code * step + (codes[code] & mask)];
 }
 
 // Decode the first `count` tokens of a head into [count][head_dim]. place: row * kv_heads + head.
@@ -33,7 +35,7 @@ inline void read_tail(const Side& side, const Tail& tail, int64_t place, int hea
     for (int token = 0; token < count; ++token, codes += side.codes) {
         float* to = numbers + token * head_dim;
         for (int number = 0; number < side.numbers; ++number) {
-            look_up_tail(codes, side.codes, table + number * side.stride, step, to + number * side.codes);
+            look_up_tail(codes, side.codes, side.bits, table + number * side.stride, step, to + number * side.codes);
         }
         if (side.fixed) continue;
         const int64_t of_head = side.scale ? head : row * heads + (heads > 1 ? head : 0);

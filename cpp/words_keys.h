@@ -129,6 +129,7 @@ class WordKeys {
     // Queries turned back by the angle of a position.
     void turn_back(int32_t position) {
         const Rotation& rotation = problem.rotation;
+        position = within(rotation, position);
         const float* far = rotation.far + int64_t(position / kBlock) * 2 * rotation.pairs;
         const float* step = rotation.steps + position % kBlock * 2 * rotation.pairs;
         const __m512i quarter = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);

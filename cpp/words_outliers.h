@@ -68,7 +68,8 @@ struct Places {
     __m512i token, code;
 
     Places(const uint16_t* index, int count, int codes) : some(__mmask16((1 << count) - 1)) {
-        const __m512i flat = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, index));
+        const __m512i last = _mm512_set1_epi32(kBlock * codes - 1);  // what a forged index would have written lies inside the block
+        const __m512i flat = _mm512_min_epu32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, index)), last);
         if ((codes & (codes - 1)) == 0) {
             token = _mm512_srl_epi32(flat, _mm_cvtsi32_si128(__builtin_ctz(codes)));
             code = _mm512_and_si512(flat, _mm512_set1_epi32(codes - 1));

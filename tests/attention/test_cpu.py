@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tests.cases import KEYS, VALUES, case, hide
 
 from narrowkv.attention import cpu, naive
+from narrowkv.attention.cpu_words import SUPPORTED
 from narrowkv.errors import UnsupportedModelError
 
 SHAPES = [
@@ -153,3 +154,27 @@ def test_any_recipe_and_shape(keys, values, shape, new, sinks, window, kernel, s
         KEYS[keys], VALUES[values], (batch, group * heads, heads, dim, total, max(new, 1)), sinks=sinks, window=window
     )
     check(query, store, options, kernel)
+
+
+@pytest.mark.parametrize("kernel", [*cpu.KERNELS, *([cpu.WORDS] if SUPPORTED else [])])
+def test_no_forged_number_leads_beyond_what_is_held(kernel):
+    """What a loader would refuse: the sanitizers see whether anything is read or written outside."""
+    query, store, options = case(KEYS["nuq3-1%"], VALUES["token"], (1, 2, 1, 64, 150, 1))
+    for side in (store.columns[0].page.keys, store.columns[0].page.values):
+        side.outlier_index.copy_(side.outlier_index.flip(0))
+        side.outlier_index[::3] = -1
+    for room in store.tail.rooms:
+        room.codes.fill_(255)
+        room.outlier_index[: room.outliers : 2] = 2**40
+    assert cpu.attend(query, store, kernel=kernel, **options).isfinite().all()
+
+
+@pytest.mark.parametrize("first", [-500, 2**31 - 200])
+def test_positions_that_no_table_is_made_for(first):
+    query, store, options = case(KEYS["nuq3-1%"], VALUES["nuq3-1%"], (2, 2, 1, 64, 150, 1))
+    check(query, store, {**options, "kept": options["kept"] + first}, tolerance=1e-4)
+
+
+def test_heads_larger_than_the_kernel_has_room_for():
+    check(*case(KEYS["nuq3-1%"], VALUES["token"], (1, 2, 1, 512, 140, 1)))
+    check(*case(KEYS["nuq2"], VALUES["nuq2"], (1, 2, 1, 520, 140, 1)))

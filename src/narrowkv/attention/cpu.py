@@ -25,6 +25,7 @@ from narrowkv.store import LayerStore, addresses
 PIECES = 64  # about so many pieces of work for any number of threads, so that sums do not depend on it
 SHORTEST_PIECE, LONGEST_PIECE = 8, 64  # blocks
 KERNELS = [name for name in ("avx512", "avx2") if name in _kernels.instruction_sets()] + ["generic"]
+MOST_HEAD_DIM = 512  # that kernels have room for
 WORDS = "words"  # the kernel that multiplies whole numbers of 16 bits
 
 
@@ -62,15 +63,17 @@ def attend(
 
     kernel: one of KERNELS, which compute in float32, or WORDS; by default WORDS, if it reads such a cache, for queries of 16
     bits and where `torch.set_float32_matmul_precision` lets products of float32 be rounded. Caches without a sealed block,
-    more than 16 queries (so prompts are read), and queries in float64 go to `tiled.attend`. Raises UnsupportedModelError off
-    the CPU, for numbers kept in float64, and for keys rotated by Hadamard before the rotary embedding.
+    more than 16 queries (so prompts are read), heads of more than 512 channels, and queries in float64 go to `tiled.attend`.
+    Raises UnsupportedModelError off the CPU, for numbers kept in float64, and for keys rotated by Hadamard before the rotary
+    embedding.
     """
     if query.device.type != "cpu":
         raise UnsupportedModelError(f"Backend cpu reads memory of the CPU, not of {query.device}; choose backend torch.")
     require_read("cpu", store.quantizers)
     rotated = rope if kept is not None else None
     sealed = min(store.sealed, past - store.first)
-    if query.shape[2] > tiled.FEW_QUERIES or query.dtype == torch.float64 or sealed <= 0:
+    beyond = query.shape[2] > tiled.FEW_QUERIES or query.dtype == torch.float64 or query.shape[3] > MOST_HEAD_DIM
+    if beyond or sealed <= 0:
         options: dict[str, Any] = {"visible": visible, "scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
         return tiled.attend(query, store, past=past, new=new, rope=rope, kept=kept, **options)
     blocks = _blocks(store, rotated)
@@ -82,6 +85,8 @@ def attend(
     output = query.new_empty(2, *query.shape)
     packed_query = turn_query(store.quantizers[0], blocks.matrices[0], query)
     turning = turning_of(rotated, None if kept is None else kept[:, : sealed + tail], query.shape[0])
+    if turning.angles is not None and kernel == WORDS:
+        kernel = KERNELS[0]
     length = past + (new[0].shape[2] if new else 0)
     hidden = _hidden(visible, store, sealed + tail, length, query.shape[2], tokens)
     sinks = None if store.sink_index is None else (store.sink_index - store.first).contiguous()

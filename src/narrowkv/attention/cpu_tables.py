@@ -18,6 +18,7 @@ from narrowkv.store.page import PackedSide, is_channel_major
 FEWEST_LEVELS, MOST_LEVELS = 16, 256  # of a codebook as the kernel reads it: one register, or what a byte counts to
 
 TILE = 32  # tokens that the kernel turns at once
+FARTHEST = 2**20  # position that tables are made for, however few tokens there are
 
 NOTHING_TURNS = _kernels.Rotation()
 _ROTATIONS = WeakIdKeyDictionary()  # by a rope's frequencies: up to which position, scaling and pairing, and the tables
@@ -99,11 +100,17 @@ def turning_of(rope: AnyRope | None, kept: Tensor | None, batch: int) -> Turning
     if rope is None or kept is None:
         return Turning(NOTHING_TURNS)
     kept = kept.expand(batch, *kept.shape[1:])
-    if not isinstance(rope, Rope):
+    if not isinstance(rope, Rope) or not _tabled(kept):
         angles = torch.stack(rope.cos_sin(kept), dim=2).float().contiguous()
         return Turning(_kernels.Rotation(pairs=angles.shape[-1], interleaved=rope.interleaved), angles=angles)
     positions = kept if kept.dtype == torch.int32 and kept.stride(1) == 1 else kept.to(torch.int32).contiguous()
     return Turning(_rotation(rope, int(kept.max())), positions)
+
+
+def _tabled(positions: Tensor) -> bool:
+    """Whether tables are as good for these positions: they take memory for all up to the largest, wherever tokens stand."""
+    least, most = torch.aminmax(positions)
+    return int(least) >= 0 and int(most) < max(FARTHEST, 8 * positions.numel())
 
 
 def _rotation(rope: Rope, position: int) -> _kernels.Rotation:
