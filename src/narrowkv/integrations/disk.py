@@ -18,7 +18,7 @@ from transformers.cache_utils import DummyLayer
 from narrowkv.calibration import Fingerprint
 from narrowkv.codec import AnyQuantizer
 from narrowkv.errors import CacheUseError, CalibrationError, FileFormatError, NarrowKVError
-from narrowkv.files import checksum, write_atomically
+from narrowkv.files import PRIVATE, checksum, write_atomically
 from narrowkv.store.state import load_tensors, to_tensors
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def save_cache(cache: "PackedCache", path: str | Path, token_ids: Tensor | None 
         "tensors_sha256": {name: tensor_checksum(tensor) for name, tensor in sorted(tensors.items())},
     }
     header["header_sha256"] = checksum(json.dumps(header, sort_keys=True).encode())
-    write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, {"narrowkv": json.dumps(header)}))
+    write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, {"narrowkv": json.dumps(header)}), PRIVATE)
 
 
 def _require_attention_only(cache: "PackedCache") -> None:
