@@ -54,7 +54,7 @@ class PackedCache(NarrowCache):
         self.recipe = source.recipe if isinstance(source, Calibration) else get_recipe(source)
         backend = chosen(backend, model.device, model.dtype, self.recipe.every_scheme())
         facts = facts_for(model, backend, [self.recipe])
-        self.dtype = model.dtype
+        self.model_dtype = _dtype_of(model.get_decoder())  # when the first tokens came; until then, at the creation
         self.fingerprint = Fingerprint.of(model)
         if isinstance(source, Calibration):
             source.fingerprint.check(self.fingerprint)
@@ -125,6 +125,8 @@ class PackedCache(NarrowCache):
         if not self.captured:
             self.news.receive()
         self.running, self.before = True, self.length
+        if self.before == 0:
+            self.model_dtype = _dtype_of(decoder)
 
     def first_needed(self, ledger: Ledger) -> int:
         """The oldest token whose entry some layer still reads."""
@@ -169,6 +171,12 @@ class PackedCache(NarrowCache):
         cache = cls(model, source, **options)
         load_cache(cache, path, token_ids)
         return cache
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the keys that are held; the model's before the first token."""
+        dtypes = self.packed[0].store.dtypes
+        return dtypes[0] if dtypes else self.model_dtype
 
     @property
     def length(self) -> int:
@@ -260,3 +268,8 @@ class PackedCache(NarrowCache):
     def __repr__(self) -> str:
         held = f"{self.length} tokens x {max(self.batch_size, 0)}"
         return f"PackedCache({self.recipe.name}, {held}, {self.nbytes:,} bytes, backend {self.backend})"
+
+
+def _dtype_of(decoder: torch.nn.Module) -> torch.dtype:
+    """That of the first weights of a language model that are floating point."""
+    return next((part.dtype for part in decoder.parameters() if part.is_floating_point()), torch.float32)

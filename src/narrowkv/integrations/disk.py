@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from narrowkv.integrations.cache import PackedCache
 
 FORMAT, FORMAT_VERSION = "narrowkv-cache", 1
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 AGAIN = "read the prompt again and save the cache anew"
 
 
@@ -51,7 +52,8 @@ def save_cache(cache: "PackedCache", path: str | Path, token_ids: Tensor | None 
         "recipe": cache.recipe.to_dict(),
         "tables_sha256": tables_checksum([layer.store.quantizers for layer in cache.packed]),
         "fingerprint": asdict(cache.fingerprint),
-        "dtype": str(cache.dtype).removeprefix("torch."),
+        "dtype": _name(cache.model_dtype),
+        "dtypes": [[_name(dtype) for dtype in layer.store.dtypes or ()] for layer in cache.packed],
         "batch": cache.batch_size,
         "rank": cache.rank,
         "shapes": [list(shape) for shape in cache.shapes],
@@ -81,11 +83,12 @@ def load_cache(cache: "PackedCache", path: str | Path, token_ids: Tensor | None 
     try:
         header, tensors = _read(Path(path), cache.device)
         _check_origin(cache, header, token_ids)
-        for i, layer, (heads, dim) in zip(cache.modules, cache.packed, cache.shapes, strict=True):
+        held = zip(cache.modules, cache.packed, cache.shapes, _dtypes(header, len(cache.packed)), strict=True)
+        for i, layer, (heads, dim), dtypes in held:
             shape = (header["batch"], heads, dim)
             prefix = f"layers.{i}."
             own = {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
-            load_tensors(layer.store, own, shape, cache.dtype)
+            load_tensors(layer.store, own, shape, dtypes)
             if layer.store.length != header["tokens"]:
                 raise FileFormatError(f"layer {i} holds {layer.store.length} tokens, not {header['tokens']}")
             window = layer.sliding_window or header["tokens"] + 1
@@ -160,7 +163,7 @@ def _check_origin(cache: "PackedCache", header: dict[str, Any], token_ids: Tenso
             )
         if header["tables_sha256"] != tables_checksum([layer.store.quantizers for layer in cache.packed]):
             raise CalibrationError("This cache was saved with another calibration; load it with the same one.")
-        if header["dtype"] != str(cache.dtype).removeprefix("torch."):
+        if header["dtype"] != _name(cache.model_dtype):
             raise CalibrationError(f"This cache was saved by a model in {header['dtype']}; load the model in that dtype.")
         if token_ids is not None and header["token_ids_sha256"] != ids_checksum(token_ids):
             raise CacheUseError(
@@ -168,6 +171,22 @@ def _check_origin(cache: "PackedCache", header: dict[str, Any], token_ids: Tenso
             )
     except (KeyError, TypeError, AttributeError) as error:
         raise FileFormatError(f"its header is not one of a cache ({error})") from error
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dtypes(header: dict[str, Any], layers: int) -> list[tuple[torch.dtype, torch.dtype]]:
+    """In which dtypes keys and values came to each layer; 0.1 had one for all."""
+    named = header.get("dtypes", [[header["dtype"]] * 2] * layers)
+    if not isinstance(named, list) or len(named) != layers:
+        raise FileFormatError("its dtypes are not those of its layers")
+    pairs = [tuple(DTYPES.get(name) for name in pair if isinstance(name, str)) for pair in named if isinstance(pair, list)]
+    found = [(pair[0], pair[1]) for pair in pairs if len(pair) == 2 and pair[0] and pair[1]]
+    if len(found) != layers:
+        raise FileFormatError("its dtypes are not those of keys and values")
+    return found
 
 
 def tensor_checksum(tensor: Tensor) -> str:

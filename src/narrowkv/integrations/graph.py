@@ -21,7 +21,7 @@ from narrowkv.codec.cuda import sent
 from narrowkv.errors import CacheUseError, NarrowKVError, UnsupportedModelError
 from narrowkv.integrations.cache import PackedCache
 from narrowkv.integrations.layer import PackedLayer
-from narrowkv.store import steps
+from narrowkv.store import LayerStore, steps
 
 ROW = 16  # numbers told to a layer: `cuda.lengths`, and where its tail, its window and its ledger are written
 ROOM = 1024  # tokens for which masks and positions find room at a time, so that steps are seldom captured anew
@@ -100,7 +100,7 @@ class DecodingGraph:
         self.padded: bool | None = None  # whether a mask hides tokens, once one was looked at
         self._mask: Tensor | None = None  # [batch, room] bool, if so
         self._memory: _Memory | None = None  # what was captured
-        self._likes: dict[tuple[int, int, int], Tensor] = {}
+        self._blank: dict[tuple[tuple[int, int, int], torch.dtype], Tensor] = {}
         self._inputs: tuple[Tensor, Tensor] | None = None
         self._replay: Callable[[], None] | None = None
         self._logits: Tensor | None = None
@@ -149,8 +149,7 @@ class DecodingGraph:
         """On the host: let go of what no step sees any more, and find room for a token in every layer."""
         for layer in layers:
             layer.forget()
-            like = self._like(layer.store.shape)
-            if not steps.make_room(layer.store, like, like):
+            if not steps.make_room(layer.store, *self._likes(layer.store)):
                 raise UnsupportedModelError(
                     "A captured step cannot store tokens that no kernel encodes one by one, or before all attention sinks "
                     "have come; decode without a CUDA graph."
@@ -160,13 +159,15 @@ class DecodingGraph:
             if ledger.length - ledger.first == ledger.room.shape[1]:
                 ledger.reserve(ROOM, ledger.room[:, :1])
 
-    def _like(self, shape: tuple[int, int, int] | None) -> Tensor:
-        """A token of a layer [batch, heads, 1, head_dim], whose numbers do not matter."""
-        assert shape is not None
-        if shape not in self._likes:
-            batch, heads, dim = shape
-            self._likes[shape] = torch.empty(batch, heads, 1, dim, dtype=self.cache.dtype, device=self.cache.device)
-        return self._likes[shape]
+    def _likes(self, store: LayerStore) -> tuple[Tensor, Tensor]:
+        """Keys and values of a token of a layer [batch, heads, 1, head_dim], whose numbers do not matter."""
+        assert store.shape is not None and store.dtypes is not None
+        batch, heads, dim = store.shape
+        for dtype in store.dtypes:
+            if (store.shape, dtype) not in self._blank:
+                blank = torch.empty(batch, heads, 1, dim, dtype=dtype, device=self.cache.device)
+                self._blank[store.shape, dtype] = blank
+        return self._blank[store.shape, store.dtypes[0]], self._blank[store.shape, store.dtypes[1]]
 
     def _count(self, new: int) -> None:
         """On the host: count the token that the device is about to store."""

@@ -46,6 +46,7 @@ class LayerStore:
         self.sink_index: Tensor | None = None  # [batch, sinks] int64 token index, -1 where not yet seen
         self.sinks_found = self.sinks == 0  # whether all are known to have been seen
         self.shape: tuple[int, int, int] | None = None  # batch, kv_heads, head_dim
+        self.dtypes: tuple[torch.dtype, torch.dtype] | None = None  # of the keys and the values that came, and of exact ones
 
     @property
     def length(self) -> int:
@@ -79,14 +80,20 @@ class LayerStore:
         """Store new tokens.
 
         keys, values: [batch, kv_heads, new, head_dim]. valid: [batch, new] bool, False for padding; None if all count.
-        Raises CacheUseError if batch, heads or head_dim differ from what is held, ActivationError on NaN and infinity; of
-        single tokens on a GPU that are encoded without waiting for it, up to a block later.
+        Raises CacheUseError if batch, heads, head_dim or dtypes differ from what is held, ActivationError on NaN and infinity;
+        of single tokens on a GPU that are encoded without waiting for it, up to a block later.
         """
-        shape = (keys.shape[0], keys.shape[1], keys.shape[3])
+        shape, dtypes = (keys.shape[0], keys.shape[1], keys.shape[3]), (keys.dtype, values.dtype)
         if self.shape is not None and shape != self.shape:
             raise CacheUseError(
                 f"This cache holds batch {self.shape[0]}, {self.shape[1]} KV heads of {self.shape[2]}, but got batch "
                 f"{shape[0]}, {shape[1]} heads of {shape[2]}; call cache.reset() or make a new cache."
+            )
+        if self.dtypes is not None and dtypes != self.dtypes:
+            held, got = ("keys in {} and values in {}".format(*pair).replace("torch.", "") for pair in (self.dtypes, dtypes))
+            raise CacheUseError(
+                f"This cache holds {held}, but got {got}; go on as it was begun (autocast, the model's dtype), or call "
+                "cache.reset()."
             )
         if steps.make_room(self, keys, values):
             steps.write(self, keys, values, None if valid is None else ~valid)
@@ -100,8 +107,13 @@ class LayerStore:
         if not self.sinks_found:
             skip = keys.new_zeros(shape[0], keys.shape[2], dtype=torch.bool) if skip is None else skip
             sinks = self._find_sinks(skip)
-        before, self.shape = self.length, shape
-        self._append(keys, values, skip)
+        before, self.shape, self.dtypes = self.length, shape, dtypes
+        try:
+            self._append(keys, values, skip)
+        except ActivationError:
+            if before == 0:
+                self.reset()
+            raise
         if sinks is not None:
             self._take_sinks(keys, values, before, *sinks)
 
@@ -144,8 +156,8 @@ class LayerStore:
         batch, heads, _, dim = keys.shape
         if self.sink_index is None:
             self.sink_index = torch.full((batch, self.sinks), -1, dtype=torch.int64, device=keys.device)
-            blank = keys.new_zeros(batch, heads, self.sinks, dim)
-            self.sink_numbers = (blank, blank.clone())
+            blank = (batch, heads, self.sinks, dim)
+            self.sink_numbers = (keys.new_zeros(blank), values.new_zeros(blank))
         assert self.sink_numbers is not None
         self.sink_index[row, place] = token + before
         for held, numbers in zip(self.sink_numbers, (keys, values), strict=True):

@@ -44,10 +44,10 @@ def to_tensors(store: LayerStore) -> dict[str, Tensor]:
 class _Reader:
     """Takes tensors from a file one by one, each of the shape and dtype it must have."""
 
-    def __init__(self, tensors: dict[str, Tensor], dtype: torch.dtype):
+    def __init__(self, tensors: dict[str, Tensor], dtypes: tuple[torch.dtype, torch.dtype]):
         self.tensors = dict(tensors)
-        self.dtype = dtype
-        self.dtype16 = dtype if dtype.itemsize == 2 else torch.float16
+        self.dtypes = dict(zip(SIDES, dtypes, strict=True))  # of exact numbers
+        self.dtypes16 = {side: dtype if dtype.itemsize == 2 else torch.float16 for side, dtype in self.dtypes.items()}
 
     def take(self, name: str, shape: tuple[int | None, ...], dtype: torch.dtype) -> Tensor:
         tensor = self.tensors.pop(name, None)
@@ -65,16 +65,23 @@ class _Reader:
         forms = scheme.range_forms(*shape)
         return {name: self.take(f"{prefix}.{name}", (rows, *form), dtype) for name, (form, dtype) in forms.items()}
 
+    def take_exact(self, prefix: str, shape: tuple[int | None, ...]) -> tuple[Tensor, Tensor]:
+        """Exact keys and values."""
+        keys, values = (self.take(f"{prefix}.{side}", shape, dtype) for side, dtype in self.dtypes.items())
+        return keys, values
 
-def load_tensors(store: LayerStore, tensors: dict[str, Tensor], shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+
+def load_tensors(
+    store: LayerStore, tensors: dict[str, Tensor], shape: tuple[int, int, int], dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
     """Fill an empty store from `to_tensors`.
 
-    shape: batch, kv_heads, head_dim. dtype: of exact numbers. Raises FileFormatError where a tensor is missing, is one too
-    many, or has a shape, a dtype or contents that no store would have written.
+    shape: batch, kv_heads, head_dim. dtypes: of keys and of values that are exact. Raises FileFormatError where a tensor is
+    missing, is one too many, or has a shape, a dtype or contents that no store would have written.
     """
-    reader, (batch, heads, dim) = _Reader(tensors, dtype), shape
+    reader, (batch, heads, dim) = _Reader(tensors, dtypes), shape
     store.reset()
-    store.shape = shape
+    store.shape, store.dtypes = shape, dtypes
     if "first" in reader.tensors:
         store.first = int(reader.take("first", (), torch.int64))
         _require(store.first > 0, "first")
@@ -93,16 +100,15 @@ def load_tensors(store: LayerStore, tensors: dict[str, Tensor], shape: tuple[int
     if "tail.keys.codes" in reader.tensors:
         pair = [_load_tail(reader, name, q, shape) for name, q in zip(SIDES, store.quantizers, strict=True)]
         _require(pair[0].tokens == pair[1].tokens < BLOCK, "tail.keys.codes")
-        like = torch.empty(batch, heads, 0, dim, dtype=dtype, device=pair[0].codes.device)
-        store.tail = Tail(store.quantizers, like, like)
+        keys, values = (torch.empty(batch, heads, 0, dim, dtype=dtype, device=pair[0].codes.device) for dtype in dtypes)
+        store.tail = Tail(store.quantizers, keys, values)
         store.tail.put((pair[0], pair[1]))
     if "recent.keys" in reader.tensors:
-        keys, values = (reader.take(f"recent.{name}", (batch, heads, None, dim), dtype) for name in SIDES)
+        keys, values = reader.take_exact("recent", (batch, heads, None, dim))
         _require(keys.shape == values.shape and keys.shape[2] < store.window + store.together, "recent.keys")
         store.recent.shift(0, keys, values, reader.take("recent_skip", (batch, keys.shape[2]), torch.bool))
     if store.sinks and store.length:
-        keys, values = (reader.take(f"sinks.{name}", (batch, heads, store.sinks, dim), dtype) for name in SIDES)
-        store.sink_numbers = (keys, values)
+        store.sink_numbers = reader.take_exact("sinks", (batch, heads, store.sinks, dim))
         store.sink_index = reader.take("sink_index", (batch, store.sinks), torch.int64)
         _require(bool(((store.sink_index >= -1) & (store.sink_index < store.length)).all()), "sink_index")
     if reader.tensors:
@@ -119,7 +125,7 @@ def _load_side(reader: _Reader, name: str, quantizer: AnyQuantizer, slots: int, 
     dim //= scheme.numbers
     rows, length = (dim, BLOCK) if channel_major else (BLOCK, dim)
     if scheme.bits == 16:
-        exact = reader.take(f"{name}.plane0", (slots, heads, BLOCK, dim), reader.dtype)
+        exact = reader.take(f"{name}.plane0", (slots, heads, BLOCK, dim), reader.dtypes[name])
         return PackedSide((heads, BLOCK, dim), 16, channel_major, [exact])
     planes = [
         reader.take(f"{name}.plane{i}", (slots, heads, rows, plane_bytes(length, plane)), torch.uint8)
@@ -127,7 +133,7 @@ def _load_side(reader: _Reader, name: str, quantizer: AnyQuantizer, slots: int, 
     ]
     ranges, outliers = reader.take_ranges(name, scheme, slots, (heads, BLOCK, dim)), None
     if scheme.outliers:
-        values = reader.take(f"{name}.outlier_values", (None, *scheme.outlier_shape), reader.dtype16)
+        values = reader.take(f"{name}.outlier_values", (None, *scheme.outlier_shape), reader.dtypes16[name])
         index = reader.take(f"{name}.outlier_index", (len(values),), torch.int16)
         offsets = reader.take(f"{name}.outlier_offsets", (slots * heads + 1,), torch.int32)
         _require(bool(((index >= 0) & (index.int() < BLOCK * dim)).all()), f"{name}.outlier_index")
@@ -140,7 +146,7 @@ def _load_side(reader: _Reader, name: str, quantizer: AnyQuantizer, slots: int, 
 def _load_tail(reader: _Reader, name: str, quantizer: AnyQuantizer, shape: tuple[int, int, int]) -> Encoded:
     scheme, (batch, heads, dim) = quantizer.scheme, shape
     dim //= scheme.numbers
-    dtype = reader.dtype if scheme.bits == 16 else torch.uint8
+    dtype = reader.dtypes[name] if scheme.bits == 16 else torch.uint8
     codes = reader.take(f"tail.{name}.codes", (batch, heads, None, dim), dtype)
     _require(codes.shape[2] > 0, f"tail.{name}.codes")
     encoded = Encoded(codes)
@@ -152,7 +158,7 @@ def _load_tail(reader: _Reader, name: str, quantizer: AnyQuantizer, shape: tuple
     if scheme.outliers:
         index = reader.take(f"tail.{name}.outlier_index", (None,), torch.int64)
         encoded.outlier_values = reader.take(
-            f"tail.{name}.outlier_values", (len(index), *scheme.outlier_shape), reader.dtype16
+            f"tail.{name}.outlier_values", (len(index), *scheme.outlier_shape), reader.dtypes16[name]
         )
         ordered = bool((index.diff() > 0).all()) and (len(index) == 0 or bool(index[0] >= 0 and index[-1] < codes.numel()))
         _require(ordered, f"tail.{name}.outlier_index")
