@@ -12,7 +12,7 @@ INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet -
 # two processes of one thread: most tests have too little to do for two threads
 SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-all lint fuzz sanitize cross results measure docs format clean
+.PHONY: demo test test-all lint fuzz sanitize wheel cross results measure docs format clean
 
 $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard cpp/*)
 	$(PYTHON) -m venv $(VENV)
@@ -52,6 +52,18 @@ sanitize: $(TOOLS)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$packages/beside.pth
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 \
 	  $(SANITIZED)/bin/python -m pytest -p no:cacheprovider $(KERNEL_TESTS)
+
+# a wheel in dist/, tried in an environment that has nothing else, on a path without a compiler
+wheel:
+	rm -rf dist build/wheel
+	$(PYTHON) -m venv build/wheel
+	PIP_CONSTRAINT=constraints.txt build/wheel/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist \
+	  --config-settings=cmake.define.BUNDLE_OPENMP=ON .
+	PIP_CONSTRAINT=constraints.txt build/wheel/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
+	cd build/wheel && env -i PATH=$(CURDIR)/build/wheel/bin narrowkv generate narrowkv://demo --recipe int4 \
+	  --prompt 'The password' --max-new-tokens 5
+	env -i PATH=$(CURDIR)/build/wheel/bin COLUMNS=120 narrowkv env
+	ls -l dist
 
 # the kernels compiled for aarch64 (Debian: apt-get install g++-aarch64-linux-gnu)
 cross:

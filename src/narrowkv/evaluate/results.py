@@ -28,6 +28,20 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
+def openmp() -> list[str]:
+    """The OpenMP runtimes that are loaded, by folder and name, as the system tells: one, where the kernels share torch's."""
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    found = {
+        path.resolve()
+        for path in (Path(line.split(maxsplit=5)[-1]) for line in lines)
+        if path.name.startswith(("libgomp", "libomp", "libiomp"))
+    }
+    return sorted("/".join(path.parts[-3:]) for path in found)
+
+
 def environment() -> dict[str, Any]:
     """Versions and hardware as plain data."""
     return {
@@ -39,6 +53,7 @@ def environment() -> dict[str, Any]:
         "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "openmp": openmp(),
         "instruction_sets": _kernels.instruction_sets(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "backends": sorted(BACKENDS),
