@@ -17,7 +17,7 @@ from narrowkv.evaluate.results import ResultFile, read_result
 from narrowkv.integrations import prepare
 
 LETTERS = make_letters()
-LEARN_FROM = "A journey of a thousand miles begins with a single step, in the morning. " * 30
+LEARN_FROM = " ".join(f"A journey of {i} miles begins with a single step, in the morning." for i in range(30))
 OPTIONS = AblateOptions(bits=(3,), window=64, limit=1, samples=3, context=128)
 
 

@@ -9,8 +9,11 @@ class Letters:
 
     bos_token_id = 1
 
-    def encode(self, text, add_special_tokens=False):
+    def encode(self, text, add_special_tokens=False, verbose=True):
         return [ord(letter) for letter in text]
+
+    def __call__(self, text):
+        return {"input_ids": [1, *self.encode(text)]}
 
     def decode(self, ids):
         return "".join(chr(i) for i in ids if i != 1)

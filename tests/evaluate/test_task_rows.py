@@ -11,7 +11,7 @@ from narrowkv.evaluate.quality import recalled
 from narrowkv.evaluate.recall import accuracy
 from narrowkv.evaluate.task_rows import MAKERS, make_rows
 
-TOKENIZER = make_letters()
+TOKENIZER = make_letters("<s> $A")
 FILLER = TOKENIZER.encode(TEXT, add_special_tokens=False)
 LENGTH = 900
 

@@ -7,18 +7,23 @@ import typer
 
 from narrowkv.cli.common import (
     BackendOption,
+    BosOption,
+    CalibrationsOption,
     CalibrationTextOption,
     DeviceOption,
     DtypeOption,
     FolderOption,
     ModelArgument,
     SamplesOption,
+    ScoredTextOption,
     WindowOption,
     command_line,
-    default_text,
+    default_texts,
     listed,
     load_model,
+    named,
     progress,
+    read_calibrations,
     show_sections,
 )
 from narrowkv.defaults import AUTO, LADDERS, REFERENCE_TOKENS
@@ -30,7 +35,8 @@ def ablate(
     out: FolderOption,
     ladders: Annotated[str, typer.Option(help="Which, separated by commas.")] = ",".join(LADDERS),
     bits: Annotated[str, typer.Option(help="Widths at which they are climbed, separated by commas.")] = "4,3,2",
-    text: Annotated[str | None, typer.Option(help="Text to score: a file or a data set's name.")] = None,
+    calibration: CalibrationsOption = None,
+    text: ScoredTextOption = None,
     calibration_text: CalibrationTextOption = None,
     other_text: Annotated[list[str] | None, typer.Option(help="Learn from this text too, for the ladder `texts`.")] = None,
     window: WindowOption = 512,
@@ -40,28 +46,29 @@ def ablate(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     backend: BackendOption = AUTO,
+    bos: BosOption = None,
     seed: Annotated[int, typer.Option(help="Of the random tokens in the ladder `texts`.")] = 0,
 ) -> None:
     """Climb the ladders of KVQuant's ablations on a model: what each idea gains; a table and a picture each."""
     from narrowkv.evaluate import ablate as ablating
     from narrowkv.evaluate.results import ResultFile, read_result
-    from narrowkv.evaluate.sources import read_text
+    from narrowkv.evaluate.sources import read_text, read_texts
     from narrowkv.report.ablate import sections
 
-    scored, learned = (
-        default_text(model, text, "narrowkv://held-out"),
-        default_text(model, calibration_text, "narrowkv://train"),
-    )
-    if scored is None or learned is None:
+    finished = read_calibrations(calibration)
+    scored = default_texts(model, text, "narrowkv://held-out")
+    learned = default_texts(model, calibration_text, "narrowkv://train")
+    if not scored or not learned:
         raise TextError("This needs a text to score and another to learn from; give --text and --calibration-text.")
-    options = ablating.AblateOptions(_widths(bits), window, limit, samples, context, backend)
-    settings = {"model": model, "dtype": dtype, "device": device, "text": scored, "calibration_text": learned}
+    options = ablating.AblateOptions(_widths(bits), window, limit, samples, context, backend, bos)
+    settings = {"model": model, "dtype": dtype, "device": device, "text": named(scored), "calibration_text": named(learned)}
     path = out / f"{ablating.KIND}.json"
     results = ResultFile(path, ablating.KIND, command_line(), settings | asdict(options) | {"bits": list(options.bits)}, seed)
-    words, learn_from, others = read_text(scored), read_text(learned), {name: read_text(name) for name in other_text or ()}
+    words, learn_from = read_texts(scored), read_texts(learned)
+    others = {name: read_text(name) for name in other_text or ()}
     loaded, tokenizer = load_model(model, dtype, device)
     with progress("climbing") as advance:
-        ablating.ablate(loaded, tokenizer, listed(ladders), words, learn_from, options, results, advance, others)
+        ablating.ablate(loaded, tokenizer, listed(ladders), words, learn_from, options, results, advance, others, finished)
     show_sections(sections(read_result(path)), out, ablating.KIND)
 
 

@@ -9,14 +9,17 @@ from rich.table import Table
 
 from narrowkv.cli.common import (
     BackendOption,
+    BosOption,
     DeviceOption,
     DtypeOption,
+    LearnedTextOption,
     ModelArgument,
     RecipeOption,
     SamplesOption,
     WindowOption,
-    default_text,
-    learn,
+    default_texts,
+    folder_to_write,
+    learn_windows,
     load_model,
     out,
     progress,
@@ -32,40 +35,49 @@ if TYPE_CHECKING:
 
 def calibrate(
     model: ModelArgument,
-    target: Annotated[Path, typer.Option("--out", help="Folder to write the calibration to.")],
+    target: Annotated[
+        Path,
+        typer.Option("--out", parser=folder_to_write, metavar="FOLDER", help="Folder to write the calibration to."),
+    ],
     recipe: RecipeOption = None,
     bits: Annotated[
         float | None,
         typer.Option(help="Choose widths for each layer so that a number takes this many bits at 32K tokens, all counted."),
     ] = None,
     check: Annotated[int, typer.Option(min=0, help="Measure what each choice costs on this many further windows.")] = 0,
-    text: Annotated[str | None, typer.Option(help="A text file or a data set's name.")] = None,
+    text: LearnedTextOption = None,
     window: WindowOption = 2048,
     samples: SamplesOption = 16,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     backend: BackendOption = AUTO,
+    bos: BosOption = None,
 ) -> None:
     """Learn a recipe's codebooks, ranges and thresholds for a model, and save them. Processes of torchrun share the text."""
     import torch
 
+    from narrowkv.evaluate.sources import read_texts
+    from narrowkv.evaluate.windows import cut_apart
     from narrowkv.methods import get_recipe, narrow
 
     if bits is not None and recipe is not None:
         raise RecipeError("--bits makes a recipe of its own (narrowB.F); give either --bits or --recipe.")
     chosen = get_recipe(recipe or RECIPE) if bits is None else narrow.of_budget(bits)
-    source = default_text(model, text, "narrowkv://train")
-    if source is None:
+    sources = default_texts(model, text, "narrowkv://train")
+    if not sources:
         raise TextError("Calibration needs a text; give one with --text FILE.")
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # under torchrun each process has a GPU of its own
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    words = read_texts(sources)
     loaded, tokenizer = load_model(model, dtype, device)
-    unseen = further_windows(tokenizer, source, window, samples, check) if check else None
-    calibration = learn(loaded, tokenizer, [chosen], source, window, samples, backend)[0]
+    windows, unseen = cut_apart(tokenizer, words, window, samples, check, bos=bos)
+    if check and not len(unseen):
+        raise TextError(f"The text ends with the calibration's {samples} windows; give more text, or fewer --samples.")
+    calibration = learn_windows(loaded, [chosen], windows, backend)[0]
     if int(os.environ.get("RANK", "0")):  # under torchrun the first process writes
         return
     if "allocation" in calibration.provenance:
-        found = {} if unseen is None else measure_parts(loaded, calibration, unseen)
+        found = {} if not check else measure_parts(loaded, calibration, unseen)
         out.print(allocation_table(calibration, found))
     calibration.save_pretrained(target)
     seen = calibration.provenance
@@ -73,17 +85,6 @@ def calibrate(
         f"{chosen.name} learned from {seen['tokens']:,} tokens in {seen['sequences']} sequences, saved in {target}.",
         markup=False,
     )
-
-
-def further_windows(tokenizer: Any, text: str, window: int, samples: int, check: int) -> "Tensor":
-    """Windows of the text after those of the calibration; raises TextError where there are none."""
-    from narrowkv.evaluate import cut_windows
-    from narrowkv.evaluate.sources import read_text
-
-    windows = cut_windows(tokenizer, read_text(text), window, samples + check)[samples:]
-    if not len(windows):
-        raise TextError(f"The text ends with the calibration's {samples} windows; give more text, or fewer --samples.")
-    return windows
 
 
 def measure_parts(model: Any, calibration: "Calibration", windows: "Tensor") -> dict[tuple[int, str], float]:

@@ -4,7 +4,9 @@ Commands import torch, transformers and what needs them when they run, so that h
 """
 
 import contextlib
+import os
 import shlex
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -18,10 +20,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from narrowkv.defaults import AUTO, DEMO, RECIPE
-from narrowkv.errors import RecipeError, TextError
+from narrowkv.errors import OutputError, RecipeError, TextError
 from narrowkv.report import figures, sections
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from narrowkv.calibration import Calibration
     from narrowkv.evaluate import Quality
     from narrowkv.methods import Recipe
@@ -33,13 +37,69 @@ GIVEN: ContextVar[Sequence[str]] = ContextVar("GIVEN", default=())  # arguments 
 out = Console()
 err = Console(stderr=True)
 
+
+def folder_to_write(given: str) -> Path:
+    """A folder that figures can be written into; raises OutputError before anything is computed for one that cannot."""
+    path = Path(given)
+    if not given.strip():
+        raise OutputError("The folder to write into has no name; give one with --out FOLDER.")
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise OutputError(f"{path} is a file, and what is written needs a folder; name another one with --out.")
+    _try_writing(path, path)
+    return path
+
+
+def file_to_write(given: str) -> Path:
+    """A file that figures can be written to; raises OutputError before anything is computed for one that cannot."""
+    path = Path(given)
+    if not given.strip() or os.path.isdir(path):
+        raise OutputError(f"{given!r} is not the name of a file that can be written; give one with --json FILE.")
+    _try_writing(path.parent, path)
+    return path
+
+
+def _try_writing(folder: Path, target: Path) -> None:
+    """Open a file that is never seen in the folder, or in that in which it would be made."""
+    try:
+        there = next(parent for parent in (folder, *folder.absolute().parents) if os.path.exists(parent))
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise OutputError(f"Cannot write {target}: {error.strerror}; choose a folder that is writable.") from error
+
+
 ModelArgument = Annotated[str, typer.Argument(help="A local folder, a hub id, or narrowkv://demo.", metavar="MODEL")]
 RecipeOption = Annotated[
     str | None, typer.Option(help="A recipe's name or a JSON file, see `narrowkv recipes`.", show_default=RECIPE)
 ]
 CalibrationOption = Annotated[Path | None, typer.Option(help="A folder that `narrowkv calibrate` wrote.")]
+CalibrationsOption = Annotated[
+    list[Path] | None,
+    typer.Option("--calibration", help="A folder that `narrowkv calibrate` wrote; may be given again, one for each recipe."),
+]
 CalibrationTextOption = Annotated[
-    str | None, typer.Option(help="Text to calibrate on first, where there is no calibration: a file or a data set's name.")
+    list[str] | None,
+    typer.Option(
+        help="Text to calibrate on first, where there is no calibration: a file or a data set's name; several share --samples."
+    ),
+]
+ScoredTextOption = Annotated[
+    list[str] | None,
+    typer.Option("--text", help="Text to score: a file or a data set's name; several share the windows."),
+]
+LearnedTextOption = Annotated[
+    list[str] | None,
+    typer.Option("--text", help="A text file or a data set's name; several, of which a mix is best, share the windows."),
+]
+SpreadOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Spread so many windows over the text, and score the first --limit.", show_default="--limit"),
+]
+BosOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--bos/--no-bos", help="Begin windows with the beginning-of-text token.", show_default="as the tokenizer does"
+    ),
 ]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu or cuda.")]
@@ -52,9 +112,18 @@ BackendOption = Annotated[
 WindowOption = Annotated[int, typer.Option(min=2, help="Tokens per sequence.")]
 SamplesOption = Annotated[int, typer.Option(min=1, help="Sequences to calibrate on.")]
 FolderOption = Annotated[
-    Path, typer.Option("--out", help="Folder for figures and pictures; a run that was interrupted goes on.")
+    Path,
+    typer.Option(
+        "--out",
+        parser=folder_to_write,
+        metavar="FOLDER",
+        help="Folder for figures and pictures; a run that was interrupted goes on.",
+    ),
 ]
-JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
+JsonOption = Annotated[
+    Path | None,
+    typer.Option("--json", parser=file_to_write, metavar="FILE", help="Also write the figures to this file."),
+]
 
 
 @contextlib.contextmanager
@@ -82,21 +151,38 @@ def silence_transformers() -> None:
     logging.set_verbosity_error()
 
 
-def default_text(model: str, text: str | None, built_in: str) -> str | None:
-    """The text that was named, or for the built-in model the built-in one."""
-    return built_in if text is None and model == DEMO else text
+def default_texts(model: str, texts: Sequence[str] | None, built_in: str) -> list[str]:
+    """The texts that were named, or for the built-in model the built-in one."""
+    return list(texts or ([built_in] if model == DEMO else []))
+
+
+def named(texts: Sequence[str]) -> str | None:
+    """The names of texts as one, for settings."""
+    return " + ".join(texts) or None
 
 
 def learn(
-    model: Any, tokenizer: Any, recipes: "list[Recipe]", text: str, window: int, samples: int, backend: str = AUTO
+    model: Any,
+    tokenizer: Any,
+    recipes: "list[Recipe]",
+    texts: Sequence[str],
+    window: int,
+    samples: int,
+    backend: str = AUTO,
+    bos: bool | None = None,
 ) -> "list[Calibration]":
-    """Calibrate on the first windows of a text, with a progress bar. Under torchrun the processes share the windows."""
-    from narrowkv.calibration.processes import join_processes
+    """Calibrate on windows of texts, with a progress bar; see `learn_windows`."""
     from narrowkv.evaluate import cut_windows
-    from narrowkv.evaluate.sources import read_text
+
+    return learn_windows(model, recipes, cut_windows(tokenizer, texts, window, samples, bos=bos), backend)
+
+
+def learn_windows(model: Any, recipes: "list[Recipe]", windows: "Tensor", backend: str = AUTO) -> "list[Calibration]":
+    """Calibrate on windows [n, tokens], with a progress bar. Under torchrun the processes share them."""
+    from narrowkv.calibration.processes import join_processes
     from narrowkv.integrations import calibrate_many
 
-    batches = cut_windows(tokenizer, read_text(text), window, samples).split(1)
+    batches = windows.split(1)
     group, rank, size = join_processes(model.device.type)
     if len(batches) < size:
         raise TextError(f"{len(batches)} sequences are too few for {size} processes; give more text, or start fewer.")
@@ -104,29 +190,48 @@ def learn(
         return calibrate_many(model, batches[rank::size], recipes, backend=backend, group=group, on_batch=advance)
 
 
-def find_source(
+def find_sources(
     model: Any,
     tokenizer: Any,
     recipe: str | None,
-    calibration: Path | None,
-    text: str | None,
+    calibrations: Sequence[Path],
+    texts: Sequence[str],
     window: int,
     samples: int,
     backend: str,
-) -> "Calibration | Recipe":
-    """The calibration in a folder, or the recipe, calibrated first on `text` if it needs that and a text is given."""
-    from narrowkv.calibration import Calibration
+    bos: bool | None = None,
+) -> "list[Calibration | Recipe]":
+    """The calibrations in folders, or the recipe, calibrated first on `texts` if it needs that and there are any."""
+    from narrowkv.evaluate.finished import finished_for
     from narrowkv.methods import get_recipe
 
-    if calibration is not None:
+    if calibrations:
         if recipe is not None:
             raise RecipeError("A calibration has its own recipe; give either --calibration or --recipe.")
-        return Calibration.from_pretrained(calibration, model)
+        read = read_calibrations(calibrations)
+        return [*finished_for(model, [calibration.recipe for calibration in read], read).values()]
     chosen = get_recipe(recipe or RECIPE)
-    if chosen.needs_calibration and text is not None:
-        return learn(model, tokenizer, [chosen], text, window, samples, backend)[0]
+    if chosen.needs_calibration and texts:
+        return [*learn(model, tokenizer, [chosen], texts, window, samples, backend, bos)]
     chosen.quantizers(0)  # a recipe that lacks its calibration says so
-    return chosen
+    return [chosen]
+
+
+def read_calibrations(folders: Sequence[Path] | None) -> "list[Calibration]":
+    """The calibrations in folders."""
+    from narrowkv.calibration import Calibration
+
+    return [Calibration.from_pretrained(folder) for folder in folders or ()]
+
+
+def recipes_for(names: str | None, calibrations: "Sequence[Calibration]", default: str) -> "list[Recipe]":
+    """The recipes that were named, or else those of the calibrations, or else the default."""
+    from narrowkv.evaluate.finished import recipe_of
+    from narrowkv.methods import get_recipe
+
+    if names is None and calibrations:
+        return [recipe_of(calibration) for calibration in calibrations]
+    return [get_recipe(name) for name in listed(names or default)]
 
 
 def quality_table(rows: "list[Quality]", title: str) -> Table:

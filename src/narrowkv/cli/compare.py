@@ -7,18 +7,24 @@ import typer
 
 from narrowkv.cli.common import (
     BackendOption,
+    BosOption,
+    CalibrationsOption,
     CalibrationTextOption,
     DeviceOption,
     DtypeOption,
     FolderOption,
     ModelArgument,
     SamplesOption,
+    ScoredTextOption,
+    SpreadOption,
     WindowOption,
     command_line,
-    default_text,
-    listed,
+    default_texts,
     load_model,
+    named,
     progress,
+    read_calibrations,
+    recipes_for,
     show_sections,
 )
 from narrowkv.defaults import AUTO, REFERENCE_TOKENS, STREAM_CHUNK
@@ -30,11 +36,16 @@ RECIPES = "narrow4,narrow3,narrow2,nuq4-1%,nuq3-1%,nuq2-1%,kivi-4,kivi-2,int4,in
 def compare(
     model: ModelArgument,
     out: FolderOption,
-    recipes: Annotated[str, typer.Option(help="Names of recipes or JSON files, separated by commas.")] = RECIPES,
-    text: Annotated[str | None, typer.Option(help="Text to score: a file or a data set's name.")] = None,
+    recipes: Annotated[
+        str | None, typer.Option(help="Names of recipes or JSON files, separated by commas.", show_default=RECIPES)
+    ] = None,
+    calibration: CalibrationsOption = None,
+    text: ScoredTextOption = None,
     calibration_text: CalibrationTextOption = None,
     window: WindowOption = 2048,
     limit: Annotated[int | None, typer.Option(min=1, help="Score at most this many windows.")] = None,
+    spread: SpreadOption = None,
+    bos: BosOption = None,
     samples: SamplesOption = 16,
     context: Annotated[
         int, typer.Option(min=1, help="Tokens whose bytes are counted, and over which is decoded.")
@@ -51,32 +62,30 @@ def compare(
     """Compare recipes: bits, bytes, perplexity, divergence, top-1 agreement, recall and time; a table and a picture."""
     from narrowkv.evaluate import compare as comparing
     from narrowkv.evaluate.results import ResultFile, read_result
-    from narrowkv.evaluate.sources import read_text
-    from narrowkv.methods import get_recipe
+    from narrowkv.evaluate.sources import read_texts
     from narrowkv.report.compare import sections
 
-    chosen = [get_recipe(name) for name in listed(recipes)]
-    scored, learned = (
-        default_text(model, text, "narrowkv://held-out"),
-        default_text(model, calibration_text, "narrowkv://train"),
-    )
-    if scored is None:
+    finished = read_calibrations(calibration)
+    chosen = recipes_for(recipes, finished, RECIPES)
+    scored = default_texts(model, text, "narrowkv://held-out")
+    learned = default_texts(model, calibration_text, "narrowkv://train")
+    if not scored:
         raise TextError("A comparison needs a text; give one with --text FILE.")
     options = comparing.CompareOptions(
-        window, limit, samples, context, decode_steps, stream_chunk, recall_distance, recall_rows, backend
+        window, limit, samples, context, decode_steps, stream_chunk, recall_distance, recall_rows, backend, spread, bos
     )
     settings = {
         "model": model,
         "dtype": dtype,
         "device": device,
-        "text": scored,
-        "calibration_text": learned,
+        "text": named(scored),
+        "calibration_text": named(learned),
         **asdict(options),
     }
     path = out / f"{comparing.KIND}.json"
     results = ResultFile(path, comparing.KIND, command_line(), settings, seed)
-    words, learn_from = read_text(scored), None if learned is None else read_text(learned)
+    words, learn_from = read_texts(scored), read_texts(learned)
     loaded, tokenizer = load_model(model, dtype, device)
     with progress("comparing") as advance:
-        comparing.compare(loaded, tokenizer, chosen, words, learn_from, options, results, advance)
+        comparing.compare(loaded, tokenizer, chosen, words, learn_from, options, results, advance, finished)
     show_sections(sections(read_result(path)), out, comparing.KIND)

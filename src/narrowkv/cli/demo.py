@@ -50,7 +50,9 @@ def demo(
 
     model, tokenizer = load_model(DEMO)
     recipes = [get_recipe(name) for name in RECIPES]
-    calibrated = learn(model, tokenizer, [r for r in recipes if r.needs_calibration], "narrowkv://train", WINDOW, samples)
+    calibrated = learn(
+        model, tokenizer, [r for r in recipes if r.needs_calibration], [read_text("narrowkv://train")], WINDOW, samples
+    )
     learned = {calibration.recipe.name: calibration for calibration in calibrated}
     sources: list = [learned.get(recipe.name, recipe) for recipe in recipes]
     text = read_text("narrowkv://held-out")

@@ -1,12 +1,12 @@
 """`narrowkv generate`: continue a prompt from a packed cache."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from narrowkv.cli.common import (
     BackendOption,
+    BosOption,
     CalibrationOption,
     CalibrationTextOption,
     DeviceOption,
@@ -15,9 +15,9 @@ from narrowkv.cli.common import (
     RecipeOption,
     SamplesOption,
     WindowOption,
-    default_text,
+    default_texts,
     err,
-    find_source,
+    find_sources,
     load_model,
     out,
 )
@@ -28,18 +28,43 @@ if TYPE_CHECKING:
     from narrowkv.integrations import PackedCache
 
 
-def continue_text(model: Any, tokenizer: Any, cache: "PackedCache", prompt: str, tokens: int, temperature: float = 0.0) -> str:
+def continue_text(
+    model: Any,
+    tokenizer: Any,
+    cache: "PackedCache",
+    prompt: str,
+    tokens: int,
+    temperature: float = 0.0,
+    bos: bool | None = None,
+) -> str:
     """The continuation of a prompt; raises TextError if the prompt is empty."""
     import torch
 
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    if not prompt or inputs["input_ids"].shape[1] == 0:
+    from narrowkv.evaluate.windows import prompt_tokens
+
+    prompt_ids = prompt_tokens(tokenizer, prompt, bos).to(model.device)
+    if not prompt or prompt_ids.shape[1] == 0:
         raise TextError("The prompt is empty; give at least one word.")
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with torch.inference_mode():
-        ids = model.generate(**inputs, past_key_values=cache, max_new_tokens=tokens, pad_token_id=pad, **sampling)
-    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        ids = model.generate(
+            prompt_ids,
+            attention_mask=torch.ones_like(prompt_ids),
+            past_key_values=cache,
+            max_new_tokens=tokens,
+            pad_token_id=pad,
+            **sampling,
+        )
+    return tokenizer.decode(ids[0, prompt_ids.shape[1] :], skip_special_tokens=True)
+
+
+def require_unicode(text: str) -> None:
+    """Raise TextError for what a shell hands over where it was given bytes that are no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TextError("The prompt holds bytes that are not UTF-8 text; write it in UTF-8.") from error
 
 
 def summary(cache: "PackedCache") -> str:
@@ -54,7 +79,9 @@ def summary(cache: "PackedCache") -> str:
 def generate(
     model: ModelArgument,
     prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
-    prompt_file: Annotated[str | None, typer.Option(help="A file with the text to continue.")] = None,
+    prompt_file: Annotated[
+        str | None, typer.Option(help="A file or pipe with the text to continue; - is standard input.")
+    ] = None,
     recipe: RecipeOption = None,
     calibration: CalibrationOption = None,
     calibration_text: CalibrationTextOption = None,
@@ -66,22 +93,25 @@ def generate(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     backend: BackendOption = AUTO,
+    bos: BosOption = None,
 ) -> None:
     """Continue a prompt; the model's cache is packed by the recipe."""
     import torch
 
-    from narrowkv.evaluate.sources import read_text
+    from narrowkv.evaluate.sources import read_prompt, read_texts
     from narrowkv.integrations import PackedCache
 
     if (prompt is None) == (prompt_file is None):
         raise TextError("Give either --prompt TEXT or --prompt-file FILE.")
-    text = prompt if prompt is not None else read_text(str(Path(prompt_file or "")))
+    text = read_prompt(prompt_file) if prompt_file is not None else prompt or ""
     if not text:
         raise TextError("The prompt is empty; give at least one word.")
+    require_unicode(text)
+    learn_from = read_texts(default_texts(model, calibration_text, "narrowkv://train"))
     loaded, tokenizer = load_model(model, dtype, device)
-    learned_from = default_text(model, calibration_text, "narrowkv://train")
-    source = find_source(loaded, tokenizer, recipe, calibration, learned_from, window, samples, backend)
+    tables = [] if calibration is None else [calibration]
+    (source,) = find_sources(loaded, tokenizer, recipe, tables, learn_from, window, samples, backend, bos)
     cache = PackedCache(loaded, source, backend=backend)
     torch.manual_seed(seed)
-    out.print(continue_text(loaded, tokenizer, cache, text, max_new_tokens, temperature), markup=False, highlight=False)
+    out.print(continue_text(loaded, tokenizer, cache, text, max_new_tokens, temperature, bos), markup=False, highlight=False)
     err.print(summary(cache), highlight=False)

@@ -6,14 +6,17 @@ import typer
 
 from narrowkv.cli.common import (
     BackendOption,
+    BosOption,
     DeviceOption,
     DtypeOption,
     FolderOption,
+    LearnedTextOption,
     ModelArgument,
     WindowOption,
     command_line,
-    default_text,
+    default_texts,
     load_model,
+    named,
     progress,
     show_sections,
 )
@@ -28,29 +31,30 @@ def inspect(
         int | None, typer.Option(help="Layer whose numbers are drawn, from 0.", show_default="the middle one")
     ] = None,
     recipe: Annotated[str, typer.Option(help="Whose codebook is drawn.")] = INSPECTED,
-    text: Annotated[str | None, typer.Option(help="A text file or a data set's name.")] = None,
+    text: LearnedTextOption = None,
     window: WindowOption = 2048,
     samples: Annotated[int, typer.Option(min=1, help="Sequences to look at.")] = 4,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     backend: BackendOption = AUTO,
+    bos: BosOption = None,
 ) -> None:
     """Draw what is quantised: magnitudes by channel, token and layer, outliers, codebooks over their data, Fisher weight."""
     from narrowkv.evaluate import cut_windows
     from narrowkv.evaluate import inspect as inspecting
     from narrowkv.evaluate.results import ResultFile, read_result
-    from narrowkv.evaluate.sources import read_text
+    from narrowkv.evaluate.sources import read_texts
     from narrowkv.report.inspect import sections
 
-    source = default_text(model, text, "narrowkv://train")
-    if source is None:
+    sources = default_texts(model, text, "narrowkv://train")
+    if not sources:
         raise TextError("There is nothing to look at without a text; give one with --text FILE.")
-    settings = {"model": model, "layer": layer, "recipe": recipe, "text": source, "window": window, "samples": samples}
+    settings = {"model": model, "layer": layer, "recipe": recipe, "text": named(sources), "window": window, "samples": samples}
     path = out / f"{inspecting.KIND}.json"
-    results = ResultFile(path, inspecting.KIND, command_line(), {**settings, "dtype": dtype, "backend": backend})
-    words = read_text(source)
+    results = ResultFile(path, inspecting.KIND, command_line(), {**settings, "dtype": dtype, "backend": backend, "bos": bos})
+    words = read_texts(sources)
     loaded, tokenizer = load_model(model, dtype, device)
-    batches = cut_windows(tokenizer, words, window, samples).split(1)
+    batches = cut_windows(tokenizer, words, window, samples, bos=bos).split(1)
     with progress("looking") as advance:
         inspecting.inspect(loaded, batches, results, layer, recipe, backend=backend, on_step=advance)
     show_sections(sections(read_result(path)), out, inspecting.KIND)

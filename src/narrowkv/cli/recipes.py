@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from narrowkv.cli.common import out
+from narrowkv.cli.common import file_to_write, out
 from narrowkv.files import write_json
 
 if TYPE_CHECKING:
@@ -56,7 +56,10 @@ def list_recipes() -> None:
 @app.command()
 def show(
     name: Annotated[str, typer.Argument(help="A recipe's name or a JSON file.")],
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the recipe to this file, to be edited.")] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", parser=file_to_write, metavar="FILE", help="Write the recipe to this file, to be edited."),
+    ] = None,
 ) -> None:
     """One recipe in full, as JSON."""
     from narrowkv.methods import get_recipe

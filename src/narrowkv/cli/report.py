@@ -17,8 +17,9 @@ from narrowkv.cli.common import (
     DtypeOption,
     FolderOption,
     ModelArgument,
+    ScoredTextOption,
     WindowOption,
-    default_text,
+    default_texts,
     err,
     listed,
     out,
@@ -39,8 +40,8 @@ class Asked:
 
     model: str
     folder: Path
-    text: str | None
-    calibration_text: str | None
+    text: list[str]
+    calibration_text: list[str]
     window: int
     memory: str
     gpus: int
@@ -101,7 +102,7 @@ def report(
     folder: FolderOption,
     only: Annotated[str, typer.Option(help="Which kinds of figures, separated by commas.")] = ",".join(KINDS),
     quick: Annotated[bool, typer.Option("--quick", help="Less of everything: rougher figures, sooner.")] = False,
-    text: Annotated[str | None, typer.Option(help="Text to score: a file or a data set's name.")] = None,
+    text: ScoredTextOption = None,
     calibration_text: CalibrationTextOption = None,
     window: WindowOption = 2048,
     memory: Annotated[str, typer.Option(help="Of each GPU, for the plan.")] = "80GB",
@@ -115,8 +116,8 @@ def report(
 
     chosen = _chosen(only)
     running = {"dtype": dtype, "device": device, "backend": backend}
-    texts = default_text(model, text, "narrowkv://held-out"), default_text(model, calibration_text, "narrowkv://train")
-    if None in texts and chosen != ["plan"]:
+    texts = default_texts(model, text, "narrowkv://held-out"), default_texts(model, calibration_text, "narrowkv://train")
+    if [] in texts and chosen != ["plan"]:
         raise TextError("A report needs a text to score and another to learn from; give --text and --calibration-text.")
     asked = Asked(model, folder, *texts, window, memory, gpus, quick, running)
     for i, name in enumerate(chosen):

@@ -9,6 +9,8 @@ import typer
 
 from narrowkv.cli.common import (
     BackendOption,
+    BosOption,
+    CalibrationsOption,
     CalibrationTextOption,
     DeviceOption,
     DtypeOption,
@@ -17,10 +19,13 @@ from narrowkv.cli.common import (
     SamplesOption,
     WindowOption,
     command_line,
-    default_text,
+    default_texts,
     listed,
     load_model,
+    named,
     progress,
+    read_calibrations,
+    recipes_for,
     show_sections,
 )
 from narrowkv.defaults import AUTO, NEW_TOKENS, TASK_DEPTHS, TASK_LENGTHS, TASK_ROWS, TASKS
@@ -34,7 +39,10 @@ RECIPES = "narrow3,narrow2,nuq2-1%,int2"
 def tasks(
     model: ModelArgument,
     out: FolderOption,
-    recipes: Annotated[str, typer.Option(help="Names of recipes or JSON files, separated by commas.")] = RECIPES,
+    recipes: Annotated[
+        str | None, typer.Option(help="Names of recipes or JSON files, separated by commas.", show_default=RECIPES)
+    ] = None,
+    calibration: CalibrationsOption = None,
     wanted: Annotated[str, typer.Option("--tasks", help=f"Of {', '.join(TASKS)}; `none` for files alone.")] = ",".join(TASKS),
     lengths: Annotated[str, typer.Option(help="Tokens of the rows.")] = LENGTHS,
     depths: Annotated[str, typer.Option(help="Of the passkey, 0 to 1.")] = DEPTHS,
@@ -42,23 +50,29 @@ def tasks(
     file: Annotated[list[Path] | None, typer.Option(help="JSON lines of LongBench or RULER; may be given again.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions of each file at most.")] = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="Generated for a question of a file.")] = NEW_TOKENS,
-    text: Annotated[str, typer.Option(help="Text in which things are told: a file or a data set's name.")] = TEXT,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text in which things are told: a file or a data set's name; may be given again.", show_default=TEXT
+        ),
+    ] = None,
     calibration_text: CalibrationTextOption = None,
     window: WindowOption = 2048,
     samples: SamplesOption = 16,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     backend: BackendOption = AUTO,
+    bos: BosOption = None,
     seed: int = 0,
 ) -> None:
     """Passkey by depth and length, key-value recall, several needles, variable tracking, counting; and your own files."""
     from narrowkv.evaluate import tasks as tasking
     from narrowkv.evaluate.results import ResultFile, read_result
-    from narrowkv.evaluate.sources import read_text
-    from narrowkv.methods import get_recipe
+    from narrowkv.evaluate.sources import read_texts
     from narrowkv.report.tasks import sections
 
-    chosen = [get_recipe(name) for name in listed(recipes)]
+    finished = read_calibrations(calibration)
+    chosen = recipes_for(recipes, finished, RECIPES)
     options = tasking.TaskOptions(
         tasks=() if wanted == "none" else tuple(listed(wanted)),
         lengths=_numbers(lengths, "--lengths", int, 1, 2**31),
@@ -69,15 +83,16 @@ def tasks(
         new_tokens=new_tokens,
         limit=limit,
         backend=backend,
+        bos=bos,
     )
-    learned = default_text(model, calibration_text, "narrowkv://train")
-    settings = {"model": model, "dtype": dtype, "device": device, "text": text, "calibration_text": learned}
+    told_in, learned = text or [TEXT], default_texts(model, calibration_text, "narrowkv://train")
+    settings = {"model": model, "dtype": dtype, "device": device, "text": named(told_in), "calibration_text": named(learned)}
     path = out / f"{tasking.KIND}.json"
     results = ResultFile(path, tasking.KIND, command_line(), settings | options.settings(), seed)
-    words, learn_from = read_text(text), None if learned is None else read_text(learned)
+    words, learn_from = read_texts(told_in), read_texts(learned)
     loaded, tokenizer = load_model(model, dtype, device)
     with progress("asking") as advance:
-        tasking.run_tasks(loaded, tokenizer, chosen, words, learn_from, options, results, file or (), advance)
+        tasking.run_tasks(loaded, tokenizer, chosen, words, learn_from, options, results, file or (), advance, finished)
     show_sections(sections(read_result(path)), out, tasking.KIND)
 
 

@@ -9,13 +9,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from narrowkv.attention import AUTO
+from narrowkv.calibration import Calibration
 from narrowkv.defaults import REFERENCE_TOKENS, STREAM_CHUNK
-from narrowkv.errors import TextError
 from narrowkv.evaluate.decoding import decoding, filled_dynamic, nbytes_of
-from narrowkv.evaluate.quality import Source, cut_windows, filled, measure, with_bytes_of
+from narrowkv.evaluate.finished import finished_for, require_text, tables_checksum
+from narrowkv.evaluate.quality import Source, filled, measure, with_bytes_of
 from narrowkv.evaluate.recall import RecallBatch, recall_batches
 from narrowkv.evaluate.results import ResultFile, definition
 from narrowkv.evaluate.steps import OnStep, Steps
+from narrowkv.evaluate.windows import Text, cut_windows
 from narrowkv.integrations import calibrate_many
 from narrowkv.methods import Recipe, get_recipe
 
@@ -30,7 +32,8 @@ class CompareOptions:
     window: tokens per sequence. limit: windows scored at most. samples: sequences to calibrate on. context: tokens of the
     cache whose bytes are counted and over which tokens are decoded. decode_steps: tokens timed; 0 times none. stream_chunk:
     tokens per chunk when streaming. recall_distance: tokens over which recall is tested, 0 for not; recall_rows: of each kind.
-    backend: of the caches.
+    backend: of the caches. spread: places of which the first `limit` are scored, bos: what windows begin with; both as of
+    `cut_windows`.
     """
 
     window: int = 2048
@@ -42,40 +45,50 @@ class CompareOptions:
     recall_distance: int = 512
     recall_rows: int = 32
     backend: str = AUTO
+    spread: int | None = None
+    bos: bool | None = None
 
 
 def compare(
     model: PreTrainedModel,
     tokenizer: Any,
     recipes: Sequence[str | Recipe],
-    text: str,
-    learn_from: str | None,
+    text: Text,
+    learn_from: Text | None,
     options: CompareOptions,
     results: ResultFile,
     on_step: OnStep | None = None,
+    calibrations: Sequence[Calibration] = (),
 ) -> None:
     """Measure those recipes that `results` has no row of yet.
 
-    text: to score. learn_from: the text from which recipes that need it learn, all in one pass. Raises TextError where a text
-    is missing or too short, OutputError where the file has another recipe of the same name.
+    text: to score. learn_from: the text from which recipes that need it learn, all in one pass; several texts have their share
+    of windows each. calibrations: finished ones, whose recipes learn nothing. Raises TextError where a text is missing or too
+    short, OutputError where the file has another recipe of the same name, or one of other tables, and CalibrationError where
+    a calibration fits neither model nor recipes.
     """
-    missing = [recipe for recipe in map(get_recipe, recipes) if results.find_recipe(recipe.name, recipe) is None]
-    learning = [recipe for recipe in missing if recipe.needs_calibration]
-    if learning and learn_from is None:
-        raise TextError(f"Recipe {learning[0].name} learns its tables from a text; give one with --calibration-text FILE.")
-    windows = cut_windows(tokenizer, text, options.window, options.limit)
-    recall = recall_batches(tokenizer, text, options.recall_distance, options.recall_rows, results.seed)
-    batches = cut_windows(tokenizer, learn_from, options.window, options.samples).split(1) if learn_from and learning else ()
+    chosen = [get_recipe(recipe) for recipe in recipes]
+    finished = finished_for(model, chosen, calibrations)
+    tables = {name: tables_checksum(calibration) for name, calibration in finished.items()}
+    missing = [recipe for recipe in chosen if results.find_recipe(recipe.name, recipe, tables.get(recipe.name)) is None]
+    learning = [recipe for recipe in missing if recipe.needs_calibration and recipe.name not in finished]
+    require_text(learning, learn_from)
+    windows = cut_windows(tokenizer, text, options.window, options.limit, spread=options.spread, bos=options.bos)
+    recall = recall_batches(tokenizer, text, options.recall_distance, options.recall_rows, results.seed, options.bos)
+    batches: Sequence[Tensor] = ()
+    if learning and learn_from:
+        batches = cut_windows(tokenizer, learn_from, options.window, options.samples, bos=options.bos).split(1)
     each = 2 * (len(windows) + len(recall))
     steps = Steps(2 * len(batches) + (each + 1) * len(missing), on_step)
     if results.find(recipe=DYNAMIC) is None:
         results.add(_dynamic_row(model, windows, options))
     learned = calibrate_many(model, batches, learning, backend=options.backend, on_batch=steps.part()) if learning else []
-    sources = {calibration.recipe.name: calibration for calibration in learned}
+    sources = finished | {calibration.recipe.name: calibration for calibration in learned}
     for recipe in missing:
         source = sources.get(recipe.name, recipe)
         figures = _row(model, source, windows, recall, options, steps)
-        results.add({"recipe": recipe.name, "definition": definition(recipe), **figures})
+        made_from = {"definition": definition(recipe), "tables": tables.get(recipe.name)}
+        results.add({"recipe": recipe.name, **made_from, **figures})
 
 
 def _row(

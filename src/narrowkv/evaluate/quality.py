@@ -17,7 +17,7 @@ from narrowkv.attention import AUTO
 from narrowkv.calibration import Calibration
 from narrowkv.codec import Scheme
 from narrowkv.defaults import STREAM_CHUNK
-from narrowkv.errors import ActivationError, TextError
+from narrowkv.errors import ActivationError
 from narrowkv.evaluate.recall import RecallBatch, accuracy
 from narrowkv.integrations import PackedCache
 from narrowkv.methods import Recipe
@@ -70,20 +70,6 @@ class _Sums:
     right: list[float] = field(default_factory=list)
     nbytes: int = 0
     numbers: int = 0
-
-
-def cut_windows(tokenizer: Any, text: str, window: int, limit: int | None = None) -> Tensor:
-    """Token ids [n, window] int64 of consecutive pieces of a text, each after the tokenizer's beginning-of-text token, if
-    it has one. Raises TextError if the text is shorter than one window.
-    """
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    body = window - len(start)
-    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
-    count = len(ids) // body if body > 0 else 0
-    if count == 0:
-        raise TextError(f"The text has {len(ids)} tokens, one window needs {body}; give a longer text or a smaller --window.")
-    count = min(count, limit) if limit else count
-    return torch.tensor([start + ids[i * body : (i + 1) * body] for i in range(count)])
 
 
 @torch.inference_mode()

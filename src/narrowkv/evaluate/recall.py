@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from narrowkv.errors import TextError
+from narrowkv.evaluate.windows import Text, encode, joined, start_tokens
 
 NAMES = [
     "Abigail",
@@ -122,18 +123,18 @@ def fact_pieces(name: str, answer: str) -> tuple[str, str, str]:
     return f"The password of {name} is", f" {answer}", "."
 
 
-def facts(tokenizer: Any, filler: Sequence[int], distance: int, count: int, seed: int) -> RecallBatch:
+def facts(tokenizer: Any, filler: Sequence[int], distance: int, count: int, seed: int, bos: bool | None = None) -> RecallBatch:
     """Build rows that state facts within running text and end in the answer about one of them.
 
     ``distance`` is the number of tokens from the first token of the answer where it is stated to
     its first token at the end.  Every fact is a paragraph of its own; the asked one and its
-    distractors differ in names and answers.  Returns ids [count, length] int64 and mask
-    [count, length] bool.  Raises ValueError if ``filler`` is empty, ``count`` is below 1 or
-    ``distance`` leaves no room for the distractors.
+    distractors differ in names and answers.  ``bos`` is as of ``start_tokens``.  Returns ids
+    [count, length] int64 and mask [count, length] bool.  Raises ValueError if ``filler`` is empty,
+    ``count`` is below 1 or ``distance`` leaves no room for the distractors.
     """
     _check(filler, count)
     rng = random.Random(f"facts-{seed}")
-    start = start_tokens(tokenizer)
+    start = start_tokens(tokenizer, bos)
     gap = encode(tokenizer, "\n\n")
     drawn = [draw_facts(tokenizer, rng) for _ in range(count)]
     lead = max(len(gap + row[0][0] + row[0][1]) for row in drawn) + len(start) + 4
@@ -157,19 +158,22 @@ def facts(tokenizer: Any, filler: Sequence[int], distance: int, count: int, seed
     return _batch(rows)
 
 
-def passages(tokenizer: Any, filler: Sequence[int], distance: int, count: int, seed: int) -> RecallBatch:
+def passages(
+    tokenizer: Any, filler: Sequence[int], distance: int, count: int, seed: int, bos: bool | None = None
+) -> RecallBatch:
     """Build rows of running text whose end repeats a passage from ``distance`` tokens before.
 
     The first ``PASSAGE_CUE`` repeated tokens are shown, the next ``PASSAGE_ANSWER`` must be
-    predicted.  Returns ids [count, length] int64 and mask [count, length] bool.  Raises ValueError
-    if ``filler`` is empty, ``count`` is below 1 or ``distance`` is shorter than the passage.
+    predicted.  ``bos`` is as of ``start_tokens``.  Returns ids [count, length] int64 and mask
+    [count, length] bool.  Raises ValueError if ``filler`` is empty,
+    ``count`` is below 1 or ``distance`` is shorter than the passage.
     """
     _check(filler, count)
     passage = PASSAGE_CUE + PASSAGE_ANSWER
     if distance < passage:
         raise ValueError(f"distance {distance} is too small: a passage has {passage} tokens")
     rng = random.Random(f"passages-{seed}")
-    start = start_tokens(tokenizer)
+    start = start_tokens(tokenizer, bos)
     rows = []
     for _ in range(count):
         lead = 8
@@ -178,16 +182,18 @@ def passages(tokenizer: Any, filler: Sequence[int], distance: int, count: int, s
     return _batch(rows)
 
 
-def recall_batches(tokenizer: Any, text: str, distance: int, rows: int, seed: int = 0) -> list[RecallBatch]:
+def recall_batches(
+    tokenizer: Any, text: Text, distance: int, rows: int, seed: int = 0, bos: bool | None = None
+) -> list[RecallBatch]:
     """``rows`` rows of each kind over ``distance`` tokens within a text, or none where that is 0.
 
     Raises TextError where such rows cannot be built.
     """
     if distance == 0:
         return []
-    filler = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    filler = encode(tokenizer, joined(text))
     try:
-        return [make(tokenizer, filler, distance, rows, seed) for make in (facts, passages)]
+        return [make(tokenizer, filler, distance, rows, seed, bos) for make in (facts, passages)]
     except ValueError as error:
         raise TextError(f"Recall over {distance} tokens cannot be tested: {error}.") from error
 
@@ -222,17 +228,6 @@ def draw_facts(tokenizer: Any, rng: random.Random, count: int = FACTS_PER_ROW) -
         pieces = fact_pieces(name, " ".join(words))
         drawn.append(tuple(encode(tokenizer, piece) for piece in pieces))
     return drawn
-
-
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Return the token ids of a text, without special tokens."""
-    return list(tokenizer.encode(text, add_special_tokens=False))
-
-
-def start_tokens(tokenizer: Any) -> list[int]:
-    """Return the token ids every row begins with: the beginning-of-text token, if there is one."""
-    bos = getattr(tokenizer, "bos_token_id", None)
-    return [] if bos is None else [bos]
 
 
 def cycle(filler: Sequence[int], begin: int, length: int) -> list[int]:

@@ -93,14 +93,17 @@ class ResultFile:
         """The row that has these entries, if it was measured already."""
         return next((row for row in self.rows if all(row.get(name) == value for name, value in keys.items())), None)
 
-    def find_recipe(self, name: str, recipe: Recipe | None, **keys: Any) -> dict[str, Any] | None:
+    def find_recipe(self, name: str, recipe: Recipe | None, tables: str | None = None, **keys: Any) -> dict[str, Any] | None:
         """The row of a recipe that has these entries; raises OutputError where it is another recipe's of the same name.
 
-        Rows hold `recipe`, the name, and its `definition`. recipe: None for the model's own cache.
+        Rows hold `recipe`, the name, its `definition`, and the checksum of `tables` that were given. recipe: None for the
+        model's own cache. tables: those that are given now, if any, of which the row must be.
         """
         row = self.find(**keys, recipe=name)
         if row is not None and row["definition"] != definition(recipe):
             raise OutputError(f"{self.path} has figures of another recipe called {name}; rename one of the two.")
+        if row is not None and tables not in (None, row.get("tables")):
+            raise OutputError(f"{self.path} has figures of other tables of recipe {name}; name another folder.")
         return row
 
     def add(self, row: dict[str, Any]) -> None:

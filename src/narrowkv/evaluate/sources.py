@@ -1,31 +1,64 @@
-"""Where texts come from: a file, a data set of the Hugging Face hub, or the built-in text."""
+"""Where texts come from: a file, a pipe, a data set of the Hugging Face hub, or the built-in text."""
 
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from narrowkv.errors import TextError
 from narrowkv.evaluate import texts
 
 BUILT_IN_TEXTS = {"narrowkv://train": texts.training_text, "narrowkv://held-out": texts.held_out_text}
+STANDARD_INPUT = "-"
 
 
 def read_text(name: str) -> str:
     """The text called `name`: `narrowkv://train` or `narrowkv://held-out` (parts of Python's own language reference), a
-    UTF-8 file, or a data set as NAME or NAME:CONFIGURATION:SPLIT, read with the package `datasets` if it is installed.
+    UTF-8 file or pipe, standard input as `-`, or a data set as NAME or NAME:CONFIGURATION:SPLIT, read with the package
+    `datasets` if it is installed.
 
     Raises TextError where there is none, or where it is empty or not text.
     """
     if name in BUILT_IN_TEXTS:
         return BUILT_IN_TEXTS[name]()
-    path = Path(name)
-    if not path.is_file():
+    if name != STANDARD_INPUT and (os.path.isdir(name) or not os.path.exists(name)):
         return _from_datasets(name)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TextError(f"Cannot read {name} as UTF-8 text ({error}); give a plain text file.") from error
+    text = _read(name)
     if not text.strip():
-        raise TextError(f"{name} is empty; give a text with at least one window of tokens.")
+        raise TextError(f"{_shown(name)} is empty; give a text with at least one window of tokens.")
     return text
+
+
+def read_texts(names: Iterable[str]) -> list[str]:
+    """Several texts, as of `read_text`."""
+    return [read_text(name) for name in names]
+
+
+def read_prompt(name: str) -> str:
+    """The prompt in a UTF-8 file or pipe, or on standard input as `-`. Raises TextError where there is none."""
+    if name.startswith("narrowkv:"):
+        raise TextError(f"{name} is no file, and texts of that kind are no prompts; name a file, or give --prompt TEXT.")
+    if os.path.isdir(name):
+        raise TextError(f"{name} is a folder; name a file with the prompt.")
+    if name != STANDARD_INPUT and not os.path.exists(name):
+        raise TextError(f"There is no file {name!r}; check the path, or give the prompt itself with --prompt.")
+    prompt = _read(name)
+    if not prompt:
+        raise TextError(f"{_shown(name)} is empty, and a prompt is not; write at least one word into it.")
+    return prompt
+
+
+def _read(name: str) -> str:
+    """What a file, a pipe or standard input holds, without the byte order mark with which some editors begin a file."""
+    try:
+        source: int | str = 0 if name == STANDARD_INPUT else name
+        with open(source, encoding="utf-8-sig", closefd=name != STANDARD_INPUT) as file:
+            return file.read()
+    except (OSError, ValueError) as error:
+        raise TextError(f"Cannot read {_shown(name)} as UTF-8 text ({error}); give a plain text file.") from error
+
+
+def _shown(name: str) -> str:
+    return "Standard input" if name == STANDARD_INPUT else name
 
 
 def _from_datasets(name: str) -> str:

@@ -37,7 +37,7 @@ class Question:
 def read_questions(path: Path, limit: int | None = None) -> list[Question]:
     """The first questions of a file. Raises TextError, which names file and line, for what is neither of the two formats."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise TextError(f"Cannot read {path} ({error}); give a file of JSON lines of LongBench or RULER.") from error
     filled = [(i, line) for i, line in enumerate(lines, 1) if line.strip()][:limit]

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from narrowkv.errors import TextError
-from narrowkv.evaluate.recall import ADJECTIVES, NAMES, NOUNS, RecallBatch, cycle, draw_facts, encode, start_tokens
+from narrowkv.evaluate.recall import ADJECTIVES, NAMES, NOUNS, RecallBatch, cycle, draw_facts
+from narrowkv.evaluate.windows import encode, start_tokens
 
 NEEDLES = 4  # asked for in a row
 PAIRS_SHARE = 0.5  # of a row's tokens that pairs of names and passwords take, where all of them are filler to one another
@@ -94,15 +95,23 @@ BY_DEPTH = ("passkey",)  # tasks whose rows are asked at every depth; the others
 
 
 def make_rows(
-    task: str, tokenizer: Any, filler: Sequence[int], length: int, count: int, seed: int, depth: float | None = None
+    task: str,
+    tokenizer: Any,
+    filler: Sequence[int],
+    length: int,
+    count: int,
+    seed: int,
+    depth: float | None = None,
+    bos: bool | None = None,
 ) -> RecallBatch:
     """Rows of one task, each of `length` tokens.
 
     filler: token ids of running text. depth: of what is asked for, from 0, the beginning, to 1, just before the question; None
-    draws it. Raises TextError where the length leaves no room.
+    draws it. bos: as of `start_tokens`. Raises TextError where the length leaves no room.
     """
+    start = start_tokens(tokenizer, bos)
     rng = random.Random(f"{task}-{length}-{depth}-{seed}")
-    rows = [_woven(tokenizer, filler, length, MAKERS[task](tokenizer, rng, depth, length), rng) for _ in range(count)]
+    rows = [_woven(tokenizer, filler, start, length, MAKERS[task](tokenizer, rng, depth, length), rng) for _ in range(count)]
     ids, answers = zip(*rows, strict=True)
     return RecallBatch(torch.tensor(ids, dtype=torch.int64), torch.tensor(answers))
 
@@ -112,12 +121,16 @@ def _sentence(fact: tuple[list[int], ...]) -> list[int]:
 
 
 def _woven(
-    tokenizer: Any, filler: Sequence[int], length: int, made: tuple[Told, list[Piece]], rng: random.Random
+    tokenizer: Any,
+    filler: Sequence[int],
+    start: list[int],
+    length: int,
+    made: tuple[Told, list[Piece]],
+    rng: random.Random,
 ) -> tuple[list[int], list[bool]]:
     """One row's token ids and which of them are answers: running text, with paragraphs where they belong, and the question."""
     told, asked = made
     gap = encode(tokenizer, "\n\n")
-    start = start_tokens(tokenizer)
     needed = len(start) + sum(2 * len(gap) + len(paragraph) for _, paragraph in told) + len(gap)
     room = length - needed - sum(len(ids) for ids, _ in asked)
     if room < 0:

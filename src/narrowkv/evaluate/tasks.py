@@ -10,13 +10,16 @@ import torch
 from transformers import PreTrainedModel
 
 from narrowkv.attention import AUTO
+from narrowkv.calibration import Calibration
 from narrowkv.defaults import NEW_TOKENS, TASK_DEPTHS, TASK_LENGTHS, TASK_ROWS
 from narrowkv.errors import OutputError, TextError
-from narrowkv.evaluate.quality import Source, cut_windows, recalled
+from narrowkv.evaluate.finished import finished_for, require_text, tables_checksum
+from narrowkv.evaluate.quality import Source, recalled
 from narrowkv.evaluate.recall import RecallBatch
 from narrowkv.evaluate.results import ResultFile, definition
 from narrowkv.evaluate.task_files import Question, read_questions
 from narrowkv.evaluate.task_rows import BY_DEPTH, MAKERS, make_rows
+from narrowkv.evaluate.windows import Text, cut_windows, encode, joined, prompt_tokens
 from narrowkv.files import checksum
 from narrowkv.integrations import PackedCache, calibrate_many
 from narrowkv.integrations.probe import text_config
@@ -32,7 +35,7 @@ class TaskOptions:
 
     tasks: of `MAKERS`. lengths: tokens of a row. depths: from 0 to 1, of what the passkey task asks for. rows: of each task,
     length and depth. window, samples: of the calibration. new_tokens: generated for a question of a file. limit: questions of
-    each file at most. backend: of the caches.
+    each file at most. backend: of the caches. bos: what rows and windows begin with, as of `cut_windows`.
     """
 
     tasks: tuple[str, ...] = tuple(MAKERS)
@@ -44,6 +47,7 @@ class TaskOptions:
     new_tokens: int = NEW_TOKENS
     limit: int | None = None
     backend: str = AUTO
+    bos: bool | None = None
 
     def settings(self) -> dict[str, Any]:
         """Those that all figures of a file share: tasks, lengths and depths may be added later."""
@@ -63,17 +67,19 @@ def run_tasks(
     model: PreTrainedModel,
     tokenizer: Any,
     recipes: Sequence[str | Recipe],
-    text: str,
-    learn_from: str | None,
+    text: Text,
+    learn_from: Text | None,
     options: TaskOptions,
     results: ResultFile,
     files: Sequence[Path] = (),
     on_step: Callable[[int, int], None] | None = None,
+    calibrations: Sequence[Calibration] = (),
 ) -> None:
     """Measure what `results` has no row of yet, with the model's own cache (`16 bit`) and with each recipe.
 
-    text: running text in which things are told. learn_from: the text from which recipes that need it learn. files: of
-    LongBench or RULER, see `task_files`. on_step: called with (steps done, steps in all). Rows: task, length and depth (or
+    text: running text in which things are told. learn_from: the text from which recipes that need it learn; several texts
+    have their share of windows each. calibrations: finished ones, whose recipes learn nothing. files: of LongBench or
+    RULER, see `task_files`. on_step: called with (steps done, steps in all). Rows: task, length and depth (or
     None), recipe and its definition (a checksum), score (the mean, 0 to 1), rows (how many), measure; of files, whose length
     is a mean, the sha256 too.
 
@@ -82,14 +88,19 @@ def run_tasks(
     as in use: the prompt attends exactly to itself, the greedy answer to the packed prompt.
 
     Raises TextError where a text is missing or a length does not fit the task or the model, OutputError where the file has
-    figures of other questions or of another recipe of the same name.
+    figures of other questions or of another recipe of the same name, and CalibrationError where a calibration fits neither
+    model nor recipes.
     """
     chosen = [get_recipe(recipe) for recipe in recipes]
+    finished = finished_for(model, chosen, calibrations)
+    tables = {name: tables_checksum(calibration) for name, calibration in finished.items()}
     cells = [*_task_cells(model, tokenizer, text, options, results.seed), *_file_cells(model, tokenizer, files, options)]
     learning = [
         recipe
         for recipe in chosen
-        if recipe.needs_calibration and any(_is_missing(cell, recipe.name, recipe, results) for cell in cells)
+        if recipe.needs_calibration
+        and recipe.name not in finished
+        and any(_is_missing(cell, recipe.name, recipe, None, results) for cell in cells)
     ]
     batches = _batches(tokenizer, learning, learn_from, options)
     done, total = 0, 2 * len(batches) + len(cells) * (len(chosen) + 1)
@@ -101,18 +112,19 @@ def run_tasks(
             on_step(done, total)
 
     learned = calibrate_many(model, batches, learning, backend=options.backend, on_batch=step) if learning else []
-    sources: dict[str, Source] = {calibration.recipe.name: calibration for calibration in learned}
+    sources: dict[str, Source] = {**finished, **{calibration.recipe.name: calibration for calibration in learned}}
     asked: dict[str, Recipe | None] = {BASELINE: None, **{recipe.name: recipe for recipe in chosen}}
     for cell in cells:
         for name, recipe in asked.items():
-            if _is_missing(cell, name, recipe, results):
+            if _is_missing(cell, name, recipe, tables.get(name), results):
                 score = cell.score(None if recipe is None else sources.get(name, recipe))
-                results.add({**cell.keys, "recipe": name, "definition": definition(recipe), "score": score, **cell.told})
+                made_from = {"recipe": name, "definition": definition(recipe), "tables": tables.get(name)}
+                results.add({**cell.keys, **made_from, "score": score, **cell.told})
             step()
 
 
-def _is_missing(cell: _Cell, name: str, recipe: Recipe | None, results: ResultFile) -> bool:
-    row = results.find_recipe(name, recipe, **cell.keys)
+def _is_missing(cell: _Cell, name: str, recipe: Recipe | None, tables: str | None, results: ResultFile) -> bool:
+    row = results.find_recipe(name, recipe, tables, **cell.keys)
     if row is None:
         return True
     if any(row.get(field) != what for field, what in cell.told.items()):
@@ -120,18 +132,18 @@ def _is_missing(cell: _Cell, name: str, recipe: Recipe | None, results: ResultFi
     return False
 
 
-def _task_cells(model: PreTrainedModel, tokenizer: Any, text: str, options: TaskOptions, seed: int) -> Iterator[_Cell]:
+def _task_cells(model: PreTrainedModel, tokenizer: Any, text: Text, options: TaskOptions, seed: int) -> Iterator[_Cell]:
     unknown = [task for task in options.tasks if task not in MAKERS]
     if unknown:
         raise TextError(f"There is no task {unknown[0]!r}; there are {', '.join(MAKERS)}.")
-    filler = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    filler = encode(tokenizer, joined(text))
     most = _positions(model)
     for task in options.tasks:
         for length in options.lengths:
             if length > most:
                 raise TextError(f"The model has {most:,} positions, a length of {length:,} does not fit; give smaller ones.")
             for depth in options.depths if task in BY_DEPTH else (None,):
-                batch = make_rows(task, tokenizer, filler, length, options.rows, seed, depth)
+                batch = make_rows(task, tokenizer, filler, length, options.rows, seed, depth, options.bos)
                 yield _Cell(
                     {"task": task, "length": length, "depth": depth},
                     {"rows": options.rows, "measure": "exact answer"},
@@ -142,7 +154,7 @@ def _task_cells(model: PreTrainedModel, tokenizer: Any, text: str, options: Task
 def _file_cells(model: PreTrainedModel, tokenizer: Any, files: Sequence[Path], options: TaskOptions) -> Iterator[_Cell]:
     for path in files:
         questions = read_questions(path, options.limit)
-        pairs = [(question, _prompt(model, tokenizer, path, question, options.new_tokens)) for question in questions]
+        pairs = [(question, _prompt(model, tokenizer, path, question, options)) for question in questions]
         measures = sorted({question.metric.__name__.replace("_", " ") for question in questions})
         yield _Cell(
             {"task": str(path)},
@@ -184,16 +196,16 @@ def _answered(
     return sum(scores) / len(scores)
 
 
-def _prompt(model: PreTrainedModel, tokenizer: Any, path: Path, question: Question, new_tokens: int) -> torch.Tensor:
+def _prompt(model: PreTrainedModel, tokenizer: Any, path: Path, question: Question, options: TaskOptions) -> torch.Tensor:
     """Token ids [1, tokens] of a question, without its middle where it is too long and that is usual."""
-    ids = tokenizer(question.prompt, return_tensors="pt", verbose=False)["input_ids"].to(model.device)
-    most = _positions(model) - new_tokens
+    ids = prompt_tokens(tokenizer, question.prompt, options.bos).to(model.device)
+    most = _positions(model) - options.new_tokens
     if ids.shape[1] <= most:
         return ids
     if not question.cut or most < 2:
         raise TextError(
             f"{path}, line {question.line} has {ids.shape[1]:,} tokens, but the model has room for {most:,} before an answer "
-            f"of {new_tokens}; give shorter questions, or a model of more positions."
+            f"of {options.new_tokens}; give shorter questions, or a model of more positions."
         )
     return torch.cat([ids[:, : most // 2], ids[:, -(most - most // 2) :]], dim=1)
 
@@ -204,10 +216,9 @@ def _positions(model: PreTrainedModel) -> int:
 
 
 def _batches(
-    tokenizer: Any, learning: Sequence[Recipe], learn_from: str | None, options: TaskOptions
+    tokenizer: Any, learning: Sequence[Recipe], learn_from: Text | None, options: TaskOptions
 ) -> tuple[torch.Tensor, ...]:
-    if not learning:
+    require_text(learning, learn_from)
+    if not learning or not learn_from:
         return ()
-    if learn_from is None:
-        raise TextError(f"Recipe {learning[0].name} learns its tables from a text; give one with --calibration-text FILE.")
-    return cut_windows(tokenizer, learn_from, options.window, options.samples).split(1)
+    return cut_windows(tokenizer, learn_from, options.window, options.samples, bos=options.bos).split(1)

@@ -153,7 +153,7 @@ class Recipe:
     def from_file(cls, path: str | Path) -> "Recipe":
         """Read a recipe from a JSON file, as `narrowkv recipes show NAME --json FILE` writes it."""
         try:
-            plain = json.loads(Path(path).read_text(encoding="utf-8"))
+            plain = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise RecipeError(f"Cannot read a recipe from {path}: {error}.") from error
         if not isinstance(plain, dict):

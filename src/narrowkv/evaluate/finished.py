@@ -1,0 +1,78 @@
+"""Finished calibrations that are given for recipes, so that nothing is learned twice."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedModel
+
+from narrowkv.calibration import Calibration, Fingerprint
+from narrowkv.errors import CalibrationError, RecipeError, TextError
+from narrowkv.files import checksum
+from narrowkv.methods import Recipe, get_recipe
+
+
+def finished_for(
+    model: PreTrainedModel, recipes: Sequence[Recipe], calibrations: Sequence[Calibration]
+) -> dict[str, Calibration]:
+    """The calibration of each recipe that one is given for, by the recipe's name.
+
+    Raises CalibrationError where one belongs to another model, to none of these recipes, or to the same recipe as another.
+    """
+    found: dict[str, Calibration] = {}
+    fingerprint = Fingerprint.of(model) if calibrations else None
+    for calibration in calibrations:
+        name = calibration.recipe.name
+        if name in found:
+            raise CalibrationError(f"Two calibrations are given for recipe {name}; give one for each recipe.")
+        asked = next((recipe for recipe in recipes if recipe.name == name), None)
+        if asked is None:
+            raise CalibrationError(
+                f"A calibration is given for recipe {name}, which is not among those asked for "
+                f"({', '.join(recipe.name for recipe in recipes) or 'none'}); ask for it too, or leave its calibration out."
+            )
+        if not implements(calibration.recipe, asked):
+            raise CalibrationError(f"The calibration given for {name} is of another recipe of that name; calibrate again.")
+        assert fingerprint is not None
+        calibration.fingerprint.check(fingerprint)
+        found[name] = calibration
+    return found
+
+
+def recipe_of(calibration: Calibration) -> Recipe:
+    """The recipe that was asked for when a calibration was made: the named one, if it is that."""
+    try:
+        named = get_recipe(calibration.recipe.name)
+    except RecipeError:
+        return calibration.recipe
+    return named if implements(calibration.recipe, named) else calibration.recipe
+
+
+def implements(learned: Recipe, asked: Recipe) -> bool:
+    """Whether a calibration's recipe is what was asked for, its name aside; where that leaves a choice, one of the choices."""
+    if asked.choices is None:
+        return replace(learned, name=asked.name) == asked
+    chosen = learned.layers.values() if learned.choices is None else ()
+    return replace(learned, name=asked.name, layers=asked.layers, choices=asked.choices) == asked and all(
+        pair.keys in asked.choices.keys and pair.values in asked.choices.values for pair in chosen
+    )
+
+
+def tables_checksum(calibration: Calibration) -> str:
+    """A checksum of all that was learned, by which rows of other tables of the same recipe are told apart."""
+    parts = [
+        checksum(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        for layer, pair in sorted(calibration.layers.items())
+        for quantizer in pair
+        for _, tensor in sorted(quantizer.tensors().items())
+    ]
+    return checksum(" ".join([repr(calibration.recipe.to_dict()), *parts]).encode())
+
+
+def require_text(learning: Sequence[Recipe], learn_from: object) -> None:
+    """Raise TextError where recipes are to learn and there is no text."""
+    if learning and not learn_from:
+        raise TextError(
+            f"Recipe {learning[0].name} learns its tables from a text; give one with --calibration-text FILE, or tables that "
+            "are finished with --calibration FOLDER."
+        )
