@@ -15,10 +15,10 @@ if TYPE_CHECKING:
         cuda_graph,
         disable,
         enable,
-        explain,
         load_model,
         make_default,
     )
+    from narrowkv.integrations.explain import explain
     from narrowkv.methods import Recipe, get_recipe, recipe_names
 
 __version__ = "0.1.0"

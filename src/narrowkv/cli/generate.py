@@ -41,6 +41,7 @@ def continue_text(
     import torch
 
     from narrowkv.evaluate.windows import prompt_tokens
+    from narrowkv.integrations.versions import CACHE
 
     prompt_ids = prompt_tokens(tokenizer, prompt, bos).to(model.device)
     if not prompt or prompt_ids.shape[1] == 0:
@@ -51,7 +52,7 @@ def continue_text(
         ids = model.generate(
             prompt_ids,
             attention_mask=torch.ones_like(prompt_ids),
-            past_key_values=cache,
+            **{CACHE: cache},
             max_new_tokens=tokens,
             pad_token_id=pad,
             **sampling,

@@ -1,7 +1,7 @@
 """Tables: what quantizers of all kinds have in common, a scheme and the tensors learned for it."""
 
 from dataclasses import fields
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from narrowkv.codec.cuda import Stepper
 from narrowkv.codec.encoded import Encoded
 from narrowkv.codec.room import Room
 from narrowkv.codec.scheme import Scheme
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing has it from Python 3.11 on
 
 
 class Tables:
@@ -48,11 +51,11 @@ class Tables:
         """What encodes single tokens on a GPU without waiting for it; None where that is not done."""
         return None
 
-    def to(self, device: torch.device) -> Self:
+    def to(self, device: torch.device) -> "Self":
         """The same quantizer with its tables on `device`."""
         return type(self)(self.scheme, **{name: table.to(device) for name, table in self.tensors().items()})
 
-    def of_heads(self, first: int, count: int) -> Self:
+    def of_heads(self, first: int, count: int) -> "Self":
         """The same quantizer for some of the KV heads alone."""
         tables = {
             name: table[first : first + count] if table.dim() > 1 and table.shape[0] > 1 else table

@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from narrowkv.errors import UnsupportedModelError
 from narrowkv.integrations.probe import keeps_keys, text_config
+from narrowkv.integrations.versions import CACHE
 
 WARM_UP = 3  # steps that are not counted: tables are laid out, memory is touched for the first time
 
@@ -29,7 +30,7 @@ def decoding(model: PreTrainedModel, cache: Any, ids: Tensor, steps: int) -> dic
     for step in range(WARM_UP + steps if steps else 0):
         start = time.perf_counter()
         try:
-            model(token, past_key_values=cache, use_cache=True)
+            model(token, **{CACHE: cache}, use_cache=True)
         except IndexError as error:  # learned positions end somewhere
             raise UnsupportedModelError(
                 f"The model has no position after that many tokens ({error}); choose fewer."
@@ -51,7 +52,7 @@ def filled_dynamic(model: PreTrainedModel, ids: Tensor, tokens: int) -> DynamicC
     """transformers' own cache with `tokens` tokens of one sequence: those of ids [1, n] int64, again and again."""
     ids = ids[:, :tokens].to(model.device)
     cache = DynamicCache(config=text_config(model))
-    model(ids, past_key_values=cache, use_cache=True)
+    model(ids, **{CACHE: cache}, use_cache=True)
     missing = tokens - ids.shape[1]
     for layer in attention_layers(cache) if missing else ():
         keys, values = (torch.cat([part] * (-(-missing // part.shape[2])), dim=2) for part in (layer.keys, layer.values))

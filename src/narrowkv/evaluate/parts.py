@@ -11,6 +11,7 @@ from narrowkv.calibration import Calibration
 from narrowkv.codec import Quantizer, Scheme
 from narrowkv.evaluate.quality import divergences
 from narrowkv.integrations import PackedCache
+from narrowkv.integrations.versions import CACHE
 from narrowkv.methods import LayerSchemes
 
 
@@ -43,7 +44,7 @@ def part_losses(
         baseline = model(row[None], use_cache=False).logits[0, :-1]
         for part, source in sources.items():
             cache = PackedCache(model, source, strict=True)
-            logits = model(row[None], past_key_values=cache, use_cache=True).logits[0, :-1]
+            logits = model(row[None], **{CACHE: cache}, use_cache=True).logits[0, :-1]
             sums[part] += divergences(baseline, logits).double().mean().item() / len(windows)
             done += 1
             if on_step:

@@ -20,6 +20,7 @@ from narrowkv.defaults import STREAM_CHUNK
 from narrowkv.errors import ActivationError
 from narrowkv.evaluate.recall import RecallBatch, accuracy
 from narrowkv.integrations import PackedCache
+from narrowkv.integrations.versions import CACHE
 from narrowkv.methods import Recipe
 
 Source = Calibration | Recipe
@@ -107,7 +108,7 @@ def measure(
         step()
         for source, held in zip(sources, sums, strict=True):
             cache = PackedCache(model, source, strict=True, backend=backend)
-            logits = model(ids, past_key_values=cache, use_cache=True).logits[0, :-1]
+            logits = model(ids, **{CACHE: cache}, use_cache=True).logits[0, :-1]
             held.strict += _loss(logits, row)
             held.divergences.append(divergences(baseline, logits))
             held.agreed += int((baseline.argmax(-1) == logits.argmax(-1)).sum())
@@ -144,7 +145,7 @@ def measure(
 
 
 def _streamed(model: PreTrainedModel, cache: PackedCache, ids: Tensor, chunk: int) -> Tensor:
-    return torch.cat([model(part, past_key_values=cache, use_cache=True).logits for part in ids.split(chunk, dim=1)], dim=1)
+    return torch.cat([model(part, **{CACHE: cache}, use_cache=True).logits for part in ids.split(chunk, dim=1)], dim=1)
 
 
 def recalled(model: PreTrainedModel, source: Source | None, batch: RecallBatch, backend: str = AUTO) -> float:
@@ -155,7 +156,7 @@ def recalled(model: PreTrainedModel, source: Source | None, batch: RecallBatch, 
     rows = min(RECALL_ROWS, max(RECALL_TOKENS // batch.input_ids.shape[1], 1))
     for ids in batch.input_ids.to(model.device).split(rows):
         cache = None if source is None else PackedCache(model, source, strict=True, backend=backend)
-        logits.append(model(ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep).logits)
+        logits.append(model(ids, **{CACHE: cache}, use_cache=cache is not None, logits_to_keep=keep).logits)
     return accuracy(torch.cat(logits), batch)
 
 
@@ -202,8 +203,8 @@ def filled(model: PreTrainedModel, source: Source, ids: Tensor, tokens: int, bac
     cache = PackedCache(model, source, backend=backend)
     exact_keys = Scheme(16, "exact", pre_rope=cache.recipe.keys.pre_rope)
     seen = PackedCache(model, Recipe("seen", keys=exact_keys, values=Scheme(16, "exact")), backend=backend)
-    model(ids, past_key_values=cache, use_cache=True)
-    model(ids, past_key_values=seen, use_cache=True)
+    model(ids, **{CACHE: cache}, use_cache=True)
+    model(ids, **{CACHE: seen}, use_cache=True)
     for layer, exact in zip(cache.packed, seen.packed, strict=True):
         keys, values = exact.store.read()
         while layer.store.length < tokens:

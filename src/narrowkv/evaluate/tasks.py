@@ -23,6 +23,7 @@ from narrowkv.evaluate.windows import Text, cut_windows, encode, joined, prompt_
 from narrowkv.files import checksum
 from narrowkv.integrations import PackedCache, calibrate_many
 from narrowkv.integrations.probe import text_config
+from narrowkv.integrations.versions import CACHE
 from narrowkv.methods import Recipe, get_recipe
 
 KIND = "tasks"
@@ -186,7 +187,7 @@ def _answered(
             found = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),  # a padding token in the prompt is text like any other
-                past_key_values=cache,
+                **{CACHE: cache},
                 max_new_tokens=options.new_tokens,
                 do_sample=False,
                 pad_token_id=pad,

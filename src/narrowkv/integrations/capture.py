@@ -18,6 +18,7 @@ from narrowkv.errors import ActivationError, CalibrationError, UnsupportedModelE
 from narrowkv.integrations.passing import PassingCache, PassingLayer
 from narrowkv.integrations.preparation import facts_for
 from narrowkv.integrations.probe import ModelFacts, evaluating, own_layers, text_config
+from narrowkv.integrations.versions import CACHE
 from narrowkv.methods import Recipe, get_recipe
 
 # place among the attention layers, keys before and after the rotary embedding, values
@@ -151,7 +152,7 @@ def _run(model: PreTrainedModel, cache: PassingCache, batch: Tensor, *, gradient
     """One forward pass, and a backward pass of the summed loss if asked."""
     with torch.set_grad_enabled(gradients):
         ids = batch.to(model.device).clone()  # an ordinary tensor, wherever the batch was made
-        logits = model(ids, past_key_values=cache, use_cache=True).logits
+        logits = model(ids, **{CACHE: cache}, use_cache=True).logits
         if not torch.isfinite(logits[:, -1]).all():
             raise ActivationError("The model computes NaN or infinity on the calibration text; check its weights and dtype.")
         if gradients:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from narrowkv.calibration import Calibration
 from narrowkv.integrations.cache import PackedCache
 from narrowkv.integrations.preparation import prepare, release
+from narrowkv.integrations.versions import CACHE, cache_of
 from narrowkv.methods import Recipe, get_recipe
 
 
@@ -36,8 +37,8 @@ def make_default(model: PreTrainedModel, source: Calibration | Recipe | str, *, 
 
     @functools.wraps(make_own)
     def make_packed(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = PackedCache(self, source, **options)
+        if cache_of(model_kwargs) is None and generation_config.use_cache is not False:
+            model_kwargs[CACHE] = PackedCache(self, source, **options)
         return make_own(self, generation_config, model_kwargs, *args, **kwargs)
 
     # bound to the model, so that a copy of the model makes caches for itself
@@ -46,11 +47,11 @@ def make_default(model: PreTrainedModel, source: Calibration | Recipe | str, *, 
     if scoring:
 
         def score_packed(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-            given = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
-            if given.get("past_key_values") is not None or given.get("use_cache") is False or torch.is_grad_enabled():
+            given = {**inspect.signature(type(module).forward).bind_partial(module, *args).arguments, **kwargs}
+            if cache_of(given) is not None or given.get("use_cache") is False or torch.is_grad_enabled():
                 return None
             cache = PackedCache(module, source, **{**options, "strict": True})
-            return args, {**kwargs, "past_key_values": cache, "use_cache": True}
+            return args, {**kwargs, CACHE: cache, "use_cache": True}
 
         vars(model)["narrowkv_scoring"] = model.register_forward_pre_hook(score_packed, with_kwargs=True)
 

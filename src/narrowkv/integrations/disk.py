@@ -13,12 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.cache_utils import DummyLayer
 
 from narrowkv.calibration import Fingerprint
 from narrowkv.codec import AnyQuantizer
 from narrowkv.errors import CacheUseError, CalibrationError, FileFormatError, NarrowKVError
 from narrowkv.files import PRIVATE, checksum, write_atomically
+from narrowkv.integrations.versions import keeps_nothing
 from narrowkv.store.state import load_tensors, to_tensors
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def save_cache(cache: "PackedCache", path: str | Path, token_ids: Tensor | None 
 
 
 def _require_attention_only(cache: "PackedCache") -> None:
-    others = [i for i, layer in enumerate(cache.layers) if i not in cache.modules and not isinstance(layer, DummyLayer)]
+    others = [i for i, layer in enumerate(cache.layers) if i not in cache.modules and not keeps_nothing(layer)]
     if others:
         raise CacheUseError(
             f"Layers {', '.join(map(str, others))} keep a state of their own (linear attention, convolution), which cannot be "

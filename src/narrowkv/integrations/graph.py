@@ -21,12 +21,13 @@ from narrowkv.codec.cuda import sent
 from narrowkv.errors import CacheUseError, NarrowKVError, UnsupportedModelError
 from narrowkv.integrations.cache import PackedCache
 from narrowkv.integrations.layer import PackedLayer
+from narrowkv.integrations.versions import CACHE, NAMES, cache_of
 from narrowkv.store import LayerStore, steps
 
 ROW = 16  # numbers told to a layer: `cuda.lengths`, and where its tail, its window and its ledger are written
 ROOM = 1024  # tokens for which masks and positions find room at a time, so that steps are seldom captured anew
 # what a model may be asked for beside the token: none of it changes what a step computes
-KNOWN = {"past_key_values", "position_ids", "attention_mask", "use_cache", "return_dict", "logits_to_keep", "cache_position"}
+KNOWN = {*NAMES, "position_ids", "attention_mask", "use_cache", "return_dict", "logits_to_keep", "cache_position"}
 
 
 @contextlib.contextmanager
@@ -40,14 +41,14 @@ def cuda_graph(model: PreTrainedModel, cache: PackedCache) -> Iterator["Decoding
     @functools.wraps(plain)
     def forward(input_ids: Tensor | None = None, **options: Any) -> Any:
         single = input_ids is not None and input_ids.shape[1] == 1
-        if input_ids is None or not single or options.get("past_key_values") is not cache or cache.length == 0:
+        if input_ids is None or not single or cache_of(options) is not cache or cache.length == 0:
             graph.padded = None  # a prompt may bring padding
             return plain(input_ids, **options)
         asked = [name for name, part in options.items() if name not in KNOWN and part is not None and part is not False]
         if asked:
             raise UnsupportedModelError(f"A step by a CUDA graph yields logits alone; ask without {', '.join(asked)}.")
         logits = graph.step(input_ids, options.get("position_ids"), options.get("attention_mask"))
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})
 
     replaced = model.__dict__.get("forward")
     model.__dict__["forward"] = forward
@@ -203,7 +204,7 @@ class DecodingGraph:
         self._inputs = inputs = (token_ids.clone(), positions.clone())
 
         def run() -> Tensor:
-            options = {"position_ids": inputs[1], "attention_mask": self._mask, "past_key_values": self.cache}
+            options = {"position_ids": inputs[1], "attention_mask": self._mask, CACHE: self.cache}
             logits: Tensor = self.forward(input_ids=inputs[0], use_cache=True, **options).logits
             return logits
 

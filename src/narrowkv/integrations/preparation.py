@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
-from transformers.cache_utils import DummyLayer
 
 from narrowkv.defaults import DENSE
 from narrowkv.errors import RecipeError, UnsupportedModelError
@@ -34,6 +33,7 @@ from narrowkv.integrations.probe import (
     text_config,
     watch,
 )
+from narrowkv.integrations.versions import CACHE, cache_of, keeps_nothing
 from narrowkv.methods import Recipe
 
 BY_ITSELF = (
@@ -131,7 +131,8 @@ def _find(model: PreTrainedModel, candidates: list[nn.Module]) -> ModelFacts:
         raise UnsupportedModelError(BY_ITSELF)
     readers = [module for module in candidates if id(module) in witnessed - own]
     layers = own_layers(text_config(model))
-    if not all(isinstance(layers[int(module.layer_idx)], DummyLayer) for module in readers):  # type: ignore[arg-type]
+    places = [int(module.layer_idx) for module in readers]  # type: ignore[arg-type]
+    if not all(place >= len(layers) or keeps_nothing(layers[place]) for place in places):
         raise UnsupportedModelError(
             "Some attention modules of this model bypass the cache in an unknown way; use DynamicCache."
         )
@@ -178,11 +179,12 @@ def _keep_cache(model: Any) -> None:
     own = type(model).prepare_inputs_for_generation
 
     @functools.wraps(own)  # `generate` looks at the signature
-    def keep_cache(self: Any, *args: Any, past_key_values: Any = None, **kwargs: Any) -> dict[str, Any]:
-        inputs: dict[str, Any] = own(self, *args, past_key_values=past_key_values, **kwargs)
-        if isinstance(past_key_values, NarrowCache) and inputs.get("past_key_values") is None:
-            past_key_values.reset()
-            inputs["past_key_values"] = past_key_values
+    def keep_cache(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs: dict[str, Any] = own(self, *args, **kwargs)
+        cache = cache_of(kwargs)
+        if isinstance(cache, NarrowCache) and cache_of(inputs) is None:
+            cache.reset()
+            inputs[CACHE] = cache
         return inputs
 
     vars(keep_cache)["narrowkv"] = True

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from narrowkv.attention import AnyRope, Rope, StoredRope
 from narrowkv.attention.rope import Tables
 from narrowkv.codec.ranges import require_finite
 from narrowkv.errors import UnsupportedModelError
+from narrowkv.integrations.versions import CACHE, keeps_nothing
 
 MAX_HEAD_DIM = 512  # the index of an outlier in its block has 16 bits, one of them the sign
 TOKENS, FIRST_POSITION = 12, 3
@@ -128,7 +129,7 @@ def keeps_keys(layer: Any) -> bool:
     """Whether a packed layer can take this one's place; raises UnsupportedModelError on kinds that nobody has looked at."""
     if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
         return True
-    if type(layer) in (LinearAttentionLayer, DummyLayer):
+    if type(layer) is LinearAttentionLayer or keeps_nothing(layer):
         return False
     raise UnsupportedModelError(f"Layers of the kind {type(layer).__name__} cannot be packed; use DynamicCache.")
 
@@ -176,7 +177,7 @@ def watch(model: PreTrainedModel) -> tuple[list[Seen], list[Seen]]:
         ids = torch.arange(2, 2 + TOKENS, device=model.device)[None] % embedding.weight.shape[0]
         positions = torch.arange(FIRST_POSITION, FIRST_POSITION + TOKENS, device=model.device)[None]
         decoder: Any = model.get_decoder()
-        decoder(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+        decoder(input_ids=ids, position_ids=positions, **{CACHE: cache}, use_cache=True)
     except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnsupportedModelError(

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
-from transformers.cache_utils import DummyLayer
 
 from narrowkv.attention import Rope
 from narrowkv.errors import BudgetError, UnsupportedModelError
@@ -27,6 +26,7 @@ from narrowkv.integrations.probe import (
     text_config,
     watch,
 )
+from narrowkv.integrations.versions import keeps_nothing
 
 SHAPES: dict[str, dict[str, Any]] = {  # as published
     "llama-7b": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 11008},
@@ -124,7 +124,7 @@ def read_shape(name: str, dtype: str = "auto") -> ModelShape:
             seen, _ = watch(model)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"From its configuration, {name} cannot be planned for: {error}") from error
-    others = [layer for layer in own_layers(text_config(model)) if not keeps_keys(layer) and not isinstance(layer, DummyLayer)]
+    others = [layer for layer in own_layers(text_config(model)) if not keeps_keys(layer) and not keeps_nothing(layer)]
     return ModelShape(
         name=name,
         dtype=chosen,
