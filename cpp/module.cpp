@@ -111,6 +111,7 @@ void attend(const std::string& kernel, int threads, int chunk, const std::vector
     static_assert(sizeof(Block) == 8 * sizeof(int64_t), "a block is eight addresses");
     if (shape.size() != 5) throw std::invalid_argument("a shape is batch, query heads, KV heads, queries and head_dim");
     if (shape[4] > kMostDim) throw std::invalid_argument("heads have at most 512 channels");
+    if (2 * rotation.rotation.pairs > shape[4]) throw std::invalid_argument("more channels turn than a head has");
     require_tables(keys, shape[2]), require_tables(values, shape[2]);
     Problem problem{};
     problem.batch = shape[0];

@@ -1,15 +1,16 @@
 """A calibration on disk: it comes back bit for bit, and damage is noticed."""
 
-import copy
 import dataclasses
 import json
+import threading
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from narrowkv import Calibration, calibrate, get_recipe
-from narrowkv.calibration.calibration import DESCRIPTION_FILE, TENSOR_FILE
+from narrowkv import Calibration, calibrate, get_recipe, tensor_file
+from narrowkv.calibration.calibration import FILE
 from narrowkv.errors import CalibrationError, FileFormatError, OutputError
 
 
@@ -36,7 +37,7 @@ def test_it_comes_back_bit_for_bit(calibration, model, tmp_path):
             assert mine.scheme == other.scheme
             assert mine.tensors().keys() == other.tensors().keys()
             assert all(torch.equal(table, other.tensors()[name]) for name, table in mine.tensors().items())
-    assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == [DESCRIPTION_FILE, TENSOR_FILE]
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == [FILE]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -54,68 +55,136 @@ def test_another_model_is_refused(calibration, tiny, tmp_path, other):
         Calibration.from_pretrained(tmp_path, stranger)
 
 
+def altered(path, header=None, tensors=None, without=()):
+    """The file with entries of its header and tensors changed or taken out, and all checksums made right again."""
+    with safe_open(path, framework="pt") as file:
+        old = json.loads(file.metadata()["narrowkv"])
+    kept = load_file(path) | (tensors or {})
+    tensor_file.write(path, old | (header or {}), {name: part for name, part in kept.items() if name not in without}, 0o600)
+
+
 def test_every_truncation_and_every_flipped_byte_is_noticed(calibration, tmp_path):
     calibration.save_pretrained(tmp_path)
-    for name in (DESCRIPTION_FILE, TENSOR_FILE):
-        path = tmp_path / name
-        content = path.read_bytes()
-        step = max(len(content) // 60, 1)
-        for place in range(0, len(content), step):
-            path.write_bytes(content[:place])
+    path = tmp_path / FILE
+    content = path.read_bytes()
+    for place in range(0, len(content), len(content) // 120):
+        flipped = bytearray(content)
+        flipped[place] ^= 4
+        for damaged in (content[:place], flipped):
+            path.write_bytes(damaged)
             with pytest.raises(FileFormatError):
                 Calibration.from_pretrained(tmp_path)
-            flipped = bytearray(content)
-            flipped[place] ^= 4
-            path.write_bytes(flipped)
-            try:
-                loaded = Calibration.from_pretrained(tmp_path)
-            except FileFormatError:
-                continue
-            # the one harmless change: white space between the entries of the JSON file
-            assert name == DESCRIPTION_FILE and content[place : place + 1].isspace()
-            assert loaded.recipe == calibration.recipe
-        path.write_bytes(content)
+    path.write_bytes(content)
     Calibration.from_pretrained(tmp_path)
 
 
-def test_another_version_is_refused(calibration, tmp_path):
+def test_other_versions_and_other_files_are_refused(calibration, model, tmp_path):
     calibration.save_pretrained(tmp_path)
-    path = tmp_path / DESCRIPTION_FILE
-    description = json.loads(path.read_text())
-    path.write_text(json.dumps({**description, "format_version": 99}))
+    altered(tmp_path / FILE, {"format_version": 99})
     with pytest.raises(FileFormatError, match="format 99"):
         Calibration.from_pretrained(tmp_path)
-    path.write_text(json.dumps({"format": "something else"}))
-    with pytest.raises(FileFormatError, match="not a NarrowKV calibration"):
+    save_file({"a": torch.zeros(1)}, tmp_path / FILE)
+    with pytest.raises(FileFormatError, match="not a narrowkv-calibration file"):
         Calibration.from_pretrained(tmp_path)
 
 
-def test_tensors_of_another_calibration_are_refused(calibration, tmp_path):
+def forged_tables(name, table):
+    """A table of keys in other shapes, dtypes and orders, and with numbers that no calibration finds."""
+    yield table.flatten()
+    yield table[:1]
+    yield table.double()
+    yield table.to(torch.int32)
+    yield torch.full_like(table, torch.nan)
+    yield torch.full_like(table, torch.inf)
+    if name in ("codebook", "boundaries"):
+        yield table.flip(0)
+    if name in ("scale", "lower"):
+        yield -table.abs() - 1 if name == "scale" else table + 1e6
+
+
+@pytest.mark.parametrize("name", ["codebook", "boundaries", "scale", "zero", "lower", "upper"])
+def test_a_table_that_is_missing_or_forged_is_refused_even_with_the_right_checksums(calibration, tmp_path, name):
+    key = f"layers.1.keys.{name}"
     calibration.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / TENSOR_FILE)
-    save_file({name: tensor + 1 for name, tensor in tensors.items()}, tmp_path / TENSOR_FILE)
-    with pytest.raises(FileFormatError, match="checksum"):
+    table = load_file(tmp_path / FILE)[key]
+    altered(tmp_path / FILE, without=[key])
+    with pytest.raises(FileFormatError, match=rf"layers\.1\.keys: .*{name}"):
+        Calibration.from_pretrained(tmp_path)
+    for forged in forged_tables(name, table):
+        if forged.shape == table.shape and torch.equal(forged.to(table.dtype), table) and forged.dtype == table.dtype:
+            continue
+        altered(tmp_path / FILE, tensors={key: forged})
+        with pytest.raises(FileFormatError, match=r"layers\.1\.keys"):
+            Calibration.from_pretrained(tmp_path)
+    altered(tmp_path / FILE, tensors={key: table, "layers.9.keys.scale": table})
+    with pytest.raises(FileFormatError, match="does not belong"):
         Calibration.from_pretrained(tmp_path)
 
 
-def test_tables_of_a_wrong_shape_are_refused_even_with_the_right_checksums(calibration, tmp_path):
-    quantizer = calibration.layers[1][0]
-    for name, table in (("scale", quantizer.scale[:1]), ("lower", quantizer.lower.T.contiguous())):
-        damaged = copy.copy(quantizer)
-        object.__setattr__(damaged, name, table)
-        layers = {0: calibration.layers[0], 1: (damaged, calibration.layers[1][1])}
-        dataclasses.replace(calibration, layers=layers).save_pretrained(tmp_path)
-        with pytest.raises(FileFormatError, match=r"layers\.1\.keys"):
+@pytest.mark.parametrize("name", ["points", "weight", "limit", "turn"])
+def test_the_same_of_codebooks_of_pairs(model, tmp_path, name):
+    key = f"layers.0.values.{name}"
+    calibrate(model, torch.randint(2, 97, (2, 64)), "pair2-1%").save_pretrained(tmp_path)
+    table = load_file(tmp_path / FILE)[key]
+    altered(tmp_path / FILE, without=[key])
+    with pytest.raises(FileFormatError, match=rf"layers\.0\.values: .*{name}"):
+        Calibration.from_pretrained(tmp_path)
+    for forged in (
+        table.new_zeros(0),
+        table.new_ones(2),
+        table.double(),
+        table.unsqueeze(0),
+        torch.full_like(table, torch.nan),
+    ):
+        altered(tmp_path / FILE, tensors={key: forged})
+        with pytest.raises(FileFormatError, match=r"layers\.0\.values"):
             Calibration.from_pretrained(tmp_path)
 
 
-def test_missing_files_are_named(calibration, tmp_path):
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"shapes": {}},
+        {"shapes": {"0": [2, 16]}},
+        {"shapes": {"0": [2, 16], "1": [10**30, 16]}},
+        {"shapes": {"0": [2, 16], "1": [2.0, 16]}},
+        {"shapes": {"0": [2, 16], "-1": [2, 16]}},
+        {"provenance": None},
+        {"fingerprint": {}},
+        {"fingerprint": None},
+        {"recipe": None},
+    ],
+    ids=str,
+)
+def test_a_forged_header_is_refused_even_with_the_right_checksums(calibration, tmp_path, header):
+    calibration.save_pretrained(tmp_path)
+    altered(tmp_path / FILE, header)
+    with pytest.raises(FileFormatError, match="no usable calibration"):
+        Calibration.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("sinks", 10**30), ("sinks", 10**9), ("window", 10**30), ("layers", {str(10**9): None})]
+)
+def test_counts_in_a_forged_recipe_are_bounded(calibration, tmp_path, name, count):
+    calibration.save_pretrained(tmp_path)
+    plain = calibration.recipe.to_dict()
+    altered(tmp_path / FILE, {"recipe": plain | {name: count if name != "layers" else {str(10**9): plain}}})
+    with pytest.raises(FileFormatError, match="no usable calibration"):
+        Calibration.from_pretrained(tmp_path)
+
+
+def test_what_is_no_calibration_is_told_with_the_cause(calibration, tmp_path):
     with pytest.raises(FileFormatError, match="no folder"):
         Calibration.from_pretrained("no-such-folder-and-no-such/hub-id")
-    calibration.save_pretrained(tmp_path)
-    (tmp_path / TENSOR_FILE).unlink()
-    with pytest.raises(FileFormatError, match=TENSOR_FILE):
+    with pytest.raises(FileFormatError, match=f"holds no {FILE}"):
         Calibration.from_pretrained(tmp_path)
+    (tmp_path / FILE).mkdir()
+    with pytest.raises(FileFormatError, match="Is a directory"):
+        Calibration.from_pretrained(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileFormatError, match="Not a directory"):
+        Calibration.from_pretrained(tmp_path / "file")
 
 
 def test_a_folder_that_cannot_be_written_is_named_and_stays_clean(calibration, tmp_path):
@@ -124,6 +193,28 @@ def test_a_folder_that_cannot_be_written_is_named_and_stays_clean(calibration, t
         calibration.save_pretrained(tmp_path / "file" / "below")
     with pytest.raises(OutputError, match="/proc"):
         calibration.save_pretrained("/proc/narrowkv")
+    (tmp_path / "folder" / FILE).mkdir(parents=True)
+    with pytest.raises(OutputError, match="it is a folder"):
+        calibration.save_pretrained(tmp_path / "folder")
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == [FILE]
+
+
+def test_whoever_reads_beside_a_writer_meets_the_old_calibration_or_the_new_one(calibration, tmp_path):
+    versions = [dataclasses.replace(calibration, provenance={"version": version}) for version in range(2)]
+    versions[0].save_pretrained(tmp_path)
+    done = threading.Event()
+
+    def write():
+        for turn in range(40):
+            versions[turn % 2].save_pretrained(tmp_path)
+        done.set()
+
+    writer, seen = threading.Thread(target=write), set()
+    writer.start()
+    while not done.is_set():
+        seen.add(Calibration.from_pretrained(tmp_path).provenance["version"])
+    writer.join()
+    assert seen <= {0, 1} and [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
 def test_nothing_half_written_stays_behind(calibration, tmp_path, monkeypatch):
@@ -139,7 +230,7 @@ def test_nothing_half_written_stays_behind(calibration, tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_push_to_hub_uploads_both_files(calibration, monkeypatch):
+def test_push_to_hub_uploads_the_file(calibration, monkeypatch):
     import huggingface_hub
 
     uploaded = {}

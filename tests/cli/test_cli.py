@@ -12,6 +12,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
+from narrowkv import Calibration
 from narrowkv.cli.main import run
 
 
@@ -89,7 +90,7 @@ def test_calibrate_under_a_budget_says_what_each_choice_costs(narrowkv, tmp_path
     common = ("--text", stories_file, "--window", 256, "--samples", 4, "--out", target)
     status, out, _ = narrowkv("calibrate", folder, "--bits", 2.7, "--check", 1, *common)
     assert status == 0 and "of 2.7 bits" in out and "predicted" in out and "found" in out and "narrow2.7" in out
-    allocation = json.loads((target / "narrowkv.json").read_text())["provenance"]["allocation"]
+    allocation = Calibration.from_pretrained(target).provenance["allocation"]
     assert allocation["bits"] <= 2.7
     assert all(side["found_loss"] > 0 for sides in allocation["layers"].values() for side in sides.values())
     for options, cause in (

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from narrowkv import Recipe, Scheme, calibrate
-from narrowkv.calibration.calibration import DESCRIPTION_FILE, TENSOR_FILE
+from narrowkv import Calibration, Recipe, Scheme, calibrate
+from narrowkv.calibration.calibration import FILE
 from tests.conftest import make_tiny
 from tests.processes.worker import RECIPES, decode, text
 
@@ -63,10 +63,9 @@ def test_processes_that_share_the_data_learn_what_one_learns_from_all_of_it(fold
     try:
         for recipe in RECIPES:
             calibrate(make_tiny(kv_heads=2), text(), recipe).save_pretrained(folder / "alone" / recipe)
-            for name in (TENSOR_FILE, DESCRIPTION_FILE):
-                alone = (folder / "alone" / recipe / name).read_bytes()
-                for rank in range(2):
-                    assert (folder / f"shared.{rank}" / recipe / name).read_bytes() == alone, (recipe, name)
+            alone = (folder / "alone" / recipe / FILE).read_bytes()
+            for rank in range(2):
+                assert (folder / f"shared.{rank}" / recipe / FILE).read_bytes() == alone, recipe
     finally:
         torch.set_num_threads(threads)
 
@@ -74,5 +73,4 @@ def test_processes_that_share_the_data_learn_what_one_learns_from_all_of_it(fold
 def test_the_command_shares_its_text_between_processes(tmp_path):
     arguments = ["-m", "narrowkv", "calibrate", "narrowkv://demo", "--recipe", "nuq2", "--window", "64", "--samples", "4"]
     torchrun(*arguments, "--out", tmp_path / "calibration")
-    description = json.loads((tmp_path / "calibration" / DESCRIPTION_FILE).read_text())
-    assert description["provenance"]["tokens"] == 256
+    assert Calibration.from_pretrained(tmp_path / "calibration").provenance["tokens"] == 256

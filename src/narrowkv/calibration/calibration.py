@@ -1,20 +1,17 @@
 """Calibration: what was learned offline for one model under one recipe, in memory and on disk."""
 
-import json
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 
+from narrowkv import tensor_file
 from narrowkv.calibration.fingerprint import Fingerprint
-from narrowkv.codec import AnyQuantizer, quantizer_for
-from narrowkv.errors import CalibrationError, FileFormatError, NarrowKVError
-from narrowkv.files import checksum, read_json, write_atomically, write_json
+from narrowkv.codec import AnyQuantizer, load_quantizer
+from narrowkv.errors import CalibrationError, FileFormatError, NarrowKVError, RecipeError
+from narrowkv.files import PUBLIC, reason
 from narrowkv.methods import Recipe
 
 if TYPE_CHECKING:
@@ -22,8 +19,9 @@ if TYPE_CHECKING:
 
     from narrowkv.integrations import PackedCache
 
-FORMAT_VERSION = 1
-DESCRIPTION_FILE, TENSOR_FILE = "narrowkv.json", "narrowkv.safetensors"
+FORMAT, FORMAT_VERSION, FILE = "narrowkv-calibration", 2, "narrowkv.safetensors"
+SIDES = ("keys", "values")
+MOST_SIZE = 2**16  # layers, heads, or channels of a head
 
 
 @dataclass(frozen=True)
@@ -47,12 +45,16 @@ class Calibration:
             raise CalibrationError(f"This calibration has no tables for layer {layer}; calibrate this model again.")
         return self.layers[layer]
 
-    def for_heads(self, layer: int, kv_heads: int, rank: int) -> tuple[AnyQuantizer, AnyQuantizer]:
+    def for_heads(self, layer: int, kv_heads: int, head_dim: int, rank: int) -> tuple[AnyQuantizer, AnyQuantizer]:
         """Quantizers of one layer for process `rank` of several that hold `kv_heads` of its heads each.
 
-        Raises CalibrationError where the layer's heads cannot be divided so.
+        Raises CalibrationError where the layer's heads are of another size, or cannot be divided so.
         """
-        pair, whole = self.quantizers(layer), self.shapes[layer][0]
+        pair, (whole, dim) = self.quantizers(layer), self.shapes[layer]
+        if dim != head_dim:
+            raise CalibrationError(
+                f"This calibration has heads of {dim} channels in layer {layer}, not of {head_dim}; calibrate this model."
+            )
         if kv_heads == whole:
             return pair
         if whole % kv_heads or (rank + 1) * kv_heads > whole:
@@ -70,87 +72,70 @@ class Calibration:
         return PackedCache(model, self, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `narrowkv.json` and `narrowkv.safetensors` into a folder; raises OutputError where that fails."""
+        """Write `narrowkv.safetensors` into a folder, atomically; raises OutputError where that fails."""
         tensors = {
-            f"layers.{i}.{side}.{name}": tensor.detach().cpu().contiguous()
+            f"layers.{i}.{side}.{name}": tensor
             for i, pair in self.layers.items()
-            for side, quantizer in zip(("keys", "values"), pair, strict=True)
+            for side, quantizer in zip(SIDES, pair, strict=True)
             for name, tensor in quantizer.tensors().items()
         }
-        content = save_tensors(tensors)
-        description = {
-            "format": "narrowkv-calibration",
+        header = {
+            "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "recipe": self.recipe.to_dict(),
             "fingerprint": asdict(self.fingerprint),
             "provenance": self.provenance,
             "shapes": {str(layer): list(shape) for layer, shape in self.shapes.items()},
-            "tensors_sha256": checksum(content),
         }
-        description["description_sha256"] = _description_checksum(description)
-        # the description names the tensors' checksum: written last, it never describes a file that is not there
-        write_atomically(Path(folder) / TENSOR_FILE, lambda temporary: _write_bytes(temporary, content))
-        write_json(Path(folder) / DESCRIPTION_FILE, description)
+        tensor_file.write(Path(folder) / FILE, header, tensors, PUBLIC)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, model: "PreTrainedModel | None" = None) -> "Calibration":
         """Read a calibration from a local folder or, where there is none of that name, from the Hugging Face hub.
 
-        Raises FileFormatError where files are missing, damaged or of another version, CalibrationError where `model` is
+        Raises FileFormatError where the file is missing, damaged or of another version, CalibrationError where `model` is
         given and is not the one it was made for (making a cache checks this again).
         """
         folder = Path(name)
         if not folder.exists():
             folder = _from_hub(str(name))
-        description = read_json(folder / DESCRIPTION_FILE)
-        if description.get("format") != "narrowkv-calibration":
-            raise FileFormatError(f"{folder / DESCRIPTION_FILE} is not a NarrowKV calibration; name a folder with one.")
-        if description.get("format_version") != FORMAT_VERSION:
-            raise FileFormatError(
-                f"{folder} has format {description.get('format_version')!r}, this NarrowKV reads {FORMAT_VERSION}; "
-                "calibrate again, or install the version that wrote it."
-            )
-        if description.get("description_sha256") != _description_checksum(description):
-            raise FileFormatError(
-                f"{folder / DESCRIPTION_FILE} was altered (checksum differs); calibrate again or copy it again."
-            )
+        path = folder / FILE
+        if folder.is_dir() and not path.exists():
+            raise FileFormatError(f"{folder} holds no {FILE}; name a folder that `save_pretrained` wrote.")
+        header, tensors = tensor_file.read(path, FORMAT, FORMAT_VERSION)
         try:
-            content = (folder / TENSOR_FILE).read_bytes()
-        except OSError as error:
-            raise FileFormatError(f"Cannot read {folder / TENSOR_FILE}: {error.strerror}; copy both files.") from error
-        if checksum(content) != description["tensors_sha256"]:
-            raise FileFormatError(
-                f"{folder / TENSOR_FILE} is truncated or altered (checksum differs); calibrate again or copy it again."
-            )
-        try:
-            loaded = cls._assemble(description, load_tensors(content))
-        except (KeyError, TypeError, ValueError, AttributeError, SafetensorError, NarrowKVError) as error:
-            raise FileFormatError(f"{folder} holds no usable calibration ({error}); calibrate again.") from error
+            loaded = cls._assemble(header, tensors)
+        except (KeyError, TypeError, ValueError, AttributeError, NarrowKVError) as error:
+            raise FileFormatError(f"{path} holds no usable calibration ({reason(error)}); calibrate again.") from error
         if model is not None:
             loaded.fingerprint.check(Fingerprint.of(model))
         return loaded
 
     @classmethod
-    def _assemble(cls, description: dict[str, Any], tensors: dict[str, torch.Tensor]) -> "Calibration":
-        recipe = Recipe.from_dict(description["recipe"])
-        fingerprint = Fingerprint(**description["fingerprint"])
-        layers = {}
-        shapes = {int(layer): (heads, dim) for layer, (heads, dim) in description["shapes"].items()}
+    def _assemble(cls, header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> "Calibration":
+        """Raises some error where header and tensors, which anybody may have written, do not go together."""
+        recipe, provenance = Recipe.from_dict(header["recipe"]), header["provenance"]
+        if not isinstance(provenance, dict):
+            raise FileFormatError("provenance is no JSON object")
+        layers, left, shapes = {}, dict(tensors), _shapes(header["shapes"])
+        recipe.require_layers(sorted(shapes))
         for i, shape in shapes.items():
             schemes = recipe.schemes(i)
             pair = []
-            for side, scheme in (("keys", schemes.keys), ("values", schemes.values)):
+            for side, scheme in zip(SIDES, (schemes.keys, schemes.values), strict=True):
                 prefix = f"layers.{i}.{side}."
-                tables = {name.removeprefix(prefix): part for name, part in tensors.items() if name.startswith(prefix)}
-                quantizer = quantizer_for(scheme, **tables)
-                if not quantizer.shapes() <= {shape, (1, 1)}:
-                    raise FileFormatError(f"the tables of {prefix[:-1]} do not have one entry for each channel")
-                pair.append(quantizer)
+                tables = {name.removeprefix(prefix): left.pop(name) for name in list(left) if name.startswith(prefix)}
+                try:
+                    pair.append(load_quantizer(scheme, tables, *shape))
+                except RecipeError as error:
+                    raise FileFormatError(f"{prefix[:-1]}: {error}") from error
             layers[i] = (pair[0], pair[1])
-        return cls(recipe, fingerprint, layers, shapes, description["provenance"])
+        if left:
+            raise FileFormatError(f"tensor {min(left)} does not belong to its recipe")
+        return cls(recipe, Fingerprint.from_dict(header["fingerprint"]), layers, shapes, provenance)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-        """Upload the two files to a model repository on the Hugging Face hub; returns its address."""
+        """Upload the file to a model repository on the Hugging Face hub; returns its address."""
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
@@ -163,13 +148,13 @@ class Calibration:
         return str(commit)
 
 
-def _write_bytes(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
-
-
-def _description_checksum(description: dict[str, Any]) -> str:
-    content = {name: part for name, part in description.items() if name != "description_sha256"}
-    return checksum(json.dumps(content, sort_keys=True).encode())
+def _shapes(plain: dict[str, Any]) -> dict[int, tuple[int, int]]:
+    """kv_heads and head_dim of each layer, from a file; raises FileFormatError where they are none of any model."""
+    shapes = {int(layer): (heads, dim) for layer, (heads, dim) in plain.items()}
+    sizes = [size for layer, shape in shapes.items() for size in (layer + 1, *shape)]
+    if not shapes or any(type(size) is not int or not 1 <= size <= MOST_SIZE for size in sizes):
+        raise FileFormatError("its shapes are those of no model")
+    return shapes
 
 
 def _from_hub(repo_id: str) -> Path:
@@ -177,7 +162,7 @@ def _from_hub(repo_id: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=[DESCRIPTION_FILE, TENSOR_FILE]))
+        return Path(snapshot_download(repo_id, allow_patterns=[FILE]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise FileFormatError(

@@ -58,6 +58,20 @@ class Fingerprint:
             weights={name: _sample(gathered(part)) for name, part in (matrices[i] for i in picked)},
         )
 
+    @classmethod
+    def from_dict(cls, plain: Any) -> "Fingerprint":
+        """Inverse of `asdict`; raises CalibrationError on anything else."""
+        try:
+            found = cls(**plain)
+            sizes = (found.layers, found.kv_heads, found.head_dim, found.vocabulary)
+            fits = isinstance(found.architecture, str) and all(type(size) is int for size in sizes)
+            samples = [number for sample in found.weights.values() for number in sample]
+        except (TypeError, AttributeError):
+            fits, samples = False, []
+        if not fits or any(type(number) is not float for number in samples):
+            raise CalibrationError("This is no fingerprint of a model; calibrate, or read the prompt, again.")
+        return found
+
     def check(self, other: "Fingerprint") -> None:
         """Raise CalibrationError if `other`, of the model at hand, is of another model than this one."""
         for name in ("architecture", "layers", "kv_heads", "head_dim", "vocabulary"):

@@ -2,20 +2,47 @@
 
 from typing import Any
 
+from torch import Tensor
+
 from narrowkv.codec.blocks import BlockQuantizer
 from narrowkv.codec.encoded import Encoded
 from narrowkv.codec.points import PointQuantizer
 from narrowkv.codec.quantizer import Quantizer
 from narrowkv.codec.scheme import Scheme
+from narrowkv.codec.tables import require_forms
 
 AnyQuantizer = Quantizer | PointQuantizer | BlockQuantizer
 
 
+def kind_of(scheme: Scheme) -> type[AnyQuantizer]:
+    """The kind of quantizer that a scheme asks for."""
+    if scheme.axis == "block":
+        return BlockQuantizer
+    return Quantizer if scheme.codebook == "layer" else PointQuantizer
+
+
 def quantizer_for(scheme: Scheme, **tables: Any) -> AnyQuantizer:
     """The quantizer that a scheme asks for, with its tables; raises RecipeError where these do not fit it."""
-    if scheme.axis == "block":
-        return BlockQuantizer(scheme)
-    return (Quantizer if scheme.codebook == "layer" else PointQuantizer)(scheme, **tables)
+    return kind_of(scheme)(scheme, **tables)
 
 
-__all__ = ["AnyQuantizer", "BlockQuantizer", "Encoded", "PointQuantizer", "Quantizer", "Scheme", "quantizer_for"]
+def load_quantizer(scheme: Scheme, tables: dict[str, Tensor], kv_heads: int, head_dim: int) -> AnyQuantizer:
+    """The same with tables from a file; raises RecipeError unless these are what it needs, and could have been learned."""
+    scheme.require_head_dim(head_dim)
+    kind = kind_of(scheme)
+    require_forms(tables, kind.forms(scheme, kv_heads, head_dim))
+    quantizer = kind(scheme, **tables)
+    quantizer.require_sound()
+    return quantizer
+
+
+__all__ = [
+    "AnyQuantizer",
+    "BlockQuantizer",
+    "Encoded",
+    "PointQuantizer",
+    "Quantizer",
+    "Scheme",
+    "load_quantizer",
+    "quantizer_for",
+]

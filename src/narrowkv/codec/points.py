@@ -15,7 +15,7 @@ from narrowkv.codec import cuda
 from narrowkv.codec.encoded import Encoded
 from narrowkv.codec.quantizer import keep_outliers, within_cap
 from narrowkv.codec.scheme import Scheme
-from narrowkv.codec.tables import Tables
+from narrowkv.codec.tables import TableForm, Tables, require_table
 from narrowkv.errors import RecipeError
 
 LANES = 16  # codes that the compiled search takes at a time
@@ -56,6 +56,8 @@ class PointQuantizer(Tables):
             if wanted != (getattr(self, name) is not None):
                 raise RecipeError(f"This scheme's tables do not fit it ({name} is learned offline); calibrate the model.")
         assert self.points is not None and self.weight is not None
+        if self.points.dim() != 4:
+            raise RecipeError(f"Points have four dimensions, not {self.points.dim()}; calibrate the model.")
         heads, codes, levels, numbers = self.points.shape
         forms = [(2**scheme.code_bits, scheme.numbers), (heads, codes, numbers), (heads, codes * numbers, codes * numbers)]
         turn = forms[2] if self.turn is None else tuple(self.turn.shape)
@@ -65,9 +67,22 @@ class PointQuantizer(Tables):
                 f"{numbers}, or weights of another shape; calibrate again."
             )
 
-    def shapes(self) -> set[tuple[int, ...]]:
-        assert self.weight is not None
-        return {(self.weight.shape[0], self.weight[0].numel())}
+    @classmethod
+    def forms(cls, scheme: Scheme, kv_heads: int, head_dim: int) -> dict[str, TableForm]:
+        by_code = (kv_heads, head_dim // scheme.numbers)
+        forms: dict[str, TableForm] = {
+            "points": ((*by_code, 2**scheme.code_bits, scheme.numbers), torch.float16),
+            "weight": ((*by_code, scheme.numbers), torch.float32),
+        }
+        if scheme.outliers:
+            forms["limit"] = ((1,), torch.float32)
+        if scheme.turn:
+            forms["turn"] = ((kv_heads, head_dim, head_dim), torch.float16)
+        return forms
+
+    def _require_order(self) -> None:
+        for name, table in (("weight", self.weight), ("limit", self.limit)):
+            require_table(table is None or bool((table >= 0).all()), name, "numbers below 0")
 
     def encode(self, x: Tensor, skip: Tensor | None = None) -> Encoded:
         """Quantise numbers, once and for all; parameters as of `Quantizer.encode`.

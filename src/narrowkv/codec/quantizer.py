@@ -17,7 +17,7 @@ from narrowkv.codec.encoded import Encoded
 from narrowkv.codec.ranges import online_range, outliers_per_tail, spread, to_16_bits, to_scale_zero
 from narrowkv.codec.room import Room
 from narrowkv.codec.scheme import Scheme
-from narrowkv.codec.tables import Tables
+from narrowkv.codec.tables import TableForm, Tables, require_table
 from narrowkv.errors import RecipeError
 
 LEVELS: dict[str, Callable[[int], Tensor]] = {
@@ -72,9 +72,29 @@ class Quantizer(Tables):
             if needed and getattr(self, name) is None:
                 raise RecipeError(f"This scheme needs a calibration ({name} is learned offline); calibrate the model first.")
 
-    def shapes(self) -> set[tuple[int, ...]]:
-        by_channel = (self.scale, self.zero, self.lower, self.upper, self.smooth)
-        return {tuple(table.shape) for table in by_channel if table is not None}
+    @classmethod
+    def forms(cls, scheme: Scheme, kv_heads: int, head_dim: int) -> dict[str, TableForm]:
+        levels, by_channel = 2**scheme.code_bits, (kv_heads, head_dim)
+        matrix = scheme.outliers > 0 and scheme.outlier_scope == "matrix"
+        shapes: dict[str, tuple[int, ...]] = {}
+        if scheme.datatype != "exact":
+            shapes |= {"codebook": (levels,), "boundaries": (levels - 1,)}
+        if scheme.static:
+            shapes |= {"scale": by_channel, "zero": by_channel}
+        if matrix or (scheme.static and scheme.outliers):
+            shapes |= dict.fromkeys(("lower", "upper"), (1, 1) if matrix else by_channel)
+        if scheme.smooth:
+            shapes["smooth"] = by_channel
+        return {name: (shape, torch.float32) for name, shape in shapes.items()}
+
+    def _require_order(self) -> None:
+        for name in ("codebook", "boundaries"):
+            table = getattr(self, name)
+            require_table(table is None or bool((table.diff() >= 0).all()), name, "numbers out of order")
+        require_table(self.scale is None or bool((self.scale >= 0).all()), "scale", "numbers below 0")
+        require_table(self.smooth is None or bool((self.smooth > 0).all()), "smooth", "numbers that are not above 0")
+        if self.lower is not None and self.upper is not None:
+            require_table(bool((self.lower <= self.upper).all()), "lower", "numbers above those of upper")
 
     def encode(self, x: Tensor, skip: Tensor | None = None) -> Encoded:
         """Quantise numbers, once and for all.

@@ -18,6 +18,7 @@ RangeForm = tuple[tuple[int, int, int], torch.dtype]
 MAX_OUTLIERS = 0.02
 PAIR_WIDTHS = (1.5, 2, 2.5, 3, 3.5, 4)  # bits a number, with a codebook for each pair of channels
 BLOCK = 64  # tokens of a block, the unit in which a store packs
+MOST_GROUP, MOST_CAP, MOST_SPAN = 512, 2**16, 64  # channels of a head, exact numbers of a token, blocks
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,9 @@ class Scheme:
             raise RecipeError(f"Datatype {self.datatype} has 2, 3 or 4 bits; with 8 bits choose int.")
         if not isinstance(self.outliers, (int, float)) or not 0 <= self.outliers <= MAX_OUTLIERS:
             raise RecipeError(f"An outlier fraction of {self.outliers} is outside 0 to {MAX_OUTLIERS} (0% to 2%).")
-        if self.outlier_cap is not None and (type(self.outlier_cap) is not int or self.outlier_cap < 1 or not self.outliers):
-            raise RecipeError("An outlier cap is a whole number from 1 and needs an outlier fraction above 0.")
+        cap = self.outlier_cap
+        if cap is not None and (type(cap) is not int or not 1 <= cap <= MOST_CAP or not self.outliers):
+            raise RecipeError(f"An outlier cap is a whole number from 1 to {MOST_CAP} and needs an outlier fraction above 0.")
         if self.group is not None:
             self._check_group(self.group)
         for name in ("pre_rope", "qnorm", "hadamard", "turn", "floor"):
@@ -119,8 +121,10 @@ class Scheme:
             raise RecipeError("Intrinsic values (iv, iv-kmeans) go with axis block, and floor with both.")
         if by_value and (self.bits != 2 or not self.group or self.outliers or self.hadamard):
             raise RecipeError("Intrinsic values have 2 bits, a group of tokens, and neither outliers nor a Hadamard rotation.")
-        if type(self.span) is not int or self.span < 1 or (self.span > 1 and not by_value):
-            raise RecipeError(f"span is a whole number of blocks, 1 but for intrinsic values, not {self.span!r}.")
+        if type(self.span) is not int or not 1 <= self.span <= MOST_SPAN or (self.span > 1 and not by_value):
+            raise RecipeError(
+                f"span is a whole number of blocks from 1 to {MOST_SPAN}, 1 but for intrinsic values, not {self.span!r:.40}."
+            )
 
     def _check_codebook(self) -> None:
         if self.codebook == "layer":
@@ -140,9 +144,10 @@ class Scheme:
             raise RecipeError("Keys that are stored before the rotary embedding cannot be turned; choose one of the two.")
 
     def _check_group(self, group: int) -> None:
-        if type(group) is not int or group < 8 or self.axis == "token" or self.datatype == "exact":
+        if type(group) is not int or not 8 <= group <= MOST_GROUP or self.axis == "token" or self.datatype == "exact":
             raise RecipeError(
-                "A group is a whole number from 8 and goes with codes by channel or block (tokens) or token_head (channels)."
+                f"A group is a whole number from 8 to {MOST_GROUP} and goes with codes by channel or block (tokens) or "
+                "token_head (channels)."
             )
         if self.axis in ("channel", "block") and BLOCK % group:
             raise RecipeError(f"Groups of {group} tokens do not fill blocks of {BLOCK}; choose 8, 16, 32 or 64.")

@@ -1,5 +1,6 @@
 """Tables: what quantizers of all kinds have in common, a scheme and the tensors learned for it."""
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,9 @@ from narrowkv.codec.cuda import Stepper
 from narrowkv.codec.encoded import Encoded
 from narrowkv.codec.room import Room
 from narrowkv.codec.scheme import Scheme
+from narrowkv.errors import RecipeError
+
+TableForm = tuple[tuple[int, ...], torch.dtype]
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing has it from Python 3.11 on
@@ -31,9 +35,19 @@ class Tables:
         named = ((field.name, getattr(self, field.name)) for field in fields(self))  # type: ignore[arg-type]
         return {name: value for name, value in named if isinstance(value, Tensor)}
 
-    def shapes(self) -> set[tuple[int, ...]]:
-        """kv_heads and head_dim, as tables of channels have them; (1, 1) of a table for all."""
-        return set()
+    @classmethod
+    def forms(cls, scheme: Scheme, kv_heads: int, head_dim: int) -> dict[str, TableForm]:
+        """The tables that a scheme has, all of them, by name: shape and dtype."""
+        return {}
+
+    def require_sound(self) -> None:
+        """Raise RecipeError where a table holds numbers that no calibration finds."""
+        for name, table in self.tensors().items():
+            require_table(bool(table.isfinite().all()), name, "NaN or infinity")
+        self._require_order()
+
+    def _require_order(self) -> None:
+        """Raise RecipeError where numbers are out of the order that encoders trust."""
 
     def encode(self, x: Tensor, skip: Tensor | None = None) -> Encoded:
         """Quantise numbers, once and for all; see `Quantizer.encode`."""
@@ -62,3 +76,21 @@ class Tables:
             for name, table in self.tensors().items()
         }
         return type(self)(self.scheme, **tables)
+
+
+def require_forms(tables: Mapping[str, Tensor], forms: Mapping[str, TableForm]) -> None:
+    """Raise RecipeError where tables are not exactly those, of those shapes and dtypes."""
+    for name in sorted({*tables, *forms}):
+        if name not in tables:
+            raise RecipeError(f"table {name} is missing")
+        if name not in forms:
+            raise RecipeError(f"table {name} does not belong to its scheme")
+        (shape, dtype), table = forms[name], tables[name]
+        if tuple(table.shape) != shape or table.dtype != dtype:
+            raise RecipeError(f"table {name} is {table.dtype} {list(table.shape)}, not {dtype} {list(shape)}")
+
+
+def require_table(holds: bool, name: str, what: str) -> None:
+    """Raise RecipeError where what is to hold of a table does not; what: it holds then."""
+    if not holds:
+        raise RecipeError(f"table {name} holds {what}")

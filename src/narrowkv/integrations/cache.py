@@ -71,7 +71,7 @@ class PackedCache(NarrowCache):
         layers, rank = own_layers(text_config(model)), tensor_parallel_rank(model)
         for fact in facts.attention:
             if isinstance(source, Calibration):
-                quantizers = source.for_heads(fact.layer, fact.kv_heads, rank)
+                quantizers = source.for_heads(fact.layer, fact.kv_heads, fact.head_dim, rank)
             else:
                 quantizers = self.recipe.quantizers(fact.layer)
             layers[fact.layer] = self._layer(fact, quantizers, layers[fact.layer], backend, strict)

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from narrowkv import tensor_file
 from narrowkv.calibration import Fingerprint
 from narrowkv.codec import AnyQuantizer
 from narrowkv.errors import CacheUseError, CalibrationError, FileFormatError, NarrowKVError
-from narrowkv.files import PRIVATE, checksum, write_atomically
+from narrowkv.files import PRIVATE, checksum
 from narrowkv.integrations.versions import keeps_nothing
 from narrowkv.store.state import load_tensors, to_tensors
 
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
 FORMAT, FORMAT_VERSION = "narrowkv-cache", 1
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+MOST_TOKENS = 2**30  # so that positions fit 32 bits
 AGAIN = "read the prompt again and save the cache anew"
 
 
@@ -45,7 +45,6 @@ def save_cache(cache: "PackedCache", path: str | Path, token_ids: Tensor | None 
     tensors = {f"ledger.{name}": ledger.read(ledger.first, length).contiguous() for name, ledger in cache.ledgers.items()}
     for i, layer in zip(cache.modules, cache.packed, strict=True):
         tensors |= {f"layers.{i}.{name}": tensor for name, tensor in to_tensors(layer.store).items()}
-    tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
     header = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -59,10 +58,8 @@ def save_cache(cache: "PackedCache", path: str | Path, token_ids: Tensor | None 
         "shapes": [list(shape) for shape in cache.shapes],
         "tokens": length,
         "token_ids_sha256": None if token_ids is None else ids_checksum(token_ids),
-        "tensors_sha256": {name: tensor_checksum(tensor) for name, tensor in sorted(tensors.items())},
     }
-    header["header_sha256"] = checksum(json.dumps(header, sort_keys=True).encode())
-    write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, {"narrowkv": json.dumps(header)}), PRIVATE)
+    tensor_file.write(Path(path), header, tensors, PRIVATE)
 
 
 def _require_attention_only(cache: "PackedCache") -> None:
@@ -80,9 +77,10 @@ def load_cache(cache: "PackedCache", path: str | Path, token_ids: Tensor | None 
     token_ids: [batch, tokens], checked against those that were saved. Raises FileFormatError where the file is missing,
     damaged, hostile or of another version, CalibrationError where it is of another model, recipe or calibration.
     """
+    header, tensors = tensor_file.read(Path(path), FORMAT, FORMAT_VERSION)
     try:
-        header, tensors = _read(Path(path), cache.device)
         _check_origin(cache, header, token_ids)
+        tensors = {name: tensor.to(cache.device) for name, tensor in tensors.items()}
         held = zip(cache.modules, cache.packed, cache.shapes, _dtypes(header, len(cache.packed)), strict=True)
         for i, layer, (heads, dim), dtypes in held:
             shape = (header["batch"], heads, dim)
@@ -96,14 +94,12 @@ def load_cache(cache: "PackedCache", path: str | Path, token_ids: Tensor | None 
                 raise FileFormatError(f"layer {i} has forgotten tokens that it needs")
         for name, ledger in cache.ledgers.items():
             entries = tensors.pop(f"ledger.{name}", None)
-            needed = header["tokens"] - cache.first_needed(ledger)
-            if entries is None or len(entries) != header["batch"] or entries.shape[1] < needed:
-                raise FileFormatError(f"ledger.{name} is missing or does not fit the tokens")
+            if entries is None:
+                raise FileFormatError(f"ledger.{name} is missing")
+            _check_ledger(cache, name, entries, header)
             ledger.first = ledger.length = header["tokens"] - entries.shape[1]
-            if ledger.first < 0:
-                raise FileFormatError(f"ledger.{name} has more entries than there are tokens")
-            if name == "positions" and (entries.dtype != torch.int32 or bool((entries < 0).any())):
-                raise FileFormatError("positions are not whole numbers from 0")
+            if ledger.first > cache.first_needed(ledger):
+                raise FileFormatError(f"ledger.{name} has forgotten tokens that are needed")
             ledger.append(entries)
         if tensors:
             raise FileFormatError(f"tensor {min(tensors)} does not belong to a cache")
@@ -114,42 +110,29 @@ def load_cache(cache: "PackedCache", path: str | Path, token_ids: Tensor | None 
         raise
 
 
-def _read(path: Path, device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors, once every checksum has been found right."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("narrowkv", "null"))
-            if not isinstance(header, dict) or header.get("format") != FORMAT:
-                raise FileFormatError("it is not a NarrowKV cache")
-            if header.get("format_version") != FORMAT_VERSION:
-                raise FileFormatError(f"it has format {header.get('format_version')!r}, this NarrowKV reads {FORMAT_VERSION}")
-            content = {name: part for name, part in header.items() if name != "header_sha256"}
-            if header.get("header_sha256") != checksum(json.dumps(content, sort_keys=True).encode()):
-                raise FileFormatError("its header was altered (checksum differs)")
-            expected = header["tensors_sha256"]
-            if set(expected) != set(file.keys()):
-                raise FileFormatError("its tensors are not those that its header names")
-            tensors = {}
-            for name in expected:
-                tensors[name] = file.get_tensor(name)
-                if tensor_checksum(tensors[name]) != expected[name]:
-                    raise FileFormatError(f"tensor {name} was altered (checksum differs)")
-                tensors[name] = tensors[name].to(device)
-    except (OSError, SafetensorError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise FileFormatError(f"it is missing, truncated or damaged ({str(error).splitlines()[0]})") from error
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        if isinstance(error, NarrowKVError):
-            raise
-        raise FileFormatError(f"its header is not one of a cache ({error})") from error
-    return header, tensors
+def _check_ledger(cache: "PackedCache", name: str, entries: Tensor, header: dict[str, Any]) -> None:
+    """Raise FileFormatError unless entries [batch, tokens, ...] are those of positions, or of angles that turn a head."""
+    fits = entries.dim() >= 2 and len(entries) == header["batch"] and 1 <= entries.shape[1] <= header["tokens"]
+    if fits and name == "positions":
+        fits = entries.dim() == 2 and entries.dtype == torch.int32 and bool((entries >= 0).all())
+    elif fits:
+        least = min(
+            dim for layer, (_, dim) in zip(cache.packed, cache.shapes, strict=True) if layer.ledger is cache.ledgers[name]
+        )
+        fits = (
+            entries.dim() == 4 and entries.shape[2] == 2 and 0 < 2 * entries.shape[3] <= least and entries.is_floating_point()
+        )
+    if not fits:
+        raise FileFormatError(f"ledger.{name} is not what is kept of {header['batch']} x {header['tokens']} tokens")
+    tensor_file.require_numbers(f"ledger.{name}", entries)
 
 
 def _check_origin(cache: "PackedCache", header: dict[str, Any], token_ids: Tensor | None) -> None:
     try:
-        saved = Fingerprint(**header["fingerprint"])
+        saved = Fingerprint.from_dict(header["fingerprint"])
         sizes = [header[name] for name in ("batch", "tokens")]
-        if any(type(size) is not int or size < 1 for size in sizes):
-            raise FileFormatError("its sizes are not positive numbers")
+        if any(type(size) is not int or not 1 <= size < MOST_TOKENS for size in sizes):
+            raise FileFormatError(f"its sizes are no whole numbers from 1 to {MOST_TOKENS:,}")
         if header["recipe"] != json.loads(json.dumps(cache.recipe.to_dict())):
             raise CalibrationError(
                 f"This cache was saved with another recipe than {cache.recipe.name}; load it with the same."
@@ -189,18 +172,17 @@ def _dtypes(header: dict[str, Any], layers: int) -> list[tuple[torch.dtype, torc
     return found
 
 
-def tensor_checksum(tensor: Tensor) -> str:
-    """SHA-256 over dtype, shape and bytes."""
-    head = f"{tensor.dtype} {list(tensor.shape)} ".encode()
-    return checksum(head + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-
-
 def tables_checksum(layers: list[tuple[AnyQuantizer, AnyQuantizer]]) -> str:
     """SHA-256 over all tables, in order."""
-    parts = [tensor_checksum(table.cpu()) for pair in layers for quantizer in pair for table in quantizer.tensors().values()]
+    parts = [
+        tensor_file.tensor_checksum(table.cpu())
+        for pair in layers
+        for quantizer in pair
+        for table in quantizer.tensors().values()
+    ]
     return checksum("".join(parts).encode())
 
 
 def ids_checksum(token_ids: Tensor) -> str:
     """SHA-256 over token ids."""
-    return tensor_checksum(token_ids.detach().cpu().to(torch.int64))
+    return tensor_file.tensor_checksum(token_ids.detach().cpu().to(torch.int64))

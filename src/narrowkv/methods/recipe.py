@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from narrowkv.integrations import PackedCache
 
 
+MOST_SINKS, MOST_WINDOW, MOST_LAYERS, MOST_BITS = 1024, 2**20, 4096, 64
+
+
 @dataclass(frozen=True)
 class LayerSchemes:
     """The schemes of one layer."""
@@ -28,7 +31,8 @@ class Choices:
     """Schemes among which calibration chooses, for the keys and for the values of each layer apart.
 
     budget: bits for each number that the whole cache may take at 32,768 tokens, tables included. Those schemes are chosen that
-    cost the least loss under it. Raises RecipeError where the budget is no positive number or there is nothing to choose.
+    cost the least loss under it. Raises RecipeError where the budget is no number above 0, or of more bits than a number can
+    have, or there is nothing to choose.
     """
 
     budget: float
@@ -36,8 +40,8 @@ class Choices:
     values: tuple[Scheme, ...]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.budget, (int, float)) or isinstance(self.budget, bool) or not self.budget > 0:
-            raise RecipeError(f"A budget is a number of bits above 0, not {self.budget!r}.")
+        if not isinstance(self.budget, (int, float)) or isinstance(self.budget, bool) or not 0 < self.budget <= MOST_BITS:
+            raise RecipeError(f"A budget is a number of bits above 0, at most {MOST_BITS}, not {self.budget!r:.40}.")
         if not self.keys or not self.values:
             raise RecipeError("A recipe that chooses needs a scheme for the keys and one for the values at least.")
 
@@ -62,11 +66,13 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
-            raise RecipeError(f"A recipe's name is text, not {self.name!r}.")
-        for name in ("sinks", "window"):
+            raise RecipeError(f"A recipe's name is text, not {self.name!r:.40}.")
+        for name, most in (("sinks", MOST_SINKS), ("window", MOST_WINDOW)):
             count = getattr(self, name)
-            if type(count) is not int or count < 0:
-                raise RecipeError(f"{name} must be a whole number of tokens, 0 or more, not {count!r}.")
+            if type(count) is not int or not 0 <= count <= most:
+                raise RecipeError(f"{name} must be a whole number of tokens from 0 to {most:,}, not {count!r:.40}.")
+        if any(type(layer) is not int or not 0 <= layer < MOST_LAYERS for layer in self.layers):
+            raise RecipeError(f"Layers have numbers from 0 to {MOST_LAYERS - 1}; name those of the model.")
         if any(values.pre_rope for _, values in self.every_scheme()):
             raise RecipeError("Values have no rotary embedding; pre_rope is for keys.")
         ahead = max(scheme.tokens_ahead for pair in self.every_scheme() for scheme in pair)

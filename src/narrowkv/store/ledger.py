@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from narrowkv.errors import CacheUseError
+
 
 class Ledger:
     """One entry for each token of each sequence, growing; integers are held as int32 (a position: 4 bytes a token)."""
@@ -27,7 +29,9 @@ class Ledger:
         self.length += new
 
     def reserve(self, new: int, like: Tensor) -> None:
-        """Make sure that so many more entries, such as those of `like`, find room."""
+        """Make sure that so many more entries, such as those of `like`, find room; raises CacheUseError for another form."""
+        if self._held is not None and self._held.shape[2:] != like.shape[2:]:
+            raise CacheUseError("The cache holds angles of another form than the model's; call cache.reset().")
         held = self.length - self.first
         if self._held is None or held + new > self._held.shape[1]:
             self._resize(like, held + new + held // 16)

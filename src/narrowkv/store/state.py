@@ -9,6 +9,7 @@ from narrowkv.errors import FileFormatError
 from narrowkv.store.layer import LayerStore
 from narrowkv.store.page import BLOCK, Column, PackedSide, Page, gather, is_channel_major
 from narrowkv.store.tail import Tail
+from narrowkv.tensor_file import require_numbers
 
 SIDES = ("keys", "values")
 ENCODED = ("codes", "outlier_index", "outlier_values")
@@ -58,12 +59,17 @@ class _Reader:
         )
         if not fits or tensor.dtype != dtype:
             raise FileFormatError(f"tensor {name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}")
+        require_numbers(name, tensor)
         return tensor
 
     def take_ranges(self, prefix: str, scheme: Scheme, rows: int, shape: tuple[int, int, int]) -> dict[str, Tensor]:
         """What is held of online ranges. shape: kv_heads, tokens, codes of a head."""
         forms = scheme.range_forms(*shape)
-        return {name: self.take(f"{prefix}.{name}", (rows, *form), dtype) for name, (form, dtype) in forms.items()}
+        ranges = {name: self.take(f"{prefix}.{name}", (rows, *form), dtype) for name, (form, dtype) in forms.items()}
+        for name in ("scale", "token_scale"):
+            _require(name not in ranges or bool((ranges[name].float() >= 0).all()), f"{prefix}.{name}")
+        _require("levels" not in ranges or bool((ranges["levels"].diff() >= 0).all()), f"{prefix}.levels")
+        return ranges
 
     def take_exact(self, prefix: str, shape: tuple[int | None, ...]) -> tuple[Tensor, Tensor]:
         """Exact keys and values."""
@@ -110,9 +116,16 @@ def load_tensors(
     if store.sinks and store.length:
         store.sink_numbers = reader.take_exact("sinks", (batch, heads, store.sinks, dim))
         store.sink_index = reader.take("sink_index", (batch, store.sinks), torch.int64)
-        _require(bool(((store.sink_index >= -1) & (store.sink_index < store.length)).all()), "sink_index")
+        _require(_are_sinks(store.sink_index, store.length), "sink_index")
     if reader.tensors:
         raise FileFormatError(f"tensor {min(reader.tensors)} does not belong to this recipe")
+
+
+def _are_sinks(index: Tensor, length: int) -> bool:
+    """Whether these can be the first real tokens of sequences [batch, sinks]: ascending, then -1 where there were no more."""
+    unseen = index == -1
+    follows = (index.diff() > 0) & ~unseen[:, :-1] | unseen[:, 1:]
+    return bool(((index >= -1) & (index < length)).all() and follows.all())
 
 
 def _require(holds: bool, name: str) -> None:
@@ -136,11 +149,20 @@ def _load_side(reader: _Reader, name: str, quantizer: AnyQuantizer, slots: int, 
         values = reader.take(f"{name}.outlier_values", (None, *scheme.outlier_shape), reader.dtypes16[name])
         index = reader.take(f"{name}.outlier_index", (len(values),), torch.int16)
         offsets = reader.take(f"{name}.outlier_offsets", (slots * heads + 1,), torch.int32)
-        _require(bool(((index >= 0) & (index.int() < BLOCK * dim)).all()), f"{name}.outlier_index")
         ordered = offsets[0] == 0 and offsets[-1] == len(values) and bool((offsets.diff() >= 0).all())
         _require(bool(ordered), f"{name}.outlier_offsets")
+        _require(bool(((index >= 0) & (index.int() < BLOCK * dim)).all()), f"{name}.outlier_index")
+        _require(_ascend_within(index, offsets), f"{name}.outlier_index")
         outliers = (values, index, offsets)
     return PackedSide((heads, BLOCK, dim), scheme.code_bits, channel_major, planes, ranges, outliers)
+
+
+def _ascend_within(index: Tensor, offsets: Tensor) -> bool:
+    """Whether an index [n] ascends between neighbouring offsets: kernels decode a block in parts, each once."""
+    ascends = index.diff() > 0
+    begins = offsets[(offsets > 0) & (offsets < len(index))].long() - 1
+    ascends[begins] = True
+    return bool(ascends.all())
 
 
 def _load_tail(reader: _Reader, name: str, quantizer: AnyQuantizer, shape: tuple[int, int, int]) -> Encoded:
