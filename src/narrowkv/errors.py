@@ -47,3 +47,12 @@ class MissingPackageError(NarrowKVError, ImportError):
 
 class ReportError(NarrowKVError, ValueError):
     """A report that cannot be made of what was asked for."""
+
+
+def reason(error: BaseException) -> str:
+    """What somebody else's error says, in one line: with what follows where its first line ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    text = lines[0]
+    for line in lines[1:3]:
+        text = f"{text} {line}" if text.endswith(":") else text
+    return f"{type(error).__name__}: {text}" if isinstance(error, KeyError | IndexError) else text.rstrip(" .:")

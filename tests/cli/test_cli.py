@@ -115,7 +115,7 @@ def test_generate_calibrates_first_if_given_a_text(narrowkv, stories, stories_fi
         (("recipes", "show", "gguf"), "nuq3-1%"),
         (("recipes", "show", "x[/bold]"), "x[/bold]"),
         (("generate", "BROKEN", "--prompt", "x", "--recipe", "int4"), "Cannot load the model"),
-        (("generate", "MODEL", "--prompt", "x", "--recipe", "int4", "--device", "cpux"), "on cpux"),
+        (("generate", "MODEL", "--prompt", "x", "--recipe", "int4", "--device", "cpux"), "no device 'cpux'"),
         (("generate", "MODEL", "--prompt", "x", "--recipe", "int4", "--dtype", "Tensor"), "no dtype 'Tensor'"),
         (("generate", "no/such/model", "--prompt", "x"), "Cannot load the model"),
         (("generate", "narrowkv://other", "--prompt", "x"), "no built-in model"),

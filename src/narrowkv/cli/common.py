@@ -68,7 +68,9 @@ def _try_writing(folder: Path, target: Path) -> None:
         raise OutputError(f"Cannot write {target}: {error.strerror}; choose a folder that is writable.") from error
 
 
-ModelArgument = Annotated[str, typer.Argument(help="A local folder, a hub id, or narrowkv://demo.", metavar="MODEL")]
+ModelArgument = Annotated[
+    str, typer.Argument(help="A local folder, a hub id, a .gguf file, or narrowkv://demo.", metavar="MODEL")
+]
 RecipeOption = Annotated[
     str | None, typer.Option(help="A recipe's name or a JSON file, see `narrowkv recipes`.", show_default=RECIPE)
 ]
@@ -140,7 +142,12 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any
     from narrowkv import integrations
 
     silence_transformers()
-    return integrations.load_model(name, dtype, device)
+    return integrations.load_model(name, dtype, device, lambda sentence: note)
+
+
+def note(sentence: str) -> None:
+    """A remark on standard error, apart from what was asked for."""
+    err.print(escape(sentence), style="dim", highlight=False, soft_wrap=True)
 
 
 def silence_transformers() -> None:

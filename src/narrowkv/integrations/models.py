@@ -1,14 +1,16 @@
-"""Loading models and tokenizers: a local folder, a hub id, or the built-in model."""
+"""Loading models and tokenizers: a local folder, a hub id, a GGUF file, or the built-in model."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from narrowkv.defaults import DEMO
-from narrowkv.errors import UnsupportedModelError
+from narrowkv.errors import UnsupportedModelError, reason
+from narrowkv.integrations.folders import check_folder, single_file
+from narrowkv.integrations.gguf import load_gguf
 from narrowkv.integrations.products import lacks_products, multiply_in_float32
 
 DTYPES: dict[str, Any] = {
@@ -23,33 +25,74 @@ DTYPES: dict[str, Any] = {
 def model_folder(name: str) -> str:
     """The local folder of a built-in name, or `name` unchanged."""
     if not name.startswith("narrowkv://"):
-        return name
+        return str(Path(name).expanduser()) if name.startswith("~") else name
     if name != DEMO:
         raise UnsupportedModelError(f"There is no built-in model {name!r}; the built-in model is {DEMO}.")
     return str(Path(__file__).parents[1] / "models" / "demo")
 
 
-def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[PreTrainedModel, Any]:
+def load_model(
+    name: str, dtype: str = "auto", device: str = "cpu", say: Callable[[str], None] = lambda sentence: None
+) -> tuple[PreTrainedModel, Any]:
     """A model in evaluation mode and its tokenizer.
 
-    name: a local folder, a hub id or `narrowkv://demo`. dtype: auto, float32, bfloat16, float16 or float64. Weights are read
-    from safetensors only, and no code that comes with a model is run. On processors that have no products of 16
-    bits, linear layers multiply in float32 and round, which is ten times as fast. Raises UnsupportedModelError where loading
-    fails.
+    name: a local folder, a hub id, a file that ends in .gguf, or `narrowkv://demo`. dtype: auto, float32, bfloat16, float16 or
+    float64; auto is the model's own, and bfloat16 for GGUF. say: is told what memory a GGUF file will take. Weights are read
+    from safetensors or GGUF only, and no code that comes with a model is run. On processors that have no products of 16 bits,
+    linear layers multiply in float32 and round, which is ten times as fast. Raises UnsupportedModelError where loading fails.
     """
     folder = model_folder(name)
     wanted = DTYPES.get(dtype)
     if wanted is None:
         raise UnsupportedModelError(f"There is no dtype {dtype!r}; choose auto, float32, bfloat16 or float16.")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UnsupportedModelError("This torch has no CUDA device; choose --device cpu, or install a CUDA build of torch.")
+    check_device(device)
+    file = single_file(folder)
+    if file is not None:
+        tokenizer, model, loading = load_gguf(file, torch.bfloat16 if wanted == "auto" else wanted, say)
+    else:
+        check_folder(folder)
+        tokenizer, model, loading = _load_folder(name, folder, wanted)
+    missing = sorted(loading["missing_keys"])
+    if missing:  # transformers makes them up, at random
+        raise UnsupportedModelError(
+            f"The weights of {name} lack {missing[0]}"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+            + "; it is damaged, or no language model: download it again, or choose another."
+        )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, use_safetensors=True)
         model = model.to(device).eval()
-        if lacks_products(model.dtype, model.device):
-            multiply_in_float32(model)
-        return model, tokenizer
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UnsupportedModelError(f"Cannot load the model {name} on {device}: {reason}") from error
+    except Exception as error:  # every kind of device has its own errors
+        raise UnsupportedModelError(f"Cannot move the model {name} to {device}: {reason(error)}.") from error
+    if lacks_products(model.dtype, model.device):
+        multiply_in_float32(model)
+    return model, tokenizer
+
+
+def check_device(device: str) -> None:
+    """Raise UnsupportedModelError unless torch can compute on a device of this name here."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = ""
+    if kind in ("", "meta"):
+        raise UnsupportedModelError(f"There is no device {device!r} to compute on; choose cpu or cuda.")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedModelError("This torch has no CUDA device; choose --device cpu, or install a CUDA build of torch.")
+
+
+def _load_folder(name: str, folder: str, dtype: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """A tokenizer, a model, and what transformers tells of its loading."""
+    part = "configuration"
+    try:
+        AutoConfig.from_pretrained(folder)
+        part = "tokenizer"
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        part = "weights"
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # transformers, tokenizers and safetensors raise errors of all kinds for files they cannot read
+        raise UnsupportedModelError(
+            f"Cannot load the model {name}: its {part} cannot be read ({reason(error)}); check the name, or copy it again."
+        ) from error
+    return tokenizer, model, loading

@@ -14,7 +14,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from narrowkv.attention import Rope
-from narrowkv.errors import BudgetError, UnsupportedModelError
+from narrowkv.errors import BudgetError, NarrowKVError, UnsupportedModelError, reason
+from narrowkv.integrations.folders import single_file
+from narrowkv.integrations.gguf import gguf_config
 from narrowkv.integrations.models import DTYPES, model_folder
 from narrowkv.integrations.probe import (
     STATIC_ROPE,
@@ -139,11 +141,15 @@ def _config(name: str) -> Any:
     if name in SHAPES:
         return AutoConfig.for_model("llama", **SHAPES[name], tie_word_embeddings=False, dtype="float16")
     try:
-        return AutoConfig.from_pretrained(model_folder(name))
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        folder = model_folder(name)
+        file = single_file(folder)
+        return AutoConfig.from_pretrained(folder) if file is None else gguf_config(file)
+    except NarrowKVError:
+        raise
+    except Exception as error:  # transformers raises errors of all kinds for files it cannot read
         raise UnsupportedModelError(
-            f"Cannot read the configuration of {name} ({reason}); give a folder, a hub id, or one of {', '.join(SHAPES)}."
+            f"Cannot read the configuration of {name} ({reason(error)}); give a folder, a hub id, "
+            f"or one of {', '.join(SHAPES)}."
         ) from error
 
 
@@ -155,8 +161,7 @@ def _on_meta(config: Any) -> PreTrainedModel:
             # layers of experts compute in this dtype only on the meta device; no shape depends on it
             return kind.from_config(config, dtype=torch.bfloat16).eval()
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UnsupportedModelError(f"transformers cannot build it as a language model ({reason}).") from error
+        raise UnsupportedModelError(f"transformers cannot build it as a language model ({reason(error)}).") from error
 
 
 def _split_weights(model: PreTrainedModel) -> int:

@@ -1,0 +1,109 @@
+"""GGUF files: read into 16 bits with their chat template; damage, strange architectures and too little memory are told."""
+
+import pytest
+import torch
+from tests.conftest import make_tiny
+from tests.gguf_files import write_gguf
+
+import narrowkv
+from narrowkv import PackedCache, load_model
+from narrowkv.errors import MissingPackageError, UnsupportedModelError
+from narrowkv.integrations import gguf as reading
+from narrowkv.plan import read_shape
+
+pytest.importorskip("gguf", reason="needs `pip install 'narrowkv[gguf]'`")
+
+
+@pytest.fixture(scope="module")
+def original():
+    return make_tiny("qwen2", layers=1)
+
+
+@pytest.fixture(scope="module")
+def saved(original, tmp_path_factory):
+    return write_gguf(original, tmp_path_factory.mktemp("gguf") / "tiny-Q8_0.gguf")
+
+
+def test_a_file_becomes_a_model_of_16_bits_with_its_chat_template(original, saved, tmp_path):
+    said = []
+    model, tokenizer = load_model(str(saved), say=said.append)
+    assert model.dtype == torch.bfloat16 and not model.training
+    assert "become" in said[0] and "bfloat16" in said[0] and "free" in said[0]
+    assert load_model(str(saved), "float32")[0].dtype == torch.float32
+    chat = [{"role": "user", "content": "Hi"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == "[user] Hi\n[assistant]"
+    ids = tokenizer("Hi", return_tensors="pt")["input_ids"]
+    assert (model(ids).logits - original(ids).logits).norm() < 0.05 * original(ids).logits.norm()
+    out = model.generate(ids, past_key_values=PackedCache(model, "fp16"), max_new_tokens=5, do_sample=False)
+    assert out.shape == (1, 7)
+    model.save_pretrained(tmp_path)  # it is a model like any other
+
+
+def test_the_only_file_of_a_folder_is_found(saved, monkeypatch):
+    monkeypatch.chdir(saved.parent)
+    assert load_model(str(saved.parent))[0].dtype == load_model(saved.name)[0].dtype == torch.bfloat16
+
+
+def test_the_named_file_is_read_and_not_one_of_that_name_where_we_stand(original, saved, tmp_path, monkeypatch):
+    write_gguf(make_tiny("qwen2", layers=1, seed=5), tmp_path / saved.name)
+    monkeypatch.chdir(tmp_path)
+    found = load_model(str(saved))[0].model.embed_tokens.weight
+    assert (found - original.model.embed_tokens.weight).abs().max() < 0.1
+
+
+@pytest.mark.parametrize(("kept", "cause"), [(0, "damaged"), (3, "damaged"), (500, "damaged"), (-2000, "damaged")])
+def test_a_damaged_file_is_told(saved, tmp_path, kept, cause):
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(saved.read_bytes()[:kept])
+    with pytest.raises(UnsupportedModelError, match=cause):
+        load_model(str(path))
+
+
+def test_an_architecture_that_cannot_be_read_is_told(original, tmp_path):
+    path = write_gguf(original, tmp_path / "strange.gguf", architecture="rwkv6")
+    with pytest.raises(UnsupportedModelError, match=r"architecture rwkv6.*original model"):
+        load_model(str(path))
+
+
+def test_what_is_missing_is_told_and_not_made_up(original, tmp_path):
+    original = make_tiny("qwen2", layers=1)
+    del original.model.norm.weight
+    with pytest.raises(UnsupportedModelError, match=r"lack model\.norm\.weight"):
+        load_model(str(write_gguf(original, tmp_path / "lacking.gguf")))
+
+
+def test_too_little_memory_is_told_before_anything_is_read(saved, monkeypatch):
+    monkeypatch.setattr(reading, "available_memory", lambda: 10_000)
+    with pytest.raises(UnsupportedModelError, match=r"0\.0 GB are free.*NARROWKV_ANY_SIZE"):
+        load_model(str(saved))
+    monkeypatch.setenv("NARROWKV_ANY_SIZE", "1")
+    assert load_model(str(saved))[0].dtype == torch.bfloat16
+
+
+def test_available_memory_is_below_that_of_the_machine():
+    psutil = pytest.importorskip("psutil")
+    assert 0 < reading.available_memory() <= psutil.virtual_memory().total
+
+
+def test_without_the_package_the_extra_is_named(saved, monkeypatch):
+    monkeypatch.setattr(reading, "find_spec", lambda name: None if name == "gguf" else object())
+    with pytest.raises(MissingPackageError, match=r"narrowkv\[gguf\]"):
+        load_model(str(saved))
+
+
+def test_tables_serve_the_file_and_its_original_alike(original, saved, tmp_path):
+    ids = torch.randint(3, 90, (1, 64))
+    read, _ = load_model(str(saved), "float32")
+    for learner, user in ((original, read), (read, original)):
+        tables = narrowkv.calibrate(learner, [ids], "nuq3")
+        tables.save_pretrained(tmp_path / "tables")
+        narrowkv.Calibration.from_pretrained(tmp_path / "tables", user).cache(user)
+    with pytest.raises(narrowkv.errors.CalibrationError, match="another model"):
+        tables.cache(make_tiny("qwen2", layers=1, seed=5))
+
+
+def test_the_planner_reads_the_file_too(saved):
+    shape = read_shape(str(saved))
+    assert shape.dtype == torch.bfloat16 and shape.to_dict()["layers"][0]["kv_heads"] == 2
+    with pytest.raises(UnsupportedModelError, match="no file or folder"):
+        read_shape("no-such.gguf")
