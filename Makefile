@@ -12,7 +12,12 @@ INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet -
 # two processes of one thread: most tests have too little to do for two threads
 SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-all lint fuzz sanitize wheel cross results measure docs format clean
+# the tests that touch transformers
+WITH_TRANSFORMERS := tests/calibration tests/cli tests/evaluate tests/integrations tests/methods tests/plan tests/processes \
+  tests/test_readme.py tests/test_start.py
+TRANSFORMERS := $(patsubst constraints/%.txt,build/versions/%,$(wildcard constraints/*.txt))
+
+.PHONY: demo test test-all test-versions lint fuzz sanitize wheel cross results measure docs format clean
 
 $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard cpp/*)
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +43,21 @@ test: lint
 test-all: lint
 	$(BIN)/python -m pytest -m alone
 	$(SIDE_BY_SIDE) -m 'not alone'
+
+# the oldest and the newest transformers that is served, and the Pythons that `make test` does not run on
+test-versions: lint $(TRANSFORMERS)
+	for environment in $(TRANSFORMERS); do \
+	  OMP_NUM_THREADS=1 $$environment/bin/python -m pytest -n 2 --dist loadfile -m 'not alone and not wide' $(WITH_TRANSFORMERS) || exit 1; \
+	done
+	$(BIN)/python tools/python_versions.py
+
+# environments that borrow from .venv all but the version of transformers
+build/versions/transformers-%: constraints/transformers-%.txt $(TOOLS)
+	rm -rf $@
+	$(PYTHON) -m venv --without-pip $@
+	packages=$$($@/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	PIP_CONSTRAINT=$< $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $$packages transformers && \
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > $$packages/beside.pth
 
 fuzz: $(TOOLS)
 	NARROWKV_FUZZ=100000 $(BIN)/python -m pytest tests/integrations/test_disk.py -k mutated

@@ -237,7 +237,10 @@ def _rope(model: PreTrainedModel, seen: Seen, running: list[Seen], name: str) ->
             rope = StoredRope(name, layout, interleaved)
             if _makes(rope, rope.keep(None, tables), unrotated, rotated):
                 return _by_position(model, seen.kwargs.get("position_ids"), rope, tables) or rope
-    raise UnsupportedModelError(f"Layer {seen.layer} rotates its keys in a way that is not known; use DynamicCache.")
+    raise UnsupportedModelError(
+        f"Layer {seen.layer} rotates its keys in a way that is not known; choose backend 'dense', which decodes the cache at "
+        "every step, or use DynamicCache."
+    )
 
 
 def _makes(rope: AnyRope, kept: Tensor, unrotated: Tensor, rotated: Tensor) -> bool:
