@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 TOOLS := $(VENV)/.tools
 SANITIZED := build/sanitized
 KERNEL_TESTS := tests/attention/test_cpu.py tests/attention/test_cpu_words.py tests/store/test_layer.py \
-  tests/codec/test_compiled.py tests/codec/test_packing.py tests/codec/test_points.py
+  tests/codec/test_compiled.py tests/codec/test_packing.py tests/codec/test_points.py tests/fuzz
 INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 
 # two processes of one thread: most tests have too little to do for two threads
@@ -59,8 +59,9 @@ build/versions/transformers-%: constraints/transformers-%.txt $(TOOLS)
 	PIP_CONSTRAINT=$< $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $$packages transformers && \
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > $$packages/beside.pth
 
+# forged files of every form, loaded and used (half an hour)
 fuzz: $(TOOLS)
-	NARROWKV_FUZZ=100000 $(BIN)/python -m pytest tests/integrations/test_disk.py -k mutated
+	$(BIN)/python -m tests.fuzz.run --cases 100000 --processes 2
 
 # the package built with checks, in an environment that borrows everything else from .venv
 sanitize: $(TOOLS)
