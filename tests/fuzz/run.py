@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tests.fuzz.corpus import build
 
-SLOW = 120  # seconds of a case, after which it is said never to end
+SLOW, SLOW_TO_BEGIN = 120, 1200  # seconds, after which a case, or what comes before the first one, is said never to end
 
 
 class Worker:
@@ -41,7 +41,7 @@ class Worker:
         case, status = self._case(), self.process.poll()
         if case != self.seen:
             self.seen, self.since = case, time.monotonic()
-        if status is None and time.monotonic() - self.since > SLOW:
+        if status is None and time.monotonic() - self.since > (SLOW if case >= self.cases.start else SLOW_TO_BEGIN):
             self.process.kill()
             status = self.process.wait()
         if status is None or status == 0:

@@ -203,3 +203,13 @@ def test_attention_weights_are_not_promised(tiny):
     model = tiny(attn_implementation="eager")
     with pytest.raises(UnsupportedModelError, match="attention weights"):
         model(torch.randint(2, 97, (1, 9)), past_key_values=PackedCache(model, "int4"), output_attentions=True)
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+def test_an_empty_batch_is_refused_and_leaves_the_cache_as_it_was(tiny, call):
+    model, nobody = tiny(), torch.zeros(0, 5, dtype=torch.long)
+    cache = PackedCache(model, "int4")
+    with pytest.raises(CacheUseError, match="batch is empty"):
+        getattr(model, call)(nobody, past_key_values=cache)
+    model(torch.zeros(1, 5, dtype=torch.long), past_key_values=cache)
+    assert cache.length == 5

@@ -120,3 +120,32 @@ def test_learned_keys_go_with_values_that_need_no_calibration(tiny):
         with torch.inference_mode():
             assert model(ids, past_key_values=cache).logits.isfinite().all()
         assert 4 < cache.bits_per_element < 16
+
+
+@pytest.mark.parametrize("name", ["sinks", "window"])
+@pytest.mark.parametrize("count", [-1, 10**9, 10**30, 1.0, True, None])
+def test_counts_are_bounded(name, count):
+    with pytest.raises(RecipeError, match=f"{name} must be a whole number"):
+        get_recipe("int4").with_options(**{name: count})
+
+
+def test_groups_spans_caps_layers_and_budgets_are_bounded():
+    plain = get_recipe("int4").to_dict()
+    for keys in ({"group": 10**30, "axis": "token_head"}, {"outliers": 0.01, "outlier_cap": 10**30}, {"span": 10**30}):
+        with pytest.raises(RecipeError, match="whole number"):
+            Recipe.from_dict(plain | {"keys": plain["keys"] | keys})
+    with pytest.raises(RecipeError, match="Layers have numbers"):
+        Recipe.from_dict(plain | {"layers": {str(10**9): {"keys": plain["keys"], "values": plain["values"]}}})
+    for budget in (0, 10**400, float("inf"), float("nan")):
+        with pytest.raises(RecipeError, match="budget"):
+            Recipe.from_dict(plain | {"choices": {"budget": budget, "keys": [plain["keys"]], "values": [plain["values"]]}})
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "1" * 5000, "[]", "\ud800".encode("utf-8", "surrogatepass")])
+def test_a_file_that_holds_no_recipe_is_told(tmp_path, content):
+    path = tmp_path / "recipe.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(RecipeError, match="recipe"):
+        get_recipe(str(path))
+    with pytest.raises(RecipeError, match="Cannot read"):
+        get_recipe("a\0b.json")

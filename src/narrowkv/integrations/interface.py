@@ -199,11 +199,15 @@ def attention_function(module: nn.Module, query: Tensor, key: Any, value: Any, a
 def before_decoder(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Hook on the language model: tell one of our caches that it begins.
 
-    Raises CacheUseError where the caller (or the model's configuration) said that no cache is to be used.
+    Raises CacheUseError where the batch is empty, or the caller or the model's configuration said that no cache is to be used.
     """
     cache = _cache_in(kwargs)
     if cache is None:
         return
+    if any(
+        isinstance(part, Tensor) and not len(part) for part in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    ):
+        raise CacheUseError("The batch is empty; pass at least one sequence.")
     if kwargs.get("use_cache") is False:  # `generate` would then feed the whole text at every step, on top of what is held
         raise CacheUseError("A cache was passed, but use_cache is off; pass use_cache=True, or set model.config.use_cache.")
     cache.start(module, kwargs.get("attention_mask"))

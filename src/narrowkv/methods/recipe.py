@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from narrowkv.codec import AnyQuantizer, Scheme, quantizer_for
 from narrowkv.errors import RecipeError
+from narrowkv.files import reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -160,8 +161,8 @@ class Recipe:
         """Read a recipe from a JSON file, as `narrowkv recipes show NAME --json FILE` writes it."""
         try:
             plain = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise RecipeError(f"Cannot read a recipe from {path}: {error}.") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise RecipeError(f"Cannot read a recipe from {path}: {reason(error)}.") from error
         if not isinstance(plain, dict):
             raise RecipeError(f"{path} holds no recipe (a JSON object is expected).")
         return cls.from_dict(plain)
