@@ -47,7 +47,7 @@ def ablate(
     device: DeviceOption = "cpu",
     backend: BackendOption = AUTO,
     bos: BosOption = None,
-    seed: Annotated[int, typer.Option(help="Of the random tokens in the ladder `texts`.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the random tokens in the ladder `texts`.")] = 0,
 ) -> None:
     """Climb the ladders of KVQuant's ablations on a model: what each idea gains; a table and a picture each."""
     from narrowkv.evaluate import ablate as ablating

@@ -4,6 +4,7 @@ Commands import torch, transformers and what needs them when they run, so that h
 """
 
 import contextlib
+import math
 import os
 import shlex
 import tempfile
@@ -128,6 +129,16 @@ JsonOption = Annotated[
 ]
 
 
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
+
+
+TemperatureOption = Annotated[float, typer.Option(min=0.0, callback=_finite, help="0 is greedy.")]
+SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of all that is random.")]
+
+
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on standard error; yields the function to call with (done, total)."""
@@ -142,7 +153,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any
     from narrowkv import integrations
 
     silence_transformers()
-    return integrations.load_model(name, dtype, device, lambda sentence: note)
+    return integrations.load_model(name, dtype, device, note)
 
 
 def note(sentence: str) -> None:
@@ -281,9 +292,14 @@ def command_line() -> str:
     return shlex.join(["narrowkv", *GIVEN.get()])
 
 
+def wide_console() -> Console:
+    """Standard output, with room for tables where it is no terminal."""
+    return out if out.is_terminal else Console(width=WIDTH)
+
+
 def show_sections(shown: list[sections.Section], folder: Path, kind: str) -> None:
     """Print each section's text and tables, and draw its pictures as `FOLDER/<kind>-<name>.svg`."""
-    wide = out if out.is_terminal else Console(width=WIDTH)
+    wide = wide_console()
     for section in shown:
         out.print(f"\n[bold]{escape(section.title)}[/bold]\n{escape(section.text)}", highlight=False)
         for table in section.tables:

@@ -57,7 +57,7 @@ def compare(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     backend: BackendOption = AUTO,
-    seed: Annotated[int, typer.Option(help="Of the recall rows.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the recall rows.")] = 0,
 ) -> None:
     """Compare recipes: bits, bytes, perplexity, divergence, top-1 agreement, recall and time; a table and a picture."""
     from narrowkv.evaluate import compare as comparing

@@ -14,6 +14,8 @@ from narrowkv.cli.common import (
     ModelArgument,
     RecipeOption,
     SamplesOption,
+    SeedOption,
+    TemperatureOption,
     WindowOption,
     default_texts,
     err,
@@ -60,14 +62,6 @@ def continue_text(
     return tokenizer.decode(ids[0, prompt_ids.shape[1] :], skip_special_tokens=True)
 
 
-def require_unicode(text: str) -> None:
-    """Raise TextError for what a shell hands over where it was given bytes that are no text."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise TextError("The prompt holds bytes that are not UTF-8 text; write it in UTF-8.") from error
-
-
 def summary(cache: "PackedCache") -> str:
     """One line on what a cache holds and what it takes."""
     exact = 2 * cache.numbers
@@ -87,8 +81,8 @@ def generate(
     calibration: CalibrationOption = None,
     calibration_text: CalibrationTextOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    seed: int = 0,
+    temperature: TemperatureOption = 0.0,
+    seed: SeedOption = 0,
     window: WindowOption = 2048,
     samples: SamplesOption = 16,
     dtype: DtypeOption = "auto",
@@ -107,7 +101,6 @@ def generate(
     text = read_prompt(prompt_file) if prompt_file is not None else prompt or ""
     if not text:
         raise TextError("The prompt is empty; give at least one word.")
-    require_unicode(text)
     learn_from = read_texts(default_texts(model, calibration_text, "narrowkv://train"))
     loaded, tokenizer = load_model(model, dtype, device)
     tables = [] if calibration is None else [calibration]

@@ -1,5 +1,6 @@
 """The command `narrowkv`."""
 
+import io
 import sys
 from collections.abc import Sequence
 
@@ -9,7 +10,7 @@ from rich.markup import escape
 from narrowkv import __version__
 from narrowkv.cli import ablate, calibrate, compare, demo, env, eval, generate, inspect, plan, recipes, report, tasks
 from narrowkv.cli.common import GIVEN, err, out
-from narrowkv.errors import NarrowKVError
+from narrowkv.errors import NarrowKVError, TextError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(demo.demo)
@@ -39,10 +40,29 @@ def main(version: bool = typer.Option(False, "--version", callback=_print_versio
 
 def run(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; errors of ours become one sentence on standard error and exit status 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a letter that the terminal lacks ends no command
     given = sys.argv[1:] if arguments is None else arguments
     GIVEN.set(given)
     try:
+        _require_text(given)
         app(given)
     except NarrowKVError as error:
-        err.print(f"[bold red]Error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(1)
+        _fail(str(error))
+    except OSError as error:  # standard output is full or was closed
+        _fail(f"Cannot write what was found: {error.strerror or error}; give it a place that has room.")
+
+
+def _require_text(arguments: Sequence[str]) -> None:
+    """Raise TextError for what a shell hands over where it was given bytes that are no text."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise TextError(f"The argument {argument!r} holds bytes that are not UTF-8 text; write it in UTF-8.") from error
+
+
+def _fail(sentence: str) -> None:
+    err.print(f"[bold red]Error:[/bold red] {escape(sentence)}", highlight=False, soft_wrap=True)
+    sys.exit(1)

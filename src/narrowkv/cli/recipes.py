@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from narrowkv.cli.common import file_to_write, out
+from narrowkv.cli.common import file_to_write, out, wide_console
 from narrowkv.files import write_json
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def list_recipes() -> None:
                 for every in (recipe.choices.keys, recipe.choices.values)
             )
         table.add_row(name, keys, values, exact or "-", needed)
-    out.print(table)
+    wide_console().print(table)
 
 
 @app.command()

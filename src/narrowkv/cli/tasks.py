@@ -17,6 +17,7 @@ from narrowkv.cli.common import (
     FolderOption,
     ModelArgument,
     SamplesOption,
+    SeedOption,
     WindowOption,
     command_line,
     default_texts,
@@ -63,7 +64,7 @@ def tasks(
     device: DeviceOption = "cpu",
     backend: BackendOption = AUTO,
     bos: BosOption = None,
-    seed: int = 0,
+    seed: SeedOption = 0,
 ) -> None:
     """Passkey by depth and length, key-value recall, several needles, variable tracking, counting; and your own files."""
     from narrowkv.evaluate import tasks as tasking
