@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from narrowkv import __version__
-from narrowkv.cli import ablate, calibrate, compare, demo, env, eval, generate, inspect, plan, recipes, report, tasks
+from narrowkv.cli import ablate, calibrate, chat, compare, demo, env, eval, generate, inspect, plan, recipes, report, tasks
 from narrowkv.cli.common import GIVEN, err, out
 from narrowkv.errors import NarrowKVError, TextError
 
@@ -16,6 +16,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.command()(demo.demo)
 app.command()(calibrate.calibrate)
 app.command()(generate.generate)
+app.command()(chat.chat)
 app.command("eval")(eval.evaluate)
 app.command()(compare.compare)
 app.command()(ablate.ablate)
