@@ -54,6 +54,24 @@ class Sight {
         return true;
     }
 
+    // What the bias of keys, which is taken out of a block, adds to the scores of its tokens, [rows][stride].
+    void add_offsets(const Piece& piece, int block, float* scores, int stride) const {
+        if (!problem.key_offsets) return;
+        const float* offsets = problem.key_offsets + (int64_t(piece.row) * problem.kv_heads + piece.head) * rows * (problem.blocks + 1) + block;
+        for (int i = 0; i < rows; ++i, offsets += problem.blocks + 1, scores += stride) {
+            for (int t = 0; t < kBlock; ++t) scores[t] += *offsets;
+        }
+    }
+
+    // What the bias of values adds to sums of them, [rows][head_dim], by the sum of their weights.
+    void add_value_bias(const Piece& piece, const float* total, float* sum) const {
+        if (!problem.value_bias) return;
+        const float* bias = problem.value_bias + int64_t(piece.head) * dim;
+        for (int i = 0; i < rows; ++i) {
+            for (int d = 0; d < dim; ++d) sum[i * dim + d] += total[i] * bias[d];
+        }
+    }
+
     // Tokens beyond the last, those that a mask hides, and of blocks those that are kept exact elsewhere. scores: [rows][stride].
     void hide(const Piece& piece, int64_t token, int count, float* scores, int stride) const {
         for (int i = 0; i < rows; ++i, scores += stride) {
@@ -116,6 +134,7 @@ class Worker : Sight {
             turn_and_take_keys(piece, start, from, some);
         }
         prefetch_beside(problem.keys, next[0], after[0], piece.head);
+        add_offsets(piece, block, scratch.scores, kBlock);
         weigh_all(piece, start, count);
         const int tokens = piece.channel_major ? kBlock : kTurned;
         for (int from = 0; from < count; from += tokens) {
@@ -136,6 +155,7 @@ class Worker : Sight {
         for (int from = 0; from < count; from += kTurned) {
             turn_and_take_keys(piece, problem.tokens, from, fill_tile(scratch.tail, from, count, true));
         }
+        add_offsets(piece, problem.blocks, scratch.scores, kBlock);
         weigh_all(piece, problem.tokens, count);
         read(problem.values, problem.tails[1]);
         for (int from = 0; from < count; from += kTurned) {
@@ -219,6 +239,7 @@ class Worker : Sight {
                 for (int lane = 0; lane < lanes; ++lane) to += scratch.sum[int64_t(i) * stride + d * lanes + lane];
             }
         }
+        if (!piece.dense) add_value_bias(piece, scratch.total, sum);
     }
 };
 

@@ -106,8 +106,8 @@ void attend(const std::string& kernel, int threads, int chunk, const std::vector
             int dense, uintptr_t output, uintptr_t packed_query, uintptr_t dense_query, uintptr_t dense_keys, uintptr_t dense_values,
             const HeldSide& keys, const HeldSide& values, const std::vector<int64_t>& keys_tail, const std::vector<int64_t>& values_tail,
             const HeldRotation& rotation, uintptr_t positions, int64_t position_stride, uintptr_t angles, uintptr_t table,
-            uintptr_t starts, uintptr_t hidden, int hidden_batch, uintptr_t sink_index, int sinks, uintptr_t sink_logits, float scaling,
-            float softcap) {
+            uintptr_t starts, uintptr_t hidden, int hidden_batch, uintptr_t sink_index, int sinks, uintptr_t sink_logits, uintptr_t key_offsets,
+            uintptr_t value_bias, float scaling, float softcap) {
     static_assert(sizeof(Block) == 8 * sizeof(int64_t), "a block is eight addresses");
     if (shape.size() != 5) throw std::invalid_argument("a shape is batch, query heads, KV heads, queries and head_dim");
     if (shape[4] > kMostDim) throw std::invalid_argument("heads have at most 512 channels");
@@ -146,6 +146,8 @@ void attend(const std::string& kernel, int threads, int chunk, const std::vector
     problem.hidden = at<const uint8_t>(hidden);
     problem.sink_index = at<const int64_t>(sink_index);
     problem.sink_logits = at<const float>(sink_logits);
+    problem.key_offsets = at<const float>(key_offsets);
+    problem.value_bias = at<const float>(value_bias);
     problem.output = at<float>(output);
     nb::gil_scoped_release release;
 #if defined(__x86_64__)
@@ -180,6 +182,7 @@ NB_MODULE(_kernels, module) {
     module.def("attend", &attend, nb::kw_only(), "kernel"_a, "threads"_a, "chunk"_a, "shape"_a, "blocks"_a, "tokens"_a, "tail"_a,
                "dense"_a, "output"_a, "packed_query"_a, "dense_query"_a, "dense_keys"_a, "dense_values"_a, "keys"_a, "values"_a,
                "keys_tail"_a, "values_tail"_a, "rotation"_a, "positions"_a, "position_stride"_a, "angles"_a, "table"_a, "starts"_a,
-               "hidden"_a, "hidden_batch"_a, "sink_index"_a, "sinks"_a, "sink_logits"_a, "scaling"_a, "softcap"_a,
+               "hidden"_a, "hidden_batch"_a, "sink_index"_a, "sinks"_a, "sink_logits"_a,
+               "key_offsets"_a, "value_bias"_a, "scaling"_a, "softcap"_a,
                "Attention of a few queries over packed blocks, a tail and exact tokens.");
 }

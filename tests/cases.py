@@ -6,7 +6,8 @@ import torch
 
 from narrowkv.attention import Rope, StoredRope, Visible
 from narrowkv.codec import Quantizer, Scheme, quantizer_for
-from narrowkv.store import LayerStore
+from narrowkv.store import LayerStore, Ledger
+from narrowkv.store.bias import Bias
 
 KEYS = {
     "nuq4-1%": Scheme(4, "nuq", axis="channel", pre_rope=True, outliers=0.01),
@@ -65,13 +66,16 @@ def frequencies(pairs):
     return 1 / 10_000 ** (torch.arange(pairs) / pairs)
 
 
-def case(keys, values, shape, *, sinks=1, window=0, rope="half", padded=None, dtype=torch.float32, numbers=torch.randn):
-    """A store of random numbers and the arguments of attention over it: (query, store, options)."""
+def case(
+    keys, values, shape, *, sinks=1, window=0, rope="half", padded=None, dtype=torch.float32, numbers=torch.randn, biased=False
+):
+    """A store of random numbers and the arguments of attention over it: (query, store, options).
+
+    biased: keys and values have a large constant, which the store takes out.
+    """
     batch, heads, kv_heads, dim, total, new = shape
-    store = LayerStore(made(keys, kv_heads, dim), made(values, kv_heads, dim), sinks=sinks, window=window)
     k, v = (numbers(batch, kv_heads, total, dim).to(dtype) for _ in range(2))
     valid = None if padded is None else torch.arange(total) >= torch.tensor(padded)[:, None]
-    store.append(k, v, valid)
     past = total - new
     positions = (torch.arange(total) if valid is None else valid.cumsum(1) - 1).clamp(min=0).expand(batch, -1)
     kinds = {
@@ -85,6 +89,12 @@ def case(keys, values, shape, *, sinks=1, window=0, rope="half", padded=None, dt
     if rope == "stored":
         angles = torch.rand(batch, total, dim // 2)
         kept = turning.keep(None, (angles.cos(), angles.sin()))
+    bias = Bias()
+    if biased:
+        bias = bias_for(keys, values, kv_heads, dim, turning, kept)
+        k, v = k + bias.of_keys(0, -(-total // 64)).repeat_interleave(64, 2)[:, :, :total], v + bias.values[:, None]
+    store = LayerStore(made(keys, kv_heads, dim), made(values, kv_heads, dim), sinks=sinks, window=window, bias=bias)
+    store.append(k, v, valid)
     options = {
         "past": past,
         "new": (turning.rotate(k.double(), kept)[:, :, past:], v[:, :, past:]),
@@ -94,6 +104,15 @@ def case(keys, values, shape, *, sinks=1, window=0, rope="half", padded=None, dt
         "scaling": dim**-0.5,
     }
     return torch.randn(batch, heads, new, dim), store, options
+
+
+def bias_for(keys, values, kv_heads, dim, rope, kept):
+    """A large bias of keys stored after the rotary embedding, and of values; kept: of all tokens."""
+    ledger = Ledger()
+    ledger.append(kept)
+    of_keys, of_values = (torch.randn(kv_heads, dim) * torch.linspace(0, 100, dim) for _ in range(2))
+    assert keys.takes_bias_out and values.takes_bias_out and not keys.pre_rope
+    return Bias(of_keys, of_values, rope, ledger)
 
 
 def hide(query, store, options, rule, window, softcap):

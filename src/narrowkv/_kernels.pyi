@@ -121,6 +121,8 @@ def attend(
     sink_index: int,
     sinks: int,
     sink_logits: int,
+    key_offsets: int,
+    value_bias: int,
     scaling: float,
     softcap: float,
 ) -> None:

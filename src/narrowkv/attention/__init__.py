@@ -20,12 +20,18 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def chosen(backend: str, device: torch.device, dtype: torch.dtype, schemes: list[tuple[Scheme, Scheme]]) -> str:
-    """The backend meant: AUTO is `cpu` or `cuda` where it runs and reads all schemes, else `torch`; others are themselves."""
+def chosen(
+    backend: str, device: torch.device, dtype: torch.dtype, schemes: list[tuple[Scheme, Scheme]], biased: bool = False
+) -> str:
+    """The backend meant: AUTO is `cpu` or `cuda` where it runs and reads all schemes, else `torch`; others are themselves.
+
+    biased: whether projections of the model add a bias to keys or values.
+    """
     if backend != AUTO:
         return backend
     fits = device.type == "cpu" or (device.type == "cuda" and cuda.runs_on(device))
-    reads = dtype != torch.float64 and not any(why_unread(scheme) for pair in schemes for scheme in pair)
+    fits = fits and not (device.type == "cuda" and biased and any(part.takes_bias_out for pair in schemes for part in pair))
+    reads = dtype != torch.float64 and not any(why_unread(scheme, biased) for pair in schemes for scheme in pair)
     return device.type if fits and reads else "torch"
 
 

@@ -15,7 +15,7 @@ from narrowkv import _kernels
 from narrowkv.attention import tiled
 from narrowkv.attention.cpu_tables import side_of, turned_by, turning_of
 from narrowkv.attention.cpu_words import reads
-from narrowkv.attention.reading import matrix_of, require_read, turn_query, turn_sum
+from narrowkv.attention.reading import matrix_of, offsets_of, require_read, turn_query, turn_sum, turn_value_bias
 from narrowkv.attention.rope import AnyRope, Rope
 from narrowkv.attention.visible import Visible
 from narrowkv.codec import Scheme
@@ -69,7 +69,7 @@ def attend(
     """
     if query.device.type != "cpu":
         raise UnsupportedModelError(f"Backend cpu reads memory of the CPU, not of {query.device}; choose backend torch.")
-    require_read("cpu", store.quantizers)
+    require_read("cpu", store)
     rotated = rope if kept is not None else None
     sealed = min(store.sealed, past - store.first)
     beyond = query.shape[2] > tiled.FEW_QUERIES or query.dtype == torch.float64 or query.shape[3] > MOST_HEAD_DIM
@@ -92,6 +92,8 @@ def attend(
     sinks = None if store.sink_index is None else (store.sink_index - store.first).contiguous()
     sink_logits = None if sink_logits is None else sink_logits.float().contiguous()
     heads = keys.shape[1]
+    key_offsets = offsets_of(query, _constants(store, blocks.starts), scaling)
+    value_bias = turn_value_bias(store.quantizers[1], blocks.matrices[1], store.bias.values)
     _kernels.attend(
         kernel=kernel,
         threads=torch.get_num_threads(),
@@ -121,10 +123,21 @@ def attend(
         sink_index=_address(sinks),
         sinks=0 if sinks is None else sinks.shape[1],
         sink_logits=_address(sink_logits),
+        key_offsets=_address(key_offsets),
+        value_bias=_address(value_bias),
         scaling=scaling,
         softcap=softcap or 0.0,
     )
     return turn_sum(store.quantizers[1], blocks.matrices[1], output[0]) + output[1]
+
+
+def _constants(store: LayerStore, starts: Tensor) -> Tensor | None:
+    """What was taken out of the keys of each block, and of the tail: [batch or 1, kv_heads, blocks + 1, head_dim]."""
+    bias = store.bias
+    if bias.keys is None or bias.ledger is None:
+        return None if bias.keys is None else bias.keys[None, :, None].expand(1, -1, len(starts), -1)
+    tokens = (starts + store.first).clamp(max=store.length - 1)  # there may be no tail
+    return bias.turned(bias.ledger.read_at(tokens))
 
 
 def _address(tensor: Tensor | None) -> int:

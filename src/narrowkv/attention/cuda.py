@@ -27,6 +27,7 @@ from narrowkv.errors import UnsupportedModelError
 from narrowkv.store import LayerStore
 
 TOLD = 12  # numbers of `lengths`
+SEALED, KEPT = 1, 11  # which of them: tokens in blocks, and where the first token held is in `kept`
 MOST_HEAD_DIM = 256
 FEWEST_ROWS, MOST_ROWS = 8, 32  # queries that share a decoded tile, half as many in float32: more are spilled
 PROGRAMS = 4  # for each multiprocessor
@@ -154,7 +155,9 @@ def _require(query: Tensor, store: LayerStore) -> Any:
         raise UnsupportedModelError("Backend cuda needs Triton; install it (`pip install triton`), or choose backend torch.")
     if not runs_on(query.device):
         raise UnsupportedModelError(f"Backend cuda reads memory of a GPU, not of {query.device}; choose backend torch.")
-    require_read("cuda", store.quantizers)
+    require_read("cuda", store)
+    if store.bias.tensors():
+        raise UnsupportedModelError("Backend cuda does not put back what projections add to keys; choose backend torch.")
     dim = query.shape[3]
     if dim > MOST_HEAD_DIM or dim % 8:
         raise UnsupportedModelError(

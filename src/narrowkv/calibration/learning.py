@@ -1,6 +1,7 @@
 """What recipes ask of one layer's data, and the quantizers that come of it; for recipes that choose, the choice."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from narrowkv.codec import AnyQuantizer, Scheme
 from narrowkv.codec.scheme import BLOCK
 from narrowkv.errors import RecipeError
 from narrowkv.methods import LayerSchemes, Recipe
+from narrowkv.store.bias import Bias, without
 
 AnyFit = Fit | PointFit
 POSITION_BITS = 32  # of each token, for keys that are rotated when read
@@ -44,10 +46,14 @@ class Need:
 
 
 class LayerFits:
-    """All that is learned from one layer for some recipes. shape: kv_heads, head_dim."""
+    """All that is learned from one layer for some recipes. shape: kv_heads, head_dim.
 
-    def __init__(self, recipes: Sequence[Recipe], layer: int, shape: tuple[int, int]):
+    biases: what caches take out of keys stored before the rotary embedding, and of those stored after it, with values.
+    """
+
+    def __init__(self, recipes: Sequence[Recipe], layer: int, shape: tuple[int, int], biases: tuple[Bias, Bias] | None = None):
         self.shape = shape
+        self.biases = biases or (Bias(), Bias())
         needs: set[Need] = set()
         for recipe in recipes:
             pair = recipe.schemes(layer)
@@ -61,17 +67,36 @@ class LayerFits:
             need: PointFit() if need.scheme.codebook != "layer" else Fit(need.scheme) for need in sorted(needs, key=str)
         }
 
-    def see_range(self, keys: Tensor, rotated: Tensor, values: Tensor) -> None:
-        """First pass: keys before and after the rotary embedding, and values, [batch, kv_heads, tokens, head_dim] each."""
-        for need, fit in self.fits.items():
-            fit.see_range(_tokens(_wanted(need, keys, rotated, values), need.sinks))
+    def see_range(self, keys: Tensor, rotated: Tensor, values: Tensor, kept: Tensor | None = None) -> None:
+        """First pass: keys before and after the rotary embedding, and values, [batch, kv_heads, tokens, head_dim] each.
 
-    def see_codebook(self, keys: Tensor, rotated: Tensor, values: Tensor) -> None:
+        kept: by which the rotary embedding has turned them, [1 or batch, tokens, ...].
+        """
+        for need, fit in self.fits.items():
+            numbers = self._without_bias(need, _wanted(need, keys, rotated, values).detach(), kept)
+            fit.see_range(_tokens(numbers, need.sinks))
+
+    def see_codebook(self, keys: Tensor, rotated: Tensor, values: Tensor, kept: Tensor | None = None) -> None:
         """Second pass: the same with gradients, which the fits see once they are known."""
         for numbers in (keys, rotated, values):
             learning = {need: fit for need, fit in self.fits.items() if _wanted(need, keys, rotated, values) is numbers}
             if learning:
-                numbers.register_hook(_when_gradient_known(learning, numbers.detach()))
+                numbers.register_hook(functools.partial(self._see_gradient, learning, numbers.detach(), kept))
+
+    def _see_gradient(self, learning: dict[Need, AnyFit], numbers: Tensor, kept: Tensor | None, gradient: Tensor) -> None:
+        for need, fit in learning.items():
+            known = self._without_bias(need, numbers, kept)
+            for row, slope in zip(known.split(1), gradient.split(1), strict=True):  # a sequence at a time
+                fit.see_codebook(_tokens(row, need.sinks), _tokens(slope, need.sinks))
+
+    def _without_bias(self, need: Need, numbers: Tensor, kept: Tensor | None) -> Tensor:
+        """Numbers as a cache would encode them."""
+        bias = self.biases[0 if need.scheme.pre_rope else 1]
+        known = bias.keys if need.keys else bias.values
+        if known is None or not need.scheme.takes_bias_out:
+            return numbers
+        turned = need.keys and bias.rope is not None and kept is not None
+        return without(numbers, bias.turned(kept[:, ::BLOCK]) if turned else known[None, :, None], need.scheme)
 
     def merge_ranges(self, group: Group) -> None:
         for fit in self.fits.values():  # in the same order in every process
@@ -159,12 +184,3 @@ def _wanted(need: Need, keys: Tensor, rotated: Tensor, values: Tensor) -> Tensor
 def _tokens(x: Tensor, skip: int) -> Tensor:
     """[batch, kv_heads, tokens, head_dim] -> [samples, kv_heads, head_dim], the first `skip` tokens of each row left out."""
     return x.detach()[:, :, skip:].transpose(1, 2).flatten(0, 1)
-
-
-def _when_gradient_known(learning: dict[Need, AnyFit], numbers: Tensor) -> Callable[[Tensor], None]:
-    def see(gradient: Tensor) -> None:
-        for need, fit in learning.items():
-            for row, slope in zip(numbers.split(1), gradient.split(1), strict=True):  # a sequence at a time
-                fit.see_codebook(_tokens(row, need.sinks), _tokens(slope, need.sinks))
-
-    return see

@@ -53,6 +53,8 @@ class Scheme:
         this power (SmoothQuant's alpha); 0 for none. Learned offline.
     floor: with `iv`, a number takes the level below it, as published, instead of the nearest.
     span: with `iv`, the levels of a block are those of a sliding window of so many blocks, itself and those that follow it.
+    remove_bias: what a projection adds to every key, or value, is taken out before numbers are quantised (`store.bias`);
+        where ranges are static there is no need, for those of a channel take a constant in.
 
     Raises RecipeError where these contradict each other.
     """
@@ -74,6 +76,7 @@ class Scheme:
     smooth: float = 0.0
     floor: bool = False
     span: int = 1
+    remove_bias: bool = True
 
     def __post_init__(self) -> None:
         for field, hint in get_type_hints(type(self)).items():
@@ -100,7 +103,7 @@ class Scheme:
             raise RecipeError(f"An outlier cap is a whole number from 1 to {MOST_CAP} and needs an outlier fraction above 0.")
         if self.group is not None:
             self._check_group(self.group)
-        for name in ("pre_rope", "qnorm", "hadamard", "turn", "floor"):
+        for name in ("pre_rope", "qnorm", "hadamard", "turn", "floor", "remove_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"{name} is true or false, not {getattr(self, name)!r}.")
         if self.qnorm and self.datatype != "nuq":
@@ -211,6 +214,11 @@ class Scheme:
     def static(self) -> bool:
         """Whether scale and zero are fixed by calibration."""
         return self.datatype != "exact" and self.axis == "channel" and self.group is None
+
+    @property
+    def takes_bias_out(self) -> bool:
+        """Whether a constant that is added to all numbers of a channel would cost precision, and so is taken out."""
+        return self.remove_bias and self.datatype != "exact" and not self.static
 
     @property
     def needs_calibration(self) -> bool:

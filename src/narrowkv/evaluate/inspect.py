@@ -14,7 +14,7 @@ from narrowkv.codec import Quantizer
 from narrowkv.defaults import DENSE, INSPECTED
 from narrowkv.errors import RecipeError, TextError, UnsupportedModelError
 from narrowkv.evaluate.results import ResultFile
-from narrowkv.integrations.capture import show_layers
+from narrowkv.integrations.capture import fits_for, show_layers
 from narrowkv.integrations.preparation import facts_for
 from narrowkv.integrations.probe import AttentionFacts
 from narrowkv.methods import Recipe, get_recipe
@@ -102,7 +102,7 @@ def inspect(
     schemes = chosen.schemes(fact.layer)
     if any(scheme.datatype != "nuq" or scheme.codebook != "layer" for scheme in (schemes.keys, schemes.values)):
         raise RecipeError(f"Recipe {chosen.name} learns no codebook that a layer shares; choose one such as {INSPECTED}.")
-    fits = LayerFits([chosen], fact.layer, (fact.kv_heads, fact.head_dim))
+    fits = fits_for(fact, [chosen])
     seen = [{name: _Tensor() for name in TENSORS if name != "rotated" or one.rope} for one in facts.attention]
     thresholds: list[dict[str, float]] = []
     done = 0
@@ -113,15 +113,15 @@ def inspect(
         if on_step:
             on_step(done, 2 * len(batches))
 
-    def first_pass(place: int, *numbers: Tensor) -> None:
-        for name, x in zip(TENSORS, numbers, strict=True):
+    def first_pass(place: int, *numbers: Any) -> None:
+        for name, x in zip(TENSORS, numbers, strict=False):
             if name in seen[place]:
                 seen[place][name].see_range(x)
         if facts.attention[place] is fact:
             fits.see_range(*numbers)
 
-    def second_pass(place: int, *numbers: Tensor) -> None:
-        for name, x in zip(TENSORS, numbers, strict=True):
+    def second_pass(place: int, *numbers: Any) -> None:
+        for name, x in zip(TENSORS, numbers, strict=False):
             if name in seen[place]:
                 seen[place][name].see_gradient(x, thresholds[place][name])
         if facts.attention[place] is fact:

@@ -23,6 +23,7 @@ from narrowkv.integrations.interface import ANOTHER_MODEL, TWO_DIMENSIONS, Narro
 from narrowkv.integrations.layer import PackedLayer
 from narrowkv.integrations.preparation import facts_for
 from narrowkv.integrations.probe import AttentionFacts, own_layers, text_config
+from narrowkv.integrations.projections import bias_of
 from narrowkv.methods import Recipe, get_recipe
 from narrowkv.store import LayerStore, Ledger, steps
 
@@ -52,8 +53,9 @@ class PackedCache(NarrowCache):
         if backend not in (AUTO, *BACKENDS, DENSE):
             raise RecipeError(f"There is no backend {backend!r}; there is {AUTO}, {', '.join(BACKENDS)} and {DENSE}.")
         self.recipe = source.recipe if isinstance(source, Calibration) else get_recipe(source)
-        backend = chosen(backend, model.device, model.dtype, self.recipe.every_scheme())
         facts = facts_for(model, backend, [self.recipe])
+        biased = any(part is not None for fact in facts.attention for part in (fact.constants.keys, fact.constants.values))
+        backend = chosen(backend, model.device, model.dtype, self.recipe.every_scheme(), biased)
         self.model_dtype = _dtype_of(model.get_decoder())  # when the first tokens came; until then, at the creation
         self.fingerprint = Fingerprint.of(model)
         if isinstance(source, Calibration):
@@ -94,8 +96,11 @@ class PackedCache(NarrowCache):
         for quantizer in (keys, values):
             quantizer.scheme.require_head_dim(fact.head_dim)
         rope = fact.rope.to(self.device) if fact.rope else None
-        ledger = self.ledgers.setdefault(rope.record, Ledger()) if rope and keys.scheme.pre_rope else None
-        store = LayerStore(keys, values, self.recipe.sinks, self.recipe.window)
+        bias = bias_of(fact.constants, rope, keys.scheme, values.scheme, self.device)
+        recorded = rope is not None and (keys.scheme.pre_rope or bias.of_blocks)
+        ledger = self.ledgers.setdefault(rope.record, Ledger()) if rope and recorded else None
+        bias.ledger = ledger if bias.of_blocks else None
+        store = LayerStore(keys, values, self.recipe.sinks, self.recipe.window, bias)
         kind = DenseLayer if self.dense else PackedLayer
         return kind(store, rope, ledger, backend, strict, getattr(own, "sliding_window", None))
 

@@ -17,12 +17,13 @@ from narrowkv.defaults import DENSE
 from narrowkv.errors import ActivationError, CalibrationError, UnsupportedModelError
 from narrowkv.integrations.passing import PassingCache, PassingLayer
 from narrowkv.integrations.preparation import facts_for
-from narrowkv.integrations.probe import ModelFacts, evaluating, own_layers, text_config
+from narrowkv.integrations.probe import AttentionFacts, ModelFacts, evaluating, own_layers, text_config
 from narrowkv.integrations.versions import CACHE
 from narrowkv.methods import Recipe, get_recipe
+from narrowkv.store.bias import Bias
 
-# place among the attention layers, keys before and after the rotary embedding, values
-LayerListener = Callable[[int, Tensor, Tensor, Tensor], None]
+# place among the attention layers, keys before and after the rotary embedding, values, what has turned the keys
+LayerListener = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], None]
 
 
 def capture_cache(model: PreTrainedModel, facts: ModelFacts, listener: LayerListener, dense: bool = False) -> PassingCache:
@@ -31,6 +32,13 @@ def capture_cache(model: PreTrainedModel, facts: ModelFacts, listener: LayerList
     for i, fact in enumerate(facts.attention):
         layers[fact.layer] = PassingLayer(fact.rope, functools.partial(listener, i), dense)
     return PassingCache(layers, dense=dense)
+
+
+def fits_for(fact: AttentionFacts, recipes: Sequence[Recipe]) -> LayerFits:
+    """What learns some recipes from what such an attention module stores."""
+    known = fact.constants
+    biases = (Bias(known.keys, known.values), Bias(known.rotated, known.values, fact.rope))
+    return LayerFits(recipes, fact.layer, (fact.kv_heads, fact.head_dim), biases)
 
 
 @contextlib.contextmanager
@@ -104,7 +112,7 @@ def calibrate_many(
             raise CalibrationError(
                 f"Sequences must be longer than the {recipe.sinks} sinks of {recipe.name}; give longer ones."
             )
-    fits = {fact.layer: LayerFits(chosen, fact.layer, (fact.kv_heads, fact.head_dim)) for fact in facts.attention}
+    fits = {fact.layer: fits_for(fact, chosen) for fact in facts.attention}
     by_place = list(fits.values())
     done = 0
 

@@ -50,6 +50,7 @@ def save_cache(cache: "PackedCache", path: str | Path, token_ids: Tensor | None 
         "format_version": FORMAT_VERSION,
         "recipe": cache.recipe.to_dict(),
         "tables_sha256": tables_checksum([layer.store.quantizers for layer in cache.packed]),
+        "bias_sha256": bias_checksum(cache),
         "fingerprint": asdict(cache.fingerprint),
         "dtype": _name(cache.model_dtype),
         "dtypes": [[_name(dtype) for dtype in layer.store.dtypes or ()] for layer in cache.packed],
@@ -146,6 +147,10 @@ def _check_origin(cache: "PackedCache", header: dict[str, Any], token_ids: Tenso
             )
         if header["tables_sha256"] != tables_checksum([layer.store.quantizers for layer in cache.packed]):
             raise CalibrationError("This cache was saved with another calibration; load it with the same one.")
+        if header.get("bias_sha256") != bias_checksum(cache):
+            raise CalibrationError(
+                "This cache was saved with another bias taken out of keys and values than this model's; read the prompt again."
+            )
         if header["dtype"] != _name(cache.model_dtype):
             raise CalibrationError(f"This cache was saved by a model in {header['dtype']}; load the model in that dtype.")
         if token_ids is not None and header["token_ids_sha256"] != ids_checksum(token_ids):
@@ -181,6 +186,12 @@ def tables_checksum(layers: list[tuple[AnyQuantizer, AnyQuantizer]]) -> str:
         for table in quantizer.tensors().values()
     ]
     return checksum("".join(parts).encode())
+
+
+def bias_checksum(cache: "PackedCache") -> str | None:
+    """SHA-256 over what is taken out of keys and values, None where that is nothing."""
+    parts = [tensor_file.tensor_checksum(part.cpu()) for layer in cache.packed for part in layer.store.bias.tensors()]
+    return checksum("".join(parts).encode()) if parts else None
 
 
 def ids_checksum(token_ids: Tensor) -> str:

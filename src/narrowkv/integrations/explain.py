@@ -9,14 +9,17 @@ from narrowkv.integrations.cache import PackedCache
 class Explanation:
     """Bytes by part for each layer, and what all layers share; printing it gives a table.
 
-    layers: for each packed layer by its number, bytes of codes, scales, outliers, tail, window, sinks, slots and tables.
-    positions: bytes of positions or angles that all layers share. numbers: keys and values held in all.
+    layers: for each packed layer by its number, bytes of codes, scales, outliers, tail, window, sinks, slots, bias
+    and tables.
+    bias: of how many layers what projections add is taken out of keys, and of values. positions: bytes of positions or angles
+    that all layers share. numbers: keys and values held in all.
     """
 
     recipe: str
     layers: dict[int, dict[str, int]]
     positions: int
     numbers: int
+    bias: tuple[int, int] = (0, 0)
 
     @property
     def nbytes(self) -> int:
@@ -35,7 +38,14 @@ class Explanation:
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
         shared = f"{self.recipe}: {self.nbytes:,} bytes, of which {self.positions:,} for positions, shared by all layers"
-        return "\n".join([shared, *lines])
+        return "\n".join([shared, *self._told(), *lines])
+
+    def _told(self) -> list[str]:
+        keys, values = self.bias
+        if not keys and not values:
+            return []
+        layers = f"{keys} layer{'s' if keys != 1 else ''}"
+        return [f"the bias of the projections is taken out of the keys of {layers} and the values of {values}, and put back"]
 
 
 def explain(cache: PackedCache) -> Explanation:
@@ -46,4 +56,6 @@ def explain(cache: PackedCache) -> Explanation:
         tables = [table for quantizer in layer.store.quantizers for table in quantizer.tensors().values()]
         layers[number] = parts | {"tables": sum(table.untyped_storage().nbytes() for table in tables)}
     positions = sum(tensor.untyped_storage().nbytes() for ledger in cache.ledgers.values() for tensor in ledger.tensors())
-    return Explanation(cache.recipe.name, layers, positions, cache.numbers)
+    biases = [layer.store.bias for layer in cache.packed]
+    taken = tuple(sum(part is not None for part in side) for side in zip(*((b.keys, b.values) for b in biases), strict=True))
+    return Explanation(cache.recipe.name, layers, positions, cache.numbers, (taken[0], taken[1]))

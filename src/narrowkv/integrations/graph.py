@@ -194,7 +194,7 @@ class DecodingGraph:
         """What is told to the kernels of a layer, where tokens are written last; and its blocks, looked at before."""
         store, ledger = layer.store, layer.ledger
         past = store.length if layer.strict else store.length - 1
-        kept = ledger.read(store.first, past) if ledger else None
+        kept = ledger.read(store.first, past) if ledger and layer.turns_when_read else None
         blocks = cuda.blocks_for(store, layer.rope, kept, self._mask)
         counts = cuda.lengths(store, blocks, past, store.length, 1, store.first - ledger.first if ledger else 0)
         places = (store.tail.tokens if store.tail else 0, store.recent.tokens, ledger.length - ledger.first if ledger else 0)

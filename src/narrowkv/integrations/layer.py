@@ -1,6 +1,8 @@
 """PackedLayer: one layer of a packed cache, and the handle that it gives to attention in place of tensors."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,7 @@ from narrowkv.attention import BACKENDS, AnyRope, cuda
 from narrowkv.errors import CacheUseError, UnsupportedModelError
 from narrowkv.integrations.interface import LazyMask, Step, model_attention, require_step
 from narrowkv.store import LayerStore, Ledger, steps
+from narrowkv.store.fitting import fitting
 
 # the rest of the model compiles; what follows chooses tensors by how much is held and by what it finds in them
 not_traced: Any = functools.partial(
@@ -23,9 +26,9 @@ not_traced: Any = functools.partial(
 class PackedLayer(CacheLayerMixin):
     """One layer of a PackedCache.
 
-    rope: turns its keys, None where they are not turned. ledger: what `rope` needs of each stored token, None where keys are
-    stored turned. sliding_window: how many of the newest tokens a query of this layer sees, itself included, None for all;
-    older ones are forgotten.
+    rope: turns its keys, None where they are not turned. ledger: what `rope` needs of each stored token, None where neither
+    keys nor a bias are turned when they are read. sliding_window: how many of the newest tokens a query of this layer sees,
+    itself included, None for all; older ones are forgotten.
     """
 
     def __init__(
@@ -54,7 +57,12 @@ class PackedLayer(CacheLayerMixin):
     @property
     def is_exact(self) -> bool:
         """Whether numbers are stored as the model's own attention wants them: not quantised, and keys turned."""
-        return all(quantizer.scheme.datatype == "exact" for quantizer in self.store.quantizers) and self.ledger is None
+        return all(quantizer.scheme.datatype == "exact" for quantizer in self.store.quantizers) and not self.turns_when_read
+
+    @property
+    def turns_when_read(self) -> bool:
+        """Whether keys are stored before the rotary embedding."""
+        return self.rope is not None and self.store.quantizers[0].scheme.pre_rope
 
     def turn(self, x: Tensor, kept: Tensor | None) -> Tensor:
         """Turn x: [batch, heads, new, head_dim] as the model's layer does, in the dtype of x."""
@@ -73,19 +81,38 @@ class PackedLayer(CacheLayerMixin):
         if self.told is not None:
             return self._update_captured(self.told, step, key_states, value_states)
         kept = self.rope.keep(step.positions, step.tables) if self.rope else None
-        stored = key_states if self.ledger else self.turn(key_states, kept)
-        self.store.append(stored, value_states, step.valid(past, new))
-        if self.ledger and self.ledger.length == past and kept is not None:
-            self.ledger.append(kept.expand(key_states.shape[0], *kept.shape[1:]))
+        stored = key_states if self.turns_when_read else self.turn(key_states, kept)
+        valid = step.valid(past, new)
+        fitting(self.store, stored, value_states)
+        with self._noted(past, kept, len(stored)):
+            self.store.append(stored, value_states, valid)
         handle = PackedHandle(self, kept, past, key_states, value_states)
         return handle, handle
+
+    @contextlib.contextmanager
+    def _noted(self, past: int, kept: Tensor | None, batch: int) -> Iterator[None]:
+        """Within, the ledger knows new tokens, which follow `past` others; it forgets them again where they are refused."""
+        ledger = self.ledger if self.ledger and self.ledger.length == past else None
+        if ledger and kept is not None:
+            ledger.append(kept.expand(batch, *kept.shape[1:]))
+        try:
+            yield
+        except BaseException:
+            if ledger:
+                ledger.crop(past)
+            raise
 
     def _update_captured(self, told: Tensor, step: Step, keys: Tensor, values: Tensor) -> Any:
         """What the device does of an `update` that the host has counted before."""
         kept = self.rope.keep(step.positions, step.tables) if self.rope else None
-        steps.write(self.store, keys if self.ledger else self.turn(keys, kept), values, places=told[cuda.TOLD :])
         if self.ledger and self.leads and kept is not None:
             self.ledger.step(kept, told[cuda.TOLD + 2 :][:1].long())
+        bias, of_keys = self.store.bias, None
+        if self.ledger and bias.of_blocks:
+            first = (told[cuda.SEALED] + told[cuda.KEPT]).long()  # of the tail, in the ledger's room
+            of_keys = bias.turned(self.ledger.room.index_select(1, first[None]))
+        stored = keys if self.turns_when_read else self.turn(keys, kept)
+        steps.write(self.store, stored, values, places=told[cuda.TOLD :], of_keys=of_keys)
         handle = PackedHandle(self, kept, self.store.length if self.strict else self.store.length - 1, keys, values)
         return handle, handle
 
@@ -161,14 +188,14 @@ class PackedHandle:
             output, _ = model_attention(module, layer.turn(query, asking), keys, values, mask, scaling=scaling, **kwargs)
             return output
         past = layer.store.length if layer.strict else self.past
-        kept = layer.ledger.read(layer.store.first, past) if layer.ledger else None
+        kept = layer.ledger.read(layer.store.first, past) if layer.ledger and layer.turns_when_read else None
         question, options = self._question(query, mask, scaling, past, kept, **kwargs)
         return BACKENDS[layer.backend](question, layer.store, **options).to(query.dtype).transpose(1, 2).contiguous()
 
     def _attend_captured(self, query: Tensor, mask: LazyMask, scaling: float, **kwargs: Any) -> Tensor:
         """The same, while a CUDA graph is captured."""
         layer = self.layer
-        kept = layer.ledger.room if layer.ledger else None
+        kept = layer.ledger.room if layer.ledger and layer.turns_when_read else None
         question, options = self._question(query, mask, scaling, self.past, kept, **kwargs)
         output = cuda.prepare(question, layer.store, told=layer.told, **options)()
         return output.to(query.dtype).transpose(1, 2).contiguous()
@@ -182,7 +209,7 @@ class PackedHandle:
         return layer.turn(query.to(precise), asking).to(query.dtype), {
             "past": past,
             "new": None if layer.strict else (layer.turn(self.keys.to(precise), self.kept), self.values),
-            "rope": layer.rope if layer.ledger else None,
+            "rope": layer.rope if layer.turns_when_read else None,
             "kept": kept,
             "visible": mask.visible,
             "scaling": scaling,

@@ -12,8 +12,8 @@ from narrowkv.integrations.interface import NarrowCache, Step, model_attention, 
 from narrowkv.integrations.probe import EmptyLayer
 from narrowkv.integrations.products import lacks_products
 
-# keys before and after the rotary embedding, values: all [batch, kv_heads, tokens, head_dim]
-Listener = Callable[[Tensor, Tensor, Tensor], None]
+# keys before and after the rotary embedding, values: all [batch, kv_heads, tokens, head_dim]; what has turned the keys
+Listener = Callable[[Tensor, Tensor, Tensor, Tensor | None], None]
 
 
 class PassingCache(NarrowCache):
@@ -45,7 +45,7 @@ class PassingLayer(EmptyLayer):
             kept = self.rope.keep(step.positions, step.tables)
             rotated = self.rope.rotate(key_states, kept)
         if self.listener:
-            self.listener(key_states, rotated, value_states)
+            self.listener(key_states, rotated, value_states, kept)
         if step is None:
             return key_states, value_states
         handle = PassingHandle(self.rope, kept, rotated, value_states)

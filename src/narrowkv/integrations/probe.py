@@ -6,6 +6,7 @@ refused with the reason.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from narrowkv.attention import AnyRope, Rope, StoredRope
 from narrowkv.attention.rope import Tables
 from narrowkv.codec.ranges import require_finite
 from narrowkv.errors import UnsupportedModelError
+from narrowkv.integrations.projections import NOTHING_KNOWN, Constants, constants_of
 from narrowkv.integrations.versions import CACHE, keeps_nothing
 
 MAX_HEAD_DIM = 512  # the index of an outlier in its block has 16 bits, one of them the sign
@@ -30,13 +32,16 @@ LAYOUTS: tuple[Any, ...] = ("halves", "repeated", "once")
 
 @dataclass(frozen=True)
 class AttentionFacts:
-    """One attention module that keeps keys and values: its layer, kv_heads, head_dim, and how it rotates keys (None: not)."""
+    """One attention module that keeps keys and values: its layer, kv_heads, head_dim, how it rotates keys (None: not), and
+    what all its keys and values have in common.
+    """
 
     module: nn.Module
     layer: int
     kv_heads: int
     head_dim: int
     rope: AnyRope | None
+    constants: Constants = NOTHING_KNOWN
 
 
 @dataclass(frozen=True)
@@ -67,9 +72,23 @@ class Seen:
     def layer(self) -> int:
         return int(self.module.layer_idx)  # type: ignore[arg-type]
 
-    def facts(self, rope: AnyRope | None) -> AttentionFacts:
+    def facts(self, rope: AnyRope | None, constants: Constants = NOTHING_KNOWN) -> AttentionFacts:
         """What is known of the module, given how it rotates keys."""
-        return AttentionFacts(self.module, self.layer, self.keys[0].shape[1], self.keys[0].shape[3], rope)
+        return AttentionFacts(self.module, self.layer, self.keys[0].shape[1], self.keys[0].shape[3], rope, constants)
+
+    def run(self, running: list["Seen"], factor: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Keys and values [1, kv_heads, tokens, head_dim] of the hidden states times a factor, without rotary embedding."""
+        args, kwargs, tables = self.args, dict(self.kwargs), self.kwargs.get("position_embeddings")
+        if tables is not None:
+            kwargs["position_embeddings"] = identity(tables)
+        if args:
+            args = (args[0] * factor, *args[1:])
+        else:
+            kwargs["hidden_states"] = kwargs["hidden_states"] * factor
+        running.append(self)
+        self.module(*args, **kwargs)
+        running.pop()
+        return self.keys.pop(), self.values.pop()
 
 
 class EmptyLayer(CacheLayerMixin):
@@ -143,7 +162,11 @@ def probe(model: PreTrainedModel) -> tuple[list[AttentionFacts], list[Seen]]:
     seen, running = watch(model)
     tables = {id(one.kwargs.get("position_embeddings")): one.kwargs.get("position_embeddings") for one in seen}
     names = {key: f"angles{i}" for i, key in enumerate(tables)}  # layers that are given the same tables share their record
-    facts = [one.facts(_rope(model, one, running, names[id(one.kwargs.get("position_embeddings"))])) for one in seen]
+    facts = []
+    for one in seen:
+        rope = _rope(model, one, running, names[id(one.kwargs.get("position_embeddings"))])
+        run = functools.partial(one.run, running)
+        facts.append(one.facts(rope, constants_of(one.module, run, rope, _frequencies_of(model, rope, one))))
     return facts, seen
 
 
@@ -226,10 +249,7 @@ def _rope(model: PreTrainedModel, seen: Seen, running: list[Seen], name: str) ->
     tables = seen.kwargs.get("position_embeddings")
     if tables is None:
         return None
-    running.append(seen)
-    seen.module(*seen.args, **{**seen.kwargs, "position_embeddings": identity(tables)})
-    running.pop()
-    rotated, unrotated = seen.keys
+    rotated, unrotated = seen.keys[0], seen.run(running)[0]
     if torch.equal(unrotated, rotated):
         return None
     for layout in ("complex",) if isinstance(tables, Tensor) else LAYOUTS:
@@ -270,6 +290,14 @@ def _by_position(model: PreTrainedModel, positions: Tensor | None, stored: Store
             if bool(((found - expected).abs() <= tolerance).all()):
                 return rope
     return None
+
+
+def _frequencies_of(model: PreTrainedModel, rope: AnyRope | None, seen: Seen) -> Tensor | None:
+    """Those of a rotary embedding, [pairs]; where a position does not determine its angles, about those."""
+    if rope is None or isinstance(rope, Rope):
+        return None if rope is None else rope.inverse_frequencies
+    pairs = rope.cos_sin(rope.keep(None, seen.kwargs["position_embeddings"]))[0].shape[-1]
+    return next((inverse for inverse, _, _ in frequencies(model) if len(inverse) == pairs), None)
 
 
 def has_sections(model: PreTrainedModel) -> bool:

@@ -11,9 +11,11 @@ from narrowkv.codec import AnyQuantizer, Encoded
 from narrowkv.codec.ranges import require_finite
 from narrowkv.errors import ActivationError, CacheUseError
 from narrowkv.store import reading, steps
+from narrowkv.store.bias import Bias, Numbers
+from narrowkv.store.fitting import fitting
 from narrowkv.store.page import BLOCK, Column, Page, move_together, to_blocks
 from narrowkv.store.sinks import Places, find_sinks
-from narrowkv.store.tail import Numbers, Tail
+from narrowkv.store.tail import Tail
 from narrowkv.store.window import Window
 
 
@@ -22,16 +24,19 @@ class LayerStore:
 
     sinks: the first real tokens of each sequence stay exact. window: the newest tokens stay exact (and a few more where
     several tokens are encoded together); the rest is encoded as soon as it leaves the window, one block at a time sealed.
-    A number is quantised once; `select` and `crop` move or drop codes and never touch them.
+    bias: what is taken out of numbers while they are encoded; its ledger knows new tokens before they come. A number is
+    quantised once; `select` and `crop` move or drop codes and never touch them.
     """
 
-    def __init__(self, keys: AnyQuantizer, values: AnyQuantizer, sinks: int = 0, window: int = 0):
+    def __init__(self, keys: AnyQuantizer, values: AnyQuantizer, sinks: int = 0, window: int = 0, bias: Bias | None = None):
         self.quantizers = (keys, values)
+        self.bias = bias or Bias()
         self.sinks = sinks
         self.window = window
-        self.ahead = [quantizer.scheme.tokens_ahead for quantizer in self.quantizers]
+        self.schemes = (keys.scheme, values.scheme)
+        self.ahead = [scheme.tokens_ahead for scheme in self.schemes]
         # tokens leave the window by so many, being encoded together
-        self.together = max(quantizer.scheme.tokens_together for quantizer in self.quantizers)
+        self.together = max(scheme.tokens_together for scheme in self.schemes)
         self.reset()
 
     def reset(self) -> None:
@@ -70,6 +75,7 @@ class LayerStore:
             "window": self.recent.tensors(),
             "sinks": [*(self.sink_numbers or ()), *([] if self.sink_index is None else [self.sink_index])],
             "slots": [column.slots for column in self.columns],
+            "bias": self.bias.tensors(),
         }
 
     def tensors(self) -> list[Tensor]:
@@ -83,18 +89,7 @@ class LayerStore:
         Raises CacheUseError if batch, heads, head_dim or dtypes differ from what is held, ActivationError on NaN and infinity;
         of single tokens on a GPU that are encoded without waiting for it, up to a block later.
         """
-        shape, dtypes = (keys.shape[0], keys.shape[1], keys.shape[3]), (keys.dtype, values.dtype)
-        if self.shape is not None and shape != self.shape:
-            raise CacheUseError(
-                f"This cache holds batch {self.shape[0]}, {self.shape[1]} KV heads of {self.shape[2]}, but got batch "
-                f"{shape[0]}, {shape[1]} heads of {shape[2]}; call cache.reset() or make a new cache."
-            )
-        if self.dtypes is not None and dtypes != self.dtypes:
-            held, got = ("keys in {} and values in {}".format(*pair).replace("torch.", "") for pair in (self.dtypes, dtypes))
-            raise CacheUseError(
-                f"This cache holds {held}, but got {got}; go on as it was begun (autocast, the model's dtype), or call "
-                "cache.reset()."
-            )
+        shape, dtypes = fitting(self, keys, values)
         if steps.make_room(self, keys, values):
             steps.write(self, keys, values, None if valid is None else ~valid)
             steps.advance(self, keys.shape[2])
@@ -174,8 +169,7 @@ class LayerStore:
 
     def _encode_pieces(self, keys: Tensor, values: Tensor, skip: Tensor | None, new: int) -> None:
         """First what fills the tail, then whole blocks tile by tile, then a new tail."""
-        batch, heads, _, dim = keys.shape
-        tile = min(max(reading.tile_numbers(keys.device) // (batch * heads * dim) // BLOCK, 1), reading.MOST_BLOCKS) * BLOCK
+        tile = reading.tile_tokens(self, keys)
         to_seal = ((self.tail.tokens if self.tail else 0) + new) // BLOCK
         page: Page | None = None
         start = 0
@@ -184,7 +178,9 @@ class LayerStore:
                 held, left = self.tail.tokens if self.tail else 0, new - start
                 whole = 0 if held else min(tile, left // BLOCK * BLOCK)
                 stop = start + (whole or min(BLOCK - held, left))
-                parts = [_cut(part, skip, start, stop + more) for part, more in zip((keys, values), self.ahead, strict=True)]
+                cuts = [_cut(part, skip, start, stop + more) for part, more in zip((keys, values), self.ahead, strict=True)]
+                of_keys = self.bias.of_keys(self.first + self.sealed, max(whole // BLOCK, 1))
+                parts = self.bias.taken_out(cuts[0], cuts[1], of_keys, self.schemes)
                 if whole:
                     first, second = self.quantizers
                     pair = (first.encode(*parts[0]), second.encode(*parts[1]))

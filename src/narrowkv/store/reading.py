@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from narrowkv.store.bias import by_token
 from narrowkv.store.page import BLOCK, from_blocks
 from narrowkv.store.sinks import put_sinks
 
@@ -20,6 +21,13 @@ MOST_BLOCKS = 512  # encoded at a time: a GPU launches fewer than 65,536 program
 def tile_numbers(device: torch.device) -> int:
     """How many numbers are encoded or decoded at a time."""
     return GPU_TILE_NUMBERS if device.type == "cuda" else TILE_NUMBERS
+
+
+def tile_tokens(store: "LayerStore", keys: Tensor) -> int:
+    """How many tokens, whole blocks of them, are encoded at a time."""
+    if store.bias.of_blocks and store.ahead[0]:  # a block looks ahead at tokens of others, less its own constant
+        return BLOCK
+    return min(max(tile_numbers(keys.device) // keys[:, :, 0].numel() // BLOCK, 1), MOST_BLOCKS) * BLOCK
 
 
 def tiles(store: "LayerStore", stop: int, unsealed: bool) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -50,13 +58,25 @@ def _pieces(store: "LayerStore", stop: int, unsealed: bool) -> Iterator[tuple[Te
             run.append(following)
         slots = torch.cat([column.slots for column in run])
         tokens = (len(run) - 1) * BLOCK + run[-1].count
-        yield tuple(
+        pair = tuple(
             from_blocks(quantizer.decode(side.take(slots)), store.shape[0])[:, :, :tokens]
             for quantizer, side in zip(store.quantizers, (first.page.keys, first.page.values), strict=True)
         )
+        yield _with_bias(store, pair, start, len(run))
         start += tokens
         i += len(run)
     if store.tail and store.tail.tokens:
-        yield store.tail.decode()
+        yield _with_bias(store, store.tail.decode(), store.first + store.sealed, 1)
     if store.recent.tokens:
         yield tuple(part.clone() for part in store.recent.held()[:2])
+
+
+def _with_bias(store: "LayerStore", pair: tuple[Tensor, ...], start: int, blocks: int) -> tuple[Tensor, ...]:
+    """Decoded keys and values of so many blocks, from the token `start` on, with what was taken out; changed in place."""
+    keys, values = pair
+    constant = store.bias.of_keys(start, blocks)
+    if constant is not None:
+        keys += by_token(constant, keys.shape[2])
+    if store.bias.values is not None:
+        values += store.bias.values[:, None]
+    return keys, values

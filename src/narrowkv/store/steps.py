@@ -43,14 +43,23 @@ def make_room(store: "LayerStore", keys: Tensor, values: Tensor) -> bool:
     return True
 
 
-def write(store: "LayerStore", keys: Tensor, values: Tensor, skip: Tensor | None = None, places: Tensor | None = None) -> None:
+def write(
+    store: "LayerStore",
+    keys: Tensor,
+    values: Tensor,
+    skip: Tensor | None = None,
+    places: Tensor | None = None,
+    of_keys: Tensor | None = None,
+) -> None:
     """Store new tokens where `make_room` found room: behind those held, or at `places`. skip: [batch, new], if places are not
-    given.
+    given. of_keys: what is taken out of keys, where only the device knows of which block they are.
     """
     if store.windowed:
         store.recent.step(keys, values, skip, places)
     elif store.tail:
-        store.tail.step((keys, skip), (values, skip), places)
+        if places is None:
+            of_keys = store.bias.of_keys(store.first + store.sealed, 1)
+        store.tail.step(*store.bias.taken_out((keys, skip), (values, skip), of_keys, store.schemes), places)
 
 
 def advance(store: "LayerStore", new: int) -> None:

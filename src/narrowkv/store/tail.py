@@ -4,9 +4,8 @@ from torch import Tensor
 
 from narrowkv.codec import AnyQuantizer, Encoded, cuda
 from narrowkv.codec.room import AHEAD, Room
+from narrowkv.store.bias import Numbers
 from narrowkv.store.page import BLOCK
-
-Numbers = tuple[Tensor, Tensor | None]  # [batch, kv_heads, tokens, head_dim], and which are skipped [batch, tokens]
 
 
 class Tail:

@@ -1,0 +1,114 @@
+"""What an attention module does to every key and value alike, found by running it: its projections' bias, and a norm's gain.
+
+Nothing is read from a family's weights, so fused projections, LoRA and tensor parallelism need no special case.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from narrowkv.attention import AnyRope, Rope
+from narrowkv.codec import Scheme
+from narrowkv.codec.scheme import BLOCK
+from narrowkv.store.bias import Bias
+
+TOLERANCE = 2e-2  # of the largest number: bfloat16 rounds
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What is known of the keys and values of a layer without calibration; all [kv_heads, head_dim] float32, or None.
+
+    keys, values: what the projections add. rotated: what of `keys` the keys of a block have in common once they are rotated,
+    as it is before the rotation of the first. gain: what a norm multiplies the channels of keys by.
+    """
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    rotated: Tensor | None = None
+    gain: Tensor | None = None
+
+
+NOTHING_KNOWN = Constants()
+
+
+# runs a module again on its hidden states times a factor, without rotary embedding: keys and values as the cache gets them
+Run = Callable[[float], tuple[Tensor, Tensor]]
+
+
+def constants_of(module: nn.Module, run: Run, rope: AnyRope | None, frequencies: Tensor | None) -> Constants:
+    """frequencies: of `rope`, [pairs], as far as they are known."""
+    whole, half, nothing = (run(factor) for factor in (1.0, 0.5, 0.0))
+    keys, values = (_bias(*parts) for parts in zip(whole, half, nothing, strict=True))
+    rotated = keys
+    if keys is not None and rope is not None and frequencies is not None:
+        rotated = in_common(keys, frequencies, rope.interleaved)
+    return Constants(keys, values, rotated, None if keys is not None else _gain(module, run, whole[0]))
+
+
+def _bias(whole: Tensor, half: Tensor, nothing: Tensor) -> Tensor | None:
+    """What is added to all tokens alike; None where it is nothing, or where numbers are no multiple of the input beside it.
+
+    Of the whole input, of half of it and of zeros: [1, kv_heads, tokens, head_dim] each.
+    """
+    if whole.is_meta or not nothing.isfinite().all():
+        return None
+    bias, tolerance = nothing[:, :, :1].float(), TOLERANCE * whole.float().abs().max()
+    alike = (nothing.float() - bias).abs().max() <= tolerance
+    straight = (half.float() - (whole.float() + bias) / 2).abs().max() <= tolerance
+    return bias[0, :, 0].clone() if alike and straight and bool(bias.any()) else None
+
+
+def in_common(bias: Tensor, frequencies: Tensor, interleaved: bool) -> Tensor:
+    """The mean of a bias [kv_heads, head_dim] turned from a block's first token to each: little where pairs turn fast."""
+    rope = Rope(frequencies.to(bias.device), 1.0, interleaved)
+    positions = torch.arange(BLOCK, device=bias.device)[None]
+    return rope.rotate(bias[None, :, None].expand(-1, -1, BLOCK, -1), positions)[0].mean(1)
+
+
+def _gain(module: nn.Module, run: Run, keys: Tensor) -> Tensor | None:
+    """What the norm whose results are the keys multiplies channels by, if there is one."""
+    found: list[tuple[nn.Module, Tensor, Tensor]] = []
+
+    def note(norm: nn.Module, args: tuple, output: object) -> None:
+        if args and isinstance(output, Tensor) and isinstance(args[0], Tensor) and output.numel() == keys.numel():
+            found.append((norm, args[0], output))
+
+    hooks = [
+        part.register_forward_hook(note)
+        for part in module.modules()
+        if [parameter.numel() for parameter in part.parameters()] in ([keys.shape[3]], [keys.shape[1] * keys.shape[3]])
+    ]
+    try:
+        run(1.0)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for norm, given, output in found:
+        layout = _as_keys(output, keys)
+        if layout is None:
+            continue
+        signs = torch.ones_like(given)  # of mean 0 and variance 1, so that norms of every kind only multiply them
+        signs[..., ::2] = -1
+        gain = _as_keys(norm(signs) * signs, keys, same=False)
+        assert gain is not None
+        return gain[0, :, 0].float().abs().clone()
+    return None
+
+
+def _as_keys(x: Tensor, keys: Tensor, same: bool = True) -> Tensor | None:
+    """x laid out as keys [1, kv_heads, tokens, head_dim]; None where it would not be the same numbers."""
+    _, heads, tokens, dim = keys.shape
+    laid = x if x.shape == keys.shape else x.reshape(1, tokens, heads, dim).transpose(1, 2)
+    return laid if not same or torch.equal(laid, keys) else None
+
+
+def bias_of(constants: Constants, rope: AnyRope | None, keys: Scheme, values: Scheme, device: torch.device) -> Bias:
+    """What a store takes out of the keys and values of a layer, by their schemes; its ledger is yet to be given."""
+    after = rope is not None and not keys.pre_rope
+    of_keys = (constants.rotated if after else constants.keys) if keys.takes_bias_out else None
+    of_values = constants.values if values.takes_bias_out else None
+    of_keys, of_values = (None if part is None else part.to(device) for part in (of_keys, of_values))
+    return Bias(of_keys, of_values, rope if after else None)

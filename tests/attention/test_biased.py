@@ -1,0 +1,99 @@
+"""Backends over stores that have taken a bias out of keys and values: scores and sums get it back, against the naive twin."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.cases import KEYS, VALUES, case
+
+from narrowkv.attention import AUTO, chosen, cpu, cuda, naive, tiled
+from narrowkv.attention.cpu_words import SUPPORTED
+from narrowkv.errors import UnsupportedModelError
+
+SHAPES = [
+    # batch, query heads, kv heads, head_dim, tokens, new
+    pytest.param((1, 1, 1, 80, 64, 1), id="one head, head_dim 80, 63 tokens"),
+    pytest.param((3, 6, 2, 32, 130, 1), id="batch 3, groups of 3"),
+    pytest.param((2, 4, 2, 64, 300, 5), id="five queries"),
+]
+ONLINE = [name for name, scheme in KEYS.items() if replace(scheme, pre_rope=False).takes_bias_out]
+
+
+def biased(keys, values, *args, **options):
+    return case(replace(KEYS[keys], pre_rope=False), VALUES[values], *args, biased=True, **options)
+
+
+def check(attend, query, store, options, tolerance=1e-5, **more):
+    found, expected = attend(query, store, **options, **more), naive.attend(query.double(), store, **options)
+    assert found.isfinite().all()
+    assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("kernel", cpu.KERNELS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("form", ONLINE)
+def test_every_form_of_codes_on_a_cpu(form, shape, kernel):
+    check(cpu.attend, *biased(form, form, shape), kernel=kernel)
+
+
+@pytest.mark.skipif(not SUPPORTED, reason="needs AVX-512 with VBMI and VNNI")
+@pytest.mark.parametrize("shape", [(1, 1, 1, 128, 65, 1), (3, 6, 2, 64, 131, 1), (1, 5, 1, 64, 700, 5)])
+@pytest.mark.parametrize(("keys", "values"), [("kivi-2", "fp4"), ("token_head groups", "hadamard"), ("hadamard", "fp4")])
+def test_whole_numbers_of_16_bits(keys, values, shape):
+    query, store, options = biased(keys, values, shape)
+    assert cpu._blocks(store, None).in_words
+    check(cpu.attend, query, store, options, 2e-3, kernel=cpu.WORDS)
+
+
+@pytest.mark.parametrize("rope", ["interleaved", "partial", "stored"])
+@pytest.mark.parametrize("attend", [cpu.attend, tiled.attend])
+def test_every_rotary_embedding(attend, rope):
+    check(attend, *biased("token", "token", (2, 4, 2, 32, 200, 2), rope=rope))
+
+
+@pytest.mark.parametrize("attend", [cpu.attend, tiled.attend])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 40])
+def test_rows_that_begin_elsewhere_windows_and_softcaps(attend, window, softcap):
+    query, store, options = biased("token", "kivi-2", (3, 6, 2, 32, 300, 7), sinks=3, padded=[0, 150, 290])
+    options["visible"] = replace(options["visible"], sliding_window=window)
+    options |= {"softcap": softcap, "sink_logits": torch.randn(query.shape[1])}
+    if window:
+        store.forget(options["past"] - window + 1)
+    check(attend, query, store, options)
+
+
+def test_a_query_that_sees_no_packed_token_gets_no_bias():
+    query, store, options = biased("token", "token", (2, 2, 1, 16, 100, 1), padded=[0, 100])
+    found = cpu.attend(query, store, **options)
+    assert found[0].any() and not found[1].any()
+
+
+def test_a_store_that_is_cropped_selected_and_grows():
+    query, store, options = biased("hadamard", "token", (3, 4, 2, 16, 330, 1), sinks=2, window=40)
+    check(cpu.attend, query, store, options)
+    store.crop(201)
+    store.bias.ledger.crop(201)
+    options |= {"past": 201, "new": None}
+    check(cpu.attend, query, store, options)
+    rows = torch.tensor([2, 0, 2])
+    store.select(rows)
+    store.bias.ledger.select(rows)
+    check(cpu.attend, query, store, options)
+    store.bias.ledger.append(torch.arange(201, 301).expand(3, -1))
+    store.append(torch.randn(3, 2, 100, 16), torch.randn(3, 2, 100, 16))
+    check(cpu.attend, query, store, options | {"past": 301})
+
+
+def test_kernels_that_cannot_put_a_bias_back_say_so_and_are_not_chosen():
+    before = KEYS["token"]
+    query, store, options = biased("token", "token", (1, 1, 1, 16, 70, 1))
+    with pytest.raises(UnsupportedModelError, match="choose backend torch"):
+        cuda.attend(query, store, **options)
+    store.quantizers = (replace(store.quantizers[0], scheme=before), store.quantizers[1])
+    with pytest.raises(UnsupportedModelError, match="kept unrotated; choose backend torch"):
+        cpu.attend(query, store, **options)
+    processor, pairs = torch.device("cpu"), [(before, VALUES["token"])]
+    assert chosen(AUTO, processor, torch.float32, pairs) == "cpu"
+    assert chosen(AUTO, processor, torch.float32, pairs, biased=True) == "torch"
+    assert chosen(AUTO, processor, torch.float32, [(KEYS["nuq4-1%"], VALUES["token"])], biased=True) == "cpu"

@@ -1,0 +1,211 @@
+"""Models whose projections add a bias to keys and values: the probe finds it, caches take it out of what they quantise."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.conftest import make_tiny
+from tests.families import BASE, make
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from narrowkv import PackedCache, calibrate, explain, get_recipe
+from narrowkv.errors import CalibrationError
+from narrowkv.integrations import projections
+from narrowkv.integrations.preparation import prepare
+
+SLOW = [12, 13, 14, 15, 28, 29, 30, 31]  # channels of head_dim 32 that hardly turn within a block
+ROPE = {"rope_type": "default", "rope_theta": 1e6}
+
+
+def biased(*, dtype=torch.float32, **options):
+    """A tiny Qwen2 with keys as its real ones have them: a few channels a hundred times as large as the others."""
+    model = make_tiny("qwen2", head_dim=32, rope_parameters=ROPE, **options)
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        nn.init.normal_(attention.k_proj.bias)
+        nn.init.normal_(attention.v_proj.bias, std=20.0)
+        attention.k_proj.bias.data.view(-1, 32)[:, SLOW] *= 60
+    return model.to(dtype)
+
+
+def without_removal(name):
+    recipe = get_recipe(name)
+    return replace(recipe, keys=replace(recipe.keys, remove_bias=False), values=replace(recipe.values, remove_bias=False))
+
+
+IDS = torch.randint(2, 97, (2, 200), generator=torch.Generator().manual_seed(0))
+MASK = torch.ones_like(IDS)
+MASK[0, :13] = 0
+POSITIONS = (MASK.cumsum(1) - 1).clamp(min=0)
+
+
+@torch.inference_mode()
+def logits(model, cache, chunks=(150, 3, 1, 46)):
+    found, at = [], 0
+    for count in chunks:
+        here = slice(at, at + count)
+        options = {"attention_mask": MASK[:, : at + count], "position_ids": POSITIONS[:, here], "past_key_values": cache}
+        found.append(model(IDS[:, here], **options).logits)
+        at += count
+    return torch.cat(found, 1)
+
+
+def loss(model, cache, chunks=(150, 3, 1, 46)):
+    """Mean KL divergence from the model without a cache of ours, over tokens that have a packed past."""
+    exact, found = (x[:, 150:].log_softmax(-1) for x in (logits(model, None, (200,)), logits(model, cache, chunks)))
+    return (exact.exp() * (exact - found)).sum(-1).mean()
+
+
+def test_the_bias_is_what_the_projections_give_for_nothing():
+    model = biased()
+    for fact, layer in zip(prepare(model).attention, model.model.layers, strict=True):
+        known, projections = fact.constants, (layer.self_attn.k_proj, layer.self_attn.v_proj)
+        for found, projection in zip((known.keys, known.values), projections, strict=True):
+            torch.testing.assert_close(found.flatten(), projection.bias.data)
+        fast = [known.rotated[:, ::16], known.keys[:, ::16]]  # a pair that turns ten times within a block
+        assert fast[0].norm() < 0.1 * fast[1].norm()
+        slow = [channel for channel in SLOW if channel % 16 > 13]
+        torch.testing.assert_close(known.rotated[:, slow], known.keys[:, slow], rtol=0.02, atol=0.5)
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "gpt2", "opt", "phi", "starcoder2", "qwen2_5_vl"])
+def test_fused_and_other_projections_and_embeddings_need_no_names(name):
+    model = make(name).eval()
+    for key, parameter in model.named_parameters():
+        if key.endswith("bias"):
+            nn.init.normal_(parameter)
+    known = [fact.constants for fact in prepare(model).attention]
+    assert all(part is not None and part.any() for one in known for part in (one.keys, one.values, one.rotated))
+
+
+def test_there_is_none_where_it_is_zero_or_a_norm_follows():
+    assert [fact.constants.keys for fact in prepare(make_tiny("qwen2")).attention] == [None, None]
+    config = AutoConfig.for_model("qwen3", **BASE, attention_bias=True)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for layer in model.model.layers:
+        nn.init.normal_(layer.self_attn.k_proj.bias)
+        nn.init.normal_(layer.self_attn.v_proj.bias)
+        nn.init.uniform_(layer.self_attn.k_norm.weight, 0.5, 2.0)
+    for fact in prepare(model).attention:
+        assert fact.constants.keys is None and fact.constants.values is not None
+        torch.testing.assert_close(fact.constants.gain, fact.module.k_norm.weight.data.expand(2, -1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "naive"])
+@pytest.mark.parametrize("name", ["int4", "hadamard-int4"])
+def test_codes_of_a_token_lose_a_fraction(name, backend):
+    model = biased()
+    cache = PackedCache(model, name, backend=backend)
+    lost = loss(model, cache)
+    assert backend != "auto" or cache.backend.startswith("cpu")
+    assert lost < 0.3 * loss(model, PackedCache(model, without_removal(name), backend=backend))
+
+
+@pytest.mark.parametrize("name", ["int4", "hadamard-int4", "nvfp4", "kivi-4", "fp8", "nf4", "intrinsic-2-nearest"])
+def test_all_backends_agree_however_the_text_is_cut(name):
+    model = biased(layers=1)
+    expected = logits(model, PackedCache(model, name, backend="naive"))
+    for backend in ("auto", "torch"):
+        torch.testing.assert_close(logits(model, PackedCache(model, name, backend=backend)), expected, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exact_numbers_are_those_of_the_model(dtype):
+    model = biased(dtype=dtype, layers=1)
+    assert torch.equal(logits(model, PackedCache(model, "fp16")), logits(model, PackedCache(model, without_removal("fp16"))))
+    cache = PackedCache(model, get_recipe("int4").with_options(window=300))
+    with_ours, exact = logits(model, cache, (200,)), logits(model, None, (200,))
+    assert torch.equal(with_ours, exact)
+    other = PackedCache(model, without_removal("int4").with_options(window=300))
+    logits(model, other, (200,))
+    for found, own in zip(cache.packed[0].store.recent.held(), other.packed[0].store.recent.held(), strict=True):
+        assert torch.equal(found, own)
+
+
+def test_keys_kept_unrotated_are_quantised_without_it_too():
+    model, recipe = biased(), get_recipe("int4")
+    unrotated = replace(recipe, keys=replace(recipe.keys, pre_rope=True))
+    cache = PackedCache(model, unrotated)
+    assert cache.backend == "torch" and cache.packed[0].store.bias.rope is None
+    off = without_removal("int4")
+    assert loss(model, cache) < 0.3 * loss(model, PackedCache(model, replace(off, keys=replace(off.keys, pre_rope=True))))
+
+
+def test_static_ranges_take_a_constant_in_themselves():
+    model = biased(layers=1)
+    cache = calibrate(model, IDS, "int4-channel").cache(model)
+    assert cache.packed[0].store.bias.keys is None and cache.packed[0].store.bias.values is not None
+
+
+@pytest.mark.parametrize("name", ["smooth-int4", "nuq4-1%"])
+def test_calibration_learns_from_what_is_quantised(name):
+    model, plain = biased(layers=1), make_tiny("qwen2", head_dim=32, rope_parameters=ROPE, layers=1)
+    learned, off = (calibrate(model, IDS, recipe) for recipe in (name, without_removal(name)))
+    keys, values = learned.layers[0]
+    if name == "smooth-int4":  # slow channels are not larger than others once their bias is gone
+        assert keys.smooth[:, 15].mean() < 1.5 < off.layers[0][0].smooth[:, 15].mean()  # 1 is the mean
+    else:
+        torch.testing.assert_close(values.codebook, calibrate(plain, IDS, name).layers[0][1].codebook, rtol=0, atol=0.5)
+    assert loss(model, learned.cache(model)) < loss(model, off.cache(model))
+
+
+def test_a_saved_cache_goes_on_and_another_bias_is_refused(tmp_path):
+    model = biased()
+    cache = PackedCache(model, "int4")
+    logits(model, cache, (150,))
+    cache.save(tmp_path / "cache")
+    loaded, twin = PackedCache.load(tmp_path / "cache", model, "int4"), copy.deepcopy(cache)
+    rest = {"input_ids": IDS[:, 150:], "attention_mask": MASK, "position_ids": POSITIONS[:, 150:]}
+    with torch.inference_mode():
+        found = [model(past_key_values=one, **rest).logits for one in (cache, loaded, twin)]
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    other = biased()
+    other.model.layers[0].self_attn.v_proj.bias.data += 1
+    with pytest.raises(CalibrationError, match="another bias"):
+        PackedCache.load(tmp_path / "cache", other, "int4")
+
+
+def test_beams_cropped_text_and_assisted_decoding_go_on():
+    model = biased()
+    options = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
+    ids, recipe = IDS[1:, :100], get_recipe("int8")
+    for more in ({"num_beams": 3}, {"prompt_lookup_num_tokens": 4}):
+        with torch.inference_mode():
+            expected = model.generate(ids, **options, **more)
+            assert torch.equal(model.generate(ids, past_key_values=PackedCache(model, recipe), **options, **more), expected)
+
+
+def test_what_is_taken_out_is_counted_and_told():
+    model = biased(layers=1)
+    caches = [PackedCache(model, recipe) for recipe in ("int4", without_removal("int4"))]
+    for cache in caches:
+        logits(model, cache, (200,))
+    tables = 4 * 2 * 2 * 32  # of keys and of values, float32
+    positions = caches[0].ledgers["positions"].tensors()[0].nbytes
+    assert caches[0].nbytes == caches[1].nbytes + tables + positions
+    assert explain(caches[0]).layers[0]["bias"] == tables
+    assert "bias of the projections is taken out of the keys of 1 layer and the values of 1" in str(explain(caches[0]))
+    assert "bias of the projections" not in str(explain(caches[1]))
+
+
+def test_a_refused_token_leaves_no_trace():
+    model = biased(layers=1)
+    cache = PackedCache(model, "int4")
+    logits(model, cache, (150,))
+    before = model.model.embed_tokens.weight[5].clone()
+    model.model.embed_tokens.weight.data[5] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        model(torch.full((2, 1), 5), past_key_values=cache)
+    model.model.embed_tokens.weight.data[5] = before
+    assert cache.ledgers["positions"].length == cache.length == 150
+
+
+def test_a_bias_in_common_is_the_mean_over_a_block():
+    frequencies = 1 / 10_000 ** (torch.arange(4) / 4)
+    bias = torch.randn(2, 8)
+    at = torch.arange(64)[:, None] * frequencies
+    (first, second), cos, sin = bias.chunk(2, -1), at.cos().mean(0), at.sin().mean(0)
+    expected = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    torch.testing.assert_close(projections.in_common(bias, frequencies, False), expected)
