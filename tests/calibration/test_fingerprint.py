@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from narrowkv.calibration import Fingerprint
 from narrowkv.errors import CalibrationError
@@ -22,3 +23,22 @@ def test_a_difference_is_named(tiny):
         ours.check(Fingerprint.of(other))
     with pytest.raises(CalibrationError, match="kv_heads 2 there, 4 here"):
         ours.check(Fingerprint.of(tiny(kv_heads=4)))
+
+
+def test_weights_of_few_bits_are_near_their_original(tiny):
+    ours, few, other = tiny(), tiny(), tiny(seed=5)
+    few.narrowkv_few_bits = other.narrowkv_few_bits = True
+    for part in few.parameters():
+        part.data = torch.fake_quantize_per_tensor_affine(part.data, part.abs().max().item() / 7, 0, -8, 7)
+    Fingerprint.of(ours).check(Fingerprint.of(few))
+    Fingerprint.of(few).check(Fingerprint.of(ours))
+    with pytest.raises(CalibrationError, match="even for few bits"):
+        Fingerprint.of(ours).check(Fingerprint.of(other))
+
+
+def test_whether_the_head_is_the_embedding_makes_no_difference(tiny):
+    apart, tied = tiny(), tiny()
+    apart.lm_head.weight.data = apart.model.embed_tokens.weight.data.clone()
+    tied.lm_head.weight = tied.model.embed_tokens.weight
+    Fingerprint.of(apart).check(Fingerprint.of(tied))
+    Fingerprint.of(tied).check(Fingerprint.of(apart))

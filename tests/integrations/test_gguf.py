@@ -7,7 +7,7 @@ from tests.gguf_files import write_gguf
 
 import narrowkv
 from narrowkv import PackedCache, load_model
-from narrowkv.errors import MissingPackageError, UnsupportedModelError
+from narrowkv.errors import CalibrationError, MissingPackageError, UnsupportedModelError
 from narrowkv.integrations import gguf as reading
 from narrowkv.plan import read_shape
 
@@ -91,15 +91,22 @@ def test_without_the_package_the_extra_is_named(saved, monkeypatch):
         load_model(str(saved))
 
 
-def test_tables_serve_the_file_and_its_original_alike(original, saved, tmp_path):
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_tables_serve_the_file_and_its_original_alike(tmp_path, kind, tied):
+    original = make_tiny("qwen2", layers=3)
+    if tied:  # llama.cpp's converter may write the head though it is the embedding
+        original.lm_head.weight = original.model.embed_tokens.weight
+    read, _ = load_model(str(write_gguf(original, tmp_path / "tiny.gguf", kind)), "float32")
     ids = torch.randint(3, 90, (1, 64))
-    read, _ = load_model(str(saved), "float32")
     for learner, user in ((original, read), (read, original)):
         tables = narrowkv.calibrate(learner, [ids], "nuq3")
         tables.save_pretrained(tmp_path / "tables")
         narrowkv.Calibration.from_pretrained(tmp_path / "tables", user).cache(user)
-    with pytest.raises(narrowkv.errors.CalibrationError, match="another model"):
-        tables.cache(make_tiny("qwen2", layers=1, seed=5))
+    with pytest.raises(CalibrationError, match="another model"):
+        tables.cache(make_tiny("qwen2", layers=3, seed=5))
+    with pytest.raises(CalibrationError, match="another model"):
+        narrowkv.calibrate(make_tiny("qwen2", layers=3, seed=5), [ids], "nuq3").cache(read)
 
 
 def test_the_planner_reads_the_file_too(saved):

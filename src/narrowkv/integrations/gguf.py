@@ -36,6 +36,7 @@ def load_gguf(path: Path, dtype: torch.dtype, say: Callable[[str], None]) -> tup
         ) from error
     if hasattr(model, "hf_quantizer"):  # it is a model like any other now, which can be saved
         model.hf_quantizer.remove_quantization_config(model)
+    model.narrowkv_few_bits = True  # for its fingerprint
     return tokenizer, model, loading
 
 
