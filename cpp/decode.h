@@ -140,7 +140,7 @@ inline void prefetch_beside(const Side& side, const Block& next, const Block& af
     if (after.outlier_offsets) __builtin_prefetch(after.outlier_offsets + head, 0, 2);
 }
 
-// Outliers of a part, from `outlier` on; they are sorted by token. Should they not be, nothing is written beyond the tile.
+// Outliers of a part, from `outlier` on; they are sorted by token, and one that is not ends them: none is written beyond the tile.
 template <int numbers, Number kind>
 void put_outliers(Source& source, Part part, float* tile) {
     const Side& side = source.side;
@@ -149,11 +149,11 @@ void put_outliers(Source& source, Part part, float* tile) {
     const uint64_t reciprocal = (uint64_t(1) << 32) / codes + 1;  // of 16 bits, a product and a shift divide exactly
     const uint16_t* index = source.block.outlier_index;
     const uint16_t* values = static_cast<const uint16_t*>(source.block.outlier_values);
-    const int last = source.block.outlier_offsets[source.head + 1], stop = (part.from + part.tokens) * codes;
+    const int last = source.block.outlier_offsets[source.head + 1], first = part.from * codes;
+    const unsigned size = unsigned(part.tokens * codes);
     int i = source.outlier;
-    for (; i < last && index[i] < stop; ++i) {
+    for (; i < last && unsigned(index[i] - first) < size; ++i) {
         const int token = index[i] * reciprocal >> 32, code = index[i] - token * codes;
-        if (token < part.from) continue;
         float* to = tile + (token - part.from) * by_token + code * by_channel;
         for (int number = 0; number < numbers; ++number) {
             to[number * codes * by_channel] = to_single(values[i * numbers + number], kind);

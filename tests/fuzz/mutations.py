@@ -48,11 +48,9 @@ def _forge_tensor(tensors: Tensors, random: Random) -> None:
 
 
 def _extremes(dtype: torch.dtype) -> list[float | int]:
-    if dtype == torch.bool:
-        return [0, 1, 2, 255]
     if dtype.is_floating_point:
         info = torch.finfo(dtype)
-        return [0.0, -0.0, 1.0, -1.0, float("nan"), float("inf"), float("-inf"), info.max, info.min, info.tiny, 1e4]
+        return [0.0, -0.0, 1.0, -1.0, float("nan"), float("inf"), float("-inf"), info.max, info.min, info.tiny, info.max / 2]
     whole = torch.iinfo(dtype)
     return [0, 1, 63, 64, whole.max, whole.max - 1, whole.min, *([-1, -2] if whole.min < 0 else [])]
 
@@ -62,8 +60,8 @@ def _other_numbers(tensor: Tensor, random: Random) -> Tensor:
         return tensor
     forged = tensor.clone(memory_format=torch.contiguous_format)
     flat = forged.view(-1).view(torch.uint8) if forged.dtype == torch.bool else forged.view(-1)
-    extreme = random.choice(_extremes(forged.dtype))
-    kind = random.random()
+    extreme = torch.tensor(random.choice(_extremes(flat.dtype)), dtype=torch.float64 if flat.is_floating_point() else None)
+    extreme, kind = extreme.to(flat.dtype), random.random()
     if kind < 0.3:
         flat.fill_(extreme)
     elif kind < 0.45 and not forged.dtype.is_floating_point:
