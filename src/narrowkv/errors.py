@@ -5,6 +5,10 @@ class NarrowKVError(Exception):
     """Base class of all errors of this package."""
 
 
+class NarrowKVWarning(UserWarning):
+    """What was asked for was done, but its result is not what it could be: one sentence with the cause and the remedy."""
+
+
 class RecipeError(NarrowKVError, ValueError):
     """A recipe that does not exist, contradicts itself or cannot be built."""
 

@@ -1,10 +1,14 @@
 """What calibration captures: keys before the rotary embedding, and the gradients that a plain module hook would see."""
 
+import warnings
+
+import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from narrowkv import calibrate, calibrate_many, get_recipe
-from narrowkv.errors import ActivationError, CalibrationError, RecipeError
+from narrowkv.errors import ActivationError, CalibrationError, NarrowKVWarning, RecipeError
 from narrowkv.integrations.capture import capture_cache
 from narrowkv.integrations.preparation import prepare
 
@@ -95,6 +99,109 @@ def test_progress_is_reported(tiny):
     assert calls == [(i, 6) for i in range(1, 7)]
 
 
+IDS = torch.randint(2, 97, (3, 30), generator=torch.Generator().manual_seed(1))
+PADDED = {"input_ids": torch.nn.functional.pad(IDS, (4, 3)), "attention_mask": torch.nn.functional.pad(IDS * 0 + 1, (4, 3))}
+RAGGED = [IDS[0, :20].tolist(), IDS[1].tolist()]
+
+
+@pytest.mark.parametrize(
+    ("given", "alike"),
+    [
+        (IDS.int(), IDS),
+        (IDS.numpy(), IDS),
+        (IDS.numpy().astype(np.uint16), IDS),
+        (IDS.tolist(), IDS),
+        (IDS[0].tolist(), IDS[:1]),
+        (IDS[0], IDS[:1]),
+        ({"input_ids": IDS}, IDS),
+        ({"input_ids": IDS.tolist()}, IDS),
+        ([{"input_ids": row.tolist()} for row in IDS], IDS),
+        (DataLoader([{"input_ids": row, "labels": row} for row in IDS], batch_size=2), [IDS[:2], IDS[2:]]),
+        (DataLoader(IDS, batch_size=2), [IDS[:2], IDS[2:]]),
+        (RAGGED, [IDS[:1, :20], IDS[1:2]]),
+        ({"input_ids": RAGGED, "attention_mask": [[1] * 20, [1] * 30]}, [IDS[:1, :20], IDS[1:2]]),
+        (PADDED, IDS),
+        ([PADDED], IDS),
+        ((row[None] for row in IDS), IDS),
+        ([row.numpy() for row in IDS], IDS),
+    ],
+    ids=lambda part: type(part).__name__,
+)
+def test_what_tokenizers_and_loaders_hand_over_is_taken(tiny, given, alike):
+    model = tiny()
+    found, expected = calibrate(model, given, "nuq2"), calibrate(model, alike, "nuq2")
+    assert found.provenance == expected.provenance
+    for pair, other in zip(found.layers.values(), expected.layers.values(), strict=True):
+        for quantizer, alike_quantizer in zip(pair, other, strict=True):
+            for name, table in quantizer.tensors().items():
+                torch.testing.assert_close(table, alike_quantizer.tensors()[name])
+
+
+@pytest.mark.parametrize(
+    ("given", "cause"),
+    [
+        ("a text", "not str"),
+        (["a text", "and another"], "A batch is str"),
+        (None, "not NoneType"),
+        (7, "not int"),
+        ([IDS, None], "A batch is NoneType"),
+        ({"inputs": IDS}, "has inputs, but no `input_ids`"),
+        ([{"input_ids": "text"}], "A batch is str"),
+        (IDS.float(), "whole numbers, and a batch holds torch.float32"),
+        ([[True, False]], "whole numbers, and a batch holds torch.bool"),
+        (IDS[None], r"the shape \(1, 3, 30\)"),
+        (IDS + 97, "from 0 to 96 for this model"),
+        (IDS - 60, "from 0 to 96 for this model, and a batch has -"),
+        ({"input_ids": IDS, "attention_mask": IDS[:1]}, "covers 30 of 90 tokens"),
+        ([IDS[0, :1].tolist()], "more text"),
+    ],
+    ids=str,
+)
+def test_what_is_no_token_ids_is_one_sentence(tiny, given, cause):
+    with pytest.raises(CalibrationError, match=cause):
+        calibrate(tiny(), given, "nuq2")
+
+
+def test_a_model_without_a_way_back_says_so(tiny):
+    model = tiny()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    for recipe in ("nuq3", "pair3", "narrow3"):
+        with pytest.raises(CalibrationError, match="No gradient of the loss comes back"):
+            calibrate(model, IDS, recipe)
+    assert calibrate(model, IDS, "int4-channel").layers[0][0].scale is not None  # which needs no gradient
+
+
+def test_a_model_that_detaches_what_attention_gives_says_so(tiny):
+    model = tiny()
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.register_forward_hook(lambda module, inputs, output: output.detach())
+    with pytest.raises(CalibrationError, match="No gradient of the loss comes back"):
+        calibrate(model, IDS, "nuq3")
+
+
+def test_few_tokens_that_dominate_are_told(tiny):
+    model, ids = tiny(initializer_range=0.05), torch.randint(2, 97, (2, 300))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        calibrate(model, ids, "nuq3")
+    layer = model.model.layers[1].self_attn.v_proj
+    loud = torch.zeros(300, 1)
+    loud[40] = 1  # one token's value reaches all that follow, the others' next to nothing
+    layer.register_forward_hook(lambda module, inputs, output: output * (1e-3 + 1e3 * loud))
+    with pytest.warns(NarrowKVWarning, match=r"9\d% for the keys of layer 1.*--no-bos") as told:
+        calibrate(model, ids, "nuq3")
+    assert len(told) == 1
+
+
+def test_an_absurd_prediction_is_told(tiny):
+    model, ids = tiny(), torch.randint(2, 97, (2, 60))
+    model.lm_head.weight.data *= 300  # every error costs hundreds of nats
+    with pytest.warns(NarrowKVWarning, match=r"nuq2\.9 is predicted to lose .* blind guessing loses 4\.57"):
+        calibrate(model, ids, "nuq2.9")
+
+
 @pytest.mark.parametrize("batches", [[], [torch.zeros(1, 0, dtype=torch.long)], [torch.zeros(1, 1, dtype=torch.long)]])
 def test_too_little_text_is_refused(tiny, batches):
     with pytest.raises(CalibrationError, match="more text"):
@@ -105,8 +212,8 @@ def test_sequences_of_nothing_but_sinks_and_layers_that_are_not_there_are_refuse
     recipe, ids = get_recipe("nuq2"), torch.randint(2, 97, (1, 8))
     with pytest.raises(CalibrationError, match="longer than the 8 sinks"):
         calibrate(tiny(), [ids], recipe.with_options(sinks=8))
-    with pytest.raises(RecipeError, match=r"names layers \[-1\]"):
-        calibrate(tiny(), [ids], recipe.with_options(layers={-1: recipe.schemes(0)}))
+    with pytest.raises(RecipeError, match=r"names layers \[7\]"):
+        calibrate(tiny(), [ids], recipe.with_options(layers={7: recipe.schemes(0)}))
 
 
 def test_calibrating_works_where_gradients_are_off(tiny):

@@ -1,7 +1,7 @@
 """What recipes ask of one layer's data, and the quantizers that come of it; for recipes that choose, the choice."""
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,15 +9,21 @@ from torch import Tensor
 
 from narrowkv.calibration.allocation import Option, allocate, measure
 from narrowkv.calibration.fit import Fit
+from narrowkv.calibration.influence import Influence
 from narrowkv.calibration.point_fit import PointFit
 from narrowkv.calibration.processes import Group
 from narrowkv.codec import AnyQuantizer, Scheme
 from narrowkv.codec.scheme import BLOCK
-from narrowkv.errors import RecipeError
+from narrowkv.errors import CalibrationError, RecipeError
 from narrowkv.methods import LayerSchemes, Recipe
 from narrowkv.store.bias import Bias, without
 
 AnyFit = Fit | PointFit
+NO_GRADIENT = (
+    "No gradient of the loss comes back through this model's layers, as through those that torch.ao quantises dynamically; "
+    "calibrate the model before it is quantised, or choose a recipe that learns nothing, such as int4."
+)
+Stream = tuple[bool, bool, int]  # keys or values, before the rotary embedding, first tokens left out
 POSITION_BITS = 32  # of each token, for keys that are rotated when read
 SLOT_BITS = 64 / BLOCK  # of each token in each layer: where its block lies
 
@@ -63,6 +69,7 @@ class LayerFits:
                     schemes = list(recipe.choices.keys if keys else recipe.choices.values)
                     needs |= {Need.sample(scheme, keys, recipe.sinks) for scheme in schemes}
                 needs |= {Need.of(scheme, keys, recipe.sinks) for scheme in schemes}
+        self.influences = {_stream(need): Influence() for need in sorted(needs, key=str)}
         self.fits: dict[Need, AnyFit] = {
             need: PointFit() if need.scheme.codebook != "layer" else Fit(need.scheme) for need in sorted(needs, key=str)
         }
@@ -79,15 +86,23 @@ class LayerFits:
     def see_codebook(self, keys: Tensor, rotated: Tensor, values: Tensor, kept: Tensor | None = None) -> None:
         """Second pass: the same with gradients, which the fits see once they are known."""
         for numbers in (keys, rotated, values):
-            learning = {need: fit for need, fit in self.fits.items() if _wanted(need, keys, rotated, values) is numbers}
+            learning = {
+                need: fit
+                for need, fit in self.fits.items()
+                if fit.needs_codebook and _wanted(need, keys, rotated, values) is numbers
+            }
             if learning:
-                numbers.register_hook(functools.partial(self._see_gradient, learning, numbers.detach(), kept))
+                with_gradient(numbers, functools.partial(self._see_gradient, learning, numbers.detach(), kept))
 
     def _see_gradient(self, learning: dict[Need, AnyFit], numbers: Tensor, kept: Tensor | None, gradient: Tensor) -> None:
-        for need, fit in learning.items():
-            known = self._without_bias(need, numbers, kept)
-            for row, slope in zip(known.split(1), gradient.split(1), strict=True):  # a sequence at a time
-                fit.see_codebook(_tokens(row, need.sinks), _tokens(slope, need.sinks))
+        known = {need: self._without_bias(need, numbers, kept) for need in learning}
+        for i, slope in enumerate(gradient.split(1)):  # a sequence at a time
+            slopes = {
+                stream: self.influences[stream].limit(_tokens(slope, stream[-1]))
+                for stream in dict.fromkeys(map(_stream, learning))
+            }
+            for need, fit in learning.items():
+                fit.see_codebook(_tokens(known[need][i : i + 1], need.sinks), slopes[_stream(need)])
 
     def _without_bias(self, need: Need, numbers: Tensor, kept: Tensor | None) -> Tensor:
         """Numbers as a cache would encode them."""
@@ -98,6 +113,12 @@ class LayerFits:
         turned = need.keys and bias.rope is not None and kept is not None
         return without(numbers, bias.turned(kept[:, ::BLOCK]) if turned else known[None, :, None], need.scheme)
 
+    def require_gradients(self) -> None:
+        """After the second pass: raise CalibrationError where the gradient of something that learns never came."""
+        learning = {_stream(need) for need, fit in self.fits.items() if fit.needs_codebook}
+        if any(not self.influences[stream].count.sum() for stream in learning):
+            raise CalibrationError(NO_GRADIENT)
+
     def merge_ranges(self, group: Group) -> None:
         for fit in self.fits.values():  # in the same order in every process
             fit.merge_ranges(group)
@@ -105,6 +126,15 @@ class LayerFits:
     def merge_codebooks(self, group: Group) -> None:
         for fit in self.fits.values():
             fit.merge_codebook(group)
+        for influence in self.influences.values():
+            influence.merge(group)
+
+    def dominated(self) -> dict[str, float]:
+        """The part of the Fisher information that a hundredth of the tokens holds, at most, of `keys` and of `values`."""
+        found = {True: 0.0, False: 0.0}
+        for (keys, *_), influence in self.influences.items():
+            found[keys] = max(found[keys], influence.share_of_few())
+        return {"keys": found[True], "values": found[False]}
 
     def quantizer(self, scheme: Scheme, keys: bool, sinks: int) -> AnyQuantizer:
         """The finished quantizer of the keys or of the values."""
@@ -184,3 +214,19 @@ def _wanted(need: Need, keys: Tensor, rotated: Tensor, values: Tensor) -> Tensor
 def _tokens(x: Tensor, skip: int) -> Tensor:
     """[batch, kv_heads, tokens, head_dim] -> [samples, kv_heads, head_dim], the first `skip` tokens of each row left out."""
     return x.detach()[:, :, skip:].transpose(1, 2).flatten(0, 1)
+
+
+def with_gradient(numbers: Tensor, see: Callable[[Tensor], None]) -> None:
+    """Call a function with the gradient of `numbers` once it is known; raises CalibrationError then, where there is none."""
+
+    def hook(gradient: Tensor | None) -> None:
+        if gradient is None:
+            raise CalibrationError(NO_GRADIENT)
+        see(gradient)
+
+    numbers.register_hook(hook)
+
+
+def _stream(need: Need) -> Stream:
+    """Needs of one stream see the same tokens of the same tensor."""
+    return need.keys, need.keys and need.scheme.pre_rope, need.sinks

@@ -16,6 +16,8 @@ from narrowkv.codec.ranges import require_finite, to_16_bits
 class PointFit:
     """Learns all codebooks of channels and pairs of one tensor of one layer, in the second of the passes that `Fit` has."""
 
+    needs_codebook = True
+
     def __init__(self) -> None:
         self.samples = Samples()
         self._books: dict[tuple[str, bool, bool], tuple[Books, Tensor, Tensor | None]] = {}

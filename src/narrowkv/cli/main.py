@@ -2,7 +2,9 @@
 
 import io
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 from rich.markup import escape
@@ -10,7 +12,7 @@ from rich.markup import escape
 from narrowkv import __version__
 from narrowkv.cli import ablate, calibrate, chat, compare, demo, env, eval, generate, inspect, plan, recipes, report, tasks
 from narrowkv.cli.common import GIVEN, err, out
-from narrowkv.errors import NarrowKVError, TextError
+from narrowkv.errors import NarrowKVError, NarrowKVWarning, TextError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(demo.demo)
@@ -26,6 +28,7 @@ app.command()(plan.plan)
 app.command()(report.report)
 app.add_typer(recipes.app, name="recipes")
 app.command()(env.env)
+_SHOW = warnings.showwarning
 
 
 def _print_version(wanted: bool) -> None:
@@ -39,6 +42,14 @@ def main(version: bool = typer.Option(False, "--version", callback=_print_versio
     """Keep a language model's key/value cache in 2, 3 or 4 bits instead of 16."""
 
 
+def _show_warning(message: Warning | str, category: type[Warning], *place: Any) -> None:
+    """Ours is one sentence without the place in the code; others are shown as they always are."""
+    if issubclass(category, NarrowKVWarning):
+        err.print(f"[bold yellow]Warning:[/bold yellow] {escape(str(message))}", highlight=False, soft_wrap=True)
+    else:
+        _SHOW(message, category, *place)
+
+
 def run(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; errors of ours become one sentence on standard error and exit status 1."""
     for stream in (sys.stdout, sys.stderr):
@@ -48,7 +59,9 @@ def run(arguments: Sequence[str] | None = None) -> None:
     GIVEN.set(given)
     try:
         _require_text(given)
-        app(given)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            app(given)
     except NarrowKVError as error:
         _fail(str(error))
     except OSError as error:  # standard output is full or was closed

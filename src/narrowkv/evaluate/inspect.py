@@ -8,11 +8,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from narrowkv.attention import AUTO
-from narrowkv.calibration.learning import LayerFits, Need
+from narrowkv.calibration.learning import NO_GRADIENT, LayerFits, Need, with_gradient
 from narrowkv.calibration.statistics import Quantiles
 from narrowkv.codec import Quantizer
 from narrowkv.defaults import DENSE, INSPECTED
-from narrowkv.errors import RecipeError, TextError, UnsupportedModelError
+from narrowkv.errors import CalibrationError, RecipeError, TextError, UnsupportedModelError
 from narrowkv.evaluate.results import ResultFile
 from narrowkv.integrations.capture import fits_for, show_layers
 from narrowkv.integrations.preparation import facts_for
@@ -56,7 +56,7 @@ class _Tensor:
         beyond = x.detach().abs() > threshold
         self.channels += beyond.sum((0, 2)).flatten()
         self.tokens += torch.nn.functional.pad(beyond.sum((0, 1, 3)), (0, len(self.tokens) - x.shape[2]))
-        x.register_hook(self._add_gradient)
+        with_gradient(x, self._add_gradient)
 
     def _add_gradient(self, gradient: Tensor) -> None:
         squared = gradient[:, :, 1:].double().square()
@@ -130,6 +130,8 @@ def inspect(
     show_layers(model, facts, batches, first_pass, dense=backend == DENSE, on_batch=step)
     thresholds += [{name: tensor.largest(FRACTIONS["t99"]) for name, tensor in layer.items()} for layer in seen]
     show_layers(model, facts, batches, second_pass, gradients=True, dense=backend == DENSE, on_batch=step)
+    if any(not tensor.count for of_layer in seen for tensor in of_layer.values()):
+        raise CalibrationError(NO_GRADIENT)
     rows = []
     for one, of_layer in zip(facts.attention, seen, strict=True):
         rows += [_layer_row(one.layer, *item) for item in of_layer.items()]

@@ -2,7 +2,10 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +14,11 @@ from transformers import PreTrainedModel
 from narrowkv import __version__
 from narrowkv.attention import AUTO
 from narrowkv.calibration import Calibration, Fingerprint
-from narrowkv.calibration.learning import LayerFits, learn
+from narrowkv.calibration.learning import LayerFits, Learned, learn
 from narrowkv.calibration.processes import Group, is_split, reduced
 from narrowkv.defaults import DENSE
-from narrowkv.errors import ActivationError, CalibrationError, UnsupportedModelError
+from narrowkv.errors import ActivationError, CalibrationError, NarrowKVWarning, UnsupportedModelError
+from narrowkv.integrations.batches import token_batches
 from narrowkv.integrations.passing import PassingCache, PassingLayer
 from narrowkv.integrations.preparation import facts_for
 from narrowkv.integrations.probe import AttentionFacts, ModelFacts, evaluating, own_layers, text_config
@@ -24,6 +28,7 @@ from narrowkv.store.bias import Bias
 
 # place among the attention layers, keys before and after the rotary embedding, values, what has turned the keys
 LayerListener = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], None]
+MOST_OF_FEW = 0.5  # of the Fisher information, that a hundredth of the tokens may hold without a warning
 
 
 def capture_cache(model: PreTrainedModel, facts: ModelFacts, listener: LayerListener, dense: bool = False) -> PassingCache:
@@ -80,7 +85,7 @@ def show_layers(
 @torch.inference_mode(False)  # as above, and what is learned must not belong to inference mode
 def calibrate_many(
     model: PreTrainedModel,
-    batches: Iterable[Tensor],
+    batches: Any,
     recipes: Sequence[Recipe | str],
     *,
     backend: str = AUTO,
@@ -89,23 +94,20 @@ def calibrate_many(
 ) -> list[Calibration]:
     """Learn several recipes from the same two passes over the data.
 
-    batches: token ids [batch, tokens] int64, without padding; a single tensor is taken row by row. backend: that of the
-    caches to be made, of which only `dense` matters here. group: of torch.distributed, whose processes each hold the model and
-    give a part of the data; all get what one process would have learned from all of it. on_batch: called with (batches done,
-    batches in both passes). Returns one Calibration per recipe. Raises CalibrationError where the data is empty,
+    batches: token ids [batch, tokens], or anything else that `token_batches` takes. backend: that of the caches to be made,
+    of which only `dense` matters here. group: of torch.distributed, whose processes each hold the model and give part of the
+    data; all get what one process would have learned from all of it. on_batch: called with (batches done, batches in both
+    passes). Returns one Calibration per recipe, and warns (NarrowKVWarning) where few tokens outweigh all others or the loss
+    predicted is absurd. Raises CalibrationError where the data is empty or something else or no gradient comes back,
     ActivationError where the model computes NaN or infinity, UnsupportedModelError and RecipeError as PackedCache does.
     """
     chosen = [get_recipe(recipe) for recipe in recipes]
-    data = [batch for batch in (batches.split(1) if isinstance(batches, Tensor) else batches) if batch.numel()]
-    if not data or any(batch.dim() != 2 or batch.shape[1] < 2 for batch in data):
-        raise CalibrationError(
-            "Calibration needs batches of token ids [batch, tokens] of 2 tokens or more; give it more text."
-        )
     if any(is_split(parameter) for parameter in model.parameters()):
         raise UnsupportedModelError(
             "A model that is split over processes cannot be calibrated; calibrate it whole (several processes may share the "
             "text), and use the calibration with the split model."
         )
+    data = token_batches(batches, model)
     facts = facts_for(model, backend, chosen)
     for recipe in chosen:
         if max(batch.shape[1] for batch in data) <= recipe.sinks + 1:
@@ -129,23 +131,27 @@ def calibrate_many(
     )
     for listener, gradients, merge in passes:
         show_layers(model, facts, data, listener, gradients=gradients, dense=dense, on_batch=report)
+        for layer in by_place if gradients else ():
+            layer.require_gradients()
         for layer in by_place if group is not None else ():
             merge(layer, group)
     counts = torch.tensor([sum(batch.shape[0] for batch in data), sum(batch.numel() for batch in data)])
     sequences, tokens = (reduced(counts, "SUM", group) if group else counts).tolist()
     provenance = {"narrowkv": __version__, "sequences": sequences, "tokens": tokens}
+    _warn_where_few_dominate(fits)
     fingerprint, calibrations = Fingerprint.of(model), []
     shapes = {layer: fitted.shape for layer, fitted in fits.items()}
     for recipe in chosen:
         learned = learn(recipe, fits)
         told = provenance | ({"allocation": learned.report} if learned.report else {})
+        _warn_of_absurd_loss(learned, model)
         calibrations.append(Calibration(learned.recipe, fingerprint, learned.layers, dict(shapes), told))
     return calibrations
 
 
 def calibrate(
     model: PreTrainedModel,
-    batches: Iterable[Tensor],
+    batches: Any,
     recipe: Recipe | str,
     *,
     backend: str = AUTO,
@@ -154,6 +160,35 @@ def calibrate(
 ) -> Calibration:
     """Learn a recipe's tables from a model and token ids; see `calibrate_many`."""
     return calibrate_many(model, batches, [recipe], backend=backend, group=group, on_batch=on_batch)[0]
+
+
+def _warn_where_few_dominate(fits: Mapping[int, LayerFits]) -> None:
+    """Warn where a hundredth of the tokens holds more than half of a layer's Fisher information."""
+    shares = {(layer, side): share for layer, fit in fits.items() for side, share in fit.dominated().items()}
+    dominated = {place: share for place, share in shares.items() if share > MOST_OF_FEW}
+    if dominated:
+        (layer, side), share = max(dominated.items(), key=lambda item: item[1])
+        warnings.warn(
+            f"One token in a hundred holds more than half of what the tables of {len(dominated)} of {len(shares)} tensors are "
+            f"learned from ({share:.0%} for the {side} of layer {layer}), so they may fit other text badly; check that texts "
+            "begin as the model expects (--bos, --no-bos), give more text, or more of its kinds.",
+            NarrowKVWarning,
+            stacklevel=4,
+        )
+
+
+def _warn_of_absurd_loss(learned: Learned, model: PreTrainedModel) -> None:
+    """Warn where a recipe is predicted to lose more than a model that knows nothing has to lose."""
+    guessing = math.log(getattr(text_config(model), "vocab_size", math.inf))
+    loss = learned.report.get("predicted_loss", 0.0)
+    if not loss <= guessing:
+        warnings.warn(
+            f"{learned.recipe.name} is predicted to lose {loss:.3g} nats for each token, where blind guessing loses "
+            f"{guessing:.3g}: the choice of widths cannot be trusted; check that texts begin as the model expects (--bos, "
+            "--no-bos), or allow more bits.",
+            NarrowKVWarning,
+            stacklevel=4,
+        )
 
 
 def _run(model: PreTrainedModel, cache: PassingCache, batch: Tensor, *, gradients: bool) -> None:
@@ -165,4 +200,5 @@ def _run(model: PreTrainedModel, cache: PassingCache, batch: Tensor, *, gradient
             raise ActivationError("The model computes NaN or infinity on the calibration text; check its weights and dtype.")
         if gradients:
             loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
-            loss.backward()
+            if loss.requires_grad:  # else no listener learns a gradient, and says so
+                loss.backward()
