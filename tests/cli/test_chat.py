@@ -51,8 +51,12 @@ def test_a_gguf_file_talks_by_its_template(chat, tmp_path):
     assert status == 0 and "no chat template" not in err and "tiny.gguf" in err and err.count("bits a number") == 2
 
 
-def test_nothing_said_is_no_error(chat):
+def test_nothing_said_is_no_error(chat, monkeypatch):
     assert chat("")[0] == 0
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(SystemExit) as stop:
+        run(["chat", "narrowkv://demo", *OPTIONS])
+    assert not stop.value.code
 
 
 def test_what_is_no_text_is_told(chat):

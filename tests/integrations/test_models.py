@@ -46,6 +46,10 @@ def no_tokenizer(folder):
     keep(folder, "config.json", "model.safetensors")
 
 
+def settings_of_a_tokenizer_only(folder):
+    keep(folder, "config.json", "model.safetensors", "tokenizer_config.json")
+
+
 def broken_tokenizer(folder):
     (folder / "tokenizer.json").write_text('{"version": "1.0"')
 
@@ -118,6 +122,7 @@ def several_gguf(folder):
     [
         (keep, "is empty", "give one"),
         (no_tokenizer, "no tokenizer", "copy"),
+        (settings_of_a_tokenizer_only, "no tokenizer", "copy"),
         (broken_tokenizer, "tokenizer cannot be read", "copy"),
         (empty_tokenizer, "tokenizer cannot be read", "copy"),
         (other_tokenizer, "tokenizer cannot be read", "copy"),
@@ -145,7 +150,14 @@ def test_what_a_folder_lacks_is_said(folder, harm, cause, remedy):
 
 @pytest.mark.parametrize(
     ("name", "cause"),
-    [("./no/such/folder", "no file or folder"), ("model.gguf", "no file or folder"), ("FILE", "is a file"), ("\0", "name")],
+    [
+        ("./no/such/folder", "no file or folder"),
+        ("model.gguf", "no file or folder"),
+        ("FILE", "is a file"),
+        ("\0", "name"),
+        ("", "empty"),
+        ("a" * 5000, "too long"),
+    ],
 )
 def test_a_name_that_leads_nowhere(tmp_path, name, cause):
     file = tmp_path / "notes.txt"
@@ -158,3 +170,12 @@ def test_a_name_that_leads_nowhere(tmp_path, name, cause):
 def test_a_device_that_cannot_compute(folder, device):
     with pytest.raises(UnsupportedModelError):
         load_model(str(folder), device=device)
+
+
+def test_a_folder_that_may_not_be_read(folder, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(folder), "iterdir", refuse)
+    with pytest.raises(UnsupportedModelError, match="Permission denied"):
+        load_model(str(folder))

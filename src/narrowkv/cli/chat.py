@@ -67,7 +67,7 @@ def chat(
     talk = Conversation(loaded, tokenizer, PackedCache(loaded, source, backend=backend), system)
     if not talk.templated:
         note("The model has no chat template: turns are joined as plain text, which suits models that only continue texts.")
-    if sys.stdin.isatty():
+    if at_terminal():
         note(HELP)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
@@ -81,9 +81,16 @@ def chat(
             answer(talk, turn, max_new_tokens, sampling)
 
 
+def at_terminal() -> bool:
+    """Whether somebody types the turns."""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
 def turns() -> Iterator[str]:
     """What the user says, until the end of standard input or /exit; on a terminal after a prompt, and lines can be edited."""
-    asks = sys.stdin.isatty()
+    asks = at_terminal()
+    if sys.stdin is None:  # it was closed
+        return
     if asks:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (input() uses it)
@@ -117,7 +124,7 @@ def answer(talk: "Conversation", turn: str, tokens: int, sampling: dict[str, Any
     try:
         talk.ask(turn, tokens, _show, lambda: asked, **sampling)
     except TextError as error:
-        if not sys.stdin.isatty():
+        if not at_terminal():
             raise
         note(str(error))
     except KeyboardInterrupt:

@@ -7,7 +7,7 @@ from narrowkv.errors import UnsupportedModelError
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
-TOKENIZERS = ("tokenizer*", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
+TOKENIZERS = ("tokenizer.*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")  # any of them; not tokenizer_config.json
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 
 

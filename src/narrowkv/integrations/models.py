@@ -46,11 +46,10 @@ def load_model(
     if wanted is None:
         raise UnsupportedModelError(f"There is no dtype {dtype!r}; choose auto, float32, bfloat16 or float16.")
     check_device(device)
-    file = single_file(folder)
+    file = _look_into(name, folder)
     if file is not None:
         tokenizer, model, loading = load_gguf(file, torch.bfloat16 if wanted == "auto" else wanted, say)
     else:
-        check_folder(folder)
         tokenizer, model, loading = _load_folder(name, folder, wanted)
     missing = sorted(loading["missing_keys"])
     if missing:  # transformers makes them up, at random
@@ -66,6 +65,19 @@ def load_model(
     if lacks_products(model.dtype, model.device):
         multiply_in_float32(model)
     return model, tokenizer
+
+
+def _look_into(name: str, folder: str) -> Path | None:
+    """The GGUF file to load, or None for a folder that has what a model needs, and for hub ids."""
+    if not name.strip():
+        raise UnsupportedModelError("The model's name is empty; give a folder, a hub id or a .gguf file.")
+    try:
+        file = single_file(folder)
+        if file is None:
+            check_folder(folder)
+        return file
+    except OSError as error:
+        raise UnsupportedModelError(f"Cannot look into {name}: {error.strerror}; check the path.") from error
 
 
 def check_device(device: str) -> None:
