@@ -8,7 +8,10 @@ import sys
 import threading
 
 import pytest
+import torch
+from safetensors.torch import load
 
+from narrowkv import tensor_file
 from narrowkv.errors import FileFormatError, OutputError
 from narrowkv.files import PRIVATE, read_json, require_readable, write_atomically, write_json
 
@@ -57,11 +60,22 @@ def test_a_symbolic_link_is_written_through(tmp_path):
 def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path):
     pipe, found = tmp_path / "pipe", []
     os.mkfifo(pipe)
-    reader = threading.Thread(target=lambda: found.append(pipe.read_text()))
-    reader.start()
-    write_json(pipe, {})
-    reader.join()
-    assert found == ["{}\n"] and stat.S_ISFIFO(pipe.stat().st_mode)
+    tensors = {"a": torch.arange(3)}
+    for write in (lambda: write_json(pipe, {}), lambda: tensor_file.write(pipe, {}, tensors, PRIVATE)):
+        reader = threading.Thread(target=lambda: found.append(pipe.read_bytes()))
+        reader.start()
+        write()
+        reader.join()
+        assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert found[0] == b"{}\n" and torch.equal(load(found[1])["a"], tensors["a"])
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="no mode keeps root out")
+def test_a_folder_that_may_not_be_looked_into_is_written_to(tmp_path):
+    (tmp_path / "mailbox").mkdir(mode=0o300)
+    write_json(tmp_path / "mailbox" / "file", {})
+    assert read_json(tmp_path / "mailbox" / "file") == {}
 
 
 KILLED = """

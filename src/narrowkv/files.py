@@ -10,6 +10,7 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,11 @@ def write_atomically(path: Path, write: Callable[[Path], object], mode: int = PU
     """Let `write` fill a temporary file, then give it the name `path`: readers and crashes meet the old file or the new one.
 
     A symbolic link is written through, and a file that is there keeps its mode; a new one gets `mode` less the umask. What is
-    no file (a pipe, /dev/stdout) is written in place. Raises OutputError where writing fails.
+    no file (a pipe, /dev/stdout) is given the same bytes. Raises OutputError where writing fails.
     """
     try:
         if not _replaceable(path):
-            write(path)
+            _write_through(path, write)
             return
         target = Path(os.path.realpath(path))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +40,8 @@ def write_atomically(path: Path, write: Callable[[Path], object], mode: int = PU
             temporary = folder / target.name
             mode = _mode_for(target, temporary, mode)
             write(temporary)
-            os.chmod(temporary, mode)
+            if stat.S_IMODE(temporary.stat().st_mode) != mode:
+                os.chmod(temporary, mode)
             _sync(temporary)
             os.replace(temporary, target)
         with contextlib.suppress(OSError):  # some file systems cannot
@@ -108,6 +110,15 @@ def _replaceable(path: Path) -> bool:
     return stat.S_ISREG(kind)
 
 
+def _write_through(path: Path, write: Callable[[Path], object]) -> None:
+    """Give what `write` makes to a device or a pipe, of which libraries that rename what they write would make a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "made"
+        write(made)
+        with made.open("rb") as source, path.open("wb") as target:
+            shutil.copyfileobj(source, target)
+
+
 @contextlib.contextmanager
 def _folder_beside(target: Path) -> Iterator[Path]:
     """A folder of our own to write in, locked while its writer lives: libraries too leave files of theirs where they write."""
@@ -132,9 +143,10 @@ def _folder_beside(target: Path) -> Iterator[Path]:
 
 def _remove_stale(folder: Path) -> None:
     """Remove what writers left that were killed: nobody holds its lock."""
-    for name in os.listdir(folder):
-        if not TEMPORARY.fullmatch(name):
-            continue
+    names: list[str] = []
+    with contextlib.suppress(OSError):  # who may write here need not be allowed to look
+        names = os.listdir(folder)
+    for name in filter(TEMPORARY.fullmatch, names):
         with contextlib.suppress(OSError):
             handle = os.open(folder / name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
