@@ -51,7 +51,7 @@ def check(python: str, folder: Path) -> str:
     options: dict = {"check": True, "cwd": folder, "stdout": subprocess.PIPE, "text": True}
     tried = subprocess.run([python, "-I", "-c", TRIED, folder / "installed"], **options).stdout.strip()
     paths = [path for part in FILES for path in (ROOT / part).rglob("*.py")]
-    compiling = "import sys; [compile(open(path, encoding='utf-8').read(), path, 'exec') for path in sys.argv[1:]]"
+    compiling = "import sys, pathlib; [compile(pathlib.Path(path).read_bytes(), path, 'exec') for path in sys.argv[1:]]"
     subprocess.run([python, "-I", "-W", "error", "-c", compiling, *paths], check=True)
     return f"{wheel.name}, imported ({tried}), {len(paths)} files compiled"
 

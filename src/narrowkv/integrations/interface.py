@@ -135,8 +135,9 @@ class NarrowCache(Cache):
     def begin(self, module: Any, step: Step) -> None:
         """Called before each attention module runs: tells its layer what the coming `update` is about."""
         layer = int(module.layer_idx)
-        receiver: Any = self.layers[layer]
-        receiver.step = step
+        if layer < len(self.layers):  # those that read another's have none before transformers 5.22
+            receiver: Any = self.layers[layer]
+            receiver.step = step
 
     def start(self, decoder: nn.Module, mask: Any) -> None:
         """Called before the language model runs; mask: as it is given, of which only a dense cache is not told later."""

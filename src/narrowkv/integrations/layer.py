@@ -170,6 +170,10 @@ class PackedHandle:
     keys: Tensor
     values: Tensor
 
+    def to(self, device: torch.device) -> "PackedHandle":
+        """Itself: transformers before 5.22 sends what layers share to the device where it is read."""
+        return self
+
     @not_traced
     def attend(self, module: nn.Module, query: Tensor, mask: LazyMask, scaling: float, **kwargs: Any) -> Tensor:
         """Attention for query [batch, query_heads, queries, head_dim] of the last new tokens, not turned.

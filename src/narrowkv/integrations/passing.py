@@ -61,6 +61,10 @@ class PassingHandle:
     keys: Tensor
     values: Tensor
 
+    def to(self, device: torch.device) -> "PassingHandle":
+        """Itself: transformers before 5.22 sends what layers share to the device where it is read."""
+        return self
+
     def attend(self, module: nn.Module, query: Tensor, mask: Any, scaling: float, **kwargs: Any) -> Tensor:
         """Attention for query [batch, query_heads, queries, head_dim], not rotated."""
         if self.rope and self.kept is not None:

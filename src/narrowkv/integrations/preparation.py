@@ -184,7 +184,8 @@ def _keep_cache(model: Any) -> None:
         cache = cache_of(kwargs)
         if isinstance(cache, NarrowCache) and cache_of(inputs) is None:
             cache.reset()
-            inputs[CACHE] = cache
+            # all tokens, where transformers before 5.22 would read the newest alone
+            inputs = {**own(self, *args, **{**kwargs, "next_sequence_length": None}), CACHE: cache}
         return inputs
 
     vars(keep_cache)["narrowkv"] = True
