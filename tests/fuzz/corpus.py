@@ -28,6 +28,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "tiny": {},
     "wide": {"heads": 2, "kv_heads": 1, "head_dim": 64, "dtype": torch.bfloat16},  # which compiled code reads in its own ways
     "sliding": {"family": "mistral", "sliding_window": 24},
+    "biased": {"family": "qwen2"},  # of which a bias is taken out before keys and values are quantized
     "angles": {},  # kept with each token, since frequencies change with the length
 }
 # how caches came to be: sequences, tokens, padding of the first one, and what follows the prompt
@@ -60,7 +61,13 @@ class Entry:
 @cache
 def model_of(name: str) -> PreTrainedModel:
     """A model of one layer, or two."""
-    return make("llama, dynamic") if name == "angles" else make_tiny(layers=1, **MODELS[name])
+    if name == "angles":
+        return make("llama, dynamic")
+    model = make_tiny(layers=1, **MODELS[name])
+    for part, bias in model.named_parameters():
+        if part.endswith("bias"):
+            torch.nn.init.normal_(bias, std=3.0)
+    return model
 
 
 def recipe_of(name: str) -> Recipe:
