@@ -26,7 +26,7 @@ def load_gguf(path: Path, dtype: torch.dtype, say: Callable[[str], None]) -> tup
     architecture, place = _check(path, dtype, say), _place(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(**place)
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             **place, dtype=dtype, output_loading_info=True, quantization_config=_decoded()
         )
     except Exception as error:  # readers of foreign files raise errors of all kinds
@@ -34,6 +34,7 @@ def load_gguf(path: Path, dtype: torch.dtype, say: Callable[[str], None]) -> tup
             f"transformers cannot read {path.name}, a GGUF file of the architecture {architecture} ({reason(error)}); give "
             "the folder or hub id of the original model."
         ) from error
+    model, loading = loaded
     if hasattr(model, "hf_quantizer"):  # it is a model like any other now, which can be saved
         model.hf_quantizer.remove_quantization_config(model)
     model.narrowkv_few_bits = True  # for its fingerprint

@@ -100,11 +100,9 @@ def _load_folder(name: str, folder: str, dtype: Any) -> tuple[Any, Any, dict[str
         part = "tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(folder)
         part = "weights"
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
     except Exception as error:  # transformers, tokenizers and safetensors raise errors of all kinds for files they cannot read
         raise UnsupportedModelError(
             f"Cannot load the model {name}: its {part} cannot be read ({reason(error)}); check the name, or copy it again."
         ) from error
-    return tokenizer, model, loading
+    return tokenizer, *loaded
