@@ -13,6 +13,7 @@ from narrowkv.attention import AUTO, BACKENDS, chosen, cpu, described
 from narrowkv.attention.cuda_blocks import tables_for
 from narrowkv.calibration import Calibration, Fingerprint
 from narrowkv.calibration.processes import tensor_parallel_rank
+from narrowkv.calibration.wrappers import decoder_of, unwrapped
 from narrowkv.codec import AnyQuantizer
 from narrowkv.codec.tally import Tally
 from narrowkv.defaults import DENSE
@@ -52,6 +53,7 @@ class PackedCache(NarrowCache):
     ):
         if backend not in (AUTO, *BACKENDS, DENSE):
             raise RecipeError(f"There is no backend {backend!r}; there is {AUTO}, {', '.join(BACKENDS)} and {DENSE}.")
+        model = unwrapped(model)
         self.recipe = source.recipe if isinstance(source, Calibration) else get_recipe(source)
         facts = facts_for(model, backend, [self.recipe])
         biased = any(part is not None for fact in facts.attention for part in (fact.constants.keys, fact.constants.values))
@@ -81,7 +83,7 @@ class PackedCache(NarrowCache):
         super().__init__(layers=layers)
         self.shapes = [(fact.kv_heads, fact.head_dim) for fact in facts.attention]
         self.rank = rank
-        self.decoder = weakref.ref(model.get_decoder())
+        self.decoder = weakref.ref(decoder_of(model))
         self.modules = {fact.layer: weakref.ref(fact.module) for fact in facts.attention}
 
     def _in_words(self, facts: Sequence[AttentionFacts]) -> bool:

@@ -16,12 +16,14 @@ from narrowkv.attention import AUTO
 from narrowkv.calibration import Calibration, Fingerprint
 from narrowkv.calibration.learning import LayerFits, Learned, learn
 from narrowkv.calibration.processes import Group, is_split, reduced
+from narrowkv.calibration.wrappers import unwrapped
 from narrowkv.defaults import DENSE
 from narrowkv.errors import ActivationError, CalibrationError, NarrowKVWarning, UnsupportedModelError
 from narrowkv.integrations.batches import token_batches
+from narrowkv.integrations.hold import changed, evaluating
 from narrowkv.integrations.passing import PassingCache, PassingLayer
 from narrowkv.integrations.preparation import facts_for
-from narrowkv.integrations.probe import AttentionFacts, ModelFacts, evaluating, own_layers, text_config
+from narrowkv.integrations.probe import AttentionFacts, ModelFacts, own_layers, text_config
 from narrowkv.integrations.versions import CACHE
 from narrowkv.methods import Recipe, get_recipe
 from narrowkv.store.bias import Bias
@@ -49,14 +51,19 @@ def fits_for(fact: AttentionFacts, recipes: Sequence[Recipe]) -> LayerFits:
 @contextlib.contextmanager
 def _without_weight_gradients(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode, and no gradient for any weight, restored afterwards."""
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
+    wanted: list[nn.Parameter] = []
+
+    def freeze() -> Callable[[], None]:
+        wanted.extend(parameter for parameter in model.parameters() if parameter.requires_grad)
         model.requires_grad_(False)
-        with evaluating(model):
-            yield
-    finally:
-        for parameter, requires in wanted:
-            parameter.requires_grad_(requires)
+        return thaw
+
+    def thaw() -> None:
+        for parameter in wanted:
+            parameter.requires_grad_()
+
+    with changed(model, "frozen", freeze), evaluating(model):
+        yield
 
 
 @torch.inference_mode(False)  # gradients are needed, wherever this is called from
@@ -101,7 +108,7 @@ def calibrate_many(
     predicted is absurd. Raises CalibrationError where the data is empty or something else or no gradient comes back,
     ActivationError where the model computes NaN or infinity, UnsupportedModelError and RecipeError as PackedCache does.
     """
-    chosen = [get_recipe(recipe) for recipe in recipes]
+    model, chosen = unwrapped(model), [get_recipe(recipe) for recipe in recipes]
     if any(is_split(parameter) for parameter in model.parameters()):
         raise UnsupportedModelError(
             "A model that is split over processes cannot be calibrated; calibrate it whole (several processes may share the "

@@ -2,17 +2,32 @@
 
 import functools
 import inspect
-import types
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from narrowkv.calibration import Calibration
+from narrowkv.calibration.wrappers import unwrapped
+from narrowkv.errors import UnsupportedModelError
 from narrowkv.integrations.cache import PackedCache
-from narrowkv.integrations.preparation import prepare, release
+from narrowkv.integrations.hold import locked
+from narrowkv.integrations.preparation import around, prepare, release
 from narrowkv.integrations.versions import CACHE, cache_of
 from narrowkv.methods import Recipe, get_recipe
+
+PREPARES = "_prepare_cache_for_generation"  # the method of transformers with which `generate` makes its cache
+
+
+@dataclass(frozen=True)
+class Default:
+    """What `make_default` was told of a model. before: what its `PREPARES` had been replaced by; hook: that of scoring."""
+
+    source: Calibration | Recipe
+    options: dict[str, Any]
+    before: Any
+    hook: Any
 
 
 def enable(model: PreTrainedModel) -> None:
@@ -25,49 +40,105 @@ def make_default(model: PreTrainedModel, source: Calibration | Recipe | str, *, 
 
     source: a calibration for this model, or a calibration-free recipe or its name. scoring: `model(input_ids)` without a cache
     and without gradients also sees quantised keys and values, strictly (what a harness does for log-likelihoods);
-    `use_cache=False` still asks for the unquantised model. options: of PackedCache. `disable` undoes it. Raises as
-    PackedCache does.
+    `use_cache=False` still asks for the unquantised model. options: of PackedCache. A call of `generate` that asks for another
+    cache (`past_key_values`, `cache_implementation`) gets that. A copy of the model, also in another process, keeps the
+    default. `disable` undoes it. Raises as PackedCache does, and UnsupportedModelError for a model that does not generate.
     """
+    model = unwrapped(model)
+    generators = _generators(model)
     source = source if isinstance(source, Calibration) else get_recipe(source)
     PackedCache(model, source, **options)  # what does not fit together is said now, not at the first call
-    _forget_default(model)
-    before = vars(model).get("_prepare_cache_for_generation")
-    kind: Any = type(model)
-    make_own = before.__func__ if isinstance(before, types.MethodType) else kind._prepare_cache_for_generation
+    with locked(model):
+        for generator in generators:
+            _forget_default(generator)
+            own: Any = generator
+            before = vars(generator).get(PREPARES)
+            hook = own.register_forward_pre_hook(score_packed, with_kwargs=True) if scoring and generator is model else None
+            vars(generator)["narrowkv_default"] = Default(source, options, before, hook)
+            # bound to the model, so that a copy of the model makes caches for itself; a method would not survive pickling
+            vars(generator)[PREPARES] = functools.partial(prepare_packed, generator)
 
-    @functools.wraps(make_own)
-    def make_packed(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if cache_of(model_kwargs) is None and generation_config.use_cache is not False:
-            model_kwargs[CACHE] = PackedCache(self, source, **options)
-        return make_own(self, generation_config, model_kwargs, *args, **kwargs)
 
-    # bound to the model, so that a copy of the model makes caches for itself
-    vars(model)["_prepare_cache_for_generation"] = types.MethodType(make_packed, model)
-    vars(model)["narrowkv_before_default"] = before
-    if scoring:
+def prepare_packed(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """What `generate` calls to make its cache; any wish of the caller comes first."""
+    default: Default = vars(self)["narrowkv_default"]
+    asked = generation_config.use_cache is False or generation_config.cache_implementation is not None
+    if cache_of(model_kwargs) is None and not asked:
+        model_kwargs[CACHE] = PackedCache(self, default.source, **default.options)
+    kind: Any = type(self)
+    own = default.before or functools.partial(getattr(kind, PREPARES), self)
+    return own(generation_config, model_kwargs, *args, **kwargs)
 
-        def score_packed(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-            given = {**inspect.signature(type(module).forward).bind_partial(module, *args).arguments, **kwargs}
-            if cache_of(given) is not None or given.get("use_cache") is False or torch.is_grad_enabled():
-                return None
-            cache = PackedCache(module, source, **{**options, "strict": True})
-            return args, {**kwargs, CACHE: cache, "use_cache": True}
 
-        vars(model)["narrowkv_scoring"] = model.register_forward_pre_hook(score_packed, with_kwargs=True)
+def score_packed(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Hook: a call without a cache and without gradients is given one that is read strictly."""
+    given = {**inspect.signature(type(module).forward).bind_partial(module, *args).arguments, **kwargs}
+    if cache_of(given) is not None or given.get("use_cache") is False or torch.is_grad_enabled():
+        return None
+    default: Default = vars(module)["narrowkv_default"]
+    cache = PackedCache(module, default.source, **{**default.options, "strict": True})
+    return args, {**kwargs, CACHE: cache, "use_cache": True}
 
 
 def disable(model: PreTrainedModel) -> None:
     """Undo `enable` and `make_default`: the model is as it was before it met a packed cache."""
-    _forget_default(model)
-    release(model)
+    model = unwrapped(model)
+    with locked(model):
+        for module in around(model):
+            _forget_default(module)
+        release(model)
 
 
-def _forget_default(model: PreTrainedModel) -> None:
-    if "narrowkv_before_default" in vars(model):
-        del vars(model)["_prepare_cache_for_generation"]
-        before = vars(model).pop("narrowkv_before_default")
-        if before is not None:
-            vars(model)["_prepare_cache_for_generation"] = before
-    hook = vars(model).pop("narrowkv_scoring", None)
-    if hook is not None:
-        hook.remove()
+def _generators(model: Any) -> list[Any]:
+    """The models whose `generate` makes caches: this one, and those in it that it may leave that to (BLIP-2).
+
+    Raises UnsupportedModelError where it does not generate, or not by such a cache.
+    """
+    found = [module for module in around(model) if hasattr(module, PREPARES)]
+    name = type(model).__name__
+    if not found:
+        raise UnsupportedModelError(
+            f"{name} does not generate; make_default wants a model that does (pass a cache to this one: past_key_values=...)."
+        )
+    if found == [model] and type(model).generate is not GenerationMixin.generate and not _makes_caches(model):
+        raise UnsupportedModelError(f"{name} generates in a way of its own, without asking for a cache; use DynamicCache.")
+    return found
+
+
+class _AskedForCacheError(Exception):
+    """Raised to end a trial."""
+
+
+@torch.no_grad()
+def _makes_caches(model: Any) -> bool:
+    """Try whether a `generate` that is not transformers' own makes its cache as that does."""
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise _AskedForCacheError
+
+    before = vars(model).get(PREPARES)
+    vars(model)[PREPARES] = stop
+    try:
+        model.generate(torch.full((1, 2), 2, device=model.device), max_new_tokens=1, do_sample=False)
+    except _AskedForCacheError:
+        return True
+    except Exception:  # whatever a model of others may raise
+        return False
+    finally:
+        _put_back(model, before)
+    return False
+
+
+def _forget_default(model: Any) -> None:
+    default: Default | None = vars(model).pop("narrowkv_default", None)
+    if default is not None:
+        _put_back(model, default.before)
+        if default.hook is not None:
+            default.hook.remove()
+
+
+def _put_back(model: Any, before: Any) -> None:
+    if before is None:
+        vars(model).pop(PREPARES, None)
+    else:
+        vars(model)[PREPARES] = before

@@ -2,90 +2,33 @@
 
 No module is replaced. A hook hands each attention module an identity rotary embedding whenever one of our caches is in use,
 so the cache is given keys as they are before it; the true cosines, sines and positions travel beside them in a `Step`. The
-cache's `update` returns a `Handle` in place of tensors, and the attention function registered under the name `narrowkv` lets
-the handle attend. Without one of our caches a prepared model computes exactly what it did before. preparation.py puts it all
-in place.
+cache's `update` returns a `Handle` in place of tensors, and an attention function of ours, which the model's configuration
+names for as long (hold.py), lets the handle attend. Without one of our caches a prepared model runs the code that it always
+ran. preparation.py puts it all in place.
 """
 
 import contextlib
 import functools
-import inspect
 import sys
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
-from transformers.masking_utils import causal_mask_function
 
-from narrowkv.attention import Visible
 from narrowkv.attention.rope import Tables
 from narrowkv.errors import CacheUseError, UnsupportedModelError
+from narrowkv.integrations.hold import PREFIX, SERVED, hold_of, plain_name
+from narrowkv.integrations.masks import LazyMask, lazy_mask
 from narrowkv.integrations.probe import identity
 from narrowkv.store.steps import AHEAD
 
-NAME = "narrowkv"
 KNOWN_TENSORS = ("position_ids", "s_aux")
 TWO_DIMENSIONS = "The packed cache takes attention masks of 2 dimensions only (1 for tokens, 0 for padding); pass one or none."
 ANOTHER_MODEL = "This cache was made for another model; make one with calibration.cache(model) or recipe.cache(model)."
-
-
-class LazyMask:
-    """What transformers asked of the mask, made dense only if somebody needs it so."""
-
-    def __init__(self, **request: Any):
-        self.request = request
-        self._dense: dict[str, Tensor | None] = {}
-
-    def __getitem__(self, part: tuple[slice, slice, slice, slice]) -> "LazyMask":
-        """The mask of the last queries alone, as models ask for it that need no more (Gemma 4 in layers that share keys)."""
-        nothing, length = slice(None), int(self.request["q_length"])
-        start, stop, step = part[2].indices(length)
-        if (part[0], part[1], part[3]) != (nothing, nothing, nothing) or (stop, step) != (length, 1):
-            raise UnsupportedModelError("This model cuts its attention mask in an unknown way; use DynamicCache.")
-        return LazyMask(**{**self.request, "q_length": length - start, "q_offset": self.request["q_offset"] + start})
-
-    def contiguous(self) -> Tensor:
-        """Dense, as numbers to be added to the scores: `generate` asks this where it makes a mask ahead for a static cache."""
-        dense = self.dense("eager")
-        assert dense is not None
-        return dense.contiguous()
-
-    @functools.cached_property
-    def visible(self) -> Visible:
-        """What a query may see, plainly said where it is causal or a sliding window."""
-        padding, rule = self.request["attention_mask"], self.request["mask_function"]
-        if rule is causal_mask_function:
-            return Visible(padding)
-        window = _window_of(rule)
-        if window is not None:
-            return Visible(padding, window)
-        return Visible(padding, rule=self._look_up if self.request["use_vmap"] else rule, batch=self.request["batch_size"])
-
-    def _look_up(self, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """A rule for mask functions that take single numbers only: made dense as transformers does it, then looked up."""
-        dense = self.dense("sdpa")
-        assert dense is not None
-        return dense[row, 0, query - self.request["q_offset"], key - self.request["kv_offset"]]
-
-    def dense(self, implementation: str) -> Tensor | None:
-        """The mask as the named attention implementation of transformers wants it."""
-        if implementation not in self._dense:
-            make = AttentionMaskInterface()[implementation]
-            self._dense[implementation] = make(**self.request)
-        return self._dense[implementation]
-
-
-def _window_of(rule: Callable[..., Any]) -> int | None:
-    """The size of the sliding window if a mask function of transformers is one and causal besides, else None."""
-    parts = inspect.getclosurevars(rule).nonlocals.get("mask_functions", ())
-    if len(parts) != 2 or parts[1] is not causal_mask_function:
-        return None
-    if not parts[0].__qualname__.startswith("sliding_window_overlay."):
-        return None
-    window: int = inspect.getclosurevars(parts[0]).nonlocals["sliding_window"]
-    return window
 
 
 @dataclass(frozen=True)
@@ -160,34 +103,33 @@ class Handle(Protocol):
 def model_attention(
     module: nn.Module, query: Tensor, keys: Tensor, values: Tensor, mask: LazyMask | Tensor | None, **kwargs: Any
 ):
-    """The attention that the model used before `prepare`, on ordinary tensors; returns what that returns."""
-    implementation = getattr(module, "narrowkv_previous", "sdpa")
+    """The attention that the user has chosen for the model, on ordinary tensors; returns what that returns."""
+    implementation = plain_name(module.config)
     if isinstance(mask, LazyMask):
         mask = mask.dense(implementation)
     eager: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
     return AttentionInterface().get_interface(implementation, eager)(module, query, keys, values, mask, **kwargs)
 
 
-_witnessed: set[int] | None = None
+_witnessed: ContextVar[set[int] | None] = ContextVar("witnessed", default=None)  # each thread has its own
 
 
 @contextlib.contextmanager
 def witnessing() -> Iterator[set[int]]:
     """While this lasts, ids of the modules whose attention of ordinary tensors comes through our function are noted."""
-    global _witnessed
     found: set[int] = set()
-    _witnessed = found
+    token = _witnessed.set(found)
     try:
         yield found
     finally:
-        _witnessed = None
+        _witnessed.reset(token)
 
 
 def attention_function(module: nn.Module, query: Tensor, key: Any, value: Any, attention_mask: Any, **kwargs: Any):
     """The function registered with transformers: handles attend themselves, tensors go to the model's own attention."""
     if isinstance(key, Tensor):
-        if _witnessed is not None:
-            _witnessed.add(id(module))
+        if (witnessed := _witnessed.get()) is not None:
+            witnessed.add(id(module))
         return model_attention(module, query, key, value, attention_mask, **kwargs)
     if kwargs.get("output_attentions"):
         raise UnsupportedModelError("A packed cache does not give attention weights; ask without output_attentions.")
@@ -197,12 +139,33 @@ def attention_function(module: nn.Module, query: Tensor, key: Any, value: Any, a
     return key.attend(module, query, attention_mask, **kwargs), None
 
 
+for _name in SERVED:  # when imported, so that a model prepared in another process, whose hooks import this, finds them too
+    AttentionInterface.register(PREFIX + _name, attention_function)
+    AttentionMaskInterface.register(PREFIX + _name, functools.partial(lazy_mask, _name))
+
+
+def before_run(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Hook on the language model and on what contains it: configurations name our attention while a cache of ours is used."""
+    cache = _cache_in(args, kwargs)
+    packed = cache is not None and not cache.dense
+    if (hold := hold_of(module)) and (packed or not torch.compiler.is_compiling()):  # others are traced as a whole
+        hold.begin(module, packed)
+
+
+def after_run(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    """Hook on the same modules, also after a run that failed."""
+    cache = _cache_in(args, kwargs)
+    packed = cache is not None and not cache.dense
+    if (hold := hold_of(module)) and (packed or not torch.compiler.is_compiling()):
+        hold.end(module)
+
+
 def before_decoder(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Hook on the language model: tell one of our caches that it begins.
 
     Raises CacheUseError where the batch is empty, or the caller or the model's configuration said that no cache is to be used.
     """
-    cache = _cache_in(kwargs)
+    cache = _cache_in(args, kwargs)
     if cache is None:
         return
     if any(
@@ -216,24 +179,20 @@ def before_decoder(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
 
 def after_decoder(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
     """Hook on the language model: tell one of our caches that it has ended."""
-    cache = _cache_in(kwargs)
+    cache = _cache_in(args, kwargs)
     if cache is not None:
         cache.finish()
 
 
-def _cache_in(kwargs: dict[str, Any]) -> NarrowCache | None:
-    return next((part for part in kwargs.values() if isinstance(part, NarrowCache)), None)
+def _cache_in(args: tuple, kwargs: dict[str, Any]) -> NarrowCache | None:
+    return next((part for part in (*args, *kwargs.values()) if isinstance(part, NarrowCache)), None)
 
 
 def before_attention(module: Any, args: tuple, kwargs: dict[str, Any]):
     """Hook: where one of our caches is in use, exchange the rotary embedding for the identity."""
-    cache = _cache_in(kwargs)
+    cache = _cache_in(args, kwargs)
     if cache is None or cache.dense:
         return None
-    if module.config._attn_implementation != NAME:
-        raise CacheUseError(
-            f"The model's attention was set to {module.config._attn_implementation!r} after the cache was made; make another."
-        )
     mask, tables = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
     if hidden.shape[1] == 0:

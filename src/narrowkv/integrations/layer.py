@@ -1,7 +1,6 @@
 """PackedLayer: one layer of a packed cache, and the handle that it gives to attention in place of tensors."""
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,15 +11,10 @@ from transformers.cache_utils import CacheLayerMixin
 
 from narrowkv.attention import BACKENDS, AnyRope, cuda
 from narrowkv.errors import CacheUseError, UnsupportedModelError
+from narrowkv.integrations.hold import not_traced
 from narrowkv.integrations.interface import LazyMask, Step, model_attention, require_step
 from narrowkv.store import LayerStore, Ledger, steps
 from narrowkv.store.fitting import fitting
-
-# the rest of the model compiles; what follows chooses tensors by how much is held and by what it finds in them
-not_traced: Any = functools.partial(
-    torch.compiler.disable,
-    reason="a packed cache grows page by page and keeps outliers sparse, so its shapes depend on data: it runs uncompiled",
-)
 
 
 class PackedLayer(CacheLayerMixin):

@@ -1,33 +1,33 @@
 """`prepare`: put the hold of interface.py on a model, once the probe has found that it can be; `release` takes it off."""
 
-import functools
-import types
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
+from narrowkv.calibration.wrappers import decoder_of, unwrapped
 from narrowkv.defaults import DENSE
 from narrowkv.errors import RecipeError, UnsupportedModelError
+from narrowkv.integrations.hold import SERVED, Hold, evaluating, locked, plain_name
 from narrowkv.integrations.interface import (
-    NAME,
-    LazyMask,
     NarrowCache,
     after_decoder,
-    attention_function,
+    after_run,
     before_attention,
     before_decoder,
+    before_run,
     witnessing,
 )
 from narrowkv.integrations.passing import PassingCache, PassingLayer
 from narrowkv.integrations.probe import (
     TOLERANCE,
     AttentionFacts,
+    Layout,
     ModelFacts,
     Seen,
-    evaluating,
     own_layers,
     probe,
     text_config,
@@ -43,57 +43,49 @@ BY_ITSELF = (
 
 
 def prepare(model: PreTrainedModel) -> ModelFacts:
-    """Make a model ready for our caches, once, and return what the probe found of its layers.
+    """Make a model ready for our caches, once, and return what the probe found of its layers; anew where they have changed.
 
     Raises UnsupportedModelError where that cannot be; the model is then as it was.
     """
-    known: ModelFacts | None = vars(model).get("narrowkv_facts")
-    chosen = text_config(model)._attn_implementation
-    if known and chosen == NAME:
-        return known
-    if chosen not in ("eager", "sdpa", NAME):
+    model = unwrapped(model)
+    chosen = plain_name(text_config(model))
+    if chosen not in SERVED:
         raise UnsupportedModelError(
             f"Attention implementation {chosen!r} is not supported; load the model with 'sdpa' or 'eager'."
         )
-    AttentionInterface.register(NAME, attention_function)
-    AttentionMaskInterface.register(NAME, LazyMask)
-    previous = "sdpa" if chosen == NAME else chosen
-    candidates = [module for module in model.modules() if hasattr(module, "layer_idx")]
-    for module in candidates:
-        vars(module)["narrowkv_previous"] = previous
-    _set_attention(model, NAME)
-    facts: ModelFacts | None = known
-    try:
-        with evaluating(model):
-            facts = facts or _find(model, candidates)
-    finally:
-        served = {id(module) for module in facts.modules} if facts else set()
-        for module in candidates:
-            if id(module) not in served:
-                del vars(module)["narrowkv_previous"]
-        if not facts:
-            _set_attention(model, previous)
-    for module in facts.modules:
-        if "narrowkv_hook" not in vars(module):
-            vars(module)["narrowkv_hook"] = module.register_forward_pre_hook(before_attention, with_kwargs=True)
-    _guard(model)
-    if hasattr(text_config(model), "original_max_position_embeddings"):
-        _keep_cache(model)
-    vars(model)["narrowkv_facts"] = facts
-    return facts
+    with locked(model) as hold:
+        if hold.facts and not hold.facts.are_of(model):
+            _let_go(model, hold)
+        hold.name(_configs(model))
+        if not hold.facts:
+            try:
+                _guard(model, hold)
+                with evaluating(model), hold.in_use():
+                    facts = _find(model)
+            except BaseException:
+                _let_go(model, hold)
+                raise
+            hold.facts = facts
+            hold.hooks += [module.register_forward_pre_hook(before_attention, with_kwargs=True) for module in facts.modules]
+        _guard(model, hold)
+        if hasattr(text_config(model), "original_max_position_embeddings"):
+            _keep_cache(model)
+        found: ModelFacts = hold.facts
+        return found
 
 
 @torch.no_grad()
 def prepare_dense(model: PreTrainedModel) -> ModelFacts:
     """Find the layers of a model that is to be given plain tensors; raises UnsupportedModelError where there are none."""
-    known: ModelFacts | None = vars(model).get("narrowkv_dense")
-    if known is not None:
-        return known
-    with evaluating(model):
-        seen, _ = watch(model)
-    vars(model)["narrowkv_dense"] = found = ModelFacts([one.facts(None) for one in seen], [])
-    _guard(model)
-    return found
+    model = unwrapped(model)
+    with locked(model) as hold:
+        if not hold.dense or not hold.dense.are_of(model):
+            with evaluating(model):
+                seen, _ = watch(model)
+            hold.dense = ModelFacts([one.facts(None) for one in seen], [], Layout.of(model))
+        _guard(model, hold)
+        found: ModelFacts = hold.dense
+        return found
 
 
 def facts_for(model: PreTrainedModel, backend: str, recipes: Sequence[Recipe]) -> ModelFacts:
@@ -112,24 +104,49 @@ def facts_for(model: PreTrainedModel, backend: str, recipes: Sequence[Recipe]) -
     return facts
 
 
-def _guard(model: PreTrainedModel) -> None:
-    """Let our caches know when the language model begins and when it has ended."""
-    decoder: Any = model.get_decoder()
-    if "narrowkv_guard" not in vars(decoder):
-        vars(decoder)["narrowkv_guard"] = (
-            decoder.register_forward_pre_hook(before_decoder, with_kwargs=True),
-            decoder.register_forward_hook(after_decoder, with_kwargs=True),
-        )
+def _guard(model: PreTrainedModel, hold: Hold) -> None:
+    """Let our caches know when the language model begins and when it has ended, and the hold when anything around it does."""
+    decoder = decoder_of(model)
+    for module in around(model):
+        if module in hold.modules:
+            continue
+        vars(module)["narrowkv_hold"] = hold
+        hold.modules.append(module)
+        hold.hooks += [
+            module.register_forward_pre_hook(before_run, with_kwargs=True),
+            module.register_forward_hook(after_run, with_kwargs=True, always_call=True),
+        ]
+        if module is decoder:
+            hold.hooks += [
+                module.register_forward_pre_hook(before_decoder, with_kwargs=True),
+                module.register_forward_hook(after_decoder, with_kwargs=True),
+            ]
 
 
-def _find(model: PreTrainedModel, candidates: list[nn.Module]) -> ModelFacts:
+def around(model: PreTrainedModel) -> list[nn.Module]:
+    """The model, what in it contains the language model, and that."""
+    decoder = decoder_of(model)
+    name = next(name for name, module in model.named_modules() if module is decoder)
+    parts = name.split(".") if name else []
+    return [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)]
+
+
+def _configs(model: PreTrainedModel) -> list[Any]:
+    """Every configuration that names the attention of the language model, or of what contains it."""
+    modules = [*around(model), *decoder_of(model).modules()]
+    found = [text_config(model), *(vars(module)["config"] for module in modules if "config" in vars(module))]
+    return [config for config in found if hasattr(config, "_attn_implementation")]
+
+
+def _find(model: PreTrainedModel) -> ModelFacts:
     """Probe the model, see whose attention comes through our function, and try every module with handles for tensors."""
     with witnessing() as witnessed:
         attention, seen = probe(model)
     own = {id(one.module) for one in seen}
     if not own <= witnessed:
         raise UnsupportedModelError(BY_ITSELF)
-    readers = [module for module in candidates if id(module) in witnessed - own]
+    layout = Layout.of(model)
+    readers = [module for module in layout.modules if id(module) in witnessed - own]
     layers = own_layers(text_config(model))
     places = [int(module.layer_idx) for module in readers]  # type: ignore[arg-type]
     if not all(place >= len(layers) or keeps_nothing(layers[place]) for place in places):
@@ -138,7 +155,7 @@ def _find(model: PreTrainedModel, candidates: list[nn.Module]) -> ModelFacts:
         )
     for fact, one in zip(attention, seen, strict=True):
         _try_handles(fact, one)
-    return ModelFacts(attention, readers)
+    return ModelFacts(attention, readers, layout)
 
 
 @torch.no_grad()
@@ -160,27 +177,22 @@ def _try_handles(fact: AttentionFacts, seen: Seen) -> None:
         )
 
 
-def _set_attention(model: PreTrainedModel, name: str) -> None:
-    """Choose an attention implementation for the language part alone."""
-    text = text_config(model)
-    if text is model.config:
-        model.set_attn_implementation(name)
-    else:
-        (part,) = (key for key in model.config.sub_configs if getattr(model.config, key, None) is text)
-        model.set_attn_implementation({part: name})
+class KeepCache:
+    """Takes the place of a model's `prepare_inputs_for_generation`.
 
-
-def _keep_cache(model: Any) -> None:
-    """Some models (Phi-3) drop the cache they are given when a sequence outgrows the length they were first trained on, since
+    Some models (Phi-3) drop the cache they are given when a sequence outgrows the length they were first trained on, since
     all keys must then be computed anew; ours is emptied and filled again instead.
     """
-    if "prepare_inputs_for_generation" in vars(model):
-        return
-    own = type(model).prepare_inputs_for_generation
 
-    @functools.wraps(own)  # `generate` looks at the signature
-    def keep_cache(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        inputs: dict[str, Any] = own(self, *args, **kwargs)
+    def __init__(self, model: Any):
+        self.model = model
+
+    @property
+    def __signature__(self) -> inspect.Signature:  # `generate` looks at it
+        return inspect.signature(type(self.model).prepare_inputs_for_generation.__get__(self.model))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs: dict[str, Any] = type(self.model).prepare_inputs_for_generation(self.model, *args, **kwargs)
         cache = cache_of(kwargs)
         if isinstance(cache, NarrowCache) and cache_of(inputs) is None:
             cache.reset()
@@ -188,22 +200,27 @@ def _keep_cache(model: Any) -> None:
             inputs = {**own(self, *args, **{**kwargs, "next_sequence_length": None}), CACHE: cache}
         return inputs
 
-    vars(keep_cache)["narrowkv"] = True
-    vars(model)["prepare_inputs_for_generation"] = types.MethodType(keep_cache, model)
+
+def _keep_cache(model: Any) -> None:
+    if hasattr(model, "prepare_inputs_for_generation") and "prepare_inputs_for_generation" not in vars(model):
+        vars(model)["prepare_inputs_for_generation"] = KeepCache(model)
 
 
 def release(model: PreTrainedModel) -> None:
     """Undo `prepare` and `prepare_dense`."""
-    for hook in vars(model.get_decoder()).pop("narrowkv_guard", ()):
+    model = unwrapped(model)
+    with locked(model) as hold:
+        _let_go(model, hold)
+        hold.dense = None
+        vars(model).pop("narrowkv_fingerprint", None)
+
+
+def _let_go(model: PreTrainedModel, hold: Hold) -> None:
+    for hook in hold.hooks:
         hook.remove()
-    vars(model).pop("narrowkv_dense", None)
-    vars(model).pop("narrowkv_fingerprint", None)
-    if getattr(vars(model).get("prepare_inputs_for_generation"), "narrowkv", False):
-        del vars(model)["prepare_inputs_for_generation"]
-    facts: ModelFacts | None = vars(model).pop("narrowkv_facts", None)
-    previous = "sdpa"
-    for module in facts.modules if facts else ():
-        vars(module).pop("narrowkv_hook").remove()
-        previous = vars(module).pop("narrowkv_previous")
-    if facts and text_config(model)._attn_implementation == NAME:
-        _set_attention(model, previous)
+    for module in hold.modules:
+        vars(module).pop("narrowkv_hold", None)
+        if isinstance(vars(module).get("prepare_inputs_for_generation"), KeepCache):
+            del vars(module)["prepare_inputs_for_generation"]
+    vars(decoder_of(model))["narrowkv_hold"] = hold  # while it is locked
+    hold.facts, hold.hooks, hold.modules, hold.configs = None, [], [], []

@@ -5,9 +5,8 @@ rotary embedding and once with the identity in its place; from the two results t
 refused with the reason.
 """
 
-import contextlib
 import functools
-from collections.abc import Iterator
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,17 +15,18 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
-from narrowkv.attention import AnyRope, Rope, StoredRope
+from narrowkv.attention import AnyRope, StoredRope
 from narrowkv.attention.rope import Tables
+from narrowkv.calibration.wrappers import decoder_of
 from narrowkv.codec.ranges import require_finite
-from narrowkv.errors import UnsupportedModelError
+from narrowkv.errors import NarrowKVError, UnsupportedModelError
+from narrowkv.integrations.frequencies import STATIC_ROPE, by_position, frequencies, frequencies_of
 from narrowkv.integrations.projections import NOTHING_KNOWN, Constants, constants_of
 from narrowkv.integrations.versions import CACHE, keeps_nothing
 
 MAX_HEAD_DIM = 512  # the index of an outlier in its block has 16 bits, one of them the sign
 TOKENS, FIRST_POSITION = 12, 3
 TOLERANCE = 2e-2  # of the largest key: bfloat16 rounds cosine, sine and product
-STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")  # angles that positions alone determine
 LAYOUTS: tuple[Any, ...] = ("halves", "repeated", "once")
 
 
@@ -45,11 +45,46 @@ class AttentionFacts:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """What the probe's findings rest on, and a user may change.
+
+    modules: those that know their layer. layers: how many a cache has. frequencies: of rotary embeddings that never change.
+    """
+
+    modules: list[nn.Module]
+    layers: int
+    frequencies: list[Tensor]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Layout":
+        """The layout of a model as it is now."""
+        decoder = decoder_of(model)  # whatever contains it
+        static = [inverse.cpu().clone() for inverse, _, kind in frequencies(decoder) if kind in STATIC_ROPE]
+        modules = [module for module in decoder.modules() if hasattr(module, "layer_idx")]
+        return cls(modules, len(own_layers(text_config(model))), static)
+
+    def is_that_of(self, other: "Layout") -> bool:
+        """Whether nothing has changed."""
+        modules, inverses = (self.modules, other.modules), (self.frequencies, other.frequencies)
+        return (
+            self.layers == other.layers
+            and all(len(one) == len(two) for one, two in (modules, inverses))
+            and all(one is two for one, two in zip(*modules, strict=True))
+            and all(one.is_meta or two.is_meta or torch.equal(one, two) for one, two in zip(*inverses, strict=True))
+        )
+
+
+@dataclass(frozen=True)
 class ModelFacts:
-    """attention: the modules that keep keys and values, by layer. readers: those that use another layer's."""
+    """attention: the modules that keep keys and values, by layer. readers: those that use another layer's. layout: as seen."""
 
     attention: list[AttentionFacts]
     readers: list[nn.Module]
+    layout: Layout
+
+    def are_of(self, model: PreTrainedModel) -> bool:
+        """Whether the model is still as it was."""
+        return self.layout.is_that_of(Layout.of(model))
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -127,18 +162,6 @@ def text_config(model: PreTrainedModel) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode for a while, and then as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def own_layers(config: Any) -> list[Any]:
     """The cache layers that transformers would use: those of attention, which a packed cache replaces, and all others."""
     return list(DynamicCache(config=config).layers)
@@ -166,7 +189,8 @@ def probe(model: PreTrainedModel) -> tuple[list[AttentionFacts], list[Seen]]:
     for one in seen:
         rope = _rope(model, one, running, names[id(one.kwargs.get("position_embeddings"))])
         run = functools.partial(one.run, running)
-        facts.append(one.facts(rope, constants_of(one.module, run, rope, _frequencies_of(model, rope, one))))
+        inverse = frequencies_of(model, rope, one.kwargs.get("position_embeddings"))
+        facts.append(one.facts(rope, constants_of(one.module, run, rope, inverse)))
     return facts, seen
 
 
@@ -176,20 +200,21 @@ def watch(model: PreTrainedModel) -> tuple[list[Seen], list[Seen]]:
     Returns those that stored keys and values, by layer, and the list that such a module must stand in last to be run again.
     Raises UnsupportedModelError where the model does not store as a packed cache understands it.
     """
-    if len({parameter.device for parameter in model.parameters()}) > 1:
-        raise UnsupportedModelError(
-            "A model spread over several devices by device_map is not supported; use tensor parallelism (docs/processes.md)."
-        )
+    _require_one_device(model)
     layers, running, updated = own_layers(text_config(model)), list[Seen](), dict[int, Seen]()
     expected = {i for i, layer in enumerate(layers) if keeps_keys(layer)}
+    present = {vars(module)["layer_idx"] for module in decoder_of(model).modules() if "layer_idx" in vars(module)}
+    expected = expected & present or expected  # layers may have been removed
     cache = Cache(layers=[_ProbeLayer(running, updated) if i in expected else layer for i, layer in enumerate(layers)])
-    hooks = []
+    hooks, thread = [], threading.get_ident()
 
     def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        running.append(Seen(module, args, kwargs))
+        if threading.get_ident() == thread:  # others may use the model meanwhile
+            running.append(Seen(module, args, kwargs))
 
     def leave(module: nn.Module, args: tuple, output: Any) -> None:
-        running.pop().output = output
+        if threading.get_ident() == thread:
+            running.pop().output = output
 
     for module in model.modules():
         if hasattr(module, "layer_idx"):
@@ -199,9 +224,10 @@ def watch(model: PreTrainedModel) -> tuple[list[Seen], list[Seen]]:
         embedding: Any = model.get_input_embeddings()
         ids = torch.arange(2, 2 + TOKENS, device=model.device)[None] % embedding.weight.shape[0]
         positions = torch.arange(FIRST_POSITION, FIRST_POSITION + TOKENS, device=model.device)[None]
-        decoder: Any = model.get_decoder()
-        decoder(input_ids=ids, position_ids=positions, **{CACHE: cache}, use_cache=True)
-    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+        decoder_of(model)(input_ids=ids, position_ids=positions, **{CACHE: cache}, use_cache=True)
+    except NarrowKVError:
+        raise
+    except Exception as error:  # whatever a model of others may raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnsupportedModelError(
             f"This model does not run with a cache of another make ({reason}); use DynamicCache."
@@ -221,6 +247,20 @@ def watch(model: PreTrainedModel) -> tuple[list[Seen], list[Seen]]:
     for one in updated.values():
         _require_shapes(one)
     return sorted(updated.values(), key=lambda one: one.layer), running
+
+
+def _require_one_device(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError where weights are elsewhere than where the model computes, or in several places."""
+    hooks = [vars(module).get("_hf_hook") for module in model.modules()]
+    if any(getattr(part, "offload", False) for hook in hooks if hook for part in getattr(hook, "hooks", (hook,))):
+        raise UnsupportedModelError(
+            "The model's weights are offloaded (accelerate brings them from memory or disk layer by layer), which a packed "
+            "cache does not serve; load the model wholly on one device, or use DynamicCache."
+        )
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        raise UnsupportedModelError(
+            "A model spread over several devices by device_map is not supported; use tensor parallelism (docs/processes.md)."
+        )
 
 
 def _require_shapes(seen: Seen) -> None:
@@ -256,7 +296,7 @@ def _rope(model: PreTrainedModel, seen: Seen, running: list[Seen], name: str) ->
         for interleaved in (False, True):
             rope = StoredRope(name, layout, interleaved)
             if _makes(rope, rope.keep(None, tables), unrotated, rotated):
-                return _by_position(model, seen.kwargs.get("position_ids"), rope, tables) or rope
+                return by_position(model, seen.kwargs.get("position_ids"), rope, tables) or rope
     raise UnsupportedModelError(
         f"Layer {seen.layer} rotates its keys in a way that is not known; choose backend 'dense', which decodes the cache at "
         "every step, or use DynamicCache."
@@ -269,51 +309,3 @@ def _makes(rope: AnyRope, kept: Tensor, unrotated: Tensor, rotated: Tensor) -> b
         return False
     difference = (rope.rotate(unrotated.float(), kept) - rotated.float()).abs().max()
     return bool(difference <= TOLERANCE * rotated.float().abs().max())
-
-
-def _by_position(model: PreTrainedModel, positions: Tensor | None, stored: StoredRope, tables: Tables) -> Rope | None:
-    """The same embedding made of positions alone, if frequencies that the model holds and never changes give its tables.
-
-    Every sine must agree for itself: embeddings of one model may differ in their slowest frequencies only.
-    """
-    if positions is None or positions.dim() != 2:
-        return None
-    if has_sections(model):
-        return None
-    kept = stored.keep(None, tables)
-    expected = torch.cat(stored.cos_sin(kept), dim=-1).double()
-    tolerance = (2**-6 if kept.dtype.itemsize == 2 else 1e-3) * expected.abs() + 1e-6
-    for inverse, scaling, kind in frequencies(model):
-        rope = Rope(inverse, scaling, stored.interleaved)
-        if kind in STATIC_ROPE and 2 * len(inverse) == expected.shape[-1]:
-            found = torch.cat(rope.cos_sin(positions), dim=-1).double()
-            if bool(((found - expected).abs() <= tolerance).all()):
-                return rope
-    return None
-
-
-def _frequencies_of(model: PreTrainedModel, rope: AnyRope | None, seen: Seen) -> Tensor | None:
-    """Those of a rotary embedding, [pairs]; where a position does not determine its angles, about those."""
-    if rope is None or isinstance(rope, Rope):
-        return None if rope is None else rope.inverse_frequencies
-    pairs = rope.cos_sin(rope.keep(None, seen.kwargs["position_embeddings"]))[0].shape[-1]
-    return next((inverse for inverse, _, _ in frequencies(model) if len(inverse) == pairs), None)
-
-
-def has_sections(model: PreTrainedModel) -> bool:
-    """Whether a token has several positions, which are alike only in text."""
-    return "mrope_section" in str(getattr(text_config(model), "rope_parameters", None) or {})
-
-
-def frequencies(model: PreTrainedModel) -> list[tuple[Tensor, float, str]]:
-    """All inverse frequencies that the model holds, with their scaling and type."""
-    found = []
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name.endswith("inv_freq") and "original" not in name:
-                prefix = name.removesuffix("inv_freq")
-                kind: Any = getattr(module, "rope_type", "default")
-                kind = kind.get(prefix.rstrip("_"), "default") if isinstance(kind, dict) else kind
-                scaling = float(getattr(module, f"{prefix}attention_scaling", 1.0))
-                found.append((buffer.detach().float(), scaling, str(kind)))
-    return found

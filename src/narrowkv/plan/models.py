@@ -16,18 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from narrowkv.attention import Rope
 from narrowkv.errors import BudgetError, NarrowKVError, UnsupportedModelError, reason
 from narrowkv.integrations.folders import single_file
+from narrowkv.integrations.frequencies import STATIC_ROPE, frequencies, has_sections
 from narrowkv.integrations.gguf import gguf_config
 from narrowkv.integrations.models import DTYPES, model_folder
-from narrowkv.integrations.probe import (
-    STATIC_ROPE,
-    Seen,
-    frequencies,
-    has_sections,
-    keeps_keys,
-    own_layers,
-    text_config,
-    watch,
-)
+from narrowkv.integrations.probe import Seen, keeps_keys, own_layers, text_config, watch
 from narrowkv.integrations.versions import keeps_nothing
 
 SHAPES: dict[str, dict[str, Any]] = {  # as published
