@@ -72,7 +72,7 @@ def test_whoever_uses_the_model_meanwhile_is_not_disturbed(tiny):
         if place == 6:
             return calibrate(model, ids, "nuq4").layers[0][0].tensors()
         if place == 7:
-            return make_default(model, "int4") or disable(model)
+            return make_default(model, "fp16")
         caches = [PackedCache(model, "fp16") if place % 2 else DynamicCache() for _ in range(3)]
         return [generate(model, ids[:, place:], cache) for cache in caches]
 
