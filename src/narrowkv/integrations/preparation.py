@@ -1,5 +1,6 @@
 """`prepare`: put the hold of interface.py on a model, once the probe has found that it can be; `release` takes it off."""
 
+import functools
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -192,12 +193,13 @@ class KeepCache:
         return inspect.signature(type(self.model).prepare_inputs_for_generation.__get__(self.model))
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        inputs: dict[str, Any] = type(self.model).prepare_inputs_for_generation(self.model, *args, **kwargs)
+        own: Any = functools.partial(type(self.model).prepare_inputs_for_generation, self.model)
+        inputs: dict[str, Any] = own(*args, **kwargs)
         cache = cache_of(kwargs)
         if isinstance(cache, NarrowCache) and cache_of(inputs) is None:
             cache.reset()
             # all tokens, where transformers before 5.22 would read the newest alone
-            inputs = {**own(self, *args, **{**kwargs, "next_sequence_length": None}), CACHE: cache}
+            inputs = {**own(*args, **{**kwargs, "next_sequence_length": None}), CACHE: cache}
         return inputs
 
 
