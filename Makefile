@@ -17,7 +17,7 @@ WITH_TRANSFORMERS := tests/calibration tests/cli tests/evaluate tests/integratio
   tests/test_readme.py tests/test_start.py
 TRANSFORMERS := $(patsubst constraints/%.txt,build/versions/%,$(wildcard constraints/*.txt))
 
-.PHONY: demo test test-all test-versions lint fuzz sanitize wheel cross results measure docs format clean
+.PHONY: demo test test-all test-versions lint fuzz sanitize wheel cross results measure measure-real docs format clean
 
 $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard cpp/*)
 	$(PYTHON) -m venv $(VENV)
@@ -106,7 +106,13 @@ measure: $(TOOLS)
 	done
 	$(BIN)/narrowkv plan llama-7b --memory 80GiB --out results/llama-7b-80GiB
 	$(BIN)/narrowkv demo --recall-rows 128 --json results/demo/demo.json
+	$(MAKE) measure-real
 	rm -f results/*/*.svg
+
+# strict divergence and perplexity of two real models, in and off the domain of the calibration (an hour; models in NARROWKV_MODELS)
+measure-real: $(TOOLS)
+	$(BIN)/python -m benchmarks.accuracy --models qwen2.5-coder-0.5b gemma-3-270m --out results/real
+	$(BIN)/python -m benchmarks.accuracy --models qwen2.5-coder-0.5b gemma-3-270m --out results/real-across --across
 
 docs: $(TOOLS)
 	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --clean

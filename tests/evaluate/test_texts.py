@@ -1,9 +1,11 @@
+import os
 import sys
+import threading
 
 import pytest
 
 from narrowkv.errors import TextError
-from narrowkv.evaluate.sources import read_text
+from narrowkv.evaluate.sources import read_text, read_texts
 from narrowkv.evaluate.texts import held_out_text, training_text
 
 
@@ -24,6 +26,14 @@ def test_texts_by_name(tmp_path):
     path = tmp_path / "mine.txt"
     path.write_text("Ein Haus.", encoding="utf-8")
     assert read_text(str(path)) == "Ein Haus."
+    path.write_bytes(b"\xef\xbb\xbfEin Haus.\r\nZwei.")  # as some editors save it
+    assert read_text(str(path)) == "Ein Haus.\nZwei."
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(b"Ein Haus.",))
+    writer.start()
+    assert read_texts([str(pipe), "narrowkv://train"]) == ["Ein Haus.", training_text()]
+    writer.join()
 
 
 @pytest.mark.parametrize("content", [b"", b"  \n ", b"\xff\xfe\x00"])

@@ -42,7 +42,7 @@ def test_keys_values_and_gradients_are_those_of_the_projections(tiny, family):
     def note(key, numbers):
         return lambda gradient: seen.update({key: (numbers, gradient)})
 
-    def listen(layer, keys, rotated, values):
+    def listen(layer, keys, rotated, values, kept):
         for side, numbers in (("k_proj", keys), ("v_proj", values)):
             numbers.register_hook(note((layer, side), numbers.detach()))
 
