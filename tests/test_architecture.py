@@ -64,3 +64,17 @@ def test_no_pickle_no_foreign_code_and_short_files(path):
     text = path.read_text(encoding="utf-8")
     assert "import pickle" not in text and "torch.load" not in text and "trust_remote_code" not in text
     assert len(text.splitlines()) <= 320
+
+
+FACTORIES = {"empty", "zeros", "ones", "full", "tensor", "arange", "linspace", "eye", "rand", "randn", "randint", "randperm"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_every_tensor_has_a_dtype_and_a_device_by_name(path):
+    """Else they would be those that the program has chosen as its default."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    for call in calls:
+        name = ast.unparse(call.func)
+        if name.startswith("torch.") and name.removeprefix("torch.") in FACTORIES:
+            named = {keyword.arg for keyword in call.keywords}
+            assert {"dtype", "device"} <= named, f"line {call.lineno}: {ast.unparse(call)}"

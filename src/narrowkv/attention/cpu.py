@@ -19,6 +19,8 @@ from narrowkv.attention.reading import matrix_of, offsets_of, require_read, turn
 from narrowkv.attention.rope import AnyRope, Rope
 from narrowkv.attention.visible import Visible
 from narrowkv.codec import Scheme
+from narrowkv.codec.compiled import KINDS
+from narrowkv.codec.memory import HALVES, address
 from narrowkv.errors import UnsupportedModelError
 from narrowkv.store import LayerStore, addresses
 
@@ -103,28 +105,28 @@ def attend(
         tokens=sealed,
         tail=tail,
         dense=keys.shape[2],
-        output=output.data_ptr(),
-        packed_query=packed_query.data_ptr(),
-        dense_query=query.data_ptr(),
-        dense_keys=keys.data_ptr(),
-        dense_values=values.data_ptr(),
+        output=address(output, torch.float32),
+        packed_query=address(packed_query, torch.float32, shape=query.shape),
+        dense_query=address(query, torch.float32),
+        dense_keys=address(keys, torch.float32),
+        dense_values=address(values, torch.float32, shape=keys.shape),
         keys=blocks.sides[0],
         values=blocks.sides[1],
         keys_tail=_tail(store, 0),
         values_tail=_tail(store, 1),
         rotation=turning.rotation,
-        positions=_address(turning.positions),
+        positions=0 if turning.positions is None else address(turning.positions[0], torch.int32),  # rows are strides apart
         position_stride=0 if turning.positions is None else turning.positions.stride(0),
-        angles=_address(turning.angles),
-        table=blocks.table.data_ptr(),
-        starts=blocks.starts.data_ptr(),
-        hidden=_address(hidden),
+        angles=address(turning.angles, torch.float32),
+        table=address(blocks.table, torch.int64),
+        starts=address(blocks.starts, torch.int64, shape=[len(blocks.serials) + 1]),
+        hidden=address(hidden, torch.bool),
         hidden_batch=0 if hidden is None else len(hidden),
-        sink_index=_address(sinks),
+        sink_index=address(sinks, torch.int64),
         sinks=0 if sinks is None else sinks.shape[1],
-        sink_logits=_address(sink_logits),
-        key_offsets=_address(key_offsets),
-        value_bias=_address(value_bias),
+        sink_logits=address(sink_logits, torch.float32, shape=[query.shape[1]]),
+        key_offsets=address(key_offsets, torch.float32),
+        value_bias=address(value_bias, torch.float32),
         scaling=scaling,
         softcap=softcap or 0.0,
     )
@@ -140,17 +142,14 @@ def _constants(store: LayerStore, starts: Tensor) -> Tensor | None:
     return bias.turned(bias.ledger.read_at(tokens))
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _tail(store: LayerStore, side: int) -> list[int]:
     """Addresses of what the tail holds of one side, and how many outliers."""
     if store.tail is None:
         return [0] * 6
     room = store.tail.rooms[side]
-    parts = (room.codes, room.ranges.get("scale"), room.ranges.get("zero"), room.outlier_values, room.outlier_index)
-    return [*(_address(part) for part in parts), room.outliers]
+    codes = address(room.codes, *((torch.uint8,) if room.scheme.bits < 16 else KINDS))
+    ranges = (address(room.ranges.get(name), torch.float16) for name in ("scale", "zero"))
+    return [codes, *ranges, address(room.outlier_values, *HALVES), address(room.outlier_index, torch.int64), room.outliers]
 
 
 def may_round(dtype: torch.dtype) -> bool:
@@ -176,7 +175,7 @@ def _blocks(store: LayerStore, rope: AnyRope | None) -> _Blocks:
             side_of(quantizer, side, keys, rope if keys else None)
             for quantizer, side, keys in zip(store.quantizers, (page.keys, page.values), (True, False), strict=True)
         )
-        starts = torch.tensor([0] + [column.count for column in store.columns]).cumsum(0)
+        starts = torch.tensor([0] + [column.count for column in store.columns], dtype=torch.int64, device="cpu").cumsum(0)
         known = _BLOCKS[store] = _Blocks(
             serials=serials,
             table=addresses(store.columns),
@@ -214,10 +213,10 @@ def _exact(
         parts.append((new[0].float(), new[1].float()))
     if not parts:
         assert store.shape is not None
-        parts.append((torch.zeros(store.shape[0], store.shape[1], 0, store.shape[2]),) * 2)
+        parts.append((torch.zeros(store.shape[0], store.shape[1], 0, store.shape[2], dtype=torch.float32, device="cpu"),) * 2)
     joined = [torch.cat(side, dim=2).contiguous() for side in zip(*parts, strict=True)]
     last = packed + joined[0].shape[2] - (store.sinks if tokens else 0)
-    tokens.append(torch.arange(packed, last).expand(len(tokens[0]) if tokens else 1, -1))
+    tokens.append(torch.arange(packed, last, dtype=torch.int64, device="cpu").expand(len(tokens[0]) if tokens else 1, -1))
     return joined[0], joined[1], torch.cat(tokens, dim=1)
 
 
@@ -227,7 +226,7 @@ def _sinks(store: LayerStore, at: Tensor, rope: AnyRope | None, kept: Tensor | N
     keys, values = store.sink_numbers
     if rope is None or kept is None:
         return keys.float(), values.float()
-    entries = kept.expand(len(at), *kept.shape[1:])[torch.arange(len(at))[:, None], at]
+    entries = kept.expand(len(at), *kept.shape[1:])[torch.arange(len(at), dtype=torch.int64, device="cpu")[:, None], at]
     known = _SINKS.get(store)
     if known is None or known[0] is not rope or not torch.equal(keys, known[1]) or not torch.equal(entries, known[2]):
         known = _SINKS[store] = (rope, keys.clone(), entries, rope.rotate(keys.float(), entries))
@@ -239,7 +238,7 @@ def _hidden(visible: Visible, store: LayerStore, packed: int, length: int, queri
     plain = visible.rule is None and visible.padding is None and visible.sliding_window is None
     if plain and queries == 1 and not bool((tokens < 0).any()):
         return None
-    index = torch.arange(store.first, length)
+    index = torch.arange(store.first, length, dtype=torch.int64, device="cpu")
     hidden = visible.hidden(index[len(index) - queries :], index)[:, 0]  # [batch or 1, queries, all tokens]
     rows = max(len(hidden), len(tokens))
     hidden, tokens = hidden.expand(rows, -1, -1), tokens.expand(rows, -1)

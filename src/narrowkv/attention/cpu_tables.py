@@ -133,6 +133,12 @@ def _angles(frequencies: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor]
     count = 2 * (position // BLOCK + 1)  # twice as many as are needed now
     steps, far = (
         torch.stack([angles.cos(), angles.sin()], dim=1).float()
-        for angles in (steps[:, None] * frequencies.double() for steps in (torch.arange(BLOCK), torch.arange(count) * BLOCK))
+        for angles in (
+            steps[:, None] * frequencies.double()
+            for steps in (
+                torch.arange(BLOCK, dtype=torch.int64, device="cpu"),
+                torch.arange(count, dtype=torch.int64, device="cpu") * BLOCK,
+            )
+        )
     )
     return steps.permute(2, 1, 0)[..., :TILE].contiguous(), steps, far

@@ -92,6 +92,6 @@ def words_of_angles(steps: Tensor) -> dict[str, Tensor]:
     rounded = (steps.permute(2, 1, 0) * ONE).round().short()  # [pairs, 2, 64]
     words = rounded.unflatten(2, (2, BLOCK // 4, 2)).transpose(3, 4).flatten(2)
     cos, sin = rounded.unbind(1)
-    still = torch.tensor([[ONE, 0], [0, ONE]], dtype=torch.int16)
+    still = torch.tensor([[ONE, 0], [0, ONE]], dtype=torch.int16, device="cpu")
     lanes = torch.cat([torch.stack(pair, dim=-1).reshape(-1, 2) for pair in ((cos, sin), (-sin, cos))] + [still])
     return {"words": words.contiguous(), "lanes": lanes.contiguous().view(torch.int32).flatten()}

@@ -210,7 +210,7 @@ def _case(
 
 def _hidden(visible: Visible, query: Tensor, first: int, length: int) -> Tensor:
     """What each query does not see, by the rule: [batch or 1, queries, tokens held] uint8."""
-    index = torch.arange(first, length, device=query.device)
+    index = torch.arange(first, length, device=query.device, dtype=torch.int64)
     return visible.hidden(index[len(index) - query.shape[2] :], index)[:, 0].contiguous().view(torch.uint8)
 
 

@@ -130,7 +130,7 @@ def tables_for(store: LayerStore) -> list[Tensor]:
 def _add(known: Blocks, store: LayerStore, kept: Tensor | None, padding: Tensor | None) -> None:
     """Enter the columns that are not yet there, but for those after the last token of which something is kept."""
     new = store.columns[known.count :]
-    counts = torch.tensor([column.count for column in new])
+    counts = torch.tensor([column.count for column in new], dtype=torch.int64, device="cpu")
     ends = counts.cumsum(0) + (int(known.starts[known.count]) if known.count else 0)
     if kept is not None:
         reached = int((ends - counts < kept.shape[1]).sum())
@@ -158,10 +158,13 @@ def _bases(kept: Tensor, padding: Tensor | None, first: int, starts: list[int], 
     padding; and whether those of all tokens that are seen follow each other.
     """
     ends = [min(end, kept.shape[1]) for end in ends]
-    begin, lengths = torch.tensor(starts, device=kept.device), torch.tensor(ends, device=kept.device)
+    begin, lengths = (
+        torch.tensor(starts, device=kept.device, dtype=torch.int64),
+        torch.tensor(ends, device=kept.device, dtype=torch.int64),
+    )
     bases = kept[:, lengths - 1] - (lengths - 1 - begin)
     block = torch.repeat_interleave(lengths - begin)
-    tokens = torch.arange(starts[0], ends[-1], device=kept.device)
+    tokens = torch.arange(starts[0], ends[-1], device=kept.device, dtype=torch.int64)
     strange = kept[:, starts[0] : ends[-1]] != bases[:, block] + tokens - begin[block]
     if padding is not None:
         strange = strange & padding[:, first + starts[0] : first + ends[-1]]
@@ -245,7 +248,7 @@ def _angles(rope: Rope) -> tuple[Tensor, Tensor]:
     frequencies = rope.inverse_frequencies
     known = _ANGLES.get(frequencies)
     if known is None:
-        angles = frequencies.double()[:, None] * torch.arange(BLOCK, device=frequencies.device)
+        angles = frequencies.double()[:, None] * torch.arange(BLOCK, device=frequencies.device, dtype=torch.int64)
         near = torch.stack([angles.cos(), angles.sin()]).float().contiguous()
         known = _ANGLES[frequencies] = (near, frequencies.double() / (2 * torch.pi))
     return known

@@ -169,6 +169,6 @@ def _sinks(store: LayerStore, turning: tuple[AnyRope, Tensor] | None) -> tuple[T
     keys, values = store.sink_numbers
     rope, kept = turning
     at = (store.sink_index - store.first).clamp(0, kept.shape[1] - 1)
-    rows = torch.arange(len(at), device=at.device)[:, None]
+    rows = torch.arange(len(at), device=at.device, dtype=torch.int64)[:, None]
     kept = kept.expand(len(at), *kept.shape[1:])[rows, at]
     return rope.rotate(keys.to(torch.promote_types(keys.dtype, torch.float32)), kept), values

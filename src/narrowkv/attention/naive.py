@@ -46,7 +46,7 @@ def attend(
     keys, values = (torch.cat([x.to(precision) for x in side], dim=2) for side in zip(*parts, strict=True))
     group = query.shape[1] // keys.shape[1]
     keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
-    key_index = torch.arange(keys.shape[2], device=query.device) + store.first
+    key_index = torch.arange(keys.shape[2], device=query.device, dtype=torch.int64) + store.first
     scores = query.to(precision) * scaling @ keys.transpose(2, 3)  # [batch, query_heads, queries, tokens]
     if softcap is not None:
         scores = (scores / softcap).tanh() * softcap

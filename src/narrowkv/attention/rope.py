@@ -52,9 +52,12 @@ class Rope:
         angles = kept[..., None].float() * self.inverse_frequencies
         return angles.cos() * self.scaling, angles.sin() * self.scaling
 
-    def rotate(self, x: Tensor, kept: Tensor) -> Tensor:
-        """Turn x: [batch, heads, tokens, head_dim] by positions [1 or batch, tokens], in the dtype of x, as models do."""
-        return turn(x, *self.cos_sin(kept), self.interleaved)
+    def rotate(self, x: Tensor, kept: Tensor, precision: torch.dtype | None = None) -> Tensor:
+        """Turn x: [batch, heads, tokens, head_dim] by positions [1 or batch, tokens], as models do.
+
+        In the dtype of x or, if it has more bits, in `precision`.
+        """
+        return turn(_widened(x, precision), *self.cos_sin(kept), self.interleaved)
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,13 @@ class StoredRope:
         cos, sin = kept.unbind(-2)
         return cos, sin
 
-    def rotate(self, x: Tensor, kept: Tensor) -> Tensor:
-        """Turn x: [batch, heads, tokens, head_dim] by what was kept of its tokens, in the dtype of x."""
-        return turn(x, *self.cos_sin(kept), self.interleaved)
+    def rotate(self, x: Tensor, kept: Tensor, precision: torch.dtype | None = None) -> Tensor:
+        """Turn x: [batch, heads, tokens, head_dim] by what was kept of its tokens; dtypes as of `Rope.rotate`."""
+        return turn(_widened(x, precision), *self.cos_sin(kept), self.interleaved)
+
+
+def _widened(x: Tensor, precision: torch.dtype | None) -> Tensor:
+    return x if precision is None else x.to(torch.promote_types(x.dtype, precision))
 
 
 AnyRope = Rope | StoredRope

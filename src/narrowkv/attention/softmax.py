@@ -114,5 +114,5 @@ def join(mean: Tensor, log_total: Tensor, more: Tensor, log_more: Tensor) -> Non
 
 def _hidden(visible: Visible, asking: range, tokens: range, device: torch.device) -> Tensor:
     """What the queries do not see of the tokens: [batch or 1, 1, queries, tokens] bool."""
-    queries, keys = (torch.arange(some.start, some.stop, device=device) for some in (asking, tokens))
+    queries, keys = (torch.arange(some.start, some.stop, device=device, dtype=torch.int64) for some in (asking, tokens))
     return visible.hidden(queries, keys)

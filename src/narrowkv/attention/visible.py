@@ -29,7 +29,7 @@ class Visible:
         """queries [n], keys [m]: indices in the sequence, ascending by one. Returns [batch or 1, 1, n, m] bool."""
         query, key = queries[None, None, :, None], keys[None, None, None, :]
         if self.rule is not None:
-            rows = torch.arange(self.batch, device=keys.device)
+            rows = torch.arange(self.batch, device=keys.device, dtype=torch.int64)
             hidden = ~self.rule(rows[:, None, None, None], keys.new_zeros(1, 1, 1, 1), query, key)
         else:
             hidden = key > query

@@ -116,7 +116,7 @@ class Fingerprint:
 
 def _sample(matrix: torch.Tensor) -> list[float]:
     flat = matrix.detach().flatten()
-    place = torch.linspace(0, len(flat) - 1, NUMBERS, dtype=torch.float64).long().to(flat.device)
+    place = torch.linspace(0, len(flat) - 1, NUMBERS, dtype=torch.float64, device="cpu").long().to(flat.device)
     return flat[place].float().tolist()
 
 

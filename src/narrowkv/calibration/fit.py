@@ -136,5 +136,5 @@ def q_norm(codebook: Tensor, borders: Tensor, histogram: CodebookHistogram) -> T
     mean, mean_rounded = (share * histogram.centers).sum(), (share * rounded).sum()
     deviation = (share * (histogram.centers - mean) ** 2).sum().sqrt()
     deviation_rounded = (share * (rounded - mean_rounded) ** 2).sum().sqrt()
-    stretch = deviation / deviation_rounded if deviation_rounded > 0 else torch.tensor(1.0)
+    stretch = deviation / deviation_rounded if deviation_rounded > 0 else torch.tensor(1.0, dtype=torch.float32, device="cpu")
     return (codebook - mean_rounded) * stretch + mean

@@ -42,7 +42,7 @@ class PointFit:
         books, weight, turn = self._prepare(scheme)
         points = books.points(scheme.code_bits) / weight.sqrt()[:, :, None]
         rounded = to_16_bits(points, torch.float16, "Codebooks")
-        limit = torch.full((1,), torch.inf) if scheme.outliers else None
+        limit = torch.full((1,), torch.inf, dtype=torch.float32, device="cpu") if scheme.outliers else None
         quantizer = PointQuantizer(scheme, rounded, weight, limit, turn)
         if scheme.outliers:
             _, cost = quantizer.nearest(self.samples.heads())

@@ -32,7 +32,7 @@ def reduced(x: Tensor, operation: str, group: Group) -> Tensor:
 
 def collected(x: Tensor, group: Group) -> list[Tensor]:
     """x [n, ...] of every process of a group, in the order of their ranks; n may differ, the rest may not."""
-    sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64)
+    sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device="cpu")
     sizes[dist.get_rank(group)] = len(x)
     sizes = reduced(sizes, "SUM", group)
     padded = x.new_zeros(int(sizes.max()), *x.shape[1:])

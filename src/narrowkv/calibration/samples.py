@@ -25,8 +25,8 @@ class Samples:
     def __init__(self) -> None:
         self.tokens = 0
         self.numbers: Tensor | None = None
-        self.hashes = torch.empty(0, dtype=torch.int64)
-        self.moment = torch.empty(0, dtype=torch.float64)
+        self.hashes = torch.empty(0, dtype=torch.int64, device="cpu")
+        self.moment = torch.empty(0, dtype=torch.float64, device="cpu")
 
     def add(self, x: Tensor, gradient: Tensor | None) -> None:
         """x: [tokens, kv_heads, head_dim] of one sequence; gradient of the loss: the same shape, or None for weights of 1.
@@ -52,7 +52,7 @@ class Samples:
         parts = (torch.cat(collected(part.contiguous(), group)) for part in (self.numbers, self.hashes))
         self._keep(*parts)
         self.moment = reduced(self.moment, "SUM", group)
-        self.tokens = int(reduced(torch.tensor(self.tokens), "SUM", group))
+        self.tokens = int(reduced(torch.tensor(self.tokens, dtype=torch.int64, device="cpu"), "SUM", group))
 
     def _keep(self, numbers: Tensor, hashes: Tensor) -> None:
         self.hashes, order = hashes.sort(stable=True)
@@ -90,8 +90,8 @@ class Samples:
 def _hashes(numbers: Tensor) -> Tensor:
     """A hash of each token of a sequence: [tokens] int64, of numbers [tokens, ...] float16."""
     bits = numbers.flatten(1).contiguous().view(torch.int16).long()
-    place = torch.arange(len(bits), device=bits.device)
-    tokens = _mixed(bits * (torch.arange(bits.shape[1], device=bits.device) * 2 + 1)).sum(1)
+    place = torch.arange(len(bits), device=bits.device, dtype=torch.int64)
+    tokens = _mixed(bits * (torch.arange(bits.shape[1], device=bits.device, dtype=torch.int64) * 2 + 1)).sum(1)
     return _mixed(_mixed(tokens) + _mixed(_mixed(tokens).sum() + place))
 
 

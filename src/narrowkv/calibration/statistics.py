@@ -20,8 +20,8 @@ class Quantiles:
 
     def __init__(self) -> None:
         self.counts: Tensor | None = None
-        self.exponent = self.first = torch.empty(0, dtype=torch.int64)
-        self.smallest = self.largest = torch.empty(0)  # [channels] float32
+        self.exponent = self.first = torch.empty(0, dtype=torch.int64, device="cpu")
+        self.smallest = self.largest = torch.empty(0, dtype=torch.float32, device="cpu")  # [channels] float32
 
     def add(self, x: Tensor) -> None:
         """Count numbers: x [samples, channels], any float dtype."""
@@ -51,7 +51,7 @@ class Quantiles:
         exponent, first = _grid(smallest, largest)
         moved = ((exponent != self.exponent) | (first != self.first)).nonzero().squeeze(1)
         for channels in moved.split(TILE_NUMBERS // QUANTILE_BINS):
-            bins = self.first[channels, None] + torch.arange(QUANTILE_BINS, device=first.device)
+            bins = self.first[channels, None] + torch.arange(QUANTILE_BINS, device=first.device, dtype=torch.int64)
             bins = (bins >> (exponent - self.exponent)[channels, None]) - first[channels, None]
             old = self.counts[channels]  # bins that fall outside the new ones are empty
             self.counts[channels] = torch.zeros_like(old).scatter_add_(1, bins.clamp_(0, QUANTILE_BINS - 1), old)
@@ -59,7 +59,7 @@ class Quantiles:
 
     def _count(self, x: Tensor, start: int, stop: int) -> None:
         assert self.counts is not None
-        offset = torch.arange(stop - start, device=x.device) * QUANTILE_BINS - self.first[start:stop]
+        offset = torch.arange(stop - start, device=x.device, dtype=torch.int64) * QUANTILE_BINS - self.first[start:stop]
         precise = torch.float64 if offset.abs().max() > 2**22 else torch.float32  # in which all of this is whole numbers
         places = x.to(precise, copy=True).mul_(torch.exp2(-self.exponent[start:stop].to(precise)))
         places = places.floor_().add_(offset).to(torch.int64)
@@ -72,7 +72,7 @@ class Quantiles:
         pooled: of all channels taken together, [1].
         """
         assert self.counts is not None
-        steps = self.first[:, None] + torch.arange(QUANTILE_BINS + 1, device=self.first.device)
+        steps = self.first[:, None] + torch.arange(QUANTILE_BINS + 1, device=self.first.device, dtype=torch.int64)
         edges = (steps * torch.exp2(self.exponent[:, None].double())).float()
         edges = edges.clamp(self.smallest[:, None], self.largest[:, None])
         outer, counts = edges[:, :-1] if fraction < 0.5 else edges[:, 1:], self.counts.double()
@@ -101,14 +101,14 @@ class CodebookHistogram:
     """
 
     def __init__(self) -> None:
-        self.weight, self.count = torch.zeros(2, CODEBOOK_BINS, dtype=torch.float64)
+        self.weight, self.count = torch.zeros(2, CODEBOOK_BINS, dtype=torch.float64, device="cpu")
 
     def add(self, normalised: Tensor, weight: Tensor | None) -> None:
         """Add numbers [n] float32 with their weights [n] float32 (None: 1 each); those outside [-1, 1] are left out."""
         last = CODEBOOK_BINS + 1  # bins 0 and `last` take what lies outside
         slope = CODEBOOK_BINS / 2 * (1 - 1e-5)  # the ends of a range are inside, whatever their rounding
         bins = normalised.mul(slope).add_(CODEBOOK_BINS / 2 + 1).clamp_(0, last).to(torch.int64)
-        count, mass = torch.zeros(2, last + 1, device=normalised.device)
+        count, mass = torch.zeros(2, last + 1, device=normalised.device, dtype=torch.float32)
         _count_into(count, bins)
         self.count += count[1:last].double().cpu()
         if weight is None:
@@ -124,7 +124,7 @@ class CodebookHistogram:
     @property
     def centers(self) -> Tensor:
         """[bins] float64."""
-        return (torch.arange(CODEBOOK_BINS, dtype=torch.float64) + 0.5) * (2 / CODEBOOK_BINS) - 1
+        return (torch.arange(CODEBOOK_BINS, dtype=torch.float64, device="cpu") + 0.5) * (2 / CODEBOOK_BINS) - 1
 
 
 def _count_into(counts: Tensor, bins: Tensor) -> None:

@@ -85,7 +85,7 @@ def _two_means(numbers: Tensor, left_out: Tensor) -> Tensor:
     ascending = numbers.masked_fill(left_out, torch.inf).sort(-1).values
     total = ascending.masked_fill(ascending.isinf(), 0).cumsum(-1)
     left, right = total[..., :-1], total[..., -1:] - total[..., :-1]
-    count = torch.arange(1, numbers.shape[-1], device=numbers.device)
+    count = torch.arange(1, numbers.shape[-1], device=numbers.device, dtype=torch.int64)
     rest = (~left_out).sum(-1, keepdim=True) - count
     explained = (left**2 / count + right**2 / rest.clamp(min=1)).masked_fill(rest < 1, -torch.inf)
     split = explained.argmax(-1, keepdim=True)  # the least error is the most explained

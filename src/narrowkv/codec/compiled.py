@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from narrowkv import _kernels
+from narrowkv.codec.memory import HALVES, address
 from narrowkv.codec.room import Room
 from narrowkv.codec.scheme import Scheme
 
@@ -48,7 +49,8 @@ class Encoder:
         Returns how many outliers the room then holds, which the caller lets it count; None where one does not fit 16 bits.
         """
         x = _readable(x)
-        skip = None if skip is None else skip.contiguous()
+        skip = None if skip is None else skip.contiguous()  # held as long as its address is used
+        skipped = address(skip, torch.bool, shape=(x.shape[0], x.shape[2]))
         while True:
             free = 0 if room.outlier_index is None else len(room.outlier_index) - room.outliers
             found = self.codec.encode(
@@ -56,7 +58,7 @@ class Encoder:
                 x.data_ptr(),
                 x.shape,
                 x.stride(),
-                0 if skip is None else skip.data_ptr(),
+                skipped,
                 room.tokens,
                 first,
                 _addresses(room),
@@ -77,7 +79,8 @@ def all_finite(x: Tensor) -> bool:
 
 
 def _readable(x: Tensor) -> Tensor:
-    """x in a dtype that compiled code reads, its channels neighbours."""
+    """x, on the CPU, in a dtype that compiled code reads, its channels neighbours."""
+    x = x.cpu()
     x = x if x.dtype in KINDS else x.float()
     return x if x.stride(3) == 1 else x.contiguous()
 
@@ -88,10 +91,11 @@ def _threads(x: Tensor) -> int:
 
 def _addresses(room: Room) -> tuple[int, ...]:
     """Of codes, scale, zero, and of where the next outlier goes."""
-    codes, ranges = room.codes.data_ptr(), [room.ranges[name].data_ptr() for name in room.ranges]
+    codes, ranges = address(room.codes, torch.uint8), [address(part, torch.float16) for part in room.ranges.values()]
     scale, zero = ranges or (0, 0)
     if room.outlier_index is None or room.outlier_values is None:
         return codes, scale, zero, 0, 0
     index, values = room.outlier_index, room.outlier_values
     used = room.outliers
-    return codes, scale, zero, index.data_ptr() + used * index.itemsize, values.data_ptr() + used * values.itemsize
+    starts = address(index, torch.int64), address(values, *HALVES)
+    return codes, scale, zero, starts[0] + used * index.itemsize, starts[1] + used * values.itemsize

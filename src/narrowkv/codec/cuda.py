@@ -215,7 +215,9 @@ def _or(part: Tensor | None, other: Tensor) -> Tensor:
 
 def sent(numbers: Any, device: torch.device) -> Tensor:
     """Whole numbers, in lists, as int32 on a device, without waiting for it."""
-    return torch.tensor(numbers, dtype=torch.int32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    return torch.tensor(numbers, dtype=torch.int32, pin_memory=device.type == "cuda", device="cpu").to(
+        device, non_blocking=True
+    )
 
 
 def search(numbers: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,7 +227,7 @@ def search(numbers: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     batch, heads, tokens, _ = numbers.shape
     _, codes, levels, count = points.shape
     found = torch.empty(batch, heads, tokens, codes, dtype=torch.uint8, device=numbers.device)
-    cost = torch.empty(found.shape, device=numbers.device)
+    cost = torch.empty(found.shape, device=numbers.device, dtype=torch.float32)
     with torch.cuda.device_of(numbers):
         module.nearest_points[(batch * heads * tokens,)](
             numbers.contiguous(), points.contiguous(), found, cost, tokens, heads,

@@ -8,7 +8,7 @@ def uniform(bits: int) -> Tensor:
     """Evenly spaced levels: with scale (max - min) / 2 and zero (max + min) / 2 this is asymmetric integer rounding
     whose zero point stays in floating point. Returns [2**bits] float32.
     """
-    return torch.linspace(-1, 1, 2**bits)
+    return torch.linspace(-1, 1, 2**bits, dtype=torch.float32, device="cpu")
 
 
 def normal_float(bits: int) -> Tensor:
@@ -19,8 +19,8 @@ def normal_float(bits: int) -> Tensor:
     """
     half = 2 ** (bits - 1)
     offset = (1 - 1 / (2 * 2**bits) + 1 - 1 / (2 * (2**bits - 1))) / 2
-    positive = torch.special.ndtri(torch.linspace(0.5, offset, half + 1, dtype=torch.float64))
-    negative = -torch.special.ndtri(torch.linspace(0.5, offset, half, dtype=torch.float64)[1:]).flip(0)
+    positive = torch.special.ndtri(torch.linspace(0.5, offset, half + 1, dtype=torch.float64, device="cpu"))
+    negative = -torch.special.ndtri(torch.linspace(0.5, offset, half, dtype=torch.float64, device="cpu")[1:]).flip(0)
     return torch.cat([negative / negative.abs().max(), positive / positive.max()]).float()
 
 
@@ -30,9 +30,9 @@ def floating_point(bits: int) -> Tensor:
     Zero is there twice, and with 8 bits the largest too, as the codes are. Returns [2**bits] float32, ascending.
     """
     if bits == 4:
-        magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+        magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float32, device="cpu")
     else:
-        magnitudes = torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn).float().nan_to_num(448.0)
+        magnitudes = torch.arange(128, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).float().nan_to_num(448.0)
     return torch.cat([-magnitudes.flip(0), magnitudes]) / magnitudes[-1]
 
 

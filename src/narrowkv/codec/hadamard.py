@@ -15,8 +15,8 @@ def _tables(head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
     The signs look random but are a fixed formula: what is saved today is read tomorrow.
     """
-    signs = 1.0 - 2.0 * ((torch.arange(head_dim) * 0x9E3779B1 >> 16) & 1)
-    matrix, size = torch.ones(1, 1), head_dim & -head_dim
+    signs = 1.0 - 2.0 * (torch.arange(head_dim, dtype=torch.int64, device="cpu") * 0x9E3779B1 >> 16 & 1).float()
+    matrix, size = torch.ones(1, 1, dtype=torch.float32, device="cpu"), head_dim & -head_dim
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     return signs.to(device), (matrix / size**0.5).to(device)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from narrowkv import _kernels
+from narrowkv.codec.memory import address
 
 FEW = 2**17  # codes that are not worth a second thread
 PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
@@ -26,7 +27,7 @@ def pack(codes: Tensor, bits: int) -> list[Tensor]:
     codes: [..., n] uint8, each below 2**bits, n a multiple of 8. Returns one tensor per plane, lowest bits first:
     [..., n * plane / 8] uint8. Compiled for the CPU, `pack_naive` elsewhere.
     """
-    if not codes.is_cpu:
+    if not codes.is_cpu or codes.dtype != torch.uint8:
         return pack_naive(codes, bits)
     matrices = codes.flatten(0, -3) if codes.dim() > 2 else codes.reshape(1, -1, codes.shape[-1])
     if 1 not in matrices.stride()[1:]:
@@ -34,8 +35,9 @@ def pack(codes: Tensor, bits: int) -> list[Tensor]:
     threads = 1 if codes.numel() < FEW else torch.get_num_threads()
     planes, shift = [], 0
     for plane in PLANES[bits]:
-        packed = torch.empty(*codes.shape[:-1], plane_bytes(codes.shape[-1], plane), dtype=torch.uint8)
-        _kernels.pack(matrices.data_ptr(), matrices.shape, matrices.stride(), plane, shift, packed.data_ptr(), threads)
+        packed = torch.empty(*codes.shape[:-1], plane_bytes(codes.shape[-1], plane), dtype=torch.uint8, device="cpu")
+        target = address(packed, torch.uint8)
+        _kernels.pack(matrices.data_ptr(), matrices.shape, matrices.stride(), plane, shift, target, threads)
         planes.append(packed)
         shift += plane
     return planes

@@ -13,6 +13,7 @@ from torch import Tensor
 from narrowkv import _kernels
 from narrowkv.codec import cuda
 from narrowkv.codec.encoded import Encoded
+from narrowkv.codec.memory import address
 from narrowkv.codec.quantizer import keep_outliers, within_cap
 from narrowkv.codec.scheme import Scheme
 from narrowkv.codec.tables import TableForm, Tables, require_table
@@ -109,7 +110,9 @@ class PointQuantizer(Tables):
     def decode(self, encoded: Encoded) -> Tensor:
         """What the codes stand for: [batch, kv_heads, tokens, head_dim] float32."""
         assert self.points is not None
-        heads, channels = (torch.arange(size, device=encoded.codes.device) for size in self.points.shape[:2])
+        heads, channels = (
+            torch.arange(size, device=encoded.codes.device, dtype=torch.int64) for size in self.points.shape[:2]
+        )
         vectors = self.points[heads[:, None, None], channels, encoded.codes.int()].float()
         if encoded.outlier_index is not None and encoded.outlier_values is not None:
             vectors.view(-1, self.scheme.numbers)[encoded.outlier_index] = encoded.outlier_values.float().view(
@@ -156,7 +159,8 @@ class PointQuantizer(Tables):
             return (x.double() @ self.turn.double()).float()
         numbers = x.float().contiguous()
         turned = torch.empty_like(numbers)
-        _kernels.turn(numbers.data_ptr(), self._matrices.data_ptr(), turned.data_ptr(), turned.shape)
+        matrices = address(self._matrices, torch.float16, shape=(numbers.shape[1], numbers.shape[3], numbers.shape[3]))
+        _kernels.turn(address(numbers, torch.float32), matrices, address(turned, torch.float32), turned.shape)
         return turned
 
 
@@ -182,11 +186,13 @@ def search(numbers: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     if codes > used:
         numbers = torch.nn.functional.pad(numbers.unflatten(3, (count, used)), (0, codes - used))
     numbers = numbers.contiguous()
-    found = torch.empty(batch, heads, tokens, codes, dtype=torch.uint8)
-    cost = torch.empty(found.shape)
+    source = address(numbers, torch.float32, shape=(batch, heads, tokens, *((count, codes) if codes > used else (dim,))))
+    points = address(table, torch.float32, shape=(heads, levels, count, codes))
+    found = torch.empty(batch, heads, tokens, codes, dtype=torch.uint8, device="cpu")
+    cost = torch.empty(found.shape, dtype=torch.float32, device="cpu")
     shape = (batch, heads, tokens, levels, count, codes)
     threads = 1 if batch * tokens <= FEW else torch.get_num_threads()
-    _kernels.nearest(numbers.data_ptr(), table.data_ptr(), found.data_ptr(), cost.data_ptr(), shape, threads)
+    _kernels.nearest(source, points, address(found, torch.uint8), address(cost, torch.float32), shape, threads)
     return found[..., :used].contiguous(), cost[..., :used].contiguous()
 
 
@@ -211,7 +217,7 @@ def moments(numbers: Tensor, codes: Tensor, levels: int, count: int) -> Tensor:
     """
     if not numbers.is_cpu:
         return moments_naive(numbers, codes, levels, count)
-    sums = torch.zeros(numbers.shape[0], levels, 3 * count, codes.shape[2], dtype=torch.float64)
+    sums = torch.zeros(numbers.shape[0], levels, 3 * count, codes.shape[2], dtype=torch.float64, device="cpu")
     _kernels.moments(numbers.contiguous(), codes.contiguous(), sums, torch.get_num_threads())
     return sums.permute(0, 3, 1, 2)
 

@@ -92,7 +92,10 @@ class _Climb:
         self.finished: dict[str, Calibration] = {}
         window, samples, bos = options.window, options.samples, options.bos
         if options.limit is None:
-            self.windows, further = cut_windows(tokenizer, text, window, bos=bos), torch.empty(0)
+            self.windows, further = (
+                cut_windows(tokenizer, text, window, bos=bos),
+                torch.empty(0, dtype=torch.float32, device="cpu"),
+            )
         else:
             self.windows, further = cut_apart(tokenizer, text, window, options.limit, samples, bos=bos)
         self.texts = {OWN_TEXT: cut_windows(tokenizer, learn_from, window, samples, bos=bos)}
@@ -232,4 +235,6 @@ class _Climb:
 
 def _random_like(windows: Tensor, vocabulary: int, seed: int) -> Tensor:
     """Windows of the same shape of tokens drawn evenly from the vocabulary, which are no text at all."""
-    return torch.randint(vocabulary, windows.shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        vocabulary, windows.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int64, device="cpu"
+    )

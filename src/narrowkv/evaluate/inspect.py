@@ -36,7 +36,7 @@ class _Tensor:
         self.first = self.gradient = 0.0
         self.count = 0
         self.heat: Tensor | None = None
-        self.channels = self.tokens = torch.zeros(0)
+        self.channels = self.tokens = torch.zeros(0, dtype=torch.float32, device="cpu")
 
     def see_range(self, x: Tensor) -> None:
         """First pass: x [batch, kv_heads, tokens, head_dim]."""

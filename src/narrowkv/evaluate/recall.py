@@ -245,7 +245,7 @@ def _check(filler: Sequence[int], count: int) -> None:
 
 def _batch(rows: list[tuple[list[int], int]]) -> RecallBatch:
     """Stack equally long rows whose last tokens, as many as given with each, are the answers."""
-    ids = torch.tensor([row for row, _ in rows], dtype=torch.int64)
-    positions = torch.arange(ids.shape[1])
-    answers = torch.tensor([answer for _, answer in rows])
+    ids = torch.tensor([row for row, _ in rows], dtype=torch.int64, device="cpu")
+    positions = torch.arange(ids.shape[1], dtype=torch.int64, device="cpu")
+    answers = torch.tensor([answer for _, answer in rows], dtype=torch.int64, device="cpu")
     return RecallBatch(ids, positions[None, :] >= ids.shape[1] - answers[:, None])

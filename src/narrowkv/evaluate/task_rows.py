@@ -113,7 +113,9 @@ def make_rows(
     rng = random.Random(f"{task}-{length}-{depth}-{seed}")
     rows = [_woven(tokenizer, filler, start, length, MAKERS[task](tokenizer, rng, depth, length), rng) for _ in range(count)]
     ids, answers = zip(*rows, strict=True)
-    return RecallBatch(torch.tensor(ids, dtype=torch.int64), torch.tensor(answers))
+    return RecallBatch(
+        torch.tensor(ids, dtype=torch.int64, device="cpu"), torch.tensor(answers, dtype=torch.int64, device="cpu")
+    )
 
 
 def _sentence(fact: tuple[list[int], ...]) -> list[int]:

@@ -34,7 +34,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 def prompt_tokens(tokenizer: Any, prompt: str, bos: bool | None = None) -> Tensor:
     """Token ids [1, tokens] int64 of a text to be continued: `start_tokens` and the text, with nothing at its end."""
-    return torch.tensor([start_tokens(tokenizer, bos) + encode(tokenizer, prompt)], dtype=torch.int64)
+    return torch.tensor([start_tokens(tokenizer, bos) + encode(tokenizer, prompt)], dtype=torch.int64, device="cpu")
 
 
 def joined(text: Text) -> str:
@@ -73,7 +73,7 @@ def cut_windows(
                 "longer text or a smaller --window."
             )
         rows += [start + piece for piece in pieces]
-    return torch.tensor(rows, dtype=torch.int64)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 
 def cut_apart(
@@ -84,9 +84,9 @@ def cut_apart(
     first, second: windows of each at most; where the text is too short for both, the second has fewer, or none.
     """
     every = cut_windows(tokenizer, text, window, first + second, bos=bos)
-    chosen = torch.zeros(len(every), dtype=torch.bool)
+    chosen = torch.zeros(len(every), dtype=torch.bool, device="cpu")
     count = min(first, len(every))
-    chosen[(2 * torch.arange(count) + 1) * len(every) // (2 * count)] = True
+    chosen[(2 * torch.arange(count, dtype=torch.int64, device="cpu") + 1) * len(every) // (2 * count)] = True
     return every[chosen], every[~chosen]
 
 

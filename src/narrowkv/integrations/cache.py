@@ -236,7 +236,7 @@ class PackedCache(NarrowCache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence, neighbours together."""
-        self.reorder_cache(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
+        self.reorder_cache(torch.arange(max(self.batch_size, 0), dtype=torch.int64, device="cpu").repeat_interleave(repeats))
 
     @property
     def batch_size(self) -> int:

@@ -17,6 +17,7 @@ from narrowkv.calibration import Calibration, Fingerprint
 from narrowkv.calibration.learning import LayerFits, Learned, learn
 from narrowkv.calibration.processes import Group, is_split, reduced
 from narrowkv.calibration.wrappers import unwrapped
+from narrowkv.codec.surroundings import undisturbed
 from narrowkv.defaults import DENSE
 from narrowkv.errors import ActivationError, CalibrationError, NarrowKVWarning, UnsupportedModelError
 from narrowkv.integrations.batches import token_batches
@@ -142,14 +143,17 @@ def calibrate_many(
             layer.require_gradients()
         for layer in by_place if group is not None else ():
             merge(layer, group)
-    counts = torch.tensor([sum(batch.shape[0] for batch in data), sum(batch.numel() for batch in data)])
+    counts = torch.tensor(
+        [sum(batch.shape[0] for batch in data), sum(batch.numel() for batch in data)], dtype=torch.int64, device="cpu"
+    )
     sequences, tokens = (reduced(counts, "SUM", group) if group else counts).tolist()
     provenance = {"narrowkv": __version__, "sequences": sequences, "tokens": tokens}
     _warn_where_few_dominate(fits)
     fingerprint, calibrations = Fingerprint.of(model), []
     shapes = {layer: fitted.shape for layer, fitted in fits.items()}
     for recipe in chosen:
-        learned = learn(recipe, fits)
+        with undisturbed():
+            learned = learn(recipe, fits)
         told = provenance | ({"allocation": learned.report} if learned.report else {})
         _warn_of_absurd_loss(learned, model)
         calibrations.append(Calibration(learned.recipe, fingerprint, learned.layers, dict(shapes), told))
@@ -208,4 +212,5 @@ def _run(model: PreTrainedModel, cache: PassingCache, batch: Tensor, *, gradient
         if gradients:
             loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
             if loss.requires_grad:  # else no listener learns a gradient, and says so
-                loss.backward()
+                with undisturbed(gradients=True):  # listeners learn within
+                    loss.backward()

@@ -60,7 +60,7 @@ class Conversation:
                 f"The conversation has {len(ids)} tokens, and the model {self._positions()} positions; begin a new one."
             )
         self._return_to(ids)
-        given = torch.tensor([ids], device=self.model.device)
+        given = torch.tensor([ids], device=self.model.device, dtype=torch.int64)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         ends = {} if self.templated else {"stop_strings": [USER], "tokenizer": self.tokenizer}
         try:

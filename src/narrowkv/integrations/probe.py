@@ -222,8 +222,8 @@ def watch(model: PreTrainedModel) -> tuple[list[Seen], list[Seen]]:
             hooks.append(module.register_forward_hook(leave))
     try:
         embedding: Any = model.get_input_embeddings()
-        ids = torch.arange(2, 2 + TOKENS, device=model.device)[None] % embedding.weight.shape[0]
-        positions = torch.arange(FIRST_POSITION, FIRST_POSITION + TOKENS, device=model.device)[None]
+        ids = torch.arange(2, 2 + TOKENS, device=model.device, dtype=torch.int64)[None] % embedding.weight.shape[0]
+        positions = torch.arange(FIRST_POSITION, FIRST_POSITION + TOKENS, device=model.device, dtype=torch.int64)[None]
         decoder_of(model)(input_ids=ids, position_ids=positions, **{CACHE: cache}, use_cache=True)
     except NarrowKVError:
         raise

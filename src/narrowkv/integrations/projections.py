@@ -64,7 +64,7 @@ def _bias(whole: Tensor, half: Tensor, nothing: Tensor) -> Tensor | None:
 def in_common(bias: Tensor, frequencies: Tensor, interleaved: bool) -> Tensor:
     """The mean of a bias [kv_heads, head_dim] turned from a block's first token to each: little where pairs turn fast."""
     rope = Rope(frequencies.to(bias.device), 1.0, interleaved)
-    positions = torch.arange(BLOCK, device=bias.device)[None]
+    positions = torch.arange(BLOCK, device=bias.device, dtype=torch.int64)[None]
     return rope.rotate(bias[None, :, None].expand(-1, -1, BLOCK, -1), positions)[0].mean(1)
 
 

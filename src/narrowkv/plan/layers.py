@@ -65,20 +65,20 @@ def stand_in(scheme: Scheme, kv_heads: int, head_dim: int) -> AnyQuantizer:
     codes, levels = head_dim // scheme.numbers, 2**scheme.code_bits
     if scheme.codebook != "layer":
         tables = {
-            "points": torch.zeros(kv_heads, codes, levels, scheme.numbers, dtype=torch.float16),
-            "weight": torch.ones(kv_heads, codes, scheme.numbers),
+            "points": torch.zeros(kv_heads, codes, levels, scheme.numbers, dtype=torch.float16, device="cpu"),
+            "weight": torch.ones(kv_heads, codes, scheme.numbers, dtype=torch.float32, device="cpu"),
         }
         if scheme.outliers:
-            tables["limit"] = torch.full((1,), 0.5)
+            tables["limit"] = torch.full((1,), 0.5, dtype=torch.float32, device="cpu")
         if scheme.turn:
-            tables["turn"] = torch.eye(head_dim, dtype=torch.float16).repeat(kv_heads, 1, 1)
+            tables["turn"] = torch.eye(head_dim, dtype=torch.float16, device="cpu").repeat(kv_heads, 1, 1)
         return quantizer_for(scheme, **tables)
-    by_channel = torch.ones(kv_heads, head_dim)
-    tables = {"codebook": torch.linspace(-1, 1, levels)} if scheme.datatype == "nuq" else {}
+    by_channel = torch.ones(kv_heads, head_dim, dtype=torch.float32, device="cpu")
+    tables = {"codebook": torch.linspace(-1, 1, levels, dtype=torch.float32, device="cpu")} if scheme.datatype == "nuq" else {}
     if scheme.static:
         tables |= {"scale": by_channel, "zero": 0 * by_channel}
     if scheme.outliers and (scheme.static or scheme.outlier_scope == "matrix"):
-        limits = by_channel if scheme.outlier_scope == "vector" else torch.ones(1, 1)
+        limits = by_channel if scheme.outlier_scope == "vector" else torch.ones(1, 1, dtype=torch.float32, device="cpu")
         tables |= {"lower": -limits / 2, "upper": limits / 2}
     if scheme.smooth:
         tables["smooth"] = by_channel
@@ -96,12 +96,12 @@ def typical_block(quantizer: AnyQuantizer, shape: LayerShape) -> Tensor:
         codes = dim // scheme.numbers
         total = BLOCK * heads * codes
         count = round(scheme.outliers * total)
-        chosen = torch.zeros(total)
-        chosen[torch.arange(count) * total // max(count, 1)] = 1
-        block = torch.zeros(heads, BLOCK, dim)
+        chosen = torch.zeros(total, dtype=torch.float32, device="cpu")
+        chosen[torch.arange(count, dtype=torch.int64, device="cpu") * total // max(count, 1)] = 1
+        block = torch.zeros(heads, BLOCK, dim, dtype=torch.float32, device="cpu")
         block[:, :, :codes] = chosen.view(BLOCK, heads, codes).transpose(0, 1)
     else:
-        rank = torch.arange(heads * dim)
+        rank = torch.arange(heads * dim, dtype=torch.int64, device="cpu")
         from_end = torch.minimum(rank, heads * dim - 1 - rank)
         step = 1.5 * torch.finfo(shape.dtype).eps  # so that neighbours differ in 16 bits too
         token = torch.exp(-step * from_end) * torch.where(rank < heads * dim // 2, -1.0, 1.0)

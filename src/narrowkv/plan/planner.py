@@ -105,7 +105,11 @@ class CacheBytes:
     def _keep(self, record: str, angles: int, meter: LayerBytes) -> None:
         """What is kept of each token once for several layers stays until none of them needs it."""
         batch, dtype = meter.shape.batch, meter.shape.dtype
-        entry = torch.zeros(batch, 1, 2, angles, dtype=dtype) if angles else torch.zeros(batch, 1, dtype=torch.int32)
+        entry = (
+            torch.zeros(batch, 1, 2, angles, dtype=dtype, device="cpu")
+            if angles
+            else torch.zeros(batch, 1, dtype=torch.int32, device="cpu")
+        )
         known = self.records.get(record)
         if known is None or _window(meter) > _window(known[0]):
             self.records[record] = (meter, entry)

@@ -15,7 +15,7 @@ def addresses(columns: list[Column]) -> Tensor:
     pages: dict[int, tuple[Page, list[int]]] = {}
     for i, column in enumerate(columns):
         pages.setdefault(id(column.page), (column.page, []))[1].append(i)
-    found = torch.zeros(len(columns), len(columns[0].slots), 2, 8, dtype=torch.int64)
+    found = torch.zeros(len(columns), len(columns[0].slots), 2, 8, dtype=torch.int64, device="cpu")
     for page, index in pages.values():
         slots = torch.stack([columns[i].slots for i in index])
         for side, part in enumerate((page.keys, page.values)):

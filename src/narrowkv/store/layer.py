@@ -200,7 +200,7 @@ class LayerStore:
         assert self.shape is not None
         keys, values = (to_blocks(part) for part in pair)
         page = page or self._page(columns, keys, values)
-        slots = torch.tensor(page.put(keys, values)).view(-1, self.shape[0])
+        slots = torch.tensor(page.put(keys, values), dtype=torch.int64, device="cpu").view(-1, self.shape[0])
         self.columns += [Column(page, column.clone(), count) for column in slots]
         self.sealed += count * len(slots)
         return page

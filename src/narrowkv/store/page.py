@@ -132,7 +132,9 @@ class PackedSide:
         if self.outlier_offsets is not None:
             assert blocks.outlier_index is not None and blocks.outlier_values is not None
             heads, tokens, dim = self.shape
-            borders = torch.arange(1, (stop - slot) * heads + 1, device=blocks.codes.device) * (tokens * dim)
+            borders = torch.arange(1, (stop - slot) * heads + 1, device=blocks.codes.device, dtype=torch.int64) * (
+                tokens * dim
+            )
             ends = (torch.searchsorted(blocks.outlier_index, borders) + self.outliers_used).int()
             self.outlier_offsets[slot * heads + 1 : stop * heads + 1] = ends
             self.outlier_offsets[stop * heads + 1 :] = ends[-1]
@@ -174,8 +176,10 @@ class PackedSide:
         offsets = self.outlier_offsets.long()
         begin = offsets[:-1].view(-1, heads)[slots].flatten()
         count = offsets[1:].view(-1, heads)[slots].flatten() - begin
-        group = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
-        position = torch.arange(len(group), device=count.device) + (begin - (count.cumsum(0) - count))[group]
+        group = torch.repeat_interleave(torch.arange(len(count), device=count.device, dtype=torch.int64), count)
+        position = (
+            torch.arange(len(group), device=count.device, dtype=torch.int64) + (begin - (count.cumsum(0) - count))[group]
+        )
         index = group * (tokens * dim) + self.outlier_index[position].long()
         return Encoded(codes, ranges, index, self.outlier_values[position])
 
@@ -279,5 +283,5 @@ def gather(quantizers: tuple[AnyQuantizer, AnyQuantizer], columns: list[Column])
 def move_together(quantizers: tuple[AnyQuantizer, AnyQuantizer], columns: list[Column]) -> list[Column]:
     """The same columns in a page of their own, so that those that they lay in can go."""
     page = gather(quantizers, columns)
-    slots = torch.arange(page.slots).view(len(columns), -1)
+    slots = torch.arange(page.slots, dtype=torch.int64, device="cpu").view(len(columns), -1)
     return [replace(column, page=page, slots=part.clone()) for column, part in zip(columns, slots, strict=True)]

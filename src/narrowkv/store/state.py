@@ -23,9 +23,9 @@ def to_tensors(store: LayerStore) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     if store.first:
-        found["first"] = torch.tensor(store.first)
+        found["first"] = torch.tensor(store.first, dtype=torch.int64, device="cpu")
     if store.columns:
-        found["counts"] = torch.tensor([column.count for column in store.columns], dtype=torch.int32)
+        found["counts"] = torch.tensor([column.count for column in store.columns], dtype=torch.int32, device="cpu")
         page = gather(store.quantizers, store.columns)
         for name, side in zip(SIDES, (page.keys, page.values), strict=True):
             found |= {f"{name}.plane{i}": plane for i, plane in enumerate(side.planes)}
@@ -100,7 +100,7 @@ def load_tensors(
         ]
         page = Page(len(counts) * batch, sides[0], sides[1])
         page.used = page.slots
-        slots = torch.arange(page.slots).view(-1, batch)
+        slots = torch.arange(page.slots, dtype=torch.int64, device="cpu").view(-1, batch)
         store.columns = [Column(page, row.clone(), int(count)) for row, count in zip(slots, counts, strict=True)]
         store.sealed = int(counts.sum())
     if "tail.keys.codes" in reader.tensors:

@@ -94,7 +94,9 @@ class News:
         counts, arrived = torch.stack([tally.counts for tally, _ in asked]), None
         if counts.is_cuda:
             with torch.cuda.device_of(counts):
-                counts = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True).copy_(counts, non_blocking=True)
+                counts = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True, device="cpu").copy_(
+                    counts, non_blocking=True
+                )
                 arrived = torch.cuda.Event()
                 arrived.record()
         self.under_way.append((asked, counts, arrived))
