@@ -1,5 +1,6 @@
 """PackedCache: a drop-in `past_key_values` for transformers that stores keys and values packed."""
 
+import copy
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,21 +16,22 @@ from narrowkv.calibration import Calibration, Fingerprint
 from narrowkv.calibration.processes import tensor_parallel_rank
 from narrowkv.calibration.wrappers import decoder_of, unwrapped
 from narrowkv.codec import AnyQuantizer
-from narrowkv.codec.tally import Tally
+from narrowkv.codec.surroundings import runs_undisturbed, undisturbed
 from narrowkv.defaults import DENSE
-from narrowkv.errors import CacheUseError, RecipeError, UnsupportedModelError
+from narrowkv.errors import CacheUseError, RecipeError
 from narrowkv.integrations.dense import DenseLayer
 from narrowkv.integrations.disk import load_cache, save_cache
-from narrowkv.integrations.interface import ANOTHER_MODEL, TWO_DIMENSIONS, NarrowCache, Step
 from narrowkv.integrations.layer import PackedLayer
 from narrowkv.integrations.preparation import facts_for
 from narrowkv.integrations.probe import AttentionFacts, own_layers, text_config
 from narrowkv.integrations.projections import bias_of
+from narrowkv.integrations.running import RunningCache, dtype_of
 from narrowkv.methods import Recipe, get_recipe
-from narrowkv.store import LayerStore, Ledger, steps
+from narrowkv.store import LayerStore, Ledger
+from narrowkv.store.checks import as_count, as_rows
 
 
-class PackedCache(NarrowCache):
+class PackedCache(RunningCache):
     """The keys and values of one batch of running sequences, stored in few bits.
 
     model: a transformers model, which is made ready for the cache on the way; layers without attention (linear, convolution)
@@ -58,7 +60,7 @@ class PackedCache(NarrowCache):
         facts = facts_for(model, backend, [self.recipe])
         biased = any(part is not None for fact in facts.attention for part in (fact.constants.keys, fact.constants.values))
         backend = chosen(backend, model.device, model.dtype, self.recipe.every_scheme(), biased)
-        self.model_dtype = _dtype_of(model.get_decoder())  # when the first tokens came; until then, at the creation
+        self.model_dtype = dtype_of(decoder_of(model))  # when the first tokens came; until then, at the creation
         self.fingerprint = Fingerprint.of(model)
         if isinstance(source, Calibration):
             source.fingerprint.check(self.fingerprint)
@@ -66,19 +68,17 @@ class PackedCache(NarrowCache):
         self.backend = described(backend, words)
         self.dense = backend == DENSE
         self.device = model.device
-        self.before = 0  # tokens held when the model began to run
-        self.running = False  # while the model runs, and after a run that did not come to its end
-        self.news = steps.News()
-        self.captured = False  # while the model runs to be captured in a CUDA graph
+        self.strict = strict
         self.ledgers: dict[str, Ledger] = {}
         self.packed: list[PackedLayer] = []
         layers, rank = own_layers(text_config(model)), tensor_parallel_rank(model)
         for fact in facts.attention:
-            if isinstance(source, Calibration):
-                quantizers = source.for_heads(fact.layer, fact.kv_heads, fact.head_dim, rank)
-            else:
-                quantizers = self.recipe.quantizers(fact.layer)
-            layers[fact.layer] = self._layer(fact, quantizers, layers[fact.layer], backend, strict)
+            with undisturbed():
+                if isinstance(source, Calibration):
+                    quantizers = source.for_heads(fact.layer, fact.kv_heads, fact.head_dim, rank)
+                else:
+                    quantizers = self.recipe.quantizers(fact.layer)
+                layers[fact.layer] = self._layer(fact, quantizers, layers[fact.layer], backend, strict)
             self.packed.append(layers[fact.layer])
         super().__init__(layers=layers)
         self.shapes = [(fact.kv_heads, fact.head_dim) for fact in facts.attention]
@@ -106,53 +106,7 @@ class PackedCache(NarrowCache):
         kind = DenseLayer if self.dense else PackedLayer
         return kind(store, rope, ledger, backend, strict, getattr(own, "sliding_window", None))
 
-    def begin(self, module: Any, step: Step) -> None:
-        """Called before each attention module runs; raises CacheUseError if it is another model's."""
-        layer = int(module.layer_idx)
-        if layer not in self.modules:  # a reader of another layer's keys
-            return
-        if self.modules[layer]() is not module:
-            raise CacheUseError(ANOTHER_MODEL)
-        super().begin(module, step)
-
-    def start(self, decoder: torch.nn.Module, mask: Any) -> None:
-        """Called before the language model runs; raises CacheUseError if it is another one, or after a call that failed."""
-        if self.decoder() is not decoder:
-            raise CacheUseError(ANOTHER_MODEL)
-        if self.running and not self._is_as_before():
-            raise CacheUseError("An earlier call failed half-way; call cache.reset() and start again.")
-        for ledger in self.ledgers.values():
-            ledger.forget(self.first_needed(ledger))
-        if self.dense:
-            if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-                raise UnsupportedModelError(TWO_DIMENSIONS)
-            for layer in self.packed:
-                if isinstance(layer, DenseLayer):
-                    layer.padding = None if mask is None else mask.bool()
-        if not self.captured:
-            self.news.receive()
-        self.running, self.before = True, self.length
-        if self.before == 0:
-            self.model_dtype = _dtype_of(decoder)
-
-    def first_needed(self, ledger: Ledger) -> int:
-        """The oldest token whose entry some layer still reads."""
-        return min(layer.store.first for layer in self.packed if layer.ledger is ledger)
-
-    def _is_as_before(self) -> bool:
-        """Whether a call that failed has left no trace: it was refused before anything was stored."""
-        return len(self.packed) == len(self.layers) and all(layer.store.length == self.before for layer in self.packed)
-
-    def finish(self) -> None:
-        """Called when the language model has run to its end."""
-        self.running = False
-        if not self.captured:
-            self.news.send(self.tallies())
-
-    def tallies(self) -> list[Tally]:
-        """Where a GPU counts what its layers find."""
-        return [tally for layer in self.packed for tally in steps.tallies(layer.store)]
-
+    @runs_undisturbed
     def save(self, path: str | Path, token_ids: Tensor | None = None) -> None:
         """Write what is held to one file, still packed; token_ids [batch, tokens], if given, let `load` check the prompt.
 
@@ -176,7 +130,8 @@ class PackedCache(NarrowCache):
         to another model, recipe or calibration, CacheUseError where it holds another prompt than token_ids.
         """
         cache = cls(model, source, **options)
-        load_cache(cache, path, token_ids)
+        with undisturbed():
+            load_cache(cache, path, token_ids)
         return cache
 
     @property
@@ -185,13 +140,11 @@ class PackedCache(NarrowCache):
         dtypes = self.packed[0].store.dtypes
         return dtypes[0] if dtypes else self.model_dtype
 
-    @property
-    def length(self) -> int:
-        """Tokens of each sequence, padding included."""
-        return self.packed[0].store.length
-
+    @runs_undisturbed
     def reset(self) -> None:
-        """Forget all tokens."""
+        """Forget all tokens; raises CacheUseError while another thread uses the cache."""
+        self.hold.require()
+        self.settle()
         decoder: Any = self.decoder()
         fresh = own_layers(decoder.config) if len(self.packed) < len(self.layers) else []
         self.layers = [layer if i in self.modules else fresh[i] for i, layer in enumerate(self.layers)]
@@ -199,14 +152,17 @@ class PackedCache(NarrowCache):
             layer.reset()
         for ledger in self.ledgers.values():
             ledger.reset()
-        self.running, self.news = False, steps.News()
 
+    @runs_undisturbed
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the newest tokens; `tokens_to_remove` is negative or 0, as transformers has it. Nothing is re-encoded.
 
         Raises CacheUseError, and drops nothing, where a layer cannot go back: a sliding window has forgotten what the next
-        token would need, or a layer without attention keeps no record of its past (assisted decoding lets it).
+        token would need, or a layer without attention keeps no record of its past (assisted decoding lets it); and where that
+        is no such number.
         """
+        self.hold.require()
+        tokens_to_remove = as_count(tokens_to_remove, "Minus the number of tokens to drop")
         length = self.length + tokens_to_remove
         if tokens_to_remove < 0 and length <= 0:
             self.reset()
@@ -224,25 +180,46 @@ class PackedCache(NarrowCache):
         for ledger in self.ledgers.values():
             ledger.crop(self.length)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row i continue the sequence of row beam_idx[i]; sealed blocks are shared, not copied."""
-        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        for ledger in self.ledgers.values():
-            ledger.select(beam_idx)
+    @runs_undisturbed
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Let row i continue the sequence of row beam_idx[i], as `as_rows` reads it; sealed blocks are shared, not copied.
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences named by `indices` [n] int64, in that order, repeats allowed."""
+        An empty cache stays empty. Raises CacheUseError where beam_idx does not name rows of the batch.
+        """
+        self.hold.require()
+        if self.batch_size < 0:
+            return
+        rows = as_rows(beam_idx, self.batch_size)
+        super().reorder_cache(rows.to(self.device))  # type: ignore[arg-type]
+        for ledger in self.ledgers.values():
+            ledger.select(rows)
+
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keep the sequences named by `indices`, repeats allowed, or those that bools keep; raises as `reorder_cache`."""
         self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each sequence, neighbours together."""
-        self.reorder_cache(torch.arange(max(self.batch_size, 0), dtype=torch.int64, device="cpu").repeat_interleave(repeats))
+        """Repeat each sequence, neighbours together; raises CacheUseError where `repeats` is no whole number from 1."""
+        repeats = as_count(repeats, "How often sequences are repeated")
+        if repeats < 1:
+            raise CacheUseError(f"Sequences are repeated once or more, not {repeats} times.")
+        self.reorder_cache([row for row in range(self.batch_size) for _ in range(repeats)])
 
-    @property
-    def batch_size(self) -> int:
-        """Sequences held, -1 before the first token."""
-        shape = self.packed[0].store.shape
-        return shape[0] if shape else -1
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedCache":
+        """A cache of its own, which shares sealed blocks; of the model's copy, if that was made before in the same copying."""
+        self.hold.require()
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        with undisturbed():
+            vars(copied).update({name: copy.deepcopy(part, memo) for name, part in vars(self).items()})
+        copied.decoder = _copied(self.decoder, memo)
+        copied.modules = {layer: _copied(module, memo) for layer, module in self.modules.items()}
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise CacheUseError(
+            "A packed cache is not pickled: use cache.save(path) and PackedCache.load(path, model, source), or, within a "
+            "process, copy.deepcopy(cache)."
+        )
 
     def tensors(self) -> list[Tensor]:
         """Everything that is held: packed blocks, scales, outliers, tails, sinks, windows, positions, tables."""
@@ -277,6 +254,6 @@ class PackedCache(NarrowCache):
         return f"PackedCache({self.recipe.name}, {held}, {self.nbytes:,} bytes, backend {self.backend})"
 
 
-def _dtype_of(decoder: torch.nn.Module) -> torch.dtype:
-    """That of the first weights of a language model that are floating point."""
-    return next((part.dtype for part in decoder.parameters() if part.is_floating_point()), torch.float32)
+def _copied(module: weakref.ref[torch.nn.Module], memo: dict[int, Any]) -> weakref.ref[torch.nn.Module]:
+    """A module's copy, if one was made."""
+    return weakref.ref(memo.get(id(module()), module()))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from narrowkv.codec.surroundings import undisturbed
 from narrowkv.integrations.interface import valid_tokens
 from narrowkv.integrations.layer import PackedLayer
 
@@ -24,14 +25,15 @@ class DenseLayer(PackedLayer):
         self.lazy_initialization(key_states, value_states)
         self.forget()
         past, new = self.store.length, key_states.shape[2]
-        self.store.append(key_states, value_states, valid_tokens(self.padding, past, new))
-        if self.strict or self.is_exact:
-            keys, values = self.store.read()
-        elif past == 0:
-            return key_states, value_states
-        else:
-            stored = self.store.read(past)
+        fresh, whole = (key_states, value_states), self.strict or self.is_exact
+        with undisturbed(gradients=self.is_exact):
+            self.store.append(*fresh, valid_tokens(self.padding, past, new))
+            if past == 0 and not whole:
+                return fresh
+            stored = self.store.read(None if whole else past)
+        with undisturbed(gradients=True):
             keys, values = (
-                torch.cat([old.to(x.dtype), x], dim=2) for old, x in zip(stored, (key_states, value_states), strict=True)
+                old.to(x.dtype) if whole else torch.cat([old.to(x.dtype), x], dim=2)
+                for old, x in zip(stored, fresh, strict=True)
             )
-        return keys.to(key_states.dtype), values.to(value_states.dtype)
+        return keys, values

@@ -34,6 +34,7 @@ def save_cache(cache: "PackedCache", path: str | Path, token_ids: Tensor | None 
 
     Raises CacheUseError while the cache is empty or token_ids do not fit it, OutputError where writing fails.
     """
+    cache.hold.require()
     length = cache.length
     if length == 0:
         raise CacheUseError("The cache is empty, there is nothing to save; let the model read a prompt first.")

@@ -9,8 +9,9 @@ ran. preparation.py puts it all in place.
 
 import contextlib
 import functools
+import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,9 +27,15 @@ from narrowkv.integrations.masks import LazyMask, lazy_mask
 from narrowkv.integrations.probe import identity
 from narrowkv.store.steps import AHEAD
 
-KNOWN_TENSORS = ("position_ids", "s_aux")
+KNOWN_TENSORS = ("position_ids", "s_aux", "cache_position")  # the last is of transformers 4, and ignored as models ignore it
+GIVEN_TENSORS = {"hidden_states", "attention_mask", "past_key_values", "cache", "position_embeddings", *KNOWN_TENSORS}
 TWO_DIMENSIONS = "The packed cache takes attention masks of 2 dimensions only (1 for tokens, 0 for padding); pass one or none."
 ANOTHER_MODEL = "This cache was made for another model; make one with calibration.cache(model) or recipe.cache(model)."
+NOT_TOLD = (
+    "This cache was made for another model, or update was called by hand; make one with calibration.cache(model) or "
+    "recipe.cache(model), and let the model fill it: model(input_ids, past_key_values=cache)."
+)
+NO_WEIGHTS = "A packed cache does not give attention weights; ask without output_attentions."
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,11 @@ class Step:
     positions: Tensor | None
     tables: Tables | None
     mask: LazyMask
+
+    @property
+    def precision(self) -> torch.dtype | None:
+        """Of the tables if they are real: a model's own rotation gives numbers of no fewer bits (under autocast, of more)."""
+        return None if self.tables is None or isinstance(self.tables, Tensor) else self.tables[0].dtype
 
     def valid(self, past: int, new: int) -> Tensor | None:
         """[batch, new] bool, False for padding among the new tokens, which follow `past` others; None where all count.
@@ -82,11 +94,11 @@ class NarrowCache(Cache):
             receiver: Any = self.layers[layer]
             receiver.step = step
 
-    def start(self, decoder: nn.Module, mask: Any) -> None:
-        """Called before the language model runs; mask: as it is given, of which only a dense cache is not told later."""
+    def start(self, decoder: nn.Module, tokens: Tensor | None, mask: Any, positions: Any) -> None:
+        """Called before the language model runs. tokens: ids or embeddings [batch, new, ...]; mask, positions: as given."""
 
-    def finish(self) -> None:
-        """Called when the language model has run to its end."""
+    def finish(self, failed: bool) -> None:
+        """Called when the language model has run to its end, or has failed."""
 
 
 class Handle(Protocol):
@@ -131,12 +143,17 @@ def attention_function(module: nn.Module, query: Tensor, key: Any, value: Any, a
         if (witnessed := _witnessed.get()) is not None:
             witnessed.add(id(module))
         return model_attention(module, query, key, value, attention_mask, **kwargs)
+    _require_known(kwargs, KNOWN_TENSORS)
+    return key.attend(module, query, attention_mask, **kwargs), None
+
+
+def _require_known(kwargs: dict[str, Any], known: Collection[str]) -> None:
+    """Raise UnsupportedModelError where attention is asked for more than a packed cache can give."""
     if kwargs.get("output_attentions"):
-        raise UnsupportedModelError("A packed cache does not give attention weights; ask without output_attentions.")
-    strange = [name for name, part in kwargs.items() if isinstance(part, Tensor) and name not in KNOWN_TENSORS]
+        raise UnsupportedModelError(NO_WEIGHTS)
+    strange = [name for name, part in kwargs.items() if isinstance(part, Tensor) and name not in known]
     if strange:
         raise UnsupportedModelError(f"The packed cache does not know what to do with {', '.join(strange)}; use DynamicCache.")
-    return key.attend(module, query, attention_mask, **kwargs), None
 
 
 for _name in SERVED:  # when imported, so that a model prepared in another process, whose hooks import this, finds them too
@@ -163,25 +180,31 @@ def after_run(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: An
 def before_decoder(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Hook on the language model: tell one of our caches that it begins.
 
-    Raises CacheUseError where the batch is empty, or the caller or the model's configuration said that no cache is to be used.
+    Raises CacheUseError where the batch is empty, or the caller or the model's configuration said that no cache is to be used,
+    and what else can be refused before any layer has stored anything.
     """
     cache = _cache_in(args, kwargs)
     if cache is None:
         return
-    if any(
-        isinstance(part, Tensor) and not len(part) for part in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-    ):
+    given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
+    tokens = next((part for part in given if isinstance(part, Tensor)), None)
+    if tokens is not None and not len(tokens):
         raise CacheUseError("The batch is empty; pass at least one sequence.")
     if kwargs.get("use_cache") is False:  # `generate` would then feed the whole text at every step, on top of what is held
         raise CacheUseError("A cache was passed, but use_cache is off; pass use_cache=True, or set model.config.use_cache.")
-    cache.start(module, kwargs.get("attention_mask"))
+    if kwargs.get("output_attentions"):
+        raise UnsupportedModelError(NO_WEIGHTS)
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() != 2:
+        raise UnsupportedModelError(TWO_DIMENSIONS)
+    cache.start(module, tokens, mask, kwargs.get("position_ids"))
 
 
 def after_decoder(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-    """Hook on the language model: tell one of our caches that it has ended."""
+    """Hook on the language model, called also where it fails: tell one of our caches that it has ended."""
     cache = _cache_in(args, kwargs)
     if cache is not None:
-        cache.finish()
+        cache.finish(failed=output is None)
 
 
 def _cache_in(args: tuple, kwargs: dict[str, Any]) -> NarrowCache | None:
@@ -199,6 +222,8 @@ def before_attention(module: Any, args: tuple, kwargs: dict[str, Any]):
         raise CacheUseError("The prompt is empty; pass at least one token.")
     if not isinstance(mask, LazyMask):
         raise UnsupportedModelError(TWO_DIMENSIONS)
+    if not kwargs.keys() <= GIVEN_TENSORS:  # what a module does not name itself goes on to our attention
+        _require_known(kwargs, GIVEN_TENSORS | inspect.signature(type(module).forward).parameters.keys())
     cache.begin(module, Step(kwargs.get("position_ids"), tables, mask))
     return None if tables is None else (args, {**kwargs, "position_embeddings": identity(tables)})
 
@@ -206,5 +231,5 @@ def before_attention(module: Any, args: tuple, kwargs: dict[str, Any]):
 def require_step(step: Step | None) -> Step:
     """The step that `begin` announced; raises CacheUseError if there was none, as in a model that was not prepared."""
     if step is None:
-        raise CacheUseError(ANOTHER_MODEL)
+        raise CacheUseError(NOT_TOLD)
     return step

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from narrowkv.attention import BACKENDS, AnyRope, cuda
+from narrowkv.codec.surroundings import undisturbed
 from narrowkv.errors import CacheUseError, UnsupportedModelError
 from narrowkv.integrations.hold import not_traced
 from narrowkv.integrations.interface import LazyMask, Step, model_attention, require_step
 from narrowkv.store import LayerStore, Ledger, steps
+from narrowkv.store.checks import as_count, as_rows
 from narrowkv.store.fitting import fitting
 
 
@@ -42,6 +44,9 @@ class PackedLayer(CacheLayerMixin):
         self.strict = strict
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
+        # whether numbers are stored as the model's own attention wants them: not quantised, and keys turned
+        exact = all(quantizer.scheme.datatype == "exact" for quantizer in store.quantizers)
+        self.is_exact = exact and not self.turns_when_read
         # whether `crop` leaves no trace: tokens that have left an exact window cannot become exact again
         self.is_croppable = store.window == 0 and store.together == 1
         self.step: Step | None = None
@@ -49,18 +54,13 @@ class PackedLayer(CacheLayerMixin):
         self.leads = False  # whether, then, it is the first of those that share a ledger
 
     @property
-    def is_exact(self) -> bool:
-        """Whether numbers are stored as the model's own attention wants them: not quantised, and keys turned."""
-        return all(quantizer.scheme.datatype == "exact" for quantizer in self.store.quantizers) and not self.turns_when_read
-
-    @property
     def turns_when_read(self) -> bool:
         """Whether keys are stored before the rotary embedding."""
         return self.rope is not None and self.store.quantizers[0].scheme.pre_rope
 
-    def turn(self, x: Tensor, kept: Tensor | None) -> Tensor:
-        """Turn x: [batch, heads, new, head_dim] as the model's layer does, in the dtype of x."""
-        return x if self.rope is None or kept is None else self.rope.rotate(x, kept)
+    def turn(self, x: Tensor, kept: Tensor | None, precision: torch.dtype | None = None) -> Tensor:
+        """Turn x: [batch, heads, new, head_dim] as the model's layer does, in no fewer bits than `precision` and x have."""
+        return x if self.rope is None or kept is None else self.rope.rotate(x, kept, precision)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -71,17 +71,24 @@ class PackedLayer(CacheLayerMixin):
         step, self.step = require_step(self.step), None
         self.lazy_initialization(key_states, value_states)
         self.forget()
-        past, new = self.store.length, key_states.shape[2]
-        if self.told is not None:
-            return self._update_captured(self.told, step, key_states, value_states)
-        kept = self.rope.keep(step.positions, step.tables) if self.rope else None
-        stored = key_states if self.turns_when_read else self.turn(key_states, kept)
-        valid = step.valid(past, new)
-        fitting(self.store, stored, value_states)
-        with self._noted(past, kept, len(stored)):
-            self.store.append(stored, value_states, valid)
-        handle = PackedHandle(self, kept, past, key_states, value_states)
+        with undisturbed(gradients=self.is_exact):
+            kept = self.rope.keep(step.positions, step.tables) if self.rope else None
+            stored = key_states if self.turns_when_read else self.turn(key_states, kept, step.precision)
+            if self.told is None:
+                past = self._store(step, kept, stored, value_states)
+            else:
+                past = self._store_captured(self.told, kept, stored, value_states)
+        handle = PackedHandle(self, kept, step.precision, past, key_states, value_states)
         return handle, handle
+
+    def _store(self, step: Step, kept: Tensor | None, keys: Tensor, values: Tensor) -> int:
+        """Store new tokens; returns how many were held before."""
+        past, new = self.store.length, keys.shape[2]
+        valid = step.valid(past, new)
+        fitting(self.store, keys, values)
+        with self._noted(past, kept, len(keys)):
+            self.store.append(keys, values, valid)
+        return past
 
     @contextlib.contextmanager
     def _noted(self, past: int, kept: Tensor | None, batch: int) -> Iterator[None]:
@@ -96,19 +103,16 @@ class PackedLayer(CacheLayerMixin):
                 ledger.crop(past)
             raise
 
-    def _update_captured(self, told: Tensor, step: Step, keys: Tensor, values: Tensor) -> Any:
-        """What the device does of an `update` that the host has counted before."""
-        kept = self.rope.keep(step.positions, step.tables) if self.rope else None
+    def _store_captured(self, told: Tensor, kept: Tensor | None, keys: Tensor, values: Tensor) -> int:
+        """What the device does of an `update` that the host has counted before; returns how many tokens are read as stored."""
         if self.ledger and self.leads and kept is not None:
             self.ledger.step(kept, told[cuda.TOLD + 2 :][:1].long())
         bias, of_keys = self.store.bias, None
         if self.ledger and bias.of_blocks:
             first = (told[cuda.SEALED] + told[cuda.KEPT]).long()  # of the tail, in the ledger's room
             of_keys = bias.turned(self.ledger.room.index_select(1, first[None]))
-        stored = keys if self.turns_when_read else self.turn(keys, kept)
-        steps.write(self.store, stored, values, places=told[cuda.TOLD :], of_keys=of_keys)
-        handle = PackedHandle(self, kept, self.store.length if self.strict else self.store.length - 1, keys, values)
-        return handle, handle
+        steps.write(self.store, keys, values, places=told[cuda.TOLD :], of_keys=of_keys)
+        return self.store.length if self.strict else self.store.length - 1
 
     def forget(self) -> None:
         """Drop what no query from the next token on can see; what follows from the past alone, so that masks may ask first."""
@@ -136,13 +140,15 @@ class PackedLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the newest tokens; `tokens_to_remove` is negative or 0, as transformers has it."""
+        tokens_to_remove = as_count(tokens_to_remove, "Minus the number of tokens to drop")
         if tokens_to_remove > 0:
             raise CacheUseError(f"crop takes minus the number of tokens to drop, not {tokens_to_remove}.")
         self.store.crop(max(self.store.length + tokens_to_remove, 0))
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         """Let row i continue the sequence of row beam_idx[i]; sealed blocks are shared, not copied."""
-        self.store.select(beam_idx)
+        if self.store.shape is not None:
+            self.store.select(as_rows(beam_idx, self.store.shape[0]))
 
     def offload(self) -> None:
         raise UnsupportedModelError("A packed cache is not offloaded; keep it on the model's device, or choose fewer bits.")
@@ -154,12 +160,13 @@ class PackedLayer(CacheLayerMixin):
 class PackedHandle:
     """The new tokens of one layer and the cache that they have joined.
 
-    kept: what turns the new tokens. past: tokens stored before them. keys (not turned), values: [batch, kv_heads, new,
-    head_dim].
+    kept: what turns the new tokens. precision: in which the model would at least. past: tokens stored before them. keys (not
+    turned), values: [batch, kv_heads, new, head_dim].
     """
 
     layer: PackedLayer
     kept: Tensor | None
+    precision: torch.dtype | None
     past: int
     keys: Tensor
     values: Tensor
@@ -178,13 +185,25 @@ class PackedHandle:
         cache's backend.
         """
         layer = self.layer
-        if layer.told is not None:
-            return self._attend_captured(query, mask, scaling, **kwargs)
-        if layer.is_exact or (self.past == 0 and not layer.strict):
-            asking = None if self.kept is None else self.kept[:, -query.shape[2] :]
-            keys, values = layer.store.read() if layer.is_exact else (layer.turn(self.keys, self.kept), self.values)
-            output, _ = model_attention(module, layer.turn(query, asking), keys, values, mask, scaling=scaling, **kwargs)
+        if layer.told is None and (layer.is_exact or (self.past == 0 and not layer.strict)):
+            with undisturbed(gradients=True):
+                tensors = self._exact(query)
+            output, _ = model_attention(module, *tensors, mask, scaling=scaling, **kwargs)
             return output
+        with undisturbed():
+            return (self._attend if layer.told is None else self._attend_captured)(query, mask, scaling, **kwargs)
+
+    def _exact(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, keys and values as the model's own attention takes them, turned."""
+        layer, asking = self.layer, None if self.kept is None else self.kept[:, -query.shape[2] :]
+        turned = layer.turn(query, asking, self.precision)
+        if layer.is_exact:
+            return turned, *layer.store.read()
+        return turned, layer.turn(self.keys, self.kept, self.precision), self.values
+
+    def _attend(self, query: Tensor, mask: LazyMask, scaling: float, **kwargs: Any) -> Tensor:
+        """Attention by the cache's backend."""
+        layer = self.layer
         past = layer.store.length if layer.strict else self.past
         kept = layer.ledger.read(layer.store.first, past) if layer.ledger and layer.turns_when_read else None
         question, options = self._question(query, mask, scaling, past, kept, **kwargs)

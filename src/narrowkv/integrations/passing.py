@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from narrowkv.attention import AnyRope
+from narrowkv.codec.surroundings import undisturbed
 from narrowkv.integrations.interface import NarrowCache, Step, model_attention, require_step
 from narrowkv.integrations.probe import EmptyLayer
 from narrowkv.integrations.products import lacks_products
@@ -41,23 +42,27 @@ class PassingLayer(EmptyLayer):
         step, kept, rotated = None, None, key_states
         if not self.dense:
             step, self.step = require_step(self.step), None
-        if step and self.rope:
-            kept = self.rope.keep(step.positions, step.tables)
-            rotated = self.rope.rotate(key_states, kept)
-        if self.listener:
-            self.listener(key_states, rotated, value_states, kept)
+        with undisturbed(gradients=True):
+            if step and self.rope:
+                kept = self.rope.keep(step.positions, step.tables)
+                rotated = self.rope.rotate(key_states, kept, step.precision)
+            if self.listener:
+                self.listener(key_states, rotated, value_states, kept)
         if step is None:
             return key_states, value_states
-        handle = PassingHandle(self.rope, kept, rotated, value_states)
+        handle = PassingHandle(self.rope, kept, step.precision, rotated, value_states)
         return handle, handle
 
 
 @dataclass(frozen=True)
 class PassingHandle:
-    """Lets the model's own attention go on with what has passed. kept: what turns the new tokens; keys are rotated."""
+    """Lets the model's own attention go on with what has passed. kept: what turns the new tokens, in `precision` at least;
+    keys are rotated.
+    """
 
     rope: AnyRope | None
     kept: Tensor | None
+    precision: torch.dtype | None
     keys: Tensor
     values: Tensor
 
@@ -68,7 +73,8 @@ class PassingHandle:
     def attend(self, module: nn.Module, query: Tensor, mask: Any, scaling: float, **kwargs: Any) -> Tensor:
         """Attention for query [batch, query_heads, queries, head_dim], not rotated."""
         if self.rope and self.kept is not None:
-            query = self.rope.rotate(query, self.kept[:, -query.shape[2] :])
+            with undisturbed(gradients=True):
+                query = self.rope.rotate(query, self.kept[:, -query.shape[2] :], self.precision)
         tensors = query, self.keys, self.values
         if torch.is_grad_enabled() and lacks_products(query.dtype, query.device):  # the way back takes 15 times as long
             tensors = query.float(), self.keys.float(), self.values.float()

@@ -120,7 +120,7 @@ def _guard(model: PreTrainedModel, hold: Hold) -> None:
         if module is decoder:
             hold.hooks += [
                 module.register_forward_pre_hook(before_decoder, with_kwargs=True),
-                module.register_forward_hook(after_decoder, with_kwargs=True),
+                module.register_forward_hook(after_decoder, with_kwargs=True, always_call=True),
             ]
 
 

@@ -1,0 +1,111 @@
+"""What is asked of a call before a cache takes anything of it, so that a refusal leaves the cache as it was."""
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from narrowkv.errors import CacheUseError, UnsupportedModelError
+from narrowkv.store.steps import AHEAD
+
+if TYPE_CHECKING:
+    from narrowkv.integrations.running import RunningCache
+
+IN_USE = (
+    "This cache is in use by another thread; give each thread a cache of its own (copy.deepcopy(cache) shares what it holds)."
+)
+
+
+class Hold:
+    """Which thread a cache works for now, and which it worked for last."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.thread: threading.Thread | None = None
+        self.last: threading.Thread | None = None
+
+    def __deepcopy__(self, memo: dict) -> "Hold":
+        """A copy works for nobody yet."""
+        return Hold()
+
+    def require(self) -> None:
+        """Raise CacheUseError where the cache works for another thread that still runs."""
+        if self.thread not in (None, threading.current_thread()) and self.thread.is_alive():
+            raise CacheUseError(IN_USE)
+
+    def take(self) -> None:
+        """Let it work for this thread; raises as `require`."""
+        with self._lock:
+            self.require()
+            self.thread = threading.current_thread()
+
+    def leave(self) -> None:
+        """Let it work for nobody, if it worked for this thread."""
+        if self.thread is threading.current_thread():
+            self.thread, self.last = None, self.thread
+
+    @property
+    def shared(self) -> bool:
+        """Whether another thread that still runs used it last."""
+        return self.last not in (None, threading.current_thread()) and self.last.is_alive()
+
+
+def require_fit(cache: "RunningCache", tokens: Tensor, mask: Any, positions: Any) -> None:
+    """Raise CacheUseError where new tokens, ids or embeddings [batch, new, ...], do not go on from what the cache holds.
+
+    mask, positions: the attention mask and the positions that come with them.
+    """
+    held, (batch, new) = cache.length, tokens.shape[:2]
+    reached = _reached(held + new, new, mask, positions)
+    if new == 0 and held == 0:
+        raise CacheUseError("The prompt is empty; pass at least one token.")
+    if new == 0 or reached < held + new:
+        raise CacheUseError(_does_not_go_on(held, reached if reached < held + new else None, cache.hold.shared))
+    if held and batch != cache.batch_size:
+        raise CacheUseError(
+            f"This cache holds batch {cache.batch_size}, but got batch {batch}; call cache.reset() or make a new cache."
+        )
+
+
+def _reached(whole: int, new: int, mask: Any, positions: Any) -> int:
+    """Up to which token what comes with new tokens goes; `whole` where it does not tell.
+
+    `generate` leaves out a mask that hides nothing, and positions then count tokens. Few tokens on a GPU are not looked at.
+    """
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask.shape[1]
+    told = whole > new and mask is None and isinstance(positions, Tensor) and positions.dim() == 2 and positions.numel() > 0
+    if told and (not positions.is_cuda or new > AHEAD):
+        return min(int(positions[:, -1].max()) + 1, whole)
+    return whole
+
+
+def _does_not_go_on(held: int, given: int | None, shared: bool) -> str:
+    if held == 0:
+        return f"The attention mask covers {given} tokens, and the prompt has more; pass one that covers them all."
+    who = "This cache is in use by another thread, or was: it" if shared else "This cache"
+    prompt = "none beyond them" if given is None else given
+    remedy = "give each thread a cache of its own, " if shared else ""
+    return (
+        f"{who} holds {held} tokens and the prompt has {prompt}: {remedy}pass the whole conversation, or call cache.reset()."
+    )
+
+
+def wants_gradients(decoder: nn.Module, tokens: Tensor | None) -> bool:
+    """Whether torch would have gradients flow through a language model that is called with such tokens."""
+    if not torch.is_grad_enabled():
+        return False
+    return (tokens is not None and tokens.requires_grad) or any(part.requires_grad for part in decoder.parameters())
+
+
+def require_right_gradients(cache: "RunningCache", wanted: bool) -> None:
+    """Raise UnsupportedModelError where gradients that flow would be wrong: packed numbers have none.
+
+    A first chunk attends to itself exactly, so its gradients are right, but not those of what follows.
+    """
+    if torch.is_grad_enabled() and not cache.is_exact and (wanted or cache.owes_gradients) and (cache.length or cache.strict):
+        raise UnsupportedModelError(
+            "Gradients do not flow through packed keys and values, so they would be wrong; run the model under "
+            "torch.no_grad() or torch.inference_mode(), or use recipe fp16."
+        )

@@ -1,0 +1,138 @@
+"""RunningCache: what a packed cache does around each run of its model, so that none leaves it half filled unnoticed."""
+
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from narrowkv.codec.tally import Tally
+from narrowkv.errors import CacheUseError, NarrowKVError, UnsupportedModelError
+from narrowkv.integrations.admission import Hold, require_fit, require_right_gradients, wants_gradients
+from narrowkv.integrations.dense import DenseLayer
+from narrowkv.integrations.interface import ANOTHER_MODEL, TWO_DIMENSIONS, NarrowCache, Step
+from narrowkv.integrations.layer import PackedLayer, not_traced
+from narrowkv.store import Ledger, steps
+
+
+class RunningCache(NarrowCache):
+    """Base of PackedCache.
+
+    packed: the layers that keep keys and values. modules: their attention modules, by layer; decoder: the language model.
+    ledgers: what is kept of each token once for all layers. strict: whether new tokens too are attended to as they are stored.
+    """
+
+    packed: list[PackedLayer]
+    modules: dict[int, weakref.ref[nn.Module]]
+    decoder: weakref.ref[nn.Module]
+    ledgers: dict[str, Ledger]
+    strict: bool
+    model_dtype: torch.dtype  # of the model when the first tokens came; until then, at the creation
+
+    def __init__(self, layers: list[Any]):
+        super().__init__(layers=layers)
+        self.captured = False  # while the model runs to be captured in a CUDA graph
+        self.settle()
+
+    def settle(self) -> None:
+        """Let no run be under way, nor any have failed."""
+        self.hold = Hold()
+        self.before = 0  # tokens held when the model began to run
+        self.running = False  # while the model runs
+        self.broken = False  # after a run that has failed half-way
+        self.owes_gradients = False  # whether what is held came from numbers that gradients were to flow through
+        self.news = steps.News()
+
+    @property
+    def length(self) -> int:
+        """Tokens of each sequence, padding included."""
+        return self.packed[0].store.length
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences held, -1 before the first token."""
+        shape = self.packed[0].store.shape
+        return shape[0] if shape else -1
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing is quantised, so that gradients flow as they do without a packed cache."""
+        return all(layer.is_exact for layer in self.packed)
+
+    def begin(self, module: Any, step: Step) -> None:
+        """Called before each attention module runs; raises CacheUseError if it is another model's."""
+        layer = int(module.layer_idx)
+        if layer not in self.modules:  # a reader of another layer's keys
+            return
+        if self.modules[layer]() is not module:
+            raise CacheUseError(ANOTHER_MODEL)
+        super().begin(module, step)
+
+    @not_traced
+    def start(self, decoder: nn.Module, tokens: Tensor | None, mask: Any, positions: Any) -> None:
+        """Called before the language model runs.
+
+        Raises CacheUseError if it is another one, if the cache is in use by another thread, after a call that failed half-way,
+        or where new tokens do not go on from what is held; UnsupportedModelError where gradients would be wrong.
+        """
+        if self.decoder() is not decoder:
+            raise CacheUseError(ANOTHER_MODEL)
+        self.hold.take()
+        try:
+            self._require_ready(decoder, tokens, mask, positions)
+        except NarrowKVError:
+            self.hold.leave()
+            raise
+        for ledger in self.ledgers.values():
+            ledger.forget(self.first_needed(ledger))
+        for layer in self.packed:
+            if isinstance(layer, DenseLayer):
+                layer.padding = None if mask is None else mask.bool()
+        self.running, self.before = True, self.length
+        if self.before == 0:
+            self.model_dtype = dtype_of(decoder)
+
+    def _require_ready(self, decoder: nn.Module, tokens: Tensor | None, mask: Any, positions: Any) -> None:
+        if self.running:  # interrupted, so that nobody has told us of its end
+            self.running, self.broken = False, not self._is_as_before()
+        if self.broken:
+            raise CacheUseError("An earlier call failed half-way; call cache.reset() and start again.")
+        if self.dense and mask is not None and not isinstance(mask, Tensor):
+            raise UnsupportedModelError(TWO_DIMENSIONS)
+        if self.captured:
+            return
+        wanted = wants_gradients(decoder, tokens)
+        require_right_gradients(self, wanted)
+        if tokens is not None:
+            require_fit(self, tokens, mask, positions)
+        if self.length == 0:
+            self.owes_gradients = wanted
+        self.news.receive()
+
+    @not_traced
+    def finish(self, failed: bool) -> None:
+        """Called when the language model has run to its end, or has failed."""
+        if self.running and self.hold.thread is threading.current_thread():
+            self.running = False
+            self.broken = failed and not self.captured and not self._is_as_before()
+            if not failed and not self.captured:
+                self.news.send(self.tallies())
+        self.hold.leave()
+
+    def _is_as_before(self) -> bool:
+        """Whether a call that failed has left no trace: it was refused before anything was stored."""
+        return len(self.packed) == len(self.layers) and all(layer.store.length == self.before for layer in self.packed)
+
+    def first_needed(self, ledger: Ledger) -> int:
+        """The oldest token whose entry some layer still reads."""
+        return min(layer.store.first for layer in self.packed if layer.ledger is ledger)
+
+    def tallies(self) -> list[Tally]:
+        """Where a GPU counts what its layers find."""
+        return [tally for layer in self.packed for tally in steps.tallies(layer.store)]
+
+
+def dtype_of(decoder: nn.Module) -> torch.dtype:
+    """That of the first weights of a language model that are floating point."""
+    return next((part.dtype for part in decoder.parameters() if part.is_floating_point()), torch.float32)
