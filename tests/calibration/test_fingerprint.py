@@ -2,13 +2,14 @@ import pytest
 import torch
 
 from narrowkv.calibration import Fingerprint
-from narrowkv.errors import CalibrationError
+from narrowkv.errors import CalibrationError, NarrowKVWarning
 
 
 def test_what_it_notes(tiny):
     found = Fingerprint.of(tiny("qwen2", heads=4, kv_heads=2, head_dim=16, layers=3))
     assert (found.architecture, found.layers, found.kv_heads, found.head_dim, found.vocabulary) == ("qwen2", 3, 2, 16, 97)
-    assert len(found.weights) == 16 and all(len(numbers) == 8 for numbers in found.weights.values())
+    assert len(found.weights) in (19, 20) and all(len(numbers) == 8 for numbers in found.weights.values())
+    assert "embed_tokens.weight" in found.weights
 
 
 def test_a_difference_is_named(tiny):
@@ -34,6 +35,38 @@ def test_weights_of_few_bits_are_near_their_original(tiny):
     Fingerprint.of(few).check(Fingerprint.of(ours))
     with pytest.raises(CalibrationError, match="even for few bits"):
         Fingerprint.of(ours).check(Fingerprint.of(other))
+
+
+class Opaque(torch.Tensor):
+    """A weight in few bits, as torchao and quanto make them: floating point by name alone."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function.__name__ in ("flatten", "float", "tolist", "view"):
+            raise NotImplementedError(function.__name__)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_the_same_model_with_other_weights_in_few_bits_or_in_adapters(tiny):
+    plain, few, whole, wrapped = tiny(), tiny(), tiny(), tiny()
+    for layer in few.model.layers:
+        layer.self_attn.q_proj.weight = torch.nn.Parameter(layer.self_attn.q_proj.weight.data.as_subclass(Opaque))
+        layer.mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
+        del layer.mlp.down_proj.weight
+    for layer in wrapped.model.layers:
+        linear, layer.self_attn.v_proj = layer.self_attn.v_proj, torch.nn.Module()
+        layer.self_attn.v_proj.base_layer = linear
+        layer.self_attn.v_proj.lora_A = torch.nn.Linear(8, 8)
+    for name, part in list(whole.named_parameters()):
+        place, _, own = name.rpartition(".")
+        setattr(whole.get_submodule(place), own, torch.nn.Parameter(part.data.as_subclass(Opaque)))
+    for one in (few, wrapped):
+        Fingerprint.of(plain).check(Fingerprint.of(one))
+        Fingerprint.of(one).check(Fingerprint.of(plain))
+        with pytest.raises(CalibrationError, match="other weights"):
+            Fingerprint.of(tiny(seed=5)).check(Fingerprint.of(one))
+    with pytest.warns(NarrowKVWarning, match="cannot be told"):
+        Fingerprint.of(plain).check(Fingerprint.of(whole))
 
 
 def test_whether_the_head_is_the_embedding_makes_no_difference(tiny):

@@ -1,14 +1,19 @@
 """Fingerprint of a model: tells whether a calibration was made for it, whatever dtype it is loaded in."""
 
+import hashlib
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from narrowkv.calibration.processes import gathered, is_split
-from narrowkv.errors import CalibrationError
+from narrowkv.calibration.wrappers import decoder_of, unwrapped
+from narrowkv.errors import CalibrationError, NarrowKVWarning
 
-MATRICES, NUMBERS = 16, 8
+MATRICES, VECTORS, NUMBERS = 15, 4, 8
 TOLERANCE = 0.02  # of a matrix's largest sample: loading in bfloat16 moves a number by 0.4%, another model by all of it
 FEW_BITS = 0.4  # of all samples' length: 4 bits move them by 0.1, 2 bits by 0.3, another model by 1.4
 
@@ -18,7 +23,9 @@ class Fingerprint:
     """Shape of the attention, and some numbers of the weights.
 
     architecture: the model's type. layers, kv_heads, head_dim: of its attention. vocabulary: rows of the embedding.
-    weights: by name of up to 16 matrices spread over the model, 8 numbers spread over each. few_bits: whether weights are, or
+    weights: by name in the language model, of its embedding and of up to 15 matrices and 4 vectors, 8 numbers spread over
+    each; those that are stored as floating point alone, chosen by their names, so that the same model with some weights
+    quantized, or wrapped by adapters, has most of them too. few_bits: whether weights are, or
     once were, stored in few bits (GGUF, for one), and only near those that they were made from.
     """
 
@@ -35,6 +42,7 @@ class Fingerprint:
         """Fingerprint of a loaded transformers model. Where that is split over processes, all of them must ask together the
         first time, since weights are gathered; then it is remembered.
         """
+        model = unwrapped(model)
         known: Fingerprint | None = vars(model).get("narrowkv_fingerprint")
         if known is not None:
             return known
@@ -48,22 +56,13 @@ class Fingerprint:
         config = model.config.get_text_config(decoder=True)
         first = config.per_layer_config[0]  # some models have heads of their own in each layer
         heads = first.num_attention_heads
-        head = getattr(model.get_output_embeddings(), "weight", None)  # in some files of a model its embedding, in some apart
-        matrices = sorted(
-            (name, part)
-            for name, part in model.named_parameters()
-            if part.dim() == 2
-            and part.is_floating_point()
-            and (part is not head or head is model.get_input_embeddings().weight)
-        )
-        picked = sorted({i * (len(matrices) - 1) // (MATRICES - 1) for i in range(MATRICES)})
         return cls(
             architecture=config.model_type,
             layers=config.num_hidden_layers,
             kv_heads=getattr(first, "num_key_value_heads", None) or heads,
             head_dim=getattr(first, "head_dim", None) or config.hidden_size // heads,
             vocabulary=model.get_input_embeddings().weight.shape[0],
-            weights={name: _sample(gathered(part)) for name, part in (matrices[i] for i in picked)},
+            weights={name: _sample(gathered(part)) for name, part in sorted(_picked(model))},
             few_bits=bool(vars(model).get("narrowkv_few_bits", False) or getattr(model, "is_quantized", False)),
         )
 
@@ -91,8 +90,8 @@ class Fingerprint:
                 )
         if self.few_bits or other.few_bits:
             return self._check_near(other)
-        for name, expected in self.weights.items():
-            if not _alike(expected, other.weights.get(name, [])):
+        for name in self._comparable(other):
+            if not _alike(self.weights[name], other.weights[name]):
                 raise CalibrationError(
                     f"This calibration belongs to another model (other weights in {name}); calibrate this model."
                 )
@@ -100,18 +99,49 @@ class Fingerprint:
     def _check_near(self, other: "Fingerprint") -> None:
         """Compare weights of which some have, or had, few bits."""
         moved = length = 0.0
-        for name, expected in self.weights.items():
-            found = other.weights.get(name)
-            if found is None or len(found) != len(expected):
+        for name in self._comparable(other):
+            expected, found = self.weights[name], other.weights[name]
+            if len(found) != len(expected):
                 continue
             scale = sum(number**2 for number in expected) or 1.0
             moved += sum((ours - theirs) ** 2 for ours, theirs in zip(expected, found, strict=True)) / scale
             length += 1
-        if not (length and moved <= FEW_BITS**2 * length):
+        if moved > FEW_BITS**2 * length:
             raise CalibrationError(
                 "This calibration belongs to another model (its weights are far from these, even for few bits); "
                 "calibrate this model."
             )
+
+    def _comparable(self, other: "Fingerprint") -> list[str]:
+        """Names of the weights that both have; where there are none, a warning says so."""
+        both = [name for name in self.weights if name in other.weights]
+        if not both:
+            warnings.warn(
+                "No weight of this model is stored as the calibration knew it (quantized weights?), so whether it is the same "
+                "model cannot be told; compare answers, or calibrate this model.",
+                NarrowKVWarning,
+                stacklevel=4,
+            )
+        return both
+
+
+def _picked(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The embedding, and the matrices and vectors whose hashed names come first: the same ones, whatever else a model has."""
+    plain = dict(_plain_weights(decoder_of(model)))
+    embedding = model.get_input_embeddings()
+    for dimensions, count in ((2, MATRICES), (1, VECTORS)):
+        found = [(name, part) for name, part in plain.items() if part.dim() == dimensions]
+        found.sort(key=lambda named: hashlib.sha256(named[0].encode()).digest())
+        yield from found[:count]
+        yield from (named for named in found[count:] if named[1] is embedding.weight)
+
+
+def _plain_weights(decoder: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and weights that are floating point numbers themselves, without what adapters of PEFT add to a name or a model."""
+    for name, part in decoder.named_parameters():
+        plain = type(part) in (torch.Tensor, nn.Parameter) or is_split(part)
+        if plain and part.is_floating_point() and not part.is_meta and "lora_" not in name:
+            yield name.replace(".base_layer.", ".").replace(".original_module.", "."), part
 
 
 def _sample(matrix: torch.Tensor) -> list[float]:
