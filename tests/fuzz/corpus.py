@@ -1,6 +1,7 @@
 """Caches and calibrations of every stored form, as files that are to be forged."""
 
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -96,7 +97,9 @@ def build(folder: Path) -> None:
         for recipe in RECIPES if model in ("tiny", "wide") else FEW:
             if recipe_of(recipe).needs_calibration:
                 ids = torch.randint(2, 97, (2, 80))
-                calibrate(model_of(model), ids, recipe_of(recipe)).save_pretrained(folder / model / recipe)
+                with warnings.catch_warnings():  # nothing good can be learned from random numbers
+                    warnings.simplefilter("ignore")
+                    calibrate(model_of(model), ids, recipe_of(recipe)).save_pretrained(folder / model / recipe)
             for state in STATES if recipe in FEW and model != "wide" else ("padded",):
                 read_prompt(model_of(model), source_of(folder, model, recipe), *STATES[state]).save(
                     folder / model / recipe / f"{state}.cache"
