@@ -6,7 +6,6 @@ Versions for which there is no interpreter (on the path, or by pyenv) are named 
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -14,7 +13,6 @@ BUILT = ROOT / "build" / "versions"
 VERSIONS = ("3.10", "3.12", "3.13")  # the suite runs on 3.11
 FILES = ("src", "tests", "tools", "benchmarks", "examples")
 TRIED = """
-import sys
 sys.path.insert(0, sys.argv[1])
 import narrowkv
 from narrowkv import _kernels
@@ -57,4 +55,4 @@ def check(python: str, folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
