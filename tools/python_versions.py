@@ -13,6 +13,7 @@ BUILT = ROOT / "build" / "versions"
 VERSIONS = ("3.10", "3.12", "3.13")  # the suite runs on 3.11
 FILES = ("src", "tests", "tools", "benchmarks", "examples")
 TRIED = """
+import sys
 sys.path.insert(0, sys.argv[1])
 import narrowkv
 from narrowkv import _kernels
