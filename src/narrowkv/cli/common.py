@@ -62,6 +62,8 @@ def file_to_write(given: str) -> Path:
 def _try_writing(folder: Path, target: Path) -> None:
     """Open a file that is never seen in the folder, or in that in which it would be made."""
     try:
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(target)  # names may be too long
         there = next(parent for parent in (folder, *folder.absolute().parents) if os.path.exists(parent))
         with tempfile.TemporaryFile(dir=there):
             pass
