@@ -29,6 +29,8 @@ def calibration(model):
 def test_it_comes_back_bit_for_bit(calibration, model, tmp_path):
     calibration.save_pretrained(tmp_path / "a" / "b")
     loaded = Calibration.from_pretrained(tmp_path / "a" / "b", model)
+    assert loaded == calibration and loaded != calibration.recipe
+    assert loaded != dataclasses.replace(calibration, shapes={})
     assert loaded.recipe == calibration.recipe
     assert loaded.fingerprint == calibration.fingerprint
     assert loaded.provenance == calibration.provenance == {"narrowkv": "0.1.0", "sequences": 4, "tokens": 256}

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from tests.conftest import asset
-from transformers import DynamicCache, pipeline
+from tests.families import BASE
+from transformers import AutoConfig, Blip2ForConditionalGeneration, DynamicCache, pipeline
 
 from narrowkv import PackedCache, disable, enable, make_default
 from narrowkv.errors import RecipeError, UnsupportedModelError
@@ -109,3 +110,46 @@ def test_a_cache_passed_by_its_place_is_a_cache(tiny):
     with torch.inference_mode():
         model(ids, None, None, cache)
     assert cache.get_seq_length() == 30
+
+
+@pytest.mark.parametrize("wish", ["static", "dynamic", "quantized"])
+def test_a_wish_for_another_cache_comes_first(tiny, wish):
+    model, ids = tiny(), torch.randint(2, 97, (1, 30))
+    make_default(model, "int4")
+    if wish == "quantized":
+        with pytest.raises(ImportError, match="quanto"):  # transformers' own words, where its package is missing
+            generate(model, ids, cache_implementation=wish)
+        return
+    assert not isinstance(generate(model, ids, cache_implementation=wish).past_key_values, PackedCache)
+    model.generation_config.cache_implementation = wish
+    assert not isinstance(generate(model, ids).past_key_values, PackedCache)
+
+
+def test_a_model_that_does_not_generate_is_refused_untouched(tiny):
+    model = tiny()
+    with pytest.raises(UnsupportedModelError, match="LlamaModel does not generate"):
+        make_default(model.model, "int4")
+    assert "narrowkv_hold" not in vars(model.model)
+
+
+def test_a_model_that_generates_by_an_inner_one():
+    sight = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    text = {**BASE, "model_type": "opt", "ffn_dim": 64, "word_embed_proj_dim": 64}
+    config = AutoConfig.for_model(
+        "blip-2",
+        vision_config={**sight, "image_size": 28, "patch_size": 14},
+        qformer_config={**sight, "encoder_hidden_size": 32},
+        text_config=text,
+        num_query_tokens=4,
+        image_token_index=90,
+    )
+    model = Blip2ForConditionalGeneration(config).eval()
+    ids = torch.cat([torch.full((1, 4), 90), torch.randint(2, 80, (1, 10))], dim=1)
+    options = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 28, 28), "return_dict_in_generate": True}
+    options |= {"max_new_tokens": 20, "do_sample": False}
+    expected = model.generate(**options)
+    make_default(model, "fp16")
+    found = model.generate(**options)
+    assert isinstance(found.past_key_values, PackedCache) and torch.equal(found.sequences, expected.sequences)
+    disable(model)
+    assert isinstance(model.generate(**options).past_key_values, DynamicCache)

@@ -4,6 +4,7 @@ import copy
 import io
 import multiprocessing
 import threading
+import warnings
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from transformers import (
 )
 
 from narrowkv import PackedCache, calibrate, disable, make_default
-from narrowkv.errors import UnsupportedModelError
+from narrowkv.errors import NarrowKVWarning, UnsupportedModelError
 
 
 def traces(model):
@@ -278,6 +279,16 @@ def test_a_compiled_model_is_the_model_in_it(tiny):
     assert PackedCache(wrapped, calibrate(wrapped, ids, "nuq4")).get_seq_length() == 0
     disable(wrapped)
     assert not traces(model)
+
+
+def test_more_tokens_than_positions_are_told_of_once(tiny):
+    model, ids = tiny(), torch.randint(2, 97, (1, 17))
+    model.config.max_position_embeddings = 16
+    with pytest.warns(NarrowKVWarning, match="17 tokens are more than the 16 positions"):
+        model(ids, past_key_values=PackedCache(model, "int4"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(ids, past_key_values=PackedCache(model, "int4"))
 
 
 def test_weights_that_are_brought_layer_by_layer_are_called_so(tiny):

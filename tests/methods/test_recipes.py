@@ -149,3 +149,9 @@ def test_a_file_that_holds_no_recipe_is_told(tmp_path, content):
         get_recipe(str(path))
     with pytest.raises(RecipeError, match="Cannot read"):
         get_recipe("a\0b.json")
+
+
+@pytest.mark.parametrize("given", [4, None, ["int4"], {"name": "int4"}])
+def test_what_is_no_recipe_is_named(given):
+    with pytest.raises(RecipeError, match="A recipe is wanted, or the name of one"):
+        get_recipe(given)

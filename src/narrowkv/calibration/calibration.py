@@ -24,7 +24,7 @@ SIDES = ("keys", "values")
 MOST_SIZE = 2**16  # layers, heads, or channels of a head
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Calibration:
     """Quantizers for the keys and the values of every layer.
 
@@ -38,6 +38,20 @@ class Calibration:
     layers: dict[int, tuple[AnyQuantizer, AnyQuantizer]] = field(repr=False)
     shapes: dict[int, tuple[int, int]] = field(repr=False)
     provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both hold the same tables for the same model, wherever they come from."""
+        if not isinstance(other, Calibration):
+            return NotImplemented
+        alike = (self.recipe, self.fingerprint, self.shapes) == (other.recipe, other.fingerprint, other.shapes)
+        return alike and all(
+            one.tensors().keys() == two.tensors().keys()
+            and all(torch.equal(table, two.tensors()[name]) for name, table in one.tensors().items())
+            for layer in self.layers
+            for one, two in zip(self.layers[layer], other.layers[layer], strict=True)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
 
     def quantizers(self, layer: int) -> tuple[AnyQuantizer, AnyQuantizer]:
         """Quantizers for the keys and values of one layer; raises CalibrationError where it was not calibrated."""

@@ -33,7 +33,7 @@ class Hold:
 
     facts, dense: what the probe found, for packed layers and for the dense path. configs: those that name the attention of the
     language model or of what contains it, each with the name that the user has chosen. modules: those that know this hold.
-    hooks: what is removed when it ends.
+    hooks: what is removed when it ends. told_of_length: whether a warning was given.
     """
 
     def __init__(self) -> None:
@@ -42,6 +42,7 @@ class Hold:
         self.configs: list[tuple[Any, str]] = []
         self.modules: list[nn.Module] = []
         self.hooks: list[Any] = []
+        self.told_of_length = False
         self._unshare()
 
     def _unshare(self) -> None:

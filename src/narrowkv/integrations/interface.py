@@ -11,6 +11,7 @@ import contextlib
 import functools
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 
 from narrowkv.attention.rope import Tables
-from narrowkv.errors import CacheUseError, UnsupportedModelError
+from narrowkv.errors import CacheUseError, NarrowKVWarning, UnsupportedModelError
 from narrowkv.integrations.hold import PREFIX, SERVED, hold_of, plain_name
 from narrowkv.integrations.masks import LazyMask, lazy_mask
 from narrowkv.integrations.probe import identity
@@ -192,12 +193,31 @@ def before_decoder(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
         raise CacheUseError("The batch is empty; pass at least one sequence.")
     if kwargs.get("use_cache") is False:  # `generate` would then feed the whole text at every step, on top of what is held
         raise CacheUseError("A cache was passed, but use_cache is off; pass use_cache=True, or set model.config.use_cache.")
+    _tell_of_length(module, args, kwargs, cache)
     if kwargs.get("output_attentions"):
         raise UnsupportedModelError(NO_WEIGHTS)
     mask = kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() != 2:
         raise UnsupportedModelError(TWO_DIMENSIONS)
     cache.start(module, tokens, mask, kwargs.get("position_ids"))
+
+
+def _tell_of_length(module: nn.Module, args: tuple, kwargs: dict[str, Any], cache: NarrowCache) -> None:
+    """Warn, once for a model, where there are more tokens than it has positions for."""
+    given = next((part for part in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if part is not None), None)
+    hold, limit = hold_of(module), getattr(module.config, "max_position_embeddings", None)
+    if hold is None or hold.told_of_length or not isinstance(given, Tensor) or not isinstance(limit, int):
+        return
+    scaling = getattr(module.config, "rope_parameters", None) or {}
+    tokens = given.shape[1] + cache.get_seq_length()
+    if tokens > limit and scaling.get("rope_type") != "dynamic":  # which stretches as it goes
+        hold.told_of_length = True
+        warnings.warn(
+            f"{tokens:,} tokens are more than the {limit:,} positions that this model was made for, so its answers may make "
+            "no sense; shorten the text.",
+            NarrowKVWarning,
+            stacklevel=2,
+        )
 
 
 def after_decoder(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:

@@ -15,10 +15,13 @@ def recipe_names() -> list[str]:
     return [name for method in METHODS for name in method.NAMES]
 
 
-def get_recipe(name: "str | Recipe") -> Recipe:
+def get_recipe(name: "str | Path | Recipe") -> Recipe:
     """The recipe called `name`, or read from the JSON file of that name; raises RecipeError and lists what exists."""
     if isinstance(name, Recipe):
         return name
+    if not isinstance(name, str | Path):
+        raise RecipeError(f"A recipe is wanted, or the name of one ({', '.join(recipe_names()[:3])}, ...), not {name!r:.80}.")
+    name = str(name)
     for method in METHODS:
         found: Recipe | None = method.recipe(name)
         if found is not None:
