@@ -4,6 +4,7 @@ import copy
 import itertools
 import pickle
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ import torch
 from tests.families import make
 from transformers import DynamicCache
 
-from narrowkv import PackedCache, get_recipe
-from narrowkv.errors import CacheUseError, NarrowKVError, UnsupportedModelError
+from narrowkv import PackedCache, calibrate, get_recipe
+from narrowkv.errors import CacheUseError, NarrowKVError, NarrowKVWarning, UnsupportedModelError
 
 IDS = torch.arange(2 * 80).view(2, 80) * 31 % 95 + 2
 
@@ -219,3 +220,28 @@ def test_an_interrupted_call_is_noticed(tiny):
             step(model, cache)
     cache.reset()
     step(model, cache)
+
+
+@pytest.mark.parametrize("name", ["narrow3", "channel3", "nuq3", "int4-channel", "nuq3-1%", "int4"])
+def test_numbers_beyond_what_was_learned_are_counted_and_told_once(tiny, name):
+    model = tiny(attention_bias=True)
+    source = calibrate(model, IDS, name) if get_recipe(name).needs_calibration else name
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NarrowKVWarning)
+        assert prompt(model, source).saturated < 1e-3
+    learned = PackedCache(model, source)
+    model.model.layers[1].self_attn.k_proj.weight.data[3] *= 1e3
+    if name in ("nuq3-1%", "int4"):
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("error", NarrowKVWarning)
+            model(IDS, past_key_values=learned)
+        assert learned.saturated == 0
+        return
+    with torch.no_grad(), pytest.warns(NarrowKVWarning, match="far beyond what its calibration has seen"):
+        model(IDS[:, :40], past_key_values=learned)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", NarrowKVWarning)
+        model(IDS[:, 40:], past_key_values=learned)
+    assert learned.saturated > 1e-3
+    learned.reset()
+    assert learned.saturated == 0

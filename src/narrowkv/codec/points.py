@@ -103,6 +103,15 @@ class PointQuantizer(Tables):
             keep_outliers(encoded, exact, outside, skip, x.dtype)
         return encoded
 
+    def far(self, x: Tensor) -> Tensor | None:
+        if self.limit is not None and self.scheme.outlier_cap is None:
+            return None
+        assert self.points is not None
+        low, high = (from_vectors(end.float())[:, None] for end in self.points.aminmax(dim=2))  # [kv_heads, 1, head_dim]
+        width = high - low
+        numbers = self.turned(x)
+        return (numbers < low - width) | (numbers > high + width)
+
     def stepper(self) -> cuda.Stepper | None:
         unit, points = self._search
         return None if self.scheme.outlier_cap is not None else cuda.PointEncoder(self.turned, unit, points, self.limit)

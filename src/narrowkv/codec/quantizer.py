@@ -118,6 +118,13 @@ class Quantizer(Tables):
         held = None if encoder is None else encoder.write(room, first, x, skip)
         return super().encode_into(room, first, x, skip) if held is None else held
 
+    def far(self, x: Tensor) -> Tensor | None:
+        kept = self.scheme.outliers > 0 and self.scheme.outlier_cap is None
+        if self.scale is None or self.zero is None or kept:
+            return None
+        reach = self.scale.clamp(min=float(self.scale.mean()) / 100)  # a channel that was constant may move a little
+        return (x.float() - self.zero[:, None]).abs() > 3 * reach[:, None]
+
     def encode_naive(self, x: Tensor, skip: Tensor | None = None) -> Encoded:
         """The same in plain torch, exactly."""
         if self.scheme.datatype == "exact":

@@ -53,6 +53,13 @@ class Tables:
         """Quantise numbers, once and for all; see `Quantizer.encode`."""
         raise NotImplementedError
 
+    def far(self, x: Tensor) -> Tensor | None:
+        """Which numbers [batch, kv_heads, tokens, head_dim] lie farther beyond what codes reach than that is wide: bool.
+
+        Channels are as codes see them; None where codes reach everything, or what they do not reach is kept exact.
+        """
+        return None
+
     def encode_into(self, room: Room, first: int, x: Tensor, skip: Tensor | None = None) -> int:
         """The same, written to room from the token `first` on.
 

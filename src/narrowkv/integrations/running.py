@@ -1,6 +1,7 @@
 """RunningCache: what a packed cache does around each run of its model, so that none leaves it half filled unnoticed."""
 
 import threading
+import warnings
 import weakref
 from typing import Any
 
@@ -8,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from narrowkv.codec.tally import Tally
-from narrowkv.errors import CacheUseError, NarrowKVError, UnsupportedModelError
+from narrowkv.errors import CacheUseError, NarrowKVError, NarrowKVWarning, UnsupportedModelError
 from narrowkv.integrations.admission import Hold, require_fit, require_right_gradients, wants_gradients
 from narrowkv.integrations.dense import DenseLayer
 from narrowkv.integrations.interface import ANOTHER_MODEL, TWO_DIMENSIONS, NarrowCache, Step
 from narrowkv.integrations.layer import PackedLayer, not_traced
 from narrowkv.store import Ledger, steps
+
+SATURATED = 1e-3  # part of a layer's numbers above which it is told
 
 
 class RunningCache(NarrowCache):
@@ -33,6 +36,7 @@ class RunningCache(NarrowCache):
     def __init__(self, layers: list[Any]):
         super().__init__(layers=layers)
         self.captured = False  # while the model runs to be captured in a CUDA graph
+        self.told_of_saturation = False
         self.settle()
 
     def settle(self) -> None:
@@ -118,11 +122,32 @@ class RunningCache(NarrowCache):
             self.broken = failed and not self.captured and not self._is_as_before()
             if not failed and not self.captured:
                 self.news.send(self.tallies())
+                self._tell_of_saturation()
         self.hold.leave()
 
     def _is_as_before(self) -> bool:
         """Whether a call that failed has left no trace: it was refused before anything was stored."""
         return len(self.packed) == len(self.layers) and all(layer.store.length == self.before for layer in self.packed)
+
+    @property
+    def saturated(self) -> float:
+        """The part of the numbers seen that lie beyond the ranges and codebooks learned for them, by more than their width.
+
+        0 for recipes that learn none; counted on a CPU, of tokens that come together (prompts, not single steps).
+        """
+        far, seen = (sum(getattr(layer.store.saturation, name) for layer in self.packed) for name in ("far", "seen"))
+        return far / seen if seen else 0.0
+
+    def _tell_of_saturation(self) -> None:
+        worst = max(layer.store.saturation.fraction for layer in self.packed)
+        if worst > SATURATED and not self.told_of_saturation:
+            self.told_of_saturation = True
+            warnings.warn(
+                f"{worst:.1%} of a layer's keys and values lie far beyond what its calibration has seen, and are stored wrong "
+                "(cache.saturated counts them); calibrate on text like this, or choose a recipe with outliers.",
+                NarrowKVWarning,
+                stacklevel=2,
+            )
 
     def first_needed(self, ledger: Ledger) -> int:
         """The oldest token whose entry some layer still reads."""

@@ -14,6 +14,7 @@ from narrowkv.store import reading, steps
 from narrowkv.store.bias import Bias, Numbers
 from narrowkv.store.fitting import fitting
 from narrowkv.store.page import BLOCK, Column, Page, move_together, to_blocks
+from narrowkv.store.saturation import Saturation
 from narrowkv.store.sinks import Places, find_sinks
 from narrowkv.store.tail import Tail
 from narrowkv.store.window import Window
@@ -43,6 +44,7 @@ class LayerStore:
         """Forget everything; recipes and tables stay."""
         self.columns: list[Column] = []
         self.sealed = 0  # tokens in columns
+        self.saturation = Saturation()
         self.first = 0  # tokens forgotten, all of them before those held
         self.growing: Page | None = None  # the page with free slots for blocks that come singly
         self.tail: Tail | None = None
@@ -106,8 +108,7 @@ class LayerStore:
         try:
             self._append(keys, values, skip)
         except ActivationError:
-            if before == 0:
-                self.reset()
+            self.reset() if before == 0 else None
             raise
         if sinks is not None:
             self._take_sinks(keys, values, before, *sinks)
@@ -181,6 +182,7 @@ class LayerStore:
                 cuts = [_cut(part, skip, start, stop + more) for part, more in zip((keys, values), self.ahead, strict=True)]
                 of_keys = self.bias.of_keys(self.first + self.sealed, max(whole // BLOCK, 1))
                 parts = self.bias.taken_out(cuts[0], cuts[1], of_keys, self.schemes)
+                self.saturation.see(self.quantizers, parts)
                 if whole:
                     first, second = self.quantizers
                     pair = (first.encode(*parts[0]), second.encode(*parts[1]))
@@ -216,9 +218,7 @@ class LayerStore:
         return sealed
 
     def _page(self, columns: int, keys: Encoded, values: Encoded) -> Page:
-        """A page for `columns` columns, of which these are the first: one just large enough where many come at once,
-        one with room to grow where they come singly.
-        """
+        """A page for `columns` columns, of which these are the first: just large enough, or with room to grow for singles."""
         assert self.shape is not None
         batch = self.shape[0]
         if columns > 1:
