@@ -255,5 +255,6 @@ class PackedCache(RunningCache):
 
 
 def _copied(module: weakref.ref[torch.nn.Module], memo: dict[int, Any]) -> weakref.ref[torch.nn.Module]:
-    """A module's copy, if one was made."""
-    return weakref.ref(memo.get(id(module()), module()))
+    """A module's copy, if one was made; a cache may outlive its model."""
+    found = module()
+    return module if found is None else weakref.ref(memo.get(id(found), found))
