@@ -94,7 +94,7 @@ struct Problem {
     const uint8_t* hidden;       // [hidden_batch, queries, tokens + tail + dense], or null
     const int64_t* sink_index;   // [batch, sinks]
     const float* sink_logits;    // [query_heads], or null
-    const float* key_offsets;    // [batch, query_heads, queries, blocks + 1] added to scores of a block, and of the tail; or null
+    const float* key_offsets;    // [batch, query_heads, queries, tokens + tail] added to scores; or null
     const float* value_bias;     // [kv_heads, head_dim] added to each value of blocks and of the tail; or null
     float* output;               // [2, batch, query_heads, queries, head_dim]: what blocks and what exact tokens contribute
 };

@@ -54,12 +54,13 @@ class Sight {
         return true;
     }
 
-    // What the bias of keys, which is taken out of a block, adds to the scores of its tokens, [rows][stride].
-    void add_offsets(const Piece& piece, int block, float* scores, int stride) const {
+    // What the bias of keys, which codes are without, adds to the scores of tokens, [rows][stride].
+    void add_offsets(const Piece& piece, int64_t token, int count, float* scores, int stride) const {
         if (!problem.key_offsets) return;
-        const float* offsets = problem.key_offsets + (int64_t(piece.row) * problem.kv_heads + piece.head) * rows * (problem.blocks + 1) + block;
-        for (int i = 0; i < rows; ++i, offsets += problem.blocks + 1, scores += stride) {
-            for (int t = 0; t < kBlock; ++t) scores[t] += *offsets;
+        const int64_t length = problem.tokens + problem.tail;
+        const float* offsets = problem.key_offsets + (int64_t(piece.row) * problem.kv_heads + piece.head) * rows * length + token;
+        for (int i = 0; i < rows; ++i, offsets += length, scores += stride) {
+            for (int t = 0; t < count; ++t) scores[t] += offsets[t];
         }
     }
 
@@ -134,7 +135,7 @@ class Worker : Sight {
             turn_and_take_keys(piece, start, from, some);
         }
         prefetch_beside(problem.keys, next[0], after[0], piece.head);
-        add_offsets(piece, block, scratch.scores, kBlock);
+        add_offsets(piece, start, count, scratch.scores, kBlock);
         weigh_all(piece, start, count);
         const int tokens = piece.channel_major ? kBlock : kTurned;
         for (int from = 0; from < count; from += tokens) {
@@ -155,7 +156,7 @@ class Worker : Sight {
         for (int from = 0; from < count; from += kTurned) {
             turn_and_take_keys(piece, problem.tokens, from, fill_tile(scratch.tail, from, count, true));
         }
-        add_offsets(piece, problem.blocks, scratch.scores, kBlock);
+        add_offsets(piece, problem.tokens, count, scratch.scores, kBlock);
         weigh_all(piece, problem.tokens, count);
         read(problem.values, problem.tails[1]);
         for (int from = 0; from < count; from += kTurned) {

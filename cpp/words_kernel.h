@@ -81,7 +81,7 @@ class WordWorker : Sight {
             const bool seen = count > 0 && !nothing_seen(piece.row, start, count);
             float* to = &scores[(block - first) * kBlock];
             if (seen) span.sides[block - first] = sides, keys.score(sides[0], start, count, ahead, to, kSpan);
-            if (seen) add_offsets(piece, block, to, kSpan);
+            if (seen) add_offsets(piece, start, count, to, kSpan);
             for (int row = 0; problem.softcap != 0.0f && row < rows; ++row) cap(to + row * kSpan, kBlock, problem.softcap);
             hide(piece, start, seen ? count : 0, to, kSpan);
         }

@@ -36,7 +36,7 @@ VALUES = {name: replace(scheme, pre_rope=False) for name, scheme in KEYS.items()
 class PreciseRope(Rope):
     """Angles in float64: rounded to float32 they are off by as much as positions are large."""
 
-    def cos_sin(self, kept):
+    def cos_sin(self, kept, precise=True):
         angles = kept[..., None].double() * self.inverse_frequencies.double()
         return angles.cos() * self.scaling, angles.sin() * self.scaling
 
@@ -92,7 +92,7 @@ def case(
     bias = Bias()
     if biased:
         bias = bias_for(keys, values, kv_heads, dim, turning, kept)
-        k, v = k + bias.of_keys(0, -(-total // 64)).repeat_interleave(64, 2)[:, :, :total], v + bias.values[:, None]
+        k, v = k + bias.of_keys(0, total), v + bias.values[:, None]
     store = LayerStore(made(keys, kv_heads, dim), made(values, kv_heads, dim), sinks=sinks, window=window, bias=bias)
     store.append(k, v, valid)
     options = {

@@ -1,4 +1,4 @@
-"""What is taken out of keys and values before they are encoded: each block against the formula, written again."""
+"""What is taken out of keys and values before they are encoded: against the formula, written again."""
 
 import copy
 
@@ -48,13 +48,14 @@ def append(store, keys, values, positions, chunks):
 
 
 def by_formula(store, keys, values, positions):
-    """Keys and values that went through the quantizers block by block, less the bias turned to the block's first token."""
+    """Keys and values that went through the quantizers block by block, less the bias turned to each token's position."""
     found, quantizer, bias = [], store.quantizers[0], store.bias
     for start in range(0, keys.shape[2], 64):
         for x, of in ((keys[:, :, start : start + 64], bias.keys), (values[:, :, start : start + 64], bias.values)):
             constant = of[None, :, None].expand(len(x), -1, -1, -1)
             if of is bias.keys and bias.rope:
-                constant = bias.rope.rotate(constant, positions[:, start : start + 1])
+                at = positions[:, start : start + x.shape[2]]
+                constant = bias.rope.rotate_precisely(constant.expand(-1, -1, at.shape[1], -1), at).float()
             found.append(quantizer.decode(quantizer.encode(x - constant)) + constant)
     return torch.cat(found[::2], 2), torch.cat(found[1::2], 2)
 
@@ -62,7 +63,7 @@ def by_formula(store, keys, values, positions):
 @pytest.mark.parametrize("rope", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", [name for name in SCHEMES if "window" not in name])
-def test_every_block_has_a_constant_of_its_own(name, shape, rope):
+def test_every_token_loses_its_own_bias(name, shape, rope):
     scheme = SCHEMES[name]
     store, keys, values, positions = biased_store(scheme, shape, rope=rope)
     append(store, keys, values, positions, shape[3])

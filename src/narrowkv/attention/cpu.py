@@ -94,7 +94,8 @@ def attend(
     sinks = None if store.sink_index is None else (store.sink_index - store.first).contiguous()
     sink_logits = None if sink_logits is None else sink_logits.float().contiguous()
     heads = keys.shape[1]
-    key_offsets = offsets_of(query, _constants(store, blocks.starts), scaling)
+    recorded = store.bias.ledger.read(store.first, store.first + sealed + tail) if store.bias.ledger else None
+    key_offsets = offsets_of(query, store.bias, recorded, sealed + tail, scaling)
     value_bias = turn_value_bias(store.quantizers[1], blocks.matrices[1], store.bias.values)
     _kernels.attend(
         kernel=kernel,
@@ -131,15 +132,6 @@ def attend(
         softcap=softcap or 0.0,
     )
     return turn_sum(store.quantizers[1], blocks.matrices[1], output[0]) + output[1]
-
-
-def _constants(store: LayerStore, starts: Tensor) -> Tensor | None:
-    """What was taken out of the keys of each block, and of the tail: [batch or 1, kv_heads, blocks + 1, head_dim]."""
-    bias = store.bias
-    if bias.keys is None or bias.ledger is None:
-        return None if bias.keys is None else bias.keys[None, :, None].expand(1, -1, len(starts), -1)
-    tokens = (starts + store.first).clamp(max=store.length - 1)  # there may be no tail
-    return bias.turned(bias.ledger.read_at(tokens))
 
 
 def _tail(store: LayerStore, side: int) -> list[int]:

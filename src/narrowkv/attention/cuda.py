@@ -27,7 +27,6 @@ from narrowkv.errors import UnsupportedModelError
 from narrowkv.store import LayerStore
 
 TOLD = 12  # numbers of `lengths`
-SEALED, KEPT = 1, 11  # which of them: tokens in blocks, and where the first token held is in `kept`
 MOST_HEAD_DIM = 256
 FEWEST_ROWS, MOST_ROWS = 8, 32  # queries that share a decoded tile, half as many in float32: more are spilled
 PROGRAMS = 4  # for each multiprocessor

@@ -1,13 +1,16 @@
 """What kernels of any device have in common: which schemes they read, and turns of whole heads around them."""
 
 import functools
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from narrowkv.attention.rope import AnyRope, Rope
 from narrowkv.codec import AnyQuantizer, PointQuantizer, Quantizer, Scheme, hadamard
 from narrowkv.errors import UnsupportedModelError
 from narrowkv.store import BLOCK, LayerStore
+from narrowkv.store.bias import Bias
 
 
 @functools.cache
@@ -35,15 +38,13 @@ def turn_query(quantizer: AnyQuantizer, matrix: Tensor | None, query: Tensor) ->
 
     matrix: that of the quantizer, by `matrix_of`.
     """
-    if quantizer.scheme.hadamard:
-        return hadamard.rotate(query).contiguous()
-    return query if matrix is None else _by_head(query, matrix)
+    query = query if matrix is None else _by_head(query, matrix)
+    return hadamard.rotate(query).contiguous() if quantizer.scheme.hadamard else query
 
 
 def turn_sum(quantizer: AnyQuantizer, matrix: Tensor | None, total: Tensor) -> Tensor:
     """Sums of values [batch, query_heads, queries, head_dim] as their codes see them, turned back."""
-    if quantizer.scheme.hadamard:
-        return hadamard.rotate_back(total)
+    total = hadamard.rotate_back(total) if quantizer.scheme.hadamard else total
     return total if matrix is None else _by_head(total, matrix.mT)
 
 
@@ -56,23 +57,56 @@ def turn_value_bias(quantizer: AnyQuantizer, matrix: Tensor | None, bias: Tensor
 
 
 def matrix_of(quantizer: AnyQuantizer) -> Tensor | None:
-    """What codes stand for, times this matrix [kv_heads, head_dim, head_dim] transposed, are the numbers; None if they are."""
+    """What codes stand for, turned back by Hadamard, times this matrix [kv_heads, head_dim, head_dim] transposed, are the
+    numbers; None if they are.
+    """
     if isinstance(quantizer, PointQuantizer):
         return None if quantizer.turn is None else quantizer.turn.float()
     smooth = quantizer.smooth if isinstance(quantizer, Quantizer) else None
     return None if smooth is None else torch.diag_embed(smooth)
 
 
-def offsets_of(query: Tensor, constant: Tensor | None, scaling: float) -> Tensor | None:
-    """What the bias that was taken out of blocks of keys adds to the scores of their tokens.
+def offsets_of(query: Tensor, bias: Bias, kept: Tensor | None, tokens: int, scaling: float) -> Tensor | None:
+    """What the bias that was taken out of keys adds to the scores of packed tokens; None where there is none.
 
-    query: [batch, query_heads, queries, head_dim], rotated. constant: [batch or 1, kv_heads, blocks, head_dim] float32, as
-    `store.bias` has it. Returns [batch, query_heads, queries, blocks] float32.
+    query: [batch, query_heads, queries, head_dim], rotated. kept: of these tokens [batch, tokens, ...], if the bias turns.
+    Returns [batch, query_heads, queries, tokens] float32. Where positions follow each other, cosines and sines are those of
+    every 64th token: what turns from there on is the same for all.
     """
-    if constant is None:
+    if bias.keys is None:
         return None
-    grouped = query.float().reshape(len(query), constant.shape[1], -1, query.shape[-1])
-    return (scaling * grouped @ constant.mT).view(*query.shape[:3], -1)
+    x, rope = scaling * query.float().reshape(len(query), len(bias.keys), -1, query.shape[-1]), cast(AnyRope | None, bias.rope)
+    if rope is None or kept is None:
+        return (x @ bias.keys[..., None]).expand(-1, -1, -1, tokens).reshape(*query.shape[:3], tokens).contiguous()
+    starts = _starts(kept) if isinstance(rope, Rope) else None
+    cos, sin = (part.float() for part in rope.cos_sin(kept if starts is None else starts, precise=True))
+    pairs = cos.shape[-1]
+    (x1, x2), (b1, b2) = (_in_pairs(part, pairs, rope.interleaved) for part in (x, bias.keys[:, None]))
+    along, across = x1 * b1 + x2 * b2, x2 * b1 - x1 * b2  # [batch, kv_heads, rows, pairs]
+    if isinstance(rope, Rope) and starts is not None:
+        angles = torch.arange(BLOCK, device=kept.device)[:, None] * rope.inverse_frequencies.double()
+        cos, sin, along, across = cos[:, None, None], sin[:, None, None], along[..., None, :], across[..., None, :]
+        first, second = along * cos + across * sin, across * cos - along * sin  # [batch, kv_heads, rows, blocks, pairs]
+        found = first @ angles.cos().float().mT + second @ angles.sin().float().mT
+        found = found.flatten(3)[..., :tokens]
+    else:
+        found = along @ cos[:, None].mT + across @ sin[:, None].mT
+    if 2 * pairs < x.shape[-1]:
+        found = found + x[..., 2 * pairs :] @ bias.keys[:, 2 * pairs :, None]
+    return found.reshape(*query.shape[:3], tokens).contiguous()
+
+
+def _starts(positions: Tensor) -> Tensor | None:
+    """The position of every 64th token, [batch, blocks] of [batch, tokens], if those between follow it; else None."""
+    starts, tokens = positions[:, ::BLOCK], positions.shape[1]
+    following = starts.repeat_interleave(BLOCK, dim=1)[:, :tokens] + torch.arange(tokens, device=positions.device) % BLOCK
+    return starts if torch.equal(following, positions) else None
+
+
+def _in_pairs(x: Tensor, pairs: int, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """The two numbers of each pair of channels that turn together, [..., pairs] each."""
+    turning = x[..., : 2 * pairs]
+    return (turning[..., ::2], turning[..., 1::2]) if interleaved else (turning[..., :pairs], turning[..., pairs:])
 
 
 def _by_head(x: Tensor, matrix: Tensor) -> Tensor:

@@ -47,9 +47,13 @@ class Rope:
         assert positions is not None
         return positions
 
-    def cos_sin(self, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """kept: [batch, tokens] positions. Returns cosine and sine, [batch, tokens, rotary_dim / 2] float32."""
-        angles = kept[..., None].float() * self.inverse_frequencies
+    def cos_sin(self, kept: Tensor, precise: bool = False) -> tuple[Tensor, Tensor]:
+        """kept: [batch, tokens] positions. Returns cosine and sine, [batch, tokens, rotary_dim / 2] float32.
+
+        precise: in float64, where float32 would be off by as much as positions are large, which is how models have it.
+        """
+        dtype = torch.float64 if precise else torch.float32
+        angles = kept[..., None].to(dtype) * self.inverse_frequencies.to(dtype)
         return angles.cos() * self.scaling, angles.sin() * self.scaling
 
     def rotate(self, x: Tensor, kept: Tensor, precision: torch.dtype | None = None) -> Tensor:
@@ -58,6 +62,10 @@ class Rope:
         In the dtype of x or, if it has more bits, in `precision`.
         """
         return turn(_widened(x, precision), *self.cos_sin(kept), self.interleaved)
+
+    def rotate_precisely(self, x: Tensor, kept: Tensor) -> Tensor:
+        """The same in float64, angles too."""
+        return turn(x.double(), *self.cos_sin(kept, precise=True), self.interleaved)
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,7 @@ class StoredRope:
             return pair[..., : pair.shape[-1] // 2]
         return pair[..., ::2] if self.layout == "repeated" else pair
 
-    def cos_sin(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+    def cos_sin(self, kept: Tensor, precise: bool = False) -> tuple[Tensor, Tensor]:
         """kept: [batch, tokens, 2, rotary_dim / 2]. Returns cosine and sine, [batch, tokens, rotary_dim / 2]."""
         cos, sin = kept.unbind(-2)
         return cos, sin
@@ -95,6 +103,10 @@ class StoredRope:
     def rotate(self, x: Tensor, kept: Tensor, precision: torch.dtype | None = None) -> Tensor:
         """Turn x: [batch, heads, tokens, head_dim] by what was kept of its tokens; dtypes as of `Rope.rotate`."""
         return turn(_widened(x, precision), *self.cos_sin(kept), self.interleaved)
+
+    def rotate_precisely(self, x: Tensor, kept: Tensor) -> Tensor:
+        """The same in float64."""
+        return turn(x.double(), *self.cos_sin(kept), self.interleaved)
 
 
 def _widened(x: Tensor, precision: torch.dtype | None) -> Tensor:

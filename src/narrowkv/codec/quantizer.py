@@ -107,7 +107,7 @@ class Quantizer(Tables):
         if encoder is not None:
             batch, heads, tokens, dim = x.shape
             room = Room(self.scheme, batch, heads, tokens, dim, like=x)
-            held = encoder.write(room, 0, x, skip)
+            held = encoder.write(room, 0, self._smoothed(x) if x.is_cpu else x, skip)
             if held is not None:
                 room.outliers = held
                 return room.encoded()
@@ -115,7 +115,7 @@ class Quantizer(Tables):
 
     def encode_into(self, room: Room, first: int, x: Tensor, skip: Tensor | None = None) -> int:
         encoder = self._encoder_for(x)
-        held = None if encoder is None else encoder.write(room, first, x, skip)
+        held = None if encoder is None else encoder.write(room, first, self._smoothed(x) if x.is_cpu else x, skip)
         return super().encode_into(room, first, x, skip) if held is None else held
 
     def far(self, x: Tensor) -> Tensor | None:
@@ -159,10 +159,10 @@ class Quantizer(Tables):
 
     @functools.cached_property
     def _encoder(self) -> Encoder | None:
-        """The compiled form of `encode`, or None where it does not do what the scheme asks for."""
+        """The compiled form of `encode`, once numbers are smoothed; None where it does not do what the scheme asks for."""
         scheme = self.scheme
         selected = scheme.axis == "channel" and outliers_per_tail(scheme.group or 0, scheme.outliers) > 0
-        if self.boundaries is None or not self._plain or selected or scheme.hadamard or scheme.smooth:
+        if self.boundaries is None or not self._plain or selected or scheme.hadamard:
             return None
         return Encoder(scheme, self.boundaries, self.scale, self.zero, self.lower, self.upper)
 
@@ -184,7 +184,8 @@ class Quantizer(Tables):
         """The same for ranges of groups, as KIVI has it."""
         scheme = self.scheme
         selected = outliers_per_tail(scheme.group or 0, scheme.outliers) > 0
-        if self.boundaries is None or not self._plain or not scheme.group or selected or scheme.hadamard or scheme.smooth:
+        turned = scheme.hadamard or self.smooth is not None
+        if self.boundaries is None or not self._plain or not scheme.group or selected or turned:
             return None
         return GroupEncoder(scheme, self.boundaries.contiguous())
 
@@ -199,8 +200,11 @@ class Quantizer(Tables):
 
     def _turned(self, x: Tensor) -> Tensor:
         """Numbers as the codes see them, float32."""
-        numbers = x.float() if self.smooth is None else x.float() / self.smooth[:, None]
+        numbers = self._smoothed(x).float()
         return hadamard.rotate(numbers) if self.scheme.hadamard else numbers.contiguous()
+
+    def _smoothed(self, x: Tensor) -> Tensor:
+        return x if self.smooth is None else x.float() / self.smooth[:, None]
 
     def normalise(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Numbers as a codebook sees them, outside [-1, 1] where they are outliers, and the scale they were divided by.

@@ -55,6 +55,8 @@ class Scheme:
     span: with `iv`, the levels of a block are those of a sliding window of so many blocks, itself and those that follow it.
     remove_bias: what a projection adds to every key, or value, is taken out before numbers are quantised (`store.bias`);
         where ranges are static there is no need, for those of a channel take a constant in.
+    fold_gain: keys stored after the rotary embedding are divided by the gain of the norm that made them, one factor for each
+        pair of channels, before they are quantised, where ranges are shared by channels; the query is multiplied by it.
 
     Raises RecipeError where these contradict each other.
     """
@@ -77,6 +79,7 @@ class Scheme:
     floor: bool = False
     span: int = 1
     remove_bias: bool = True
+    fold_gain: bool = True
 
     def __post_init__(self) -> None:
         for field, hint in get_type_hints(type(self)).items():
@@ -103,7 +106,7 @@ class Scheme:
             raise RecipeError(f"An outlier cap is a whole number from 1 to {MOST_CAP} and needs an outlier fraction above 0.")
         if self.group is not None:
             self._check_group(self.group)
-        for name in ("pre_rope", "qnorm", "hadamard", "turn", "floor", "remove_bias"):
+        for name in ("pre_rope", "qnorm", "hadamard", "turn", "floor", "remove_bias", "fold_gain"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"{name} is true or false, not {getattr(self, name)!r}.")
         if self.qnorm and self.datatype != "nuq":
@@ -219,6 +222,12 @@ class Scheme:
     def takes_bias_out(self) -> bool:
         """Whether a constant that is added to all numbers of a channel would cost precision, and so is taken out."""
         return self.remove_bias and self.datatype != "exact" and not self.static
+
+    @property
+    def takes_gain_out(self) -> bool:
+        """Whether keys are divided by the gain of a norm."""
+        by_token = self.axis in ("token", "token_head") and not (self.pre_rope or self.outliers or self.smooth)
+        return self.fold_gain and by_token and self.datatype in ("int", "nf", "fp")
 
     @property
     def needs_calibration(self) -> bool:

@@ -24,7 +24,7 @@ from narrowkv.integrations.disk import load_cache, save_cache
 from narrowkv.integrations.layer import PackedLayer
 from narrowkv.integrations.preparation import facts_for
 from narrowkv.integrations.probe import AttentionFacts, own_layers, text_config
-from narrowkv.integrations.projections import bias_of
+from narrowkv.integrations.projections import bias_of, with_gain
 from narrowkv.integrations.running import RunningCache, dtype_of
 from narrowkv.methods import Recipe, get_recipe
 from narrowkv.store import LayerStore, Ledger
@@ -94,14 +94,15 @@ class PackedCache(RunningCache):
     def _layer(
         self, fact: AttentionFacts, quantizers: tuple[AnyQuantizer, AnyQuantizer], own: Any, backend: str, strict: bool
     ) -> PackedLayer:
-        keys, values = (quantizer.to(self.device) for quantizer in quantizers)
+        keys, values = quantizers
+        keys, values = (quantizer.to(self.device) for quantizer in (with_gain(keys, fact.constants), values))
         for quantizer in (keys, values):
             quantizer.scheme.require_head_dim(fact.head_dim)
         rope = fact.rope.to(self.device) if fact.rope else None
         bias = bias_of(fact.constants, rope, keys.scheme, values.scheme, self.device)
-        recorded = rope is not None and (keys.scheme.pre_rope or bias.of_blocks)
+        recorded = rope is not None and (keys.scheme.pre_rope or bias.turns)
         ledger = self.ledgers.setdefault(rope.record, Ledger()) if rope and recorded else None
-        bias.ledger = ledger if bias.of_blocks else None
+        bias.ledger = ledger if bias.turns else None
         store = LayerStore(keys, values, self.recipe.sinks, self.recipe.window, bias)
         kind = DenseLayer if self.dense else PackedLayer
         return kind(store, rope, ledger, backend, strict, getattr(own, "sliding_window", None))

@@ -45,7 +45,7 @@ def capture_cache(model: PreTrainedModel, facts: ModelFacts, listener: LayerList
 def fits_for(fact: AttentionFacts, recipes: Sequence[Recipe]) -> LayerFits:
     """What learns some recipes from what such an attention module stores."""
     known = fact.constants
-    biases = (Bias(known.keys, known.values), Bias(known.rotated, known.values, fact.rope))
+    biases = (Bias(known.keys, known.values), Bias(known.keys, known.values, fact.rope))
     return LayerFits(recipes, fact.layer, (fact.kv_heads, fact.head_dim), biases)
 
 

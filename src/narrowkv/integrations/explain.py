@@ -10,9 +10,9 @@ class Explanation:
     """Bytes by part for each layer, and what all layers share; printing it gives a table.
 
     layers: for each packed layer by its number, bytes of codes, scales, outliers, tail, window, sinks, slots, bias
-    and tables.
-    bias: of how many layers what projections add is taken out of keys, and of values. positions: bytes of positions or angles
-    that all layers share. numbers: keys and values held in all.
+    and tables. positions: bytes of positions or angles that all layers share. numbers: keys and values held in all. bias: of
+    how many layers what projections add is taken out of keys, and of values. gain: in how many layers keys are divided by the
+    gain of a norm.
     """
 
     recipe: str
@@ -20,6 +20,7 @@ class Explanation:
     positions: int
     numbers: int
     bias: tuple[int, int] = (0, 0)
+    gain: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -41,11 +42,15 @@ class Explanation:
         return "\n".join([shared, *self._told(), *lines])
 
     def _told(self) -> list[str]:
-        keys, values = self.bias
-        if not keys and not values:
-            return []
-        layers = f"{keys} layer{'s' if keys != 1 else ''}"
-        return [f"the bias of the projections is taken out of the keys of {layers} and the values of {values}, and put back"]
+        (keys, values), told = self.bias, []
+        if keys or values:
+            layers = f"{keys} layer{'s' if keys != 1 else ''}"
+            told.append(
+                f"the bias of the projections is taken out of the keys of {layers} and the values of {values}, and put back"
+            )
+        if self.gain:
+            told.append(f"the gain of a norm is folded into the query in {self.gain} layer{'s' if self.gain != 1 else ''}")
+        return told
 
 
 def explain(cache: PackedCache) -> Explanation:
@@ -58,4 +63,6 @@ def explain(cache: PackedCache) -> Explanation:
     positions = sum(tensor.untyped_storage().nbytes() for ledger in cache.ledgers.values() for tensor in ledger.tensors())
     biases = [layer.store.bias for layer in cache.packed]
     taken = tuple(sum(part is not None for part in side) for side in zip(*((b.keys, b.values) for b in biases), strict=True))
-    return Explanation(cache.recipe.name, layers, positions, cache.numbers, (taken[0], taken[1]))
+    keys = [layer.store.quantizers[0] for layer in cache.packed]
+    gain = sum("smooth" in one.tensors() and one.scheme.smooth == 0 for one in keys)
+    return Explanation(cache.recipe.name, layers, positions, cache.numbers, (taken[0], taken[1]), gain)

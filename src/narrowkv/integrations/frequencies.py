@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from narrowkv.attention import AnyRope, Rope, StoredRope
+from narrowkv.attention import Rope, StoredRope
 from narrowkv.attention.rope import Tables
 
 STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")  # angles that positions alone determine
@@ -50,11 +50,3 @@ def frequencies(model: nn.Module) -> list[tuple[Tensor, float, str]]:
                 scaling = float(getattr(module, f"{prefix}attention_scaling", 1.0))
                 found.append((buffer.detach().float(), scaling, str(kind)))
     return found
-
-
-def frequencies_of(model: PreTrainedModel, rope: AnyRope | None, tables: Tables | None) -> Tensor | None:
-    """Those of a rotary embedding, [pairs]; where a position does not determine its angles, about those."""
-    if rope is None or tables is None or isinstance(rope, Rope):
-        return rope.inverse_frequencies if isinstance(rope, Rope) else None
-    pairs = rope.cos_sin(rope.keep(None, tables))[0].shape[-1]
-    return next((inverse for inverse, _, _ in frequencies(model) if len(inverse) == pairs), None)

@@ -108,9 +108,8 @@ class PackedLayer(CacheLayerMixin):
         if self.ledger and self.leads and kept is not None:
             self.ledger.step(kept, told[cuda.TOLD + 2 :][:1].long())
         bias, of_keys = self.store.bias, None
-        if self.ledger and bias.of_blocks:
-            first = (told[cuda.SEALED] + told[cuda.KEPT]).long()  # of the tail, in the ledger's room
-            of_keys = bias.turned(self.ledger.room.index_select(1, first[None]))
+        if bias.turns and kept is not None:
+            of_keys = bias.turned(kept)
         steps.write(self.store, keys, values, places=told[cuda.TOLD :], of_keys=of_keys)
         return self.store.length if self.strict else self.store.length - 1
 

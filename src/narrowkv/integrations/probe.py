@@ -20,7 +20,7 @@ from narrowkv.attention.rope import Tables
 from narrowkv.calibration.wrappers import decoder_of
 from narrowkv.codec.ranges import require_finite
 from narrowkv.errors import NarrowKVError, UnsupportedModelError
-from narrowkv.integrations.frequencies import STATIC_ROPE, by_position, frequencies, frequencies_of
+from narrowkv.integrations.frequencies import STATIC_ROPE, by_position, frequencies
 from narrowkv.integrations.projections import NOTHING_KNOWN, Constants, constants_of
 from narrowkv.integrations.versions import CACHE, keeps_nothing
 
@@ -188,9 +188,7 @@ def probe(model: PreTrainedModel) -> tuple[list[AttentionFacts], list[Seen]]:
     facts = []
     for one in seen:
         rope = _rope(model, one, running, names[id(one.kwargs.get("position_embeddings"))])
-        run = functools.partial(one.run, running)
-        inverse = frequencies_of(model, rope, one.kwargs.get("position_embeddings"))
-        facts.append(one.facts(rope, constants_of(one.module, run, rope, inverse)))
+        facts.append(one.facts(rope, constants_of(one.module, functools.partial(one.run, running))))
     return facts, seen
 
 

@@ -4,30 +4,29 @@ Nothing is read from a family's weights, so fused projections, LoRA and tensor p
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from narrowkv.attention import AnyRope, Rope
-from narrowkv.codec import Scheme
-from narrowkv.codec.scheme import BLOCK
+from narrowkv.attention import AnyRope
+from narrowkv.calibration.fit import smoothing
+from narrowkv.codec import AnyQuantizer, Quantizer, Scheme
 from narrowkv.store.bias import Bias
 
 TOLERANCE = 2e-2  # of the largest number: bfloat16 rounds
+GAIN_POWER = 1.0  # of a norm's gain, by which keys are divided
 
 
 @dataclass(frozen=True)
 class Constants:
     """What is known of the keys and values of a layer without calibration; all [kv_heads, head_dim] float32, or None.
 
-    keys, values: what the projections add. rotated: what of `keys` the keys of a block have in common once they are rotated,
-    as it is before the rotation of the first. gain: what a norm multiplies the channels of keys by.
+    keys, values: what the projections add. gain: what a norm multiplies the channels of keys by.
     """
 
     keys: Tensor | None = None
     values: Tensor | None = None
-    rotated: Tensor | None = None
     gain: Tensor | None = None
 
 
@@ -38,14 +37,11 @@ NOTHING_KNOWN = Constants()
 Run = Callable[[float], tuple[Tensor, Tensor]]
 
 
-def constants_of(module: nn.Module, run: Run, rope: AnyRope | None, frequencies: Tensor | None) -> Constants:
-    """frequencies: of `rope`, [pairs], as far as they are known."""
+def constants_of(module: nn.Module, run: Run) -> Constants:
+    """What is found of an attention module by running it."""
     whole, half, nothing = (run(factor) for factor in (1.0, 0.5, 0.0))
     keys, values = (_bias(*parts) for parts in zip(whole, half, nothing, strict=True))
-    rotated = keys
-    if keys is not None and rope is not None and frequencies is not None:
-        rotated = in_common(keys, frequencies, rope.interleaved)
-    return Constants(keys, values, rotated, None if keys is not None else _gain(module, run, whole[0]))
+    return Constants(keys, values, None if keys is not None else _gain(module, run, whole[0]))
 
 
 def _bias(whole: Tensor, half: Tensor, nothing: Tensor) -> Tensor | None:
@@ -59,13 +55,6 @@ def _bias(whole: Tensor, half: Tensor, nothing: Tensor) -> Tensor | None:
     alike = (nothing.float() - bias).abs().max() <= tolerance
     straight = (half.float() - (whole.float() + bias) / 2).abs().max() <= tolerance
     return bias[0, :, 0].clone() if alike and straight and bool(bias.any()) else None
-
-
-def in_common(bias: Tensor, frequencies: Tensor, interleaved: bool) -> Tensor:
-    """The mean of a bias [kv_heads, head_dim] turned from a block's first token to each: little where pairs turn fast."""
-    rope = Rope(frequencies.to(bias.device), 1.0, interleaved)
-    positions = torch.arange(BLOCK, device=bias.device, dtype=torch.int64)[None]
-    return rope.rotate(bias[None, :, None].expand(-1, -1, BLOCK, -1), positions)[0].mean(1)
 
 
 def _gain(module: nn.Module, run: Run, keys: Tensor) -> Tensor | None:
@@ -105,10 +94,18 @@ def _as_keys(x: Tensor, keys: Tensor, same: bool = True) -> Tensor | None:
     return laid if not same or torch.equal(laid, keys) else None
 
 
+def with_gain(quantizer: AnyQuantizer, constants: Constants) -> AnyQuantizer:
+    """The quantizer of keys whose norm has a gain, which is folded into the query where the scheme has it so."""
+    if constants.gain is None or not quantizer.scheme.takes_gain_out or not isinstance(quantizer, Quantizer):
+        return quantizer
+    factors = smoothing(constants.gain, GAIN_POWER)
+    return quantizer if torch.allclose(factors, torch.ones_like(factors)) else replace(quantizer, smooth=factors)
+
+
 def bias_of(constants: Constants, rope: AnyRope | None, keys: Scheme, values: Scheme, device: torch.device) -> Bias:
     """What a store takes out of the keys and values of a layer, by their schemes; its ledger is yet to be given."""
     after = rope is not None and not keys.pre_rope
-    of_keys = (constants.rotated if after else constants.keys) if keys.takes_bias_out else None
+    of_keys = constants.keys if keys.takes_bias_out else None
     of_values = constants.values if values.takes_bias_out else None
     of_keys, of_values = (None if part is None else part.to(device) for part in (of_keys, of_values))
     return Bias(of_keys, of_values, rope if after else None)

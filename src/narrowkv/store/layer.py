@@ -180,7 +180,7 @@ class LayerStore:
                 whole = 0 if held else min(tile, left // BLOCK * BLOCK)
                 stop = start + (whole or min(BLOCK - held, left))
                 cuts = [_cut(part, skip, start, stop + more) for part, more in zip((keys, values), self.ahead, strict=True)]
-                of_keys = self.bias.of_keys(self.first + self.sealed, max(whole // BLOCK, 1))
+                of_keys = self.bias.of_keys(self.first + self.packed, cuts[0][0].shape[2])
                 parts = self.bias.taken_out(cuts[0], cuts[1], of_keys, self.schemes)
                 self.saturation.see(self.quantizers, parts)
                 if whole:

@@ -60,10 +60,6 @@ class Ledger:
         assert start >= self.first
         return self.room[:, start - self.first : stop - self.first]
 
-    def read_at(self, tokens: Tensor) -> Tensor:
-        """Entries of these tokens [n] int64: [batch, n, ...]."""
-        return self.room.index_select(1, (tokens - self.first).to(self.room.device))
-
     def forget(self, before: int) -> None:
         """Let go of tokens older than the token `before`, once they are half of what is held."""
         if self._held is None or 2 * (before - self.first) <= self.length - self.first:

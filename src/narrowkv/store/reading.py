@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from narrowkv.store.bias import by_token
 from narrowkv.store.page import BLOCK, from_blocks
 from narrowkv.store.sinks import put_sinks
 
@@ -25,8 +24,6 @@ def tile_numbers(device: torch.device) -> int:
 
 def tile_tokens(store: "LayerStore", keys: Tensor) -> int:
     """How many tokens, whole blocks of them, are encoded at a time."""
-    if store.bias.of_blocks and store.ahead[0]:  # a block looks ahead at tokens of others, less its own constant
-        return BLOCK
     return min(max(tile_numbers(keys.device) // keys[:, :, 0].numel() // BLOCK, 1), MOST_BLOCKS) * BLOCK
 
 
@@ -62,21 +59,21 @@ def _pieces(store: "LayerStore", stop: int, unsealed: bool) -> Iterator[tuple[Te
             from_blocks(quantizer.decode(side.take(slots)), store.shape[0])[:, :, :tokens]
             for quantizer, side in zip(store.quantizers, (first.page.keys, first.page.values), strict=True)
         )
-        yield _with_bias(store, pair, start, len(run))
+        yield _with_bias(store, pair, start)
         start += tokens
         i += len(run)
     if store.tail and store.tail.tokens:
-        yield _with_bias(store, store.tail.decode(), store.first + store.sealed, 1)
+        yield _with_bias(store, store.tail.decode(), store.first + store.sealed)
     if store.recent.tokens:
         yield tuple(part.clone() for part in store.recent.held()[:2])
 
 
-def _with_bias(store: "LayerStore", pair: tuple[Tensor, ...], start: int, blocks: int) -> tuple[Tensor, ...]:
-    """Decoded keys and values of so many blocks, from the token `start` on, with what was taken out; changed in place."""
+def _with_bias(store: "LayerStore", pair: tuple[Tensor, ...], start: int) -> tuple[Tensor, ...]:
+    """Decoded keys and values, the first of which is the token `start`, with what was taken out; changed in place."""
     keys, values = pair
-    constant = store.bias.of_keys(start, blocks)
+    constant = store.bias.of_keys(start, keys.shape[2])
     if constant is not None:
-        keys += by_token(constant, keys.shape[2])
+        keys += constant
     if store.bias.values is not None:
         values += store.bias.values[:, None]
     return keys, values

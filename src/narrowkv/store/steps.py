@@ -52,13 +52,13 @@ def write(
     of_keys: Tensor | None = None,
 ) -> None:
     """Store new tokens where `make_room` found room: behind those held, or at `places`. skip: [batch, new], if places are not
-    given. of_keys: what is taken out of keys, where only the device knows of which block they are.
+    given. of_keys: what is taken out of keys, where only the device knows where they are.
     """
     if store.windowed:
         store.recent.step(keys, values, skip, places)
     elif store.tail:
         if places is None:
-            of_keys = store.bias.of_keys(store.first + store.sealed, 1)
+            of_keys = store.bias.of_keys(store.first + store.packed, keys.shape[2])
         store.tail.step(*store.bias.taken_out((keys, skip), (values, skip), of_keys, store.schemes), places)
 
 
