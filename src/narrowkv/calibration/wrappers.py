@@ -16,7 +16,7 @@ def unwrapped(model: Any) -> Any:
         if hasattr(model, "_orig_mod"):  # torch.compile
             model = model._orig_mod
         elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-            model = model.get_base_model()
+            model = _base_of(model)
         elif type(model).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel") and hasattr(model, "module"):
             model = model.module
         else:
@@ -29,6 +29,10 @@ def unwrapped(model: Any) -> Any:
             "models without an encoder are served, so use this one with transformers' own cache."
         )
     return model
+
+
+def _base_of(model: Any) -> Any:
+    return model.get_base_model()
 
 
 def decoder_of(model: Any) -> Any:
