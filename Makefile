@@ -99,20 +99,19 @@ results: $(TOOLS)
 
 # those files, measured anew; pictures are drawn by `make results`
 measure: $(TOOLS)
-	rm -rf results
+	rm -rf results/llama-* results/demo $(if $(MODELS),results/real)
 	for model in llama-7b llama-13b llama-30b llama-65b; do \
 	  $(BIN)/narrowkv plan $$model --context 32K,128K,1M,10000000 --out results/$$model \
 	    --recipes 'fp16,narrow4,narrow3,narrow2,nuq4,nuq4-1%,nuq3,nuq3-1%,nuq2,nuq2-1%' || exit 1; \
 	done
 	$(BIN)/narrowkv plan llama-7b --memory 80GiB --out results/llama-7b-80GiB
 	$(BIN)/narrowkv demo --recall-rows 128 --json results/demo/demo.json
-	$(MAKE) measure-real
+	$(if $(MODELS),$(MAKE) measure-real)
 	rm -f results/*/*.svg
 
-# strict divergence and perplexity of two real models, in and off the domain of the calibration (an hour; models in NARROWKV_MODELS)
+# strict divergence and perplexity on real models, in and off the domain of the calibration (half an hour; MODELS: their folders)
 measure-real: $(TOOLS)
-	$(BIN)/python -m benchmarks.accuracy --models qwen2.5-coder-0.5b gemma-3-270m --out results/real
-	$(BIN)/python -m benchmarks.accuracy --models qwen2.5-coder-0.5b gemma-3-270m --out results/real-across --across
+	$(BIN)/python -m benchmarks.real_models $(MODELS) --out results/real
 
 docs: $(TOOLS)
 	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --clean

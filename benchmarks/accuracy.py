@@ -4,10 +4,6 @@ Calibrated on one part of a text, measured on another, as `narrowkv compare` doe
 folder, and a run that was interrupted goes on. Bits are those that a cache of 32,768 tokens allocates, all counted.
 `narrowkv://demo` is the built-in model; other models are folders, measured on TinyStories from NARROWKV_ASSETS. With
 `--across` calibration reads another kind of text: stories for the built-in model, its training text for the others.
-
-Real models are named by their folder in NARROWKV_MODELS (`--models qwen2.5-coder-0.5b gemma-3-270m`): calibrated on 16 windows
-of WikiText-2's validation text from NARROWKV_ASSETS, measured on the first two of eight windows spread over its test text, and
-with `--across` on Python's language reference, which is another kind of text.
 """
 
 import argparse
@@ -15,7 +11,7 @@ import os
 import re
 import shlex
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +23,6 @@ from narrowkv.integrations.models import DEMO
 from narrowkv.report.compare import draw_pareto
 from narrowkv.report.figures import new_figure, save
 
-MODELS = Path(os.environ.get("NARROWKV_MODELS", Path.home() / ".cache" / "narrowkv-models"))
 ASSETS = Path(os.environ.get("NARROWKV_ASSETS", Path(__file__).parents[2] / "shared" / "assets"))
 RECIPES = (
     *("narrow4", "narrow3", "narrow2", "narrow3.0", "narrow2.5", "pair3", "pair3-1%", "pair2", "pair2-1%"),
@@ -37,35 +32,12 @@ RECIPES = (
     *("nf4", "nf3", "nf2", "fp8", "fp4", "nvfp4", "smooth-int8", "hadamard-int4", "hadamard-int3", "hadamard-int2"),
     *("intrinsic-2", "intrinsic-2-nearest"),
 )
-REAL = {"window": 512, "samples": 16, "limit": 2, "spread": 8, "recall_distance": 0}
-REAL_RECIPES = (
-    "fp16",
-    "narrow4",
-    "narrow3",
-    "narrow2",
-    "nuq4-1%",
-    "nuq3-1%",
-    "nuq2-1%",
-    "kivi-4",
-    "kivi-2",
-    "hadamard-int4",
-    "int4",
-)
 MOST_BITS = 5.2  # in the picture
 PICTURED = r"narrow\d(\.\d)?|pair\d(-1%)?|channel\d|nuq\d(-1%)?|kivi-.*-r0|hadamard.*|int\d|nvfp4"
 
 
-def is_real(name: str) -> bool:
-    """Whether a model is one of NARROWKV_MODELS."""
-    return not Path(name).exists() and (MODELS / name / "config.json").exists()
-
-
 def texts(name: str, across: bool) -> tuple[str, str]:
     """What to calibrate and what to measure a model on."""
-    if is_real(name):
-        folder = ASSETS / "text"
-        learn_from = (folder / "wikitext2-valid.tokens.txt").read_text(encoding="utf-8")
-        return learn_from, read_text("narrowkv://held-out") if across else read_text(str(folder / "wikitext2-test.raw.txt"))
     own = (read_text("narrowkv://train"), read_text("narrowkv://held-out"))
     if name == DEMO and not across:
         return own
@@ -77,11 +49,10 @@ def texts(name: str, across: bool) -> tuple[str, str]:
 
 def rows(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """The figures of all recipes on one model; those whose groups do not fill its heads are left out."""
-    real = is_real(name)
-    model, tokenizer = load_model(str(MODELS / name) if real else name, "float32")
+    model, tokenizer = load_model(name, "float32")
     config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    recipes = [get_recipe(recipe) for recipe in options.recipes or (REAL_RECIPES if real else RECIPES)]
+    recipes = [get_recipe(recipe) for recipe in options.recipes]
     recipes = [recipe for recipe in recipes if recipe.values.axis == "block" or head_dim % (recipe.values.group or 1) == 0]
     learn_from, measure_on = texts(name, options.across)
     chosen = CompareOptions(
@@ -92,11 +63,10 @@ def rows(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         recall_distance=512 if name == DEMO and options.recall_rows else 0,
         recall_rows=options.recall_rows,
     )
-    chosen = replace(chosen, **REAL) if real else chosen
     model_name = Path(name).name
     settings = {
         "model": model_name,
-        "text": ("Python" if options.across else "WikiText-2") if real else "built-in" if name == DEMO else "stories",
+        "text": "built-in" if name == DEMO else "stories",
         "across": options.across,
         **asdict(chosen),
     }
@@ -146,7 +116,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--windows", type=int, default=12)
-    parser.add_argument("--recipes", nargs="+", help="by default all, of real models the main ones")
+    parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--recall-rows", type=int, default=64)
     parser.add_argument("--across", action="store_true", help="calibrate on another kind of text than is measured")
     parser.add_argument("--out", type=Path, required=True)

@@ -110,8 +110,9 @@ class LayerFits:
         known = bias.keys if need.keys else bias.values
         if known is None or not need.scheme.takes_bias_out:
             return numbers
-        turned = need.keys and bias.rope is not None and kept is not None
-        return without(numbers, bias.turned(kept) if turned else known[None, :, None], need.scheme)
+        if need.keys and bias.rope is not None and kept is not None:
+            return without(numbers, bias.turned(kept), need.scheme)
+        return without(numbers, known[None, :, None], need.scheme)
 
     def require_gradients(self) -> None:
         """After the second pass: raise CalibrationError where the gradient of something that learns never came."""

@@ -42,12 +42,12 @@ def main(version: bool = typer.Option(False, "--version", callback=_print_versio
     """Keep a language model's key/value cache in 2, 3 or 4 bits instead of 16."""
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *place: Any) -> None:
+def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **shown: Any) -> None:
     """Ours is one sentence without the place in the code; others are shown as they always are."""
     if issubclass(category, NarrowKVWarning):
         err.print(f"[bold yellow]Warning:[/bold yellow] {escape(str(message))}", highlight=False, soft_wrap=True)
     else:
-        _SHOW(message, category, *place)
+        _SHOW(message, category, *place, **shown)
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
