@@ -54,7 +54,7 @@ class Scheme:
     floor: with `iv`, a number takes the level below it, as published, instead of the nearest.
     span: with `iv`, the levels of a block are those of a sliding window of so many blocks, itself and those that follow it.
     remove_bias: what a projection adds to every key, or value, is taken out before numbers are quantised (`store.bias`);
-        where ranges are static there is no need, for those of a channel take a constant in.
+        not where ranges are static, since those of a channel take a constant in, and not from intrinsic values, as published.
     fold_gain: keys stored after the rotary embedding are divided by the gain of the norm that made them, one factor for each
         pair of channels, before they are quantised, where ranges are shared by channels; the query is multiplied by it.
 
@@ -221,7 +221,7 @@ class Scheme:
     @property
     def takes_bias_out(self) -> bool:
         """Whether a constant that is added to all numbers of a channel would cost precision, and so is taken out."""
-        return self.remove_bias and self.datatype != "exact" and not self.static
+        return self.remove_bias and self.datatype != "exact" and not self.static and self.axis != "block"
 
     @property
     def takes_gain_out(self) -> bool:
