@@ -63,6 +63,7 @@ def make_tiny(
     kv_heads: int = 2,
     head_dim: int = 16,
     layers: int = 2,
+    vocabulary: int = 97,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     **extra: Any,
@@ -71,7 +72,7 @@ def make_tiny(
     config_class, model_class = FAMILIES[family]
     torch.manual_seed(seed)
     config = config_class(
-        vocab_size=97,
+        vocab_size=vocabulary,
         hidden_size=heads * head_dim,
         intermediate_size=64,
         num_hidden_layers=layers,
