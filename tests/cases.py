@@ -74,6 +74,7 @@ def case(
     biased: keys and values have a large constant, which the store takes out.
     """
     batch, heads, kv_heads, dim, total, new = shape
+    quantizers = made(keys, kv_heads, dim), made(values, kv_heads, dim)
     k, v = (numbers(batch, kv_heads, total, dim).to(dtype) for _ in range(2))
     valid = None if padded is None else torch.arange(total) >= torch.tensor(padded)[:, None]
     past = total - new
@@ -93,7 +94,7 @@ def case(
     if biased:
         bias = bias_for(keys, values, kv_heads, dim, turning, kept)
         k, v = k + bias.of_keys(0, total), v + bias.values[:, None]
-    store = LayerStore(made(keys, kv_heads, dim), made(values, kv_heads, dim), sinks=sinks, window=window, bias=bias)
+    store = LayerStore(*quantizers, sinks=sinks, window=window, bias=bias)
     store.append(k, v, valid)
     options = {
         "past": past,

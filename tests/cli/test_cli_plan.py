@@ -38,7 +38,7 @@ def test_a_plan_is_printed_and_written_and_goes_on(tmp_path, capsys):
         (("llama-7b", "--context", "long"), "not a number of tokens"),
         (("llama-7b", "--recipes", "nope"), "no recipe 'nope'"),
         (("llama-7b", "--weight-bits", "0"), "more than 0"),
-        (("/nowhere/at/all",), "Cannot read the configuration"),
+        (("/nowhere/at/all",), "There is no file or folder /nowhere/at/all"),
     ],
 )
 def test_what_cannot_be_planned_gets_one_sentence(options, words, tmp_path, capsys):

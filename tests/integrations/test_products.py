@@ -43,7 +43,9 @@ def test_calibration_goes_back_through_attention_in_float32(monkeypatch):
     def gradients(lacks):
         found = []
         monkeypatch.setattr(passing, "lacks_products", lambda dtype, device: lacks)
-        show_layers(model, facts, [ids], lambda i, keys, rotated, values: values.register_hook(found.append), gradients=True)
+        show_layers(
+            model, facts, [ids], lambda i, keys, rotated, values, kept: values.register_hook(found.append), gradients=True
+        )
         return torch.stack(found).float()
 
     attend = passing.model_attention

@@ -99,7 +99,10 @@ def offsets_of(query: Tensor, bias: Bias, kept: Tensor | None, tokens: int, scal
 def _starts(positions: Tensor) -> Tensor | None:
     """The position of every 64th token, [batch, blocks] of [batch, tokens], if those between follow it; else None."""
     starts, tokens = positions[:, ::BLOCK], positions.shape[1]
-    following = starts.repeat_interleave(BLOCK, dim=1)[:, :tokens] + torch.arange(tokens, device=positions.device) % BLOCK
+    following = (
+        starts.repeat_interleave(BLOCK, dim=1)[:, :tokens]
+        + torch.arange(tokens, device=positions.device, dtype=torch.int64) % BLOCK
+    )
     return starts if torch.equal(following, positions) else None
 
 

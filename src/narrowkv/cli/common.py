@@ -32,9 +32,7 @@ if TYPE_CHECKING:
     from narrowkv.methods import Recipe
 
 WIDTH = 160  # of tables that do not go to a terminal
-
 GIVEN: ContextVar[Sequence[str]] = ContextVar("GIVEN", default=())  # arguments of the command that runs
-
 out = Console()
 err = Console(stderr=True)
 

@@ -20,6 +20,7 @@ from narrowkv.codec.tables import TableForm, Tables, require_table
 from narrowkv.errors import RecipeError
 
 LANES = 16  # codes that the compiled search takes at a time
+FAR = 3  # widths of a codebook beyond it: tails of what it was learned from do not reach there
 FEW = 4  # tokens, for which a matrix product, or a second thread, is not worth the start
 
 
@@ -107,10 +108,11 @@ class PointQuantizer(Tables):
         if self.limit is not None and self.scheme.outlier_cap is None:
             return None
         assert self.points is not None
-        low, high = (from_vectors(end.float())[:, None] for end in self.points.aminmax(dim=2))  # [kv_heads, 1, head_dim]
-        width = high - low
+        ends = [end.float() for end in self.points.aminmax(dim=2)]  # [kv_heads, codes, numbers]
+        widths = (ends[1] - ends[0]).amax(-1, keepdim=True).expand_as(ends[0])  # codes may leave all but one channel alone
+        low, high, width = (from_vectors(part)[:, None] for part in (*ends, widths))  # [kv_heads, 1, head_dim]
         numbers = self.turned(x)
-        return (numbers < low - width) | (numbers > high + width)
+        return (numbers < low - FAR * width) | (numbers > high + FAR * width)
 
     def stepper(self) -> cuda.Stepper | None:
         unit, points = self._search

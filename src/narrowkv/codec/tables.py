@@ -54,7 +54,7 @@ class Tables:
         raise NotImplementedError
 
     def far(self, x: Tensor) -> Tensor | None:
-        """Which numbers [batch, kv_heads, tokens, head_dim] lie farther beyond what codes reach than that is wide: bool.
+        """Which numbers [batch, kv_heads, tokens, head_dim] lie far beyond what codes reach, by its width or more: bool.
 
         Channels are as codes see them; None where codes reach everything, or what they do not reach is kept exact.
         """

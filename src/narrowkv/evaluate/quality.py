@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from narrowkv.attention import AUTO
 from narrowkv.calibration import Calibration
 from narrowkv.codec import Scheme
+from narrowkv.codec.surroundings import runs_undisturbed
 from narrowkv.defaults import STREAM_CHUNK
 from narrowkv.errors import ActivationError
 from narrowkv.evaluate.recall import RecallBatch, accuracy
@@ -192,7 +193,7 @@ def with_bytes_of(row: Quality, cache: PackedCache) -> Quality:
     return replace(row, bits_per_element=cache.bits_per_element, nbytes=cache.nbytes, nbytes_fp16=2 * cache.numbers)
 
 
-@torch.inference_mode()
+@runs_undisturbed
 def filled(model: PreTrainedModel, source: Source, ids: Tensor, tokens: int, backend: str = AUTO) -> PackedCache:
     """A cache that holds `tokens` tokens of one sequence, whose bytes are those of any text of that length.
 

@@ -114,7 +114,7 @@ def make_rows(
     rows = [_woven(tokenizer, filler, start, length, MAKERS[task](tokenizer, rng, depth, length), rng) for _ in range(count)]
     ids, answers = zip(*rows, strict=True)
     return RecallBatch(
-        torch.tensor(ids, dtype=torch.int64, device="cpu"), torch.tensor(answers, dtype=torch.int64, device="cpu")
+        torch.tensor(ids, dtype=torch.int64, device="cpu"), torch.tensor(answers, dtype=torch.bool, device="cpu")
     )
 
 

@@ -50,7 +50,7 @@ def _batches(given: Any) -> Iterator[Tensor]:
             yield from _batches({"input_ids": row} | ({} if mask is None else {"attention_mask": mask[i]}))
         return
     ids = _as_ids(given)
-    kept = torch.ones_like(ids) if mask is None else torch.as_tensor(mask)
+    kept = torch.ones_like(ids) if mask is None else _as_tensor(mask)
     if kept.numel() != ids.numel():
         raise CalibrationError(f"An attention mask covers {kept.numel()} of {ids.numel()} tokens; give one for each token.")
     if bool(kept.all()):
@@ -63,13 +63,18 @@ def _batches(given: Any) -> Iterator[Tensor]:
 def _as_ids(given: Any) -> Tensor:
     if not _is_ids(given):
         raise CalibrationError(f"A batch is {_named(given)}; give {WANTED}.")
-    ids = torch.as_tensor(given)
+    ids = _as_tensor(given)
     if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
         raise CalibrationError(f"Token ids are whole numbers, and a batch holds {ids.dtype}; give {WANTED}.")
     ids = ids[None] if ids.dim() == 1 else ids
     if ids.dim() != 2:
         raise CalibrationError(f"A batch has the shape {tuple(ids.shape)}; give {WANTED}.")
     return ids.to(torch.int64)
+
+
+def _as_tensor(given: Any) -> Tensor:
+    """On the CPU where it is no tensor yet, whatever the default device."""
+    return given if isinstance(given, Tensor) else torch.as_tensor(given, device="cpu")
 
 
 def _is_ids(given: Any) -> bool:

@@ -119,7 +119,7 @@ def _makes_caches(model: Any) -> bool:
     before = vars(model).get(PREPARES)
     vars(model)[PREPARES] = stop
     try:
-        model.generate(torch.full((1, 2), 2, device=model.device, dtype=torch.float32), max_new_tokens=1, do_sample=False)
+        model.generate(torch.full((1, 2), 2, device=model.device, dtype=torch.int64), max_new_tokens=1, do_sample=False)
     except _AskedForCacheError:
         return True
     except Exception:  # whatever a model of others may raise

@@ -44,17 +44,18 @@ class Step:
     """What one forward pass tells every layer about its new tokens.
 
     positions: [1 or batch, new] int64, or None where the model does not tell its layers. tables: the rotary embedding's, or
-    None. mask: as made by the model for our attention.
+    None. mask: as made by the model for our attention. autocast: whether the caller has it on.
     """
 
     positions: Tensor | None
     tables: Tables | None
     mask: LazyMask
+    autocast: bool = False
 
     @property
     def precision(self) -> torch.dtype | None:
-        """Of the tables if they are real: a model's own rotation gives numbers of no fewer bits (under autocast, of more)."""
-        return None if self.tables is None or isinstance(self.tables, Tensor) else self.tables[0].dtype
+        """Under autocast that of the tables, if they are real: a model's own rotation then gives numbers of no fewer bits."""
+        return None if not self.autocast or self.tables is None or isinstance(self.tables, Tensor) else self.tables[0].dtype
 
     def valid(self, past: int, new: int) -> Tensor | None:
         """[batch, new] bool, False for padding among the new tokens, which follow `past` others; None where all count.
@@ -244,7 +245,8 @@ def before_attention(module: Any, args: tuple, kwargs: dict[str, Any]):
         raise UnsupportedModelError(TWO_DIMENSIONS)
     if not kwargs.keys() <= GIVEN_TENSORS:  # what a module does not name itself goes on to our attention
         _require_known(kwargs, GIVEN_TENSORS | inspect.signature(type(module).forward).parameters.keys())
-    cache.begin(module, Step(kwargs.get("position_ids"), tables, mask))
+    autocast = torch.is_autocast_enabled(hidden.device.type)
+    cache.begin(module, Step(kwargs.get("position_ids"), tables, mask, autocast))
     return None if tables is None else (args, {**kwargs, "position_embeddings": identity(tables)})
 
 

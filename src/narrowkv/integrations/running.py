@@ -16,7 +16,7 @@ from narrowkv.integrations.interface import ANOTHER_MODEL, TWO_DIMENSIONS, Narro
 from narrowkv.integrations.layer import PackedLayer, not_traced
 from narrowkv.store import Ledger, steps
 
-SATURATED = 1e-3  # part of a layer's numbers above which it is told
+SATURATED = 1e-2  # part of a layer's numbers above which it is told
 
 
 class RunningCache(NarrowCache):
@@ -131,7 +131,7 @@ class RunningCache(NarrowCache):
 
     @property
     def saturated(self) -> float:
-        """The part of the numbers seen that lie beyond the ranges and codebooks learned for them, by more than their width.
+        """The part of the numbers seen that lie beyond the ranges and codebooks learned for them, by their width or more.
 
         0 for recipes that learn none; counted on a CPU, of tokens that come together (prompts, not single steps).
         """
