@@ -84,7 +84,7 @@ def offsets_of(query: Tensor, bias: Bias, kept: Tensor | None, tokens: int, scal
     (x1, x2), (b1, b2) = (_in_pairs(part, pairs, rope.interleaved) for part in (x, bias.keys[:, None]))
     along, across = x1 * b1 + x2 * b2, x2 * b1 - x1 * b2  # [batch, kv_heads, rows, pairs]
     if isinstance(rope, Rope) and starts is not None:
-        angles = torch.arange(BLOCK, device=kept.device)[:, None] * rope.inverse_frequencies.double()
+        angles = torch.arange(BLOCK, device=kept.device, dtype=torch.int64)[:, None] * rope.inverse_frequencies.double()
         cos, sin, along, across = cos[:, None, None], sin[:, None, None], along[..., None, :], across[..., None, :]
         first, second = along * cos + across * sin, across * cos - along * sin  # [batch, kv_heads, rows, blocks, pairs]
         found = first @ angles.cos().float().mT + second @ angles.sin().float().mT
