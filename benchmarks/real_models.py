@@ -52,19 +52,30 @@ def measure(name: str, options: argparse.Namespace) -> None:
     )
     for tables, texts in learn.items():
         asked = [recipe for recipe in recipes if recipe.needs_calibration or tables == "mix"]
+        files = {kind: result_file(name, tables, kind, chosen, options.out) for kind in score}
+        missing = [recipe for recipe in asked if any(file.find(recipe=recipe.name) is None for file in files.values())]
         batches = cut_windows(tokenizer, texts, WINDOW, SAMPLES).split(1)
-        learned = calibrate_many(model, batches, [recipe for recipe in asked if recipe.needs_calibration])
-        for kind, text in score.items():
-            settings = {"model": Path(name).name, "tables": tables, "text": kind, **asdict(chosen)}
-            path = options.out / f"{Path(name).name}-{tables}-{kind}.json"
-            results = ResultFile(path, KIND, f"python -m benchmarks.real_models {Path(name).name}", settings)
-            compare(model, tokenizer, asked, text, None, chosen, results, calibrations=learned)
-            for row in results.rows:
-                if "kld_strict" in row:
-                    figures = (
-                        f"{row['bits_per_element']:6.2f} bits  KLD {row['kld_strict']:.4f}  {row['perplexity_strict']:.2f}"
-                    )
-                    print(f"{path.stem:45} {row['recipe']:15} {figures} ({row['perplexity_fp']:.2f})", flush=True)
+        learning = [recipe for recipe in missing if recipe.needs_calibration]
+        learned = calibrate_many(model, batches, learning) if learning else []
+        for kind, results in files.items():
+            wanted = [tables for tables in learned if results.find(recipe=tables.recipe.name) is None]
+            compare(model, tokenizer, asked, score[kind], None, chosen, results, calibrations=wanted)
+            show(results)
+
+
+def result_file(name: str, tables: str, text: str, chosen: CompareOptions, folder: Path) -> ResultFile:
+    """Where the figures of one model, for tables and a text of some kind, are kept."""
+    model = Path(name).name
+    settings = {"model": model, "tables": tables, "text": text, **asdict(chosen)}
+    return ResultFile(folder / f"{model}-{tables}-{text}.json", KIND, f"python -m benchmarks.real_models {model}", settings)
+
+
+def show(results: ResultFile) -> None:
+    """Print what a file holds."""
+    for row in results.rows:
+        if "kld_strict" in row:
+            figures = f"{row['bits_per_element']:6.2f} bits  KLD {row['kld_strict']:.4f}  {row['perplexity_strict']:.2f}"
+            print(f"{results.path.stem:45} {row['recipe']:15} {figures} ({row['perplexity_fp']:.2f})", flush=True)
 
 
 def main() -> None:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers.models.llama import modeling_llama
 
-from narrowkv import calibrate_many, get_recipe
+from narrowkv import calibrate, calibrate_many, get_recipe
 from narrowkv.errors import ActivationError, TextError
 from narrowkv.evaluate import cut_windows, measure
+from narrowkv.evaluate.quality import filled
 from narrowkv.evaluate.recall import facts
 
 
@@ -128,3 +129,16 @@ def test_a_model_that_computes_nan_is_refused(tiny):
     model.lm_head.weight.data[:] = float("nan")
     with pytest.raises(ActivationError, match="NaN"):
         measure(model, [get_recipe("int4")], torch.randint(2, 97, (1, 20)))
+
+
+@pytest.mark.parametrize("name", ["int4", "kivi-4", "nuq3-1%"])
+def test_a_cache_is_filled_where_projections_add_a_bias(tiny, name):
+    model = tiny("qwen2", heads=2, kv_heads=1, head_dim=32)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.k_proj.bias, std=10)
+    ids = torch.randint(2, 90, (1, 100))
+    source = calibrate(model, [ids], name) if get_recipe(name).needs_calibration else get_recipe(name)
+    cache = filled(model, source, ids, 250)
+    assert cache.length == 250 and all(ledger.length == 250 for ledger in cache.ledgers.values())
+    with torch.no_grad():
+        assert model(ids[:, :1], past_key_values=cache).logits.isfinite().all()

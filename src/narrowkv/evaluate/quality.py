@@ -206,14 +206,14 @@ def filled(model: PreTrainedModel, source: Source, ids: Tensor, tokens: int, bac
     seen = PackedCache(model, Recipe("seen", keys=exact_keys, values=Scheme(16, "exact")), backend=backend)
     model(ids, **{CACHE: cache}, use_cache=True)
     model(ids, **{CACHE: seen}, use_cache=True)
+    for ledger in cache.ledgers.values():  # first: a bias is taken out of keys by their positions
+        entries = ledger.read(0, ids.shape[1])
+        while ledger.length < tokens:
+            more = entries[:, : tokens - ledger.length]
+            ledger.append(more if more.is_floating_point() else more + ledger.length)  # positions go on
     for layer, exact in zip(cache.packed, seen.packed, strict=True):
         keys, values = exact.store.read()
         while layer.store.length < tokens:
             room = tokens - layer.store.length
             layer.store.append(keys[:, :, :room], values[:, :, :room])
-    for ledger in cache.ledgers.values():
-        entries = ledger.read(0, ids.shape[1])
-        while ledger.length < tokens:
-            more = entries[:, : tokens - ledger.length]
-            ledger.append(more if more.is_floating_point() else more + ledger.length)  # positions go on
     return cache
