@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/accuracy.md", "docs/planner.md", "docs/results.md")
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def writer(monkeypatch, tmp_path):
     import write_results
 
     (tmp_path / "docs").mkdir()
-    for page in ("README.md", "docs/planner.md"):
+    for page in PAGES:
         shutil.copy(ROOT / page, tmp_path / page)
     monkeypatch.setattr(write_results, "ROOT", tmp_path)
     monkeypatch.setattr(write_results, "DOCS", tmp_path / "docs")
@@ -26,11 +27,11 @@ def writer(monkeypatch, tmp_path):
 
 
 def test_pages_are_up_to_date(writer, tmp_path):
-    writer.write_demo()
-    writer.write_plan()
-    for page in ("README.md", "docs/planner.md"):
+    for write in (writer.write_real, writer.write_accuracy, writer.write_demo, writer.write_plan):
+        write()
+    for page in PAGES:
         assert (tmp_path / page).read_text() == (ROOT / page).read_text(), f"run `make results`: {page} differs"
-    for picture in ("demo.svg", "planner.svg"):
+    for picture in ("real.svg", "demo.svg", "planner.svg"):
         assert (tmp_path / "docs" / picture).read_text().rstrip().endswith("</svg>")
 
 

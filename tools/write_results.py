@@ -19,6 +19,15 @@ FAMILIES = {  # recipes, and where their labels stand in points
     "KVQuant, no outliers": ("nuq4", "nuq3", "nuq2", (-28, -14)),
     "integer per token": ("int4", "int3", "int2", (8, 4)),
 }
+REAL = {"Qwen2.5-Coder-0.5B": "qwen2.5-coder-0.5b"}
+REAL_FAMILIES = {
+    "ours": ("narrow4", "narrow3", "narrow2", (8, 4)),
+    "KVQuant, 1% outliers": ("nuq4-1%", "nuq3-1%", "nuq2-1%", (8, 4)),
+    "KIVI": ("kivi-4", "kivi-2", (8, -12)),
+    "one range for a token": ("nvfp4", "hadamard-int4", "int4", (8, 4)),
+}
+AGAINST = {"narrow4": "nuq4-1%", "narrow3": "nuq3-1%", "narrow2": "nuq2-1%"}
+TEXTS = ("encyclopedia", "code")
 PLANNED = ("llama-7b", "llama-13b", "llama-30b", "llama-65b")
 
 
@@ -44,10 +53,9 @@ def source(result: dict[str, Any]) -> str:
     return f"`{result['command']}` on {found['cores']} cores of an {found['processor']}, {result['date']}."
 
 
-def draw_demo(rows: dict[str, dict[str, Any]], path: Path) -> None:
+def draw_families(axes: Any, families: dict[str, Any], rows: dict[str, dict[str, Any]], title: str) -> None:
     """KL divergence over allocated bits, a line for each kind of recipe."""
-    figure, (axes,) = new_figure(7, 4)
-    for (label, (*names, offset)), colour, marker in zip(FAMILIES.items(), COLOURS, MARKERS, strict=False):
+    for (label, (*names, offset)), colour, marker in zip(families.items(), COLOURS, MARKERS, strict=False):
         bits = [rows[name]["bits_per_element"] for name in names]
         divergence = [rows[name]["kld_strict"] for name in names]
         axes.plot(bits, divergence, marker=marker, color=colour, label=label, markersize=8)
@@ -56,17 +64,100 @@ def draw_demo(rows: dict[str, dict[str, Any]], path: Path) -> None:
     log_axis(axes.yaxis)
     axes.set_xlabel("allocated bits for each number, everything counted")
     axes.set_ylabel("KL divergence from 16 bit (nats, strict)")
-    axes.set_title("The built-in model on text it was not trained on: lower is better")
+    axes.set_title(title)
     axes.margins(x=0.12)
     axes.legend(frameon=False)
-    save(figure, path)
+
+
+def real(name: str, tables: str, text: str) -> dict[str, Any]:
+    """What `benchmarks.real_models` has found of one model, for tables and a text of some kind."""
+    return read_result(RESULTS / "real" / f"{name}-{tables}-{text}.json", "compare")
+
+
+def rows_of(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Its rows by recipe, without that of transformers' own cache."""
+    return {row["recipe"]: row for row in result["rows"] if "kld_strict" in row}
+
+
+def write_real() -> None:
+    """README's table and docs/real.svg: tables of a mix of texts, both texts scored."""
+    found = [[real(name, "mix", text) for text in TEXTS] for name in REAL.values()]
+    rows = [[rows_of(result) for result in results] for results in found]
+    figure, panels = new_figure(7 * len(REAL), 4, columns=len(REAL))
+    for axes, title, (scored, _) in zip(panels, REAL, rows, strict=True):
+        draw_families(axes, REAL_FAMILIES, scored, f"{title}: lower is better")
+    save(figure, DOCS / "real.svg")
+    heads = [
+        f"{model}: {what}" if what == "bits" else what for model in REAL for what in ("bits", "KLD", "on code", "perplexity")
+    ]
+    cells = []
+    for recipe in rows[0][1]:  # those that were scored on both texts
+        cells.append([f"`{recipe}`"])
+        for scored, code in rows:
+            figures = scored[recipe]["bits_per_element"], scored[recipe]["kld_strict"], code[recipe]["kld_strict"]
+            cells[-1] += [
+                f"{figures[0]:.2f}",
+                f"{figures[1]:.4f}",
+                f"{figures[2]:.4f}",
+                f"{scored[recipe]['perplexity_strict']:.2f}",
+            ]
+    exact = ", ".join(
+        f"{next(iter(scored.values()))['perplexity_fp']:.2f} ({model})" for model, (scored, _) in zip(REAL, rows, strict=True)
+    )
+    first = next(iter(rows[0][0].values()))
+    tokens = f"{first['tokens']:,} tokens of WikiText-2 in windows of {first['window']}, as many of source code"
+    kinds = "tables of a mix of both kinds of text"
+    caption = f"Strict, in float32: {tokens}; {kinds}. Perplexity in 16 bits {exact}. {source(found[0][0])}\n"
+    replace_block(ROOT / "README.md", "real", f"{markdown(['recipe', *heads], cells)}\n{caption}")
+
+
+def write_accuracy() -> None:
+    """The tables of real models in docs/accuracy.md: ours against KVQuant, and tables of one kind of text against a mix."""
+    parts = []
+    columns = ["", *(f"{model}, {text}" for model in REAL for text in TEXTS), *(f"bits, {model}" for model in REAL)]
+    mixed = {(name, text): rows_of(real(name, "mix", text)) for name in REAL.values() for text in TEXTS}
+    lines = []
+    for ours, theirs in AGAINST.items():
+        ratios = [rows[ours]["kld_strict"] / rows[theirs]["kld_strict"] for rows in mixed.values()]
+        bits = [
+            tuple(mixed[name, TEXTS[0]][recipe]["bits_per_element"] for recipe in (ours, theirs)) for name in REAL.values()
+        ]
+        lines.append(
+            [f"`{ours}` against `{theirs}`", *(f"{ratio:.2f}" for ratio in ratios), *(f"{a:.2f} / {b:.2f}" for a, b in bits)]
+        )
+    parts.append(markdown(columns, lines))
+    heads = [
+        "recipe",
+        "bits",
+        *(f"{text}: KLD, {what}" for text in TEXTS for what in ("tables of encyclopedia", "of a mix")),
+        "perplexity",
+        "on code",
+    ]
+    for model, name in REAL.items():
+        alone = {text: rows_of(real(name, "encyclopedia", text)) for text in TEXTS}
+        cells = []
+        for recipe in mixed[name, TEXTS[1]]:
+            row = mixed[name, TEXTS[0]][recipe]
+            pairs = [
+                (alone[text].get(recipe, {}).get("kld_strict"), mixed[name, text][recipe]["kld_strict"]) for text in TEXTS
+            ]
+            losses = ["-" if loss is None else f"{loss:.4f}" for pair in pairs for loss in pair]
+            perplexities = [f"{mixed[name, text][recipe]['perplexity_strict']:.2f}" for text in TEXTS]
+            cells.append([f"`{recipe}`", f"{row['bits_per_element']:.2f}", *losses, *perplexities])
+        exact = [f"{next(iter(mixed[name, text].values()))['perplexity_fp']:.2f}" for text in TEXTS]
+        parts.append(f"{model}; perplexity in 16 bits {exact[0]}, on code {exact[1]}:\n\n{markdown(heads, cells)}")
+    origin = f"{source(real(next(iter(REAL.values())), 'mix', TEXTS[0]))}\n"
+    replace_block(DOCS / "accuracy.md", "real", "\n".join([*parts, origin]))
 
 
 def write_demo() -> None:
-    """README's table and docs/demo.svg."""
+    """The table of docs/results.md and docs/demo.svg."""
     result = read_result(RESULTS / "demo" / "demo.json", "demo")
     rows = result["rows"]
-    draw_demo({row["recipe"]: row for row in rows}, DOCS / "demo.svg")
+    figure, (axes,) = new_figure(7, 4)
+    title = "The built-in model on text it was not trained on: lower is better"
+    draw_families(axes, FAMILIES, {row["recipe"]: row for row in rows}, title)
+    save(figure, DOCS / "demo.svg")
     columns = ["recipe", "bits", "of 16 bit", "perplexity strict", "perplexity stream", "KLD strict", "recall"]
     cells = [
         [
@@ -85,7 +176,7 @@ def write_demo() -> None:
         f"The built-in model, {first['tokens']:,} tokens in windows of {first['window']}; unquantised perplexity "
         f"{first['perplexity_fp']:.2f}, recall {first['recall_fp']:.0%}. {source(result)}\n"
     )
-    replace_block(ROOT / "README.md", "demo", f"{markdown(columns, cells)}\n{caption}")
+    replace_block(DOCS / "results.md", "demo", f"{markdown(columns, cells)}\n{caption}")
 
 
 def write_plan() -> None:
@@ -104,5 +195,7 @@ def write_plan() -> None:
 
 
 if __name__ == "__main__":
+    write_real()
+    write_accuracy()
     write_demo()
     write_plan()

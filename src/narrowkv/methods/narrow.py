@@ -1,4 +1,4 @@
-"""`narrow2`, `narrow3`, `narrow4` and `narrowB.F`: this package's own recipes, ahead of KVQuant at equal bits.
+"""`narrow2`, `narrow3`, `narrow4` and `narrowB.F`: this package's own recipes (docs/accuracy.md: what they lose).
 
 Codebooks of pairs (`codebooks`), values turned, and 1.5 to 4 bits a number, chosen for the keys and the values of each layer
 under a budget for the whole (`calibration.allocation`). The budget counts everything that is held at 32,768 tokens. `narrowB`
