@@ -17,7 +17,7 @@ IN_USE = (
 )
 
 
-class Hold:
+class ThreadHold:
     """Which thread a cache works for now, and which it worked for last."""
 
     def __init__(self) -> None:
@@ -25,9 +25,9 @@ class Hold:
         self.thread: threading.Thread | None = None
         self.last: threading.Thread | None = None
 
-    def __deepcopy__(self, memo: dict) -> "Hold":
+    def __deepcopy__(self, memo: dict) -> "ThreadHold":
         """A copy works for nobody yet."""
-        return Hold()
+        return ThreadHold()
 
     def require(self) -> None:
         """Raise CacheUseError where the cache works for another thread that still runs."""

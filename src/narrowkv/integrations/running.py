@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from narrowkv.codec.tally import Tally
 from narrowkv.errors import CacheUseError, NarrowKVError, NarrowKVWarning, UnsupportedModelError
-from narrowkv.integrations.admission import Hold, require_fit, require_right_gradients, wants_gradients
+from narrowkv.integrations.admission import ThreadHold, require_fit, require_right_gradients, wants_gradients
 from narrowkv.integrations.dense import DenseLayer
 from narrowkv.integrations.interface import ANOTHER_MODEL, TWO_DIMENSIONS, NarrowCache, Step
 from narrowkv.integrations.layer import PackedLayer, not_traced
@@ -41,7 +41,7 @@ class RunningCache(NarrowCache):
 
     def settle(self) -> None:
         """Let no run be under way, nor any have failed."""
-        self.hold = Hold()
+        self.hold = ThreadHold()
         self.before = 0  # tokens held when the model began to run
         self.running = False  # while the model runs
         self.broken = False  # after a run that has failed half-way
