@@ -4,24 +4,7 @@ import pytest
 from tests.conftest import make_tiny
 from tests.letters import TEXT, make_letters
 
-from narrowkv.cli.main import run
 from narrowkv.evaluate.results import read_result
-
-
-@pytest.fixture
-def narrowkv(capsys):
-    """Run the command on the tiny model; returns (exit status, standard output, standard error)."""
-
-    def call(*arguments):
-        status = 0
-        try:
-            run([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            status = stop.code or 0
-        captured = capsys.readouterr()
-        return status, " ".join(captured.out.split()), " ".join(captured.err.split())
-
-    return call
 
 
 @pytest.fixture(scope="module")

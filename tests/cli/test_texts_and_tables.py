@@ -14,22 +14,6 @@ from narrowkv.cli.main import run
 from narrowkv.evaluate.results import read_result
 
 
-@pytest.fixture
-def narrowkv(capsys):
-    """Run the command; returns (exit status, standard output, standard error)."""
-
-    def call(*arguments):
-        status = 0
-        try:
-            run([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            status = stop.code or 0
-        captured = capsys.readouterr()
-        return status, " ".join(captured.out.split()), " ".join(captured.err.split())
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny model, two texts of different letters, and calibrations of two recipes."""
