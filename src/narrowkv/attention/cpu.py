@@ -94,8 +94,7 @@ def attend(
     sinks = None if store.sink_index is None else (store.sink_index - store.first).contiguous()
     sink_logits = None if sink_logits is None else sink_logits.float().contiguous()
     heads = keys.shape[1]
-    recorded = store.bias.ledger.read(store.first, store.first + sealed + tail) if store.bias.ledger else None
-    key_offsets = offsets_of(query, store.bias, recorded, sealed + tail, scaling)
+    key_offsets = offsets_of(query, store.bias, store.first, sealed + tail, scaling)
     value_bias = turn_value_bias(store.quantizers[1], blocks.matrices[1], store.bias.values)
     _kernels.attend(
         kernel=kernel,

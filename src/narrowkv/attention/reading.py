@@ -66,44 +66,39 @@ def matrix_of(quantizer: AnyQuantizer) -> Tensor | None:
     return None if smooth is None else torch.diag_embed(smooth)
 
 
-def offsets_of(query: Tensor, bias: Bias, kept: Tensor | None, tokens: int, scaling: float) -> Tensor | None:
+def offsets_of(query: Tensor, bias: Bias, first: int, tokens: int, scaling: float) -> Tensor | None:
     """What the bias that was taken out of keys adds to the scores of packed tokens; None where there is none.
 
-    query: [batch, query_heads, queries, head_dim], rotated. kept: of these tokens [batch, tokens, ...], if the bias turns.
-    Returns [batch, query_heads, queries, tokens] float32. Where positions follow each other, cosines and sines are those of
-    every 64th token: what turns from there on is the same for all.
+    query: [batch, query_heads, queries, head_dim], rotated. first: the first of these tokens. Returns [batch, query_heads,
+    queries, tokens] float32. Where positions follow each other, cosines and sines are those of every 64th token: what turns
+    from there on is the same for all.
     """
     if bias.keys is None:
         return None
     x, rope = scaling * query.float().reshape(len(query), len(bias.keys), -1, query.shape[-1]), cast(AnyRope | None, bias.rope)
-    if rope is None or kept is None:
+    if rope is None or bias.ledger is None:
         return (x @ bias.keys[..., None]).expand(-1, -1, -1, tokens).reshape(*query.shape[:3], tokens).contiguous()
-    starts = _starts(kept) if isinstance(rope, Rope) else None
-    cos, sin = (part.float() for part in rope.cos_sin(kept if starts is None else starts, precise=True))
+    starts = bias.ledger.starts(first, first + tokens) if isinstance(rope, Rope) else None
+    kept = bias.ledger.read(first, first + tokens) if starts is None else starts
+    cos, sin = (part.float() for part in rope.cos_sin(kept, precise=True))
     pairs = cos.shape[-1]
     (x1, x2), (b1, b2) = (_in_pairs(part, pairs, rope.interleaved) for part in (x, bias.keys[:, None]))
     along, across = x1 * b1 + x2 * b2, x2 * b1 - x1 * b2  # [batch, kv_heads, rows, pairs]
     if isinstance(rope, Rope) and starts is not None:
-        angles = torch.arange(BLOCK, device=kept.device, dtype=torch.int64)[:, None] * rope.inverse_frequencies.double()
         cos, sin, along, across = cos[:, None, None], sin[:, None, None], along[..., None, :], across[..., None, :]
-        first, second = along * cos + across * sin, across * cos - along * sin  # [batch, kv_heads, rows, blocks, pairs]
-        found = first @ angles.cos().float().mT + second @ angles.sin().float().mT
-        found = found.flatten(3)[..., :tokens]
+        turned = torch.cat([along * cos + across * sin, across * cos - along * sin], dim=-1)
+        found = (turned @ _within_block(rope.inverse_frequencies)).flatten(3)[..., :tokens]
     else:
-        found = along @ cos[:, None].mT + across @ sin[:, None].mT
+        found = torch.cat([along, across], dim=-1) @ torch.cat([cos, sin], dim=-1)[:, None].mT
     if 2 * pairs < x.shape[-1]:
         found = found + x[..., 2 * pairs :] @ bias.keys[:, 2 * pairs :, None]
     return found.reshape(*query.shape[:3], tokens).contiguous()
 
 
-def _starts(positions: Tensor) -> Tensor | None:
-    """The position of every 64th token, [batch, blocks] of [batch, tokens], if those between follow it; else None."""
-    starts, tokens = positions[:, ::BLOCK], positions.shape[1]
-    following = (
-        starts.repeat_interleave(BLOCK, dim=1)[:, :tokens]
-        + torch.arange(tokens, device=positions.device, dtype=torch.int64) % BLOCK
-    )
-    return starts if torch.equal(following, positions) else None
+def _within_block(inverse_frequencies: Tensor) -> Tensor:
+    """Cosines and sines by which 64 tokens of a block turn from its first: [2 pairs, 64] float32."""
+    angles = inverse_frequencies.double()[:, None] * torch.arange(BLOCK, device=inverse_frequencies.device, dtype=torch.int64)
+    return torch.cat([angles.cos(), angles.sin()]).float()
 
 
 def _in_pairs(x: Tensor, pairs: int, interleaved: bool) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from narrowkv.codec.scheme import BLOCK
 from narrowkv.errors import CacheUseError
 
 
@@ -17,6 +18,7 @@ class Ledger:
         self._held: Tensor | None = None  # [batch, room, ...], of the tokens from `first` on
         self.length = 0
         self.first = 0
+        self._starts: dict[tuple[int, int], Tensor | None] = {}  # as `starts` found them, until something changes
 
     def tensors(self) -> list[Tensor]:
         return [] if self._held is None else [self._held]
@@ -27,6 +29,7 @@ class Ledger:
         self.reserve(new, entries)
         self.room[:, held : held + new] = entries
         self.length += new
+        self._starts.clear()
 
     def reserve(self, new: int, like: Tensor) -> None:
         """Make sure that so many more entries, such as those of `like`, find room; raises CacheUseError for another form."""
@@ -40,6 +43,7 @@ class Ledger:
         """Write entries [1 or batch, 1, ...] to place [1] int64 of the room, on the device alone; `length` stays."""
         entries = entries.to(self.room.dtype).expand(len(self.room), *entries.shape[1:])
         self.room.index_copy_(1, place, entries)
+        self._starts.clear()
 
     @property
     def room(self) -> Tensor:
@@ -60,6 +64,19 @@ class Ledger:
         assert start >= self.first
         return self.room[:, start - self.first : stop - self.first]
 
+    def starts(self, start: int, stop: int) -> Tensor | None:
+        """The position of every 64th token from `start` to before `stop`, [batch, blocks], if those between follow it.
+
+        None where they do not. Looked for once in a step, whichever layers ask.
+        """
+        if (start, stop) not in self._starts:
+            positions = self.read(start, stop)
+            blocks = positions[:, ::BLOCK]
+            after = torch.arange(stop - start, device=positions.device, dtype=torch.int32) % BLOCK
+            follow = torch.equal(blocks.repeat_interleave(BLOCK, dim=1)[:, : stop - start] + after, positions)
+            self._starts[start, stop] = blocks if follow else None
+        return self._starts[start, stop]
+
     def forget(self, before: int) -> None:
         """Let go of tokens older than the token `before`, once they are half of what is held."""
         if self._held is None or 2 * (before - self.first) <= self.length - self.first:
@@ -67,12 +84,15 @@ class Ledger:
         self._held = self._held[:, before - self.first :]
         self.first = before
         self._resize(self._held, self.length - self.first)
+        self._starts.clear()
 
     def select(self, rows: Tensor) -> None:
         """Keep these sequences [n] int64."""
         if self._held is not None:
             self._held = self._held[rows.to(self._held.device)]
+            self._starts.clear()
 
     def crop(self, length: int) -> None:
         """Drop the tokens from `length` on."""
         self.length = min(self.length, length)
+        self._starts.clear()
