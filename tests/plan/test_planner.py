@@ -35,6 +35,14 @@ def real_bytes(model, source, tokens, batch, chunk=CHUNK):
     return counts
 
 
+def as_trained(model):
+    """The model with biases and gains that do something."""
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
+
+
 def planned(shape, recipe, tokens, batch):
     held = CacheBytes(shape, recipe, batch).held(tokens)
     return [held.prompt, held.decoding]
@@ -58,6 +66,16 @@ def test_tables_and_positions_are_counted(name, tmp_path):
     source, shape = calibrated(model, name), shape_of(model, tmp_path)
     for tokens, batch in ((63, 3), (300, 1)):
         assert planned(shape, source.recipe, tokens, batch) == real_bytes(model, source, tokens, batch)
+
+
+@pytest.mark.parametrize("name", ["fp16", "int4", "hadamard-int4", "nvfp4", "nuq3", "narrow3"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3_text"])
+def test_what_a_bias_and_the_gain_of_a_norm_take_is_counted(family, name, tmp_path):
+    model = as_trained(make(family)).bfloat16()
+    source = calibrated(model, name) if get_recipe(name).needs_calibration else get_recipe(name)
+    recipe, shape = getattr(source, "recipe", source), shape_of(model, tmp_path)
+    for tokens, batch in ((63, 3), (300, 1)):
+        assert planned(shape, recipe, tokens, batch) == real_bytes(model, source, tokens, batch)
 
 
 @pytest.mark.parametrize("name", ["fp16", "int2", "kivi-4", "hadamard-int4", "nuq2"])
@@ -115,7 +133,7 @@ def test_outliers_of_a_real_model_are_about_as_many(tmp_path):
 def test_families(family, tmp_path):
     if family == "phi3, longrope" and transformers.__version__.startswith("5.19."):
         pytest.skip("transformers 5.19 asks this family's positions for numbers, which there are none of without memory")
-    model = make(family)
+    model = as_trained(make(family))
     source = calibrated(model, "nuq2") if family in ("qwen2_5_vl", "phi3, longrope", "gemma4_text") else get_recipe("int3")
     recipe = source if family in ("opt", "gemma3_text", "mixtral", "lfm2") else source.recipe
     assert planned(shape_of(model, tmp_path), recipe, 130, 2) == real_bytes(model, source, 130, 2)

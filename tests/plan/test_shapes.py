@@ -7,6 +7,8 @@ from transformers import AutoConfig
 
 from narrowkv import PackedCache
 from narrowkv.errors import UnsupportedModelError
+from narrowkv.integrations.probe import probe
+from narrowkv.integrations.projections import ConstantKinds
 from narrowkv.plan import SHAPES, read_shape
 
 
@@ -21,6 +23,20 @@ def test_layers_are_those_that_the_probe_finds(family, tmp_path):
     assert shape.weights == sum(parameter.numel() for parameter in model.parameters())
     for layer, packed in zip(shape.layers, cache.packed, strict=True):
         assert packed.rope is None or layer.record == packed.rope.record
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox", "qwen3", "olmo2", "gemma3_text", "gpt_oss", "persimmon"])
+@torch.no_grad()
+def test_constants_are_those_that_running_the_model_finds(family, tmp_path):
+    model = make(family)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter)
+    model.config.save_pretrained(tmp_path)
+    facts, _ = probe(model)
+    found = [fact.constants for fact in facts]
+    expected = [ConstantKinds(*(part is not None for part in (one.keys, one.values, one.gain))) for one in found]
+    assert [layer.constants for layer in read_shape(str(tmp_path)).layers] == expected
 
 
 @pytest.mark.parametrize(

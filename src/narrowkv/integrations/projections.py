@@ -5,6 +5,7 @@ Nothing is read from a family's weights, so fused projections, LoRA and tensor p
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,15 @@ class Constants:
 NOTHING_KNOWN = Constants()
 
 
+@dataclass(frozen=True)
+class ConstantKinds:
+    """Which of the `Constants` a layer has."""
+
+    keys: bool = False
+    values: bool = False
+    gain: bool = False
+
+
 # runs a module again on its hidden states times a factor, without rotary embedding: keys and values as the cache gets them
 Run = Callable[[float], tuple[Tensor, Tensor]]
 
@@ -42,6 +52,38 @@ def constants_of(module: nn.Module, run: Run) -> Constants:
     whole, half, nothing = (run(factor) for factor in (1.0, 0.5, 0.0))
     keys, values = (_bias(*parts) for parts in zip(whole, half, nothing, strict=True))
     return Constants(keys, values, None if keys is not None else _gain(module, run, whole[0]))
+
+
+@torch.enable_grad()
+def constant_kinds(module: nn.Module, run: Run) -> ConstantKinds:
+    """Which constants a module on the meta device has, by the vectors among its parameters that keys and values come from.
+
+    A projection adds its own; whatever else a vector does, a norm does.
+    """
+    (keys_added, keys_scaled), (values_added, values_scaled) = (_vectors_of(x, module) for x in run(1.0))
+    return ConstantKinds(
+        keys=keys_added > 0 and not keys_scaled, values=values_added > 0 and not values_scaled, gain=keys_scaled == 1
+    )
+
+
+def _vectors_of(x: Tensor, module: nn.Module) -> tuple[int, int]:
+    """How many vectors of a module's parameters x comes from: those that a projection adds, and all others."""
+    vectors = {id(parameter) for parameter in module.parameters() if parameter.dim() == 1}
+    added = others = 0
+    waiting, met = [x.grad_fn], set[Any]()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in met:
+            continue
+        met.add(node)
+        sources = [source for source, _ in node.next_functions]
+        waiting += sources
+        found = sum(id(getattr(source, "variable", None)) in vectors for source in sources)
+        if node.name() == "AddmmBackward0":
+            added += found
+        else:
+            others += found
+    return added, others
 
 
 def _bias(whole: Tensor, half: Tensor, nothing: Tensor) -> Tensor | None:

@@ -14,23 +14,28 @@ from torch import Tensor
 
 from narrowkv.codec import AnyQuantizer, Encoded, Scheme, quantizer_for
 from narrowkv.codec.scheme import BLOCK
+from narrowkv.integrations.projections import ConstantKinds, Constants, bias_of, with_gain
 from narrowkv.store import LayerStore, Ledger
 from narrowkv.store.page import GROWTH, Page
 
 Quantizers = tuple[AnyQuantizer, AnyQuantizer]
 CHUNK = 2048  # tokens of a prompt at a time, where a sliding window lets go of those before
+NO_CONSTANTS = ConstantKinds()
 DECODED = BLOCK + 1  # tokens after which decoding has sealed a block and opened a tail
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One layer's part of a cache: batch, KV heads of one device, head_dim, dtype of the numbers, and its sliding window."""
+    """One layer's part of a cache: batch, KV heads of one device, head_dim, dtype of the numbers, its sliding window, and what
+    projections and a norm do to all keys and values alike.
+    """
 
     batch: int
     kv_heads: int
     head_dim: int
     dtype: torch.dtype
     sliding_window: int | None = None
+    constants: ConstantKinds = NO_CONSTANTS
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ class _Filling:
     """A real store, and the record of what turns its keys, that take tokens as a layer of a cache does."""
 
     def __init__(self, layer: "LayerBytes", record: Tensor | None):
-        self.store = LayerStore(*layer.quantizers, *layer.options)
+        self.store = layer.store()
         self.ledger = Ledger()
         self.blocks = layer.blocks
         self.sliding_window = layer.shape.sliding_window
@@ -146,13 +151,19 @@ class LayerBytes:
 
     def __init__(self, quantizers: Quantizers, sinks: int, window: int, shape: LayerShape):
         """quantizers, sinks, window: as of LayerStore."""
-        self.quantizers = quantizers
+        known, (keys, values) = _stand_in_constants(shape), quantizers
+        self.quantizers = (with_gain(keys, known), values)
+        self.bias = bias_of(known, None, keys.scheme, values.scheme, torch.device("cpu"))
         self.options = (sinks, window)
         self.shape = shape
         self.blocks = [typical_block(quantizer, shape) for quantizer in quantizers]
-        store = LayerStore(*quantizers, sinks, window)
+        store = self.store()
         exact = sinks + window + store.together + max(store.ahead)
         self.settled = (-(-exact // BLOCK) + 1) * BLOCK  # tokens after which a block takes as much as the one before
+
+    def store(self) -> LayerStore:
+        """An empty store of the layer."""
+        return LayerStore(*self.quantizers, *self.options, self.bias)
 
     @property
     def tables(self) -> int:
@@ -218,6 +229,14 @@ class LayerBytes:
         sides = (later[0].page.keys, later[0].page.values)
         keys, values = (_on_meta(side.take(later[0].slots)) for side in sides)
         return Held(prompt, nbytes(store.tensors())), columns, (keys, values), sum(nbytes(page.tensors()) for page in pages)
+
+
+def _stand_in_constants(shape: LayerShape) -> Constants:
+    """Constants of the kinds that a layer has: nothing is added, and channels are scaled differently."""
+    gain = torch.linspace(1, 2, shape.head_dim, device="cpu").expand(shape.kv_heads, -1)
+    kinds = shape.constants
+    keys, values = (torch.zeros_like(gain) if biased else None for biased in (kinds.keys, kinds.values))
+    return Constants(keys, values, gain if kinds.gain else None)
 
 
 def _on_meta(encoded: Encoded) -> Encoded:

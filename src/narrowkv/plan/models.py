@@ -5,6 +5,7 @@ that serves real models, so that whatever the family, keys and values are those 
 """
 
 import fnmatch
+import functools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from narrowkv.integrations.frequencies import STATIC_ROPE, frequencies, has_sect
 from narrowkv.integrations.gguf import gguf_config
 from narrowkv.integrations.models import DTYPES, model_folder
 from narrowkv.integrations.probe import Seen, keeps_keys, own_layers, text_config, watch
+from narrowkv.integrations.projections import ConstantKinds, constant_kinds
 from narrowkv.integrations.versions import keeps_nothing
 
 SHAPES: dict[str, dict[str, Any]] = {  # as published
@@ -46,7 +48,7 @@ SHAPES: dict[str, dict[str, Any]] = {  # as published
 class AttentionShape:
     """One layer that keeps keys and values.
 
-    record: the name of what is kept of each token, once for all layers of that name, where keys are turned when they are read:
+    constants: what its projections add and its norm scales, which caches take out. record: the name of what is kept of each token, once for all layers of that name, where keys are turned when they are read:
     `positions`, or tables of so many `angles`; None where the model never turns its keys.
     """
 
@@ -54,6 +56,7 @@ class AttentionShape:
     kv_heads: int
     head_dim: int
     sliding_window: int | None
+    constants: ConstantKinds
     record: str | None
     angles: int = 0
 
@@ -115,7 +118,8 @@ def read_shape(name: str, dtype: str = "auto") -> ModelShape:
     try:
         model = _on_meta(config)
         with torch.no_grad():
-            seen, _ = watch(model)
+            seen, running = watch(model)
+            layers = tuple(_layers(model, seen, running))
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"From its configuration, {name} cannot be planned for: {error}") from error
     others = [layer for layer in own_layers(text_config(model)) if not keeps_keys(layer) and not keeps_nothing(layer)]
@@ -124,7 +128,7 @@ def read_shape(name: str, dtype: str = "auto") -> ModelShape:
         dtype=chosen,
         weights=sum(parameter.numel() for parameter in model.parameters()),
         split_weights=_split_weights(model),
-        layers=tuple(_layers(model, seen)),
+        layers=layers,
         others=len(others),
     )
 
@@ -167,7 +171,7 @@ def _split_weights(model: PreTrainedModel) -> int:
     )
 
 
-def _layers(model: PreTrainedModel, seen: list[Seen]) -> Iterator[AttentionShape]:
+def _layers(model: PreTrainedModel, seen: list[Seen], running: list[Seen]) -> Iterator[AttentionShape]:
     """What is known of attention modules; of their rotary embeddings, what can be without numbers."""
     own = own_layers(text_config(model))
     names: dict[int, str] = {}
@@ -183,4 +187,5 @@ def _layers(model: PreTrainedModel, seen: list[Seen]) -> Iterator[AttentionShape
             else:
                 record, angles = names.setdefault(id(tables), f"angles{len(names)}"), known[0][0] if known else width // 2
         window = getattr(own[one.layer], "sliding_window", None)
-        yield AttentionShape(one.layer, one.keys[0].shape[1], one.keys[0].shape[3], window, record, angles)
+        constants = constant_kinds(one.module, functools.partial(one.run, running))
+        yield AttentionShape(one.layer, one.keys[0].shape[1], one.keys[0].shape[3], window, constants, record, angles)

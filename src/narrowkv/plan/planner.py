@@ -90,14 +90,14 @@ class CacheBytes:
         meters: dict[tuple[LayerSchemes, LayerShape], LayerBytes] = {}
         for layer in shape.layers:
             schemes = recipe.schemes(layer.layer)
-            one = LayerShape(batch, layer.kv_heads // parts, layer.head_dim, shape.dtype, layer.sliding_window)
+            one = LayerShape(batch, layer.kv_heads // parts, layer.head_dim, shape.dtype, layer.sliding_window, layer.constants)
             if (schemes, one) not in meters:
                 for scheme in (schemes.keys, schemes.values):
                     scheme.require_head_dim(layer.head_dim)
                 pair = (stand_in(scheme, one.kv_heads, one.head_dim) for scheme in (schemes.keys, schemes.values))
                 meters[schemes, one] = LayerBytes((next(pair), next(pair)), recipe.sinks, recipe.window, one)
             kinds[schemes, one] += 1
-            if layer.record is not None and schemes.keys.pre_rope:
+            if layer.record is not None and (schemes.keys.pre_rope or meters[schemes, one].bias.keys is not None):
                 self._keep(layer.record, layer.angles, meters[schemes, one])
         self.layers = [(meters[kind], count) for kind, count in kinds.items()]
         self.tables = sum(meter.tables * count for meter, count in self.layers)
