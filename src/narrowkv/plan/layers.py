@@ -233,7 +233,7 @@ class LayerBytes:
 
 def _stand_in_constants(shape: LayerShape) -> Constants:
     """Constants of the kinds that a layer has: nothing is added, and channels are scaled differently."""
-    gain = torch.linspace(1, 2, shape.head_dim, device="cpu").expand(shape.kv_heads, -1)
+    gain = torch.linspace(1, 2, shape.head_dim, dtype=torch.float32, device="cpu").expand(shape.kv_heads, -1)
     kinds = shape.constants
     keys, values = (torch.zeros_like(gain) if biased else None for biased in (kinds.keys, kinds.values))
     return Constants(keys, values, gain if kinds.gain else None)

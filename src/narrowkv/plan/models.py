@@ -48,8 +48,9 @@ SHAPES: dict[str, dict[str, Any]] = {  # as published
 class AttentionShape:
     """One layer that keeps keys and values.
 
-    constants: what its projections add and its norm scales, which caches take out. record: the name of what is kept of each token, once for all layers of that name, where keys are turned when they are read:
-    `positions`, or tables of so many `angles`; None where the model never turns its keys.
+    constants: what its projections add and its norm scales. record: the name of what is kept of each token, once for all
+    layers of that name, where keys or their bias are turned when they are read: `positions`, or tables of so many `angles`;
+    None where the model never turns its keys.
     """
 
     layer: int

@@ -90,7 +90,8 @@ class CacheBytes:
         meters: dict[tuple[LayerSchemes, LayerShape], LayerBytes] = {}
         for layer in shape.layers:
             schemes = recipe.schemes(layer.layer)
-            one = LayerShape(batch, layer.kv_heads // parts, layer.head_dim, shape.dtype, layer.sliding_window, layer.constants)
+            sizes = (batch, layer.kv_heads // parts, layer.head_dim)
+            one = LayerShape(*sizes, shape.dtype, layer.sliding_window, layer.constants)
             if (schemes, one) not in meters:
                 for scheme in (schemes.keys, schemes.values):
                     scheme.require_head_dim(layer.head_dim)
