@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from narrowkv import PackedCache, calibrate, cuda_graph, get_recipe
 from narrowkv.codec import Quantizer, cuda, points
@@ -96,6 +97,22 @@ def test_generate_goes_by_it_and_the_model_is_itself_again(tiny):
     assert "forward" not in model.__dict__
 
 
+def test_a_compiled_model_is_the_model_in_it(tiny):
+    model, source = made(tiny, "nuq2", {"layers": 1}, "nuq2")
+    ids, options = torch.randint(2, 97, (1, 20)), {"max_new_tokens": 4, "do_sample": False}
+    wrapped = torch.compile(model, backend="eager")
+    cache = PackedCache(wrapped, source, backend="cuda")
+    expected = model.generate(ids, past_key_values=cache, **options)
+    for used in (wrapped, model):
+        cache.reset()
+        with cuda_graph(wrapped, cache) as graph:
+            assert torch.equal(used.generate(ids, past_key_values=cache, **options), expected)
+            with torch.no_grad():
+                logits = wrapped(expected[:, -1:], past_key_values=cache).logits
+            torch.testing.assert_close(logits, graph._logits)
+    assert "forward" not in model.__dict__
+
+
 def test_a_step_that_cannot_be_captured_leaves_the_cache_as_it_was(tiny):
     dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}  # the model itself asks for the largest position
     model, source = made(tiny, "nuq2", {"layers": 1, "rope_parameters": dynamic}, "nuq2")
@@ -117,6 +134,13 @@ def test_what_it_does_not_do(tiny):
     with pytest.raises(UnsupportedModelError, match="packed"):
         DecodingGraph(model, PackedCache(model, "fp16", backend="cuda"))
     cache = PackedCache(model, source, backend="cuda")
+    with pytest.raises(UnsupportedModelError, match="not None"), cuda_graph(None, cache):
+        pass
+    for given, said in ((DynamicCache(), "not a DynamicCache"), (None, "not a NoneType")):
+        with pytest.raises(CacheUseError, match=said), cuda_graph(model, given):
+            pass
+    with pytest.raises(CacheUseError, match="another model"):
+        DecodingGraph(tiny(layers=1), cache)
     with pytest.raises(CacheUseError, match="prompt"):
         DecodingGraph(model, cache).step(torch.ones(1, 1, dtype=torch.int64))
     cache = PackedCache(model, "int8", backend="cuda")

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from narrowkv import PackedCache, calibrate, explain, get_recipe
 from narrowkv.calibration.fit import smoothing
-from narrowkv.errors import CalibrationError
+from narrowkv.errors import CacheUseError, CalibrationError
 from narrowkv.integrations import projections
 from narrowkv.integrations.preparation import prepare
 
@@ -187,6 +187,8 @@ def test_what_is_taken_out_is_counted_and_told():
     assert explain(caches[0]).layers[0]["bias"] == tables
     assert "bias of the projections is taken out of the keys of 1 layer and the values of 1" in str(explain(caches[0]))
     assert "bias of the projections" not in str(explain(caches[1]))
+    with pytest.raises(CacheUseError, match="A packed cache is wanted, not a Qwen2ForCausalLM"):
+        explain(model)
 
 
 def test_a_refused_token_leaves_no_trace():

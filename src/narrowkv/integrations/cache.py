@@ -255,6 +255,12 @@ class PackedCache(RunningCache):
         return f"PackedCache({self.recipe.name}, {held}, {self.nbytes:,} bytes, backend {self.backend})"
 
 
+def require_packed(cache: Any) -> None:
+    """Raise CacheUseError where something else is given for a packed cache."""
+    if not isinstance(cache, PackedCache):
+        raise CacheUseError(f"A packed cache is wanted, not a {type(cache).__name__}; make one: PackedCache(model, source).")
+
+
 def _copied(module: weakref.ref[torch.nn.Module], memo: dict[int, Any]) -> weakref.ref[torch.nn.Module]:
     """A module's copy, if one was made; a cache may outlive its model."""
     found = module()

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from narrowkv.integrations.cache import PackedCache
+from narrowkv.integrations.cache import PackedCache, require_packed
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class Explanation:
 
 
 def explain(cache: PackedCache) -> Explanation:
-    """Say where a cache's bytes are; str() of the result is a table."""
+    """Say where a cache's bytes are; str() of the result is a table. Raises CacheUseError where it is no packed cache."""
+    require_packed(cache)
     layers = {}
     for number, layer in zip(cache.modules, cache.packed, strict=True):
         parts = {name: sum(tensor.untyped_storage().nbytes() for tensor in held) for name, held in layer.store.parts().items()}

@@ -17,9 +17,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from narrowkv.attention import cuda
 from narrowkv.attention.cuda_blocks import Blocks
+from narrowkv.calibration.wrappers import decoder_of, unwrapped
 from narrowkv.codec.cuda import sent
 from narrowkv.errors import CacheUseError, NarrowKVError, UnsupportedModelError
-from narrowkv.integrations.cache import PackedCache
+from narrowkv.integrations.cache import PackedCache, require_packed
+from narrowkv.integrations.hold import not_traced
+from narrowkv.integrations.interface import ANOTHER_MODEL
 from narrowkv.integrations.layer import PackedLayer
 from narrowkv.integrations.versions import CACHE, NAMES, cache_of
 from narrowkv.store import LayerStore, steps
@@ -36,8 +39,10 @@ def cuda_graph(model: PreTrainedModel, cache: PackedCache) -> Iterator["Decoding
 
     All else (prompts, other caches) runs as before. Raises as `DecodingGraph`.
     """
+    model = unwrapped(model)
     graph, plain = DecodingGraph(model, cache), model.forward
 
+    @not_traced
     @functools.wraps(plain)
     def forward(input_ids: Tensor | None = None, **options: Any) -> Any:
         single = input_ids is not None and input_ids.shape[1] == 1
@@ -83,10 +88,15 @@ def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
 class DecodingGraph:
     """Steps of one token for each sequence, by a model with a packed cache that holds a prompt.
 
-    Raises UnsupportedModelError where the cache does not decode by backend `cuda`, or a layer is not packed.
+    Raises UnsupportedModelError where the cache does not decode by backend `cuda`, or a layer is not packed, CacheUseError
+    where it is no packed cache, or another model's.
     """
 
     def __init__(self, model: PreTrainedModel, cache: PackedCache):
+        model = unwrapped(model)
+        require_packed(cache)
+        if cache.decoder() is not decoder_of(model):
+            raise CacheUseError(ANOTHER_MODEL)
         if cache.backend != "cuda":
             raise UnsupportedModelError(
                 f"A CUDA graph needs a cache with backend cuda, not {cache.backend}; decode without one."
