@@ -1,0 +1,175 @@
+// Times inner loops of attention over variants of the trellis-coded form, each checked against plain loops before it is timed.
+
+#include "clock.h"
+#include "values.h"
+
+using namespace cycles;
+
+namespace {
+
+constexpr int kBlocks = 16;  // more than the nearest cache holds, less than the second one does
+
+std::mt19937 random_numbers(0);
+
+struct Case {
+    std::string name;
+    Rates rates;
+};
+
+Rates uniform(int k) { return Rates(kUnits, k); }
+
+Rates counted(std::initializer_list<int> counts) {  // units of rate 0, 1, 2, ...
+    Rates rates;
+    int k = 0;
+    for (int count : counts) rates.insert(rates.end(), count, k), ++k;
+    return rates;
+}
+
+Query draw_query() {
+    Query query;
+    const auto draw = [](int most) { return int(random_numbers() % (2 * most + 1)) - most; };
+    for (int q = 0; q < kMostQueries; ++q) {
+        for (int d = 0; d < kDim; ++d) query.bytes[q][d] = int8_t(draw(32)), query.floats[q][d] = query.bytes[q][d] / 32.0f;
+        for (int pair = 0; pair < kDim / 2; ++pair) {
+            uint8_t two[2];
+            std::memcpy(two, &query.bytes[q][2 * pair], 2);
+            query.twice[q][pair] = int32_t((two[0] | two[1] << 8) * 0x10001u);
+            query.words[q][pair] = int32_t(uint32_t(uint16_t(draw(500))) | uint32_t(draw(500)) << 16);
+        }
+    }
+    for (int d = 0; d < kDim; ++d) {
+        const int by = 128 + random_numbers() % 128;
+        query.stretch[d] = by | by << 16;
+    }
+    for (int pair = 0; pair < kDim / 2; ++pair) {
+        for (int token = 0; token < kTokens; ++token) {
+            const double angle = token * std::pow(1e4, -pair / 64.0);
+            auto& to = query.angles[pair][token / kLanes];
+            to[0][token % 2][token % kLanes / 2] = int16_t(std::lrint(32767 * std::cos(angle)));
+            to[1][token % 2][token % kLanes / 2] = int16_t(std::lrint(32767 * std::sin(angle)));
+        }
+    }
+    return query;
+}
+
+template <template <int> class Table>
+int value_of(const Streams& streams, const Tables& tables, int block, int token, int element) {
+    int value = 0;
+    by_rate(streams.rates[element / kUnit], [&](auto k) {
+        value = Table<k>::reference(tables, streams.window(block, token, element, Table<k>::bits));
+    });
+    return value;
+}
+
+// What the query is worth to a rotated pair whose first element is given.
+double turned_score(const Query& query, int q, int token, int element, double first, double second) {
+    const auto& angle = query.angles[element / 2][token / kLanes];
+    const double cos = angle[0][token % 2][token % kLanes / 2] / 32768.0, sin = angle[1][token % 2][token % kLanes / 2] / 32768.0;
+    const double x = first * (query.stretch[element] & 255), y = second * (query.stretch[element + 1] & 255);
+    int16_t asked[2];
+    std::memcpy(asked, &query.words[q][element / 2], 4);
+    return asked[0] * (x * cos - y * sin) + asked[1] * (x * sin + y * cos);
+}
+
+template <template <int> class Table, typename Still, int queries>
+void time_scores(const Case& which, int turned = 0) {
+    const Tables tables[] = {{std::is_same_v<Still, Products8> ? 64 : 0, random_numbers}, {0, random_numbers}};
+    const Streams streams(which.rates, kBlocks, random_numbers);
+    static Query query;
+    query = draw_query();
+    alignas(64) static Sums sums[2];
+    const std::string rotation = turned == 0 ? "" : turned == kUnits ? ", rotated" : ", " + std::to_string(turned) + " of 16 units rotated";
+    const Row row{"scores", std::string(Table<4>::name) + ", " + (turned == kUnits ? Turned16::name : Still::name + rotation), which.name, queries};
+    for (int block = 0; block < kBlocks; block += kBlocks - 1) {
+        score<Table, Still, queries>(streams, block, tables, query, turned, sums);
+        for (int q = 0; q < queries; ++q) {
+            double expected[2][kTokens] = {}, found[2][kTokens] = {};
+            for (int token = 0; token < kTokens; ++token) {
+                double values[kDim];
+                for (int d = 0; d < kDim; ++d) values[d] = value_of<Table>(streams, tables[d / kUnit < turned], block, token, d);
+                for (int d = 0; d < kDim; ++d) {
+                    if (which.rates[d / kUnit] && d / kUnit >= turned) expected[0][token] += Still::reference(query, q, d, values[d], token);
+                    if (which.rates[d / kUnit] && d / kUnit < turned && d % 2 == 0) expected[1][token] += turned_score(query, q, token, d, values[d], values[d + 1]);
+                }
+            }
+            for (int i = 0; i < kParts * 4 * kNumbers; ++i) {
+                const int part = i / 4 / kNumbers, at = i / kNumbers % 4, lane = i % kNumbers;
+                const int32_t still = sums[0][q][part][at][lane];
+                float number;
+                std::memcpy(&number, &still, 4);
+                found[0][Still::token_of(part, at, lane)] = std::is_same_v<Still, ProductsFloat> ? double(number) : still;
+                if (turned) found[1][Turned16::token_of(part, at, lane)] = sums[1][q][part][at][lane];
+            }
+            for (int token = 0; token < kTokens; ++token) {
+                require(close(found[0][token], expected[0][token], std::is_same_v<Still, ProductsFloat> ? 1e-2 : 0), row);
+                require(close(found[1][token], expected[1][token], 2.0 * 500 * 64 * 2), row);  // words are rounded four times a pair
+            }
+        }
+    }
+    print(row, nanoseconds([&](int i) { score<Table, Still, queries>(streams, i % kBlocks, tables, query, turned, sums); }, kBlocks) / kTokens);
+}
+
+template <template <int> class Table, typename Products, int queries>
+void time_values(const Case& which) {
+    const Tables tables(0, random_numbers);
+    const Streams streams(which.rates, kBlocks, random_numbers);
+    static Weights weights;
+    for (int i = 0; i < kMostQueries * kSpan * kTokens; ++i) {
+        const int q = i / (kSpan * kTokens), part = i / kLanes % kSpanParts, lane = i % kLanes;
+        weights.bytes[q][part][lane] = uint8_t(random_numbers() % 32);
+        weights.floats[q][part][lane] = weights.bytes[q][part][lane] / 32.0f;
+    }
+    const Row row{"values", std::string(Table<4>::name) + ", " + Products::name, which.name, queries};
+    alignas(64) static Mixed mixed;
+    std::memset(mixed, 0, sizeof mixed);
+    mix<Table, Products, queries>(streams, 4, tables, weights, mixed);
+    for (int q = 0; q < queries; ++q) {
+        for (int d = 0; d < kDim; ++d) {
+            double expected = 0;
+            for (int token = 0; token < kSpan * kTokens && which.rates[d / kUnit]; ++token) {
+                const double weight = Products::weight(weights, q, token / kLanes, token % kLanes);
+                expected += weight * value_of<Table>(streams, tables, 4 + token / kTokens, token % kTokens, d);
+            }
+            require(close(mixed[q][d], expected, std::is_same_v<Products, MixFloat> ? 1e-1 : 1e-1), row);
+        }
+    }
+    print(row, nanoseconds([&](int i) { mix<Table, Products, queries>(streams, i * kSpan % kBlocks, tables, weights, mixed); }, kBlocks / kSpan) / kTokens / kSpan);
+}
+
+template <template <int> class Table, int queries>
+void time_both(const Case& which) {
+    time_scores<Table, Products8, queries>(which);
+    time_values<Table, Mix8, queries>(which);
+}
+
+template <template <int> class Table>
+void time_table(const Case& which) {
+    time_both<Table, 1>(which);
+    time_both<Table, 4>(which);
+}
+
+const Case kMixes[] = {{"mix of 2", counted({2, 3, 6, 3, 2})}, {"mix of 3", counted({1, 1, 3, 4, 6, 1})}, {"mix of 4", counted({0, 1, 1, 2, 7, 3, 2})}};
+
+}  // namespace
+
+int main() {
+    for (int k = 1; k <= 6; ++k) {
+        const Case all{"all " + std::to_string(k), uniform(k)};
+        time_table<Additive>(all);
+        time_table<Window64>(all);
+        time_table<Window256>(all);
+        time_table<Scalar>(all);
+        if (k <= 4) time_table<Window16>(all);
+        if (k == 3) time_table<Overlapping>(all);
+    }
+    for (const Case& mix : kMixes) {
+        time_both<Additive, 1>(mix), time_both<Additive, 2>(mix), time_both<Additive, 4>(mix), time_both<Additive, 8>(mix);
+        time_table<Window16>(mix);
+        time_table<Window64>(mix);
+        time_scores<Additive, Products16, 1>(mix), time_scores<Additive, Products16, 4>(mix);
+        time_scores<Additive, ProductsFloat, 1>(mix), time_scores<Additive, ProductsFloat, 4>(mix);
+        time_scores<Additive, Products8, 1>(mix, kUnits), time_scores<Additive, Products8, 4>(mix, kUnits), time_scores<Additive, Products8, 8>(mix, kUnits);
+        time_scores<Additive, Products8, 1>(mix, kUnits / 4), time_scores<Additive, Products8, 4>(mix, kUnits / 4);
+        time_values<Additive, MixFloat, 1>(mix), time_values<Additive, MixFloat, 4>(mix);
+    }
+}
