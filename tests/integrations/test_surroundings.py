@@ -146,9 +146,8 @@ def test_a_cache_follows_the_dtype_of_its_model(tiny, tmp_path):
     """Made before `model.to`, filled after it: what is stored counts, in memory and on disk."""
     for name in ("fp16", "int4", "kivi-2-g16-r40", "int4 with sinks"):
         model, recipe = tiny(), recipe_of(name)
-        cache, frequencies = PackedCache(model, recipe), model.model.rotary_emb.inv_freq
+        cache = PackedCache(model, recipe)
         model.bfloat16()
-        model.model.rotary_emb.inv_freq = frequencies  # models loaded in bfloat16 keep them, `to` would round them
         with torch.no_grad():
             model(IDS, past_key_values=cache)
             assert cache.dtype == torch.bfloat16
@@ -160,6 +159,30 @@ def test_a_cache_follows_the_dtype_of_its_model(tiny, tmp_path):
                 PackedCache.load(tmp_path / "c", model.float(), recipe)
             with pytest.raises(NarrowKVError, match="keys in bfloat16 and values in bfloat16, but got keys in float32"):
                 model(IDS[:, :1], past_key_values=cache)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("name", ["fp16", "int4", "nuq3"])
+def test_a_cache_follows_frequencies_that_the_model_has_rounded(name, family, tiny):
+    """`model.to(dtype)` rounds them, unlike loading in that dtype; tokens are turned as the model turns them from then on."""
+    model = tiny(family)
+    if family == "qwen2":  # whose bias turns with the tokens; of whole numbers, which stay as they are
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.bias.data = torch.arange(32.0) % 7
+    source = calibrate(model, IDS, name) if name == "nuq3" else name
+    cache, before = PackedCache(model, source), model.model.rotary_emb.inv_freq
+    model.bfloat16().float()
+    assert not torch.equal(model.model.rotary_emb.inv_freq, before)
+    for _ in range(2):
+        fresh = PackedCache(model, source)
+        logits = []
+        for each in (cache, fresh):
+            with torch.inference_mode():
+                model(IDS, past_key_values=each)
+                logits.append(model(IDS[:, :1], past_key_values=each).logits)
+        assert torch.equal(*logits)
+        cache.reset()
+        model.model.rotary_emb.inv_freq = before
 
 
 @pytest.mark.parametrize("surroundings", [*SURROUNDINGS, "autocast of another device"])

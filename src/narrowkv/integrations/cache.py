@@ -21,6 +21,7 @@ from narrowkv.defaults import DENSE
 from narrowkv.errors import CacheUseError, RecipeError
 from narrowkv.integrations.dense import DenseLayer
 from narrowkv.integrations.disk import load_cache, save_cache
+from narrowkv.integrations.frequencies import frequencies, place_of
 from narrowkv.integrations.layer import PackedLayer
 from narrowkv.integrations.preparation import facts_for
 from narrowkv.integrations.probe import AttentionFacts, own_layers, text_config
@@ -85,6 +86,8 @@ class PackedCache(RunningCache):
         self.rank = rank
         self.decoder = weakref.ref(decoder_of(model))
         self.modules = {fact.layer: weakref.ref(fact.module) for fact in facts.attention}
+        known = frequencies(decoder_of(model))
+        self.places = [place_of(layer.rope, known) for layer in self.packed]  # where in the model their frequencies are
 
     def _in_words(self, facts: Sequence[AttentionFacts]) -> bool:
         """Whether words of 16 bits can be read from all layers."""
@@ -106,6 +109,13 @@ class PackedCache(RunningCache):
         store = LayerStore(keys, values, self.recipe.sinks, self.recipe.window, bias)
         kind = DenseLayer if self.dense else PackedLayer
         return kind(store, rope, ledger, backend, strict, getattr(own, "sliding_window", None))
+
+    @runs_undisturbed
+    def follow(self, decoder: torch.nn.Module) -> None:
+        known = frequencies(decoder)
+        for layer, place in zip(self.packed, self.places, strict=True):
+            if place is not None:
+                layer.turn_by(known[place][0].to(self.device))
 
     @runs_undisturbed
     def save(self, path: str | Path, token_ids: Tensor | None = None) -> None:

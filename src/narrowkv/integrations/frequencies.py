@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from narrowkv.attention import Rope, StoredRope
+from narrowkv.attention import AnyRope, Rope, StoredRope
 from narrowkv.attention.rope import Tables
 
 STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")  # angles that positions alone determine
@@ -31,6 +31,13 @@ def by_position(model: PreTrainedModel, positions: Tensor | None, stored: Stored
             if bool(((found - expected).abs() <= tolerance).all()):
                 return rope
     return None
+
+
+def place_of(rope: AnyRope | None, found: list[tuple[Tensor, float, str]]) -> int | None:
+    """Which of the frequencies that were found in a model are those of an embedding; None where it has none of its own."""
+    if not isinstance(rope, Rope):
+        return None
+    return next((i for i, (inverse, _, _) in enumerate(found) if torch.equal(inverse, rope.inverse_frequencies)), None)
 
 
 def has_sections(model: PreTrainedModel) -> bool:

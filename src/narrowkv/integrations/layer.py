@@ -2,14 +2,14 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
-from narrowkv.attention import BACKENDS, AnyRope, cuda
+from narrowkv.attention import BACKENDS, AnyRope, Rope, cuda
 from narrowkv.codec.surroundings import undisturbed
 from narrowkv.errors import CacheUseError, UnsupportedModelError
 from narrowkv.integrations.hold import not_traced
@@ -61,6 +61,13 @@ class PackedLayer(CacheLayerMixin):
     def turn(self, x: Tensor, kept: Tensor | None, precision: torch.dtype | None = None) -> Tensor:
         """Turn x: [batch, heads, new, head_dim] as the model's layer does, in no fewer bits than `precision` and x have."""
         return x if self.rope is None or kept is None else self.rope.rotate(x, kept, precision)
+
+    def turn_by(self, inverse_frequencies: Tensor) -> None:
+        """Turn keys by other frequencies than so far; only while nothing is stored."""
+        assert isinstance(self.rope, Rope)
+        if not torch.equal(inverse_frequencies, self.rope.inverse_frequencies):
+            self.rope = replace(self.rope, inverse_frequencies=inverse_frequencies)
+            self.store.bias.rope = self.rope if self.store.bias.rope else None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True

@@ -96,6 +96,11 @@ class RunningCache(NarrowCache):
         self.running, self.before = True, self.length
         if self.before == 0:
             self.model_dtype = dtype_of(decoder)
+            self.follow(decoder)
+
+    def follow(self, decoder: nn.Module) -> None:
+        """Before the first tokens: take on the frequencies that the model has by now; `model.to(dtype)` rounds them."""
+        raise NotImplementedError
 
     def _require_ready(self, decoder: nn.Module, tokens: Tensor | None, mask: Any, positions: Any) -> None:
         if self.running:  # interrupted, so that nobody has told us of its end
