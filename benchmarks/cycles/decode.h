@@ -157,12 +157,53 @@ struct Scalar {  // no trellis: a codebook of 2^k entries
     static constexpr int bits = k;
 };
 
+// Two streams for each rate, of 1 + 1, 2 + 1, 2 + 2, 4 + 1 or 4 + 2 bits, and high[last 4 bits of the first] + low[last 4 bits of the second].
+// Of rate 1, bits of even and of odd elements are the streams: high[last 4 of the own] + low[last 4 of the other].
+template <int k>
+struct TwoStreams {
+    static constexpr const char* name = "two streams";
+    static constexpr int first = k == 1 ? 0 : k < 5 ? k - k / 2 : 4, second = k - first;
+    Bytes high, low;
+    explicit TwoStreams(const Tables& tables) : high(broadcast_16(tables.high[k])), low(broadcast_16(tables.low[k])) {}
+    CYCLES_INLINE Bytes value(Bytes upper, Bytes lower) const { return add_8(look_up(high, upper), look_up(low, lower)); }
+    static int reference(const Tables& tables, const Streams& streams, int block, int token, int element) {
+        const auto window = [&](bool other) {
+            return k == 1 ? streams.alternating_window(block, token, element, other) : streams.split_window(block, token, element, first, second, other);
+        };
+        return int8_t(tables.high[k][window(false)] + tables.low[k][window(true)]);
+    }
+};
+
 // Values of a unit of rate k whose bytes begin at `from`, for the tokens of a register.
 template <int k, typename Table>
 CYCLES_INLINE inline void decode_unit(const uint8_t* from, const Table& table, Bytes* values) {
     Bytes bytes[k + 1];
     each<k + 1>([&](auto i) CYCLES_INLINE { bytes[i] = load(from + (i - 1) * kTokens); });
     each<kUnit>([&](auto i) CYCLES_INLINE { values[i] = table.template value<8 + k * (i + 1)>(bytes); });
+}
+
+template <int k>
+CYCLES_INLINE inline void decode_unit(const uint8_t* from, const TwoStreams<k>& table, Bytes* values) {
+    constexpr int first = TwoStreams<k>::first, second = TwoStreams<k>::second;
+    if constexpr (k == 1) {
+        const Bytes before = load(from - kTokens), bits = load(from);
+        const Bytes even = select<15, 255>(right<4>(bits), before), odd = select<15, 255>(bits, left<4>(before));
+        Bytes windows[kUnit + 1] = {low<4>(right<4>(odd))};  // after each element that of its own stream
+        each<4>([&](auto i) CYCLES_INLINE { windows[2 * i + 1] = low<4>(right<3 - i>(even)), windows[2 * i + 2] = low<4>(right<3 - i>(odd)); });
+        each<kUnit>([&](auto i) CYCLES_INLINE { values[i] = table.value(windows[i + 1], windows[i]); });
+    } else {
+        Bytes one[first + 1] = {load(from - (second + 1) * kTokens)}, two[second + 1] = {load(from - kTokens)};
+        each<first>([&](auto i) CYCLES_INLINE { one[i + 1] = load(from + i * kTokens); });
+        each<second>([&](auto i) CYCLES_INLINE { two[i + 1] = load(from + (first + i) * kTokens); });
+        each<kUnit>([&](auto i) CYCLES_INLINE { values[i] = table.value(field<4 + first * (i + 1), 4>(one), field<4 + second * (i + 1), 4>(two)); });
+    }
+}
+
+// What an element of a block of streams stands for.
+template <template <int> class Table, int k>
+int reference(const Tables& tables, const Streams& streams, int block, int token, int element) {
+    if constexpr (std::is_same_v<Table<k>, TwoStreams<k>>) return TwoStreams<k>::reference(tables, streams, block, token, element);
+    else return Table<k>::reference(tables, streams.window(block, token, element, Table<k>::bits));
 }
 
 // Run `part`, which is told the rate as a type.

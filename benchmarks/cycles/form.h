@@ -37,28 +37,53 @@ struct Tables {
     }
 };
 
-// Streams of some blocks, [blocks][bytes][64], random; before each a byte of zeros, which is the state that it starts from.
+// Streams of some blocks, [blocks][bytes][64], random; before each kBefore bytes of zeros, the state that it starts from.
+constexpr int kBefore = 3;
+
 struct Streams {
     Rates rates;
     int bytes;
     std::vector<uint8_t> memory;
 
     Streams(const Rates& rates, int blocks, std::mt19937& random)
-        : rates(rates), bytes(stream_bytes(rates)), memory(size_t(blocks) * (bytes + 1) * kTokens + 64) {
-        for (size_t i = 0; i < memory.size(); ++i) memory[i] = i / kTokens % (bytes + 1) ? uint8_t(random()) : 0;
+        : rates(rates), bytes(stream_bytes(rates)), memory(size_t(blocks) * (bytes + kBefore) * kTokens + 64) {
+        for (size_t i = 0; i < memory.size(); ++i) memory[i] = i / kTokens % (bytes + kBefore) < kBefore ? 0 : uint8_t(random());
     }
-    const uint8_t* block(int i) const { return &memory[size_t(i) * (bytes + 1) * kTokens + kTokens]; }
+    const uint8_t* block(int i) const { return &memory[(size_t(i) * (bytes + kBefore) + kBefore) * kTokens]; }
+
+    int byte(int block_index, int token, int i) const { return block(block_index)[i * kTokens + token]; }
+
+    // The first byte of an element's unit.
+    int unit_byte(int element) const {
+        int found = 0;
+        for (int unit = 0; unit < element / kUnit; ++unit) found += rates[unit];
+        return found;
+    }
 
     // The `count` bits that end where the element's own do.
     int window(int block_index, int token, int element, int count) const {
-        const uint8_t* from = block(block_index);
-        int end = 0;
-        for (int unit = 0; unit < element / kUnit; ++unit) end += kUnit * rates[unit];
-        end += rates[element / kUnit] * (element % kUnit + 1);
+        const int end = 8 * unit_byte(element) + rates[element / kUnit] * (element % kUnit + 1);
         int found = 0;
-        for (int bit = end - count; bit < end; ++bit) {
-            const int byte = bit < 0 ? -1 : bit / 8, at = (bit + 8) % 8;
-            found = found << 1 | (from[byte * kTokens + token] >> (7 - at) & 1);
+        for (int bit = end - count + 8; bit < end + 8; ++bit) found = found << 1 | (byte(block_index, token, bit / 8 - 1) >> (7 - bit % 8) & 1);
+        return found;
+    }
+
+    // The last four bits up to an element's of one of the two streams of which its unit has `first` bytes, then `second`.
+    int split_window(int block_index, int token, int element, int first, int second, bool of_second) const {
+        const int start = unit_byte(element) + (of_second ? first : 0), before = unit_byte(element) - (of_second ? 1 : second + 1);
+        const int end = 8 + (of_second ? second : first) * (element % kUnit + 1);
+        int found = 0;
+        for (int bit = end - 4; bit < end; ++bit) found = found << 1 | (byte(block_index, token, bit < 8 ? before : start + bit / 8 - 1) >> (7 - bit % 8) & 1);
+        return found;
+    }
+
+    // The same for a unit of one bit, whose upper nibble has the bits of even elements and whose lower one those of odd elements: the last
+    // four of the `back`-th element before this one and others of its parity.
+    int alternating_window(int block_index, int token, int element, int back) const {
+        int found = 0;
+        for (int i = 3; i >= 0; --i) {
+            const int e = element % kUnit + kUnit - back - 2 * i;  // counted from the first element of the unit before
+            found = found << 1 | (byte(block_index, token, unit_byte(element) + e / kUnit - 1) >> ((e % 2 ? 3 : 7) - e % kUnit / 2) & 1);
         }
         return found;
     }

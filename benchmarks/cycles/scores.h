@@ -5,6 +5,8 @@
 
 #pragma once
 
+#include <cmath>
+
 #include "decode.h"
 
 namespace cycles {
@@ -20,6 +22,33 @@ struct Query {
     alignas(64) int32_t stretch[kDim];               // what whitening took from a channel, a byte, in the lowest of 32 bits and the third
     alignas(64) int16_t angles[kDim / 2][kParts][2][2][kLanes / 2];  // [pair][part][cosine, sine][even tokens, odd ones]
 };
+
+inline Query draw_query(std::mt19937& random) {
+    Query query;
+    const auto draw = [&](int most) { return int(random() % (2 * most + 1)) - most; };
+    for (int q = 0; q < kMostQueries; ++q) {
+        for (int d = 0; d < kDim; ++d) query.bytes[q][d] = int8_t(draw(32)), query.floats[q][d] = query.bytes[q][d] / 32.0f;
+        for (int pair = 0; pair < kDim / 2; ++pair) {
+            uint8_t two[2];
+            std::memcpy(two, &query.bytes[q][2 * pair], 2);
+            query.twice[q][pair] = int32_t((two[0] | two[1] << 8) * 0x10001u);
+            query.words[q][pair] = int32_t(uint32_t(uint16_t(draw(500))) | uint32_t(draw(500)) << 16);
+        }
+    }
+    for (int d = 0; d < kDim; ++d) {
+        const int by = 128 + random() % 128;
+        query.stretch[d] = by | by << 16;
+    }
+    for (int pair = 0; pair < kDim / 2; ++pair) {
+        for (int token = 0; token < kTokens; ++token) {
+            const double angle = token * std::pow(1e4, -pair / 64.0);
+            auto& to = query.angles[pair][token / kLanes];
+            to[0][token % 2][token % kLanes / 2] = int16_t(std::lrint(32767 * std::cos(angle)));
+            to[1][token % 2][token % kLanes / 2] = int16_t(std::lrint(32767 * std::sin(angle)));
+        }
+    }
+    return query;
+}
 
 using Sums = int32_t[kMostQueries][kParts][4][kNumbers];
 
