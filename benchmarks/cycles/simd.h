@@ -49,7 +49,6 @@ inline Floats all_floats(float x) { return _mm512_set1_ps(x); }
 inline Floats add_products(Floats a, Floats b, Floats sum) { return _mm512_fmadd_ps(a, b, sum); }
 inline Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
 inline void store_floats(float* p, Floats x) { _mm512_storeu_ps(p, x); }
-inline int32_t sum_32(Bytes x) { return _mm512_reduce_add_epi32(x); }
 
 #else
 
@@ -90,11 +89,6 @@ inline Floats all_floats(float x) { return _mm256_set1_ps(x); }
 inline Floats add_products(Floats a, Floats b, Floats sum) { return _mm256_fmadd_ps(a, b, sum); }
 inline Floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
 inline void store_floats(float* p, Floats x) { _mm256_storeu_ps(p, x); }
-inline int32_t sum_32(Bytes x) {
-    alignas(32) int32_t lanes[8];
-    store(lanes, x);
-    return lanes[0] + lanes[1] + lanes[2] + lanes[3] + lanes[4] + lanes[5] + lanes[6] + lanes[7];
-}
 
 #endif
 

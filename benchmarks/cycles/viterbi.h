@@ -22,6 +22,11 @@ namespace cycles {
 inline __m256i load_16(const void* p) { return _mm256_load_si256((const __m256i*)p); }
 inline void store_16(void* p, __m256i x) { _mm256_store_si256((__m256i*)p, x); }
 
+CYCLES_INLINE inline __m256i cost_of(__m256i x, __m256i entries, __m256i weight) {
+    const __m256i distance = _mm256_abs_epi16(_mm256_subs_epi16(x, entries)), twice = _mm256_adds_epu16(distance, distance);
+    return _mm256_mulhi_epu16(_mm256_mulhi_epu16(twice, twice), weight);
+}
+
 // Each of the 16 >> k numbers from `from` on 2^k times.
 template <int k>
 CYCLES_INLINE inline __m256i spread(const uint16_t* from) {
@@ -94,9 +99,7 @@ CYCLES_INLINE inline void step(uint16_t* cost, const int16_t* table, int16_t x, 
     const __m256i number = _mm256_set1_epi16(x), by = _mm256_set1_epi16(int16_t(weight));
 #pragma GCC unroll 16
     for (int state = 0; state < 1 << window; state += 16) {
-        const __m256i distance = _mm256_abs_epi16(_mm256_subs_epi16(number, load_16(table + state))), twice = _mm256_adds_epu16(distance, distance);
-        const __m256i square = _mm256_mulhi_epu16(_mm256_mulhi_epu16(twice, twice), by);
-        store_16(cost + state, _mm256_adds_epu16(spread<k>(best + (state >> k)), square));
+        store_16(cost + state, _mm256_adds_epu16(spread<k>(best + (state >> k)), cost_of(number, load_16(table + state), by)));
     }
 }
 
