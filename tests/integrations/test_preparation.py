@@ -11,9 +11,10 @@ import torch
 from tests.families import make
 from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
+    AutoModel,
+    AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     BartConfig,
     ContinuousBatchingConfig,
     DynamicCache,
@@ -25,6 +26,7 @@ from transformers import (
 
 from narrowkv import PackedCache, calibrate, disable, make_default
 from narrowkv.errors import NarrowKVWarning, UnsupportedModelError
+from narrowkv.evaluate.quality import measure
 
 
 def traces(model):
@@ -176,42 +178,6 @@ def test_layers_removed_or_exchanged_are_found_by_the_next_cache(tiny):
         assert generate(model, ids, PackedCache(model, "int4")).shape == expected.shape
 
 
-SIGHT = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
-
-
-def paligemma(language):
-    text = {
-        "vocab_size": 97,
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "model_type": language,
-        **({"sliding_window": 24, "query_pre_attn_scalar": 16} if language == "gemma2" else {}),
-    }
-    sight = {**SIGHT, "model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14}
-    config = AutoConfig.for_model("paligemma", text_config=text, vision_config=sight, projection_dim=64, image_token_index=90)
-    return AutoModelForImageTextToText.from_config(config).float().eval()
-
-
-@pytest.mark.parametrize("language", ["gemma", "gemma2"])
-def test_a_model_whose_outer_part_makes_the_mask(language):
-    model, ids = paligemma(language), torch.randint(2, 80, (1, 30))
-    ids[:, :4] = 90
-    seen = {"pixel_values": torch.randn(1, 3, 28, 28), "token_type_ids": torch.zeros_like(ids)}
-    with torch.inference_mode():
-        expected = model(ids, **seen).logits
-        cache = PackedCache(model, "fp16")
-        assert torch.equal(model(ids, **seen).logits, expected)
-        assert torch.equal(model(ids, past_key_values=cache, **seen).logits, expected)
-        options = {"max_new_tokens": 8, "do_sample": False}
-        tokens = model.generate(ids, **seen, **options)
-        assert torch.equal(model.generate(ids, past_key_values=PackedCache(model, "fp16"), **seen, **options), tokens)
-        model.generate(ids, past_key_values=PackedCache(model, "int4"), **seen, **options)
-
-
 SMALL = {"vocab_size": 97, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "pad_token_id": 0}
 HEADS = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
 
@@ -267,6 +233,25 @@ def test_what_is_no_model_is_named(tiny, given, said):
     ):
         with pytest.raises(UnsupportedModelError, match=said):
             attempt()
+
+
+@pytest.mark.parametrize("kind", [AutoModel, AutoModelForSequenceClassification, AutoModelForQuestionAnswering])
+def test_a_model_without_a_language_head_is_served_but_not_calibrated(kind, tiny):
+    whole, ids = tiny("qwen2"), torch.randint(2, 97, (2, 40))
+    whole.config.pad_token_id = 0
+    model = kind.from_config(whole.config).eval()
+    model.get_decoder().load_state_dict(whole.model.state_dict())
+    for attempt in (lambda: calibrate(model, ids, "nuq4"), lambda: measure(model, ["int4"], ids)):
+        with pytest.raises(UnsupportedModelError, match=f"{type(model).__name__} predicts no tokens"):
+            attempt()
+    assert not traces(model)
+    with torch.inference_mode():
+        plain, ours = DynamicCache(config=model.config), PackedCache(model, "fp16")
+        for part in ids.split(25, dim=1):
+            expected, found = model(part, past_key_values=plain), model(part, past_key_values=ours)
+            torch.testing.assert_close(found[0], expected[0])
+        cache = PackedCache(model, calibrate(whole, ids, "nuq4"))
+        assert model(ids, past_key_values=cache)[0].isfinite().all() and cache.length == 40
 
 
 def test_a_compiled_model_is_the_model_in_it(tiny):

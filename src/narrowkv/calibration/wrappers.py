@@ -31,6 +31,15 @@ def unwrapped(model: Any) -> Any:
     return model
 
 
+def require_head(model: Any) -> None:
+    """Raise UnsupportedModelError where a model, its wrappers taken off, predicts no tokens: a classifier, or layers alone."""
+    if not model.can_generate() and model.get_output_embeddings() is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} predicts no tokens, and these are what calibration and evaluation go by; load the model "
+            "that has its language head (AutoModelForCausalLM). A cache with a calibration of that one serves this one too."
+        )
+
+
 def _base_of(model: Any) -> Any:
     return model.get_base_model()
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from narrowkv.attention import AUTO
 from narrowkv.calibration import Calibration
+from narrowkv.calibration.wrappers import require_head, unwrapped
 from narrowkv.codec import Scheme
 from narrowkv.codec.surroundings import runs_undisturbed
 from narrowkv.defaults import STREAM_CHUNK
@@ -88,8 +89,10 @@ def measure(
     """Measure several recipes on the same tokens.
 
     windows: [n, tokens] int64. recall: batches of rows. backend: of the caches. on_step: called with (steps done, steps in
-    all). Returns one Quality per source. Raises ActivationError where the model itself computes NaN or infinity.
+    all). Returns one Quality per source. Raises ActivationError where the model itself computes NaN or infinity,
+    UnsupportedModelError where it predicts no tokens.
     """
+    require_head(unwrapped(model))
     sums = [_Sums() for _ in sources]
     loss_fp, recall_fp = 0.0, []
     total, done = (len(windows) + len(recall)) * (len(sources) + 1), 0

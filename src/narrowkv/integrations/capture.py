@@ -16,7 +16,7 @@ from narrowkv.attention import AUTO
 from narrowkv.calibration import Calibration, Fingerprint
 from narrowkv.calibration.learning import LayerFits, Learned, learn
 from narrowkv.calibration.processes import Group, is_split, reduced
-from narrowkv.calibration.wrappers import unwrapped
+from narrowkv.calibration.wrappers import require_head, unwrapped
 from narrowkv.codec.surroundings import undisturbed
 from narrowkv.defaults import DENSE
 from narrowkv.errors import ActivationError, CalibrationError, NarrowKVWarning, UnsupportedModelError
@@ -111,6 +111,7 @@ def calibrate_many(
     ActivationError where the model computes NaN or infinity, UnsupportedModelError and RecipeError as PackedCache does.
     """
     model, chosen = unwrapped(model), [get_recipe(recipe) for recipe in recipes]
+    require_head(model)
     if any(is_split(parameter) for parameter in model.parameters()):
         raise UnsupportedModelError(
             "A model that is split over processes cannot be calibrated; calibrate it whole (several processes may share the "
