@@ -12,11 +12,11 @@ def unwrapped(model: Any) -> Any:
 
     Raises UnsupportedModelError, naming what was given, where there is none, or one that no packed cache serves.
     """
-    while isinstance(model, nn.Module):
+    while True:
         if hasattr(model, "_orig_mod"):  # torch.compile
             model = model._orig_mod
         elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-            model = _base_of(model)
+            model = model.get_base_model()
         elif type(model).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel") and hasattr(model, "module"):
             model = model.module
         else:
@@ -38,10 +38,6 @@ def require_head(model: Any) -> None:
             f"{type(model).__name__} predicts no tokens, and these are what calibration and evaluation go by; load the model "
             "that has its language head (AutoModelForCausalLM). A cache with a calibration of that one serves this one too."
         )
-
-
-def _base_of(model: Any) -> Any:
-    return model.get_base_model()
 
 
 def decoder_of(model: Any) -> Any:

@@ -125,26 +125,7 @@ def calibrate_many(
                 f"Sequences must be longer than the {recipe.sinks} sinks of {recipe.name}; give longer ones."
             )
     fits = {fact.layer: fits_for(fact, chosen) for fact in facts.attention}
-    by_place = list(fits.values())
-    done = 0
-
-    def report() -> None:
-        nonlocal done
-        done += 1
-        if on_batch:
-            on_batch(done, 2 * len(data))
-
-    dense = backend == DENSE
-    passes = (
-        (lambda place, *numbers: by_place[place].see_range(*numbers), False, LayerFits.merge_ranges),
-        (lambda place, *numbers: by_place[place].see_codebook(*numbers), True, LayerFits.merge_codebooks),
-    )
-    for listener, gradients, merge in passes:
-        show_layers(model, facts, data, listener, gradients=gradients, dense=dense, on_batch=report)
-        for layer in by_place if gradients else ():
-            layer.require_gradients()
-        for layer in by_place if group is not None else ():
-            merge(layer, group)
+    _two_passes(model, facts, data, list(fits.values()), dense=backend == DENSE, group=group, on_batch=on_batch)
     counts = torch.tensor(
         [sum(batch.shape[0] for batch in data), sum(batch.numel() for batch in data)], dtype=torch.int64, device="cpu"
     )
@@ -160,6 +141,37 @@ def calibrate_many(
         _warn_of_absurd_loss(learned, model)
         calibrations.append(Calibration(learned.recipe, fingerprint, learned.layers, dict(shapes), told))
     return calibrations
+
+
+def _two_passes(
+    model: PreTrainedModel,
+    facts: ModelFacts,
+    data: Sequence[Tensor],
+    fits: Sequence[LayerFits],
+    *,
+    dense: bool,
+    group: Group,
+    on_batch: Callable[[int, int], None] | None,
+) -> None:
+    """Show what each layer stores to its fits: first for the ranges, then, with gradients, for the codebooks."""
+    done = 0
+
+    def report() -> None:
+        nonlocal done
+        done += 1
+        if on_batch:
+            on_batch(done, 2 * len(data))
+
+    passes = (
+        (lambda place, *numbers: fits[place].see_range(*numbers), False, LayerFits.merge_ranges),
+        (lambda place, *numbers: fits[place].see_codebook(*numbers), True, LayerFits.merge_codebooks),
+    )
+    for listener, gradients, merge in passes:
+        show_layers(model, facts, data, listener, gradients=gradients, dense=dense, on_batch=report)
+        for layer in fits if gradients else ():
+            layer.require_gradients()
+        for layer in fits if group is not None else ():
+            merge(layer, group)
 
 
 def calibrate(
