@@ -6,6 +6,16 @@ from typing import Annotated
 import typer
 
 from narrowkv.cli.common import (
+    command_line,
+    default_texts,
+    listed,
+    load_model,
+    named,
+    progress,
+    read_calibrations,
+    show_sections,
+)
+from narrowkv.cli.options import (
     BackendOption,
     BosOption,
     CalibrationsOption,
@@ -17,14 +27,6 @@ from narrowkv.cli.common import (
     SamplesOption,
     ScoredTextOption,
     WindowOption,
-    command_line,
-    default_texts,
-    listed,
-    load_model,
-    named,
-    progress,
-    read_calibrations,
-    show_sections,
 )
 from narrowkv.defaults import AUTO, LADDERS, REFERENCE_TOKENS
 from narrowkv.errors import RecipeError, TextError

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from narrowkv.cli.common import (
+from narrowkv.cli.common import default_texts, learn_windows, load_model, out, progress
+from narrowkv.cli.options import (
     BackendOption,
     BosOption,
     DeviceOption,
@@ -17,12 +18,7 @@ from narrowkv.cli.common import (
     RecipeOption,
     SamplesOption,
     WindowOption,
-    default_texts,
     folder_to_write,
-    learn_windows,
-    load_model,
-    out,
-    progress,
 )
 from narrowkv.defaults import AUTO, RECIPE
 from narrowkv.errors import RecipeError, TextError

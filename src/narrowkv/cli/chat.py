@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from narrowkv.cli.common import (
+from narrowkv.cli.common import default_texts, find_sources, load_model, note, out
+from narrowkv.cli.generate import summary
+from narrowkv.cli.options import (
     BackendOption,
     CalibrationOption,
     CalibrationTextOption,
@@ -20,13 +22,7 @@ from narrowkv.cli.common import (
     SeedOption,
     TemperatureOption,
     WindowOption,
-    default_texts,
-    find_sources,
-    load_model,
-    note,
-    out,
 )
-from narrowkv.cli.generate import summary
 from narrowkv.defaults import AUTO
 from narrowkv.errors import TextError
 

@@ -6,6 +6,16 @@ from typing import Annotated
 import typer
 
 from narrowkv.cli.common import (
+    command_line,
+    default_texts,
+    load_model,
+    named,
+    progress,
+    read_calibrations,
+    recipes_for,
+    show_sections,
+)
+from narrowkv.cli.options import (
     BackendOption,
     BosOption,
     CalibrationsOption,
@@ -18,14 +28,6 @@ from narrowkv.cli.common import (
     ScoredTextOption,
     SpreadOption,
     WindowOption,
-    command_line,
-    default_texts,
-    load_model,
-    named,
-    progress,
-    read_calibrations,
-    recipes_for,
-    show_sections,
 )
 from narrowkv.defaults import AUTO, REFERENCE_TOKENS, STREAM_CHUNK
 from narrowkv.errors import TextError

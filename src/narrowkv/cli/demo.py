@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from narrowkv.cli.common import JsonOption, command_line, err, learn, load_model, out, progress, quality_caption, quality_table
+from narrowkv.cli.common import command_line, err, learn, load_model, out, progress, quality_caption, quality_table
 from narrowkv.cli.generate import continue_text, summary
+from narrowkv.cli.options import JsonOption
 from narrowkv.defaults import DEMO, REFERENCE_TOKENS
 
 if TYPE_CHECKING:

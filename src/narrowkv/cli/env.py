@@ -2,7 +2,8 @@
 
 from rich.table import Table
 
-from narrowkv.cli.common import JsonOption, out
+from narrowkv.cli.common import out
+from narrowkv.cli.options import JsonOption
 from narrowkv.files import write_json
 
 

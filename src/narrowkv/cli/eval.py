@@ -5,7 +5,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from narrowkv.cli.common import (
+from narrowkv.cli.common import default_texts, find_sources, load_model, named, out, progress, quality_caption, quality_table
+from narrowkv.cli.options import (
     BackendOption,
     BosOption,
     CalibrationsOption,
@@ -19,14 +20,6 @@ from narrowkv.cli.common import (
     ScoredTextOption,
     SpreadOption,
     WindowOption,
-    default_texts,
-    find_sources,
-    load_model,
-    named,
-    out,
-    progress,
-    quality_caption,
-    quality_table,
 )
 from narrowkv.defaults import AUTO, DENSE, REFERENCE_TOKENS, STREAM_CHUNK
 from narrowkv.errors import TextError

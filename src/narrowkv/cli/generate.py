@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from narrowkv.cli.common import (
+from narrowkv.cli.common import default_texts, err, find_sources, load_model, out
+from narrowkv.cli.options import (
     BackendOption,
     BosOption,
     CalibrationOption,
@@ -17,11 +18,6 @@ from narrowkv.cli.common import (
     SeedOption,
     TemperatureOption,
     WindowOption,
-    default_texts,
-    err,
-    find_sources,
-    load_model,
-    out,
 )
 from narrowkv.defaults import AUTO
 from narrowkv.errors import TextError

@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from narrowkv.cli.common import (
+from narrowkv.cli.common import command_line, default_texts, load_model, named, progress, show_sections
+from narrowkv.cli.options import (
     BackendOption,
     BosOption,
     DeviceOption,
@@ -13,12 +14,6 @@ from narrowkv.cli.common import (
     LearnedTextOption,
     ModelArgument,
     WindowOption,
-    command_line,
-    default_texts,
-    load_model,
-    named,
-    progress,
-    show_sections,
 )
 from narrowkv.defaults import AUTO, INSPECTED
 from narrowkv.errors import TextError

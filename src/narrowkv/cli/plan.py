@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from narrowkv.cli.common import DtypeOption, FolderOption, command_line, listed, progress, show_sections, silence_transformers
+from narrowkv.cli.common import command_line, listed, progress, show_sections, silence_transformers
+from narrowkv.cli.options import DtypeOption, FolderOption
 from narrowkv.defaults import SHAPES
 
 RECIPES = "fp16,narrow4,narrow3,narrow2,nuq4-1%,nuq3-1%,nuq2-1%,kivi-2"

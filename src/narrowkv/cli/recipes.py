@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from narrowkv.cli.common import file_to_write, out, wide_console
+from narrowkv.cli.common import out, wide_console
+from narrowkv.cli.options import file_to_write
 from narrowkv.files import write_json
 
 if TYPE_CHECKING:

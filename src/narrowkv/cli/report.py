@@ -10,7 +10,8 @@ import typer
 from rich.markup import escape
 
 from narrowkv.cli import ablate, compare, inspect, plan, tasks
-from narrowkv.cli.common import (
+from narrowkv.cli.common import default_texts, err, listed, out
+from narrowkv.cli.options import (
     BackendOption,
     CalibrationTextOption,
     DeviceOption,
@@ -19,10 +20,6 @@ from narrowkv.cli.common import (
     ModelArgument,
     ScoredTextOption,
     WindowOption,
-    default_texts,
-    err,
-    listed,
-    out,
 )
 from narrowkv.defaults import AUTO
 from narrowkv.errors import ReportError, TextError

@@ -8,6 +8,17 @@ from typing import Annotated, Any
 import typer
 
 from narrowkv.cli.common import (
+    command_line,
+    default_texts,
+    listed,
+    load_model,
+    named,
+    progress,
+    read_calibrations,
+    recipes_for,
+    show_sections,
+)
+from narrowkv.cli.options import (
     BackendOption,
     BosOption,
     CalibrationsOption,
@@ -19,15 +30,6 @@ from narrowkv.cli.common import (
     SamplesOption,
     SeedOption,
     WindowOption,
-    command_line,
-    default_texts,
-    listed,
-    load_model,
-    named,
-    progress,
-    read_calibrations,
-    recipes_for,
-    show_sections,
 )
 from narrowkv.defaults import AUTO, NEW_TOKENS, TASK_DEPTHS, TASK_LENGTHS, TASK_ROWS, TASKS
 from narrowkv.errors import TextError

@@ -1,0 +1,115 @@
+"""Options that several commands have, and what is asked of a file or folder before anything is computed for it."""
+
+import contextlib
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from narrowkv.defaults import RECIPE
+from narrowkv.errors import OutputError
+
+
+def folder_to_write(given: str) -> Path:
+    """A folder that figures can be written into; raises OutputError before anything is computed for one that cannot."""
+    path = Path(given)
+    if not given.strip():
+        raise OutputError("The folder to write into has no name; give one with --out FOLDER.")
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise OutputError(f"{path} is a file, and what is written needs a folder; name another one with --out.")
+    _try_writing(path, path)
+    return path
+
+
+def file_to_write(given: str) -> Path:
+    """A file that figures can be written to; raises OutputError before anything is computed for one that cannot."""
+    path = Path(given)
+    if not given.strip() or os.path.isdir(path):
+        raise OutputError(f"{given!r} is not the name of a file that can be written; give one with --json FILE.")
+    _try_writing(path.parent, path)
+    return path
+
+
+def _try_writing(folder: Path, target: Path) -> None:
+    """Open a file that is never seen in the folder, or in that in which it would be made."""
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(target)  # names may be too long
+        there = next(parent for parent in (folder, *folder.absolute().parents) if os.path.exists(parent))
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise OutputError(f"Cannot write {target}: {error.strerror}; choose a folder that is writable.") from error
+
+
+ModelArgument = Annotated[
+    str, typer.Argument(help="A local folder, a hub id, a .gguf file, or narrowkv://demo.", metavar="MODEL")
+]
+RecipeOption = Annotated[
+    str | None, typer.Option(help="A recipe's name or a JSON file, see `narrowkv recipes`.", show_default=RECIPE)
+]
+CalibrationOption = Annotated[Path | None, typer.Option(help="A folder that `narrowkv calibrate` wrote.")]
+CalibrationsOption = Annotated[
+    list[Path] | None,
+    typer.Option("--calibration", help="A folder that `narrowkv calibrate` wrote; may be given again, one for each recipe."),
+]
+CalibrationTextOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Text to calibrate on first, where there is no calibration: a file or a data set's name; several share --samples."
+    ),
+]
+ScoredTextOption = Annotated[
+    list[str] | None,
+    typer.Option("--text", help="Text to score: a file or a data set's name; several share the windows."),
+]
+LearnedTextOption = Annotated[
+    list[str] | None,
+    typer.Option("--text", help="A text file or a data set's name; several, of which a mix is best, share the windows."),
+]
+SpreadOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Spread so many windows over the text, and score the first --limit.", show_default="--limit"),
+]
+BosOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--bos/--no-bos", help="Begin windows with the beginning-of-text token.", show_default="as the tokenizer does"
+    ),
+]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu or cuda.")]
+BackendOption = Annotated[
+    str,
+    typer.Option(
+        help="Which attention runs: auto, cpu (compiled), torch, naive, or dense for models that compute it by themselves."
+    ),
+]
+WindowOption = Annotated[int, typer.Option(min=2, help="Tokens per sequence.")]
+SamplesOption = Annotated[int, typer.Option(min=1, help="Sequences to calibrate on.")]
+FolderOption = Annotated[
+    Path,
+    typer.Option(
+        "--out",
+        parser=folder_to_write,
+        metavar="FOLDER",
+        help="Folder for figures and pictures; a run that was interrupted goes on.",
+    ),
+]
+JsonOption = Annotated[
+    Path | None,
+    typer.Option("--json", parser=file_to_write, metavar="FILE", help="Also write the figures to this file."),
+]
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
+
+
+TemperatureOption = Annotated[float, typer.Option(min=0.0, callback=_finite, help="0 is greedy.")]
+SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of all that is random.")]
