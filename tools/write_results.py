@@ -91,7 +91,7 @@ def write_real() -> None:
         f"{model}: {what}" if what == "bits" else what for model in REAL for what in ("bits", "KLD", "on code", "perplexity")
     ]
     cells = []
-    for recipe in rows[0][1]:  # those that were scored on both texts
+    for recipe in [name for name in rows[0][1] if all(name in code for _, code in rows)]:  # scored on both texts, by all
         cells.append([f"`{recipe}`"])
         for scored, code in rows:
             figures = scored[recipe]["bits_per_element"], scored[recipe]["kld_strict"], code[recipe]["kld_strict"]
@@ -107,7 +107,8 @@ def write_real() -> None:
     first = next(iter(rows[0][0].values()))
     tokens = f"{first['tokens']:,} tokens of WikiText-2 in windows of {first['window']}, as many of source code"
     kinds = "tables of a mix of both kinds of text"
-    caption = f"Strict, in float32: {tokens}; {kinds}. Perplexity in 16 bits {exact}. {source(found[0][0])}\n"
+    origin = " ".join(source(results[0]) for results in found)
+    caption = f"Strict, in float32: {tokens}; {kinds}. Perplexity in 16 bits {exact}. {origin}\n"
     replace_block(ROOT / "README.md", "real", f"{markdown(['recipe', *heads], cells)}\n{caption}")
 
 
@@ -146,7 +147,7 @@ def write_accuracy() -> None:
             cells.append([f"`{recipe}`", f"{row['bits_per_element']:.2f}", *losses, *perplexities])
         exact = [f"{next(iter(mixed[name, text].values()))['perplexity_fp']:.2f}" for text in TEXTS]
         parts.append(f"{model}; perplexity in 16 bits {exact[0]}, on code {exact[1]}:\n\n{markdown(heads, cells)}")
-    origin = f"{source(real(next(iter(REAL.values())), 'mix', TEXTS[0]))}\n"
+    origin = " ".join(source(real(name, "mix", TEXTS[0])) for name in REAL.values()) + "\n"
     replace_block(DOCS / "accuracy.md", "real", "\n".join([*parts, origin]))
 
 
