@@ -40,6 +40,7 @@ class _Blocks:
     starts: Tensor  # [columns + 1] int64
     sides: tuple[_kernels.Side, _kernels.Side]
     matrices: tuple[Tensor | None, Tensor | None]  # by which keys, and values, are turned
+    value_bias: Tensor | None  # as the codes see it
     in_words: bool  # whether WORDS reads them
 
 
@@ -95,7 +96,6 @@ def attend(
     sink_logits = None if sink_logits is None else sink_logits.float().contiguous()
     heads = keys.shape[1]
     key_offsets = offsets_of(query, store.bias, store.first, sealed + tail, scaling)
-    value_bias = turn_value_bias(store.quantizers[1], blocks.matrices[1], store.bias.values)
     _kernels.attend(
         kernel=kernel,
         threads=torch.get_num_threads(),
@@ -126,7 +126,7 @@ def attend(
         sinks=0 if sinks is None else sinks.shape[1],
         sink_logits=address(sink_logits, torch.float32, shape=[query.shape[1]]),
         key_offsets=address(key_offsets, torch.float32),
-        value_bias=address(value_bias, torch.float32),
+        value_bias=address(blocks.value_bias, torch.float32),
         scaling=scaling,
         softcap=softcap or 0.0,
     )
@@ -167,12 +167,14 @@ def _blocks(store: LayerStore, rope: AnyRope | None) -> _Blocks:
             for quantizer, side, keys in zip(store.quantizers, (page.keys, page.values), (True, False), strict=True)
         )
         starts = torch.tensor([0] + [column.count for column in store.columns], dtype=torch.int64, device="cpu").cumsum(0)
+        matrices = (matrix_of(store.quantizers[0]), matrix_of(store.quantizers[1]))
         known = _BLOCKS[store] = _Blocks(
             serials=serials,
             table=addresses(store.columns),
             starts=starts,
             sides=(sides[0], sides[1]),
-            matrices=(matrix_of(store.quantizers[0]), matrix_of(store.quantizers[1])),
+            matrices=matrices,
+            value_bias=turn_value_bias(store.quantizers[1], matrices[1], store.bias.values),
             in_words=all(side.in_words for side in sides),
         )
     return known
