@@ -37,7 +37,12 @@ def place_of(rope: AnyRope | None, found: list[tuple[Tensor, float, str]]) -> in
     """Which of the frequencies that were found in a model are those of an embedding; None where it has none of its own."""
     if not isinstance(rope, Rope):
         return None
-    return next((i for i, (inverse, _, _) in enumerate(found) if torch.equal(inverse, rope.inverse_frequencies)), None)
+    static = (
+        i
+        for i, (inverse, _, kind) in enumerate(found)
+        if kind in STATIC_ROPE and torch.equal(inverse, rope.inverse_frequencies)
+    )
+    return next(static, None)
 
 
 def has_sections(model: PreTrainedModel) -> bool:
