@@ -2,14 +2,18 @@
 
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
 
 #include <array>
 #include <optional>
+#include <stdexcept>
+#include <string>
 
 #include "arrays.h"
 #include "encode.h"
 #include "nearest.h"
 #include "pack.h"
+#include "trellis.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -92,6 +96,19 @@ void pack_plane(uint64_t codes, std::array<int64_t, 3> shape, std::array<int64_t
     pack(problem, threads);
 }
 
+// shape: heads, rows, rows of weights. counts: units of each rate from 1 on.
+void encode_trellis(const std::string& kernel, uint64_t elements, uint64_t weights, uint64_t high, uint64_t low, uint64_t codes,
+                    std::array<int64_t, 3> shape, std::array<int64_t, MOST_RATE> counts, int threads) {
+    const Trellis problem{shape[0],           shape[1],  counts, at<const int16_t>(elements), at<const uint16_t>(weights), shape[2] > 1,
+                          at<const int8_t>(high), at<const int8_t>(low), at<uint8_t>(codes), threads};
+    nb::gil_scoped_release release;
+    if (kernel == "generic") return encode_trellis_generic(problem);
+#if defined(__x86_64__)
+    if (kernel == "avx2") return encode_trellis_avx2(problem);
+#endif
+    throw std::invalid_argument("no kernel of this name");
+}
+
 }  // namespace
 
 void define_encode(nb::module_& module) {
@@ -106,6 +123,8 @@ void define_encode(nb::module_& module) {
                "Fill in the nearest point of each code and the squared distance to it; see codec/points.py.");
     module.def("turn", &turn_numbers, "numbers"_a, "matrices"_a, "turned"_a, "shape"_a,
                "Multiply each head by its matrix, summing in float64; see codec/points.py.");
+    module.def("encode_trellis", &encode_trellis, "kernel"_a, "elements"_a, "weights"_a, "high"_a, "low"_a, "codes"_a, "shape"_a,
+               "counts"_a, "threads"_a, "Write the bit stream of least cost of each row; see codec/trellis.py.");
     module.def("pack", &pack_plane, "codes"_a, "shape"_a, "strides"_a, "bits"_a, "shift"_a, "packed"_a, "threads"_a,
                "Write one plane of codes; see codec/packing.py.");
 }

@@ -21,6 +21,19 @@ def turn(numbers: int, matrices: int, turned: int, shape: Sequence[int]) -> None
 def pack(codes: int, shape: Sequence[int], strides: Sequence[int], bits: int, shift: int, packed: int, threads: int) -> None:
     """Write one plane of codes; see codec/packing.py."""
 
+def encode_trellis(
+    kernel: str,
+    elements: int,
+    weights: int,
+    high: int,
+    low: int,
+    codes: int,
+    shape: Sequence[int],
+    counts: Sequence[int],
+    threads: int,
+) -> None:
+    """Write the bit stream of least cost of each row; see codec/trellis.py."""
+
 class Codec:
     """What is the same for all tokens that a quantizer encodes; see codec/compiled.py."""
 

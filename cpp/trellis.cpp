@@ -1,0 +1,72 @@
+// Trellis-coded codes for any processor: eight states at once, as the compiler sees fit.
+
+#include "trellis.h"
+
+#include <cstdint>
+#include <cstring>
+
+namespace narrowkv {
+namespace {
+
+constexpr int width = 8;
+typedef uint16_t Lanes __attribute__((vector_size(16)));
+typedef int16_t Signed __attribute__((vector_size(16)));
+typedef uint8_t Bytes __attribute__((vector_size(8)));
+
+template <typename T>
+inline Lanes load(const T* p) {
+    Lanes x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+inline void store(uint16_t* p, Lanes x) { std::memcpy(p, &x, sizeof x); }
+inline void store_bytes(uint8_t* p, Lanes x) {
+    const Bytes bytes = __builtin_convertvector(x, Bytes);
+    std::memcpy(p, &bytes, sizeof bytes);
+}
+inline Lanes splat(uint16_t x) { return Lanes{x, x, x, x, x, x, x, x}; }
+inline Lanes lane_numbers() { return Lanes{0, 1, 2, 3, 4, 5, 6, 7}; }
+inline Lanes select(Signed mask, Lanes a, Lanes b) { return (a & Lanes(mask)) | (b & ~Lanes(mask)); }
+inline Lanes minimum(Lanes a, Lanes b) { return select(a < b, a, b); }
+inline Lanes saturated_sum(Lanes a, Lanes b) { return a + minimum(b, ~a); }
+inline Lanes saturated_distance(Lanes a, Lanes b) {
+    const Lanes apart = a - b, sign = Lanes(Signed(a) < 0), overflow = Lanes(Signed((a ^ b) & (a ^ apart)) < 0);
+    const Lanes negative = Lanes(Signed(apart) < 0), positive = (apart ^ negative) - negative;
+    return select(Signed(overflow), 32767 - sign, positive);
+}
+// By bytes, since there is no common name for instructions that do it.
+inline Lanes high_product(Lanes a, Lanes b) {
+    const Lanes a_high = a >> 8, a_low = a & 255, b_high = b >> 8, b_low = b & 255;
+    const Lanes first = a_high * b_low, second = a_low * b_high;
+    const Lanes carried = (a_low * b_low >> 8) + (first & 255) + (second & 255);
+    return a_high * b_high + (first >> 8) + (second >> 8) + (carried >> 8);
+}
+
+template <int distance>
+inline Lanes rotate(Lanes x) {
+    static_assert(distance == 4);
+    return Lanes{x[4], x[5], x[6], x[7], x[0], x[1], x[2], x[3]};
+}
+
+inline uint16_t least_of(Lanes x) {
+    uint16_t least = x[0];
+    for (int i = 1; i < width; ++i) least = x[i] < least ? x[i] : least;
+    return least;
+}
+
+// Lane i is from[i >> rate].
+template <int rate>
+inline Lanes spread(const uint16_t* from) {
+    Lanes x;
+    for (int i = 0; i < width; ++i) x[i] = from[i >> rate];
+    return x;
+}
+
+}  // namespace
+}  // namespace narrowkv
+
+#include "trellis_kernel.h"
+
+namespace narrowkv {
+void encode_trellis_generic(const Trellis& problem) { encode_rows(problem); }
+}  // namespace narrowkv
