@@ -62,8 +62,9 @@ def encode(elements: Tensor, weights: Tensor, counts: Sequence[int], tables: Tre
     """The bit stream of least weighted squared error of each row; compiled for the CPU, `encode_naive` elsewhere.
 
     elements: [heads, rows, n] int16, in 1/512 of a grid step. weights: [heads, rows or 1, n] uint16, what a squared error
-    costs; 0 where any is free. counts: units of 8 elements of each rate from 0 to 6, those of rate 0 not in n. Returns [heads,
-    rows, bytes] uint8. Raises RecipeError where these do not fit together.
+    costs: 0 where any is free, the largest near 65535, for costs are whole numbers. counts: units of 8 elements of each rate
+    from 0 to 6, those of rate 0 not in n. Returns [heads, rows, bytes] uint8. Raises RecipeError where these do not fit
+    together.
     """
     _require_fit(elements, weights, counts, tables)
     if not elements.is_cpu:
