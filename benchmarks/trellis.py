@@ -6,6 +6,8 @@ twin in plain torch, in the same run: all take turns, and medians are compared. 
 
 import functools
 import json
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -30,8 +32,9 @@ def main() -> None:
         elements = (torch.randn(1, ROWS, len(steps)) / steps * GRID_STEP).clamp(-32768, 32767).to(torch.int16)
         weights = torch.randint(16384, 65536, (1, 1, len(steps)), dtype=torch.int32).to(torch.uint16)
         call = (elements, weights, counts, tables)
-        kinds = {kernel: functools.partial(encode_compiled, *call, kernel) for kernel in KERNELS}
-        found = medians(kinds | {"torch": functools.partial(encode_naive, *call)}, arguments.turns, CLOCKS[arguments.clock])
+        kinds: dict[str, Callable[[], Any]] = {kernel: functools.partial(encode_compiled, *call, kernel) for kernel in KERNELS}
+        kinds["torch"] = functools.partial(encode_naive, *call)
+        found = medians(kinds, arguments.turns, CLOCKS[arguments.clock])
         row = {"rates": name} | {f"microseconds_{kind}": 1e6 * seconds / ROWS for kind, seconds in found.items()}
         print(json.dumps(row), flush=True)
         rows.append(row)

@@ -166,7 +166,7 @@ def gaussian_tables() -> TrellisTables:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--starts", type=int, default=20, help="of each of three kinds")
+    parser.add_argument("--starts", type=int, default=14, help="of each of three kinds")
     arguments = parser.parse_args()
     found = []
     for rate in range(1, MOST_RATE + 1):
