@@ -19,7 +19,7 @@ FAMILIES = {  # recipes, and where their labels stand in points
     "KVQuant, no outliers": ("nuq4", "nuq3", "nuq2", (-28, -14)),
     "integer per token": ("int4", "int3", "int2", (8, 4)),
 }
-REAL = {"Qwen2.5-Coder-0.5B": "qwen2.5-coder-0.5b"}
+REAL = {"Qwen2.5-Coder-0.5B": "qwen2.5-coder-0.5b", "Gemma-3-270M": "gemma-3-270m"}
 REAL_FAMILIES = {
     "ours": ("narrow4", "narrow3", "narrow2", (8, 4)),
     "KVQuant, 1% outliers": ("nuq4-1%", "nuq3-1%", "nuq2-1%", (8, 4)),
