@@ -67,7 +67,7 @@ def _alike(largest: Tensor, pairs: int, interleaved: bool) -> Tensor:
 
 def reads(scheme: Scheme, keys: bool, head_dim: int, turned: tuple[int, bool]) -> bool:
     """Whether the kernel knows how codes lie and are ranged, and the processor has its instructions."""
-    if not SUPPORTED or scheme.datatype == "exact":
+    if not SUPPORTED or scheme.datatype in ("exact", "trellis"):
         return False
     if scheme.numbers == 2:
         return not (keys and turned[0]) or turned == (head_dim // 2, False)

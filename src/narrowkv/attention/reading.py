@@ -16,6 +16,8 @@ from narrowkv.store.bias import Bias
 @functools.cache
 def why_unread(scheme: Scheme, biased: bool = False) -> str | None:
     """Why the kernel does not read a scheme; None if it does. biased: keys of a model whose projections add a bias."""
+    if scheme.datatype == "trellis":
+        return "does not read trellis-coded streams yet"
     forms = scheme.range_forms(1, BLOCK, BLOCK)
     if any(name not in ("scale", "zero") or dtype != torch.float16 for name, (_, dtype) in forms.items()):
         return f"does not read {scheme.datatype} codes ranged by {', '.join(forms)}"

@@ -10,14 +10,17 @@ from narrowkv.codec.points import PointQuantizer
 from narrowkv.codec.quantizer import Quantizer
 from narrowkv.codec.scheme import Scheme
 from narrowkv.codec.tables import require_forms
+from narrowkv.codec.trellis_quantizer import TrellisQuantizer
 
-AnyQuantizer = Quantizer | PointQuantizer | BlockQuantizer
+AnyQuantizer = Quantizer | PointQuantizer | BlockQuantizer | TrellisQuantizer
 
 
 def kind_of(scheme: Scheme) -> type[AnyQuantizer]:
     """The kind of quantizer that a scheme asks for."""
     if scheme.axis == "block":
         return BlockQuantizer
+    if scheme.datatype == "trellis":
+        return TrellisQuantizer
     return Quantizer if scheme.codebook == "layer" else PointQuantizer
 
 
@@ -43,6 +46,7 @@ __all__ = [
     "PointQuantizer",
     "Quantizer",
     "Scheme",
+    "TrellisQuantizer",
     "load_quantizer",
     "quantizer_for",
 ]

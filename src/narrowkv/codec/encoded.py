@@ -1,5 +1,6 @@
 """Encoded: quantised numbers before they are packed."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -14,12 +15,20 @@ class Encoded:
     ranges: what is held of online ranges, by name, as `Scheme.range_forms` has it: `scale` and, unless it is symmetric,
         `zero`: [batch, 1 or kv_heads, tokens or groups, 1, groups or head_dim].
     outlier_index: [n] int64, ascending positions in the flattened codes; outlier_values: [n] in 16 bits. Or None.
+    outlier_places: of a token in one head, where these are not the codes (`Scheme.outlier_places`); None where they are.
     """
 
     codes: Tensor
     ranges: dict[str, Tensor] = field(default_factory=dict)
     outlier_index: Tensor | None = None
     outlier_values: Tensor | None = None
+    outlier_places: int | None = None
+
+    @property
+    def places(self) -> tuple[int, int, int, int]:
+        """The shape that `outlier_index` counts in: batch, kv_heads, tokens, places of a token in one head."""
+        batch, heads, tokens, codes = self.codes.shape
+        return batch, heads, tokens, codes if self.outlier_places is None else self.outlier_places
 
     @property
     def tokens(self) -> int:
@@ -39,10 +48,10 @@ class Encoded:
         codes, ranges = cut(self.codes), {name: cut(part) for name, part in self.ranges.items()}
         if self.outlier_index is None or self.outlier_values is None:
             return Encoded(codes, ranges)
-        where = torch.unravel_index(self.outlier_index, self.codes.shape)
+        where, (batch, heads, _, places) = torch.unravel_index(self.outlier_index, self.places), self.places
         keep = where[2] < tokens
-        index, order = ravel([part[keep] for part in where], codes.shape).sort()
-        return Encoded(codes, ranges, index, self.outlier_values[keep][order])
+        index, order = ravel([part[keep] for part in where], (batch, heads, tokens, places)).sort()
+        return Encoded(codes, ranges, index, self.outlier_values[keep][order], self.outlier_places)
 
     def rows(self, rows: Tensor) -> "Encoded":
         """The batch rows named by `rows` [n] int64, in that order, repeats allowed; outliers of a row keep their order."""
@@ -50,10 +59,11 @@ class Encoded:
         codes, ranges = self.codes[rows], {name: part[rows] for name, part in self.ranges.items()}
         if self.outlier_index is None or self.outlier_values is None:
             return Encoded(codes, ranges)
-        size = self.codes[0].numel()
+        size = math.prod(self.places[1:])
         at = self.outlier_index // size
         row, which = (at == rows[:, None]).nonzero(as_tuple=True)
-        return Encoded(codes, ranges, self.outlier_index[which] + (row - at[which]) * size, self.outlier_values[which])
+        index = self.outlier_index[which] + (row - at[which]) * size
+        return Encoded(codes, ranges, index, self.outlier_values[which], self.outlier_places)
 
 
 def ravel(where, shape) -> Tensor:

@@ -24,7 +24,7 @@ class Room:
     ):
         """like: numbers to be encoded, whose device and dtype count. most: outliers of one token, if a GPU counts them."""
         dtype, device = like.dtype, like.device
-        codes = head_dim // scheme.numbers
+        codes, self._places = scheme.codes(head_dim), scheme.outlier_places(head_dim)
         shape = (batch, kv_heads, tokens, codes)
         self.scheme = scheme
         self.codes = torch.zeros(shape, dtype=dtype if scheme.bits == 16 else torch.uint8, device=device)
@@ -40,7 +40,8 @@ class Room:
             kept = dtype if dtype.itemsize == 2 else torch.float16
             self.outlier_index = torch.zeros(0, dtype=torch.int64, device=device)
             self.outlier_values = torch.zeros(0, *scheme.outlier_shape, dtype=kept, device=device)
-            self.reserve(int(1.125 * scheme.outliers * self.codes.numel()) + 1 + AHEAD * (most or 0))
+            places = batch * kv_heads * tokens * self._places
+            self.reserve(int(1.125 * scheme.outliers * places) + 1 + AHEAD * (most or 0))
 
     @property
     def tokens(self) -> int:
@@ -66,7 +67,8 @@ class Room:
         """All that was written, without a copy; outliers in order of arrival."""
         if self.outlier_index is None or self.outlier_values is None:
             return Encoded(self.codes, self.ranges)
-        return Encoded(self.codes, self.ranges, self.outlier_index[: self.outliers], self.outlier_values[: self.outliers])
+        index, values = self.outlier_index[: self.outliers], self.outlier_values[: self.outliers]
+        return Encoded(self.codes, self.ranges, index, values, self._places)
 
     def reserve(self, outliers: int) -> None:
         """Make sure that so many more outliers find room."""
@@ -96,9 +98,9 @@ class Room:
             return 0
         self.reserve(len(encoded.outlier_index))
         assert self.outlier_index is not None and self.outlier_values is not None
-        row, head, token, code = torch.unravel_index(encoded.outlier_index, encoded.codes.shape)
+        row, head, token, place = torch.unravel_index(encoded.outlier_index, encoded.places)
         held = self.outliers + len(encoded.outlier_index)
-        self.outlier_index[self.outliers : held] = ravel((row, head, token + first, code), self.codes.shape)
+        self.outlier_index[self.outliers : held] = ravel((row, head, token + first, place), self.encoded().places)
         self.outlier_values[self.outliers : held] = encoded.outlier_values
         return held
 
@@ -107,7 +109,7 @@ class Room:
         if self.outlier_index is None or self.outlier_values is None:
             return
         index = self.outlier_index[: self.outliers]
-        keep = index // self.codes.shape[3] % self.tokens < tokens
+        keep = index // self._places % self.tokens < tokens
         self.outliers = int(keep.sum())
         self.outlier_index[: self.outliers] = index[keep]
         self.outlier_values[: self.outliers] = self.outlier_values[: len(keep)][keep]

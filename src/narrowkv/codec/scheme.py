@@ -7,7 +7,7 @@ import torch
 
 from narrowkv.errors import RecipeError
 
-Datatype = Literal["exact", "int", "nf", "fp", "nuq", "iv", "iv-kmeans"]
+Datatype = Literal["exact", "int", "nf", "fp", "nuq", "iv", "iv-kmeans", "trellis"]
 Axis = Literal["channel", "token", "token_head", "block"]
 OutlierScope = Literal["vector", "matrix"]
 Weighting = Literal["fisher_scaled", "fisher", "none"]
@@ -19,6 +19,7 @@ MAX_OUTLIERS = 0.02
 PAIR_WIDTHS = (1.5, 2, 2.5, 3, 3.5, 4)  # bits a number, with a codebook for each pair of channels
 BLOCK = 64  # tokens of a block, the unit in which a store packs
 MOST_GROUP, MOST_CAP, MOST_SPAN = 512, 2**16, 64  # channels of a head, exact numbers of a token, blocks
+UNIT, MOST_RATE, MOST_UNITS = 8, 6, 64  # trellis: channels of one rate, bits of a channel, units of a head
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Scheme:
         goes with datatype `exact` only.
     datatype: `int` (evenly spaced), `nf` (NormalFloat), `fp` (e2m1 or e4m3, its range symmetric and without a zero point),
         `nuq` (codebook learned per layer), `iv` and `iv-kmeans` (four intrinsic values of each block, `codec.intrinsic`, found
-        by frequency or by k-means), `exact` (not quantised).
+        by frequency or by k-means), `trellis` (trellis-coded streams, `codec.trellis`), `exact` (not quantised).
     axis: who shares a scale and zero: a `channel` over the whole run (static, learned offline), a `token` over all its
         KV heads, or a token in one head (`token_head`), both taken online; a `block` of `group` tokens in one head, for `iv`.
     group: finer than that: this many consecutive tokens of a `channel` (taken online, then), or this many consecutive
@@ -57,6 +58,9 @@ class Scheme:
         not where ranges are static, since those of a channel take a constant in, and not from intrinsic values, as published.
     fold_gain: keys stored after the rotary embedding are divided by the gain of the norm that made them, one factor for each
         pair of channels, before they are quantised, where ranges are shared by channels; the query is multiplied by it.
+    counts: with `trellis`, how many units of 8 channels of a head have rates of 0, 1, ... 6 bits; None where calibration is
+        yet to allocate them.
+    token_norm: with `trellis`, a token's head is divided by its norm first, which is kept in 8 bits.
 
     Raises RecipeError where these contradict each other.
     """
@@ -80,6 +84,8 @@ class Scheme:
     span: int = 1
     remove_bias: bool = True
     fold_gain: bool = True
+    counts: tuple[int, ...] | None = None
+    token_norm: bool = False
 
     def __post_init__(self) -> None:
         for field, hint in get_type_hints(type(self)).items():
@@ -89,6 +95,8 @@ class Scheme:
         if self.datatype == "exact":
             if self.bits != 16 or self.outliers or self.qnorm:
                 raise RecipeError("An exact scheme has 16 bits and neither outliers nor Q-Norm; drop those settings.")
+        elif self.datatype == "trellis":
+            self._check_trellis()
         elif self.codebook == "layer" and (self.bits not in (2, 3, 4, 8) or type(self.bits) is not int):
             raise RecipeError(f"{self.bits} bits are not supported; choose 2, 3, 4 or 8 (or the recipe fp16).")
         if self.datatype == "fp" and self.bits not in (4, 8):
@@ -106,7 +114,7 @@ class Scheme:
             raise RecipeError(f"An outlier cap is a whole number from 1 to {MOST_CAP} and needs an outlier fraction above 0.")
         if self.group is not None:
             self._check_group(self.group)
-        for name in ("pre_rope", "qnorm", "hadamard", "turn", "floor", "remove_bias", "fold_gain"):
+        for name in ("pre_rope", "qnorm", "hadamard", "turn", "floor", "remove_bias", "fold_gain", "token_norm"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"{name} is true or false, not {getattr(self, name)!r}.")
         if self.qnorm and self.datatype != "nuq":
@@ -121,6 +129,28 @@ class Scheme:
         if self.smooth and (self.datatype not in ("int", "nf", "fp") or self.axis == "channel" or self.outliers):
             raise RecipeError("Smoothing goes with codes of int, nf or fp whose ranges are taken online, without outliers.")
 
+    def _check_trellis(self) -> None:
+        if (
+            self.axis != "channel"
+            or self.group
+            or self.codebook != "layer"
+            or self.outlier_scope == "matrix"
+            or self.outlier_cap
+        ):
+            raise RecipeError("Trellis-coded streams go with axis channel, without groups, caps, matrix scope or codebooks.")
+        if not isinstance(self.bits, (int, float)) or isinstance(self.bits, bool) or not 0 < self.bits <= MOST_RATE:
+            raise RecipeError(f"A trellis-coded stream has more than 0 and at most {MOST_RATE} bits, not {self.bits!r:.40}.")
+        if self.counts is None:
+            return
+        counts = tuple(self.counts) if isinstance(self.counts, (tuple, list)) else ()
+        object.__setattr__(self, "counts", counts)  # JSON has lists
+        whole = all(type(count) is int and 0 <= count <= MOST_UNITS for count in counts)
+        if len(counts) != MOST_RATE + 1 or not whole or not 0 < sum(counts[1:]) <= sum(counts) <= MOST_UNITS:
+            raise RecipeError(
+                f"counts are {MOST_RATE + 1} whole numbers of units, one for each rate from 0 to {MOST_RATE}, {MOST_UNITS} "
+                f"units at most and one with codes at least, not {self.counts!r:.80}."
+            )
+
     def _check_block(self) -> None:
         by_value = self.datatype in ("iv", "iv-kmeans")
         if by_value != (self.axis == "block") or (self.floor and not by_value):
@@ -133,9 +163,12 @@ class Scheme:
             )
 
     def _check_codebook(self) -> None:
+        if self.datatype != "trellis" and (self.counts is not None or self.token_norm):
+            raise RecipeError("Counts of rates and norms of tokens go with datatype trellis.")
         if self.codebook == "layer":
-            if self.turn:
+            if self.turn and self.datatype != "trellis":
                 raise RecipeError("A learned rotation goes with codebooks of channels or pairs.")
+            self._check_turn()
             return
         if self.datatype != "nuq" or self.axis != "channel" or self.group or self.qnorm or self.outlier_scope == "matrix":
             raise RecipeError(
@@ -146,6 +179,9 @@ class Scheme:
             raise RecipeError(
                 f"A codebook of a {self.codebook} has {', '.join(map(str, widths))} bits for each number, not {self.bits}."
             )
+        self._check_turn()
+
+    def _check_turn(self) -> None:
         if self.turn and self.pre_rope:
             raise RecipeError("Keys that are stored before the rotary embedding cannot be turned; choose one of the two.")
 
@@ -162,6 +198,12 @@ class Scheme:
 
     def require_head_dim(self, head_dim: int) -> None:
         """Raise RecipeError where groups or pairs of channels do not fill a head."""
+        if self.datatype == "trellis" and head_dim % UNIT:
+            raise RecipeError(
+                f"Units of {UNIT} channels do not fill a head_dim of {head_dim}; choose another recipe than trellis."
+            )
+        if self.counts is not None and sum(self.counts) * UNIT != head_dim:
+            raise RecipeError(f"{sum(self.counts)} units do not make a head_dim of {head_dim}; calibrate this model.")
         if head_dim % self.numbers:
             raise RecipeError(f"Pairs of channels do not fill a head_dim of {head_dim}; choose codebooks of channels.")
         if self.smooth and head_dim % 2:
@@ -177,7 +219,17 @@ class Scheme:
     @property
     def code_bits(self) -> int:
         """Bits of one code."""
-        return int(self.bits * self.numbers)
+        return 8 if self.datatype == "trellis" else int(self.bits * self.numbers)
+
+    def codes(self, head_dim: int) -> int:
+        """How many codes a token has in one head: with `trellis`, the bytes of its stream and of its norm."""
+        if self.counts is not None:
+            return sum(rate * count for rate, count in enumerate(self.counts)) + self.token_norm
+        return head_dim // self.numbers
+
+    def outlier_places(self, head_dim: int) -> int:
+        """How many places of outliers a token has in one head: its codes, or, with `trellis`, the channels that have codes."""
+        return self.codes(head_dim) if self.counts is None else UNIT * sum(self.counts[1:])
 
     @property
     def outlier_shape(self) -> tuple[int, ...]:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 MOST_SINKS, MOST_WINDOW, MOST_LAYERS, MOST_BITS = 1024, 2**20, 4096, 64
 
 
+LATER = ("counts", "token_norm")  # fields of schemes, named only where set: figures and caches from before them stay valid
+
+
 @dataclass(frozen=True)
 class LayerSchemes:
     """The schemes of one layer."""
@@ -45,6 +48,13 @@ class Choices:
             raise RecipeError(f"A budget is a number of bits above 0, at most {MOST_BITS}, not {self.budget!r:.40}.")
         if not self.keys or not self.values:
             raise RecipeError("A recipe that chooses needs a scheme for the keys and one for the values at least.")
+        if len({scheme.datatype == "trellis" for scheme in (*self.keys, *self.values)}) > 1:
+            raise RecipeError("Trellis-coded schemes, whose rates are allocated, are chosen among themselves.")
+
+    @property
+    def by_rate(self) -> bool:
+        """Whether rates of channels are allocated, beside the choice of schemes."""
+        return self.keys[0].datatype == "trellis"
 
 
 @dataclass(frozen=True)
@@ -132,7 +142,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads back; keys of `layers` become text, as JSON wants them."""
-        plain = asdict(self)
+        plain: dict[str, Any] = asdict(self, dict_factory=_plain)
         plain["layers"] = {str(layer): schemes for layer, schemes in plain["layers"].items()}
         return plain
 
@@ -166,3 +176,7 @@ class Recipe:
         if not isinstance(plain, dict):
             raise RecipeError(f"{path} holds no recipe (a JSON object is expected).")
         return cls.from_dict(plain)
+
+
+def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value for name, value in items if name not in LATER or value not in (None, False)}

@@ -21,7 +21,7 @@ GROWTH = 16  # while decoding, a new page holds one more sixteenth of what is st
 
 def is_channel_major(scheme: Scheme, keys: bool) -> bool:
     """Whether neighbouring codes are neighbouring tokens of a channel: keys, and whatever has a codebook for each channel."""
-    return keys or scheme.codebook != "layer"
+    return keys or scheme.codebook != "layer" or scheme.datatype == "trellis"
 
 
 def to_blocks(encoded: Encoded) -> Encoded:
@@ -29,7 +29,7 @@ def to_blocks(encoded: Encoded) -> Encoded:
 
     Outliers are sorted. A GPU is not waited for.
     """
-    batch, heads, tokens, dim = encoded.codes.shape
+    batch, heads, tokens, places = encoded.places
     count = tokens // BLOCK
 
     def cut(part: Tensor) -> Tensor:
@@ -39,12 +39,12 @@ def to_blocks(encoded: Encoded) -> Encoded:
     codes, ranges = cut(encoded.codes), {name: cut(part) for name, part in encoded.ranges.items()}
     if encoded.outlier_index is None or encoded.outlier_values is None:
         return Encoded(codes, ranges)
-    index, size = encoded.outlier_index, BLOCK * dim
+    index, size = encoded.outlier_index, BLOCK * places
     if count > 1:
         row_and_head, block = index // size // count, index // size % count
         index = (block * batch * heads + row_and_head) * size + index % size
     index, order = index.sort()
-    return Encoded(codes, ranges, index, encoded.outlier_values[order])
+    return Encoded(codes, ranges, index, encoded.outlier_values[order], encoded.outlier_places)
 
 
 def from_blocks(blocks: Tensor, batch: int) -> Tensor:
@@ -60,8 +60,9 @@ class PackedSide:
         has head_dim codes, or half as many where a code stands for a pair. Exact numbers lie as they come:
         [slots, kv_heads, 64, head_dim].
     ranges: [slots, ...] what is held of online ranges, by name, as `Scheme.range_forms` has it for 64 tokens.
-    outlier_values, outlier_index: [room] (of pairs [room, 2]) 16-bit value and index token * codes + code, sorted by slot,
-        head, token, code; those of slot s and head h begin at outlier_offsets[s * kv_heads + h].
+    outlier_values, outlier_index: [room] (of pairs [room, 2]) 16-bit value and index token * places + place, sorted by slot,
+        head, token, place (a code, or what `Encoded.places` says); those of slot s and head h begin at
+        outlier_offsets[s * kv_heads + h].
     outliers_used: how many there are.
     """
 
@@ -74,7 +75,9 @@ class PackedSide:
         ranges: dict[str, Tensor] | None = None,
         outliers: tuple[Tensor, Tensor, Tensor] | None = None,
     ):
-        """shape: kv_heads, 64, codes. outliers: values, index and offsets, all of them in use."""
+        """shape: kv_heads, 64, codes, or places of outliers where these are not codes. outliers: values, index and offsets,
+        all of them in use.
+        """
         self.shape = shape
         self.bits = bits
         self.channel_major = channel_major
@@ -111,7 +114,7 @@ class PackedSide:
                 torch.empty(outlier_room, dtype=torch.int16, device=device),
                 torch.zeros(slots * heads + 1, dtype=torch.int32, device=device),
             )
-        side = cls((heads, BLOCK, dim), bits, channel_major, planes, ranges, outliers)
+        side = cls((heads, BLOCK, like.places[3]), bits, channel_major, planes, ranges, outliers)
         side.outliers_used = 0
         return side
 
@@ -131,14 +134,12 @@ class PackedSide:
             held[slot:stop] = blocks.ranges[name]
         if self.outlier_offsets is not None:
             assert blocks.outlier_index is not None and blocks.outlier_values is not None
-            heads, tokens, dim = self.shape
-            borders = torch.arange(1, (stop - slot) * heads + 1, device=blocks.codes.device, dtype=torch.int64) * (
-                tokens * dim
-            )
+            heads, size = self.shape[0], self.shape[1] * self.shape[2]
+            borders = torch.arange(1, (stop - slot) * heads + 1, device=blocks.codes.device, dtype=torch.int64) * size
             ends = (torch.searchsorted(blocks.outlier_index, borders) + self.outliers_used).int()
             self.outlier_offsets[slot * heads + 1 : stop * heads + 1] = ends
             self.outlier_offsets[stop * heads + 1 :] = ends[-1]
-            self._pending.append(((blocks.outlier_index % (tokens * dim)).short(), blocks.outlier_values))
+            self._pending.append(((blocks.outlier_index % size).short(), blocks.outlier_values))
             self.outliers_used += len(blocks.outlier_index)
 
     def _pack(self, planes: list[Tensor], codes: Tensor) -> None:
@@ -172,7 +173,7 @@ class PackedSide:
         ranges = {name: part[slots] for name, part in self.ranges.items()}
         if self.outlier_offsets is None or self.outlier_index is None or self.outlier_values is None:
             return Encoded(codes, ranges)
-        heads, tokens, dim = self.shape
+        heads, tokens, places = self.shape
         offsets = self.outlier_offsets.long()
         begin = offsets[:-1].view(-1, heads)[slots].flatten()
         count = offsets[1:].view(-1, heads)[slots].flatten() - begin
@@ -180,8 +181,8 @@ class PackedSide:
         position = (
             torch.arange(len(group), device=count.device, dtype=torch.int64) + (begin - (count.cumsum(0) - count))[group]
         )
-        index = group * (tokens * dim) + self.outlier_index[position].long()
-        return Encoded(codes, ranges, index, self.outlier_values[position])
+        index = group * (tokens * places) + self.outlier_index[position].long()
+        return Encoded(codes, ranges, index, self.outlier_values[position], places)
 
 
 class Page:

@@ -1,5 +1,7 @@
 """A layer's store as named tensors, and back: what a cache on disk holds of it. Nothing is re-encoded on the way."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -135,7 +137,7 @@ def _require(holds: bool, name: str) -> None:
 
 def _load_side(reader: _Reader, name: str, quantizer: AnyQuantizer, slots: int, heads: int, dim: int) -> PackedSide:
     scheme, channel_major = quantizer.scheme, is_channel_major(quantizer.scheme, name == "keys")
-    dim //= scheme.numbers
+    dim, places = scheme.codes(dim), scheme.outlier_places(dim)
     rows, length = (dim, BLOCK) if channel_major else (BLOCK, dim)
     if scheme.bits == 16:
         exact = reader.take(f"{name}.plane0", (slots, heads, BLOCK, dim), reader.dtypes[name])
@@ -151,10 +153,10 @@ def _load_side(reader: _Reader, name: str, quantizer: AnyQuantizer, slots: int, 
         offsets = reader.take(f"{name}.outlier_offsets", (slots * heads + 1,), torch.int32)
         ordered = offsets[0] == 0 and offsets[-1] == len(values) and bool((offsets.diff() >= 0).all())
         _require(bool(ordered), f"{name}.outlier_offsets")
-        _require(bool(((index >= 0) & (index.int() < BLOCK * dim)).all()), f"{name}.outlier_index")
+        _require(bool(((index >= 0) & (index.int() < BLOCK * places)).all()), f"{name}.outlier_index")
         _require(_ascend_within(index, offsets), f"{name}.outlier_index")
         outliers = (values, index, offsets)
-    return PackedSide((heads, BLOCK, dim), scheme.code_bits, channel_major, planes, ranges, outliers)
+    return PackedSide((heads, BLOCK, places), scheme.code_bits, channel_major, planes, ranges, outliers)
 
 
 def _ascend_within(index: Tensor, offsets: Tensor) -> bool:
@@ -167,11 +169,11 @@ def _ascend_within(index: Tensor, offsets: Tensor) -> bool:
 
 def _load_tail(reader: _Reader, name: str, quantizer: AnyQuantizer, shape: tuple[int, int, int]) -> Encoded:
     scheme, (batch, heads, dim) = quantizer.scheme, shape
-    dim //= scheme.numbers
+    dim, places = scheme.codes(dim), scheme.outlier_places(dim)
     dtype = reader.dtypes[name] if scheme.bits == 16 else torch.uint8
     codes = reader.take(f"tail.{name}.codes", (batch, heads, None, dim), dtype)
     _require(codes.shape[2] > 0, f"tail.{name}.codes")
-    encoded = Encoded(codes)
+    encoded = Encoded(codes, outlier_places=places)
     if scheme.bits == 16:
         return encoded
     _require(int(codes.max()) < 2**scheme.code_bits, f"tail.{name}.codes")
@@ -182,7 +184,9 @@ def _load_tail(reader: _Reader, name: str, quantizer: AnyQuantizer, shape: tuple
         encoded.outlier_values = reader.take(
             f"tail.{name}.outlier_values", (len(index), *scheme.outlier_shape), reader.dtypes16[name]
         )
-        ordered = bool((index.diff() > 0).all()) and (len(index) == 0 or bool(index[0] >= 0 and index[-1] < codes.numel()))
+        ordered = bool((index.diff() > 0).all()) and (
+            len(index) == 0 or bool(index[0] >= 0 and index[-1] < math.prod(encoded.places))
+        )
         _require(ordered, f"tail.{name}.outlier_index")
         encoded.outlier_index = index
     return encoded

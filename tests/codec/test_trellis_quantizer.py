@@ -1,0 +1,179 @@
+"""Trellis-coded quantizers against the definition, written again in a few plain lines."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from narrowkv.codec import Scheme, TrellisQuantizer, load_quantizer, trellis
+from narrowkv.codec.gaussian_tables import STEPS, gaussian_tables
+from narrowkv.errors import RecipeError
+
+COUNTS = {16: (0, 1, 0, 1, 0, 0, 0), 80: (2, 3, 2, 1, 1, 0, 1)}
+SHAPES = [(1, 1, 63, 80), (3, 2, 64, 16), (2, 4, 1, 80)]
+
+
+def scheme(dim, *, turn=False, outliers=0.0, **settings):
+    return Scheme(3, "trellis", axis="channel", counts=COUNTS[dim], turn=turn, token_norm=turn, outliers=outliers, **settings)
+
+
+def tables(scheme, heads, dim, limit=40.0):
+    n = scheme.outlier_places(dim)
+    universal, steps = gaussian_tables(), torch.tensor(STEPS)
+    matrix = torch.linalg.qr(torch.randn(heads, dim, dim)).Q[:, :n] * torch.linspace(0.2, 3, n)[:, None]
+    made = {
+        "mean": torch.randn(heads, dim) * 5,
+        "entries": torch.stack([universal.high, universal.low], dim=1)[None],
+        "steps": steps,
+        "scales": 1.1 * steps,
+        "weight": torch.rand(heads, n) * 3000 + 500,
+    }
+    if scheme.turn:
+        made["matrix"] = matrix.half()
+    else:
+        made["pairs"] = (torch.randn(heads, dim // 2, 2, 2) + 2 * torch.eye(2)).half()
+        made["order"] = torch.stack([torch.randperm(dim)[:n] for _ in range(heads)]).short()
+    return made | ({"limit": torch.tensor([limit])} if scheme.outliers else {})
+
+
+def made(shape, turn, outliers=0.0):
+    _, heads, _, dim = shape
+    of = scheme(dim, turn=turn, outliers=outliers)
+    return TrellisQuantizer(of, **tables(of, heads, dim))
+
+
+def numbers(found, shape):
+    """Numbers whose coefficients are Gaussian, and those coefficients."""
+    batch, heads, tokens, dim = shape
+    z = torch.randn(batch, heads, tokens, found.scheme.outlier_places(dim))
+    if found.scheme.turn:
+        return z, z @ found.matrix.float() + found.mean[:, None]
+    every = torch.randn(shape)
+    for head in range(heads):
+        every[:, head][..., found.order[head].long()] = z[:, head]
+    first, second = every.chunk(2, -1)
+    p = found.pairs.float()[None, :, None]  # [1, kv_heads, 1, dim / 2, 2, 2]
+    x = torch.cat([first * p[..., 0, i] + second * p[..., 1, i] for i in (0, 1)], -1)
+    return z, x + found.mean[:, None]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("turn", [False, True])
+def test_codes_are_a_stream_and_a_norm_and_decode_as_defined(shape, turn):
+    found = made(shape, turn)
+    batch, heads, tokens, dim = shape
+    rates = torch.tensor([rate for rate, count in enumerate(COUNTS[dim]) for _ in range(8 * count) if rate])
+    z, x = numbers(found, shape)
+    encoded = found.encode(x)
+    stream = encoded.codes[..., : sum(rates) // 8].flatten(0, 1)
+    assert encoded.codes.shape == (batch, heads, tokens, sum(rates) // 8 + turn) and not encoded.ranges
+    tables_of_it = trellis.TrellisTables(found.entries[0, :, 0], found.entries[0, :, 1])
+    grid = trellis.decode(stream, COUNTS[dim], tables_of_it).float().unflatten(0, (batch, heads))
+    norm = torch.ones(batch, heads, tokens, 1)
+    if turn:
+        norm = 2 ** ((encoded.codes[..., -1:].float() - 128) / 16)
+        torch.testing.assert_close(norm, z.square().mean(-1, keepdim=True).sqrt(), rtol=0.023, atol=0)
+    elements = (z / norm / found.steps[rates - 1] * 512).round().short().transpose(0, 1).flatten(1, 2)
+    weights = (found.weight * found.steps[rates - 1] ** 2).round().clamp(1, 65535).int().to(torch.uint16)[:, None]
+    expected = trellis.encode(elements, weights, COUNTS[dim], tables_of_it).unflatten(1, (batch, tokens)).transpose(0, 1)
+    same = (expected == encoded.codes[..., : expected.shape[-1]]).all(-1).float().mean()
+    assert same > 0.5  # coefficients computed in float32 here round otherwise now and then
+    coefficients = grid * found.scales[rates - 1] * norm
+    if turn:
+        decoded = coefficients @ found.matrix.float()
+    else:
+        decoded = torch.zeros(shape)
+        for head in range(heads):
+            for i, channel in enumerate(found.order[head].tolist()):
+                for half in (0, 1):
+                    pair = found.pairs[head, channel % (dim // 2), channel // (dim // 2), half].float()
+                    decoded[:, head, :, channel % (dim // 2) + half * (dim // 2)] += coefficients[:, head, :, i] * pair
+    torch.testing.assert_close(found.decode(encoded), decoded + found.mean[:, None], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("turn", [False, True])
+def test_what_costs_more_than_the_limit_is_exact(turn):
+    shape = (2, 2, 200, 16)
+    plain, found = made(shape, turn), made(shape, turn, outliers=0.01)
+    found = replace(found, **plain.tensors())
+    z, x = numbers(found, shape)
+    cost = found.cost(x)
+    found = replace(found, limit=cost.flatten().kthvalue(int(0.98 * cost.numel())).values[None])
+    encoded = found.encode(x)
+    assert encoded.outlier_places == 16 and torch.equal(encoded.outlier_index, (cost > found.limit).flatten().nonzero()[:, 0])
+    norm = 2 ** ((encoded.codes[..., -1:].float() - 128) / 16) if turn else torch.ones_like(z[..., :1])
+    torch.testing.assert_close(
+        encoded.outlier_values.float(), (z / norm).flatten()[encoded.outlier_index], atol=1e-2, rtol=1e-2
+    )
+    missed = ((found.decode(encoded) - x) ** 2).mean()
+    assert missed < ((plain.decode(plain.encode(x)) - x) ** 2).mean()
+    skip = torch.arange(200)[None] < torch.tensor([[50], [200]])
+    skipped = found.encode(x, skip)
+    token = torch.unravel_index(skipped.outlier_index, skipped.places)
+    assert len(token[0]) and not skip[token[0], token[2]].any()
+
+
+@pytest.mark.parametrize("turn", [False, True])
+def test_tokens_one_by_one_have_the_codes_of_all_at_once(turn):
+    shape = (2, 2, 40, 80)
+    found = made(shape, turn, outliers=0.01)
+    _, x = numbers(found, shape)
+    together = found.encode(x)
+    singly = [found.encode(x[:, :, i : i + 1]).codes for i in range(40)]
+    assert torch.equal(torch.cat(singly, 2), together.codes) and len(together.outlier_index)
+    for head in (0, 1):
+        assert torch.equal(found.of_heads(head, 1).encode(x[:, head : head + 1]).codes, together.codes[:, head : head + 1])
+
+
+def test_numbers_far_beyond_the_tables_are_seen():
+    found = made((1, 2, 10, 16), turn=False)
+    _, x = numbers(found, (1, 2, 10, 16))
+    assert not found.far(x).any()
+    far = found.mean[:, None] + 100 * (x - found.mean[:, None])
+    assert found.far(far).float().mean() > 0.5
+    assert made((1, 2, 10, 16), turn=False, outliers=0.01).far(far) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "spoilt"),
+    [
+        ("entries", lambda table: table.fill_(40)),
+        ("steps", torch.neg),
+        ("scales", torch.zeros_like),
+        ("weight", torch.neg),
+        ("order", torch.zeros_like),
+        ("order", lambda table: table + 16),
+        ("mean", lambda table: table / 0),
+        ("pairs", lambda table: table[:, 1:]),
+    ],
+)
+def test_tables_that_no_calibration_finds_are_refused(name, spoilt):
+    of = scheme(16, outliers=0.01)
+    sound = tables(of, 2, 16)
+    load_quantizer(of, dict(sound), 2, 16)
+    with pytest.raises(RecipeError):
+        load_quantizer(of, sound | {name: spoilt(sound[name].clone())}, 2, 16)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"counts": (1, 2)}, "7 whole numbers"),
+        ({"counts": (2, 0, 0, 0, 0, 0, 0)}, "one with codes at least"),
+        ({"counts": (0, 1, 1, 0, 0, 0, -1)}, "7 whole numbers"),
+        ({"bits": 0}, "more than 0"),
+        ({"axis": "token"}, "axis channel"),
+        ({"turn": True, "pre_rope": True}, "cannot be turned"),
+        ({"datatype": "nuq", "bits": 3}, "datatype trellis"),
+    ],
+)
+def test_schemes_that_contradict_themselves_are_refused(settings, message):
+    plain = {"bits": 3, "datatype": "trellis", "axis": "channel", "counts": (0, 1, 1, 0, 0, 0, 0)}
+    with pytest.raises(RecipeError, match=message):
+        Scheme(**plain | settings)
+
+
+@pytest.mark.parametrize(("dim", "message"), [(20, "Units of 8 channels"), (24, "2 units do not make")])
+def test_a_head_that_units_do_not_fill_is_refused(dim, message):
+    with pytest.raises(RecipeError, match=message):
+        scheme(16).require_head_dim(dim)
