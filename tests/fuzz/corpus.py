@@ -22,7 +22,18 @@ from tests.families import make
 RECIPES = [
     *("fp16", "int4", "int8", "nf3", "int3-head", "kivi-2-g16-r40", "kivi-4-g8-r20", "fp4-g16", "nvfp4", "fp8"),
     *("hadamard-int4", "intrinsic-2", "intrinsic-2-nearest-kmeans", "intrinsic-2-w3", "smooth-int8", "nuq3-1%"),
-    *("nuq2-1%-qnorm", "nuq4-postrope", "nuq3.5", "channel3-1%", "pair2.5-1%", "pair1.5", "pair3-postrope", "narrow2.5"),
+    *(
+        "nuq2-1%-qnorm",
+        "nuq4-postrope",
+        "nuq3.5",
+        "channel3-1%",
+        "pair2.5-1%",
+        "pair1.5",
+        "pair3-postrope",
+        "narrow2.5",
+        "trellis3",
+        "trellis2.5",
+    ),
     *("window and sinks", "by matrix", "capped"),
 ]
 MODELS: dict[str, dict[str, Any]] = {

@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader
 
 from narrowkv import calibrate, calibrate_many, get_recipe
 from narrowkv.errors import ActivationError, CalibrationError, NarrowKVWarning, RecipeError
-from narrowkv.integrations.capture import capture_cache
-from narrowkv.integrations.preparation import prepare
+from narrowkv.integrations.capture import capture_cache, fits_for, show_layers
+from narrowkv.integrations.preparation import facts_for, prepare
 
 
 def hooked(model, ids):
@@ -73,14 +73,36 @@ def test_recipes_learned_together_are_as_learned_alone(tiny):
         get_recipe("nuq3-1%").with_options(sinks=4),
         get_recipe("nuq2-1%-qnorm"),
         get_recipe("int4"),
+        get_recipe("trellis3"),
     ]
     for together, recipe in zip(calibrate_many(model, batches, recipes), recipes, strict=True):
         alone = calibrate(model, batches, recipe)
-        assert together.recipe == alone.recipe == recipe
+        assert together.recipe == alone.recipe and (recipe.choices or recipe == alone.recipe)
         for ours, theirs in zip(together.layers.values(), alone.layers.values(), strict=True):
             for mine, other in zip(ours, theirs, strict=True):
                 for name, table in mine.tensors().items():
                     torch.testing.assert_close(table, other.tensors()[name])
+
+
+def test_gradients_of_drawn_tokens_depend_on_sequences_alone(tiny):
+    """Tokens drawn are those of a sequence, however it is batched; their gradients come beside those of the text."""
+    model, ids, recipe = tiny(), torch.randint(2, 97, (4, 30)), get_recipe("trellis3")
+    moments = []
+    for batches in (ids.split(1), ids.flip(0).split(4)):
+        fits = [fits_for(fact, [recipe]) for fact in facts_for(model, "auto", [recipe]).attention]
+        for drawn in (True, False):
+            show_layers(
+                model,
+                facts_for(model, "auto", [recipe]),
+                batches,
+                lambda place, *numbers, fits=fits: fits[place].see_codebook(*numbers),
+                gradients=True,
+                drawn=drawn,
+            )
+            moments.append([fit.samples for layer in fits for fit in layer.fits.values()])
+        assert all(sample.gradients == 3 * sample.tokens / 2 == 3 * 4 * 29 for sample in moments[-1])
+    for one, other in zip(moments[0], moments[2], strict=True):
+        torch.testing.assert_close(one.moment, other.moment, rtol=1e-4, atol=1e-4 * float(one.moment.abs().max()))
 
 
 def test_sinks_are_left_out(tiny):
@@ -167,7 +189,7 @@ def test_a_model_without_a_way_back_says_so(tiny):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
-    for recipe in ("nuq3", "pair3", "narrow3"):
+    for recipe in ("nuq3", "pair3", "narrow3", "trellis3"):
         with pytest.raises(CalibrationError, match="No gradient of the loss comes back"):
             calibrate(model, IDS, recipe)
     assert calibrate(model, IDS, "int4-channel").layers[0][0].scale is not None  # which needs no gradient

@@ -27,16 +27,16 @@ class Option:
     cost: float
 
 
-def measure(quantizer: AnyQuantizer, samples: Samples, keys: bool) -> Option:
-    """What a quantizer takes and costs, found by storing a sample of tokens as a cache would."""
+def measure(quantizer: AnyQuantizer, samples: Samples, keys: bool, tokens: int = REFERENCE_TOKENS) -> Option:
+    """What a quantizer takes and costs, found by storing a sample of tokens as a cache would; tables count for `tokens`."""
     numbers = samples.heads()[:, :, : 16 * BLOCK]
     numbers = numbers.repeat(1, 1, -(-BLOCK // numbers.shape[2]), 1) if numbers.shape[2] < BLOCK else numbers
-    return Option(quantizer.scheme, stored_bits(quantizer, numbers, keys), samples.cost(quantizer))
+    return Option(quantizer.scheme, stored_bits(quantizer, numbers, keys, tokens), samples.cost(quantizer))
 
 
-def stored_bits(quantizer: AnyQuantizer, numbers: Tensor, keys: bool) -> float:
+def stored_bits(quantizer: AnyQuantizer, numbers: Tensor, keys: bool, tokens: int = REFERENCE_TOKENS) -> float:
     """Bits that a store takes for each token of `numbers` [batch, kv_heads, tokens, head_dim], of which whole blocks are
-    stored; tables are counted as at 32,768 tokens.
+    stored; tables are counted over `tokens`, all that their layer holds.
     """
     whole = numbers.shape[2] // BLOCK * BLOCK
     blocks = to_blocks(quantizer.encode(numbers[:, :, :whole]))
@@ -44,7 +44,7 @@ def stored_bits(quantizer: AnyQuantizer, numbers: Tensor, keys: bool) -> float:
     side = PackedSide.allocate(quantizer, whole // BLOCK, blocks, keys=keys, outlier_room=found)
     held = [*side.planes, *side.outliers(), *side.ranges.values()]
     tables = sum(table.nbytes for table in quantizer.tensors().values())
-    return 8 * (sum(tensor.nbytes for tensor in held) / whole + tables / REFERENCE_TOKENS)
+    return 8 * (sum(tensor.nbytes for tensor in held) / whole + tables / tokens)
 
 
 def allocate(menus: Sequence[Sequence[Option]], budget: float, numbers: int = 1, beside: float = 0.0) -> list[int]:

@@ -25,15 +25,8 @@ class Influence:
 
         Those with a norm beyond the 99th percentile get that norm; their whole one is counted.
         """
-        gradient = gradient.float()
-        squared = gradient.double().square().sum((1, 2))
-        self._add(squared.cpu())
-        most = torch.quantile(squared, CLIP) if len(squared) else squared.sum()
-        if not most > 0:
-            return gradient
-        return (
-            gradient * (most / squared.clamp(min=torch.finfo(torch.float64).tiny)).clamp(max=1).sqrt().float()[:, None, None]
-        )
+        self._add(gradient.double().square().sum((1, 2)).cpu())
+        return limited(gradient)
 
     def _add(self, squared: Tensor) -> None:
         bins = (squared.clamp(min=1e-300).log2() * PER_OCTAVE + BINS / 2).clamp(0, BINS - 1).to(torch.int64)
@@ -50,3 +43,13 @@ class Influence:
         before = count.cumsum(0) - count
         taken = ((FEW * count.sum() - before) / count.clamp(min=1)).clamp(0, 1)  # of a bin's tokens
         return float((taken * mass).sum() / mass.sum().clamp(min=torch.finfo(torch.float64).tiny))
+
+
+def limited(gradient: Tensor) -> Tensor:
+    """Gradients [tokens, kv_heads, head_dim] of one sequence, those beyond the 99th percentile of norms shortened, float32."""
+    gradient = gradient.float()
+    squared = gradient.double().square().sum((1, 2))
+    most = torch.quantile(squared, CLIP) if len(squared) else squared.sum()
+    if not most > 0:
+        return gradient
+    return gradient * (most / squared.clamp(min=torch.finfo(torch.float64).tiny)).clamp(max=1).sqrt().float()[:, None, None]

@@ -1,6 +1,5 @@
 """What recipes ask of one layer's data, and the quantizers that come of it; for recipes that choose, the choice."""
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,16 +8,18 @@ from torch import Tensor
 
 from narrowkv.calibration.allocation import Option, allocate, measure
 from narrowkv.calibration.fit import Fit
-from narrowkv.calibration.influence import Influence
+from narrowkv.calibration.influence import Influence, limited
 from narrowkv.calibration.point_fit import PointFit
 from narrowkv.calibration.processes import Group
+from narrowkv.calibration.rates import RateOption, allocate_rates, held_tokens
+from narrowkv.calibration.trellis_fit import TrellisFit
 from narrowkv.codec import AnyQuantizer, Scheme
 from narrowkv.codec.scheme import BLOCK
 from narrowkv.errors import CalibrationError, RecipeError
 from narrowkv.methods import LayerSchemes, Recipe
 from narrowkv.store.bias import Bias, without
 
-AnyFit = Fit | PointFit
+AnyFit = Fit | PointFit | TrellisFit
 NO_GRADIENT = (
     "No gradient of the loss comes back through this model's layers, as through those that torch.ao quantises dynamically; "
     "calibrate the model before it is quantised, or choose a recipe that learns nothing, such as int4."
@@ -40,6 +41,8 @@ class Need:
 
     @classmethod
     def of(cls, scheme: Scheme, keys: bool, sinks: int) -> "Need":
+        if scheme.datatype == "trellis":
+            return cls(Scheme(4, "trellis", axis="channel", pre_rope=scheme.pre_rope), keys, sinks)
         if scheme.codebook != "layer":
             return cls.sample(scheme, keys, sinks)
         return cls(replace(scheme, bits=4, qnorm=False) if scheme.datatype == "nuq" else scheme, keys, sinks)
@@ -55,10 +58,19 @@ class LayerFits:
     """All that is learned from one layer for some recipes. shape: kv_heads, head_dim.
 
     biases: what caches take out of keys stored before the rotary embedding, and of those stored after it, with values.
+    sliding_window: how many tokens the layer holds at most.
     """
 
-    def __init__(self, recipes: Sequence[Recipe], layer: int, shape: tuple[int, int], biases: tuple[Bias, Bias] | None = None):
+    def __init__(
+        self,
+        recipes: Sequence[Recipe],
+        layer: int,
+        shape: tuple[int, int],
+        biases: tuple[Bias, Bias] | None = None,
+        sliding_window: int | None = None,
+    ):
         self.shape = shape
+        self.tokens = held_tokens(sliding_window)
         self.biases = biases or (Bias(), Bias())
         needs: set[Need] = set()
         for recipe in recipes:
@@ -67,12 +79,16 @@ class LayerFits:
                 schemes = [scheme]
                 if recipe.choices:
                     schemes = list(recipe.choices.keys if keys else recipe.choices.values)
-                    needs |= {Need.sample(scheme, keys, recipe.sinks) for scheme in schemes}
+                    sampled = [scheme for scheme in schemes if scheme.datatype != "trellis"]
+                    needs |= {Need.sample(scheme, keys, recipe.sinks) for scheme in sampled}
                 needs |= {Need.of(scheme, keys, recipe.sinks) for scheme in schemes}
         self.influences = {_stream(need): Influence() for need in sorted(needs, key=str)}
-        self.fits: dict[Need, AnyFit] = {
-            need: PointFit() if need.scheme.codebook != "layer" else Fit(need.scheme) for need in sorted(needs, key=str)
-        }
+        self.fits: dict[Need, AnyFit] = {need: _fit_for(need.scheme) for need in sorted(needs, key=str)}
+
+    @property
+    def needs_drawn(self) -> bool:
+        """Whether gradients of the loss on tokens drawn from the model are learned from too."""
+        return any(isinstance(fit, TrellisFit) for fit in self.fits.values())
 
     def see_range(self, keys: Tensor, rotated: Tensor, values: Tensor, kept: Tensor | None = None) -> None:
         """First pass: keys before and after the rotary embedding, and values, [batch, kv_heads, tokens, head_dim] each.
@@ -84,7 +100,9 @@ class LayerFits:
             fit.see_range(_tokens(numbers, need.sinks))
 
     def see_codebook(self, keys: Tensor, rotated: Tensor, values: Tensor, kept: Tensor | None = None) -> None:
-        """Second pass: the same with gradients, which the fits see once they are known."""
+        """Second pass: the same with gradients, which the fits see once they are known: first those of the loss on the text,
+        then, where they come, those of the loss on tokens drawn from the model.
+        """
         for numbers in (keys, rotated, values):
             learning = {
                 need: fit
@@ -92,17 +110,29 @@ class LayerFits:
                 if fit.needs_codebook and _wanted(need, keys, rotated, values) is numbers
             }
             if learning:
-                with_gradient(numbers, functools.partial(self._see_gradient, learning, numbers.detach(), kept))
+                with_gradient(numbers, self._see_gradient(learning, numbers.detach(), kept), self._see_drawn(learning))
 
-    def _see_gradient(self, learning: dict[Need, AnyFit], numbers: Tensor, kept: Tensor | None, gradient: Tensor) -> None:
-        known = {need: self._without_bias(need, numbers, kept) for need in learning}
-        for i, slope in enumerate(gradient.split(1)):  # a sequence at a time
-            slopes = {
-                stream: self.influences[stream].limit(_tokens(slope, stream[-1]))
-                for stream in dict.fromkeys(map(_stream, learning))
-            }
-            for need, fit in learning.items():
-                fit.see_codebook(_tokens(known[need][i : i + 1], need.sinks), slopes[_stream(need)])
+    def _see_gradient(self, learning: dict[Need, AnyFit], numbers: Tensor, kept: Tensor | None) -> Callable[[Tensor], None]:
+        def see(gradient: Tensor) -> None:
+            known = {need: self._without_bias(need, numbers, kept) for need in learning}
+            for i, slope in enumerate(gradient.split(1)):  # a sequence at a time
+                slopes = {
+                    stream: self.influences[stream].limit(_tokens(slope, stream[-1]))
+                    for stream in dict.fromkeys(map(_stream, learning))
+                }
+                for need, fit in learning.items():
+                    fit.see_codebook(_tokens(known[need][i : i + 1], need.sinks), slopes[_stream(need)])
+
+        return see
+
+    def _see_drawn(self, learning: dict[Need, AnyFit]) -> Callable[[Tensor], None]:
+        def see(gradient: Tensor) -> None:
+            for slope in gradient.split(1):  # a sequence at a time
+                for need, fit in learning.items():
+                    if isinstance(fit, TrellisFit):
+                        fit.see_drawn(limited(_tokens(slope, need.sinks)))
+
+        return see
 
     def _without_bias(self, need: Need, numbers: Tensor, kept: Tensor | None) -> Tensor:
         """Numbers as a cache would encode them."""
@@ -150,6 +180,27 @@ class LayerFits:
             menu.append(measure(self.quantizer(scheme, keys, sinks), sampled.samples, keys))
         return menu
 
+    def rate_menu(self, schemes: Iterable[Scheme], keys: bool, sinks: int) -> list[RateOption]:
+        """What the units of each of these schemes cost, of which rates are to be allocated."""
+        menu = []
+        for scheme in schemes:
+            fit = self.fits[Need.of(scheme, keys, sinks)]
+            assert isinstance(fit, TrellisFit)
+            menu.append(RateOption(scheme, self.shape[0], fit.transform(scheme.turn).unit_costs(), self.tokens))
+        return menu
+
+    def measured(self, scheme: Scheme, keys: bool, sinks: int) -> Option:
+        """What one of the schemes whose rates were allocated takes and costs."""
+        fit = self.fits[Need.of(scheme, keys, sinks)]
+        assert isinstance(fit, TrellisFit)
+        return measure(self.quantizer(scheme, keys, sinks), fit.samples, keys, self.tokens)
+
+
+def _fit_for(scheme: Scheme) -> AnyFit:
+    if scheme.datatype == "trellis":
+        return TrellisFit()
+    return Fit(scheme) if scheme.codebook == "layer" else PointFit()
+
 
 @dataclass(frozen=True)
 class Learned:
@@ -179,16 +230,13 @@ def beside_bits(layers: int, numbers: int) -> float:
 def _choose(recipe: Recipe, layers: Mapping[int, LayerFits]) -> tuple[Recipe, dict[str, Any]]:
     """The recipe with a scheme for each layer, and what that is predicted to take and to cost."""
     assert recipe.choices
-    menus = []
-    for fits in layers.values():
-        menus += [fits.menu(recipe.choices.keys, True, recipe.sinks), fits.menu(recipe.choices.values, False, recipe.sinks)]
     numbers = sum(2 * fits.shape[0] * fits.shape[1] for fits in layers.values())
     beside = beside_bits(len(layers), numbers)
+    choose = _options_by_rate if recipe.choices.by_rate else _options
     try:
-        picks = allocate(menus, recipe.choices.budget, numbers, beside)
+        options = choose(recipe, layers, numbers, beside)
     except RecipeError as error:
         raise RecipeError(f"Recipe {recipe.name}: {error}") from error
-    options = [menu[pick] for menu, pick in zip(menus, picks, strict=True)]
     pairs = dict(zip(layers, zip(options[::2], options[1::2], strict=True), strict=True))
     chosen = {layer: LayerSchemes(keys.scheme, values.scheme) for layer, (keys, values) in pairs.items()}
     report = {
@@ -206,6 +254,28 @@ def _choose(recipe: Recipe, layers: Mapping[int, LayerFits]) -> tuple[Recipe, di
     return replace(recipe, layers=chosen, choices=None), report
 
 
+def _options(recipe: Recipe, layers: Mapping[int, LayerFits], numbers: int, beside: float) -> list[Option]:
+    """One of the schemes for the keys, then for the values, of each layer."""
+    assert recipe.choices
+    menus = []
+    for fits in layers.values():
+        menus += [fits.menu(recipe.choices.keys, True, recipe.sinks), fits.menu(recipe.choices.values, False, recipe.sinks)]
+    picks = allocate(menus, recipe.choices.budget, numbers, beside)
+    return [menu[pick] for menu, pick in zip(menus, picks, strict=True)]
+
+
+def _options_by_rate(recipe: Recipe, layers: Mapping[int, LayerFits], numbers: int, beside: float) -> list[Option]:
+    """The same where rates are to be allocated."""
+    assert recipe.choices
+    sides, menus = [], []
+    for fits in layers.values():
+        for schemes, keys in ((recipe.choices.keys, True), (recipe.choices.values, False)):
+            menus.append(fits.rate_menu(schemes, keys, recipe.sinks))
+            sides.append((fits, keys))
+    chosen = allocate_rates(menus, recipe.choices.budget, numbers, beside)
+    return [fits.measured(scheme, keys, recipe.sinks) for scheme, (fits, keys) in zip(chosen, sides, strict=True)]
+
+
 def _wanted(need: Need, keys: Tensor, rotated: Tensor, values: Tensor) -> Tensor:
     if not need.keys:
         return values
@@ -217,13 +287,17 @@ def _tokens(x: Tensor, skip: int) -> Tensor:
     return x.detach()[:, :, skip:].transpose(1, 2).flatten(0, 1)
 
 
-def with_gradient(numbers: Tensor, see: Callable[[Tensor], None]) -> None:
-    """Call a function with the gradient of `numbers` once it is known; raises CalibrationError then, where there is none."""
+def with_gradient(numbers: Tensor, *see: Callable[[Tensor], None]) -> None:
+    """Call functions with the gradient of `numbers` once it is known, one at each way back.
+
+    Raises CalibrationError then, where there is none.
+    """
+    following = iter(see)
 
     def hook(gradient: Tensor | None) -> None:
         if gradient is None:
             raise CalibrationError(NO_GRADIENT)
-        see(gradient)
+        next(following)(gradient)
 
     numbers.register_hook(hook)
 

@@ -19,11 +19,11 @@ class Samples:
     the word, and some words would never be sampled.)
 
     numbers: [n, kv_heads, head_dim] float16. moment: [kv_heads, head_dim, head_dim] float64, the sum of gradient x gradient
-    over `tokens` tokens: the Fisher information of a head (KVQuant, section 3.3, off its diagonal too).
+    over `gradients` of them: the Fisher information of a head (KVQuant, section 3.3, off its diagonal too).
     """
 
     def __init__(self) -> None:
-        self.tokens = 0
+        self.tokens = self.gradients = 0
         self.numbers: Tensor | None = None
         self.hashes = torch.empty(0, dtype=torch.int64, device="cpu")
         self.moment = torch.empty(0, dtype=torch.float64, device="cpu")
@@ -40,11 +40,16 @@ class Samples:
             self.moment = torch.zeros(x.shape[1], x.shape[2], x.shape[2], dtype=torch.float64, device=x.device)
         rounded = to_16_bits(x, torch.float16, "Keys or values")
         if gradient is not None:
-            require_finite(gradient, "Gradients")
-            by_head = gradient.float().transpose(0, 1)  # [kv_heads, tokens, head_dim]
-            self.moment += (by_head.transpose(1, 2) @ by_head).double()
+            self.add_gradient(gradient)
         self._keep(torch.cat([self.numbers, rounded]), torch.cat([self.hashes, _hashes(rounded)]))
         self.tokens += len(x)
+
+    def add_gradient(self, gradient: Tensor) -> None:
+        """A gradient [tokens, kv_heads, head_dim] at tokens that are added, or another one at those that were."""
+        require_finite(gradient, "Gradients")
+        by_head = gradient.float().transpose(0, 1)  # [kv_heads, tokens, head_dim]
+        self.moment += (by_head.transpose(1, 2) @ by_head).double()
+        self.gradients += len(gradient)
 
     def merge(self, group: Group) -> None:
         """Take in what the other processes of a group have seen; all of them then hold the same."""
@@ -52,7 +57,8 @@ class Samples:
         parts = (torch.cat(collected(part.contiguous(), group)) for part in (self.numbers, self.hashes))
         self._keep(*parts)
         self.moment = reduced(self.moment, "SUM", group)
-        self.tokens = int(reduced(torch.tensor(self.tokens, dtype=torch.int64, device="cpu"), "SUM", group))
+        counts = torch.tensor([self.tokens, self.gradients], dtype=torch.int64, device="cpu")
+        self.tokens, self.gradients = reduced(counts, "SUM", group).tolist()
 
     def _keep(self, numbers: Tensor, hashes: Tensor) -> None:
         self.hashes, order = hashes.sort(stable=True)
@@ -65,10 +71,10 @@ class Samples:
         of the mean is added to the diagonal: a channel without gradient so far is not one without effect.
         """
         unit = torch.eye(self.moment.shape[-1], dtype=torch.float64, device=self.moment.device).expand_as(self.moment)
-        mean = self.moment.diagonal(dim1=1, dim2=2).mean() / max(self.tokens, 1)
+        mean = self.moment.diagonal(dim1=1, dim2=2).mean() / max(self.gradients, 1)
         if not weighted or not mean > 0:
             return unit
-        return self.moment / self.tokens + 1e-3 * mean * unit
+        return self.moment / self.gradients + 1e-3 * mean * unit
 
     def heads(self, unseen: bool = False) -> Tensor:
         """The tokens to learn from, or those to check on, as [1, kv_heads, n, head_dim] float32."""

@@ -21,7 +21,10 @@ def describe(scheme: "Scheme") -> str:
     """A scheme in a few words."""
     if scheme.datatype == "exact":
         return "exact"
-    if scheme.codebook == "layer":
+    if scheme.datatype == "trellis":
+        parts = [f"{scheme.bits:g} bits, trellis-coded", *(["turned"] if scheme.turn else [])]
+        parts += ["token norms"] if scheme.token_norm else []
+    elif scheme.codebook == "layer":
         parts = [f"{scheme.datatype}{scheme.bits}", f"per {scheme.axis.replace('_', ' and ')}"]
     else:
         parts = [f"{scheme.bits:g} bits, codebooks of {scheme.codebook}s", *(["turned"] if scheme.turn else [])]
@@ -47,7 +50,9 @@ def list_recipes() -> None:
         keys, values = describe(recipe.keys), describe(recipe.values)
         if recipe.choices:
             keys, values = (
-                f"one of {len(every)} under {recipe.choices.budget:g} bits"
+                f"trellis-coded, rates by channel under {recipe.choices.budget:g} bits"
+                if recipe.choices.by_rate
+                else f"one of {len(every)} under {recipe.choices.budget:g} bits"
                 for every in (recipe.choices.keys, recipe.choices.values)
             )
         table.add_row(name, keys, values, exact or "-", needed)

@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from narrowkv.calibration import Calibration, Fingerprint
+from narrowkv.codec import Scheme
 from narrowkv.errors import CalibrationError, RecipeError, TextError
 from narrowkv.files import checksum
 from narrowkv.methods import Recipe, get_recipe
@@ -54,7 +55,9 @@ def implements(learned: Recipe, asked: Recipe) -> bool:
         return replace(learned, name=asked.name) == asked
     chosen = learned.layers.values() if learned.choices is None else ()
     return replace(learned, name=asked.name, layers=asked.layers, choices=asked.choices) == asked and all(
-        pair.keys in asked.choices.keys and pair.values in asked.choices.values for pair in chosen
+        _without_rates(pair.keys, asked.keys) in asked.choices.keys
+        and _without_rates(pair.values, asked.values) in asked.choices.values
+        for pair in chosen
     )
 
 
@@ -76,3 +79,8 @@ def require_text(learning: Sequence[Recipe], learn_from: object) -> None:
             f"Recipe {learning[0].name} learns its tables from a text; give one with --calibration-text FILE, or tables that "
             "are finished with --calibration FOLDER."
         )
+
+
+def _without_rates(scheme: Scheme, asked: Scheme) -> Scheme:
+    """A scheme as it was before calibration allocated its rates, if that is what was asked for."""
+    return scheme if scheme.counts is None else replace(scheme, counts=None, bits=asked.bits)

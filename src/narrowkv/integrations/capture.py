@@ -43,11 +43,11 @@ def capture_cache(model: PreTrainedModel, facts: ModelFacts, listener: LayerList
     return PassingCache(layers, dense=dense)
 
 
-def fits_for(fact: AttentionFacts, recipes: Sequence[Recipe]) -> LayerFits:
-    """What learns some recipes from what such an attention module stores."""
+def fits_for(fact: AttentionFacts, recipes: Sequence[Recipe], sliding_window: int | None = None) -> LayerFits:
+    """What learns some recipes from what such an attention module stores; sliding_window: of its layer."""
     known = fact.constants
     biases = (Bias(known.keys, known.values), Bias(known.keys, known.values, fact.rope))
-    return LayerFits(recipes, fact.layer, (fact.kv_heads, fact.head_dim), biases)
+    return LayerFits(recipes, fact.layer, (fact.kv_heads, fact.head_dim), biases, sliding_window)
 
 
 @contextlib.contextmanager
@@ -76,17 +76,19 @@ def show_layers(
     listener: LayerListener,
     *,
     gradients: bool = False,
+    drawn: bool = False,
     dense: bool = False,
     on_batch: Callable[[], None] | None = None,
 ) -> None:
     """Run a model over batches and show a listener what every attention layer would store.
 
     facts: as `facts_for` returns them. data: token ids [batch, tokens] int64. gradients: the summed loss goes backwards too,
-    so that a hook put on a shown tensor learns its gradient. Raises ActivationError where the model computes NaN or infinity.
+    so that a hook put on a shown tensor learns its gradient. drawn: after that another loss does, on tokens that are drawn
+    from what the model predicts. Raises ActivationError where the model computes NaN or infinity.
     """
     with _without_weight_gradients(model):
         for batch in data:
-            _run(model, capture_cache(model, facts, listener, dense), batch, gradients=gradients)
+            _run(model, capture_cache(model, facts, listener, dense), batch, gradients=gradients, drawn=drawn)
             if on_batch:
                 on_batch()
 
@@ -124,7 +126,8 @@ def calibrate_many(
             raise CalibrationError(
                 f"Sequences must be longer than the {recipe.sinks} sinks of {recipe.name}; give longer ones."
             )
-    fits = {fact.layer: fits_for(fact, chosen) for fact in facts.attention}
+    own = own_layers(text_config(model))
+    fits = {fact.layer: fits_for(fact, chosen, getattr(own[fact.layer], "sliding_window", None)) for fact in facts.attention}
     _two_passes(model, facts, data, list(fits.values()), dense=backend == DENSE, group=group, on_batch=on_batch)
     counts = torch.tensor(
         [sum(batch.shape[0] for batch in data), sum(batch.numel() for batch in data)], dtype=torch.int64, device="cpu"
@@ -167,7 +170,8 @@ def _two_passes(
         (lambda place, *numbers: fits[place].see_codebook(*numbers), True, LayerFits.merge_codebooks),
     )
     for listener, gradients, merge in passes:
-        show_layers(model, facts, data, listener, gradients=gradients, dense=dense, on_batch=report)
+        drawn = gradients and any(layer.needs_drawn for layer in fits)
+        show_layers(model, facts, data, listener, gradients=gradients, drawn=drawn, dense=dense, on_batch=report)
         for layer in fits if gradients else ():
             layer.require_gradients()
         for layer in fits if group is not None else ():
@@ -216,8 +220,8 @@ def _warn_of_absurd_loss(learned: Learned, model: PreTrainedModel) -> None:
         )
 
 
-def _run(model: PreTrainedModel, cache: PassingCache, batch: Tensor, *, gradients: bool) -> None:
-    """One forward pass, and a backward pass of the summed loss if asked."""
+def _run(model: PreTrainedModel, cache: PassingCache, batch: Tensor, *, gradients: bool, drawn: bool) -> None:
+    """One forward pass, and a backward pass of the summed loss if asked; drawn: another one on drawn tokens."""
     with torch.set_grad_enabled(gradients):
         ids = batch.to(model.device).clone()  # an ordinary tensor, wherever the batch was made
         logits = model(ids, **{CACHE: cache}, use_cache=True).logits
@@ -227,4 +231,19 @@ def _run(model: PreTrainedModel, cache: PassingCache, batch: Tensor, *, gradient
             loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
             if loss.requires_grad:  # else no listener learns a gradient, and says so
                 with undisturbed(gradients=True):  # listeners learn within
-                    loss.backward()
+                    loss.backward(retain_graph=drawn)
+                    if drawn:
+                        draws = torch.stack([_draw(row, text) for row, text in zip(logits, ids, strict=True)])
+                        nn.functional.cross_entropy(logits.flatten(0, 1).float(), draws.flatten(), reduction="sum").backward()
+
+
+@torch.no_grad()
+def _draw(logits: Tensor, ids: Tensor) -> Tensor:
+    """A token after each one of a sequence, drawn from what the model predicts there: [tokens] int64.
+
+    logits: [tokens, vocabulary]. ids: [tokens] int64, from which the seed is made, so that the tokens drawn depend neither on
+    the order of sequences nor on how they are batched.
+    """
+    weights = torch.arange(1, len(ids) + 1, dtype=torch.int64, device=ids.device)
+    generator = torch.Generator(logits.device).manual_seed(int((ids * weights).sum()))
+    return torch.multinomial(logits.float().softmax(-1), 1, generator=generator)[:, 0]

@@ -4,10 +4,22 @@ from pathlib import Path
 from types import ModuleType
 
 from narrowkv.errors import RecipeError
-from narrowkv.methods import codebooks, exact, hadamard, intrinsic, kivi, kvquant, narrow, nvfp4, rounding, smooth
+from narrowkv.methods import codebooks, exact, hadamard, intrinsic, kivi, kvquant, narrow, nvfp4, rounding, smooth, trellis
 from narrowkv.methods.recipe import Recipe
 
-METHODS: tuple[ModuleType, ...] = (exact, narrow, codebooks, kvquant, kivi, rounding, nvfp4, hadamard, smooth, intrinsic)
+METHODS: tuple[ModuleType, ...] = (
+    exact,
+    narrow,
+    trellis,
+    codebooks,
+    kvquant,
+    kivi,
+    rounding,
+    nvfp4,
+    hadamard,
+    smooth,
+    intrinsic,
+)
 
 
 def recipe_names() -> list[str]:

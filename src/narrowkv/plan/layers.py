@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from narrowkv.codec import AnyQuantizer, Encoded, Scheme, quantizer_for
+from narrowkv.codec import AnyQuantizer, Encoded, Scheme, TrellisQuantizer, quantizer_for
 from narrowkv.codec.scheme import BLOCK
 from narrowkv.integrations.projections import ConstantKinds, Constants, bias_of, with_gain
 from narrowkv.store import LayerStore, Ledger
@@ -67,6 +67,8 @@ def stand_in(scheme: Scheme, kv_heads: int, head_dim: int) -> AnyQuantizer:
     """A quantizer with tables of the shapes that calibration learns, by which numbers of magnitude 1 are outliers."""
     if not scheme.needs_calibration:
         return quantizer_for(scheme)
+    if scheme.datatype == "trellis":
+        return _trellis_stand_in(scheme, kv_heads, head_dim)
     codes, levels = head_dim // scheme.numbers, 2**scheme.code_bits
     if scheme.codebook != "layer":
         tables = {
@@ -90,6 +92,25 @@ def stand_in(scheme: Scheme, kv_heads: int, head_dim: int) -> AnyQuantizer:
     return quantizer_for(scheme, **tables)
 
 
+def _trellis_stand_in(scheme: Scheme, kv_heads: int, head_dim: int) -> TrellisQuantizer:
+    """One that decodes to zeros, so that whatever is not 0 is missed."""
+    tables = {
+        name: torch.zeros(shape, dtype=dtype, device="cpu")
+        for name, (shape, dtype) in TrellisQuantizer.forms(scheme, kv_heads, head_dim).items()
+    }
+    n = scheme.outlier_places(head_dim)
+    for name in ("steps", "scales", "weight"):
+        tables[name].fill_(1)
+    if "limit" in tables:
+        tables["limit"].fill_(0.5)
+    if scheme.turn:
+        tables["matrix"] += torch.eye(n, head_dim, dtype=torch.float16, device="cpu")
+    else:
+        tables["order"] += torch.arange(n, dtype=torch.int16, device="cpu")
+        tables["pairs"] += torch.eye(2, dtype=torch.float16, device="cpu")
+    return TrellisQuantizer(scheme, **tables)
+
+
 def typical_block(quantizer: AnyQuantizer, shape: LayerShape) -> Tensor:
     """64 tokens [batch, kv_heads, 64, head_dim] of which as many numbers are outliers as the scheme asks for.
 
@@ -98,7 +119,7 @@ def typical_block(quantizer: AnyQuantizer, shape: LayerShape) -> Tensor:
     """
     scheme, (heads, dim) = quantizer.scheme, (shape.kv_heads, shape.head_dim)
     if getattr(quantizer, "lower", None) is not None or getattr(quantizer, "limit", None) is not None:
-        codes = dim // scheme.numbers
+        codes = scheme.outlier_places(dim)
         total = BLOCK * heads * codes
         count = round(scheme.outliers * total)
         chosen = torch.zeros(total, dtype=torch.float32, device="cpu")

@@ -10,15 +10,18 @@ import torch
 
 from narrowkv.calibration.allocation import Option, allocate, stored_bits
 from narrowkv.calibration.learning import beside_bits
+from narrowkv.calibration.rates import RateOption, allocate_rates, held_tokens
 from narrowkv.codec import Scheme
-from narrowkv.codec.scheme import BLOCK
+from narrowkv.codec.scheme import BLOCK, UNIT
 from narrowkv.errors import BudgetError, RecipeError
 from narrowkv.evaluate.results import ResultFile, definition
 from narrowkv.methods import LayerSchemes, Recipe
+from narrowkv.methods.recipe import Choices
 from narrowkv.plan.layers import CHUNK, Held, LayerBytes, LayerShape, stand_in, typical_block
 from narrowkv.plan.models import ModelShape
 
 KIND = "plan"
+SPAN = 4  # bits between the dearest and the cheapest unit of a head, where nothing is known of them
 MOST_TOKENS = 2**40  # a context that is called unlimited
 
 
@@ -53,20 +56,40 @@ def evenly_chosen(recipe: Recipe, shape: ModelShape) -> Recipe:
     """
     if recipe.choices is None:
         return recipe
-    menus = []
-    for layer in shape.layers:
-        one = LayerShape(1, layer.kv_heads, layer.head_dim, shape.dtype)
-        for choices, keys in ((recipe.choices.keys, True), (recipe.choices.values, False)):
-            menus.append([_option(scheme, one, keys) for scheme in choices])
     numbers = sum(2 * layer.kv_heads * layer.head_dim for layer in shape.layers)
+    choose = _even_rates if recipe.choices.by_rate else _even_choice
     try:
-        picks = allocate(menus, recipe.choices.budget, numbers, beside_bits(len(shape.layers), numbers))
+        schemes = choose(recipe.choices, shape, numbers, beside_bits(len(shape.layers), numbers))
     except RecipeError as error:
         raise RecipeError(f"Recipe {recipe.name}: {error}") from error
-    schemes = [menu[pick].scheme for menu, pick in zip(menus, picks, strict=True)]
     pairs = zip(schemes[::2], schemes[1::2], strict=True)
     layers = {layer.layer: LayerSchemes(*pair) for layer, pair in zip(shape.layers, pairs, strict=True)}
     return replace(recipe, layers=layers, choices=None)
+
+
+def _even_choice(choices: Choices, shape: ModelShape, numbers: int, beside: float) -> list[Scheme]:
+    """A scheme for the keys, then for the values, of each layer."""
+    menus = []
+    for layer in shape.layers:
+        one = LayerShape(1, layer.kv_heads, layer.head_dim, shape.dtype)
+        for schemes, keys in ((choices.keys, True), (choices.values, False)):
+            menus.append([_option(scheme, one, keys) for scheme in schemes])
+    picks = allocate(menus, choices.budget, numbers, beside)
+    return [menu[pick].scheme for menu, pick in zip(menus, picks, strict=True)]
+
+
+def _even_rates(choices: Choices, shape: ModelShape, numbers: int, beside: float) -> list[Scheme]:
+    """The same with rates, as if what units cost fell alike from the dearest to the cheapest in all tensors."""
+    menus = []
+    for layer in shape.layers:
+        for scheme in (*choices.keys, *choices.values):
+            scheme.require_head_dim(layer.head_dim)
+        tokens = held_tokens(layer.sliding_window)
+        units = layer.head_dim // UNIT
+        costs = 4.0 ** (-SPAN * torch.arange(units, dtype=torch.float64, device="cpu") / units)
+        for schemes in (choices.keys, choices.values):
+            menus.append([RateOption(scheme, layer.kv_heads, costs, tokens) for scheme in schemes])
+    return allocate_rates(menus, choices.budget, numbers, beside)
 
 
 @functools.cache

@@ -1,0 +1,108 @@
+"""Rate allocation: how many bits each unit of 8 coefficients of each tensor has, under one budget for the whole cache."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from narrowkv.codec import Scheme, TrellisQuantizer
+from narrowkv.codec.gaussian_tables import SQUARED_ERRORS
+from narrowkv.codec.scheme import BLOCK, MOST_RATE, UNIT
+from narrowkv.defaults import REFERENCE_TOKENS
+from narrowkv.errors import RecipeError
+from narrowkv.store.page import OUTLIER_BYTES
+
+OFFSET_BITS = 32 / BLOCK  # of each token and head: where a block's outliers begin
+LEAST_TOKENS = 512  # over which tables are counted, however short a window is
+HALVINGS = 60  # of the range in which the price of a bit lies
+
+
+def held_tokens(sliding_window: int | None) -> int:
+    """How many tokens the tables of a layer are counted over: those that it holds at 32,768."""
+    return max(min(sliding_window or REFERENCE_TOKENS, REFERENCE_TOKENS), LEAST_TOKENS)
+
+
+@dataclass(frozen=True)
+class RateOption:
+    """One way to keep the keys, or the values, of one layer, of which the rates are to be allocated.
+
+    scheme: without counts. kv_heads: of the layer. costs: [units] float64, of leaving a unit out in all heads, dearest first.
+    tokens: that the layer holds at 32,768 tokens, over which its tables are counted.
+    """
+
+    scheme: Scheme
+    kv_heads: int
+    costs: Tensor
+    tokens: int = REFERENCE_TOKENS
+
+    def with_counts(self, rates: Tensor) -> Scheme:
+        """The scheme with these rates of units [units]."""
+        counts = torch.bincount(rates, minlength=MOST_RATE + 1).tolist()
+        return replace(self.scheme, counts=tuple(counts), bits=sum(k * count for k, count in enumerate(counts)) / len(rates))
+
+    def bits(self) -> tuple[Tensor, float]:
+        """Bits of each token: of a unit by its rate [7] float64, and those that do not depend on rates."""
+        units, heads = len(self.costs), self.kv_heads
+        one, all_units = (
+            self._table_bits(torch.tensor([1] * coded + [0] * (units - coded), dtype=torch.int64, device="cpu"))
+            for coded in (1, units)
+        )
+        with_codes = (all_units - one) / max(units - 1, 1) + 8 * OUTLIER_BYTES * self.scheme.outliers * UNIT * heads
+        rates = torch.arange(MOST_RATE + 1, dtype=torch.float64, device="cpu")
+        fixed = one - (all_units - one) / max(units - 1, 1) + heads * (8 * self.scheme.token_norm)
+        return rates * UNIT * heads + (rates > 0) * with_codes, fixed + heads * OFFSET_BITS * (self.scheme.outliers > 0)
+
+    def _table_bits(self, rates: Tensor) -> float:
+        forms = TrellisQuantizer.forms(self.with_counts(rates), self.kv_heads, UNIT * len(rates))
+        size = sum(dtype.itemsize * torch.Size(shape).numel() for shape, dtype in forms.values())
+        return 8 * size / self.tokens
+
+
+def allocate_rates(menus: Sequence[Sequence[RateOption]], budget: float, numbers: int, beside: float = 0.0) -> list[Scheme]:
+    """Which option of each menu to take, with which rates, so that the sum of costs is least and that of bits within a budget.
+
+    numbers: of a token, in all layers, for each of which `budget` bits may be taken, `beside` of them by something else. One
+    price of a bit holds for all units, so what is allocated lies on the convex hull of what can be. The dearest unit of each
+    tensor has codes. Raises RecipeError where even the smallest allocation exceeds the budget.
+    """
+    room = (budget - beside) * numbers
+    highest = max(float(option.costs.max()) for menu in menus for option in menu)
+    low, high = 1e-18 * highest, max(2 * highest, torch.finfo(torch.float32).tiny)
+    schemes, least = _at_price(menus, high)
+    if least > room:
+        raise RecipeError(
+            f"a budget of {budget:g} bits is too small for this model, on which {least / numbers + beside:.3f} is the least; "
+            "allow more."
+        )
+    for _ in range(HALVINGS):
+        price = (low * high) ** 0.5
+        found, used = _at_price(menus, price)
+        if used > room:
+            low = price
+        else:
+            high, schemes = price, found
+    return schemes
+
+
+def _at_price(menus: Sequence[Sequence[RateOption]], price: float) -> tuple[list[Scheme], float]:
+    """What is best where a bit of each token costs `price`, and how many bits that takes."""
+    schemes, used = [], 0.0
+    for menu in menus:
+        found = [_best_rates(option, price) for option in menu]
+        _, scheme, bits = min(found, key=lambda part: part[0])
+        schemes.append(scheme)
+        used += bits
+    return schemes, used
+
+
+def _best_rates(option: RateOption, price: float) -> tuple[float, Scheme, float]:
+    """Cost with the price of its bits, the scheme with its rates, and its bits."""
+    bits, fixed = option.bits()
+    errors = torch.tensor((1.0, *SQUARED_ERRORS), dtype=torch.float64, device="cpu")
+    costs = option.costs.cpu().double()[:, None] * errors
+    priced = costs + price * bits
+    priced[0, 0] = torch.inf
+    rates = priced.argmin(1)
+    used = float(bits[rates].sum()) + fixed
+    return float(priced.gather(1, rates[:, None]).sum()) + price * fixed, option.with_counts(rates), used

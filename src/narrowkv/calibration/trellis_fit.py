@@ -1,0 +1,179 @@
+"""From streams of keys or values to the transform, the rates and the tables of trellis-coded streams."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from narrowkv.calibration.processes import Group
+from narrowkv.calibration.samples import Samples
+from narrowkv.calibration.trellis_tables import learned_tables, on_grid
+from narrowkv.codec import Scheme, TrellisQuantizer
+from narrowkv.codec.gaussian_tables import SQUARED_ERRORS, STEPS, gaussian_tables
+from narrowkv.codec.points import from_vectors, to_vectors
+from narrowkv.codec.ranges import require_finite, to_16_bits
+from narrowkv.codec.scheme import UNIT
+from narrowkv.codec.trellis_quantizer import rates_of
+
+SHRINKAGE = 0.03  # of the mean cost of a head's coefficients, added to each: on other text the cheap ones are not as cheap
+SEARCH_COST = 16 * 2**12  # of what a typical coefficient misses by, in 1 / 2^16 of a squared grid step
+ROUNDS, LEARNING_TOKENS, LIMIT_TOKENS = 2, 800, 2048
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What makes coefficients of a tensor's heads.
+
+    mean: [kv_heads, head_dim]. matrix: [kv_heads, head_dim, head_dim], coefficients times this are the channels; of pairs
+    [kv_heads, head_dim / 2, 2, 2]. cost: [kv_heads, head_dim], of leaving a coefficient out. All float64.
+    """
+
+    mean: Tensor
+    matrix: Tensor
+    cost: Tensor
+
+    def unit_costs(self) -> Tensor:
+        """Costs of units of 8 coefficients, summed over heads, dearest first: [head_dim / 8]."""
+        return self.cost.sort(-1, descending=True).values.sum(0).unflatten(0, (-1, UNIT)).sum(1)
+
+
+class TrellisFit:
+    """Learns all trellis-coded schemes of one tensor of one layer, in the second of the passes that `Fit` has."""
+
+    needs_codebook = True
+    needs_drawn = True
+
+    def __init__(self) -> None:
+        self.samples = Samples()
+        self._transforms: dict[bool, Transform] = {}
+
+    def see_range(self, x: Tensor) -> None:
+        """First pass. x: [tokens, kv_heads, head_dim]. Raises ActivationError on NaN and infinity."""
+        require_finite(x, "Keys or values")
+
+    def see_codebook(self, x: Tensor, gradient: Tensor | None) -> None:
+        """Second pass. x, gradient: [tokens, kv_heads, head_dim], like those of `Fit.see_codebook`."""
+        self.samples.add(x, gradient)
+
+    def see_drawn(self, gradient: Tensor) -> None:
+        """The same tokens' gradients [tokens, kv_heads, head_dim] of the loss on tokens drawn from the model."""
+        self.samples.add_gradient(gradient)
+
+    def merge_ranges(self, group: Group) -> None:
+        """Nothing was learned in the first pass."""
+
+    def merge_codebook(self, group: Group) -> None:
+        """After the second pass: take in what the other processes of a group have seen."""
+        self.samples.merge(group)
+
+    def transform(self, whole: bool) -> Transform:
+        """The transform of whole heads, or of pairs of channels d and d + head_dim / 2."""
+        if whole not in self._transforms:
+            self._transforms[whole] = transform_of(self.samples.heads()[0].double(), self.samples.fisher(), whole)
+        return self._transforms[whole]
+
+    def quantizer(self, shape: tuple[int, ...], scheme: Scheme) -> TrellisQuantizer:
+        """The finished quantizer of a scheme whose rates are allocated. shape: kv_heads, head_dim."""
+        assert scheme.counts is not None
+        found, n = self.transform(scheme.turn), scheme.outlier_places(shape[1])
+        order = found.cost.argsort(-1)[:, shape[1] - n :]  # cheapest first
+        universal = gaussian_tables()
+        steps = torch.tensor(STEPS, dtype=torch.float32, device="cpu")
+        errors = torch.tensor((1.0, *SQUARED_ERRORS), dtype=torch.float64, device="cpu")
+        cost = found.cost.gather(1, order)
+        rates = rates_of(scheme.counts)
+        weight = cost * (SEARCH_COST / (cost * errors[rates]).median().clamp(min=torch.finfo(torch.float32).tiny))
+        tables: dict[str, Tensor | None] = {"pairs": None, "order": None, "matrix": None, "limit": None}
+        if scheme.turn:
+            rows = found.matrix.gather(1, order[..., None].expand(-1, -1, shape[1]))
+            tables["matrix"] = to_16_bits(rows, torch.float16, "Transforms")
+        else:
+            tables |= {"pairs": to_16_bits(found.matrix, torch.float16, "Transforms"), "order": order.to(torch.int16)}
+        if scheme.outliers:
+            tables["limit"] = torch.full((1,), torch.inf, dtype=torch.float32, device="cpu")
+        start = TrellisQuantizer(
+            scheme,
+            mean=found.mean.float(),
+            entries=torch.stack([universal.high, universal.low], dim=1)[None],
+            steps=steps,
+            scales=_unbiased(steps, errors, scheme),
+            weight=weight.float().contiguous(),
+            **tables,
+        )
+        return with_limit(self._learned(start, errors), self.samples.heads()[:, :, :LIMIT_TOKENS])
+
+    def _learned(self, quantizer: TrellisQuantizer, errors: Tensor) -> TrellisQuantizer:
+        """The same with tables learned on the layer's own coefficients."""
+        x = self.samples.heads()
+        assert quantizer.entries is not None and quantizer.steps is not None
+        tables = quantizer.entries[0].float() * quantizer.steps[:, None, None]  # [rates, 2, 16]
+        for seed in range(ROUNDS):
+            generator = torch.Generator(device="cpu").manual_seed(seed)
+            some = torch.randperm(x.shape[2], generator=generator, dtype=torch.int64, device="cpu")[:LEARNING_TOKENS].to(
+                x.device
+            )
+            part = x[:, :, some]
+            tables = learned_tables(with_limit(quantizer, part), tables, part)
+            entries, steps = on_grid(tables)
+            quantizer = replace(
+                quantizer, entries=entries[None], steps=steps, scales=_unbiased(steps, errors, quantizer.scheme)
+            )
+        return quantizer
+
+
+def with_limit(quantizer: TrellisQuantizer, x: Tensor) -> TrellisQuantizer:
+    """The same with the cost above which coefficients are exact, so that of those of x [1, kv_heads, n, head_dim] the scheme's
+    part are.
+    """
+    fraction = quantizer.scheme.outliers
+    if not fraction:
+        return quantizer
+    cost = quantizer.cost(x).flatten()
+    place = min(int((1 - fraction) * len(cost)), len(cost) - 1)
+    return replace(quantizer, limit=cost.kthvalue(place + 1).values[None])
+
+
+def _unbiased(steps: Tensor, errors: Tensor, scheme: Scheme) -> Tensor:
+    """Grid steps for decoding; of values so stretched that codes are right on average, since errors of tokens add up."""
+    return steps / (1 - errors[1:]).float() if scheme.token_norm else steps.clone()
+
+
+def transform_of(x: Tensor, fisher: Tensor, whole: bool) -> Transform:
+    """The transform of tokens x [kv_heads, n, head_dim]; fisher: what errors cost, [kv_heads, head_dim, head_dim], float64.
+
+    Whole heads are rotated to the axes of their covariance in the metric of the loss; then pairs of channels, or of
+    neighboring axes, each weighted by the root of what its errors cost, are whitened.
+    """
+    mean = x.mean(1)
+    x = x - mean[:, None]
+    covariance, axes = x.mT @ x / x.shape[1], None
+    if whole:
+        axes = uncorrelated_axes(covariance, fisher)
+        covariance, fisher = (axes.mT @ part @ axes for part in (covariance, fisher))
+    weight = fisher.diagonal(dim1=1, dim2=2).clamp(min=1e-20).sqrt()
+    half = x.shape[2] // 2
+    weighted = covariance * weight[:, :, None] * weight[:, None]
+    blocks = weighted.unflatten(2, (2, half)).unflatten(1, (2, half)).diagonal(dim1=2, dim2=4)  # [kv_heads, 2, 2, half]
+    variances, vectors = torch.linalg.eigh(blocks.permute(0, 3, 1, 2))
+    variances = variances.clamp(min=1e-20)
+    variances = variances + SHRINKAGE * variances.mean((1, 2), keepdim=True)
+    # [kv_heads, half, 2, 2]: coefficients times this are weighted pairs, then pairs
+    pairs = variances.sqrt()[..., None] * vectors.mT / to_vectors(weight, 2)[..., None, :]
+    cost = from_vectors(variances)
+    if axes is None:
+        return Transform(mean, pairs, cost)
+    matrix = torch.zeros_like(axes).unflatten(1, (2, half)).unflatten(3, (2, half))
+    at = torch.arange(half, dtype=torch.int64, device=x.device)
+    matrix[:, :, at, :, at] = pairs.movedim(1, 0)
+    return Transform(mean, matrix.flatten(3, 4).flatten(1, 2) @ axes.mT, cost)
+
+
+def uncorrelated_axes(covariance: Tensor, fisher: Tensor) -> Tensor:
+    """[kv_heads, head_dim, head_dim]: axes of the covariance in the metric of the loss, dearest first, neighbors in pairs."""
+    mean = fisher.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
+    values, vectors = torch.linalg.eigh(fisher / mean.clamp(min=torch.finfo(torch.float64).tiny))
+    root = vectors @ torch.diag_embed(values.clamp(min=0).sqrt()) @ vectors.mT
+    axes = torch.linalg.eigh(root @ covariance @ root)[1]
+    cost = (axes.mT @ covariance @ axes).diagonal(dim1=1, dim2=2) * (axes.mT @ fisher @ axes).diagonal(dim1=1, dim2=2)
+    axes = axes.gather(2, cost.argsort(-1, descending=True)[:, None].expand_as(axes))
+    return torch.cat([axes[..., 0::2], axes[..., 1::2]], -1)

@@ -1,0 +1,71 @@
+"""Rate allocation: within its budget, and the best that one price of a bit can do."""
+
+import itertools
+
+import pytest
+import torch
+
+from narrowkv.calibration.rates import RateOption, allocate_rates
+from narrowkv.codec import Scheme, TrellisQuantizer
+from narrowkv.codec.gaussian_tables import SQUARED_ERRORS
+from narrowkv.errors import RecipeError
+
+KEYS = Scheme(3, "trellis", axis="channel", pre_rope=True)
+VALUES = [Scheme(3, "trellis", axis="channel", turn=turn, token_norm=True) for turn in (True, False)]
+
+
+def bits_of(option, scheme):
+    """Bits of a token, counted again: codes, tables, norms, outliers."""
+    units, heads = len(option.costs), option.kv_heads
+    forms = TrellisQuantizer.forms(scheme, heads, 8 * units).values()
+    tables = 8 * sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in forms) / option.tokens
+    exact = 32 * scheme.outliers * scheme.outlier_places(8 * units) * heads + (0.5 * heads if scheme.outliers else 0)
+    return 8 * heads * scheme.codes(8 * units) + tables + exact
+
+
+def cost_of(option, scheme):
+    rates = torch.tensor([rate for rate in range(6, -1, -1) for _ in range(scheme.counts[rate])])
+    return float((option.costs * torch.tensor((1.0, *SQUARED_ERRORS), dtype=torch.float64)[rates]).sum())
+
+
+@pytest.mark.parametrize("budget", [1.5, 2.05, 3.3, 4.5])
+@pytest.mark.parametrize("outliers", [0.0, 0.005])
+def test_a_budget_is_kept_and_nearly_used(budget, outliers):
+    keys = Scheme(3, "trellis", axis="channel", pre_rope=True, outliers=outliers)
+    costs = [torch.rand(16, dtype=torch.float64).exp().sort(descending=True).values * scale for scale in (1, 40, 0.1)]
+    menus = [[RateOption(keys, 2, cost)] for cost in costs]
+    schemes = allocate_rates(menus, budget, 3 * 2 * 128, 0.02)
+    used = sum(bits_of(menu[0], scheme) for menu, scheme in zip(menus, schemes, strict=True)) / (3 * 2 * 128) + 0.02
+    assert budget - 0.1 < used <= budget + 1e-9
+    spent = [scheme.bits for scheme in schemes]
+    assert spent[1] > spent[0] > spent[2]
+    assert all(scheme.bits == sum(k * c for k, c in enumerate(scheme.counts)) / 16 for scheme in schemes)
+
+
+def test_no_other_rates_cost_less_at_as_many_bits():
+    option = RateOption(KEYS, 1, torch.tensor([50.0, 9.0, 3.0], dtype=torch.float64))
+    (found,) = allocate_rates([[option]], 3.0, 24)
+    for rates in itertools.product(range(7), repeat=3):
+        if rates[0] and list(rates) == sorted(rates, reverse=True):
+            other = option.with_counts(torch.tensor(rates))
+            fewer = bits_of(option, other) <= bits_of(option, found) + 1e-9
+            assert not fewer or cost_of(option, other) >= cost_of(option, found) * (1 - 1e-9)
+
+
+def test_a_rotation_is_taken_where_its_table_is_spread_over_many_tokens():
+    costs = [torch.logspace(2, -3, 32, dtype=torch.float64), torch.logspace(2, -1, 32, dtype=torch.float64)]
+    for tokens, turn in ((32_768, True), (512, False)):
+        menu = [RateOption(scheme, 1, cost, tokens) for scheme, cost in zip(VALUES, costs, strict=True)]
+        (found,) = allocate_rates([menu], 3.0, 256)
+        assert found.turn == turn
+
+
+def test_every_tensor_keeps_codes():
+    menus = [[RateOption(KEYS, 1, torch.full((4,), cost, dtype=torch.float64))] for cost in (1e9, 1e-9, 0.0)]
+    assert all(sum(scheme.counts[1:]) for scheme in allocate_rates(menus, 2.0, 96))
+
+
+def test_a_budget_too_small_is_refused():
+    menu = [RateOption(KEYS, 1, torch.ones(2, dtype=torch.float64))]
+    with pytest.raises(RecipeError, match=r"a budget of 0\.2 bits is too small"):
+        allocate_rates([menu], 0.2, 16)
