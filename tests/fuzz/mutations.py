@@ -65,7 +65,8 @@ def _other_numbers(tensor: Tensor, random: Random) -> Tensor:
     if kind < 0.3:
         flat.fill_(extreme)
     elif kind < 0.45 and not forged.dtype.is_floating_point:
-        flat.add_(random.choice((1, 255)) if flat.dtype == torch.uint8 else random.choice((1, -1, 64)))
+        added = flat.view(torch.int16) if flat.dtype == torch.uint16 else flat  # torch adds nothing to uint16
+        added.add_(random.choice((1, 255)) if flat.dtype == torch.uint8 else random.choice((1, -1, 64)))
     elif kind < 0.6:
         flat.view(torch.uint8).copy_(torch.tensor(list(random.randbytes(flat.nbytes)), dtype=torch.uint8))
     else:
