@@ -41,11 +41,11 @@ class TrellisFit:
     """Learns all trellis-coded schemes of one tensor of one layer, in the second of the passes that `Fit` has."""
 
     needs_codebook = True
-    needs_drawn = True
 
     def __init__(self) -> None:
         self.samples = Samples()
         self._transforms: dict[bool, Transform] = {}
+        self._quantizers: dict[Scheme, TrellisQuantizer] = {}
 
     def see_range(self, x: Tensor) -> None:
         """First pass. x: [tokens, kv_heads, head_dim]. Raises ActivationError on NaN and infinity."""
@@ -73,7 +73,12 @@ class TrellisFit:
         return self._transforms[whole]
 
     def quantizer(self, shape: tuple[int, ...], scheme: Scheme) -> TrellisQuantizer:
-        """The finished quantizer of a scheme whose rates are allocated. shape: kv_heads, head_dim."""
+        """The finished quantizer of a scheme whose rates are allocated, learned once. shape: kv_heads, head_dim."""
+        if scheme not in self._quantizers:
+            self._quantizers[scheme] = self._fitted(shape, scheme)
+        return self._quantizers[scheme]
+
+    def _fitted(self, shape: tuple[int, ...], scheme: Scheme) -> TrellisQuantizer:
         assert scheme.counts is not None
         found, n = self.transform(scheme.turn), scheme.outlier_places(shape[1])
         order = found.cost.argsort(-1)[:, shape[1] - n :]  # cheapest first
