@@ -25,8 +25,9 @@ class Influence:
 
         Those with a norm beyond the 99th percentile get that norm; their whole one is counted.
         """
-        self._add(gradient.double().square().sum((1, 2)).cpu())
-        return limited(gradient)
+        squared = squared_norms(gradient)
+        self._add(squared.cpu())
+        return limited(gradient, squared)
 
     def _add(self, squared: Tensor) -> None:
         bins = (squared.clamp(min=1e-300).log2() * PER_OCTAVE + BINS / 2).clamp(0, BINS - 1).to(torch.int64)
@@ -45,10 +46,17 @@ class Influence:
         return float((taken * mass).sum() / mass.sum().clamp(min=torch.finfo(torch.float64).tiny))
 
 
-def limited(gradient: Tensor) -> Tensor:
-    """Gradients [tokens, kv_heads, head_dim] of one sequence, those beyond the 99th percentile of norms shortened, float32."""
+def squared_norms(gradient: Tensor) -> Tensor:
+    """Of each token of gradients [tokens, kv_heads, head_dim]: [tokens] float64."""
+    return gradient.double().square().sum((1, 2))
+
+
+def limited(gradient: Tensor, squared: Tensor) -> Tensor:
+    """Gradients [tokens, kv_heads, head_dim] of one sequence, those beyond the 99th percentile of norms shortened, float32.
+
+    squared: their `squared_norms`.
+    """
     gradient = gradient.float()
-    squared = gradient.double().square().sum((1, 2))
     most = torch.quantile(squared, CLIP) if len(squared) else squared.sum()
     if not most > 0:
         return gradient

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from narrowkv.calibration.allocation import Option, allocate, measure
 from narrowkv.calibration.fit import Fit
-from narrowkv.calibration.influence import Influence, limited
+from narrowkv.calibration.influence import Influence, limited, squared_norms
 from narrowkv.calibration.point_fit import PointFit
 from narrowkv.calibration.processes import Group
 from narrowkv.calibration.rates import RateOption, allocate_rates, held_tokens
@@ -130,7 +130,8 @@ class LayerFits:
             for slope in gradient.split(1):  # a sequence at a time
                 for need, fit in learning.items():
                     if isinstance(fit, TrellisFit):
-                        fit.see_drawn(limited(_tokens(slope, need.sinks)))
+                        drawn = _tokens(slope, need.sinks)
+                        fit.see_drawn(limited(drawn, squared_norms(drawn)))
 
         return see
 
