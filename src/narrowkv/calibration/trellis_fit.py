@@ -13,7 +13,7 @@ from narrowkv.codec.gaussian_tables import SQUARED_ERRORS, STEPS, gaussian_table
 from narrowkv.codec.points import from_vectors, to_vectors
 from narrowkv.codec.ranges import require_finite, to_16_bits
 from narrowkv.codec.scheme import UNIT
-from narrowkv.codec.trellis_quantizer import rates_of
+from narrowkv.codec.trellis import rates_of
 
 SHRINKAGE = 0.03  # of the mean cost of a head's coefficients, added to each: on other text the cheap ones are not as cheap
 SEARCH_COST = 16 * 2**12  # of what a typical coefficient misses by, in 1 / 2^16 of a squared grid step
@@ -86,7 +86,7 @@ class TrellisFit:
         steps = torch.tensor(STEPS, dtype=torch.float32, device="cpu")
         errors = torch.tensor((1.0, *SQUARED_ERRORS), dtype=torch.float64, device="cpu")
         cost = found.cost.gather(1, order)
-        rates = rates_of(scheme.counts)
+        rates = rates_of(scheme.counts, errors.device)
         weight = cost * (SEARCH_COST / (cost * errors[rates]).median().clamp(min=torch.finfo(torch.float32).tiny))
         tables: dict[str, Tensor | None] = {"pairs": None, "order": None, "matrix": None, "limit": None}
         if scheme.turn:

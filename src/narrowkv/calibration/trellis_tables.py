@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from narrowkv.codec import TrellisQuantizer, trellis
-from narrowkv.codec.trellis_quantizer import rates_of
 
 PRIOR = 2e-3  # of an average entry's weight: where little falls, an entry stays about where it is
 ITERATIONS = 40
@@ -18,13 +17,13 @@ def learned_tables(quantizer: TrellisQuantizer, tables: Tensor, x: Tensor) -> Te
     """
     assert quantizer.scheme.counts is not None
     coefficients, states, weight = quantizer.assigned(x)
-    rates, found = rates_of(quantizer.scheme.counts).to(x.device), tables.clone()
+    rates, found = trellis.rates_of(quantizer.scheme.counts, x.device), tables.clone()
     for rate in rates.unique().tolist():
         state, z, w = (part[..., rates == rate].flatten() for part in (states.long(), coefficients, weight))
-        counts = torch.bincount(state, weights=w, minlength=256).float()
-        sums = torch.bincount(state, weights=z * w, minlength=256).float()
+        counts = torch.bincount(state, weights=w, minlength=trellis.STATES).float()
+        sums = torch.bincount(state, weights=z * w, minlength=trellis.STATES).float()
         before = (tables[rate - 1, 0][:, None] + tables[rate - 1, 1]).flatten()
-        prior = (PRIOR * counts.sum() / 256).clamp(min=torch.finfo(torch.float32).tiny)
+        prior = (PRIOR * counts.sum() / trellis.STATES).clamp(min=torch.finfo(torch.float32).tiny)
         found[rate - 1] = additive((sums + prior * before) / (counts + prior), counts + prior)
     return found
 

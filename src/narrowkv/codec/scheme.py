@@ -1,5 +1,6 @@
 """Scheme: how one tensor, the keys or the values, is quantised. Plain data; what is learned is in `Quantizer`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args, get_type_hints
 
@@ -20,6 +21,11 @@ PAIR_WIDTHS = (1.5, 2, 2.5, 3, 3.5, 4)  # bits a number, with a codebook for eac
 BLOCK = 64  # tokens of a block, the unit in which a store packs
 MOST_GROUP, MOST_CAP, MOST_SPAN = 512, 2**16, 64  # channels of a head, exact numbers of a token, blocks
 UNIT, MOST_RATE, MOST_UNITS = 8, 6, 64  # trellis: channels of one rate, bits of a channel, units of a head
+
+
+def stream_bytes(counts: Sequence[int]) -> int:
+    """Bytes of a token's trellis-coded stream with counts[k] units of rate k."""
+    return sum(rate * count for rate, count in enumerate(counts))
 
 
 @dataclass(frozen=True)
@@ -224,7 +230,7 @@ class Scheme:
     def codes(self, head_dim: int) -> int:
         """How many codes a token has in one head: with `trellis`, the bytes of its stream and of its norm."""
         if self.counts is not None:
-            return sum(rate * count for rate, count in enumerate(self.counts)) + self.token_norm
+            return stream_bytes(self.counts) + self.token_norm
         return head_dim // self.numbers
 
     def outlier_places(self, head_dim: int) -> int:

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from narrowkv import _kernels
 from narrowkv.codec.memory import address
+from narrowkv.codec.scheme import MOST_RATE, UNIT, stream_bytes
 from narrowkv.errors import RecipeError
 
-MOST_RATE = 6  # bits of an element
-UNIT = 8  # elements of one rate
 STATES = 256
 NIBBLE = 16
 GRID_STEP = 512  # of elements
@@ -51,11 +50,6 @@ class TrellisTables:
     def entries(self) -> Tensor:
         """The entry of each state: [6, 256] int32."""
         return (self.high.int()[:, :, None] + self.low.int()[:, None]).flatten(1)
-
-
-def stream_bytes(counts: Sequence[int]) -> int:
-    """Bytes of a row's stream with counts[k] units of rate k."""
-    return sum(rate * count for rate, count in enumerate(counts))
 
 
 def encode(elements: Tensor, weights: Tensor, counts: Sequence[int], tables: TrellisTables) -> Tensor:
@@ -94,7 +88,7 @@ def encode_compiled(elements: Tensor, weights: Tensor, counts: Sequence[int], ta
 
 def encode_naive(elements: Tensor, weights: Tensor, counts: Sequence[int], tables: TrellisTables) -> Tensor:
     """The same in plain torch, bit for bit."""
-    rates, entries = _rates(counts, elements.device).tolist(), tables.entries() * GRID_STEP
+    rates, entries = rates_of(counts, elements.device).tolist(), tables.entries() * GRID_STEP
     costs = torch.full((*elements.shape[:2], STATES), UNREACHED, dtype=torch.int32, device=elements.device)
     costs[..., 0] = 0
     number = torch.arange(STATES, dtype=torch.int32, device=elements.device)
@@ -142,7 +136,7 @@ def states(codes: Tensor, counts: Sequence[int]) -> Tensor:
             f"Rates of {list(counts)} units take [heads, rows, {stream_bytes(counts)}] uint8, not {list(codes.shape)} "
             f"{codes.dtype}; use the counts that encoded them."
         )
-    end = _rates(counts, codes.device).cumsum(0)  # in bits
+    end = rates_of(counts, codes.device).cumsum(0)  # in bits
     padded = torch.nn.functional.pad(codes.long(), (1, 0))  # a byte of zeros before the first one
     last = (end - 1) // 8 + 1
     two = padded[..., last - 1] << 8 | padded[..., last]  # the 16 bits that end with the byte of an element's last bit
@@ -155,10 +149,10 @@ def decode(codes: Tensor, counts: Sequence[int], tables: TrellisTables) -> Tenso
     Raises RecipeError where these do not fit together.
     """
     found = states(codes, counts)
-    return tables.entries().to(torch.int8)[_rates(counts, codes.device) - 1, found]
+    return tables.entries().to(torch.int8)[rates_of(counts, codes.device) - 1, found]
 
 
-def _rates(counts: Sequence[int], device: torch.device) -> Tensor:
+def rates_of(counts: Sequence[int], device: torch.device) -> Tensor:
     """The rate of each element that has codes: [n] int64."""
     rates = [rate for rate, count in enumerate(counts) if rate for _ in range(UNIT * count)]
     return torch.tensor(rates, dtype=torch.int64, device=device)

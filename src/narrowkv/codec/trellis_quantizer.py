@@ -15,7 +15,7 @@ from narrowkv.codec import trellis
 from narrowkv.codec.encoded import Encoded
 from narrowkv.codec.points import from_vectors, to_vectors
 from narrowkv.codec.quantizer import keep_outliers
-from narrowkv.codec.scheme import MOST_RATE, UNIT, Scheme
+from narrowkv.codec.scheme import MOST_RATE, Scheme
 from narrowkv.codec.tables import TableForm, Tables, require_table
 from narrowkv.errors import RecipeError
 
@@ -224,7 +224,7 @@ class TrellisQuantizer(Tables):
     def _rates(self) -> Tensor:
         """Bits of each coefficient: [n] int64."""
         assert self.scheme.counts is not None and self.mean is not None
-        return rates_of(self.scheme.counts).to(self.mean.device)
+        return trellis.rates_of(self.scheme.counts, self.mean.device)
 
     @functools.cached_property
     def _tables(self) -> trellis.TrellisTables:
@@ -249,9 +249,3 @@ class TrellisQuantizer(Tables):
 def _by_head(x: Tensor) -> Tensor:
     """[batch, kv_heads, tokens, n] -> [kv_heads, batch * tokens, n], contiguous."""
     return x.transpose(0, 1).flatten(1, 2).contiguous()
-
-
-def rates_of(counts: tuple[int, ...]) -> Tensor:
-    """Bits of each coefficient that has codes, in the order of the stream: [n] int64."""
-    found = [rate for rate, count in enumerate(counts) for _ in range(UNIT * count) if rate]
-    return torch.tensor(found, dtype=torch.int64, device="cpu")
