@@ -8,6 +8,7 @@ from torch import Tensor
 from narrowkv.calibration.clusters import Books
 from narrowkv.calibration.processes import Group
 from narrowkv.calibration.samples import Samples
+from narrowkv.calibration.statistics import metric_axes, quantile
 from narrowkv.codec import PointQuantizer, Scheme
 from narrowkv.codec.points import from_vectors, to_vectors
 from narrowkv.codec.ranges import require_finite, to_16_bits
@@ -46,7 +47,7 @@ class PointFit:
         quantizer = PointQuantizer(scheme, rounded, weight, limit, turn)
         if scheme.outliers:
             _, cost = quantizer.nearest(self.samples.heads())
-            quantizer = replace(quantizer, limit=_quantile(cost.flatten(), 1 - scheme.outliers))
+            quantizer = replace(quantizer, limit=quantile(cost.flatten(), 1 - scheme.outliers))
         return quantizer
 
     def _prepare(self, scheme: Scheme) -> tuple[Books, Tensor, Tensor | None]:
@@ -73,15 +74,6 @@ def rotation(numbers: Tensor, fisher: Tensor) -> Tensor:
     """
     centered = numbers - numbers.mean(1, keepdim=True)
     covariance = centered.mT @ centered / numbers.shape[1]
-    mean = fisher.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
-    values, vectors = torch.linalg.eigh(fisher / mean.clamp(min=torch.finfo(torch.float64).tiny))
-    root = vectors @ torch.diag_embed((values.clamp(min=0) + 1).sqrt()) @ vectors.mT
-    _, axes = torch.linalg.eigh(root @ covariance @ root)  # ascending
+    axes = metric_axes(covariance, fisher, plain=1.0)
     half = axes.shape[-1] // 2
     return torch.cat([axes.flip(-1)[..., : axes.shape[-1] - half], axes[..., :half]], dim=-1)
-
-
-def _quantile(x: Tensor, fraction: float) -> Tensor:
-    """[1]: the smallest number that at least `fraction` of x [n] do not exceed."""
-    place = min(int(fraction * len(x)), len(x) - 1)
-    return x.kthvalue(place + 1).values[None]

@@ -10,6 +10,24 @@ CODEBOOK_BINS = 4096
 TILE_NUMBERS = 2**18  # numbers counted at a time, so that intermediate results stay in the processor's cache
 
 
+def quantile(x: Tensor, fraction: float) -> Tensor:
+    """[1]: the smallest number that at least `fraction` of x [n] do not exceed."""
+    place = min(int(fraction * len(x)), len(x) - 1)
+    return x.kthvalue(place + 1).values[None]
+
+
+def metric_axes(covariance: Tensor, fisher: Tensor, plain: float = 0.0) -> Tensor:
+    """Axes of a covariance in the metric of the loss, ascending: [kv_heads, head_dim, head_dim], orthogonal.
+
+    covariance, fisher: [kv_heads, head_dim, head_dim] float64. plain: how much of the plain metric is added to that of the
+    loss, whose mean is 1.
+    """
+    mean = fisher.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
+    values, vectors = torch.linalg.eigh(fisher / mean.clamp(min=torch.finfo(torch.float64).tiny))
+    root = vectors @ torch.diag_embed((values.clamp(min=0) + plain).sqrt()) @ vectors.mT
+    return torch.linalg.eigh(root @ covariance @ root)[1]
+
+
 class Quantiles:
     """Histograms of many channels, from which any quantile can be read to within one bin.
 

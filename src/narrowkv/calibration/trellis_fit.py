@@ -7,6 +7,7 @@ from torch import Tensor
 
 from narrowkv.calibration.processes import Group
 from narrowkv.calibration.samples import Samples
+from narrowkv.calibration.statistics import metric_axes, quantile
 from narrowkv.calibration.trellis_tables import learned_tables, on_grid
 from narrowkv.codec import Scheme, TrellisQuantizer
 from narrowkv.codec.gaussian_tables import SQUARED_ERRORS, STEPS, gaussian_tables
@@ -133,9 +134,7 @@ def with_limit(quantizer: TrellisQuantizer, x: Tensor) -> TrellisQuantizer:
     fraction = quantizer.scheme.outliers
     if not fraction:
         return quantizer
-    cost = quantizer.cost(x).flatten()
-    place = min(int((1 - fraction) * len(cost)), len(cost) - 1)
-    return replace(quantizer, limit=cost.kthvalue(place + 1).values[None])
+    return replace(quantizer, limit=quantile(quantizer.cost(x).flatten(), 1 - fraction))
 
 
 def _unbiased(steps: Tensor, errors: Tensor, scheme: Scheme) -> Tensor:
@@ -175,10 +174,7 @@ def transform_of(x: Tensor, fisher: Tensor, whole: bool) -> Transform:
 
 def uncorrelated_axes(covariance: Tensor, fisher: Tensor) -> Tensor:
     """[kv_heads, head_dim, head_dim]: axes of the covariance in the metric of the loss, dearest first, neighbors in pairs."""
-    mean = fisher.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
-    values, vectors = torch.linalg.eigh(fisher / mean.clamp(min=torch.finfo(torch.float64).tiny))
-    root = vectors @ torch.diag_embed(values.clamp(min=0).sqrt()) @ vectors.mT
-    axes = torch.linalg.eigh(root @ covariance @ root)[1]
+    axes = metric_axes(covariance, fisher)
     cost = (axes.mT @ covariance @ axes).diagonal(dim1=1, dim2=2) * (axes.mT @ fisher @ axes).diagonal(dim1=1, dim2=2)
     axes = axes.gather(2, cost.argsort(-1, descending=True)[:, None].expand_as(axes))
     return torch.cat([axes[..., 0::2], axes[..., 1::2]], -1)
