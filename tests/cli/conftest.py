@@ -6,8 +6,8 @@ from narrowkv.cli.main import run
 
 
 @pytest.fixture
-def narrowkv(capsys):
-    """Run the command; returns (exit status, standard output, standard error)."""
+def run_command(capsys):
+    """Run the command; returns (exit status, standard output, standard error) as they are."""
 
     def call(*arguments):
         status = 0
@@ -16,6 +16,17 @@ def narrowkv(capsys):
         except SystemExit as stop:
             status = stop.code or 0
         captured = capsys.readouterr()
-        return status, " ".join(captured.out.split()), " ".join(captured.err.split())
+        return status, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def narrowkv(run_command):
+    """The same, with what is printed in one line."""
+
+    def call(*arguments):
+        status, out, err = run_command(*arguments)
+        return status, " ".join(out.split()), " ".join(err.split())
 
     return call
