@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.form_tables import gaussian, learned, on_grid, viterbi
+from narrowkv.calibration.trellis_fit import uncorrelated_axes
+from narrowkv.codec.points import from_vectors, to_vectors
 
 OUTLIER_BITS, NORM_BITS, NORM_STEPS = 24, 8, 16  # of an exact element; of a token's norm, in sixteenths of a power of two
 LEARNING_TOKENS = 800
@@ -76,16 +78,6 @@ class Samples:
         return x, g
 
 
-def to_pairs(x: Tensor) -> Tensor:
-    """[..., head_dim] -> [..., head_dim / 2, 2]: channel d with d + head_dim / 2."""
-    return x.unflatten(-1, (2, -1)).transpose(-1, -2)
-
-
-def from_pairs(x: Tensor) -> Tensor:
-    """Inverse of `to_pairs`."""
-    return x.transpose(-1, -2).flatten(-2)
-
-
 def fisher(gradients: Tensor) -> Tensor:
     """[kv_heads, head_dim, head_dim] float64 of gradients [kv_heads, n, head_dim]."""
     g = gradients.double()
@@ -93,17 +85,6 @@ def fisher(gradients: Tensor) -> Tensor:
     g = g * (torch.quantile(norms, CLIP) / norms.clamp_min(1e-30)).clamp(max=1).sqrt()[None, :, None]
     f = g.mT @ g / g.shape[1]
     return f + 1e-3 * f.diagonal(dim1=1, dim2=2).mean() * torch.eye(f.shape[-1], dtype=torch.float64)
-
-
-def uncorrelated_axes(x: Tensor, f: Tensor) -> Tensor:
-    """[kv_heads, head_dim, head_dim]: axes of the covariance in the metric of the loss, dearest first, neighbors in pairs."""
-    covariance = x.double().mT @ x.double() / x.shape[1]
-    values, vectors = torch.linalg.eigh(f / f.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None])
-    root = vectors @ torch.diag_embed(values.clamp_min(0).sqrt()) @ vectors.mT
-    axes = torch.linalg.eigh(root @ covariance @ root)[1]
-    cost = (x.double() @ axes).var(1) * (axes.mT @ f @ axes).diagonal(dim1=1, dim2=2)
-    axes = axes.gather(2, cost.argsort(-1, descending=True)[:, None].expand_as(axes))
-    return torch.cat([axes[..., 0::2], axes[..., 1::2]], -1).float()
 
 
 class Side:
@@ -118,17 +99,18 @@ class Side:
         self.mean = x.mean(1, keepdim=True)
         x, g = (self._rotate(part, torch.arange(part.shape[1]) % tokens + 1) for part in (x - self.mean, g))
         f = fisher(g)
-        self.axes = uncorrelated_axes(x, f) if self.angles is None else None
-        if self.axes is not None:
+        self.axes = None
+        if self.angles is None:
+            self.axes = uncorrelated_axes(x.double().mT @ x.double() / x.shape[1], f).float()
             x, f = x @ self.axes, self.axes.double().mT @ f @ self.axes.double()
         self.weight = f.diagonal(dim1=1, dim2=2).float().clamp_min(1e-20).sqrt()[:, None]
-        pairs = to_pairs(x * self.weight)
+        pairs = to_vectors(x * self.weight, 2)
         covariance = torch.einsum("hnpi,hnpj->hpij", pairs, pairs) / x.shape[1]
         variances, vectors = torch.linalg.eigh(covariance)
         variances = variances.clamp_min(1e-20) + variant.shrinkage * variances.mean((1, 2), keepdim=True)
         self.spread = vectors @ torch.diag_embed(variances.sqrt())
         self.whiten = torch.diag_embed(variances.rsqrt()) @ vectors.mT
-        self.cost = from_pairs(variances)  # of leaving a channel out: [kv_heads, head_dim]
+        self.cost = from_vectors(variances)  # of leaving a channel out: [kv_heads, head_dim]
         self.x = x
         tables, errors = gaussian(variant.state_bits, variant.table)
         self.tables = tables.clone()
@@ -147,7 +129,7 @@ class Side:
 
     def _whitened(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Elements of unit variance, and the norms of tokens [kv_heads, n, 1]."""
-        z = from_pairs(torch.einsum("hpij,htpj->htpi", self.whiten, to_pairs(x * self.weight)))
+        z = from_vectors(torch.einsum("hpij,htpj->htpi", self.whiten, to_vectors(x * self.weight, 2)))
         if self.angles is not None or not self.variant.token_norm:
             return z, torch.ones_like(z[..., :1])
         coded = (self.rates > 0)[:, None]
@@ -201,7 +183,7 @@ class Side:
         for head, channels, rates, states, exact in self._paths(z):
             numbers = self.tables[rates, states] * self.gain[rates]
             decoded[head][:, channels] = torch.where(exact, z[head][:, channels], numbers)
-        y = from_pairs(torch.einsum("hpij,htpj->htpi", self.spread, to_pairs(decoded * norm))) / self.weight
+        y = from_vectors(torch.einsum("hpij,htpj->htpi", self.spread, to_vectors(decoded * norm, 2))) / self.weight
         return self._rotate(y @ self.axes.mT if self.axes is not None else y, positions, -1) + self.mean
 
 

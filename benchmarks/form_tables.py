@@ -16,8 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from narrowkv.calibration import trellis_tables
+from narrowkv.codec.trellis import NIBBLE
+
 RATES = 7  # 0 to 6 bits
-NIBBLE = 16
 LEARNED_ON, SETTLED = (1000, 64), 8  # Gaussian elements for learning; the first few see only some of the states
 
 
@@ -48,11 +50,7 @@ def viterbi(elements: Tensor, weights: Tensor, rates: Sequence[int], tables: Ten
 
 def additive(table: Tensor, counts: Tensor) -> Tensor:
     """The nearest table of the form A[high nibble] + B[low nibble]; table, counts (what each entry weighs): [256]."""
-    table, counts = table.view(NIBBLE, NIBBLE), counts.view(NIBBLE, NIBBLE)
-    high, low = torch.zeros(NIBBLE), torch.zeros(NIBBLE)
-    for _ in range(40):
-        low = ((table - high[:, None]) * counts).sum(0) / counts.sum(0)
-        high = ((table - low) * counts).sum(1) / counts.sum(1)
+    high, low = trellis_tables.additive(table, counts)
     return (high[:, None] + low).flatten()
 
 
