@@ -14,7 +14,7 @@ from narrowkv.codec import Quantizer
 from narrowkv.defaults import DENSE, INSPECTED
 from narrowkv.errors import CalibrationError, RecipeError, TextError, UnsupportedModelError
 from narrowkv.evaluate.results import ResultFile
-from narrowkv.integrations.capture import fits_for, show_layers
+from narrowkv.integrations.capture import counted, fits_for, show_layers
 from narrowkv.integrations.preparation import facts_for
 from narrowkv.integrations.probe import AttentionFacts
 from narrowkv.methods import Recipe, get_recipe
@@ -105,13 +105,7 @@ def inspect(
     fits = fits_for(fact, [chosen])
     seen = [{name: _Tensor() for name in TENSORS if name != "rotated" or one.rope} for one in facts.attention]
     thresholds: list[dict[str, float]] = []
-    done = 0
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        if on_step:
-            on_step(done, 2 * len(batches))
+    step = counted(on_step, 2 * len(batches))
 
     def first_pass(place: int, *numbers: Any) -> None:
         for name, x in zip(TENSORS, numbers, strict=False):

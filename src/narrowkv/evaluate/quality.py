@@ -22,6 +22,7 @@ from narrowkv.defaults import STREAM_CHUNK
 from narrowkv.errors import ActivationError
 from narrowkv.evaluate.recall import RecallBatch, accuracy
 from narrowkv.integrations import PackedCache
+from narrowkv.integrations.capture import counted
 from narrowkv.integrations.versions import CACHE
 from narrowkv.methods import Recipe
 
@@ -95,13 +96,7 @@ def measure(
     require_head(unwrapped(model))
     sums = [_Sums() for _ in sources]
     loss_fp, recall_fp = 0.0, []
-    total, done = (len(windows) + len(recall)) * (len(sources) + 1), 0
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        if on_step:
-            on_step(done, total)
+    step = counted(on_step, (len(windows) + len(recall)) * (len(sources) + 1))
 
     for row in windows.to(model.device):
         ids = row[None]

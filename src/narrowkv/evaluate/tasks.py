@@ -22,6 +22,7 @@ from narrowkv.evaluate.task_rows import BY_DEPTH, MAKERS, make_rows
 from narrowkv.evaluate.windows import Text, cut_windows, encode, joined, prompt_tokens
 from narrowkv.files import checksum
 from narrowkv.integrations import PackedCache, calibrate_many
+from narrowkv.integrations.capture import counted
 from narrowkv.integrations.probe import text_config
 from narrowkv.integrations.versions import CACHE
 from narrowkv.methods import Recipe, get_recipe
@@ -104,14 +105,7 @@ def run_tasks(
         and any(_is_missing(cell, recipe.name, recipe, None, results) for cell in cells)
     ]
     batches = _batches(tokenizer, learning, learn_from, options)
-    done, total = 0, 2 * len(batches) + len(cells) * (len(chosen) + 1)
-
-    def step(*_: int) -> None:
-        nonlocal done
-        done += 1
-        if on_step:
-            on_step(done, total)
-
+    step = counted(on_step, 2 * len(batches) + len(cells) * (len(chosen) + 1))
     learned = calibrate_many(model, batches, learning, backend=options.backend, on_batch=step) if learning else []
     sources: dict[str, Source] = {**finished, **{calibration.recipe.name: calibration for calibration in learned}}
     asked: dict[str, Recipe | None] = {BASELINE: None, **{recipe.name: recipe for recipe in chosen}}

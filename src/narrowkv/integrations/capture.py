@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -146,6 +147,17 @@ def calibrate_many(
     return calibrations
 
 
+def counted(on_step: Callable[[int, int], None] | None, total: int) -> Callable[..., None]:
+    """What to call, with anything, after each step; it tells on_step, if there is one, how many of `total` are done."""
+    done = itertools.count(1)
+
+    def step(*_: int) -> None:
+        if on_step:
+            on_step(next(done), total)
+
+    return step
+
+
 def _two_passes(
     model: PreTrainedModel,
     facts: ModelFacts,
@@ -157,14 +169,7 @@ def _two_passes(
     on_batch: Callable[[int, int], None] | None,
 ) -> None:
     """Show what each layer stores to its fits: first for the ranges, then, with gradients, for the codebooks."""
-    done = 0
-
-    def report() -> None:
-        nonlocal done
-        done += 1
-        if on_batch:
-            on_batch(done, 2 * len(data))
-
+    report = counted(on_batch, 2 * len(data))
     passes = (
         (lambda place, *numbers: fits[place].see_range(*numbers), False, LayerFits.merge_ranges),
         (lambda place, *numbers: fits[place].see_codebook(*numbers), True, LayerFits.merge_codebooks),
