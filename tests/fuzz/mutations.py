@@ -16,6 +16,7 @@ PLAIN = [
     *(float("nan"), float("inf"), "", "0", "-1", "int", "nuq", "channel", "pair", "float16", "\0", "\ud800", "9" * 30),
     *([], {}, [[]], {"": None}, [1, 2], [0, 0, 0], {"0": [1, 1]}),
 ]
+SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32}  # torch adds nothing to the former
 
 Tensors = dict[str, Tensor]
 
@@ -65,7 +66,7 @@ def _other_numbers(tensor: Tensor, random: Random) -> Tensor:
     if kind < 0.3:
         flat.fill_(extreme)
     elif kind < 0.45 and not forged.dtype.is_floating_point:
-        added = flat.view(torch.int16) if flat.dtype == torch.uint16 else flat  # torch adds nothing to uint16
+        added = flat.view(SIGNED.get(flat.dtype, flat.dtype))
         added.add_(random.choice((1, 255)) if flat.dtype == torch.uint8 else random.choice((1, -1, 64)))
     elif kind < 0.6:
         flat.view(torch.uint8).copy_(torch.tensor(list(random.randbytes(flat.nbytes)), dtype=torch.uint8))
