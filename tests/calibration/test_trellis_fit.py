@@ -80,12 +80,12 @@ def test_learned_tables_are_on_their_grid_and_better_than_those_of_a_gaussian(fi
     assert torch.equal(found.steps, found.scales) != bool(settings)  # values are stretched until codes are unbiased
 
 
-def test_the_limit_lets_through_the_schemes_part(fit):
+def test_the_schemes_part_costs_more_than_the_limit(fit):
     found = quantizer(fit, (0, 0, 2, 2, 0, 0, 0), outliers=0.01)
     numbers = fit.samples.heads()
-    encoded = found.encode(numbers)
-    places = numbers.numel() // 32 * encoded.outlier_places
-    assert len(encoded.outlier_values) / places == pytest.approx(0.01, rel=0.1)
+    cost = found.cost(numbers)
+    assert float((cost > found.limit).float().mean()) == pytest.approx(0.01, rel=0.1)
+    assert 0.008 < len(found.encode(numbers).outlier_values) / cost.numel() <= 0.01
 
 
 def test_drawn_gradients_count_as_much_as_those_of_the_text(fit):

@@ -1,5 +1,6 @@
 """Trellis-coded quantizers against the definition, written again in a few plain lines."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from narrowkv.codec import Scheme, TrellisQuantizer, load_quantizer, trellis
 from narrowkv.codec.gaussian_tables import STEPS, gaussian_tables
+from narrowkv.codec.room import Room
 from narrowkv.errors import RecipeError
 
 COUNTS = {16: (0, 1, 0, 1, 0, 0, 0), 80: (2, 3, 2, 1, 1, 0, 1)}
@@ -91,6 +93,21 @@ def test_codes_are_a_stream_and_a_norm_and_decode_as_defined(shape, turn):
     torch.testing.assert_close(found.decode(encoded), decoded + found.mean[:, None], atol=1e-4, rtol=1e-4)
 
 
+def places_by_hand(cost, found, fraction):
+    """Flat places of the outliers, token by token: the dearest first, as long as a block has a place for them."""
+    batch, heads, tokens, n = cost.shape
+    most, places = round(4 * fraction * 64 * n), []
+    for row, head in itertools.product(range(batch), range(heads)):
+        used = 0
+        for token in range(tokens):
+            used = 0 if token % 64 == 0 else used
+            wanted = [place for place in range(n) if cost[row, head, token, place] > found.limit]
+            wanted.sort(key=lambda place: -cost[row, head, token, place])
+            places += [((row * heads + head) * tokens + token) * n + place for place in wanted[: most - used]]
+            used += min(len(wanted), most - used)
+    return torch.tensor(sorted(places))
+
+
 @pytest.mark.parametrize("turn", [False, True])
 def test_what_costs_more_than_the_limit_is_exact(turn):
     shape = (2, 2, 200, 16)
@@ -100,7 +117,7 @@ def test_what_costs_more_than_the_limit_is_exact(turn):
     cost = found.cost(x)
     found = replace(found, limit=cost.flatten().kthvalue(int(0.98 * cost.numel())).values[None])
     encoded = found.encode(x)
-    assert encoded.outlier_places == 16 and torch.equal(encoded.outlier_index, (cost > found.limit).flatten().nonzero()[:, 0])
+    assert encoded.outlier_places == 16 and torch.equal(encoded.outlier_index, places_by_hand(cost, found, 0.01))
     norm = 2 ** ((encoded.codes[..., -1:].float() - 128) / 16) if turn else torch.ones_like(z[..., :1])
     torch.testing.assert_close(
         encoded.outlier_values.float(), (z / norm).flatten()[encoded.outlier_index], atol=1e-2, rtol=1e-2
@@ -113,14 +130,42 @@ def test_what_costs_more_than_the_limit_is_exact(turn):
     assert len(token[0]) and not skip[token[0], token[2]].any()
 
 
+def test_a_block_has_no_more_outliers_than_places():
+    shape = (2, 2, 192, 80)
+    found = replace(made(shape, turn=False, outliers=0.01), limit=torch.tensor([1e5]))
+    _, x = numbers(found, shape)
+    x[:, :, 64:] *= 100
+    index = found.encode(x).outlier_index
+    of_block = torch.bincount(index // (64 * found.scheme.outlier_places(80)), minlength=12).view(2, 2, 3)
+    assert (of_block[..., 1:] == round(4 * 0.01 * 64 * found.scheme.outlier_places(80))).all()
+    assert (of_block[..., 0] < of_block[..., 1]).all()
+
+
+def test_a_tail_in_pieces_keeps_what_it_keeps_in_one():
+    shape = (2, 2, 60, 80)
+    found = made(shape, turn=True, outliers=0.01)
+    _, x = numbers(found, shape)
+    x[:, :, 10:40] *= 20
+    whole = Room(found.scheme, 2, 2, 64, 80, like=x)
+    whole.outliers = found.encode_into(whole, 0, x)
+    pieces, first = Room(found.scheme, 2, 2, 64, 80, like=x), 0
+    for count in (1, 12, 7, 40):
+        pieces.outliers = found.encode_into(pieces, first, x[:, :, first : first + count])
+        first += count
+    one, other = (room.encoded().first(60) for room in (whole, pieces))
+    assert len(one.outlier_index) and torch.equal(one.outlier_index, other.outlier_index)
+    assert torch.equal(one.codes, other.codes) and torch.equal(one.outlier_values, other.outlier_values)
+
+
 @pytest.mark.parametrize("turn", [False, True])
 def test_tokens_one_by_one_have_the_codes_of_all_at_once(turn):
     shape = (2, 2, 40, 80)
     found = made(shape, turn, outliers=0.01)
     _, x = numbers(found, shape)
-    together = found.encode(x)
-    singly = [found.encode(x[:, :, i : i + 1]).codes for i in range(40)]
-    assert torch.equal(torch.cat(singly, 2), together.codes) and len(together.outlier_index)
+    together, room = found.encode(x), Room(found.scheme, 2, 2, 64, 80, like=x)
+    for i in range(40):
+        room.outliers = found.encode_into(room, i, x[:, :, i : i + 1])
+    assert torch.equal(room.codes[:, :, :40], together.codes) and len(together.outlier_index)
     for head in (0, 1):
         assert torch.equal(found.of_heads(head, 1).encode(x[:, head : head + 1]).codes, together.codes[:, head : head + 1])
 

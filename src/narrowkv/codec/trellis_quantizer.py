@@ -15,11 +15,13 @@ from narrowkv.codec import trellis
 from narrowkv.codec.encoded import Encoded
 from narrowkv.codec.points import from_vectors, to_vectors
 from narrowkv.codec.quantizer import keep_outliers
-from narrowkv.codec.scheme import MOST_RATE, Scheme
+from narrowkv.codec.room import Room
+from narrowkv.codec.scheme import BLOCK, MOST_RATE, Scheme
 from narrowkv.codec.tables import TableForm, Tables, require_table
 from narrowkv.errors import RecipeError
 
 LARGEST_WEIGHT = 2**16 - 1
+PLACES = 4  # for outliers of a block, times their part on average: they come in bursts
 NORM_STEPS, NORM_ZERO = 16, 128  # a norm of code c is 2^((c - NORM_ZERO) / NORM_STEPS)
 
 
@@ -34,7 +36,7 @@ class TrellisQuantizer(Tables):
     entries: [1, 6, 2, 16] int8, of each rate what the high and the low 4 bits of the window add up to, in grid steps.
     steps: [6] float32, what a grid step of each rate is when encoding. scales: the same when decoding.
     weight: [kv_heads, n] float32, what a squared error in each coefficient costs.
-    limit: [1] float32, the cost above which a coefficient is kept exact; None without outliers.
+    limit: [1] float32, the cost above which a coefficient is kept exact while its block has places; None without outliers.
     Raises RecipeError if the scheme needs tables that are not given, or tables do not fit it.
     """
 
@@ -86,18 +88,32 @@ class TrellisQuantizer(Tables):
             require_table(within and bool((ascending.diff() > 0).all()), "order", "channels that are not those of a head")
 
     def encode(self, x: Tensor, skip: Tensor | None = None) -> Encoded:
-        """Quantize elements, once and for all; parameters like those of `Quantizer.encode`.
+        """Quantize elements, once and for all; parameters like those of `Quantizer.encode`, the first token begins a block.
 
         Codes are [batch, kv_heads, tokens, bytes of a stream], with `token_norm` and a byte for the norm; an outlier is an
         exact coefficient. Raises ActivationError where one does not fit 16 bits.
         """
+        return self._encode(x, skip, 0, None)
+
+    def encode_into(self, room: Room, first: int, x: Tensor, skip: Tensor | None = None) -> int:
+        held = None
+        if self.limit is not None and first:
+            assert room.outlier_index is not None
+            batch, heads, tokens, places = room.encoded().places
+            of_heads = room.outlier_index[: room.outliers] // (tokens * places)
+            held = torch.bincount(of_heads, minlength=batch * heads).view(batch, heads)
+        return room.put(first, self._encode(x, skip, first, held))
+
+    def _encode(self, x: Tensor, skip: Tensor | None, first: int, held: Tensor | None) -> Encoded:
+        """The same from a block's token `first` on. held: how many outliers those before have, [batch, kv_heads], if any."""
         coefficients, norm = self._coefficients(x)
         stream = self.search(coefficients)
         encoded = Encoded(stream, outlier_places=coefficients.shape[-1])
         if self.limit is not None:
-            outside = self._missed(coefficients, stream, norm) > self.limit
+            missed = self._missed(coefficients, stream, norm)
             if skip is not None:
-                outside &= ~skip[:, None, :, None]
+                missed = missed.masked_fill(skip[:, None, :, None], 0)
+            outside = within_places(missed, missed > self.limit, self.scheme.outliers, first, held)
             encoded.codes = self._search_around(coefficients, stream, outside)
             keep_outliers(encoded, coefficients.flatten(), outside, None, x.dtype)
         if self.scheme.token_norm:
@@ -244,6 +260,22 @@ class TrellisQuantizer(Tables):
         found = self.pairs if self.matrix is None else self.matrix
         assert found is not None
         return torch.linalg.pinv(found.double())
+
+
+def within_places(missed: Tensor, outside: Tensor, fraction: float, first: int = 0, held: Tensor | None = None) -> Tensor:
+    """Which outliers find a place: bool, shaped as missed [batch, kv_heads, tokens, n], what codes miss each coefficient by.
+
+    In a block of 64 tokens a head has places for PLACES times this fraction of its coefficients; tokens take them in turn, the
+    dearest outliers of each first. first, held: as `TrellisQuantizer._encode` has them.
+    """
+    tokens, n = missed.shape[2:]
+    wanted = torch.nn.functional.pad(outside.sum(-1), (first, -(first + tokens) % BLOCK)).unflatten(2, (-1, BLOCK))
+    before = wanted.cumsum(-1) - wanted
+    if held is not None:
+        before[:, :, 0] += held[..., None]
+    left = (round(PLACES * fraction * BLOCK * n) - before).flatten(2)[:, :, first : first + tokens, None]
+    rank = missed.masked_fill(~outside, -1).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return outside & (rank < left)
 
 
 def _by_head(x: Tensor) -> Tensor:
