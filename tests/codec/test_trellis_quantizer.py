@@ -96,7 +96,7 @@ def test_codes_are_a_stream_and_a_norm_and_decode_as_defined(shape, turn):
 def places_by_hand(cost, found, fraction):
     """Flat places of the outliers, token by token: the dearest first, as long as a block has a place for them."""
     batch, heads, tokens, n = cost.shape
-    most, places = round(4 * fraction * 64 * n), []
+    most, places = round(fraction * 64 * n), []
     for row, head in itertools.product(range(batch), range(heads)):
         used = 0
         for token in range(tokens):
@@ -137,7 +137,7 @@ def test_a_block_has_no_more_outliers_than_places():
     x[:, :, 64:] *= 100
     index = found.encode(x).outlier_index
     of_block = torch.bincount(index // (64 * found.scheme.outlier_places(80)), minlength=12).view(2, 2, 3)
-    assert (of_block[..., 1:] == round(4 * 0.01 * 64 * found.scheme.outlier_places(80))).all()
+    assert (of_block[..., 1:] == round(0.01 * 64 * found.scheme.outlier_places(80))).all()
     assert (of_block[..., 0] < of_block[..., 1]).all()
 
 

@@ -21,7 +21,6 @@ from narrowkv.codec.tables import TableForm, Tables, require_table
 from narrowkv.errors import RecipeError
 
 LARGEST_WEIGHT = 2**16 - 1
-PLACES = 4  # for outliers of a block, times their part on average: they come in bursts
 NORM_STEPS, NORM_ZERO = 16, 128  # a norm of code c is 2^((c - NORM_ZERO) / NORM_STEPS)
 
 
@@ -265,15 +264,16 @@ class TrellisQuantizer(Tables):
 def within_places(missed: Tensor, outside: Tensor, fraction: float, first: int = 0, held: Tensor | None = None) -> Tensor:
     """Which outliers find a place: bool, shaped as missed [batch, kv_heads, tokens, n], what codes miss each coefficient by.
 
-    In a block of 64 tokens a head has places for PLACES times this fraction of its coefficients; tokens take them in turn, the
-    dearest outliers of each first. first, held: as `TrellisQuantizer._encode` has them.
+    In a block of 64 tokens a head has places for this fraction of its coefficients, so that no text takes more bits than the
+    budget has; tokens take them in turn, the dearest outliers of each first. first, held: as
+    `TrellisQuantizer._encode` has them.
     """
     tokens, n = missed.shape[2:]
     wanted = torch.nn.functional.pad(outside.sum(-1), (first, -(first + tokens) % BLOCK)).unflatten(2, (-1, BLOCK))
     before = wanted.cumsum(-1) - wanted
     if held is not None:
         before[:, :, 0] += held[..., None]
-    left = (round(PLACES * fraction * BLOCK * n) - before).flatten(2)[:, :, first : first + tokens, None]
+    left = (round(fraction * BLOCK * n) - before).flatten(2)[:, :, first : first + tokens, None]
     rank = missed.masked_fill(~outside, -1).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     return outside & (rank < left)
 
