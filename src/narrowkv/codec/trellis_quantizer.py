@@ -97,9 +97,10 @@ class TrellisQuantizer(Tables):
     def encode_into(self, room: Room, first: int, x: Tensor, skip: Tensor | None = None) -> int:
         held = None
         if self.limit is not None and first:
-            assert room.outlier_index is not None
-            batch, heads, tokens, places = room.encoded().places
-            of_heads = room.outlier_index[: room.outliers] // (tokens * places)
+            before = room.encoded()
+            assert before.outlier_index is not None
+            batch, heads, tokens, places = before.places
+            of_heads = before.outlier_index // (tokens * places)
             held = torch.bincount(of_heads, minlength=batch * heads).view(batch, heads)
         return room.put(first, self._encode(x, skip, first, held))
 
@@ -269,13 +270,17 @@ def within_places(missed: Tensor, outside: Tensor, fraction: float, first: int =
     `TrellisQuantizer._encode` has them.
     """
     tokens, n = missed.shape[2:]
-    wanted = torch.nn.functional.pad(outside.sum(-1), (first, -(first + tokens) % BLOCK)).unflatten(2, (-1, BLOCK))
-    before = wanted.cumsum(-1) - wanted
+    wanted = outside.sum(-1)  # [batch, kv_heads, tokens]
+    by_block = torch.nn.functional.pad(wanted, (first, -(first + tokens) % BLOCK)).unflatten(2, (-1, BLOCK))
+    before = by_block.cumsum(-1) - by_block
     if held is not None:
         before[:, :, 0] += held[..., None]
-    left = (round(fraction * BLOCK * n) - before).flatten(2)[:, :, first : first + tokens, None]
-    rank = missed.masked_fill(~outside, -1).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    return outside & (rank < left)
+    left = (round(fraction * BLOCK * n) - before).flatten(2)[:, :, first : first + tokens]
+    kept = outside & (left > 0)[..., None]
+    partly = (left > 0) & (wanted > left)  # one token of a block and head at most, so that few are sorted
+    rank = missed[partly].masked_fill(~outside[partly], -1).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    kept[partly] &= rank < left[partly][:, None]
+    return kept
 
 
 def _by_head(x: Tensor) -> Tensor:
