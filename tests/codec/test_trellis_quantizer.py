@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from narrowkv.codec import Scheme, TrellisQuantizer, load_quantizer, trellis
+from narrowkv.codec.frames import Frames
 from narrowkv.codec.gaussian_tables import STEPS, gaussian_tables
 from narrowkv.codec.room import Room
 from narrowkv.errors import RecipeError
@@ -35,12 +36,14 @@ def tables(scheme, heads, dim, limit=40.0):
     else:
         made["pairs"] = (torch.randn(heads, dim // 2, 2, 2) + 2 * torch.eye(2)).half()
         made["order"] = torch.stack([torch.randperm(dim)[:n] for _ in range(heads)]).short()
+    if scheme.pre_rope:
+        made |= vars(Frames.of(dim, 10000.0 ** -(torch.arange(dim // 2 - 3) / dim * 2), interleaved=True))
     return made | ({"limit": torch.tensor([limit])} if scheme.outliers else {})
 
 
-def made(shape, turn, outliers=0.0):
+def made(shape, turn, outliers=0.0, **settings):
     _, heads, _, dim = shape
-    of = scheme(dim, turn=turn, outliers=outliers)
+    of = scheme(dim, turn=turn, outliers=outliers, **settings)
     return TrellisQuantizer(of, **tables(of, heads, dim))
 
 
@@ -157,10 +160,24 @@ def test_a_tail_in_pieces_keeps_what_it_keeps_in_one():
     assert torch.equal(one.codes, other.codes) and torch.equal(one.outlier_values, other.outlier_values)
 
 
-@pytest.mark.parametrize("turn", [False, True])
-def test_tokens_one_by_one_have_the_codes_of_all_at_once(turn):
+def test_keys_in_frames_are_those_of_turned_ones():
+    shape = (3, 2, 63, 80)
+    found = made(shape, turn=False, pre_rope=True)
+    plain = TrellisQuantizer(scheme(80), **{name: getattr(found, name) for name in tables(scheme(80), 2, 80)})
+    _, x = numbers(plain, shape)
+    mean = found.mean[:, None].double()
+    turned = found.frames.turn(x.double() - mean, 0)
+    assert torch.equal(found.encode(x).codes, plain.encode((turned + mean).double()).codes)
+    decoded = plain.decode(plain.encode(turned + mean)) - found.mean[:, None]
+    torch.testing.assert_close(
+        found.decode(found.encode(x)), found.frames.turn_back(decoded) + found.mean[:, None], atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("settings", [{"turn": False}, {"turn": True}, {"turn": False, "pre_rope": True}], ids=str)
+def test_tokens_one_by_one_have_the_codes_of_all_at_once(settings):
     shape = (2, 2, 40, 80)
-    found = made(shape, turn, outliers=0.01)
+    found = made(shape, outliers=0.01, **settings)
     _, x = numbers(found, shape)
     together, room = found.encode(x), Room(found.scheme, 2, 2, 64, 80, like=x)
     for i in range(40):
@@ -188,12 +205,14 @@ def test_numbers_far_beyond_the_tables_are_seen():
         ("weight", torch.neg),
         ("order", torch.zeros_like),
         ("order", lambda table: table + 16),
+        ("channels", lambda table: table // 2),
+        ("frequencies", lambda table: table / 0),
         ("mean", lambda table: table / 0),
         ("pairs", lambda table: table[:, 1:]),
     ],
 )
 def test_tables_that_no_calibration_finds_are_refused(name, spoilt):
-    of = scheme(16, outliers=0.01)
+    of = scheme(16, outliers=0.01, pre_rope=True)
     sound = tables(of, 2, 16)
     load_quantizer(of, dict(sound), 2, 16)
     with pytest.raises(RecipeError):

@@ -14,6 +14,7 @@ from narrowkv.calibration.processes import Group
 from narrowkv.calibration.rates import RateOption, allocate_rates, held_tokens
 from narrowkv.calibration.trellis_fit import TrellisFit
 from narrowkv.codec import AnyQuantizer, Scheme
+from narrowkv.codec.frames import Frames
 from narrowkv.codec.scheme import BLOCK
 from narrowkv.errors import CalibrationError, RecipeError
 from narrowkv.methods import LayerSchemes, Recipe
@@ -58,7 +59,7 @@ class LayerFits:
     """All that is learned from one layer for some recipes. shape: kv_heads, head_dim.
 
     biases: what caches take out of keys stored before the rotary embedding, and of those stored after it, with values.
-    sliding_window: how many tokens the layer holds at most.
+    sliding_window: how many tokens the layer holds at most. frames: in which keys of streams may be turned.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class LayerFits:
         shape: tuple[int, int],
         biases: tuple[Bias, Bias] | None = None,
         sliding_window: int | None = None,
+        frames: Frames | None = None,
     ):
         self.shape = shape
         self.tokens = held_tokens(sliding_window)
@@ -83,7 +85,8 @@ class LayerFits:
                     needs |= {Need.sample(scheme, keys, recipe.sinks) for scheme in sampled}
                 needs |= {Need.of(scheme, keys, recipe.sinks) for scheme in schemes}
         self.influences = {_stream(need): Influence() for need in sorted(needs, key=str)}
-        self.fits: dict[Need, AnyFit] = {need: _fit_for(need.scheme) for need in sorted(needs, key=str)}
+        frames = frames or Frames.of(shape[1])
+        self.fits: dict[Need, AnyFit] = {need: _fit_for(need, frames) for need in sorted(needs, key=str)}
 
     @property
     def needs_drawn(self) -> bool:
@@ -197,10 +200,10 @@ class LayerFits:
         return measure(self.quantizer(scheme, keys, sinks), fit.samples, keys, self.tokens)
 
 
-def _fit_for(scheme: Scheme) -> AnyFit:
-    if scheme.datatype == "trellis":
-        return TrellisFit()
-    return Fit(scheme) if scheme.codebook == "layer" else PointFit()
+def _fit_for(need: Need, frames: Frames) -> AnyFit:
+    if need.scheme.datatype == "trellis":
+        return TrellisFit(frames if need.scheme.pre_rope else None)
+    return Fit(need.scheme) if need.scheme.codebook == "layer" else PointFit()
 
 
 @dataclass(frozen=True)

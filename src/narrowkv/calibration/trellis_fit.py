@@ -10,6 +10,7 @@ from narrowkv.calibration.samples import Samples
 from narrowkv.calibration.statistics import metric_axes, quantile
 from narrowkv.calibration.trellis_tables import learned_tables, on_grid
 from narrowkv.codec import Scheme, TrellisQuantizer
+from narrowkv.codec.frames import Frames
 from narrowkv.codec.gaussian_tables import SQUARED_ERRORS, STEPS, gaussian_tables
 from narrowkv.codec.points import from_vectors, to_vectors
 from narrowkv.codec.ranges import require_finite, to_16_bits
@@ -25,11 +26,10 @@ ROUNDS, LEARNING_TOKENS, LIMIT_TOKENS = 2, 800, 2048
 class Transform:
     """What makes coefficients of a tensor's heads.
 
-    mean: [kv_heads, head_dim]. matrix: [kv_heads, head_dim, head_dim], coefficients times this are the channels; of pairs
+    matrix: [kv_heads, head_dim, head_dim], coefficients times this are the channels; of pairs
     [kv_heads, head_dim / 2, 2, 2]. cost: [kv_heads, head_dim], of leaving a coefficient out. All float64.
     """
 
-    mean: Tensor
     matrix: Tensor
     cost: Tensor
 
@@ -39,11 +39,16 @@ class Transform:
 
 
 class TrellisFit:
-    """Learns all trellis-coded schemes of one tensor of one layer, in the second of the passes that `Fit` has."""
+    """Learns all trellis-coded schemes of one tensor of one layer, in the second of the passes that `Fit` has.
+
+    frames: in which keys before the rotary embedding are turned; None for values. What a token's keys and gradients are does
+    not depend on its place in a frame, so a token of the sample counts as one of the place at which it lies there.
+    """
 
     needs_codebook = True
 
-    def __init__(self) -> None:
+    def __init__(self, frames: Frames | None = None) -> None:
+        self.frames = frames
         self.samples = Samples()
         self._transforms: dict[bool, Transform] = {}
         self._quantizers: dict[Scheme, TrellisQuantizer] = {}
@@ -70,7 +75,11 @@ class TrellisFit:
     def transform(self, whole: bool) -> Transform:
         """The transform of whole heads, or of pairs of channels d and d + head_dim / 2."""
         if whole not in self._transforms:
-            self._transforms[whole] = transform_of(self.samples.heads()[0].double(), self.samples.fisher(), whole)
+            x, fisher = self.samples.heads()[0].double(), self.samples.fisher()
+            x = x - x.mean(1, keepdim=True)
+            if self.frames is not None:
+                x, fisher = self.frames.turn(x, 0), self.frames.turn_moment(fisher)
+            self._transforms[whole] = transform_of(x, fisher, whole)
         return self._transforms[whole]
 
     def quantizer(self, shape: tuple[int, ...], scheme: Scheme) -> TrellisQuantizer:
@@ -95,11 +104,13 @@ class TrellisFit:
             tables["matrix"] = to_16_bits(rows, torch.float16, "Transforms")
         else:
             tables |= {"pairs": to_16_bits(found.matrix, torch.float16, "Transforms"), "order": order.to(torch.int16)}
+        if self.frames is not None:
+            tables |= {"channels": self.frames.channels, "frequencies": self.frames.frequencies}
         if scheme.outliers:
             tables["limit"] = torch.full((1,), torch.inf, dtype=torch.float32, device="cpu")
         start = TrellisQuantizer(
             scheme,
-            mean=found.mean.float(),
+            mean=self.samples.heads()[0].double().mean(1).float(),
             entries=torch.stack([universal.high, universal.low], dim=1)[None],
             steps=steps,
             scales=_unbiased(steps, errors, scheme),
@@ -143,13 +154,12 @@ def _unbiased(steps: Tensor, errors: Tensor, scheme: Scheme) -> Tensor:
 
 
 def transform_of(x: Tensor, fisher: Tensor, whole: bool) -> Transform:
-    """The transform of tokens x [kv_heads, n, head_dim]; fisher: what errors cost, [kv_heads, head_dim, head_dim], float64.
+    """The transform of tokens x [kv_heads, n, head_dim] less their mean, float64.
 
-    Whole heads are rotated to the axes of their covariance in the metric of the loss; then pairs of channels, or of
-    neighboring axes, each weighted by the root of what its errors cost, are whitened.
+    fisher: what errors cost, [kv_heads, head_dim, head_dim] float64. Whole heads are rotated to the axes of their covariance
+    in the metric of the loss; then pairs of channels, or of neighboring axes, each weighted by the root of what its errors
+    cost, are whitened.
     """
-    mean = x.mean(1)
-    x = x - mean[:, None]
     covariance, axes = x.mT @ x / x.shape[1], None
     if whole:
         axes = uncorrelated_axes(covariance, fisher)
@@ -165,11 +175,11 @@ def transform_of(x: Tensor, fisher: Tensor, whole: bool) -> Transform:
     pairs = variances.sqrt()[..., None] * vectors.mT / to_vectors(weight, 2)[..., None, :]
     cost = from_vectors(variances)
     if axes is None:
-        return Transform(mean, pairs, cost)
+        return Transform(pairs, cost)
     matrix = torch.zeros_like(axes).unflatten(1, (2, half)).unflatten(3, (2, half))
     at = torch.arange(half, dtype=torch.int64, device=x.device)
     matrix[:, :, at, :, at] = pairs.movedim(1, 0)
-    return Transform(mean, matrix.flatten(3, 4).flatten(1, 2) @ axes.mT, cost)
+    return Transform(matrix.flatten(3, 4).flatten(1, 2) @ axes.mT, cost)
 
 
 def uncorrelated_axes(covariance: Tensor, fisher: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """TrellisQuantizer: rates by channel and trellis-coded streams of transformed keys or values.
 
-A token's head, less its mean, is transformed to coefficients that are uncorrelated and whose errors cost alike; units of 8
-coefficients have rates of 0 to 6 bits, the cheapest first, and all bits of a token's head are one stream (`codec.trellis`).
+A token's head, less its mean, is transformed to coefficients that are uncorrelated and whose errors cost alike; keys are
+turned to the middle of their frame before (`codec.frames`). Units of 8 coefficients have rates of 0 to 6 bits, the cheapest
+first, and all bits of a token's head are one stream (`codec.trellis`).
 Trellis-coded quantization: Marcellin and Fischer 1990; with a sliding window of bits as state: QTIP (arXiv 2406.11235).
 """
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from narrowkv.codec import trellis
 from narrowkv.codec.encoded import Encoded
+from narrowkv.codec.frames import Frames
 from narrowkv.codec.points import from_vectors, to_vectors
 from narrowkv.codec.quantizer import keep_outliers
 from narrowkv.codec.room import Room
@@ -31,6 +33,7 @@ class TrellisQuantizer(Tables):
     mean: [kv_heads, head_dim] float32, taken out first.
     pairs: [kv_heads, head_dim / 2, 2, 2] float16: coefficients d and d + head_dim / 2 times this are those channels. order:
         [kv_heads, n] int16, which of these coefficients have codes, in the order of the stream. None with `scheme.turn`.
+    channels, frequencies: of `frames`, by which channels are put in places and turned first; None without `scheme.pre_rope`.
     matrix: [kv_heads, n, head_dim] float16: coefficients times this are the channels. None without `scheme.turn`.
     entries: [1, 6, 2, 16] int8, of each rate what the high and the low 4 bits of the window add up to, in grid steps.
     steps: [6] float32, what a grid step of each rate is when encoding. scales: the same when decoding.
@@ -43,6 +46,8 @@ class TrellisQuantizer(Tables):
     mean: Tensor | None = None
     pairs: Tensor | None = None
     order: Tensor | None = None
+    channels: Tensor | None = None
+    frequencies: Tensor | None = None
     matrix: Tensor | None = None
     entries: Tensor | None = None
     steps: Tensor | None = None
@@ -72,6 +77,8 @@ class TrellisQuantizer(Tables):
             forms["matrix"] = ((kv_heads, n, head_dim), torch.float16)
         else:
             forms |= {"pairs": ((kv_heads, head_dim // 2, 2, 2), torch.float16), "order": ((kv_heads, n), torch.int16)}
+        if scheme.pre_rope:
+            forms |= {"channels": ((head_dim,), torch.int16), "frequencies": ((head_dim // 2,), torch.float32)}
         return forms | ({"limit": ((1,), torch.float32)} if scheme.outliers else {})
 
     def _require_order(self) -> None:
@@ -81,10 +88,12 @@ class TrellisQuantizer(Tables):
             require_table(bool((table > 0).all()), name, "numbers that are not above 0")
         for name, found in (("weight", self.weight), ("limit", self.limit)):
             require_table(found is None or bool((found >= 0).all()), name, "numbers below 0")
-        if self.order is not None:
-            ascending = self.order.sort(-1).values
+        for name, places in (("order", self.order), ("channels", self.channels)):
+            if places is None:
+                continue
+            ascending = places.sort(-1).values
             within = bool(((ascending >= 0) & (ascending < self.mean.shape[1])).all())
-            require_table(within and bool((ascending.diff() > 0).all()), "order", "channels that are not those of a head")
+            require_table(within and bool((ascending.diff() > 0).all()), name, "channels that are not those of a head")
 
     def encode(self, x: Tensor, skip: Tensor | None = None) -> Encoded:
         """Quantize elements, once and for all; parameters like those of `Quantizer.encode`, the first token begins a block.
@@ -106,7 +115,7 @@ class TrellisQuantizer(Tables):
 
     def _encode(self, x: Tensor, skip: Tensor | None, first: int, held: Tensor | None) -> Encoded:
         """The same from a block's token `first` on. held: how many outliers those before have, [batch, kv_heads], if any."""
-        coefficients, norm = self._coefficients(x)
+        coefficients, norm = self._coefficients(x, first)
         stream = self.search(coefficients)
         encoded = Encoded(stream, outlier_places=coefficients.shape[-1])
         if self.limit is not None:
@@ -191,7 +200,8 @@ class TrellisQuantizer(Tables):
         coefficients = coefficients * self._norm(norm)
         if self.matrix is not None:
             return coefficients @ self.matrix.float() + self.mean[:, None]
-        return self._from_pairs(coefficients) + self.mean[:, None]
+        channels = self._from_pairs(coefficients)
+        return (channels if self.frames is None else self.frames.turn_back(channels)) + self.mean[:, None]
 
     def _decoded(self, stream: Tensor) -> Tensor:
         """Coefficients [batch, kv_heads, tokens, n] float32 of streams."""
@@ -205,13 +215,16 @@ class TrellisQuantizer(Tables):
             return torch.ones_like(codes[..., :1], dtype=torch.float32)
         return ((codes.float() - NORM_ZERO) / NORM_STEPS).exp2()
 
-    def _coefficients(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _coefficients(self, x: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
         """Coefficients [batch, kv_heads, tokens, n] float32, and codes of their norms [batch, kv_heads, tokens, 1] uint8.
 
-        In float64, so that the codes do not depend on how many tokens come at once.
+        first: the place in its block of the first token. In float64, so that the codes do not depend on how many tokens come
+        at once.
         """
         assert self.mean is not None
         centered = x.detach().double() - self.mean[:, None].double()
+        if self.frames is not None:
+            centered = self.frames.turn(centered, first)
         if self.order is None:
             found = centered @ self._inverse
         else:
@@ -246,6 +259,11 @@ class TrellisQuantizer(Tables):
     def _tables(self) -> trellis.TrellisTables:
         assert self.entries is not None
         return trellis.TrellisTables(self.entries[0, :, 0].contiguous(), self.entries[0, :, 1].contiguous())
+
+    @functools.cached_property
+    def frames(self) -> Frames | None:
+        """How keys turn within a frame; None where nothing does."""
+        return None if self.channels is None or self.frequencies is None else Frames(self.channels, self.frequencies)
 
     @functools.cached_property
     def search_weight(self) -> Tensor:

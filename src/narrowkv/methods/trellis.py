@@ -1,10 +1,11 @@
 """Trellis-coded streams with rates by channel: `trellis4`, `trellis3`, `trellis2`, and `trellisB.F` for any budget.
 
-Keys, before the rotary embedding, and values are transformed so that errors in all their coefficients cost alike and are
-uncorrelated; under a budget for the whole cache each unit of 8 coefficients has 0 to 6 bits (`calibration.rates`), and all
-bits of a token's head are one trellis-coded stream (`codec.trellis_quantizer`). Values are rotated to the axes of their
-covariance where that rotation costs fewer bits than it gains. The budget counts everything that is held at 32,768 tokens:
-`trellisB` may take B bits and 0.05 more, `trellisB.F`, with a point, exactly what it says. Trellis-coded quantization:
+Keys, before the rotary embedding and turned to the middle of their frame of 16 tokens (`codec.frames`), and values are
+transformed so that errors in all their coefficients cost alike and are uncorrelated; under a budget for the whole cache each
+unit of 8 coefficients has 0 to 6 bits (`calibration.rates`), and all bits of a token's head are one trellis-coded stream
+(`codec.trellis_quantizer`). Values are rotated to the axes of their covariance where that rotation costs fewer bits than it
+gains. The budget counts everything that is held at 32,768 tokens: `trellisB` may take B bits and 0.05 more, `trellisB.F`, with
+a point, exactly what it says. Trellis-coded quantization:
 Marcellin and Fischer 1990; with a sliding window of bits as state: QTIP (arXiv 2406.11235).
 """
 

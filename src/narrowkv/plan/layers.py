@@ -108,6 +108,8 @@ def _trellis_stand_in(scheme: Scheme, kv_heads: int, head_dim: int) -> TrellisQu
     else:
         tables["order"] += torch.arange(n, dtype=torch.int16, device="cpu")
         tables["pairs"] += torch.eye(2, dtype=torch.float16, device="cpu")
+    if scheme.pre_rope:
+        tables["channels"] += torch.arange(head_dim, dtype=torch.int16, device="cpu")
     return TrellisQuantizer(scheme, **tables)
 
 
