@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 namespace narrowkv {
@@ -10,7 +11,29 @@ constexpr int kBlock = 64;  // tokens of a block
 constexpr int kMostDim = 512;  // channels of a head: an index of an outlier in a block has 15 bits
 constexpr int kTurned = 32;  // tokens of a tile of keys: with their angles it has room in the nearest cache
 
+constexpr int kFrame = 16;  // tokens of a frame: codec/frames.py
+constexpr int kMostRate = 6, kUnit = 8;  // of streams: bits of a coefficient, coefficients of one rate
+
 enum class Number : int { half, bfloat, single };  // how exact numbers are held
+
+// What all trellis-coded streams of one side have in common. Of keys, a query has head_dim places, for the first and then the second
+// channel of each pair that turns together; other pairs come last in both halves.
+struct Streams {
+    std::array<int, kMostRate> counts;  // units of each rate from 1 on
+    int bytes;                          // of a token and head, with that of its norm, if it has one
+    bool norms;
+    const int8_t* high;    // [rates from 1 on, 16]
+    const int8_t* low;     // the same
+    const float* finer;    // [coded], grid steps of a unit of each coefficient
+    const int32_t* places; // of keys, [kv_heads, head_dim]: of the number in a query that meets each coefficient, those without codes last
+    const float* offsets;  // of keys, [kv_heads, head_dim, 16]: what the mean adds to each coefficient, by token of a frame, in grid steps
+
+    int coded() const {
+        int units = 0;
+        for (int count : counts) units += count;
+        return kUnit * units;
+    }
+};
 
 // The keys, or the values, of all blocks: what they have in common.
 struct Side {
@@ -31,6 +54,7 @@ struct Side {
     int most;              // largest word that an outlier becomes
     const float* scale;    // [kv_heads, head_dim], ranges learned offline of rows that are tokens; null where blocks hold them
     const float* zero;
+    const Streams* streams;  // in place of codes; or null
 };
 
 // Where one block of one side lies. Index and offsets are of outliers, the offsets those of its first head.
@@ -86,7 +110,8 @@ struct Problem {
     Rotation rotation;
     const Block* table;          // [blocks, batch, 2]
     const int64_t* starts;       // [blocks + 1] index of the first token of each block
-    const float* packed_query;   // [batch, query_heads, queries, head_dim]
+    const float* packed_query;   // [batch, query_heads, queries, head_dim]; of streams, where angles are 0
+    const float* crossed_query;  // the same a quarter of a turn further, of keys in streams that turn; or null
     const float* dense_query;    // the same, for exact tokens
     const float* dense_keys;     // [batch, kv_heads, dense, head_dim]
     const float* dense_values;   // the same
@@ -96,6 +121,7 @@ struct Problem {
     const float* sink_logits;    // [query_heads], or null
     const float* key_offsets;    // [batch, query_heads, queries, tokens + tail] added to scores; or null
     const float* value_bias;     // [kv_heads, head_dim] added to each value of blocks and of the tail; or null
+    float* totals;               // [batch, query_heads, queries] weights of blocks and of the tail, added up; or null
     float* output;               // [2, batch, query_heads, queries, head_dim]: what blocks and what exact tokens contribute
 };
 

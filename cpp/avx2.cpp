@@ -23,6 +23,16 @@ inline Floats load_halves(const uint16_t* p) { return Floats(_mm256_cvtph_ps(_mm
 inline Ints widen(const uint8_t* codes) { return Ints(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)codes))); }
 inline Floats gather(const float* points, Ints codes) { return Floats(_mm256_i32gather_ps(points, __m256i(codes), 4)); }
 
+// A byte of each of some tokens, and two of them taken together.
+typedef uint8_t Lanes __attribute__((vector_size(32)));
+typedef uint16_t Words __attribute__((vector_size(32)));
+
+inline Lanes repeated(const int8_t* table) { return Lanes(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table))); }
+inline Lanes pick(Lanes table, Lanes index) { return Lanes(_mm256_shuffle_epi8(__m256i(table), __m256i(index))); }
+inline Floats to_floats(const int8_t* p) {
+    return Floats(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))));
+}
+
 #include "gathered.h"
 
 // A codebook of 16 levels as four registers, each with one byte of all levels: a look-up takes the four bytes of 32 numbers at

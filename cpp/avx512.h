@@ -24,6 +24,14 @@ inline Floats load_halves(const uint16_t* p) { return Floats(_mm512_cvtph_ps(_mm
 inline Ints widen(const uint8_t* codes) { return Ints(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)codes))); }
 inline Floats gather(const float* points, Ints codes) { return Floats(_mm512_i32gather_ps(__m512i(codes), points, 4)); }
 
+// A byte of each of some tokens, and two of them taken together.
+typedef uint8_t Lanes __attribute__((vector_size(64)));
+typedef uint16_t Words __attribute__((vector_size(64)));
+
+inline Lanes repeated(const int8_t* table) { return Lanes(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table))); }
+inline Lanes pick(Lanes table, Lanes index) { return Lanes(_mm512_shuffle_epi8(__m512i(table), __m512i(index))); }
+inline Floats to_floats(const int8_t* p) { return Floats(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))); }
+
 #include "gathered.h"
 
 // A codebook of up to 16 levels is one register and a look-up is one permute; of 32, two registers; of 64, four.

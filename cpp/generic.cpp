@@ -29,6 +29,21 @@ inline Floats gather(const float* points, Ints codes) {
     return Floats{points[codes[0]], points[codes[1]], points[codes[2]], points[codes[3]]};
 }
 
+// A byte of each of some tokens, and two of them taken together.
+typedef uint8_t Lanes __attribute__((vector_size(16)));
+typedef uint16_t Words __attribute__((vector_size(16)));
+
+inline Lanes repeated(const int8_t* table) {
+    Lanes x;
+    std::memcpy(&x, table, sizeof x);
+    return x;
+}
+inline Lanes pick(Lanes table, Lanes index) {
+    for (int i = 0; i < 16; ++i) index[i] = table[index[i]];
+    return index;
+}
+inline Floats to_floats(const int8_t* p) { return Floats{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
+
 #include "gathered.h"
 
 template <int levels>

@@ -12,6 +12,8 @@
 #include "decode.h"
 #include "rotation.h"
 #include "scratch.h"
+#include "stream_keys.h"
+#include "stream_values.h"
 #include "tail.h"
 #include "tile.h"
 
@@ -91,7 +93,8 @@ class Sight {
 
 class Worker : Sight {
   public:
-    explicit Worker(const Problem& problem) : Sight(problem), scratch(problem) {}
+    explicit Worker(const Problem& problem)
+        : Sight(problem), scratch(problem), stream_keys(problem), stream_values(problem) {}
 
     void run(const Piece& piece) {
         read_query(piece);
@@ -99,6 +102,7 @@ class Worker : Sight {
             tables[0] = tables_of(problem.keys, piece.head, scratch.tables[0]);
             tables[1] = tables_of(problem.values, piece.head, scratch.tables[1]);
         }
+        if (problem.keys.streams && !piece.dense) stream_keys.begin(piece.row, piece.head);
         const int stride = sum_stride(piece);
         for (int i = 0; i < rows; ++i) scratch.largest[i] = -INFINITY, scratch.total[i] = 0.0f;
         for (int64_t i = 0; i < int64_t(rows) * stride; ++i) scratch.sum[i] = 0.0f;
@@ -110,6 +114,8 @@ class Worker : Sight {
 
   private:
     Scratch scratch;
+    StreamKeys stream_keys;
+    StreamValues stream_values;
     const float* tables[2];  // of the piece's head: of keys, and of values
 
     int sum_stride(const Piece& piece) const { return piece.channel_major ? dim * simd::width : round_up(dim, 16); }
@@ -127,22 +133,36 @@ class Worker : Sight {
         if (count <= 0 || nothing_seen(piece.row, start, count)) return;
         const auto later = [&](int blocks) { return sides_of(piece, block + blocks < piece.last ? block + blocks : piece.last - 1); };
         const Block *sides = later(0), *next = later(1), *after = later(2);
-        Source keys(problem.keys, sides[0], next[0], tables[0], piece.head, dim);
-        Source values(problem.values, sides[1], next[1], tables[1], piece.head, dim);
+        if (problem.keys.streams) {
+            stream_keys.take_block(sides[0], next[0], start, count, scratch.scores);
+        } else {
+            take_keys_of(piece, Source(problem.keys, sides[0], next[0], tables[0], piece.head, dim), start, count);
+        }
+        prefetch_beside(problem.keys, next[0], after[0], piece.head);
+        add_offsets(piece, start, count, scratch.scores, kBlock);
+        weigh_all(piece, start, count);
+        if (problem.values.streams) {
+            stream_values.take_block(sides[1], next[1], piece.head, scratch.scores, scratch.sum);
+        } else {
+            take_values_of(piece, Source(problem.values, sides[1], next[1], tables[1], piece.head, dim), count);
+        }
+        prefetch_beside(problem.values, next[1], after[1], piece.head);
+    }
+
+    void take_keys_of(const Piece& piece, Source keys, int64_t start, int count) {
         for (int from = 0; from < count; from += kTurned) {
             const int some = count - from < kTurned ? count - from : kTurned;
             decode(keys, {from, kTurned}, scratch.ranges, scratch.tile);
             turn_and_take_keys(piece, start, from, some);
         }
-        prefetch_beside(problem.keys, next[0], after[0], piece.head);
-        add_offsets(piece, start, count, scratch.scores, kBlock);
-        weigh_all(piece, start, count);
+    }
+
+    void take_values_of(const Piece& piece, Source values, int count) {
         const int tokens = piece.channel_major ? kBlock : kTurned;
         for (int from = 0; from < count; from += tokens) {
             decode(values, {from, tokens}, scratch.ranges, scratch.tile);
             take_values(piece, from);
         }
-        prefetch_beside(problem.values, next[1], after[1], piece.head);
     }
 
     void take_tail(const Piece& piece) {
@@ -152,12 +172,17 @@ class Worker : Sight {
         const auto read = [&](const Side& side, const Tail& tail) {
             read_tail(side, tail, place, piece.head, problem.kv_heads, count, dim, scratch.tail);
         };
-        read(problem.keys, problem.tails[0]);
-        for (int from = 0; from < count; from += kTurned) {
-            turn_and_take_keys(piece, problem.tokens, from, fill_tile(scratch.tail, from, count, true));
+        if (problem.keys.streams) {
+            stream_keys.take_tail(problem.tails[0], scratch.scores);
+        } else {
+            read(problem.keys, problem.tails[0]);
+            for (int from = 0; from < count; from += kTurned) {
+                turn_and_take_keys(piece, problem.tokens, from, fill_tile(scratch.tail, from, count, true));
+            }
         }
         add_offsets(piece, problem.tokens, count, scratch.scores, kBlock);
         weigh_all(piece, problem.tokens, count);
+        if (problem.values.streams) return stream_values.take_tail(problem.tails[1], place, scratch.scores, scratch.sum);
         read(problem.values, problem.tails[1]);
         for (int from = 0; from < count; from += kTurned) {
             fill_tile(scratch.tail, from, count, false);
@@ -254,6 +279,8 @@ void merge(const Problem& problem, int row, int head, const float* results, int 
         for (int p = 0; p < pieces; ++p) largest = std::fmax(largest, results[p * size + i]);
         float* output = problem.output + ((int64_t(row) * problem.kv_heads + head) * rows + i) * dim;
         for (int d = 0; d < dim; ++d) output[d] = output[all + d] = 0.0f;
+        float* packed = problem.totals ? problem.totals + (int64_t(row) * problem.kv_heads + head) * rows + i : nullptr;
+        if (packed) *packed = 0.0f;
         if (largest == -INFINITY) continue;
         float total = std::exp(sink - largest);
         for (int p = 0; p < pieces; ++p) total += std::exp(results[p * size + i] - largest) * results[p * size + rows + i];
@@ -261,6 +288,7 @@ void merge(const Problem& problem, int row, int head, const float* results, int 
             const float weight = std::exp(results[p * size + i] - largest) / total;
             const float* sum = results + p * size + 2 * rows + int64_t(i) * dim;
             float* to = output + (p == pieces - 1 ? all : 0);
+            if (packed && p < pieces - 1) *packed += weight * results[p * size + rows + i];
             for (int d = 0; d < dim; ++d) to[d] += weight * sum[d];
         }
     }
@@ -273,7 +301,7 @@ void attend(const Problem& problem) {
     const int heads = problem.batch * problem.kv_heads, rows = problem.group * problem.queries;
     const int64_t size = round_up(rows * (problem.head_dim + 2), 16);
     float* results = static_cast<float*>(std::aligned_alloc(64, sizeof(float) * size * heads * pieces));
-    const bool channel_major = problem.values.channel_major;
+    const int by_channel = problem.values.streams ? runs + 1 : problem.values.channel_major ? runs : 0;  // so many of the pieces
 #pragma omp parallel num_threads(problem.threads) if (problem.threads > 1)
     {
         Packed packed(problem);
@@ -282,7 +310,7 @@ void attend(const Problem& problem) {
         for (int i = 0; i < heads * pieces; ++i) {
             const int head = i % heads, run = i / heads;
             float* result = results + (int64_t(head) * pieces + run) * size;
-            Piece piece{head / problem.kv_heads, head % problem.kv_heads, run == runs, run > runs, run < runs && channel_major, 0, 0, result};
+            Piece piece{head / problem.kv_heads, head % problem.kv_heads, run == runs, run > runs, run < by_channel, 0, 0, result};
             if (piece.tail || piece.dense) {
                 piece.last = piece.tail ? problem.tail > 0 : (problem.dense + kBlock - 1) / kBlock;
                 exact.run(piece);

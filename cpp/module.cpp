@@ -55,21 +55,57 @@ std::vector<std::string> instruction_sets() {
     return found;
 }
 
+// Streams and the tables that they point into.
+struct HeldStreams {
+    Streams streams{};
+    Array<const int8_t, nb::ndim<2>> high, low;
+    Table finer;
+    std::optional<Array<const int32_t, nb::ndim<2>>> places;
+    std::optional<Table> offsets;
+};
+
+void require(bool sound, const char* message) {
+    if (!sound) throw std::invalid_argument(message);
+}
+
+// Counts of each rate from 1 on. Nothing is read beyond what these sizes tell.
+void make_streams(HeldStreams* held, const std::vector<int>& counts, bool norms, Array<const int8_t, nb::ndim<2>> high,
+                  Array<const int8_t, nb::ndim<2>> low, Table finer, std::optional<Array<const int32_t, nb::ndim<2>>> places,
+                  std::optional<Table> offsets) {
+    Streams streams{{}, norms, norms, high.data(), low.data(), finer.data(), places ? places->data() : nullptr, data_or_null(offsets)};
+    require(counts.size() == kMostRate, "streams have a count for each rate from 1 on");
+    for (int i = 0; i < kMostRate; ++i) {
+        require(counts[i] >= 0 && counts[i] <= kMostDim / kUnit, "streams have more units than a head");
+        streams.counts[i] = counts[i];
+        streams.bytes += (i + 1) * counts[i];
+    }
+    for (const auto& part : {high, low}) require(part.shape(0) == kMostRate && part.shape(1) == 16, "tables of streams are [6, 16]");
+    require(int64_t(finer.size()) >= streams.coded(), "tables are smaller than what is read of them");
+    if (places) {
+        const int64_t dim = int64_t(places->shape(1));
+        require(dim >= streams.coded() && offsets && offsets->size() == places->size() * kFrame, "offsets of keys do not fit them");
+        for (size_t i = 0; i < places->size(); ++i) require(places->data()[i] >= 0 && places->data()[i] < dim, "a query has no such place");
+    }
+    new (held) HeldStreams{streams, high, low, finer, places, offsets};
+}
+
 // A Side and the tables that it points into.
 struct HeldSide {
     Side side{};
     std::optional<Table> table, scale, zero, unit;
     std::optional<Array<const uint8_t>> words;
+    std::optional<HeldStreams> streams;
 };
 
 void make_side(HeldSide* held, int bits, int codes, int numbers, bool channel_major, std::optional<Table> table, bool fixed,
                std::optional<Table> scale, std::optional<Table> zero, std::vector<int> ranges, int exact, int outlier,
-                std::optional<Array<const uint8_t>> words, std::optional<Table> unit, int most) {
-    new (held) HeldSide{{}, table, scale, zero, unit, words};
+                std::optional<Array<const uint8_t>> words, std::optional<Table> unit, int most, const HeldStreams* streams) {
+    new (held) HeldSide{{}, table, scale, zero, unit, words, streams ? std::optional(*streams) : std::nullopt};
     const int stride = bits <= 4 ? 16 : bits >= 7 ? 256 : 1 << bits;
     held->side = Side{bits,      codes,     numbers,   stride, channel_major, fixed,
                       ranges[0], ranges[1], ranges[2], Number(exact), Number(outlier),
-                      data_or_null(table), data_or_null(words), data_or_null(unit), most, data_or_null(scale), data_or_null(zero)};
+                      data_or_null(table), data_or_null(words), data_or_null(unit), most, data_or_null(scale), data_or_null(zero),
+                      held->streams ? &held->streams->streams : nullptr};
 }
 
 // A Rotation and the tables that it points into.
@@ -87,12 +123,20 @@ void make_rotation(HeldRotation* held, int pairs, bool interleaved, float scalin
                               data_or_null(words), data_or_null(lanes), nullptr};
 }
 
+// Streams are those of such heads; of keys they meet places of a query.
+void require_streams(const HeldSide& held, bool keys, int64_t kv_heads, int64_t head_dim) {
+    if (!held.streams) return;
+    const auto& places = held.streams->places;
+    require(held.streams->streams.coded() <= head_dim, "streams have more coefficients than a head");
+    require(!keys || (places && int64_t(places->shape(0)) == kv_heads && int64_t(places->shape(1)) == head_dim), "streams are not those of such keys");
+}
+
 // Every table is as large as what will be read of it.
 void require_tables(const HeldSide& held, int64_t heads) {
     const Side& side = held.side;
     const int64_t codes = heads * side.codes * side.numbers, ranges = int64_t(side.range_heads) * side.range_tokens * side.range_channels;
     const auto holds = [](const std::optional<Table>& table, int64_t floats) { return !table || int64_t(table->size()) >= floats; };
-    if (!(side.bits == 16 || side.table) || !holds(held.table, (side.fixed ? codes : 1) * side.stride) || !holds(held.scale, ranges) ||
+    if (!(side.bits == 16 || side.table || side.streams) || !holds(held.table, (side.fixed ? codes : 1) * side.stride) || !holds(held.scale, ranges) ||
         !holds(held.zero, ranges))
         throw std::invalid_argument("tables are smaller than what is read of them");
 }
@@ -103,7 +147,7 @@ Tail tail_from(const std::vector<int64_t>& parts) {
 }
 
 void attend(const std::string& kernel, int threads, int chunk, const std::vector<int>& shape, int blocks, int64_t tokens, int tail,
-            int dense, uintptr_t output, uintptr_t packed_query, uintptr_t dense_query, uintptr_t dense_keys, uintptr_t dense_values,
+            int dense, uintptr_t output, uintptr_t totals, uintptr_t packed_query, uintptr_t crossed_query, uintptr_t dense_query, uintptr_t dense_keys, uintptr_t dense_values,
             const HeldSide& keys, const HeldSide& values, const std::vector<int64_t>& keys_tail, const std::vector<int64_t>& values_tail,
             const HeldRotation& rotation, uintptr_t positions, int64_t position_stride, uintptr_t angles, uintptr_t table,
             uintptr_t starts, uintptr_t hidden, int hidden_batch, uintptr_t sink_index, int sinks, uintptr_t sink_logits, uintptr_t key_offsets,
@@ -113,6 +157,8 @@ void attend(const std::string& kernel, int threads, int chunk, const std::vector
     if (shape[4] > kMostDim) throw std::invalid_argument("heads have at most 512 channels");
     if (2 * rotation.rotation.pairs > shape[4]) throw std::invalid_argument("more channels turn than a head has");
     require_tables(keys, shape[2]), require_tables(values, shape[2]);
+    require_streams(keys, true, shape[2], shape[4]), require_streams(values, false, shape[2], shape[4]);
+    require(!(keys.streams && rotation.rotation.pairs) || crossed_query, "keys in streams that turn need queries a quarter of a turn further");
     Problem problem{};
     problem.batch = shape[0];
     problem.kv_heads = shape[2];
@@ -140,6 +186,8 @@ void attend(const std::string& kernel, int threads, int chunk, const std::vector
     problem.table = at<const Block>(table);
     problem.starts = at<const int64_t>(starts);
     problem.packed_query = at<const float>(packed_query);
+    problem.crossed_query = at<const float>(crossed_query);
+    problem.totals = at<float>(totals);
     problem.dense_query = at<const float>(dense_query);
     problem.dense_keys = at<const float>(dense_keys);
     problem.dense_values = at<const float>(dense_values);
@@ -170,17 +218,20 @@ NB_MODULE(_kernels, module) {
     module.def("moments", &add_moments, "numbers"_a, "found"_a, "sums"_a, "threads"_a,
                "Add the moments of all vectors to those of the level that each fell to; see codec/points.py.");
     define_encode(module);
+    nb::class_<HeldStreams>(module, "Streams", "What all trellis-coded streams of one side have in common.")
+        .def("__init__", &make_streams, nb::kw_only(), "counts"_a, "norms"_a, "high"_a, "low"_a, "finer"_a, "places"_a.none(),
+             "offsets"_a.none());
     nb::class_<HeldSide>(module, "Side", "The keys, or the values, of packed blocks: what all of them have in common.")
         .def("__init__", &make_side, nb::kw_only(), "bits"_a, "codes"_a, "numbers"_a, "channel_major"_a, "table"_a.none(),
              "fixed"_a, "scale"_a.none(), "zero"_a.none(), "ranges"_a, "exact"_a, "outlier"_a, "words"_a.none(),
-             "unit"_a.none(), "most"_a)
+             "unit"_a.none(), "most"_a, "streams"_a.none() = nb::none())
         .def_prop_ro("in_words", [](const HeldSide& held) { return held.side.words != nullptr; });
     nb::class_<HeldRotation>(module, "Rotation", "The rotary embedding of keys that are stored without it.")
         .def("__init__", &make_rotation, nb::kw_only(), "pairs"_a = 0, "interleaved"_a = false, "scaling"_a = 1.0f,
              "far"_a.none() = nb::none(), "near"_a.none() = nb::none(), "steps"_a.none() = nb::none(), "words"_a.none() = nb::none(),
              "lanes"_a.none() = nb::none());
     module.def("attend", &attend, nb::kw_only(), "kernel"_a, "threads"_a, "chunk"_a, "shape"_a, "blocks"_a, "tokens"_a, "tail"_a,
-               "dense"_a, "output"_a, "packed_query"_a, "dense_query"_a, "dense_keys"_a, "dense_values"_a, "keys"_a, "values"_a,
+               "dense"_a, "output"_a, "totals"_a, "packed_query"_a, "crossed_query"_a, "dense_query"_a, "dense_keys"_a, "dense_values"_a, "keys"_a, "values"_a,
                "keys_tail"_a, "values_tail"_a, "rotation"_a, "positions"_a, "position_stride"_a, "angles"_a, "table"_a, "starts"_a,
                "hidden"_a, "hidden_batch"_a, "sink_index"_a, "sinks"_a, "sink_logits"_a,
                "key_offsets"_a, "value_bias"_a, "scaling"_a, "softcap"_a,

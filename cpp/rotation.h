@@ -17,17 +17,23 @@ inline int32_t within(const Rotation& rotation, int32_t position) {
     return position < 0 ? 0 : position < rotation.last ? position : rotation.last;
 }
 
-// Turn queries [rows][head_dim] back by the angle of a position, and stretch them.
-inline void turn_back(const Rotation& rotation, int32_t position, int rows, int head_dim, float* query) {
+// Cosines and sines [pairs] of a position, stretched.
+inline void angles_at(const Rotation& rotation, int32_t position, float* __restrict cos, float* __restrict sin) {
     const int pairs = rotation.pairs;
     position = within(rotation, position);
     const float* __restrict far = rotation.far + int64_t(position / kBlock) * 2 * pairs;
     const float* __restrict step = rotation.steps + position % kBlock * 2 * pairs;
-    float cos[kMostPairs], sin[kMostPairs];
     for (int pair = 0; pair < pairs; ++pair) {
         cos[pair] = rotation.scaling * (far[pair] * step[pair] - far[pairs + pair] * step[pairs + pair]);
         sin[pair] = rotation.scaling * (far[pairs + pair] * step[pair] + far[pair] * step[pairs + pair]);
     }
+}
+
+// Turn queries [rows][head_dim] back by the angle of a position, and stretch them.
+inline void turn_back(const Rotation& rotation, int32_t position, int rows, int head_dim, float* query) {
+    const int pairs = rotation.pairs;
+    float cos[kMostPairs], sin[kMostPairs];
+    angles_at(rotation, position, cos, sin);
     for (int row = 0; row < rows; ++row, query += head_dim) {
         if (rotation.interleaved) {
             for (int pair = 0; pair < pairs; ++pair) {

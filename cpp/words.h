@@ -7,28 +7,15 @@
 
 #include <array>
 #include <cstring>
-#include <utility>
 
 #include "decode.h"
+#include "each.h"
 
 namespace narrowkv {
 namespace {
 
 inline __m512i load_words(const int16_t* p) { return _mm512_loadu_si512(p); }
 inline void store_words(int16_t* p, __m512i x) { _mm512_storeu_si512(p, x); }
-
-// Run `part` for 0 to n - 1 as types: of arrays whose places are known when it is compiled, registers are made.
-#define NARROWKV_INLINE __attribute__((always_inline))
-
-template <typename Part, int... i>
-NARROWKV_INLINE inline void each(const Part& part, std::integer_sequence<int, i...>) {
-    (part(std::integral_constant<int, i>()), ...);
-}
-
-template <int n, typename Part>
-NARROWKV_INLINE inline void each(const Part& part) {
-    each(part, std::make_integer_sequence<int, n>());
-}
 
 // The order of 32 tokens, or channels, in a register: even ones, then odd ones, since codes of neighbours share a word of packed bytes.
 inline constexpr int number_at(int place) { return 2 * (place % 16) + place / 16; }

@@ -64,6 +64,21 @@ class Codec:
     ) -> int:
         """Write codes, ranges and outliers of new tokens to their room."""
 
+class Streams:
+    """What all trellis-coded streams of one side have in common."""
+
+    def __init__(
+        self,
+        *,
+        counts: list[int],
+        norms: bool,
+        high: Tensor,
+        low: Tensor,
+        finer: Tensor,
+        places: Tensor | None,
+        offsets: Tensor | None,
+    ) -> None: ...
+
 class Side:
     """The keys, or the values, of packed blocks: what all of them have in common."""
 
@@ -84,6 +99,7 @@ class Side:
         words: Tensor | None,
         unit: Tensor | None,
         most: int,
+        streams: Streams | None = None,
     ) -> None: ...
     @property
     def in_words(self) -> bool:
@@ -115,7 +131,9 @@ def attend(
     tail: int,
     dense: int,
     output: int,
+    totals: int,
     packed_query: int,
+    crossed_query: int,
     dense_query: int,
     dense_keys: int,
     dense_values: int,

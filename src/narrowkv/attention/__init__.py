@@ -21,17 +21,27 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
 
 
 def chosen(
-    backend: str, device: torch.device, dtype: torch.dtype, schemes: list[tuple[Scheme, Scheme]], biased: bool = False
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    schemes: list[tuple[Scheme, Scheme]],
+    biased: bool = False,
+    stored: bool = False,
 ) -> str:
     """The backend meant: AUTO is `cpu` or `cuda` where it runs and reads all schemes, else `torch`; others are themselves.
 
-    biased: whether projections of the model add a bias to keys or values.
+    biased: whether projections of the model add a bias to keys or values. stored: whether a rotary embedding of it is a
+    StoredRope.
     """
     if backend != AUTO:
         return backend
     fits = device.type == "cpu" or (device.type == "cuda" and cuda.runs_on(device))
     fits = fits and not (device.type == "cuda" and biased and any(part.takes_bias_out for pair in schemes for part in pair))
-    reads = dtype != torch.float64 and not any(why_unread(scheme, biased) for pair in schemes for scheme in pair)
+    reads = dtype != torch.float64 and not any(
+        why_unread(device.type, scheme, keys, biased, stored)
+        for pair in schemes
+        for scheme, keys in zip(pair, (True, False), strict=True)
+    )
     return device.type if fits and reads else "torch"
 
 

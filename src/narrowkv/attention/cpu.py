@@ -14,11 +14,12 @@ from torch import Tensor
 from narrowkv import _kernels
 from narrowkv.attention import tiled
 from narrowkv.attention.cpu_tables import side_of, turned_by, turning_of
+from narrowkv.attention.cpu_trellis import StreamKeys, StreamValues, steps_to_anchors
 from narrowkv.attention.cpu_words import reads
 from narrowkv.attention.reading import matrix_of, offsets_of, require_read, turn_query, turn_sum, turn_value_bias
 from narrowkv.attention.rope import AnyRope, Rope
 from narrowkv.attention.visible import Visible
-from narrowkv.codec import Scheme
+from narrowkv.codec import Scheme, TrellisQuantizer
 from narrowkv.codec.compiled import KINDS
 from narrowkv.codec.memory import HALVES, address
 from narrowkv.errors import UnsupportedModelError
@@ -42,6 +43,28 @@ class _Blocks:
     matrices: tuple[Tensor | None, Tensor | None]  # by which keys, and values, are turned
     value_bias: Tensor | None  # as the codes see it
     in_words: bool  # whether WORDS reads them
+    stream_keys: StreamKeys | None
+    stream_values: StreamValues | None
+    anchors: Tensor | None  # of keys in streams, by `steps_to_anchors`
+
+    def asked(self, store: LayerStore, query: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Queries as the codes of the keys see them, and where these are streams a quarter of a turn further."""
+        if self.stream_keys is None:
+            return turn_query(store.quantizers[0], self.matrices[0], query), None
+        asked = self.stream_keys.asked(query)
+        return asked[0], asked[1]
+
+    def turned_from(self, kept: Tensor | None, tokens: int) -> Tensor | None:
+        """What the rotary embedding needs of each token in blocks and tail."""
+        if kept is None:
+            return None
+        return kept[:, :tokens] if self.anchors is None else kept[:, :tokens] + self.anchors[:tokens]
+
+    def channels(self, store: LayerStore, sums: Tensor, totals: Tensor | None) -> Tensor:
+        """Sums of values as their codes see them, turned back. totals: of weights, where values are streams."""
+        if self.stream_values is None or totals is None:
+            return turn_sum(store.quantizers[1], self.matrices[1], sums)
+        return self.stream_values.channels(sums, totals)
 
 
 _BLOCKS: WeakKeyDictionary[LayerStore, _Blocks] = WeakKeyDictionary()
@@ -72,7 +95,7 @@ def attend(
     """
     if query.device.type != "cpu":
         raise UnsupportedModelError(f"Backend cpu reads memory of the CPU, not of {query.device}; choose backend torch.")
-    require_read("cpu", store)
+    require_read("cpu", store, rope)
     rotated = rope if kept is not None else None
     sealed = min(store.sealed, past - store.first)
     beyond = query.shape[2] > tiled.FEW_QUERIES or query.dtype == torch.float64 or query.shape[3] > MOST_HEAD_DIM
@@ -86,8 +109,9 @@ def attend(
     tail = min(store.tail.tokens, past - store.first - sealed) if store.tail else 0
     keys, values, tokens = _exact(store, past, sealed + tail, new, rotated, kept)
     output = query.new_empty(2, *query.shape)
-    packed_query = turn_query(store.quantizers[0], blocks.matrices[0], query)
-    turning = turning_of(rotated, None if kept is None else kept[:, : sealed + tail], query.shape[0])
+    totals = None if blocks.stream_values is None else query.new_empty(query.shape[:3])
+    packed_query, crossed_query = blocks.asked(store, query)
+    turning = turning_of(rotated, blocks.turned_from(kept, sealed + tail), query.shape[0])
     if turning.angles is not None and kernel == WORDS:
         kernel = KERNELS[0]
     length = past + (new[0].shape[2] if new else 0)
@@ -106,7 +130,9 @@ def attend(
         tail=tail,
         dense=keys.shape[2],
         output=address(output, torch.float32),
+        totals=address(totals, torch.float32),
         packed_query=address(packed_query, torch.float32, shape=query.shape),
+        crossed_query=address(crossed_query, torch.float32, shape=query.shape),
         dense_query=address(query, torch.float32),
         dense_keys=address(keys, torch.float32),
         dense_values=address(values, torch.float32, shape=keys.shape),
@@ -130,7 +156,7 @@ def attend(
         scaling=scaling,
         softcap=softcap or 0.0,
     )
-    return turn_sum(store.quantizers[1], blocks.matrices[1], output[0]) + output[1]
+    return blocks.channels(store, output[0], totals) + output[1]
 
 
 def _tail(store: LayerStore, side: int) -> list[int]:
@@ -162,9 +188,12 @@ def _blocks(store: LayerStore, rope: AnyRope | None) -> _Blocks:
     known = _BLOCKS.get(store)
     if known is None or known.serials != serials:
         page = store.columns[0].page
-        sides = tuple(
-            side_of(quantizer, side, keys, rope if keys else None)
-            for quantizer, side, keys in zip(store.quantizers, (page.keys, page.values), (True, False), strict=True)
+        keys, values = store.quantizers
+        stream_keys = StreamKeys.of(keys, rope) if isinstance(keys, TrellisQuantizer) else None
+        stream_values = StreamValues.of(values) if isinstance(values, TrellisQuantizer) else None
+        sides = (
+            side_of(keys, page.keys, True, rope, stream_keys.streams if stream_keys else None),
+            side_of(values, page.values, False, None, stream_values.streams if stream_values else None),
         )
         starts = torch.tensor([0] + [column.count for column in store.columns], dtype=torch.int64, device="cpu").cumsum(0)
         matrices = (matrix_of(store.quantizers[0]), matrix_of(store.quantizers[1]))
@@ -172,10 +201,13 @@ def _blocks(store: LayerStore, rope: AnyRope | None) -> _Blocks:
             serials=serials,
             table=addresses(store.columns),
             starts=starts,
-            sides=(sides[0], sides[1]),
+            sides=sides,
             matrices=matrices,
             value_bias=turn_value_bias(store.quantizers[1], matrices[1], store.bias.values),
             in_words=all(side.in_words for side in sides),
+            stream_keys=stream_keys,
+            stream_values=stream_values,
+            anchors=steps_to_anchors([column.count for column in store.columns]) if stream_keys else None,
         )
     return known
 

@@ -24,17 +24,21 @@ NOTHING_TURNS = _kernels.Rotation()
 _ROTATIONS = WeakIdKeyDictionary()  # by a rope's frequencies: up to which position, scaling and pairing, and the tables
 
 
-def side_of(quantizer: AnyQuantizer, side: PackedSide, keys: bool, rope: AnyRope | None) -> _kernels.Side:
+def side_of(
+    quantizer: AnyQuantizer, side: PackedSide, keys: bool, rope: AnyRope | None, streams: _kernels.Streams | None
+) -> _kernels.Side:
     """What all blocks of keys, or of values, have in common. rope: of keys that are stored before it."""
     heads, _, codes = side.shape
     scheme = quantizer.scheme
+    if streams is not None:
+        _require_rows(side, scheme.codes(codes))
     table, scale, zero = None, None, None
     channel_major = is_channel_major(scheme, keys)
     ranges = list(side.ranges["scale"].shape[1:]) if "scale" in side.ranges else [1, 1, 1]
     if isinstance(quantizer, PointQuantizer):
         assert quantizer.points is not None
         table = quantizer.points.float().transpose(2, 3)
-    elif scheme.datatype != "exact":
+    elif scheme.datatype != "exact" and streams is None:
         assert isinstance(quantizer, Quantizer)
         assert quantizer.codebook is not None
         table = quantizer.codebook.float()
@@ -63,7 +67,17 @@ def side_of(quantizer: AnyQuantizer, side: PackedSide, keys: bool, rope: AnyRope
         words=None if in_words is None else in_words.table.view(torch.uint8),
         unit=None if in_words is None else in_words.unit,
         most=0 if in_words is None else in_words.most,
+        streams=streams,
     )
+
+
+def _require_rows(side: PackedSide, rows: int) -> None:
+    """Raise UnsupportedModelError unless a head of a block is so many rows of a byte of each token."""
+    if side.planes[0].shape[1:] != (side.shape[0], rows, BLOCK):
+        raise UnsupportedModelError(
+            f"Blocks of trellis-coded streams are {list(side.planes[0].shape[1:])}, not {[side.shape[0], rows, BLOCK]}, which "
+            "backend cpu reads; choose backend torch."
+        )
 
 
 def turned_by(rope: Rope | None) -> tuple[int, bool]:

@@ -52,7 +52,7 @@ def attend(
     UnsupportedModelError where Triton or the GPU is missing, for numbers kept in float64, for heads of more than 256 channels,
     and for keys rotated by Hadamard before the rotary embedding.
     """
-    _require(query, store)
+    _require(query, store, rope)
     options: dict[str, Any] = {"visible": visible, "scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
     if query.dtype == torch.float64:
         return tiled.attend(query, store, past=past, new=new, rope=rope, kept=kept, **options)
@@ -101,7 +101,7 @@ def prepare(
     told: `lengths` on the device, if a CUDA graph is captured; `kept` is then of all for which there is room. Raises
     UnsupportedModelError where a rule hides tokens from a captured step.
     """
-    launch = _require(query, store)
+    launch = _require(query, store, rope)
     rope = rope if kept is not None else None
     kept = _kept(rope, kept)
     blocks = blocks_of(store, rope, kept, visible.padding)
@@ -148,13 +148,13 @@ def runs_on(device: torch.device) -> bool:
     return launch is not None and (device.type == "cuda" or bool(launch.INTERPRETED))
 
 
-def _require(query: Tensor, store: LayerStore) -> Any:
-    """The module that launches kernels; raises UnsupportedModelError where they do not read such a cache."""
+def _require(query: Tensor, store: LayerStore, rope: AnyRope | None) -> Any:
+    """The module that launches kernels; raises UnsupportedModelError where they do not read a cache of such keys."""
     if _launch() is None:
         raise UnsupportedModelError("Backend cuda needs Triton; install it (`pip install triton`), or choose backend torch.")
     if not runs_on(query.device):
         raise UnsupportedModelError(f"Backend cuda reads memory of a GPU, not of {query.device}; choose backend torch.")
-    require_read("cuda", store)
+    require_read("cuda", store, rope)
     if store.bias.tensors():
         raise UnsupportedModelError("Backend cuda does not put back what projections add to keys; choose backend torch.")
     dim = query.shape[3]

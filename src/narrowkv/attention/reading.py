@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from narrowkv.attention.rope import AnyRope, Rope
+from narrowkv.attention.rope import AnyRope, Rope, StoredRope
 from narrowkv.codec import AnyQuantizer, PointQuantizer, Quantizer, Scheme, hadamard
 from narrowkv.errors import UnsupportedModelError
 from narrowkv.store import BLOCK, LayerStore
@@ -14,10 +14,13 @@ from narrowkv.store.bias import Bias
 
 
 @functools.cache
-def why_unread(scheme: Scheme, biased: bool = False) -> str | None:
-    """Why the kernel does not read a scheme; None if it does. biased: keys of a model whose projections add a bias."""
+def why_unread(backend: str, scheme: Scheme, keys: bool, biased: bool = False, stored: bool = False) -> str | None:
+    """Why the kernels of backend `cpu` or `cuda` do not read a scheme of keys or of values; None if they do.
+
+    biased: keys of a model whose projections add a bias. stored: keys whose rotary embedding is a StoredRope.
+    """
     if scheme.datatype == "trellis":
-        return "does not read trellis-coded streams yet"
+        return _why_no_streams(backend, scheme, keys, stored)
     forms = scheme.range_forms(1, BLOCK, BLOCK)
     if any(name not in ("scale", "zero") or dtype != torch.float16 for name, (_, dtype) in forms.items()):
         return f"does not read {scheme.datatype} codes ranged by {', '.join(forms)}"
@@ -28,10 +31,22 @@ def why_unread(scheme: Scheme, biased: bool = False) -> str | None:
     return None
 
 
-def require_read(backend: str, store: LayerStore) -> None:
-    """Raise UnsupportedModelError where the kernels of a backend do not read such a cache."""
-    for quantizer in store.quantizers:
-        if why := why_unread(quantizer.scheme, store.bias.keys is not None):
+def _why_no_streams(backend: str, scheme: Scheme, keys: bool, stored: bool) -> str | None:
+    """Why trellis-coded streams are not read; None if they are."""
+    if backend != "cpu":
+        return "does not read trellis-coded streams yet"
+    if keys and (scheme.turn or scheme.token_norm):
+        return "does not read trellis-coded keys that are turned as whole heads or have norms"
+    if keys and scheme.pre_rope and stored:
+        return "does not read trellis-coded keys of a rotary embedding whose angles are kept with each token"
+    return None
+
+
+def require_read(backend: str, store: LayerStore, rope: AnyRope | None) -> None:
+    """Raise UnsupportedModelError where the kernels of a backend do not read such a cache. rope: of its keys."""
+    stored = isinstance(rope, StoredRope)
+    for quantizer, keys in zip(store.quantizers, (True, False), strict=True):
+        if why := why_unread(backend, quantizer.scheme, keys, store.bias.keys is not None, stored):
             raise UnsupportedModelError(f"Backend {backend} {why}; choose backend torch.")
 
 

@@ -197,11 +197,14 @@ class TrellisQuantizer(Tables):
         coefficients = self._decoded(stream)
         if encoded.outlier_index is not None and encoded.outlier_values is not None:
             coefficients.view(-1)[encoded.outlier_index] = encoded.outlier_values.float()
-        coefficients = coefficients * self._norm(norm)
+        return self.channels_of(coefficients * self._norm(norm)) + self.mean[:, None]
+
+    def channels_of(self, coefficients: Tensor) -> Tensor:
+        """Coefficients [batch, kv_heads, tokens, n] of whole blocks, or their first tokens, as channels less their mean."""
         if self.matrix is not None:
-            return coefficients @ self.matrix.float() + self.mean[:, None]
+            return coefficients @ self.matrix.float()
         channels = self._from_pairs(coefficients)
-        return (channels if self.frames is None else self.frames.turn_back(channels)) + self.mean[:, None]
+        return channels if self.frames is None else self.frames.turn_back(channels)
 
     def _decoded(self, stream: Tensor) -> Tensor:
         """Coefficients [batch, kv_heads, tokens, n] float32 of streams."""

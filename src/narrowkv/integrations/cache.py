@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from narrowkv.attention import AUTO, BACKENDS, chosen, cpu, described
+from narrowkv.attention import AUTO, BACKENDS, StoredRope, chosen, cpu, described
 from narrowkv.attention.cuda_blocks import tables_for
 from narrowkv.calibration import Calibration, Fingerprint
 from narrowkv.calibration.processes import tensor_parallel_rank
@@ -60,7 +60,8 @@ class PackedCache(RunningCache):
         self.recipe = source.recipe if isinstance(source, Calibration) else get_recipe(source)
         facts = facts_for(model, backend, [self.recipe])
         biased = any(part is not None for fact in facts.attention for part in (fact.constants.keys, fact.constants.values))
-        backend = chosen(backend, model.device, model.dtype, self.recipe.every_scheme(), biased)
+        stored = any(isinstance(fact.rope, StoredRope) for fact in facts.attention)
+        backend = chosen(backend, model.device, model.dtype, self.recipe.every_scheme(), biased, stored)
         self.model_dtype = dtype_of(decoder_of(model))  # when the first tokens came; until then, at the creation
         self.fingerprint = Fingerprint.of(model)
         if isinstance(source, Calibration):

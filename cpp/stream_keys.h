@@ -1,0 +1,157 @@
+// Scores of keys in trellis-coded streams. Compiled once for each instruction set: included after `simd`.
+//
+// Keys of a frame of 16 tokens are turned to its middle already, so that where positions follow each other one query, turned to the
+// middle, meets all of them. Coefficients are multiplied in grid steps, and what the mean of keys adds to each is added to it there.
+
+#pragma once
+
+#include "rotation.h"
+#include "streams.h"
+#include "tile.h"
+
+namespace narrowkv {
+namespace {
+
+// Scores [queries][16] of some queries, `stride` apart, and a frame's coefficients, [coded][64], and offsets, [all][16].
+template <int queries>
+inline void score_frame(const float* query, int stride, const int32_t* places, const int8_t* tile, const float* offsets, int coded,
+                        int all_places, float* scores) {
+    constexpr int wide = kFrame / simd::width, ways = queries * wide < 8 ? 8 / (queries * wide) : 1;
+    Floats sum[ways][queries][wide] = {};
+    int i = 0;
+    for (; i < coded; i += ways) {
+        for (int way = 0; way < ways; ++way) {
+            const float* asked = query + places[i + way];
+            for (int w = 0; w < wide; ++w) {
+                const Floats number = simd::to_floats(tile + (i + way) * kBlock + w * simd::width) + load(offsets + (i + way) * kFrame + w * simd::width);
+                for (int q = 0; q < queries; ++q) sum[way][q][w] += all(asked[q * stride]) * number;
+            }
+        }
+    }
+    for (; i < all_places; ++i) {
+        for (int w = 0; w < wide; ++w) {
+            for (int q = 0; q < queries; ++q) sum[0][q][w] += all(query[q * stride + places[i]]) * load(offsets + i * kFrame + w * simd::width);
+        }
+    }
+    for (int q = 0; q < queries; ++q) {
+        for (int w = 0; w < wide; ++w) {
+            for (int way = 1; way < ways; ++way) sum[0][q][w] += sum[way][q][w];
+            store(scores + q * kFrame + w * simd::width, sum[0][q][w]);
+        }
+    }
+}
+
+class StreamKeys {
+  public:
+    explicit StreamKeys(const Problem& problem)
+        : problem(problem), rows(problem.group * problem.queries), dim(problem.head_dim) {
+        if (!problem.keys.streams) return;
+        const size_t size = size_t(rows) * dim;
+        asked.resize(size), crossed.resize(size), turned.resize(size);
+        cos.resize(dim / 2, 1.0f), sin.resize(dim / 2, 0.0f);
+        found.resize(size_t(rows) * kFrame);
+        tile.resize(size_t(dim) * kBlock);
+    }
+
+    // Queries of a head.
+    void begin(int of_row, int of_head) {
+        row = of_row, head = of_head;
+        const int64_t first = (int64_t(row) * problem.kv_heads + head) * rows * dim;
+        for (int i = 0; i < rows * dim; ++i) {
+            asked[i] = problem.packed_query[first + i] * problem.scaling;
+            if (problem.crossed_query) crossed[i] = problem.crossed_query[first + i] * problem.scaling;
+        }
+    }
+
+    // Scores [rows][64] of a block, whose tokens begin at `start`.
+    void take_block(const Block& block, const Block& next, int64_t start, int count, float* scores) {
+        const Streams& streams = *problem.keys.streams;
+        const int64_t at = int64_t(head) * streams.bytes * kBlock;
+        decode_streams(streams, block.planes[0] + at, next.planes[0] + at, tile.data());
+        misses.of_block(problem.keys, block, head, tile.data());
+        score(start, count, scores);
+    }
+
+    void take_tail(const Tail& tail, float* scores) {
+        const Streams& streams = *problem.keys.streams;
+        const int64_t place = int64_t(row) * problem.kv_heads + head;
+        decode_stream_tail(streams, static_cast<const uint8_t*>(tail.codes) + place * kBlock * streams.bytes, problem.tail, tile.data());
+        misses.of_tail(problem.keys, tail, place, tile.data());
+        score(problem.tokens, problem.tail, scores);
+    }
+
+  private:
+    const Problem& problem;
+    const int rows, dim;
+    int row = 0, head = 0;
+    Room<float> asked, crossed, turned;  // [rows][head_dim]: where angles are 0, a quarter of a turn further, and as a frame needs it
+    Room<float> cos, sin;                // [head_dim / 2] of a frame; pairs that do not turn have an angle of 0
+    Room<float> found;                   // [rows][16] scores of a frame
+    Room<int8_t> tile;                   // [coded][64]
+    Misses misses;
+
+    void score(int64_t start, int count, float* scores) {
+        const Miss* missed = misses.begin();
+        for (int from = 0; from < count; from += kFrame) {
+            const int stop = count < from + kFrame ? count : from + kFrame;
+            for (int first = from; first < stop;) {
+                const int end = together(start, first, stop);
+                const float* query = turn(start + first);
+                score_some(query, from, first, end, missed, scores);
+                first = end;
+            }
+            while (missed < misses.end() && missed->token < stop) ++missed;
+        }
+    }
+
+    // Where the tokens end that, from the first one on, share an angle with it.
+    int together(int64_t start, int first, int stop) const {
+        const Rotation& rotation = problem.rotation;
+        if (!rotation.pairs) return stop;
+        if (rotation.angles) return first + 1;
+        const int32_t* positions = rotation.positions + row * rotation.position_stride + start;
+        int end = first + 1;
+        while (end < stop && positions[end] == positions[first]) ++end;
+        return end;
+    }
+
+    // Queries as coefficients of a token see them.
+    const float* turn(int64_t token) {
+        const Rotation& rotation = problem.rotation;
+        const int half = dim / 2;
+        if (!rotation.pairs) return asked.data();
+        if (rotation.angles) {
+            const float* given = rotation.angles + (row * (problem.tokens + problem.tail) + token) * 2 * rotation.pairs;
+            std::copy(given, given + rotation.pairs, cos.begin());
+            std::copy(given + rotation.pairs, given + 2 * rotation.pairs, sin.begin());
+        } else {
+            angles_at(rotation, rotation.positions[row * rotation.position_stride + token], cos.data(), sin.data());
+        }
+        const float *c = cos.data(), *s = sin.data(), *x = asked.data(), *y = crossed.data();
+        float* __restrict to = turned.data();
+        for (int i = 0; i < 2 * rows; ++i, x += half, y += half, to += half) {
+            for (int pair = 0; pair < half; ++pair) to[pair] = c[pair] * x[pair] + s[pair] * y[pair];
+        }
+        return turned.data();
+    }
+
+    // Scores of tokens [first, end) of the frame from `from` on. missed: outliers from the frame's first one on.
+    void score_some(const float* query, int from, int first, int end, const Miss* missed, float* scores) {
+        const Streams& streams = *problem.keys.streams;
+        const int32_t* places = streams.places + int64_t(head) * dim;
+        by_fours(rows, [&](int i, auto queries) {
+            score_frame<queries>(query + i * dim, dim, places, tile.data() + from, streams.offsets + int64_t(head) * dim * kFrame,
+                                 streams.coded(), dim, found.data() + i * kFrame);
+        });
+        for (int i = 0; i < rows; ++i) {
+            for (int token = first; token < end; ++token) scores[i * kBlock + token] = found[i * kFrame + token - from];
+        }
+        for (; missed < misses.end() && missed->token < end; ++missed) {
+            if (missed->token < first) continue;
+            for (int i = 0; i < rows; ++i) scores[i * kBlock + missed->token] += query[i * dim + places[missed->place]] * missed->by;
+        }
+    }
+};
+
+}  // namespace
+}  // namespace narrowkv

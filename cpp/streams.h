@@ -1,0 +1,127 @@
+// Trellis-coded streams of a block, or of the tail, decoded to grid steps. Compiled once for each instruction set: included after
+// `simd`. codec/trellis.py says what a stream is; a block holds byte i of the streams of its 64 tokens side by side.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "attention.h"
+#include "each.h"
+#include "half.h"
+#include "scratch.h"
+
+namespace narrowkv {
+namespace {
+
+using simd::Lanes;
+
+constexpr int kLanes = sizeof(Lanes);
+
+inline Lanes load_lanes(const uint8_t* p) {
+    Lanes x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+inline Lanes every(int byte) { return Lanes{} + uint8_t(byte); }
+
+// Four bits from `from` on, counted from the first bit of bytes[0]; what other bits of 16 hold is cut off.
+template <int from>
+inline Lanes nibble(const Lanes* bytes) {
+    constexpr int byte = from / 8, after = from % 8 - 4;  // after: bits that lie in the next byte
+    if constexpr (after <= 0) return Lanes(simd::Words(bytes[byte]) >> -after) & every(15);
+    else return (Lanes(simd::Words(bytes[byte + 1]) >> (8 - after)) & every((1 << after) - 1)) |
+                (Lanes(simd::Words(bytes[byte]) << after) & every(15 & ~((1 << after) - 1)));
+}
+
+// Eight coefficients of rate k of 64 tokens. before: the row of bytes ahead of the unit's own; high, low: tables of 16.
+template <int k>
+inline void decode_unit(const uint8_t* before, const uint8_t* own, Lanes high, Lanes low, int8_t* tile) {
+    for (int token = 0; token < kBlock; token += kLanes) {
+        Lanes bytes[k + 1] = {load_lanes(before + token)};
+        each<k>([&](auto i) NARROWKV_INLINE { bytes[i + 1] = load_lanes(own + i * kBlock + token); });
+        each<kUnit>([&](auto i) NARROWKV_INLINE {
+            constexpr int end = 8 + k * (i + 1);
+            const Lanes value = simd::pick(high, nibble<end - 8>(bytes)) + simd::pick(low, nibble<end - 4>(bytes));
+            std::memcpy(tile + i * kBlock + token, &value, sizeof value);
+        });
+    }
+}
+
+// A head of a block: [coded][64]. next: that of the block that will be read next, asked for on the way.
+inline void decode_streams(const Streams& streams, const uint8_t* codes, const uint8_t* next, int8_t* tile) {
+    alignas(64) static const uint8_t nothing[kBlock] = {};
+    const uint8_t* before = nothing;
+    each<kMostRate>([&](auto i) NARROWKV_INLINE {
+        constexpr int k = i + 1;
+        const Lanes high = simd::repeated(streams.high + i * 16), low = simd::repeated(streams.low + i * 16);
+        for (int unit = 0; unit < streams.counts[i]; ++unit) {
+            decode_unit<k>(before, codes, high, low, tile);
+            for (int row = 0; row < k; ++row) __builtin_prefetch(next + row * kBlock, 0, 2);
+            codes += k * kBlock, next += k * kBlock, tile += kUnit * kBlock;
+            before = codes - kBlock;
+        }
+    });
+}
+
+// The same of `count` tokens whose streams lie one after the other; of those beyond zeros.
+inline void decode_stream_tail(const Streams& streams, const uint8_t* codes, int count, int8_t* tile) {
+    std::memset(tile, 0, size_t(streams.coded()) * kBlock);
+    for (int token = 0; token < count; ++token, codes += streams.bytes) {
+        int8_t* to = tile + token;
+        for (int k = 1, end = 0; k <= kMostRate; ++k) {
+            for (int i = 0; i < kUnit * streams.counts[k - 1]; ++i, to += kBlock) {
+                end += k;
+                const int last = (end - 1) / 8, two = (last ? codes[last - 1] << 8 : 0) | codes[last];
+                const int state = two >> (8 * last + 8 - end) & 255;
+                *to = int8_t(streams.high[(k - 1) * 16 + (state >> 4)] + streams.low[(k - 1) * 16 + (state & 15)]);
+            }
+        }
+    }
+}
+
+// By how much an exact coefficient is off what its code stands for, in grid steps.
+struct Miss {
+    int token, place;
+    float by;
+};
+
+// A head's outliers in ascending order of tokens, as far as they lie within a block of so many coefficients.
+class Misses {
+  public:
+    const Miss* begin() const { return found.data(); }
+    const Miss* end() const { return found.data() + found.size(); }
+
+    void of_block(const Side& side, const Block& block, int head, const int8_t* tile) {
+        found.clear();
+        if (!block.outlier_offsets) return;
+        for (int i = block.outlier_offsets[head]; i < block.outlier_offsets[head + 1]; ++i) {
+            add(side, block.outlier_index[i], block.outlier_values, i, tile);
+        }
+    }
+
+    void of_tail(const Side& side, const Tail& tail, int64_t place, const int8_t* tile) {
+        found.clear();
+        for (int64_t i = 0; i < tail.outliers; ++i) {
+            add(side, tail.outlier_index[i] - place * kBlock * side.streams->coded(), tail.outlier_values, i, tile);
+        }
+        std::stable_sort(found.begin(), found.end(), [](const Miss& a, const Miss& b) { return a.token < b.token; });
+    }
+
+  private:
+    std::vector<Miss> found;
+
+    void add(const Side& side, int64_t index, const void* values, int64_t i, const int8_t* tile) {
+        const Streams& streams = *side.streams;
+        const int coded = streams.coded();
+        if (index < 0 || index >= int64_t(kBlock) * coded) return;
+        const int token = int(index) / coded, place = int(index) % coded;
+        const float exact = to_single(static_cast<const uint16_t*>(values)[i], side.outlier);
+        found.push_back({token, place, exact * streams.finer[place] - tile[place * kBlock + token]});
+    }
+};
+
+}  // namespace
+}  // namespace narrowkv

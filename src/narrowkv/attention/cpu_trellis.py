@@ -1,0 +1,154 @@
+"""Trellis-coded streams as the compiled attention of `cpu` reads them.
+
+Coefficients are multiplied in grid steps. What makes channels of them goes to the queries, for keys, and to the finished
+sums, for values; what the mean of keys adds to a score is added to coefficients, at the same cost for any number of queries.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from narrowkv import _kernels
+from narrowkv.attention.rope import AnyRope, Rope
+from narrowkv.codec import TrellisQuantizer, trellis
+from narrowkv.codec.frames import FRAME, MIDDLE, Frames
+from narrowkv.codec.points import from_vectors, to_vectors
+from narrowkv.errors import UnsupportedModelError
+from narrowkv.store import BLOCK
+
+EXACT_ENOUGH = 1e-4  # of the mean of keys, as coefficients have it
+
+
+@dataclass(frozen=True)
+class StreamKeys:
+    """Keys in streams: what the kernel reads of them, and what turns queries into its own.
+
+    turns: [2, 2, 2, kv_heads, 1, head_dim / 2] float32, by which the two numbers of each pair of channels that turn together
+    become those that meet coefficients: where the angle is 0, and a quarter of a turn further.
+    """
+
+    streams: _kernels.Streams
+    channels: Tensor
+    turns: Tensor
+
+    @classmethod
+    def of(cls, quantizer: TrellisQuantizer, rope: AnyRope | None) -> "StreamKeys":
+        """rope: of keys that are stored before it. Raises UnsupportedModelError where it is not that of the calibration."""
+        assert quantizer.mean is not None and quantizer.order is not None
+        frames = quantizer.frames or Frames.of(quantizer.mean.shape[1])
+        _require_rope(frames, rope)
+        places, scales = _places(quantizer.order, quantizer.mean.shape[1]), _scales(quantizer)
+        steps = torch.ones_like(places, dtype=torch.float64)  # of the coefficient in each place
+        steps.scatter_(1, places[:, : len(scales)], scales.expand(len(steps), -1))
+        offsets = (_offsets(quantizer, frames) / steps[:, None]).mT.gather(1, places[..., None].expand(-1, -1, FRAME))
+        streams = _streams(quantizer, places.int(), offsets.float().contiguous())
+        return cls(streams, frames.channels.long(), _turns(quantizer, frames, steps))
+
+    def asked(self, query: Tensor) -> Tensor:
+        """Queries [batch, query_heads, queries, head_dim] as coefficients see them, two of each: [2, ...]."""
+        grouped = query.reshape(len(query), self.turns.shape[3], -1, query.shape[-1])[..., self.channels]
+        first, second = grouped.chunk(2, dim=-1)
+        turned = self.turns[:, :, 0, None] * first + self.turns[:, :, 1, None] * second  # [2, 2, batch, kv_heads, rows, pairs]
+        return torch.cat([turned[:, 0], turned[:, 1]], dim=-1).view(2, *query.shape)
+
+
+@dataclass(frozen=True)
+class StreamValues:
+    """Values in streams: what the kernel reads of them, and what makes channels of its sums.
+
+    matrix: [kv_heads, n, head_dim], mean: [kv_heads, head_dim], float32.
+    """
+
+    streams: _kernels.Streams
+    matrix: Tensor
+    mean: Tensor
+
+    @classmethod
+    def of(cls, quantizer: TrellisQuantizer) -> "StreamValues":
+        assert quantizer.mean is not None
+        scales = _scales(quantizer).float()
+        one_by_one = torch.eye(len(scales), dtype=torch.float32, device="cpu").expand(1, len(quantizer.mean), -1, -1)
+        matrix = scales[:, None] * quantizer.channels_of(one_by_one)[0]
+        return cls(_streams(quantizer, None, None), matrix.contiguous(), quantizer.mean)
+
+    def channels(self, sums: Tensor, totals: Tensor) -> Tensor:
+        """Sums of coefficients [batch, query_heads, queries, head_dim], of which n count, and of weights, as channels."""
+        heads, n, _ = self.matrix.shape
+        by_head = sums.view(len(sums), heads, -1, sums.shape[-1])[..., :n]
+        found = by_head @ self.matrix + totals.view(len(sums), heads, -1, 1) * self.mean[:, None]
+        return found.view(sums.shape)
+
+
+def steps_to_anchors(counts: list[int]) -> Tensor:
+    """What leads from a token's position to one that all tokens of a frame share where theirs follow each other.
+
+    counts: tokens of blocks. Returns [tokens of blocks and of one more] int32: to FRAME - MIDDLE behind the middle of the
+    frame, which is not below 0 where positions are not.
+    """
+    places = torch.cat([torch.arange(count, dtype=torch.int32, device="cpu") for count in (*counts, BLOCK)])
+    return FRAME - places % FRAME
+
+
+def _places(order: Tensor, head_dim: int) -> Tensor:
+    """All places of coefficients, [kv_heads, head_dim] int64: order [kv_heads, n], of those with codes, then the others."""
+    every = torch.arange(head_dim, dtype=torch.int64, device="cpu").expand(len(order), -1)
+    return (every + head_dim).scatter(1, order.long(), every[:, : order.shape[1]]).argsort(1)
+
+
+def _turns(quantizer: TrellisQuantizer, frames: Frames, steps: Tensor) -> Tensor:
+    """`StreamKeys.turns`; steps: what a grid step of each coefficient is, [kv_heads, head_dim] float64."""
+    assert quantizer.pairs is not None
+    pairs = quantizer.pairs.double() * to_vectors(steps, 2)[..., None]
+    angles = frames.frequencies.double() * (FRAME - MIDDLE)  # from the middle to where `steps_to_anchors` leads
+    cos, sin = angles.cos(), angles.sin()
+    still = torch.stack([torch.stack([cos, -sin]), torch.stack([sin, cos])])  # [2, 2, pairs]
+    quarter = torch.stack([still[1], -still[0]])
+    turns = torch.stack([torch.einsum("hdij,jkd->ikhd", pairs, by) for by in (still, quarter)])
+    return turns[:, :, :, :, None].float().contiguous()
+
+
+def _offsets(quantizer: TrellisQuantizer, frames: Frames) -> Tensor:
+    """The mean of keys at each token of a frame, as coefficients: [kv_heads, 16, head_dim] float64."""
+    assert quantizer.mean is not None and quantizer.pairs is not None
+    turned = frames.turn(quantizer.mean.double()[:, None].expand(-1, FRAME, -1), 0)
+    pairs = quantizer.pairs.double()[:, None]
+    found = (to_vectors(turned, 2)[..., None, :] @ torch.linalg.pinv(pairs))[..., 0, :]
+    missed = (found[..., None, :] @ pairs)[..., 0, :] - to_vectors(turned, 2)
+    if missed.norm() > EXACT_ENOUGH * turned.norm():
+        raise UnsupportedModelError(
+            "The mean of keys lies where their transform has nothing, so backend cpu cannot add it; choose backend torch."
+        )
+    return from_vectors(found)
+
+
+def _require_rope(frames: Frames, rope: AnyRope | None) -> None:
+    """Raise UnsupportedModelError unless keys turn in their frames as the rotary embedding turns them."""
+    dim = len(frames.channels)
+    turning = () if rope is None else (rope.inverse_frequencies, rope.interleaved) if isinstance(rope, Rope) else None
+    expected = None if turning is None else Frames.of(dim, *turning)
+    alike = expected is not None and torch.equal(expected.channels, frames.channels)
+    if expected is None or not (alike and torch.allclose(expected.frequencies, frames.frequencies)):
+        raise UnsupportedModelError(
+            "Keys were calibrated for another rotary embedding than the model has, or its angles have no positions, which "
+            "backend cpu does not read in trellis-coded streams; calibrate the model, or choose backend torch."
+        )
+
+
+def _scales(quantizer: TrellisQuantizer) -> Tensor:
+    """What a grid step of each coefficient is, [n] float64."""
+    assert quantizer.scales is not None and quantizer.scheme.counts is not None
+    return quantizer.scales.double()[trellis.rates_of(quantizer.scheme.counts, quantizer.scales.device) - 1]
+
+
+def _streams(quantizer: TrellisQuantizer, places: Tensor | None, offsets: Tensor | None) -> _kernels.Streams:
+    assert quantizer.entries is not None and quantizer.scheme.counts is not None
+    return _kernels.Streams(
+        counts=list(quantizer.scheme.counts[1:]),
+        norms=quantizer.scheme.token_norm,
+        high=quantizer.entries[0, :, 0].contiguous(),
+        low=quantizer.entries[0, :, 1].contiguous(),
+        finer=(1 / _scales(quantizer)).float(),
+        places=None if places is None else places.contiguous(),
+        offsets=offsets,
+    )
