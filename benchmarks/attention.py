@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.drawn import HEAD_DIM, KV_HEADS, QUERY_HEADS, fill
+from benchmarks.drawn import HEAD_DIM, KV_HEADS, QUERY_HEADS, fill, rotary
 from benchmarks.running import medians, options, write
-from narrowkv.attention import Rope, Visible, cpu
+from narrowkv.attention import Visible, cpu
 from narrowkv.store import LayerStore
 
-RECIPES = ("nuq4-1%", "nuq3-1%", "nuq2-1%", "kivi-2", "pair2", "pair3")
+RECIPES = ("nuq4-1%", "nuq3-1%", "nuq2-1%", "kivi-2", "pair2", "pair3", "trellis2", "trellis3")
 BANDWIDTH_BYTES = 2**28
 # each of the libraries that torch computes with looks at its own, once; with the first alone matrices are still those of AMX
 AVX2_ALONE = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
@@ -34,11 +34,10 @@ AVX2_ALONE = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_
 def asking(store: LayerStore, past: int, new: tuple[Tensor, ...]) -> dict[str, Any]:
     """What `attend` is told beside queries and store: of `past` tokens held, and keys and values of new ones."""
     pre_rope = store.quantizers[0].scheme.pre_rope
-    rope = Rope(1 / 10_000 ** (torch.arange(HEAD_DIM // 2) / (HEAD_DIM // 2)))
     return {
         "past": past,
         "new": new,
-        "rope": rope if pre_rope else None,
+        "rope": rotary() if pre_rope else None,
         "kept": torch.arange(past, dtype=torch.int32)[None] if pre_rope else None,
         "visible": Visible(),
         "scaling": HEAD_DIM**-0.5,

@@ -3,19 +3,36 @@
 import contextlib
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from narrowkv import get_recipe
-from narrowkv.codec import AnyQuantizer, Encoded, Quantizer, Scheme, quantizer_for
+from narrowkv.attention import Rope
+from narrowkv.codec import AnyQuantizer, Encoded, Quantizer, Scheme, TrellisQuantizer, quantizer_for
+from narrowkv.codec.frames import Frames
+from narrowkv.codec.gaussian_tables import STEPS, gaussian_tables
+from narrowkv.codec.trellis_quantizer import NORM_ZERO
 from narrowkv.store import LayerStore
 
 QUERY_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+RATES = {
+    2: (2, 3, 6, 3, 2, 0, 0),
+    3: (1, 1, 3, 4, 6, 1, 0),
+    4: (0, 1, 1, 2, 7, 3, 2),
+}  # units of 0, 1, ... bits
+
+
+def rotary() -> Rope:
+    """The rotary embedding of keys."""
+    return Rope(1 / 10_000 ** (torch.arange(HEAD_DIM // 2) / (HEAD_DIM // 2)))
 
 
 def random_quantizer(scheme: Scheme) -> AnyQuantizer:
     """A scheme with tables that fit normal numbers about as learned ones would."""
+    if scheme.datatype == "trellis":
+        return random_streams(replace(scheme, counts=RATES[int(scheme.bits)]))
     levels = 2**scheme.code_bits
     if scheme.codebook != "layer":
         codes = HEAD_DIM // scheme.numbers
@@ -37,16 +54,52 @@ def random_quantizer(scheme: Scheme) -> AnyQuantizer:
     return Quantizer(scheme, **tables)
 
 
+def random_streams(scheme: Scheme) -> TrellisQuantizer:
+    """Trellis-coded streams of the rates of a scheme."""
+    n, universal = scheme.outlier_places(HEAD_DIM), gaussian_tables()
+    tables = {
+        "mean": torch.randn(KV_HEADS, HEAD_DIM),
+        "entries": torch.stack([universal.high, universal.low], dim=1)[None],
+        "steps": torch.tensor(STEPS),
+        "scales": torch.tensor(STEPS),
+        "weight": torch.ones(KV_HEADS, n),
+    }
+    if scheme.outliers:
+        tables["limit"] = torch.ones(1)
+    if scheme.turn:
+        tables["matrix"] = torch.linalg.qr(torch.randn(KV_HEADS, HEAD_DIM, HEAD_DIM)).Q[:, :n].half()
+    else:
+        tables["pairs"] = torch.eye(2).expand(KV_HEADS, HEAD_DIM // 2, -1, -1).half()
+        tables["order"] = torch.stack([torch.randperm(HEAD_DIM)[:n] for _ in range(KV_HEADS)]).short()
+    if scheme.pre_rope:
+        tables |= vars(Frames.of(HEAD_DIM, rotary().inverse_frequencies))
+    return TrellisQuantizer(scheme, **tables)
+
+
 def draw_codes(scheme: Scheme, x: Tensor, skip: Tensor | None = None) -> Encoded:
-    """Codes at random, in place of the nearest points."""
-    codes = HEAD_DIM // scheme.numbers
-    return Encoded(torch.randint(2**scheme.code_bits, (*x.shape[:3], codes), dtype=torch.uint8))
+    """Codes at random, in place of the nearest points; of streams outliers too."""
+    shape = (*x.shape[:3], scheme.codes(HEAD_DIM))
+    encoded = Encoded(torch.randint(2**scheme.code_bits, shape, dtype=torch.uint8))
+    if scheme.datatype != "trellis":
+        return encoded
+    if scheme.token_norm:
+        encoded.codes[..., -1] = NORM_ZERO
+    if scheme.outliers:
+        encoded.outlier_places = scheme.outlier_places(HEAD_DIM)
+        places = x.shape[:3].numel() * encoded.outlier_places
+        encoded.outlier_index = torch.rand(places).lt(scheme.outliers).nonzero()[:, 0]
+        encoded.outlier_values = torch.randn(len(encoded.outlier_index)).half()
+    return encoded
 
 
 @contextlib.contextmanager
 def draw_at_random(store: LayerStore) -> Iterator[None]:
-    """Within, points are not searched for: codes of pairs are drawn."""
-    searching = [quantizer for quantizer in store.quantizers if quantizer.scheme.codebook != "layer"]
+    """Within, points and streams are not searched for: codes are drawn."""
+    searching = [
+        quantizer
+        for quantizer in store.quantizers
+        if quantizer.scheme.codebook != "layer" or quantizer.scheme.datatype == "trellis"
+    ]
     for quantizer in searching:
         object.__setattr__(quantizer, "encode", functools.partial(draw_codes, quantizer.scheme))
     yield
