@@ -1,4 +1,4 @@
-"""KVarN (arXiv 2606.03458, section 3; huawei-csl/KVarN): tiles of 128 tokens whose channels and tokens get even variances.
+"""KVarN (arXiv 2606.03458, dual scaling; huawei-csl/KVarN): tiles of 128 tokens whose channels and tokens get even variances.
 
 Hadamard rotation of channels; 16 rounds of dividing a tile by the standard deviations of its tokens and channels in turn, of
 which the round with the least imbalance is kept; then uniform codes, keys by channel and values by token. Scales of 16 bits

@@ -1,4 +1,4 @@
-"""OSCAR (arXiv 2605.17757, section 4; FutureMLS-Lab/OSCAR): rotations of a layer by what attention makes of keys and values.
+"""OSCAR (arXiv 2605.17757, section 3; FutureMLS-Lab/OSCAR): rotations of a layer by what attention makes of keys and values.
 
 Keys: eigenvectors of the mean of q q', over the kv heads of the layer; values: of the mean of v v', each token weighted by the
 energy k' E[q q'] k of its key. Then a Hadamard matrix and a permutation by reversed bits. Tokens are clipped at their

@@ -1,4 +1,4 @@
-"""OScaR (arXiv 2605.19660; ZunhaiSu/OScaR-KV-Quant): norms of tokens written aside, then KIVI's axes in a rotated basis.
+"""OScaR (arXiv 2605.19660, canalized rotation and omni-token scaling; ZunhaiSu/OScaR-KV-Quant): KIVI's axes, norms aside.
 
 Keys: Hadamard rotation, each token divided by its norm over all heads, 2 bits for each channel in groups of 32 tokens. Values:
 Hadamard rotation, 2 bits for each token in groups of 32 channels. Zero points are whole numbers of steps. Published with

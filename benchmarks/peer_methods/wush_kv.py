@@ -7,7 +7,8 @@ turned by T^-T; values have T in the weights. Codes as in QuEST (arXiv 2502.0500
 multiple of the token's root mean square that is best for a Gaussian. Published with 16 sinks and 128 recent tokens.
 
 Filled in by us, as the code for caches is not public: the metric of values is that of the output projection alone, without a
-Hessian of the loss; one transform for each kv head; one 16-bit scale for each token and head.
+Hessian of the loss; one transform for each kv head; one 16-bit scale for each token and head. On tasks, though not for
+perplexity, the authors round as OSCAR does.
 """
 
 import torch
