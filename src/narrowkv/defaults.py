@@ -4,9 +4,12 @@ AUTO = "auto"  # the attention backend that suits device and recipe
 DENSE = "dense"  # attention by the model itself, over numbers that went through the codec
 DEMO = "narrowkv://demo"  # the model that comes with the package
 RECIPE = "narrow3"
+MIX = "narrowkv://mix"  # the text to learn from where none is given
 
 REFERENCE_TOKENS = 32_768  # at which bits are counted: tables weigh less the longer a cache is
 STREAM_CHUNK = 128  # tokens of a chunk where a text is scored as a stream
+WINDOW, SAMPLES = 2048, 16  # tokens of a sequence and sequences to learn from
+MIX_WINDOW, MIX_SAMPLES = 512, 32  # of the mix, which has about 20,000 tokens: some are left for `--check`
 
 LADDERS = ("steps", "grid", "outliers", "sinks", "parts", "texts", "times")
 TASKS = ("passkey", "key-value", "multi-needle", "variables", "counting")

@@ -1,12 +1,14 @@
 import os
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
+import narrowkv.evaluate
 from narrowkv.errors import TextError
 from narrowkv.evaluate.sources import read_text, read_texts
-from narrowkv.evaluate.texts import held_out_text, training_text
+from narrowkv.evaluate.texts import held_out_text, mixed_text, training_text
 
 
 def paragraphs(text):
@@ -20,9 +22,34 @@ def test_nothing_held_out_is_trained_on():
     assert len(training_text()) > 3 * len(held_out_text())
 
 
+MIX = Path(narrowkv.evaluate.__file__).with_name("mix")
+KINDS = {path.stem: path.read_text(encoding="utf-8").strip("\n").split("\n%%%%\n") for path in MIX.glob("*.txt")}
+
+
+def test_every_document_is_in_the_mix_once_and_its_kinds_take_turns():
+    assert len(KINDS) >= 8
+    text = mixed_text()
+    for documents in KINDS.values():
+        assert len(documents) >= 5 and all(text.count(document) == 1 for document in documents)
+    every = [document for documents in KINDS.values() for document in documents]
+    assert len(text) == sum(map(len, every)) + 2 * (len(every) - 1) > 65_000
+    for half in (text[: len(text) // 2], text[len(text) // 2 :]):
+        for documents in KINDS.values():
+            share = sum(len(document) for document in documents if document in half)
+            assert share > 0.25 * sum(map(len, documents))
+
+
+def test_no_kind_fills_the_mix_and_no_line_comes_again_and_again():
+    sizes = {kind: sum(map(len, documents)) for kind, documents in KINDS.items()}
+    assert max(sizes.values()) < 2.5 * min(sizes.values())
+    lines = [line.strip() for line in mixed_text().splitlines() if len(line.strip()) > 60]
+    assert len(set(lines)) == len(lines)
+
+
 def test_texts_by_name(tmp_path):
     assert read_text("narrowkv://held-out") == held_out_text()
     assert read_text("narrowkv://train") == training_text()
+    assert read_text("narrowkv://mix") == mixed_text()
     path = tmp_path / "mine.txt"
     path.write_text("Ein Haus.", encoding="utf-8")
     assert read_text(str(path)) == "Ein Haus."

@@ -4,17 +4,22 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from narrowkv.defaults import MIX
 from narrowkv.errors import TextError
 from narrowkv.evaluate import texts
 
-BUILT_IN_TEXTS = {"narrowkv://train": texts.training_text, "narrowkv://held-out": texts.held_out_text}
+BUILT_IN_TEXTS = {
+    MIX: texts.mixed_text,
+    "narrowkv://train": texts.training_text,
+    "narrowkv://held-out": texts.held_out_text,
+}
 STANDARD_INPUT = "-"
 
 
 def read_text(name: str) -> str:
-    """The text called `name`: `narrowkv://train` or `narrowkv://held-out` (parts of Python's own language reference), a
-    UTF-8 file or pipe, standard input as `-`, or a data set as NAME or NAME:CONFIGURATION:SPLIT, read with the package
-    `datasets` if it is installed.
+    """The text called `name`: `narrowkv://mix` (of many kinds, to learn tables from), `narrowkv://train` or
+    `narrowkv://held-out` (parts of Python's own language reference), a UTF-8 file or pipe, standard input as `-`, or a
+    data set as NAME or NAME:CONFIGURATION:SPLIT, read with the package `datasets` if it is installed.
 
     Raises TextError where there is none, or where it is empty or not text.
     """

@@ -1,14 +1,16 @@
-"""Ordinary English text that every CPython carries: the language reference behind ``help()``.
+"""The built-in texts: the language reference behind ``help()``, which every CPython carries, and a mix of our own.
 
 The topics of :mod:`pydoc_data.topics` are split into a held-out part, for evaluation, and a
 training part.  Topics quote one another, so a paragraph of the held-out part is removed wherever
-else it occurs.
+else it occurs.  The mix was written for this package: articles, stories, news, source code, conversations,
+languages, mathematics, records.
 """
 
 from __future__ import annotations
 
 import re
 from functools import cache
+from pathlib import Path
 from pydoc_data.topics import topics
 
 HELD_OUT_TOPICS = (
@@ -23,6 +25,8 @@ HELD_OUT_TOPICS = (
 """Topics kept out of training: long, mostly prose, on unrelated subjects."""
 
 _SHORTEST_DISTINCTIVE_PARAGRAPH = 40
+_MIX = Path(__file__).with_name("mix")
+_BETWEEN_DOCUMENTS = "\n%%%%\n"
 _BLANK_LINES = re.compile(r"\n\s*\n")
 
 
@@ -49,6 +53,16 @@ def training_text() -> str:
                 seen.add(key)
             kept.append(paragraph)
     return "\n\n".join(kept)
+
+
+@cache
+def mixed_text() -> str:
+    """Return the documents of all kinds in turns, those of each kind spread evenly over the text."""
+    placed: list[tuple[float, str, str]] = []
+    for path in _MIX.glob("*.txt"):
+        documents = path.read_text(encoding="utf-8").strip("\n").split(_BETWEEN_DOCUMENTS)
+        placed += [((i + 0.5) / len(documents), path.name, document) for i, document in enumerate(documents)]
+    return "\n\n".join(document for _, _, document in sorted(placed))
 
 
 def _paragraphs(text: str) -> list[str]:
