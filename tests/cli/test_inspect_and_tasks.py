@@ -57,7 +57,6 @@ def test_tasks(narrowkv, tmp_path):
 @pytest.mark.parametrize(
     ("command", "cause"),
     [
-        ("inspect MODEL --out OUT", "give one with --text"),
         (f"{LOOK} --window 5000", "one window needs"),
         (f"{LOOK} --layer 7", "choose one of 0, 1"),
         (f"{LOOK} --recipe narrow3", "no codebook"),
@@ -68,7 +67,6 @@ def test_tasks(narrowkv, tmp_path):
         (f"{ASK} --depths 2", "--depths takes numbers"),
         (f"{ASK} --lengths 4096", "512 positions"),
         (f"{ASK} --tasks none --file BAD", "bad.jsonl, line 1"),
-        ("tasks MODEL --out OUT --recipes nuq3 --tasks passkey --lengths 300", "--calibration-text"),
     ],
 )
 def test_bad_input_is_one_sentence(narrowkv, tmp_path, command, cause):

@@ -24,7 +24,7 @@ def test_a_report_is_made_and_made_again(narrowkv, tmp_path):  # noqa: F811
     ("model", "options", "words"),
     [
         ("narrowkv://demo", ["--only", "plan,plots"], "'plots'; there are plan, compare"),
-        ("llama-7b", [], "give --text and --calibration-text"),
+        ("llama-7b", [], "needs a text; give one with --text FILE"),
     ],
 )
 def test_what_cannot_be_reported_is_told(narrowkv, tmp_path, model, options, words):  # noqa: F811

@@ -62,6 +62,50 @@ def test_several_texts_share_the_windows(narrowkv, folder, tmp_path):
     assert status == 1 and "2 texts share the windows" in err and not (tmp_path / "x").exists()
 
 
+SMALL = {
+    "calibrate": ("--recipe", "nuq2"),
+    "inspect": ("--samples", 1, "--window", 64),
+    "tasks": ("--recipes", "nuq3", "--tasks", "passkey", "--lengths", 300, "--depths", 0, "--rows", 1, "--window", 64),
+    "ablate": ("--ladders", "sinks", "--bits", 3, "--context", 128, "--window", 64, "--limit", 1),
+    "compare": ("--recipes", "nuq2", "--context", 128, "--decode-steps", 0, "--recall-distance", 0, "--limit", 1),
+}
+
+
+@pytest.mark.parametrize("command", SMALL)
+def test_the_mix_is_learned_from_where_no_text_is_given(narrowkv, folder, tmp_path, command):
+    scored = ("--text", folder / "one.txt", "--window", 64) if command in ("compare", "ablate") else ()
+    samples = () if command in ("calibrate", "inspect") else ("--samples", 2)
+    status, _, err = narrowkv(command, folder, *SMALL[command], *scored, *samples, "--out", tmp_path)
+    assert status == 0 and "the built-in mix is taken (narrowkv://mix)" in err
+    if command == "calibrate":
+        learned = Calibration.from_pretrained(tmp_path)
+        assert learned.provenance["sequences"] == 32 and learned.provenance["tokens"] == 32 * 512
+    else:
+        settings = read_result(tmp_path / f"{command}.json")["settings"]
+        assert settings["text" if command == "inspect" else "calibration_text"] == "narrowkv://mix"
+
+
+def test_the_mix_serves_other_windows_until_it_ends(narrowkv, folder, tmp_path):
+    given = ("calibrate", folder, "--recipe", "nuq2", "--out", tmp_path / "tables")
+    status, out, _ = narrowkv(*given, "--window", 1000, "--samples", 3)
+    assert status == 0 and "learned from 3,000 tokens in 3 sequences" in out
+    status, _, err = narrowkv(*given, "--window", 10**6)
+    assert status == 1 and "one window needs 1000000" in err
+
+
+def test_caches_are_calibrated_on_the_mix_only_where_they_learn(narrowkv, folder):
+    small = ("--window", 64, "--samples", 2)
+    said = ("--prompt", "The fox", "--max-new-tokens", 2, *small)
+    status, _, err = narrowkv("generate", folder, *said, "--recipe", "nuq2")
+    assert status == 0 and "built-in mix" in err
+    scored = ("--text", folder / "one.txt", "--limit", 1, *small)
+    status, _, err = narrowkv("eval", folder, *scored, "--recipe", "nuq2")
+    assert status == 0 and "built-in mix" in err
+    for learned in (("--recipe", "int4"), ("--calibration", folder / "nuq2")):
+        assert "mix" not in narrowkv("generate", folder, *said, *learned)[2]
+        assert "mix" not in narrowkv("eval", folder, *scored, *learned)[2]
+
+
 def test_finished_calibrations_are_measured_and_nothing_is_learned(narrowkv, folder, tmp_path, monkeypatch):
     from narrowkv.evaluate import ablate, compare, tasks
 
@@ -72,7 +116,8 @@ def test_finished_calibrations_are_measured_and_nothing_is_learned(narrowkv, fol
     rows = {row["recipe"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
     assert status == 0 and list(rows) == ["nuq3", "nuq2"] and "nuq3: A cache of" in out
     small = ("--context", 128, "--decode-steps", 0, "--recall-distance", 0, "--limit", 2, "--out", tmp_path)
-    assert narrowkv("compare", folder, *scored(folder), *given, *small)[0] == 0
+    status, _, err = narrowkv("compare", folder, *scored(folder), *given, *small)
+    assert status == 0 and "mix" not in err
     compared = {row["recipe"]: row for row in read_result(tmp_path / "compare.json")["rows"]}
     assert {"nuq3", "nuq2"} < set(compared)
     for name, row in rows.items():

@@ -7,13 +7,15 @@ import typer
 
 from narrowkv.cli.common import (
     command_line,
-    default_texts,
     listed,
     load_model,
     named,
     progress,
     read_calibrations,
     show_sections,
+    tell_of_mix,
+    texts_to_learn,
+    texts_to_score,
 )
 from narrowkv.cli.options import (
     BackendOption,
@@ -58,10 +60,10 @@ def ablate(
     from narrowkv.report.ablate import sections
 
     finished = read_calibrations(calibration)
-    scored = default_texts(model, text, "narrowkv://held-out")
-    learned = default_texts(model, calibration_text, "narrowkv://train")
-    if not scored or not learned:
-        raise TextError("This needs a text to score and another to learn from; give --text and --calibration-text.")
+    scored = texts_to_score(model, text)
+    if not scored:
+        raise TextError("An ablation needs a text; give one with --text FILE.")
+    learned = texts_to_learn(model, calibration_text)
     options = ablating.AblateOptions(_widths(bits), window, limit, samples, context, backend, bos)
     settings = {"model": model, "dtype": dtype, "device": device, "text": named(scored), "calibration_text": named(learned)}
     path = out / f"{ablating.KIND}.json"
@@ -69,6 +71,7 @@ def ablate(
     words, learn_from = read_texts(scored), read_texts(learned)
     others = {name: read_text(name) for name in other_text or ()}
     loaded, tokenizer = load_model(model, dtype, device)
+    tell_of_mix(model, calibration_text)
     with progress("climbing") as advance:
         ablating.ablate(loaded, tokenizer, listed(ladders), words, learn_from, options, results, advance, others, finished)
     show_sections(sections(read_result(path)), out, ablating.KIND)

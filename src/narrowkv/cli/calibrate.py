@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from narrowkv.cli.common import default_texts, learn_windows, load_model, out, progress
+from narrowkv.cli.common import learn_windows, load_model, out, progress, tell_of_mix, texts_to_learn, windows_to_learn
 from narrowkv.cli.options import (
     BackendOption,
     BosOption,
     DeviceOption,
     DtypeOption,
+    LearnedSamplesOption,
     LearnedTextOption,
+    LearnedWindowOption,
     ModelArgument,
     RecipeOption,
-    SamplesOption,
-    WindowOption,
     folder_to_write,
 )
 from narrowkv.defaults import AUTO, RECIPE
@@ -42,8 +42,8 @@ def calibrate(
     ] = None,
     check: Annotated[int, typer.Option(min=0, help="Measure what each choice costs on this many further windows.")] = 0,
     text: LearnedTextOption = None,
-    window: WindowOption = 2048,
-    samples: SamplesOption = 16,
+    window: LearnedWindowOption = None,
+    samples: LearnedSamplesOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     backend: BackendOption = AUTO,
@@ -59,18 +59,19 @@ def calibrate(
     if bits is not None and recipe is not None:
         raise RecipeError("--bits makes a recipe of its own (narrowB.F); give either --bits or --recipe.")
     chosen = get_recipe(recipe or RECIPE) if bits is None else narrow.of_budget(bits)
-    sources = default_texts(model, text, "narrowkv://train")
-    if not sources:
-        raise TextError("Calibration needs a text; give one with --text FILE.")
+    first = not int(os.environ.get("RANK", "0"))  # under torchrun the first process speaks and writes
+    sources = texts_to_learn(model, text)
+    window, samples = windows_to_learn(sources, window, samples)
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # under torchrun each process has a GPU of its own
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     words = read_texts(sources)
     loaded, tokenizer = load_model(model, dtype, device)
+    tell_of_mix(model, text, first)
     windows, unseen = cut_apart(tokenizer, words, window, samples, check, bos=bos)
     if check and not len(unseen):
-        raise TextError(f"The text ends with the calibration's {samples} windows; give more text, or fewer --samples.")
+        raise TextError(f"The text ends with the calibration's {len(windows)} windows; give more text, or fewer --samples.")
     calibration = learn_windows(loaded, [chosen], windows, backend)[0]
-    if int(os.environ.get("RANK", "0")):  # under torchrun the first process writes
+    if not first:
         return
     if "allocation" in calibration.provenance:
         found = {} if not check else measure_parts(loaded, calibration, unseen)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from narrowkv.cli.common import default_texts, find_sources, load_model, note, out
+from narrowkv.cli.common import find_sources, learns, load_model, note, out, tell_of_mix, texts_to_learn, windows_to_learn
 from narrowkv.cli.generate import summary
 from narrowkv.cli.options import (
     BackendOption,
@@ -16,12 +16,12 @@ from narrowkv.cli.options import (
     CalibrationTextOption,
     DeviceOption,
     DtypeOption,
+    LearnedSamplesOption,
+    LearnedWindowOption,
     ModelArgument,
     RecipeOption,
-    SamplesOption,
     SeedOption,
     TemperatureOption,
-    WindowOption,
 )
 from narrowkv.defaults import AUTO
 from narrowkv.errors import TextError
@@ -42,8 +42,8 @@ def chat(
     temperature: TemperatureOption = 0.0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Of sampling: the likeliest tokens of this weight.")] = 1.0,
     seed: SeedOption = 0,
-    window: WindowOption = 2048,
-    samples: SamplesOption = 16,
+    window: LearnedWindowOption = None,
+    samples: LearnedSamplesOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     backend: BackendOption = AUTO,
@@ -55,9 +55,12 @@ def chat(
     from narrowkv.integrations import PackedCache
     from narrowkv.integrations.conversation import Conversation
 
-    learn_from = read_texts(default_texts(model, calibration_text, "narrowkv://train"))
-    loaded, tokenizer = load_model(model, dtype, device)
     tables = [] if calibration is None else [calibration]
+    sources = texts_to_learn(model, calibration_text)
+    window, samples = windows_to_learn(sources, window, samples)
+    learn_from = read_texts(sources)
+    loaded, tokenizer = load_model(model, dtype, device)
+    tell_of_mix(model, calibration_text, learns(recipe, tables))
     (source,) = find_sources(loaded, tokenizer, recipe, tables, learn_from, window, samples, backend)
     torch.manual_seed(seed)
     talk = Conversation(loaded, tokenizer, PackedCache(loaded, source, backend=backend), system)

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from narrowkv.defaults import AUTO, DEMO, RECIPE
+from narrowkv.defaults import AUTO, DEMO, MIX, MIX_SAMPLES, MIX_WINDOW, RECIPE, SAMPLES, WINDOW
 from narrowkv.errors import RecipeError, TextError
 from narrowkv.report import figures, sections
 
@@ -63,9 +63,39 @@ def silence_transformers() -> None:
     logging.set_verbosity_error()
 
 
-def default_texts(model: str, texts: Sequence[str] | None, built_in: str) -> list[str]:
-    """The texts that were named, or for the built-in model the built-in one."""
-    return list(texts or ([built_in] if model == DEMO else []))
+def texts_to_score(model: str, texts: Sequence[str] | None) -> list[str]:
+    """The texts that were named, or for the built-in model what it was not trained on."""
+    return list(texts or (["narrowkv://held-out"] if model == DEMO else []))
+
+
+def texts_to_learn(model: str, texts: Sequence[str] | None) -> list[str]:
+    """The texts that were named, or for the built-in model what it was trained on, or else the mix."""
+    return list(texts or ["narrowkv://train" if model == DEMO else MIX])
+
+
+def tell_of_mix(model: str, texts: Sequence[str] | None, learning: bool = True) -> None:
+    """Note that tables are to be learned from the mix, where they are and no text was named."""
+    if learning and not texts and model != DEMO:
+        note(f"No text is given to learn from, so the built-in mix is taken ({MIX}); texts like your own may serve better.")
+
+
+def windows_to_learn(texts: Sequence[str], window: int | None, samples: int | None) -> tuple[int, int]:
+    """Tokens of a sequence, and sequences: those that were asked for, or else such as the mix fills, or as are usual."""
+    usual = (MIX_WINDOW, MIX_SAMPLES) if list(texts) == [MIX] else (WINDOW, SAMPLES)
+    return window or usual[0], samples or usual[1]
+
+
+def still_learn(recipes: "Sequence[Recipe]", calibrations: "Sequence[Calibration]") -> bool:
+    """Whether one of the recipes learns, and its calibration is not given."""
+    finished = {calibration.recipe.name for calibration in calibrations}
+    return any(recipe.needs_calibration and recipe.name not in finished for recipe in recipes)
+
+
+def learns(recipe: str | None, calibrations: Sequence[Path]) -> bool:
+    """Whether `find_sources` learns the recipe."""
+    from narrowkv.methods import get_recipe
+
+    return not calibrations and get_recipe(recipe or RECIPE).needs_calibration
 
 
 def named(texts: Sequence[str]) -> str | None:
@@ -113,7 +143,7 @@ def find_sources(
     backend: str,
     bos: bool | None = None,
 ) -> "list[Calibration | Recipe]":
-    """The calibrations in folders, or the recipe, calibrated first on `texts` if it needs that and there are any."""
+    """The calibrations in folders, or the recipe, calibrated first on `texts` if it needs that."""
     from narrowkv.evaluate.finished import finished_for
     from narrowkv.methods import get_recipe
 
@@ -123,9 +153,8 @@ def find_sources(
         read = read_calibrations(calibrations)
         return [*finished_for(model, [calibration.recipe for calibration in read], read).values()]
     chosen = get_recipe(recipe or RECIPE)
-    if chosen.needs_calibration and texts:
+    if chosen.needs_calibration:
         return [*learn(model, tokenizer, [chosen], texts, window, samples, backend, bos)]
-    chosen.quantizers(0)  # a recipe that lacks its calibration says so
     return [chosen]
 
 

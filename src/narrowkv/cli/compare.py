@@ -7,13 +7,16 @@ import typer
 
 from narrowkv.cli.common import (
     command_line,
-    default_texts,
     load_model,
     named,
     progress,
     read_calibrations,
     recipes_for,
     show_sections,
+    still_learn,
+    tell_of_mix,
+    texts_to_learn,
+    texts_to_score,
 )
 from narrowkv.cli.options import (
     BackendOption,
@@ -69,10 +72,10 @@ def compare(
 
     finished = read_calibrations(calibration)
     chosen = recipes_for(recipes, finished, RECIPES)
-    scored = default_texts(model, text, "narrowkv://held-out")
-    learned = default_texts(model, calibration_text, "narrowkv://train")
+    scored = texts_to_score(model, text)
     if not scored:
         raise TextError("A comparison needs a text; give one with --text FILE.")
+    learned = texts_to_learn(model, calibration_text)
     options = comparing.CompareOptions(
         window, limit, samples, context, decode_steps, stream_chunk, recall_distance, recall_rows, backend, spread, bos
     )
@@ -88,6 +91,7 @@ def compare(
     results = ResultFile(path, comparing.KIND, command_line(), settings, seed)
     words, learn_from = read_texts(scored), read_texts(learned)
     loaded, tokenizer = load_model(model, dtype, device)
+    tell_of_mix(model, calibration_text, still_learn(chosen, finished))
     with progress("comparing") as advance:
         comparing.compare(loaded, tokenizer, chosen, words, learn_from, options, results, advance, finished)
     show_sections(sections(read_result(path)), out, comparing.KIND)

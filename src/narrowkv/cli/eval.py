@@ -5,7 +5,19 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from narrowkv.cli.common import default_texts, find_sources, load_model, named, out, progress, quality_caption, quality_table
+from narrowkv.cli.common import (
+    find_sources,
+    learns,
+    load_model,
+    named,
+    out,
+    progress,
+    quality_caption,
+    quality_table,
+    tell_of_mix,
+    texts_to_learn,
+    texts_to_score,
+)
 from narrowkv.cli.options import (
     BackendOption,
     BosOption,
@@ -51,11 +63,13 @@ def evaluate(
     from narrowkv.evaluate.recall import recall_batches
     from narrowkv.evaluate.sources import read_texts
 
-    scored = default_texts(model, text, "narrowkv://held-out")
+    scored = texts_to_score(model, text)
     if not scored:
         raise TextError("Evaluation needs a text; give one with --text FILE.")
-    words, learn_from = read_texts(scored), read_texts(default_texts(model, calibration_text, "narrowkv://train"))
+    learned = texts_to_learn(model, calibration_text)
+    words, learn_from = read_texts(scored), read_texts(learned)
     loaded, tokenizer = load_model(model, dtype, device)
+    tell_of_mix(model, calibration_text, learns(recipe, calibration or ()))
     windows = cut_windows(tokenizer, words, window, limit, spread=spread, bos=bos)
     batches = recall_batches(tokenizer, words, recall_distance, recall_rows, bos=bos)
     sources = find_sources(loaded, tokenizer, recipe, calibration or (), learn_from, window, samples, backend, bos)

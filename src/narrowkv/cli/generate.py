@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from narrowkv.cli.common import default_texts, err, find_sources, load_model, out
+from narrowkv.cli.common import err, find_sources, learns, load_model, out, tell_of_mix, texts_to_learn, windows_to_learn
 from narrowkv.cli.options import (
     BackendOption,
     BosOption,
@@ -12,12 +12,12 @@ from narrowkv.cli.options import (
     CalibrationTextOption,
     DeviceOption,
     DtypeOption,
+    LearnedSamplesOption,
+    LearnedWindowOption,
     ModelArgument,
     RecipeOption,
-    SamplesOption,
     SeedOption,
     TemperatureOption,
-    WindowOption,
 )
 from narrowkv.defaults import AUTO
 from narrowkv.errors import TextError
@@ -79,8 +79,8 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
     temperature: TemperatureOption = 0.0,
     seed: SeedOption = 0,
-    window: WindowOption = 2048,
-    samples: SamplesOption = 16,
+    window: LearnedWindowOption = None,
+    samples: LearnedSamplesOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     backend: BackendOption = AUTO,
@@ -97,9 +97,12 @@ def generate(
     text = read_prompt(prompt_file) if prompt_file is not None else prompt or ""
     if not text:
         raise TextError("The prompt is empty; give at least one word.")
-    learn_from = read_texts(default_texts(model, calibration_text, "narrowkv://train"))
-    loaded, tokenizer = load_model(model, dtype, device)
     tables = [] if calibration is None else [calibration]
+    sources = texts_to_learn(model, calibration_text)
+    window, samples = windows_to_learn(sources, window, samples)
+    learn_from = read_texts(sources)
+    loaded, tokenizer = load_model(model, dtype, device)
+    tell_of_mix(model, calibration_text, learns(recipe, tables))
     (source,) = find_sources(loaded, tokenizer, recipe, tables, learn_from, window, samples, backend, bos)
     cache = PackedCache(loaded, source, backend=backend)
     torch.manual_seed(seed)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from narrowkv.cli.common import command_line, default_texts, load_model, named, progress, show_sections
+from narrowkv.cli.common import command_line, load_model, named, progress, show_sections, tell_of_mix, texts_to_learn
 from narrowkv.cli.options import (
     BackendOption,
     BosOption,
@@ -16,7 +16,6 @@ from narrowkv.cli.options import (
     WindowOption,
 )
 from narrowkv.defaults import AUTO, INSPECTED
-from narrowkv.errors import TextError
 
 
 def inspect(
@@ -41,14 +40,13 @@ def inspect(
     from narrowkv.evaluate.sources import read_texts
     from narrowkv.report.inspect import sections
 
-    sources = default_texts(model, text, "narrowkv://train")
-    if not sources:
-        raise TextError("There is nothing to look at without a text; give one with --text FILE.")
+    sources = texts_to_learn(model, text)
     settings = {"model": model, "layer": layer, "recipe": recipe, "text": named(sources), "window": window, "samples": samples}
     path = out / f"{inspecting.KIND}.json"
     results = ResultFile(path, inspecting.KIND, command_line(), {**settings, "dtype": dtype, "backend": backend, "bos": bos})
     words = read_texts(sources)
     loaded, tokenizer = load_model(model, dtype, device)
+    tell_of_mix(model, text)
     batches = cut_windows(tokenizer, words, window, samples, bos=bos).split(1)
     with progress("looking") as advance:
         inspecting.inspect(loaded, batches, results, layer, recipe, backend=backend, on_step=advance)

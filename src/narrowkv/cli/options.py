@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from narrowkv.defaults import RECIPE
+from narrowkv.defaults import MIX, MIX_SAMPLES, MIX_WINDOW, RECIPE, SAMPLES, WINDOW
 from narrowkv.errors import OutputError
 
 
@@ -59,7 +59,8 @@ CalibrationsOption = Annotated[
 CalibrationTextOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="Text to calibrate on first, where there is no calibration: a file or a data set's name; several share --samples."
+        help="Text to calibrate on first, where there is no calibration: a file or a data set; several share --samples.",
+        show_default=MIX,
     ),
 ]
 ScoredTextOption = Annotated[
@@ -68,7 +69,11 @@ ScoredTextOption = Annotated[
 ]
 LearnedTextOption = Annotated[
     list[str] | None,
-    typer.Option("--text", help="A text file or a data set's name; several, of which a mix is best, share the windows."),
+    typer.Option(
+        "--text",
+        help="A text file or a data set's name; several, of which a mix is best, share the windows.",
+        show_default=MIX,
+    ),
 ]
 SpreadOption = Annotated[
     int | None,
@@ -90,6 +95,13 @@ BackendOption = Annotated[
 ]
 WindowOption = Annotated[int, typer.Option(min=2, help="Tokens per sequence.")]
 SamplesOption = Annotated[int, typer.Option(min=1, help="Sequences to calibrate on.")]
+LearnedWindowOption = Annotated[
+    int | None, typer.Option("--window", min=2, help="Tokens per sequence.", show_default=f"{WINDOW}, of the mix {MIX_WINDOW}")
+]
+LearnedSamplesOption = Annotated[
+    int | None,
+    typer.Option("--samples", min=1, help="Sequences to calibrate on.", show_default=f"{SAMPLES}, of the mix {MIX_SAMPLES}"),
+]
 FolderOption = Annotated[
     Path,
     typer.Option(

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from narrowkv.cli import ablate, compare, inspect, plan, tasks
-from narrowkv.cli.common import default_texts, err, listed, out
+from narrowkv.cli.common import err, listed, out, tell_of_mix, texts_to_learn, texts_to_score
 from narrowkv.cli.options import (
     BackendOption,
     CalibrationTextOption,
@@ -113,10 +113,11 @@ def report(
 
     chosen = _chosen(only)
     running = {"dtype": dtype, "device": device, "backend": backend}
-    texts = default_texts(model, text, "narrowkv://held-out"), default_texts(model, calibration_text, "narrowkv://train")
-    if [] in texts and chosen != ["plan"]:
-        raise TextError("A report needs a text to score and another to learn from; give --text and --calibration-text.")
-    asked = Asked(model, folder, *texts, window, memory, gpus, quick, running)
+    scored = texts_to_score(model, text)
+    if not scored and chosen != ["plan"]:
+        raise TextError("A report needs a text; give one with --text FILE.")
+    tell_of_mix(model, calibration_text, chosen != ["plan"])
+    asked = Asked(model, folder, scored, texts_to_learn(model, calibration_text), window, memory, gpus, quick, running)
     for i, name in enumerate(chosen):
         err.print(f"[bold]{name}[/bold], {i + 1} of {len(chosen)}", highlight=False)
         KINDS[name].measure(asked)

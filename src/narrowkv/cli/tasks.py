@@ -9,7 +9,6 @@ import typer
 
 from narrowkv.cli.common import (
     command_line,
-    default_texts,
     listed,
     load_model,
     named,
@@ -17,6 +16,9 @@ from narrowkv.cli.common import (
     read_calibrations,
     recipes_for,
     show_sections,
+    still_learn,
+    tell_of_mix,
+    texts_to_learn,
 )
 from narrowkv.cli.options import (
     BackendOption,
@@ -88,12 +90,13 @@ def tasks(
         backend=backend,
         bos=bos,
     )
-    told_in, learned = text or [TEXT], default_texts(model, calibration_text, "narrowkv://train")
+    told_in, learned = text or [TEXT], texts_to_learn(model, calibration_text)
     settings = {"model": model, "dtype": dtype, "device": device, "text": named(told_in), "calibration_text": named(learned)}
     path = out / f"{tasking.KIND}.json"
     results = ResultFile(path, tasking.KIND, command_line(), settings | options.settings(), seed)
     words, learn_from = read_texts(told_in), read_texts(learned)
     loaded, tokenizer = load_model(model, dtype, device)
+    tell_of_mix(model, calibration_text, still_learn(chosen, finished))
     with progress("asking") as advance:
         tasking.run_tasks(loaded, tokenizer, chosen, words, learn_from, options, results, file or (), advance, finished)
     show_sections(sections(read_result(path)), out, tasking.KIND)
