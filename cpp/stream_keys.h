@@ -139,7 +139,7 @@ class StreamKeys {
     void score_some(const float* query, int from, int first, int end, const Miss* missed, float* scores) {
         const Streams& streams = *problem.keys.streams;
         const int32_t* places = streams.places + int64_t(head) * dim;
-        by_fours(rows, [&](int i, auto queries) {
+        by_many<kAtOnce>(rows, [&](int i, auto queries) {
             score_frame<queries>(query + i * dim, dim, places, tile.data() + from, streams.offsets + int64_t(head) * dim * kFrame,
                                  streams.coded(), dim, found.data() + i * kFrame);
         });

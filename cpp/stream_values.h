@@ -81,7 +81,7 @@ class StreamValues {
 
     void add(const float* weights, float* sums) const {
         const int coded = problem.values.streams->coded();
-        by_fours(rows, [&](int row, auto queries) {
+        by_many<kAtOnce>(rows, [&](int row, auto queries) {
             mix_streams<queries>(weights + row * kBlock, tile.data(), coded, dim, sums + int64_t(row) * dim * simd::width);
         });
         for (const Miss& miss : misses) {

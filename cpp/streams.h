@@ -19,6 +19,7 @@ namespace {
 using simd::Lanes;
 
 constexpr int kLanes = sizeof(Lanes);
+constexpr int kAtOnce = simd::width == 16 ? 8 : 4;  // queries
 
 inline Lanes load_lanes(const uint8_t* p) {
     Lanes x;
@@ -79,6 +80,17 @@ inline void decode_stream_tail(const Streams& streams, const uint8_t* codes, int
                 *to = int8_t(streams.high[(k - 1) * 16 + (state >> 4)] + streams.low[(k - 1) * 16 + (state & 15)]);
             }
         }
+    }
+}
+
+// Run `part`, which is told how many queries at once as a type, over all rows, `most` at a time: each time decoded numbers are
+// converted anew.
+template <int most, typename Part>
+inline void by_many(int rows, const Part& part) {
+    for (int row = 0; row < rows; row += most) {
+        each<most>([&](auto i) {
+            if (std::min(rows - row, most) == i + 1) part(row, std::integral_constant<int, i + 1>());
+        });
     }
 }
 
