@@ -16,8 +16,9 @@ constexpr int kMostRate = 6, kUnit = 8;  // of streams: bits of a coefficient, c
 
 enum class Number : int { half, bfloat, single };  // how exact numbers are held
 
-// What all trellis-coded streams of one side have in common. Of keys, a query has head_dim places, for the first and then the second
-// channel of each pair that turns together; other pairs come last in both halves.
+// What all trellis-coded streams of one side have in common. Of keys, a query as coefficients see it has head_dim places, half of them
+// for the first numbers of pairs of channels and half for the second ones; pairs that turn come first. `turns` makes such a query of the
+// model's: where the angle of keys is 0, and a quarter of a turn further.
 struct Streams {
     std::array<int, kMostRate> counts;  // units of each rate from 1 on
     int bytes;                          // of a token and head, with that of its norm, if it has one
@@ -26,6 +27,8 @@ struct Streams {
     const int8_t* low;     // the same
     const float* finer;    // [coded], grid steps of a unit of each coefficient
     const int32_t* places; // of keys, [kv_heads, head_dim]: of the number in a query that meets each coefficient, those without codes last
+    const int32_t* channels;  // of keys, [head_dim]: which number of the model's query belongs to each place
+    const float* turns;    // of keys, [kv_heads, 2, 2, 2, head_dim / 2]: angle, number of a pair as coefficients see it, of the model's pair
     const float* offsets;  // of keys, [kv_heads, head_dim, 16]: what the mean adds to each coefficient, by token of a frame, in grid steps
 
     int coded() const {
@@ -110,8 +113,7 @@ struct Problem {
     Rotation rotation;
     const Block* table;          // [blocks, batch, 2]
     const int64_t* starts;       // [blocks + 1] index of the first token of each block
-    const float* packed_query;   // [batch, query_heads, queries, head_dim]; of streams, where angles are 0
-    const float* crossed_query;  // the same a quarter of a turn further, of keys in streams that turn; or null
+    const float* packed_query;   // [batch, query_heads, queries, head_dim]
     const float* dense_query;    // the same, for exact tokens
     const float* dense_keys;     // [batch, kv_heads, dense, head_dim]
     const float* dense_values;   // the same

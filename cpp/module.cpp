@@ -5,6 +5,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -61,7 +62,8 @@ struct HeldStreams {
     Array<const int8_t, nb::ndim<2>> high, low;
     Table finer;
     std::optional<Array<const int32_t, nb::ndim<2>>> places;
-    std::optional<Table> offsets;
+    std::optional<Array<const int32_t, nb::ndim<1>>> channels;
+    std::optional<Table> turns, offsets;
 };
 
 void require(bool sound, const char* message) {
@@ -71,8 +73,9 @@ void require(bool sound, const char* message) {
 // Counts of each rate from 1 on. Nothing is read beyond what these sizes tell.
 void make_streams(HeldStreams* held, const std::vector<int>& counts, bool norms, Array<const int8_t, nb::ndim<2>> high,
                   Array<const int8_t, nb::ndim<2>> low, Table finer, std::optional<Array<const int32_t, nb::ndim<2>>> places,
-                  std::optional<Table> offsets) {
-    Streams streams{{}, norms, norms, high.data(), low.data(), finer.data(), places ? places->data() : nullptr, data_or_null(offsets)};
+                  std::optional<Array<const int32_t, nb::ndim<1>>> channels, std::optional<Table> turns, std::optional<Table> offsets) {
+    Streams streams{{}, norms, norms, high.data(), low.data(), finer.data(), places ? places->data() : nullptr,
+                    channels ? channels->data() : nullptr, data_or_null(turns), data_or_null(offsets)};
     require(counts.size() == kMostRate, "streams have a count for each rate from 1 on");
     for (int i = 0; i < kMostRate; ++i) {
         require(counts[i] >= 0 && counts[i] <= kMostDim / kUnit, "streams have more units than a head");
@@ -83,10 +86,15 @@ void make_streams(HeldStreams* held, const std::vector<int>& counts, bool norms,
     require(int64_t(finer.size()) >= streams.coded(), "tables are smaller than what is read of them");
     if (places) {
         const int64_t dim = int64_t(places->shape(1));
-        require(dim >= streams.coded() && offsets && offsets->size() == places->size() * kFrame, "offsets of keys do not fit them");
-        for (size_t i = 0; i < places->size(); ++i) require(places->data()[i] >= 0 && places->data()[i] < dim, "a query has no such place");
+        require(dim >= streams.coded() && dim % 2 == 0, "streams have more coefficients than a head");
+        require(channels && int64_t(channels->size()) == dim, "a query has a channel for each place");
+        require(offsets && offsets->size() == places->size() * kFrame, "offsets of keys do not fit them");
+        require(turns && turns->size() == places->size() * 4, "turns of queries do not fit them");
+        const auto within = [&](int32_t place) { return place >= 0 && place < dim; };
+        require(std::all_of(places->data(), places->data() + places->size(), within), "a query has no such place");
+        require(std::all_of(channels->data(), channels->data() + dim, within), "a query has no such channel");
     }
-    new (held) HeldStreams{streams, high, low, finer, places, offsets};
+    new (held) HeldStreams{streams, high, low, finer, places, channels, turns, offsets};
 }
 
 // A Side and the tables that it points into.
@@ -147,7 +155,7 @@ Tail tail_from(const std::vector<int64_t>& parts) {
 }
 
 void attend(const std::string& kernel, int threads, int chunk, const std::vector<int>& shape, int blocks, int64_t tokens, int tail,
-            int dense, uintptr_t output, uintptr_t totals, uintptr_t packed_query, uintptr_t crossed_query, uintptr_t dense_query, uintptr_t dense_keys, uintptr_t dense_values,
+            int dense, uintptr_t output, uintptr_t totals, uintptr_t packed_query, uintptr_t dense_query, uintptr_t dense_keys, uintptr_t dense_values,
             const HeldSide& keys, const HeldSide& values, const std::vector<int64_t>& keys_tail, const std::vector<int64_t>& values_tail,
             const HeldRotation& rotation, uintptr_t positions, int64_t position_stride, uintptr_t angles, uintptr_t table,
             uintptr_t starts, uintptr_t hidden, int hidden_batch, uintptr_t sink_index, int sinks, uintptr_t sink_logits, uintptr_t key_offsets,
@@ -158,7 +166,6 @@ void attend(const std::string& kernel, int threads, int chunk, const std::vector
     if (2 * rotation.rotation.pairs > shape[4]) throw std::invalid_argument("more channels turn than a head has");
     require_tables(keys, shape[2]), require_tables(values, shape[2]);
     require_streams(keys, true, shape[2], shape[4]), require_streams(values, false, shape[2], shape[4]);
-    require(!(keys.streams && rotation.rotation.pairs) || crossed_query, "keys in streams that turn need queries a quarter of a turn further");
     Problem problem{};
     problem.batch = shape[0];
     problem.kv_heads = shape[2];
@@ -186,7 +193,6 @@ void attend(const std::string& kernel, int threads, int chunk, const std::vector
     problem.table = at<const Block>(table);
     problem.starts = at<const int64_t>(starts);
     problem.packed_query = at<const float>(packed_query);
-    problem.crossed_query = at<const float>(crossed_query);
     problem.totals = at<float>(totals);
     problem.dense_query = at<const float>(dense_query);
     problem.dense_keys = at<const float>(dense_keys);
@@ -220,7 +226,7 @@ NB_MODULE(_kernels, module) {
     define_encode(module);
     nb::class_<HeldStreams>(module, "Streams", "What all trellis-coded streams of one side have in common.")
         .def("__init__", &make_streams, nb::kw_only(), "counts"_a, "norms"_a, "high"_a, "low"_a, "finer"_a, "places"_a.none(),
-             "offsets"_a.none());
+             "channels"_a.none(), "turns"_a.none(), "offsets"_a.none());
     nb::class_<HeldSide>(module, "Side", "The keys, or the values, of packed blocks: what all of them have in common.")
         .def("__init__", &make_side, nb::kw_only(), "bits"_a, "codes"_a, "numbers"_a, "channel_major"_a, "table"_a.none(),
              "fixed"_a, "scale"_a.none(), "zero"_a.none(), "ranges"_a, "exact"_a, "outlier"_a, "words"_a.none(),
@@ -231,7 +237,7 @@ NB_MODULE(_kernels, module) {
              "far"_a.none() = nb::none(), "near"_a.none() = nb::none(), "steps"_a.none() = nb::none(), "words"_a.none() = nb::none(),
              "lanes"_a.none() = nb::none());
     module.def("attend", &attend, nb::kw_only(), "kernel"_a, "threads"_a, "chunk"_a, "shape"_a, "blocks"_a, "tokens"_a, "tail"_a,
-               "dense"_a, "output"_a, "totals"_a, "packed_query"_a, "crossed_query"_a, "dense_query"_a, "dense_keys"_a, "dense_values"_a, "keys"_a, "values"_a,
+               "dense"_a, "output"_a, "totals"_a, "packed_query"_a, "dense_query"_a, "dense_keys"_a, "dense_values"_a, "keys"_a, "values"_a,
                "keys_tail"_a, "values_tail"_a, "rotation"_a, "positions"_a, "position_stride"_a, "angles"_a, "table"_a, "starts"_a,
                "hidden"_a, "hidden_batch"_a, "sink_index"_a, "sinks"_a, "sink_logits"_a,
                "key_offsets"_a, "value_bias"_a, "scaling"_a, "softcap"_a,

@@ -56,10 +56,17 @@ class StreamKeys {
     // Queries of a head.
     void begin(int of_row, int of_head) {
         row = of_row, head = of_head;
-        const int64_t first = (int64_t(row) * problem.kv_heads + head) * rows * dim;
-        for (int i = 0; i < rows * dim; ++i) {
-            asked[i] = problem.packed_query[first + i] * problem.scaling;
-            if (problem.crossed_query) crossed[i] = problem.crossed_query[first + i] * problem.scaling;
+        const Streams& streams = *problem.keys.streams;
+        const int half = dim / 2;
+        const float* turns = streams.turns + int64_t(head) * 8 * half;
+        const float* query = problem.packed_query + (int64_t(row) * problem.kv_heads + head) * rows * dim;
+        for (int i = 0; i < rows; ++i, query += dim) {
+            for (int pair = 0; pair < half; ++pair) {
+                const float x = query[streams.channels[pair]] * problem.scaling, y = query[streams.channels[pair + half]] * problem.scaling;
+                const auto number = [&](int which) { return turns[2 * which * half + pair] * x + turns[(2 * which + 1) * half + pair] * y; };
+                asked[i * dim + pair] = number(0), asked[i * dim + half + pair] = number(1);
+                crossed[i * dim + pair] = number(2), crossed[i * dim + half + pair] = number(3);
+            }
         }
     }
 

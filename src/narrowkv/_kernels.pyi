@@ -76,6 +76,8 @@ class Streams:
         low: Tensor,
         finer: Tensor,
         places: Tensor | None,
+        channels: Tensor | None,
+        turns: Tensor | None,
         offsets: Tensor | None,
     ) -> None: ...
 
@@ -133,7 +135,6 @@ def attend(
     output: int,
     totals: int,
     packed_query: int,
-    crossed_query: int,
     dense_query: int,
     dense_keys: int,
     dense_values: int,

@@ -217,6 +217,11 @@ def test_no_forged_number_leads_beyond_what_is_held(kernel):
         ("places", torch.full((2, 16), 16, dtype=torch.int32)),
         ("places", torch.full((2, 16), -1, dtype=torch.int32)),
         ("places", torch.zeros(2, 8, dtype=torch.int32)),
+        ("channels", torch.full((16,), 16, dtype=torch.int32)),
+        ("channels", torch.zeros(15, dtype=torch.int32)),
+        ("channels", None),
+        ("turns", torch.zeros(2, 2, 2, 2, 7)),
+        ("turns", None),
         ("offsets", torch.zeros(2, 16, 15)),
         ("offsets", None),
     ],
@@ -229,10 +234,12 @@ def test_tables_smaller_than_what_is_read_of_them_are_refused(name, forged):
         "low": torch.zeros(6, 16, dtype=torch.int8),
         "finer": torch.ones(16),
         "places": torch.zeros(2, 16, dtype=torch.int32),
+        "channels": torch.zeros(16, dtype=torch.int32),
+        "turns": torch.zeros(2, 2, 2, 2, 8),
         "offsets": torch.zeros(2, 16, 16),
     }
     _kernels.Streams(**sound)
-    with pytest.raises(ValueError, match=r"streams|tables|offsets|query"):
+    with pytest.raises(ValueError, match=r"streams|tables|offsets|query|turns"):
         _kernels.Streams(**sound | {name: forged})
 
 

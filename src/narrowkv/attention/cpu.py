@@ -14,7 +14,7 @@ from torch import Tensor
 from narrowkv import _kernels
 from narrowkv.attention import tiled
 from narrowkv.attention.cpu_tables import side_of, turned_by, turning_of
-from narrowkv.attention.cpu_trellis import StreamKeys, StreamValues, steps_to_anchors
+from narrowkv.attention.cpu_trellis import StreamValues, key_streams, steps_to_anchors
 from narrowkv.attention.cpu_words import reads
 from narrowkv.attention.reading import matrix_of, offsets_of, require_read, turn_query, turn_sum, turn_value_bias
 from narrowkv.attention.rope import AnyRope, Rope
@@ -43,16 +43,8 @@ class _Blocks:
     matrices: tuple[Tensor | None, Tensor | None]  # by which keys, and values, are turned
     value_bias: Tensor | None  # as the codes see it
     in_words: bool  # whether WORDS reads them
-    stream_keys: StreamKeys | None
     stream_values: StreamValues | None
     anchors: Tensor | None  # of keys in streams, by `steps_to_anchors`
-
-    def asked(self, store: LayerStore, query: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Queries as the codes of the keys see them, and where these are streams a quarter of a turn further."""
-        if self.stream_keys is None:
-            return turn_query(store.quantizers[0], self.matrices[0], query), None
-        asked = self.stream_keys.asked(query)
-        return asked[0], asked[1]
 
     def turned_from(self, kept: Tensor | None, tokens: int) -> Tensor | None:
         """What the rotary embedding needs of each token in blocks and tail."""
@@ -110,7 +102,7 @@ def attend(
     keys, values, tokens = _exact(store, past, sealed + tail, new, rotated, kept)
     output = query.new_empty(2, *query.shape)
     totals = None if blocks.stream_values is None else query.new_empty(query.shape[:3])
-    packed_query, crossed_query = blocks.asked(store, query)
+    packed_query = turn_query(store.quantizers[0], blocks.matrices[0], query)
     turning = turning_of(rotated, blocks.turned_from(kept, sealed + tail), query.shape[0])
     if turning.angles is not None and kernel == WORDS:
         kernel = KERNELS[0]
@@ -132,7 +124,6 @@ def attend(
         output=address(output, torch.float32),
         totals=address(totals, torch.float32),
         packed_query=address(packed_query, torch.float32, shape=query.shape),
-        crossed_query=address(crossed_query, torch.float32, shape=query.shape),
         dense_query=address(query, torch.float32),
         dense_keys=address(keys, torch.float32),
         dense_values=address(values, torch.float32, shape=keys.shape),
@@ -189,10 +180,10 @@ def _blocks(store: LayerStore, rope: AnyRope | None) -> _Blocks:
     if known is None or known.serials != serials:
         page = store.columns[0].page
         keys, values = store.quantizers
-        stream_keys = StreamKeys.of(keys, rope) if isinstance(keys, TrellisQuantizer) else None
+        stream_keys = key_streams(keys, rope) if isinstance(keys, TrellisQuantizer) else None
         stream_values = StreamValues.of(values) if isinstance(values, TrellisQuantizer) else None
         sides = (
-            side_of(keys, page.keys, True, rope, stream_keys.streams if stream_keys else None),
+            side_of(keys, page.keys, True, rope, stream_keys),
             side_of(values, page.values, False, None, stream_values.streams if stream_values else None),
         )
         starts = torch.tensor([0] + [column.count for column in store.columns], dtype=torch.int64, device="cpu").cumsum(0)
@@ -205,7 +196,6 @@ def _blocks(store: LayerStore, rope: AnyRope | None) -> _Blocks:
             matrices=matrices,
             value_bias=turn_value_bias(store.quantizers[1], matrices[1], store.bias.values),
             in_words=all(side.in_words for side in sides),
-            stream_keys=stream_keys,
             stream_values=stream_values,
             anchors=steps_to_anchors([column.count for column in store.columns]) if stream_keys else None,
         )

@@ -20,37 +20,25 @@ from narrowkv.store import BLOCK
 EXACT_ENOUGH = 1e-4  # of the mean of keys, as coefficients have it
 
 
-@dataclass(frozen=True)
-class StreamKeys:
-    """Keys in streams: what the kernel reads of them, and what turns queries into its own.
+def key_streams(quantizer: TrellisQuantizer, rope: AnyRope | None) -> _kernels.Streams:
+    """Keys in streams as the kernel reads them. rope: of keys that are stored before it.
 
-    turns: [2, 2, 2, kv_heads, 1, head_dim / 2] float32, by which the two numbers of each pair of channels that turn together
-    become those that meet coefficients: where the angle is 0, and a quarter of a turn further.
+    Raises UnsupportedModelError where it is not that of the calibration.
     """
-
-    streams: _kernels.Streams
-    channels: Tensor
-    turns: Tensor
-
-    @classmethod
-    def of(cls, quantizer: TrellisQuantizer, rope: AnyRope | None) -> "StreamKeys":
-        """rope: of keys that are stored before it. Raises UnsupportedModelError where it is not that of the calibration."""
-        assert quantizer.mean is not None and quantizer.order is not None
-        frames = quantizer.frames or Frames.of(quantizer.mean.shape[1])
-        _require_rope(frames, rope)
-        places, scales = _places(quantizer.order, quantizer.mean.shape[1]), _scales(quantizer)
-        steps = torch.ones_like(places, dtype=torch.float64)  # of the coefficient in each place
-        steps.scatter_(1, places[:, : len(scales)], scales.expand(len(steps), -1))
-        offsets = (_offsets(quantizer, frames) / steps[:, None]).mT.gather(1, places[..., None].expand(-1, -1, FRAME))
-        streams = _streams(quantizer, places.int(), offsets.float().contiguous())
-        return cls(streams, frames.channels.long(), _turns(quantizer, frames, steps))
-
-    def asked(self, query: Tensor) -> Tensor:
-        """Queries [batch, query_heads, queries, head_dim] as coefficients see them, two of each: [2, ...]."""
-        grouped = query.reshape(len(query), self.turns.shape[3], -1, query.shape[-1])[..., self.channels]
-        first, second = grouped.chunk(2, dim=-1)
-        turned = self.turns[:, :, 0, None] * first + self.turns[:, :, 1, None] * second  # [2, 2, batch, kv_heads, rows, pairs]
-        return torch.cat([turned[:, 0], turned[:, 1]], dim=-1).view(2, *query.shape)
+    assert quantizer.mean is not None and quantizer.order is not None
+    frames = quantizer.frames or Frames.of(quantizer.mean.shape[1])
+    _require_rope(frames, rope)
+    places, scales = _places(quantizer.order, quantizer.mean.shape[1]), _scales(quantizer)
+    steps = torch.ones_like(places, dtype=torch.float64)  # of the coefficient in each place
+    steps.scatter_(1, places[:, : len(scales)], scales.expand(len(steps), -1))
+    offsets = (_offsets(quantizer, frames) / steps[:, None]).mT.gather(1, places[..., None].expand(-1, -1, FRAME))
+    return _streams(
+        quantizer,
+        places=places.int(),
+        channels=frames.channels.int(),
+        turns=_turns(quantizer, frames, steps),
+        offsets=offsets.float().contiguous(),
+    )
 
 
 @dataclass(frozen=True)
@@ -70,7 +58,7 @@ class StreamValues:
         scales = _scales(quantizer).float()
         one_by_one = torch.eye(len(scales), dtype=torch.float32, device="cpu").expand(1, len(quantizer.mean), -1, -1)
         matrix = scales[:, None] * quantizer.channels_of(one_by_one)[0]
-        return cls(_streams(quantizer, None, None), matrix.contiguous(), quantizer.mean)
+        return cls(_streams(quantizer), matrix.contiguous(), quantizer.mean)
 
     def channels(self, sums: Tensor, totals: Tensor) -> Tensor:
         """Sums of coefficients [batch, query_heads, queries, head_dim], of which n count, and of weights, as channels."""
@@ -97,15 +85,18 @@ def _places(order: Tensor, head_dim: int) -> Tensor:
 
 
 def _turns(quantizer: TrellisQuantizer, frames: Frames, steps: Tensor) -> Tensor:
-    """`StreamKeys.turns`; steps: what a grid step of each coefficient is, [kv_heads, head_dim] float64."""
+    """What makes a query that meets coefficients of the model's, at an angle of 0 and a quarter of a turn further.
+
+    steps: what a grid step of each coefficient is, [kv_heads, head_dim] float64. Returns [kv_heads, 2, 2, 2, pairs] float32:
+    angle, number of a pair as coefficients see it, of the model's pair.
+    """
     assert quantizer.pairs is not None
     pairs = quantizer.pairs.double() * to_vectors(steps, 2)[..., None]
     angles = frames.frequencies.double() * (FRAME - MIDDLE)  # from the middle to where `steps_to_anchors` leads
     cos, sin = angles.cos(), angles.sin()
     still = torch.stack([torch.stack([cos, -sin]), torch.stack([sin, cos])])  # [2, 2, pairs]
     quarter = torch.stack([still[1], -still[0]])
-    turns = torch.stack([torch.einsum("hdij,jkd->ikhd", pairs, by) for by in (still, quarter)])
-    return turns[:, :, :, :, None].float().contiguous()
+    return torch.stack([torch.einsum("hdij,jkd->hikd", pairs, by) for by in (still, quarter)], dim=1).float().contiguous()
 
 
 def _offsets(quantizer: TrellisQuantizer, frames: Frames) -> Tensor:
@@ -141,7 +132,14 @@ def _scales(quantizer: TrellisQuantizer) -> Tensor:
     return quantizer.scales.double()[trellis.rates_of(quantizer.scheme.counts, quantizer.scales.device) - 1]
 
 
-def _streams(quantizer: TrellisQuantizer, places: Tensor | None, offsets: Tensor | None) -> _kernels.Streams:
+def _streams(
+    quantizer: TrellisQuantizer,
+    *,
+    places: Tensor | None = None,
+    channels: Tensor | None = None,
+    turns: Tensor | None = None,
+    offsets: Tensor | None = None,
+) -> _kernels.Streams:
     assert quantizer.entries is not None and quantizer.scheme.counts is not None
     return _kernels.Streams(
         counts=list(quantizer.scheme.counts[1:]),
@@ -149,6 +147,8 @@ def _streams(quantizer: TrellisQuantizer, places: Tensor | None, offsets: Tensor
         high=quantizer.entries[0, :, 0].contiguous(),
         low=quantizer.entries[0, :, 1].contiguous(),
         finer=(1 / _scales(quantizer)).float(),
-        places=None if places is None else places.contiguous(),
+        places=places,
+        channels=channels,
+        turns=turns,
         offsets=offsets,
     )
