@@ -14,12 +14,12 @@ from torch import Tensor
 from narrowkv import _kernels
 from narrowkv.attention import tiled
 from narrowkv.attention.cpu_tables import side_of, turned_by, turning_of
-from narrowkv.attention.cpu_trellis import StreamValues, key_streams, steps_to_anchors
+from narrowkv.attention.cpu_trellis import Streams, StreamValues, steps_to_anchors
 from narrowkv.attention.cpu_words import reads
 from narrowkv.attention.reading import matrix_of, offsets_of, require_read, turn_query, turn_sum, turn_value_bias
 from narrowkv.attention.rope import AnyRope, Rope
 from narrowkv.attention.visible import Visible
-from narrowkv.codec import Scheme, TrellisQuantizer
+from narrowkv.codec import Scheme
 from narrowkv.codec.compiled import KINDS
 from narrowkv.codec.memory import HALVES, address
 from narrowkv.errors import UnsupportedModelError
@@ -180,11 +180,10 @@ def _blocks(store: LayerStore, rope: AnyRope | None) -> _Blocks:
     if known is None or known.serials != serials:
         page = store.columns[0].page
         keys, values = store.quantizers
-        stream_keys = key_streams(keys, rope) if isinstance(keys, TrellisQuantizer) else None
-        stream_values = StreamValues.of(values) if isinstance(values, TrellisQuantizer) else None
+        streams = Streams.of(store, rope)
         sides = (
-            side_of(keys, page.keys, True, rope, stream_keys),
-            side_of(values, page.values, False, None, stream_values.streams if stream_values else None),
+            side_of(keys, page.keys, True, rope, streams.keys),
+            side_of(values, page.values, False, None, streams.values.streams if streams.values else None),
         )
         starts = torch.tensor([0] + [column.count for column in store.columns], dtype=torch.int64, device="cpu").cumsum(0)
         matrices = (matrix_of(store.quantizers[0]), matrix_of(store.quantizers[1]))
@@ -196,8 +195,8 @@ def _blocks(store: LayerStore, rope: AnyRope | None) -> _Blocks:
             matrices=matrices,
             value_bias=turn_value_bias(store.quantizers[1], matrices[1], store.bias.values),
             in_words=all(side.in_words for side in sides),
-            stream_values=stream_values,
-            anchors=steps_to_anchors([column.count for column in store.columns]) if stream_keys else None,
+            stream_values=streams.values,
+            anchors=None if streams.keys is None else steps_to_anchors(starts),
         )
     return known
 

@@ -5,17 +5,18 @@ sums, for values; what the mean of keys adds to a score is added to coefficients
 """
 
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from narrowkv import _kernels
 from narrowkv.attention.rope import AnyRope, Rope
-from narrowkv.codec import TrellisQuantizer, trellis
+from narrowkv.codec import AnyQuantizer, TrellisQuantizer, trellis
 from narrowkv.codec.frames import FRAME, MIDDLE, Frames
 from narrowkv.codec.points import from_vectors, to_vectors
 from narrowkv.errors import UnsupportedModelError
-from narrowkv.store import BLOCK
+from narrowkv.store import BLOCK, LayerStore
 
 EXACT_ENOUGH = 1e-4  # of the mean of keys, as coefficients have it
 
@@ -68,14 +69,42 @@ class StreamValues:
         return found.view(sums.shape)
 
 
-def steps_to_anchors(counts: list[int]) -> Tensor:
+@dataclass(frozen=True)
+class Streams:
+    """Which sides of a store are streams, and of which quantizers and rotary embedding that was made."""
+
+    quantizers: tuple[AnyQuantizer, AnyQuantizer]
+    rope: AnyRope | None
+    keys: _kernels.Streams | None
+    values: StreamValues | None
+
+    @classmethod
+    def of(cls, store: LayerStore, rope: AnyRope | None) -> "Streams":
+        """Made once, not with every block that comes. rope: of keys that are stored before it."""
+        known = _STREAMS.get(store)
+        if known is None or known.quantizers is not store.quantizers or known.rope is not rope:
+            keys, values = store.quantizers
+            known = _STREAMS[store] = cls(
+                store.quantizers,
+                rope,
+                key_streams(keys, rope) if isinstance(keys, TrellisQuantizer) else None,
+                StreamValues.of(values) if isinstance(values, TrellisQuantizer) else None,
+            )
+        return known
+
+
+_STREAMS: WeakKeyDictionary[LayerStore, Streams] = WeakKeyDictionary()
+
+
+def steps_to_anchors(starts: Tensor) -> Tensor:
     """What leads from a token's position to one that all tokens of a frame share where theirs follow each other.
 
-    counts: tokens of blocks. Returns [tokens of blocks and of one more] int32: to FRAME - MIDDLE behind the middle of the
-    frame, which is not below 0 where positions are not.
+    starts: [blocks + 1] int64, the first token of each block and where the last one ends. Returns [tokens of blocks and of one
+    more] int32: to FRAME - MIDDLE behind the middle of the frame, which is not below 0 where positions are not.
     """
-    places = torch.cat([torch.arange(count, dtype=torch.int32, device="cpu") for count in (*counts, BLOCK)])
-    return FRAME - places % FRAME
+    lengths = torch.nn.functional.pad(starts.diff(), (0, 1), value=BLOCK)
+    every = torch.arange(int(starts[-1]) + BLOCK, dtype=torch.int64, device="cpu")
+    return (FRAME - (every - starts.repeat_interleave(lengths)) % FRAME).int()
 
 
 def _places(order: Tensor, head_dim: int) -> Tensor:
