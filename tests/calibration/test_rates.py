@@ -34,7 +34,7 @@ def test_a_budget_is_kept_and_nearly_used(budget, outliers):
     keys = Scheme(3, "trellis", axis="channel", pre_rope=True, outliers=outliers)
     costs = [torch.rand(16, dtype=torch.float64).exp().sort(descending=True).values * scale for scale in (1, 40, 0.1)]
     menus = [[RateOption(keys, 2, cost)] for cost in costs]
-    schemes = allocate_rates(menus, budget, 3 * 2 * 128, 0.02)
+    schemes = allocate_rates(menus, budget, 0.02)
     used = sum(bits_of(menu[0], scheme) for menu, scheme in zip(menus, schemes, strict=True)) / (3 * 2 * 128) + 0.02
     assert budget - 0.1 < used <= budget + 1e-9
     spent = [scheme.bits for scheme in schemes]
@@ -44,7 +44,7 @@ def test_a_budget_is_kept_and_nearly_used(budget, outliers):
 
 def test_no_other_rates_cost_less_at_as_many_bits():
     option = RateOption(KEYS, 1, torch.tensor([50.0, 9.0, 3.0], dtype=torch.float64))
-    (found,) = allocate_rates([[option]], 3.0, 24)
+    (found,) = allocate_rates([[option]], 3.0)
     for rates in itertools.product(range(7), repeat=3):
         if rates[0] and list(rates) == sorted(rates, reverse=True):
             other = option.with_counts(torch.tensor(rates))
@@ -56,16 +56,16 @@ def test_a_rotation_is_taken_where_its_table_is_spread_over_many_tokens():
     costs = [torch.logspace(2, -3, 32, dtype=torch.float64), torch.logspace(2, -1, 32, dtype=torch.float64)]
     for tokens, turn in ((32_768, True), (512, False)):
         menu = [RateOption(scheme, 1, cost, tokens) for scheme, cost in zip(VALUES, costs, strict=True)]
-        (found,) = allocate_rates([menu], 3.0, 256)
+        (found,) = allocate_rates([menu], 3.0)
         assert found.turn == turn
 
 
 def test_every_tensor_keeps_codes():
     menus = [[RateOption(KEYS, 1, torch.full((4,), cost, dtype=torch.float64))] for cost in (1e9, 1e-9, 0.0)]
-    assert all(sum(scheme.counts[1:]) for scheme in allocate_rates(menus, 2.0, 96))
+    assert all(sum(scheme.counts[1:]) for scheme in allocate_rates(menus, 2.0))
 
 
 def test_a_budget_too_small_is_refused():
     menu = [RateOption(KEYS, 1, torch.ones(2, dtype=torch.float64))]
     with pytest.raises(RecipeError, match=r"a budget of 0\.2 bits is too small"):
-        allocate_rates([menu], 0.2, 16)
+        allocate_rates([menu], 0.2)

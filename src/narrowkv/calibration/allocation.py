@@ -19,7 +19,8 @@ CELLS = 2**16  # steps into which a budget is divided
 class Option:
     """One way to keep the keys, or the values, of one layer.
 
-    bits: what it takes for each token at 32,768 tokens, tables included. cost: loss predicted, in nats for each token of text.
+    bits: what it takes for each token, tables included, over as many tokens as the layer holds of 32,768. cost: loss
+        predicted, in nats for each token of text.
     """
 
     scheme: Scheme
@@ -28,7 +29,7 @@ class Option:
 
 
 def measure(quantizer: AnyQuantizer, samples: Samples, keys: bool, tokens: int = REFERENCE_TOKENS) -> Option:
-    """What a quantizer takes and costs, found by storing a sample of tokens as a cache would; tables count for `tokens`."""
+    """What a quantizer takes and costs, found by storing a sample as a cache would; tokens: that the layer holds of 32,768."""
     numbers = samples.heads()[:, :, : 16 * BLOCK]
     numbers = numbers.repeat(1, 1, -(-BLOCK // numbers.shape[2]), 1) if numbers.shape[2] < BLOCK else numbers
     return Option(quantizer.scheme, stored_bits(quantizer, numbers, keys, tokens), samples.cost(quantizer))
@@ -50,8 +51,9 @@ def stored_bits(quantizer: AnyQuantizer, numbers: Tensor, keys: bool, tokens: in
 def allocate(menus: Sequence[Sequence[Option]], budget: float, numbers: int = 1, beside: float = 0.0) -> list[int]:
     """Which option of each menu to take so that the sum of costs is least and that of bits at most `budget` for each number.
 
-    numbers: of a token, in all layers. beside: bits for each number that are taken anyway. Exact, by dynamic programming over
-    the budget in 65,536 steps, to which bits are rounded up. Raises RecipeError where even the smallest options exceed it.
+    numbers: of a token, in all layers. beside: bits for each number that are taken anyway. Exact, by dynamic
+    programming over the budget in 65,536 steps, to which bits are rounded up. Raises RecipeError where even the smallest
+    options exceed it.
     """
     room = (budget - beside) * numbers
     least = sum(min(option.bits for option in menu) for menu in menus)

@@ -1,23 +1,21 @@
-"""What recipes ask of one layer's data, and the quantizers that come of it; for recipes that choose, the choice."""
+"""What recipes ask of one layer's data, and the quantizers that come of it."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor
 
-from narrowkv.calibration.allocation import Option, allocate, measure
+from narrowkv.calibration.allocation import Option, measure
 from narrowkv.calibration.fit import Fit
 from narrowkv.calibration.influence import Influence, limited, squared_norms
 from narrowkv.calibration.point_fit import PointFit
 from narrowkv.calibration.processes import Group
-from narrowkv.calibration.rates import RateOption, allocate_rates, held_tokens
+from narrowkv.calibration.rates import RateOption, held_tokens
 from narrowkv.calibration.trellis_fit import TrellisFit
 from narrowkv.codec import AnyQuantizer, Scheme
 from narrowkv.codec.frames import Frames
-from narrowkv.codec.scheme import BLOCK
-from narrowkv.errors import CalibrationError, RecipeError
-from narrowkv.methods import LayerSchemes, Recipe
+from narrowkv.errors import CalibrationError
+from narrowkv.methods import Recipe
 from narrowkv.store.bias import Bias, without
 
 AnyFit = Fit | PointFit | TrellisFit
@@ -26,8 +24,6 @@ NO_GRADIENT = (
     "calibrate the model before it is quantised, or choose a recipe that learns nothing, such as int4."
 )
 Stream = tuple[bool, bool, int]  # keys or values, before the rotary embedding, first tokens left out
-POSITION_BITS = 32  # of each token, for keys that are rotated when read
-SLOT_BITS = 64 / BLOCK  # of each token in each layer: where its block lies
 
 
 @dataclass(frozen=True)
@@ -87,6 +83,11 @@ class LayerFits:
         self.influences = {_stream(need): Influence() for need in sorted(needs, key=str)}
         frames = frames or Frames.of(shape[1])
         self.fits: dict[Need, AnyFit] = {need: _fit_for(need, frames) for need in sorted(needs, key=str)}
+
+    @property
+    def numbers(self) -> int:
+        """Of a token's keys, or values."""
+        return self.shape[0] * self.shape[1]
 
     @property
     def needs_drawn(self) -> bool:
@@ -181,7 +182,7 @@ class LayerFits:
         for scheme in schemes:
             sampled = self.fits[Need.sample(scheme, keys, sinks)]
             assert isinstance(sampled, PointFit)
-            menu.append(measure(self.quantizer(scheme, keys, sinks), sampled.samples, keys))
+            menu.append(measure(self.quantizer(scheme, keys, sinks), sampled.samples, keys, self.tokens))
         return menu
 
     def rate_menu(self, schemes: Iterable[Scheme], keys: bool, sinks: int) -> list[RateOption]:
@@ -204,80 +205,6 @@ def _fit_for(need: Need, frames: Frames) -> AnyFit:
     if need.scheme.datatype == "trellis":
         return TrellisFit(frames if need.scheme.pre_rope else None)
     return Fit(need.scheme) if need.scheme.codebook == "layer" else PointFit()
-
-
-@dataclass(frozen=True)
-class Learned:
-    """Quantizers of all layers; recipe: with the schemes of each layer where they were chosen; report: plain data on that."""
-
-    recipe: Recipe
-    layers: dict[int, tuple[AnyQuantizer, AnyQuantizer]]
-    report: dict[str, Any]
-
-
-def learn(recipe: Recipe, layers: Mapping[int, LayerFits]) -> Learned:
-    """Finish one recipe. Raises RecipeError where its budget is too small."""
-    recipe, report = _choose(recipe, layers) if recipe.choices else (recipe, {})
-    finished: dict[int, tuple[AnyQuantizer, AnyQuantizer]] = {}
-    for layer, fits in layers.items():
-        pair = recipe.schemes(layer)
-        keys, values = fits.quantizer(pair.keys, True, recipe.sinks), fits.quantizer(pair.values, False, recipe.sinks)
-        finished[layer] = (keys, values)
-    return Learned(recipe, finished, report)
-
-
-def beside_bits(layers: int, numbers: int) -> float:
-    """Bits for each of the `numbers` of a token in all layers that no choice of schemes changes."""
-    return (POSITION_BITS + SLOT_BITS * layers) / numbers
-
-
-def _choose(recipe: Recipe, layers: Mapping[int, LayerFits]) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe with a scheme for each layer, and what that is predicted to take and to cost."""
-    assert recipe.choices
-    numbers = sum(2 * fits.shape[0] * fits.shape[1] for fits in layers.values())
-    beside = beside_bits(len(layers), numbers)
-    choose = _options_by_rate if recipe.choices.by_rate else _options
-    try:
-        options = choose(recipe, layers, numbers, beside)
-    except RecipeError as error:
-        raise RecipeError(f"Recipe {recipe.name}: {error}") from error
-    pairs = dict(zip(layers, zip(options[::2], options[1::2], strict=True), strict=True))
-    chosen = {layer: LayerSchemes(keys.scheme, values.scheme) for layer, (keys, values) in pairs.items()}
-    report = {
-        "budget": recipe.choices.budget,
-        "bits": sum(option.bits for option in options) / numbers + beside,
-        "predicted_loss": sum(option.cost for option in options),
-        "layers": {
-            str(layer): {
-                side: {"bits": option.bits / (layers[layer].shape[0] * layers[layer].shape[1]), "predicted_loss": option.cost}
-                for side, option in zip(("keys", "values"), pair, strict=True)
-            }
-            for layer, pair in pairs.items()
-        },
-    }
-    return replace(recipe, layers=chosen, choices=None), report
-
-
-def _options(recipe: Recipe, layers: Mapping[int, LayerFits], numbers: int, beside: float) -> list[Option]:
-    """One of the schemes for the keys, then for the values, of each layer."""
-    assert recipe.choices
-    menus = []
-    for fits in layers.values():
-        menus += [fits.menu(recipe.choices.keys, True, recipe.sinks), fits.menu(recipe.choices.values, False, recipe.sinks)]
-    picks = allocate(menus, recipe.choices.budget, numbers, beside)
-    return [menu[pick] for menu, pick in zip(menus, picks, strict=True)]
-
-
-def _options_by_rate(recipe: Recipe, layers: Mapping[int, LayerFits], numbers: int, beside: float) -> list[Option]:
-    """The same where rates are to be allocated."""
-    assert recipe.choices
-    sides, menus = [], []
-    for fits in layers.values():
-        for schemes, keys in ((recipe.choices.keys, True), (recipe.choices.values, False)):
-            menus.append(fits.rate_menu(schemes, keys, recipe.sinks))
-            sides.append((fits, keys))
-    chosen = allocate_rates(menus, recipe.choices.budget, numbers, beside)
-    return [fits.measured(scheme, keys, recipe.sinks) for scheme, (fits, keys) in zip(chosen, sides, strict=True)]
 
 
 def _wanted(need: Need, keys: Tensor, rotated: Tensor, values: Tensor) -> Tensor:

@@ -59,13 +59,14 @@ class RateOption:
         return 8 * size / self.tokens
 
 
-def allocate_rates(menus: Sequence[Sequence[RateOption]], budget: float, numbers: int, beside: float = 0.0) -> list[Scheme]:
+def allocate_rates(menus: Sequence[Sequence[RateOption]], budget: float, beside: float = 0.0) -> list[Scheme]:
     """Which option of each menu to take, with which rates, so that the sum of costs is least and that of bits within a budget.
 
-    numbers: of a token, in all layers, for each of which `budget` bits may be taken, `beside` of them by something else. One
-    price of a bit holds for all units, so what is allocated lies on the convex hull of what can be. The dearest unit of each
-    tensor has codes. Raises RecipeError where even the smallest allocation exceeds the budget.
+    budget: bits for each of a token's numbers in all layers, `beside` of them taken by something else. One price of a bit
+    holds for all units, so what is allocated lies on the convex hull of what can be. The dearest unit of each tensor has
+    codes. Raises RecipeError where even the smallest allocation exceeds the budget.
     """
+    numbers = sum(menu[0].kv_heads * UNIT * len(menu[0].costs) for menu in menus)
     room = (budget - beside) * numbers
     highest = max(float(option.costs.max()) for menu in menus for option in menu)
     low, high = 1e-18 * highest, max(2 * highest, torch.finfo(torch.float32).tiny)

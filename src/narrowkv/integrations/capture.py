@@ -16,7 +16,8 @@ from narrowkv import __version__
 from narrowkv.attention import AUTO
 from narrowkv.attention.rope import Rope
 from narrowkv.calibration import Calibration, Fingerprint
-from narrowkv.calibration.learning import LayerFits, Learned, learn
+from narrowkv.calibration.choice import Learned, learn
+from narrowkv.calibration.learning import LayerFits
 from narrowkv.calibration.processes import Group, is_split, reduced
 from narrowkv.calibration.wrappers import require_head, unwrapped
 from narrowkv.codec.frames import Frames

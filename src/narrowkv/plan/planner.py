@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from narrowkv.calibration.allocation import Option, allocate, stored_bits
-from narrowkv.calibration.learning import beside_bits
+from narrowkv.calibration.choice import beside_bits
 from narrowkv.calibration.rates import RateOption, allocate_rates, held_tokens
 from narrowkv.codec import Scheme
 from narrowkv.codec.scheme import BLOCK, UNIT
@@ -73,7 +73,7 @@ def _even_choice(choices: Choices, shape: ModelShape, numbers: int, beside: floa
     for layer in shape.layers:
         one = LayerShape(1, layer.kv_heads, layer.head_dim, shape.dtype)
         for schemes, keys in ((choices.keys, True), (choices.values, False)):
-            menus.append([_option(scheme, one, keys) for scheme in schemes])
+            menus.append([_option(scheme, one, keys, held_tokens(layer.sliding_window)) for scheme in schemes])
     picks = allocate(menus, choices.budget, numbers, beside)
     return [menu[pick].scheme for menu, pick in zip(menus, picks, strict=True)]
 
@@ -89,15 +89,16 @@ def _even_rates(choices: Choices, shape: ModelShape, numbers: int, beside: float
         costs = 4.0 ** (-SPAN * torch.arange(units, dtype=torch.float64, device="cpu") / units)
         for schemes in (choices.keys, choices.values):
             menus.append([RateOption(scheme, layer.kv_heads, costs, tokens) for scheme in schemes])
-    return allocate_rates(menus, choices.budget, numbers, beside)
+    return allocate_rates(menus, choices.budget, beside)
 
 
 @functools.cache
-def _option(scheme: Scheme, shape: LayerShape, keys: bool) -> Option:
-    """What a scheme takes; its cost is that of rounding to so many bits."""
+def _option(scheme: Scheme, shape: LayerShape, keys: bool, tokens: int) -> Option:
+    """What a scheme takes; its cost is that of rounding to so many bits. tokens: over which tables count."""
     quantizer = stand_in(scheme, shape.kv_heads, shape.head_dim)
-    bits = stored_bits(quantizer, typical_block(quantizer, shape), keys)
-    return Option(scheme, bits, cost=4 ** (-bits / (shape.kv_heads * shape.head_dim)))
+    bits = stored_bits(quantizer, typical_block(quantizer, shape), keys, tokens)
+    cost = 4 ** (-bits / (shape.kv_heads * shape.head_dim))
+    return Option(scheme, bits, cost)
 
 
 class CacheBytes:

@@ -1,0 +1,89 @@
+"""The quantizers of all layers; for recipes that leave schemes open, the choice of them under a budget for the whole cache."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from narrowkv.calibration.allocation import Option, allocate
+from narrowkv.calibration.learning import LayerFits
+from narrowkv.calibration.rates import allocate_rates
+from narrowkv.codec import AnyQuantizer
+from narrowkv.codec.scheme import BLOCK
+from narrowkv.errors import RecipeError
+from narrowkv.methods import LayerSchemes, Recipe
+
+POSITION_BITS = 32  # of each token, for keys that are rotated when read
+SLOT_BITS = 64 / BLOCK  # of each token in each layer: where its block lies
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Quantizers of all layers; recipe: with the schemes of each layer where they were chosen; report: plain data on that."""
+
+    recipe: Recipe
+    layers: dict[int, tuple[AnyQuantizer, AnyQuantizer]]
+    report: dict[str, Any]
+
+
+def learn(recipe: Recipe, layers: Mapping[int, LayerFits]) -> Learned:
+    """Finish one recipe. Raises RecipeError where its budget is too small."""
+    recipe, report = _choose(recipe, layers) if recipe.choices else (recipe, {})
+    finished: dict[int, tuple[AnyQuantizer, AnyQuantizer]] = {}
+    for layer, fits in layers.items():
+        pair = recipe.schemes(layer)
+        keys, values = fits.quantizer(pair.keys, True, recipe.sinks), fits.quantizer(pair.values, False, recipe.sinks)
+        finished[layer] = (keys, values)
+    return Learned(recipe, finished, report)
+
+
+def beside_bits(layers: int, numbers: int) -> float:
+    """Bits for each of the `numbers` of a token in all layers that no choice of schemes changes."""
+    return (POSITION_BITS + SLOT_BITS * layers) / numbers
+
+
+def _choose(recipe: Recipe, layers: Mapping[int, LayerFits]) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe with a scheme for each layer, and what that is predicted to take and to cost."""
+    assert recipe.choices
+    numbers = sum(2 * fits.numbers for fits in layers.values())
+    beside = beside_bits(len(layers), numbers)
+    try:
+        options = (_options_by_rate if recipe.choices.by_rate else _options)(recipe, layers, numbers, beside)
+    except RecipeError as error:
+        raise RecipeError(f"Recipe {recipe.name}: {error}") from error
+    pairs = dict(zip(layers, zip(options[::2], options[1::2], strict=True), strict=True))
+    chosen = {layer: LayerSchemes(keys.scheme, values.scheme) for layer, (keys, values) in pairs.items()}
+    report = {
+        "budget": recipe.choices.budget,
+        "bits": sum(option.bits for option in options) / numbers + beside,
+        "predicted_loss": sum(option.cost for option in options),
+        "layers": {
+            str(layer): {
+                side: {"bits": option.bits / layers[layer].numbers, "predicted_loss": option.cost}
+                for side, option in zip(("keys", "values"), pair, strict=True)
+            }
+            for layer, pair in pairs.items()
+        },
+    }
+    return replace(recipe, layers=chosen, choices=None), report
+
+
+def _options(recipe: Recipe, layers: Mapping[int, LayerFits], numbers: int, beside: float) -> list[Option]:
+    """One of the schemes for the keys, then for the values, of each layer."""
+    assert recipe.choices
+    menus = []
+    for fits in layers.values():
+        menus += [fits.menu(recipe.choices.keys, True, recipe.sinks), fits.menu(recipe.choices.values, False, recipe.sinks)]
+    picks = allocate(menus, recipe.choices.budget, numbers, beside)
+    return [menu[pick] for menu, pick in zip(menus, picks, strict=True)]
+
+
+def _options_by_rate(recipe: Recipe, layers: Mapping[int, LayerFits], numbers: int, beside: float) -> list[Option]:
+    """The same where rates are to be allocated."""
+    assert recipe.choices
+    sides, menus = [], []
+    for fits in layers.values():
+        for schemes, keys in ((recipe.choices.keys, True), (recipe.choices.values, False)):
+            menus.append(fits.rate_menu(schemes, keys, recipe.sinks))
+            sides.append((fits, keys))
+    chosen = allocate_rates(menus, recipe.choices.budget, beside)
+    return [fits.measured(scheme, keys, recipe.sinks) for scheme, (fits, keys) in zip(chosen, sides, strict=True)]
