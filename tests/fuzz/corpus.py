@@ -31,8 +31,7 @@ RECIPES = [
         "pair1.5",
         "pair3-postrope",
         "narrow2.5",
-        "trellis3",
-        "trellis2.5",
+        "narrow3",
     ),
     *("window and sinks", "by matrix", "capped"),
 ]

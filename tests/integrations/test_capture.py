@@ -73,7 +73,7 @@ def test_recipes_learned_together_are_as_learned_alone(tiny):
         get_recipe("nuq3-1%").with_options(sinks=4),
         get_recipe("nuq2-1%-qnorm"),
         get_recipe("int4"),
-        get_recipe("trellis3"),
+        get_recipe("narrow3"),
     ]
     for together, recipe in zip(calibrate_many(model, batches, recipes), recipes, strict=True):
         alone = calibrate(model, batches, recipe)
@@ -86,7 +86,7 @@ def test_recipes_learned_together_are_as_learned_alone(tiny):
 
 def test_gradients_of_drawn_tokens_depend_on_sequences_alone(tiny):
     """Tokens drawn are those of a sequence, however it is batched; their gradients come beside those of the text."""
-    model, ids, recipe = tiny(), torch.randint(2, 97, (4, 30)), get_recipe("trellis3")
+    model, ids, recipe = tiny(), torch.randint(2, 97, (4, 30)), get_recipe("narrow3")
     moments = []
     for batches in (ids.split(1), ids.flip(0).split(4)):
         fits = [fits_for(fact, [recipe]) for fact in facts_for(model, "auto", [recipe]).attention]
@@ -189,7 +189,7 @@ def test_a_model_without_a_way_back_says_so(tiny):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
-    for recipe in ("nuq3", "pair3", "narrow3", "trellis3"):
+    for recipe in ("nuq3", "pair3", "narrow3"):
         with pytest.raises(CalibrationError, match="No gradient of the loss comes back"):
             calibrate(model, IDS, recipe)
     assert calibrate(model, IDS, "int4-channel").layers[0][0].scale is not None  # which needs no gradient

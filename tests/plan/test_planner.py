@@ -60,7 +60,7 @@ def test_bytes_are_those_of_a_real_cache(name, tokens, batch, tmp_path):
     assert planned(shape_of(model, tmp_path), get_recipe(name), tokens, batch) == real_bytes(model, name, tokens, batch)
 
 
-@pytest.mark.parametrize("name", ["nuq3", "int4-channel", "smooth-int4", "channel2", "narrow3", "trellis2"])
+@pytest.mark.parametrize("name", ["nuq3", "int4-channel", "smooth-int4", "channel2", "narrow2"])
 def test_tables_and_positions_are_counted(name, tmp_path):
     model = make_tiny(dtype=torch.bfloat16, head_dim=32)
     source, shape = calibrated(model, name), shape_of(model, tmp_path)
@@ -68,7 +68,7 @@ def test_tables_and_positions_are_counted(name, tmp_path):
         assert planned(shape, source.recipe, tokens, batch) == real_bytes(model, source, tokens, batch)
 
 
-@pytest.mark.parametrize("name", ["fp16", "int4", "hadamard-int4", "nvfp4", "nuq3", "narrow3", "trellis2"])
+@pytest.mark.parametrize("name", ["fp16", "int4", "hadamard-int4", "nvfp4", "nuq3", "narrow2"])
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3_text"])
 def test_what_a_bias_and_the_gain_of_a_norm_take_is_counted(family, name, tmp_path):
     model = as_trained(make(family)).bfloat16()

@@ -183,8 +183,6 @@ class TrellisQuantizer(Tables):
         return ((coefficients - self._decoded(stream)) * self._norm(norm)).square() * self.weight[:, None]
 
     def far(self, x: Tensor) -> Tensor | None:
-        if self.limit is not None:
-            return None
         grid = self._coefficients(x)[0] / self._by_coefficient("steps")
         return grid.abs() > 3 * trellis.TOP  # beyond what codes reach by its width
 

@@ -1,25 +1,32 @@
-"""`narrow2`, `narrow3`, `narrow4` and `narrowB.F`: this package's own recipes (docs/accuracy.md: what they lose).
+"""This package's own recipes: `narrow4`, `narrow3`, `narrow2`, `narrowB.F` for any budget (docs/accuracy.md: what they lose).
 
-Codebooks of pairs (`codebooks`), values turned, and 1.5 to 4 bits a number, chosen for the keys and the values of each layer
-under a budget for the whole (`calibration.allocation`). The budget counts everything that is held at 32,768 tokens. `narrowB`
-may take B bits and 0.05 more (0.1 at 4 bits), about what `nuqB` costs; `narrowB.F`, with a point, exactly what it says.
+Keys, before the rotary embedding and turned to the middle of their frame of 16 tokens (`codec.frames`), and values are
+transformed so that errors in all their coefficients cost alike and are uncorrelated; under a budget for the whole cache each
+unit of 8 coefficients has 0 to 6 bits (`calibration.rates`), and all bits of a token's head are one trellis-coded stream
+(`codec.trellis_quantizer`). Values are rotated to the axes of their covariance where that rotation costs fewer bits than it
+gains. The budget counts everything that is held at 32,768 tokens: `narrowB` may take B bits and 0.05 more, `narrowB.F`, with a
+point, exactly what it says. Trellis-coded quantization: Marcellin and Fischer 1990; with a sliding window of bits as state:
+QTIP (arXiv 2406.11235).
 """
 
 import re
+from dataclasses import replace
 
-from narrowkv.codec.scheme import PAIR_WIDTHS
-from narrowkv.methods.codebooks import schemes
+from narrowkv.codec import Scheme
 from narrowkv.methods.recipe import Choices, Recipe
 
 NAMES = ("narrow4", "narrow3", "narrow2")
-BUDGETS = {"2": 2.05, "3": 3.05, "4": 4.1}
+BUDGETS = {"2": 2.05, "3": 3.05, "4": 4.05}
 
 
 def of_budget(bits: float, name: str | None = None, rotated: bool = False) -> Recipe:
-    """The recipe that takes at most so many bits for each number; rotated: keys are those after the rotary embedding."""
-    pairs = [schemes("pair", width, rotated=rotated) for width in PAIR_WIDTHS]
-    keys, values = zip(*pairs, strict=True)
-    return Recipe(name or f"narrow{float(bits)}", keys=keys[1], values=values[1], sinks=1, choices=Choices(bits, keys, values))
+    """The recipe that takes at most so many bits for each element; rotated: keys are those after the rotary embedding."""
+    outliers = 0.005 if bits >= 3.5 else 0.0025 if bits >= 2.5 else 0.0  # at 2 bits they take more than they give
+    one = Scheme(bits, "trellis", axis="channel", outliers=outliers)
+    keys = (one, replace(one, turn=True)) if rotated else (replace(one, pre_rope=True),)
+    values = tuple(replace(one, turn=turn, token_norm=True) for turn in (True, False))
+    choices = Choices(bits, keys, values)
+    return Recipe(name or f"narrow{float(bits)}", keys=keys[0], values=values[0], sinks=1, choices=choices)
 
 
 def recipe(name: str) -> Recipe | None:

@@ -1,4 +1,4 @@
-"""The trellis recipes: names, budgets, and what caches of them take."""
+"""The narrow recipes: names, budgets, and what caches of them take."""
 
 import pytest
 import torch
@@ -11,20 +11,20 @@ IDS = torch.arange(2 * 200).view(2, 200) ** 2 % 89 + 3
 
 
 def test_names_say_the_budget():
-    budgets = {name: get_recipe(name).choices.budget for name in ("trellis2", "trellis3", "trellis4", "trellis2.7")}
-    assert budgets == {"trellis2": 2.05, "trellis3": 3.05, "trellis4": 4.05, "trellis2.7": 2.7}
+    budgets = {name: get_recipe(name).choices.budget for name in ("narrow2", "narrow3", "narrow4", "narrow2.7")}
+    assert budgets == {"narrow2": 2.05, "narrow3": 3.05, "narrow4": 4.05, "narrow2.7": 2.7}
     assert [get_recipe(name).keys.outliers for name in budgets] == [0.0, 0.0025, 0.005, 0.0025]
-    for name in ("trellis5", "trellis2.", "trellis"):
+    for name in ("narrow5", "narrow2.", "narrow"):
         with pytest.raises(RecipeError, match="There is no recipe"):
             get_recipe(name)
 
 
 def test_definitions_of_other_recipes_are_as_before():
-    assert not {"counts", "token_norm"} & set(get_recipe("narrow3").to_dict()["keys"])
+    assert not {"counts", "token_norm"} & set(get_recipe("nuq3").to_dict()["keys"])
 
 
 def test_rates_and_schemes_are_not_chosen_among_each_other():
-    plain = get_recipe("trellis3").to_dict()
+    plain = get_recipe("narrow3").to_dict()
     plain["choices"]["keys"] += (get_recipe("nuq3").to_dict()["keys"],)
     with pytest.raises(RecipeError, match="among themselves"):
         Recipe.from_dict(plain)
@@ -32,7 +32,7 @@ def test_rates_and_schemes_are_not_chosen_among_each_other():
 
 def test_a_cache_takes_its_budget_and_is_read_by_compiled_code(tiny):
     model = tiny(heads=2, kv_heads=1, head_dim=64)
-    calibration = calibrate(model, IDS, "trellis3")
+    calibration = calibrate(model, IDS, "narrow3")
     allocated = calibration.provenance["allocation"]
     assert 2.9 < allocated["bits"] <= 3.1 and allocated["budget"] == 3.05
     cache = PackedCache(model, calibration)
@@ -59,7 +59,7 @@ def test_more_bits_lose_less(tiny):
     with torch.inference_mode():
         expected = model(IDS).logits.log_softmax(-1)
     lost = []
-    for name in ("trellis2", "trellis3", "trellis4"):
+    for name in ("narrow2", "narrow3", "narrow4"):
         source = calibrate(model, IDS, name)
         with torch.inference_mode():
             found = model(IDS, past_key_values=PackedCache(model, source, strict=True)).logits.log_softmax(-1)
