@@ -47,6 +47,15 @@ def test_the_choice_keeps_its_budget_and_names_every_layer(name, budget):
     assert learned.report["predicted_loss"] == pytest.approx(total)
 
 
+def test_each_side_keeps_a_budget_of_its_own():
+    (recipe,), layers = fits("narrow-k4.5-v3.5")
+    report = learn(recipe, layers).report
+    assert report["budget"] == 4.0 and report["bits"] == pytest.approx(sum(s["bits"] for s in report["sides"].values()) / 2)
+    for side, budget in (("keys", 4.5), ("values", 3.5)):
+        assert report["sides"][side]["budget"] == budget and budget - 0.4 < report["sides"][side]["bits"] <= budget
+        assert report["layers"]["3"][side]["bits"] > report["layers"]["0"][side]["bits"]
+
+
 def test_where_errors_cost_more_there_are_more_bits():
     (recipe,), layers = fits("narrow3.0")
     report = learn(recipe, layers).report["layers"]

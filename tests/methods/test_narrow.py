@@ -1,11 +1,13 @@
 """The narrow recipes: names, budgets, and what caches of them take."""
 
+import json
+
 import pytest
 import torch
 
 from narrowkv import PackedCache, calibrate, get_recipe
 from narrowkv.errors import RecipeError
-from narrowkv.methods import Recipe
+from narrowkv.methods import Recipe, narrow
 
 IDS = torch.arange(2 * 200).view(2, 200) ** 2 % 89 + 3
 
@@ -14,9 +16,31 @@ def test_names_say_the_budget():
     budgets = {name: get_recipe(name).choices.budget for name in ("narrow2", "narrow3", "narrow4", "narrow2.7")}
     assert budgets == {"narrow2": 2.05, "narrow3": 3.05, "narrow4": 4.05, "narrow2.7": 2.7}
     assert [get_recipe(name).keys.outliers for name in budgets] == [0.0, 0.0025, 0.005, 0.0025]
-    for name in ("narrow5", "narrow2.", "narrow"):
+    for name in ("narrow5", "narrow2.", "narrow", "narrow-k4", "narrow-v2", "narrow-k5-v2", "narrow-k4-v"):
         with pytest.raises(RecipeError, match="There is no recipe"):
             get_recipe(name)
+
+
+def test_keys_and_values_may_have_budgets_of_their_own(tiny):
+    recipe = get_recipe("narrow-k4-v2.25")
+    assert recipe.choices.budgets == (4.05, 2.25) and (recipe.keys.outliers, recipe.values.outliers) == (0.005, 0.0)
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    assert get_recipe("narrow-k4-v2-postrope").keys.pre_rope is False
+    assert narrow.of_budget(3.5, value_bits=2.25) == get_recipe("narrow-k3.5-v2.25")
+    assert "value_budget" not in get_recipe("narrow3").to_dict()["choices"]
+    model = tiny(heads=2, kv_heads=1, head_dim=64)
+    sides = calibrate(model, IDS, recipe).provenance["allocation"]["sides"]
+    for side, budget in (("keys", 4.05), ("values", 2.25)):
+        assert sides[side]["budget"] == budget and budget - 0.25 < sides[side]["bits"] <= budget
+
+
+def test_two_budgets_are_for_rates():
+    plain = get_recipe("nuq3.9").to_dict()
+    with pytest.raises(RecipeError, match="apart are for trellis-coded"):
+        Recipe.from_dict({**plain, "choices": {**plain["choices"], "value_budget": 2.0}})
+    plain = get_recipe("narrow-k4-v2").to_dict()
+    with pytest.raises(RecipeError, match="number of bits above 0"):
+        Recipe.from_dict({**plain, "choices": {**plain["choices"], "value_budget": -1}})
 
 
 def test_definitions_of_other_recipes_are_as_before():

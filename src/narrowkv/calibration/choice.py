@@ -6,7 +6,7 @@ from typing import Any
 
 from narrowkv.calibration.allocation import Option, allocate
 from narrowkv.calibration.learning import LayerFits
-from narrowkv.calibration.rates import allocate_rates
+from narrowkv.calibration.rates import allocate_choices
 from narrowkv.codec import AnyQuantizer
 from narrowkv.codec.scheme import BLOCK
 from narrowkv.errors import RecipeError
@@ -52,8 +52,8 @@ def _choose(recipe: Recipe, layers: Mapping[int, LayerFits]) -> tuple[Recipe, di
         raise RecipeError(f"Recipe {recipe.name}: {error}") from error
     pairs = dict(zip(layers, zip(options[::2], options[1::2], strict=True), strict=True))
     chosen = {layer: LayerSchemes(keys.scheme, values.scheme) for layer, (keys, values) in pairs.items()}
-    report = {
-        "budget": recipe.choices.budget,
+    report: dict[str, Any] = {
+        "budget": sum(recipe.choices.budgets) / 2,
         "bits": sum(option.bits for option in options) / numbers + beside,
         "predicted_loss": sum(option.cost for option in options),
         "layers": {
@@ -64,6 +64,11 @@ def _choose(recipe: Recipe, layers: Mapping[int, LayerFits]) -> tuple[Recipe, di
             for layer, pair in pairs.items()
         },
     }
+    if recipe.choices.value_budget is not None:
+        report["sides"] = {
+            side: {"budget": budget, "bits": 2 * sum(option.bits for option in options[i::2]) / numbers + beside}
+            for i, (side, budget) in enumerate(zip(("keys", "values"), recipe.choices.budgets, strict=True))
+        }
     return replace(recipe, layers=chosen, choices=None), report
 
 
@@ -85,5 +90,5 @@ def _options_by_rate(recipe: Recipe, layers: Mapping[int, LayerFits], numbers: i
         for schemes, keys in ((recipe.choices.keys, True), (recipe.choices.values, False)):
             menus.append(fits.rate_menu(schemes, keys, recipe.sinks))
             sides.append((fits, keys))
-    chosen = allocate_rates(menus, recipe.choices.budget, beside)
+    chosen = allocate_choices(recipe.choices, menus, beside)
     return [fits.measured(scheme, keys, recipe.sinks) for scheme, (fits, keys) in zip(chosen, sides, strict=True)]

@@ -11,6 +11,7 @@ from narrowkv.codec.gaussian_tables import SQUARED_ERRORS
 from narrowkv.codec.scheme import BLOCK, MOST_RATE, UNIT
 from narrowkv.defaults import REFERENCE_TOKENS
 from narrowkv.errors import RecipeError
+from narrowkv.methods.recipe import Choices
 from narrowkv.store.page import OUTLIER_BYTES
 
 OFFSET_BITS = 32 / BLOCK  # of each token and head: where a block's outliers begin
@@ -57,6 +58,17 @@ class RateOption:
         forms = TrellisQuantizer.forms(self.with_counts(rates), self.kv_heads, UNIT * len(rates))
         size = sum(dtype.itemsize * torch.Size(shape).numel() for shape, dtype in forms.values())
         return 8 * size / self.tokens
+
+
+def allocate_choices(choices: Choices, menus: Sequence[Sequence[RateOption]], beside: float = 0.0) -> list[Scheme]:
+    """Which option of each menu to take, with which rates; menus are of the keys, then of the values, of each layer.
+
+    beside: as `allocate_rates` has it. Raises RecipeError where a budget is too small.
+    """
+    if choices.value_budget is None:
+        return allocate_rates(menus, choices.budget, beside)
+    keys, values = (allocate_rates(menus[side::2], budget, beside) for side, budget in enumerate(choices.budgets))
+    return [scheme for pair in zip(keys, values, strict=True) for scheme in pair]
 
 
 def allocate_rates(menus: Sequence[Sequence[RateOption]], budget: float, beside: float = 0.0) -> list[Scheme]:

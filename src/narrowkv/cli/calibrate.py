@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from narrowkv.calibration import Calibration
+    from narrowkv.methods import Recipe
 
 
 def calibrate(
@@ -40,6 +41,10 @@ def calibrate(
         float | None,
         typer.Option(help="Choose widths for each layer so that a number takes this many bits at 32K tokens, all counted."),
     ] = None,
+    key_bits: Annotated[
+        float | None, typer.Option(help="As --bits, for the keys alone; --value-bits is then that of the values.")
+    ] = None,
+    value_bits: Annotated[float | None, typer.Option(help="As --bits, for the values alone, with --key-bits.")] = None,
     check: Annotated[int, typer.Option(min=0, help="Measure what each choice costs on this many further windows.")] = 0,
     text: LearnedTextOption = None,
     window: LearnedWindowOption = None,
@@ -54,11 +59,8 @@ def calibrate(
 
     from narrowkv.evaluate.sources import read_texts
     from narrowkv.evaluate.windows import cut_apart
-    from narrowkv.methods import get_recipe, narrow
 
-    if bits is not None and recipe is not None:
-        raise RecipeError("--bits makes a recipe of its own (narrowB.F); give either --bits or --recipe.")
-    chosen = get_recipe(recipe or RECIPE) if bits is None else narrow.of_budget(bits)
+    chosen = chosen_recipe(recipe, bits, key_bits, value_bits)
     first = not int(os.environ.get("RANK", "0"))  # under torchrun the first process speaks and writes
     sources = texts_to_learn(model, text)
     window, samples = windows_to_learn(sources, window, samples)
@@ -84,6 +86,19 @@ def calibrate(
     )
 
 
+def chosen_recipe(recipe: str | None, bits: float | None, key_bits: float | None, value_bits: float | None) -> "Recipe":
+    """The recipe that options ask for; raises RecipeError where they ask for several, or for half a one."""
+    from narrowkv.methods import get_recipe, narrow
+
+    if (key_bits is None) != (value_bits is None):
+        raise RecipeError("--key-bits and --value-bits go together; give both, or --bits for one budget of keys and values.")
+    if (recipe is not None) + (bits is not None) + (key_bits is not None) > 1:
+        raise RecipeError("--bits and --key-bits make recipes of their own; give either --bits or --recipe or --key-bits.")
+    if key_bits is not None:
+        return narrow.of_budget(key_bits, value_bits=value_bits)
+    return get_recipe(recipe or RECIPE) if bits is None else narrow.of_budget(bits)
+
+
 def measure_parts(model: Any, calibration: "Calibration", windows: "Tensor") -> dict[tuple[int, str], float]:
     """What each choice is found to cost, noted in the calibration's provenance too."""
     from narrowkv.evaluate.parts import part_losses
@@ -98,9 +113,9 @@ def measure_parts(model: Any, calibration: "Calibration", windows: "Tensor") -> 
 def allocation_table(calibration: "Calibration", found: dict[tuple[int, str], float]) -> Table:
     """The bits chosen for each layer and the loss that they are predicted, and were found, to cost."""
     allocation = calibration.provenance["allocation"]
-    table = Table(
-        title=f"{allocation['bits']:.3f} of {allocation['budget']:g} bits; loss in nats for each token", title_justify="left"
-    )
+    sides = allocation.get("sides", {"keys and values": allocation})
+    used = ", ".join(f"{side} {part['bits']:.3f} of {part['budget']:g} bits" for side, part in sides.items())
+    table = Table(title=f"{used}; loss in nats for each token", title_justify="left")
     for side in ("keys", "values"):
         table.add_column("layer" if side == "keys" else "", justify="right")
         for heading in (f"{side}, bits", "predicted", *(["found"] if found else [])):

@@ -50,10 +50,10 @@ def list_recipes() -> None:
         keys, values = describe(recipe.keys), describe(recipe.values)
         if recipe.choices:
             keys, values = (
-                f"trellis-coded, rates by channel under {recipe.choices.budget:g} bits"
+                f"trellis-coded, rates by channel under {budget:g} bits"
                 if recipe.choices.by_rate
-                else f"one of {len(every)} under {recipe.choices.budget:g} bits"
-                for every in (recipe.choices.keys, recipe.choices.values)
+                else f"one of {len(every)} under {budget:g} bits"
+                for every, budget in zip((recipe.choices.keys, recipe.choices.values), recipe.choices.budgets, strict=True)
             )
         table.add_row(name, keys, values, exact or "-", needed)
     wide_console().print(table)

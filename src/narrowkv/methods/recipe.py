@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 MOST_SINKS, MOST_WINDOW, MOST_LAYERS, MOST_BITS = 1024, 2**20, 4096, 64
 
 
-LATER = ("counts", "token_norm")  # fields of schemes, named only where set: figures and caches from before them stay valid
+# fields named only where they are set, so that figures and caches from before them stay valid
+LATER = ("counts", "token_norm", "value_budget")
 
 
 @dataclass(frozen=True)
@@ -35,21 +36,30 @@ class Choices:
     """Schemes among which calibration chooses, for the keys and for the values of each layer apart.
 
     budget: bits for each number that the whole cache may take at 32,768 tokens, tables included. Those schemes are chosen that
-    cost the least loss under it. Raises RecipeError where the budget is no number above 0, or of more bits than a number can
-    have, or there is nothing to choose.
+    cost the least loss under it. value_budget: of the values alone; `budget` is then that of the keys. Raises
+    RecipeError where a budget is no number above 0, or of more bits than a number can have, or there is nothing to choose.
     """
 
     budget: float
     keys: tuple[Scheme, ...]
     values: tuple[Scheme, ...]
+    value_budget: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.budget, (int, float)) or isinstance(self.budget, bool) or not 0 < self.budget <= MOST_BITS:
-            raise RecipeError(f"A budget is a number of bits above 0, at most {MOST_BITS}, not {self.budget!r:.40}.")
+        for budget in self.budgets:
+            if not isinstance(budget, (int, float)) or isinstance(budget, bool) or not 0 < budget <= MOST_BITS:
+                raise RecipeError(f"A budget is a number of bits above 0, at most {MOST_BITS}, not {budget!r:.40}.")
         if not self.keys or not self.values:
             raise RecipeError("A recipe that chooses needs a scheme for the keys and one for the values at least.")
         if len({scheme.datatype == "trellis" for scheme in (*self.keys, *self.values)}) > 1:
             raise RecipeError("Trellis-coded schemes, whose rates are allocated, are chosen among themselves.")
+        if self.value_budget is not None and not self.by_rate:
+            raise RecipeError("Budgets for keys and values apart are for trellis-coded schemes; give one for both.")
+
+    @property
+    def budgets(self) -> tuple[float, float]:
+        """Of the keys and of the values; twice the same where they share one."""
+        return self.budget, self.budget if self.value_budget is None else self.value_budget
 
     @property
     def by_rate(self) -> bool:
@@ -156,8 +166,8 @@ class Recipe:
             }
             choices = None
             if plain.get("choices") is not None:
-                sides = [tuple(Scheme(**scheme) for scheme in plain["choices"][side]) for side in ("keys", "values")]
-                choices = Choices(plain["choices"]["budget"], *sides)
+                sides = {side: tuple(Scheme(**scheme) for scheme in plain["choices"][side]) for side in ("keys", "values")}
+                choices = Choices(**{**plain["choices"], **sides})
             rest = {name: setting for name, setting in plain.items() if name not in ("keys", "values", "layers", "choices")}
             keys, values = Scheme(**plain["keys"]), Scheme(**plain["values"])
             return cls(keys=keys, values=values, layers=layers, choices=choices, **rest)

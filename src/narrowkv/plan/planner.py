@@ -10,7 +10,7 @@ import torch
 
 from narrowkv.calibration.allocation import Option, allocate, stored_bits
 from narrowkv.calibration.choice import beside_bits
-from narrowkv.calibration.rates import RateOption, allocate_rates, held_tokens
+from narrowkv.calibration.rates import RateOption, allocate_choices, held_tokens
 from narrowkv.codec import Scheme
 from narrowkv.codec.scheme import BLOCK, UNIT
 from narrowkv.errors import BudgetError, RecipeError
@@ -89,7 +89,7 @@ def _even_rates(choices: Choices, shape: ModelShape, numbers: int, beside: float
         costs = 4.0 ** (-SPAN * torch.arange(units, dtype=torch.float64, device="cpu") / units)
         for schemes in (choices.keys, choices.values):
             menus.append([RateOption(scheme, layer.kv_heads, costs, tokens) for scheme in schemes])
-    return allocate_rates(menus, choices.budget, beside)
+    return allocate_choices(choices, menus, beside)
 
 
 @functools.cache

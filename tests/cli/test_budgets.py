@@ -1,0 +1,53 @@
+"""`narrowkv calibrate` under budgets that options name."""
+
+import pytest
+from tests.conftest import make_tiny
+from tests.letters import TEXT, make_letters
+
+from narrowkv import Calibration
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model and a text."""
+    path = tmp_path_factory.mktemp("tiny")
+    make_tiny().save_pretrained(path)
+    make_letters().save_pretrained(path)
+    (path / "one.txt").write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def calibrating(narrowkv, folder, tmp_path):
+    """Runs the command with options; returns its status and what it said, as one line each."""
+    common = ("--text", folder / "one.txt", "--window", 64, "--samples", 3, "--out", tmp_path)
+
+    def run(*options):
+        status, *said = narrowkv("calibrate", folder, *common, *options)
+        return status, *(" ".join(text.split()) for text in said)
+
+    return run
+
+
+def test_each_side_has_a_budget_of_its_own(calibrating, tmp_path):
+    status, out, _ = calibrating("--key-bits", 4, "--value-bits", 3)
+    assert status == 0 and "of 4 bits, values" in out and "narrow-k4.0-v3.0" in out
+    learned = Calibration.from_pretrained(tmp_path)
+    assert learned.recipe.name == "narrow-k4.0-v3.0"
+    assert all(part["bits"] <= part["budget"] for part in learned.provenance["allocation"]["sides"].values())
+
+
+@pytest.mark.parametrize(
+    ("options", "cause"),
+    [
+        (("--key-bits", 4, "--value-bits", 2, "--bits", 2.7), "either --bits or --recipe or --key-bits"),
+        (("--key-bits", 4, "--value-bits", 2, "--recipe", "narrow3"), "either --bits or --recipe or --key-bits"),
+        (("--bits", 2.7, "--recipe", "narrow3"), "either --bits or --recipe"),
+        (("--key-bits", 4), "give both"),
+        (("--value-bits", 2, "--bits", 3), "give both"),
+        (("--key-bits", 4, "--value-bits", 0.5), "a budget of 0.5 bits is too small"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(calibrating, options, cause):
+    status, _, err = calibrating(*options)
+    assert status == 1 and cause in err
