@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from narrowkv import PackedCache, calibrate, get_recipe
+from narrowkv import Calibration, PackedCache, calibrate, get_recipe
 from narrowkv.errors import RecipeError
 from narrowkv.methods import Recipe, narrow
 
@@ -34,10 +34,34 @@ def test_keys_and_values_may_have_budgets_of_their_own(tiny):
         assert sides[side]["budget"] == budget and budget - 0.25 < sides[side]["bits"] <= budget
 
 
+def test_layers_may_have_streams_of_equal_bytes(tiny, tmp_path):
+    recipe = get_recipe("narrow3.3-equal")
+    assert recipe == narrow.of_budget(3.3, equal_layers=True) == narrow.with_equal_layers(get_recipe("narrow3.3"))
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    assert get_recipe("narrow-k4-v2-postrope-equal").choices.equal_layers
+    assert not {"equal_layers"} & set(get_recipe("narrow3.3").to_dict()["choices"])
+    with pytest.raises(RecipeError, match="take a narrow one"):
+        narrow.with_equal_layers(get_recipe("nuq3.9"))
+    model = tiny(heads=2, kv_heads=1, head_dim=64, layers=3)
+    calibrate(model, IDS, recipe).save_pretrained(tmp_path)
+    calibration = Calibration.from_pretrained(tmp_path, model)
+    allocated = calibration.provenance["allocation"]
+    (size,) = set(allocated["stream_bytes"].values())
+    assert 3.1 < allocated["bits"] <= 3.3
+    cache = calibration.cache(model)
+    with torch.inference_mode():
+        model(IDS, past_key_values=cache)
+    for layer in cache.packed:
+        page = layer.store.columns[0].page
+        assert page.keys.planes[0].shape[2] + page.values.planes[0].shape[2] == size
+
+
 def test_two_budgets_are_for_rates():
     plain = get_recipe("nuq3.9").to_dict()
-    with pytest.raises(RecipeError, match="apart are for trellis-coded"):
+    with pytest.raises(RecipeError, match="are for trellis-coded"):
         Recipe.from_dict({**plain, "choices": {**plain["choices"], "value_budget": 2.0}})
+    with pytest.raises(RecipeError, match="true or false"):
+        Recipe.from_dict({**plain, "choices": {**plain["choices"], "equal_layers": 1}})
     plain = get_recipe("narrow-k4-v2").to_dict()
     with pytest.raises(RecipeError, match="number of bits above 0"):
         Recipe.from_dict({**plain, "choices": {**plain["choices"], "value_budget": -1}})

@@ -60,7 +60,9 @@ def test_bytes_are_those_of_a_real_cache(name, tokens, batch, tmp_path):
     assert planned(shape_of(model, tmp_path), get_recipe(name), tokens, batch) == real_bytes(model, name, tokens, batch)
 
 
-@pytest.mark.parametrize("name", ["nuq3", "int4-channel", "smooth-int4", "channel2", "narrow2", "narrow-k2.25-v2"])
+@pytest.mark.parametrize(
+    "name", ["nuq3", "int4-channel", "smooth-int4", "channel2", "narrow2", "narrow-k2.25-v2", "narrow2-equal"]
+)
 def test_tables_and_positions_are_counted(name, tmp_path):
     model = make_tiny(dtype=torch.bfloat16, head_dim=32)
     source, shape = calibrated(model, name), shape_of(model, tmp_path)

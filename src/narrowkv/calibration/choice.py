@@ -6,7 +6,7 @@ from typing import Any
 
 from narrowkv.calibration.allocation import Option, allocate
 from narrowkv.calibration.learning import LayerFits
-from narrowkv.calibration.rates import allocate_choices
+from narrowkv.calibration.shares import allocate_choices
 from narrowkv.codec import AnyQuantizer
 from narrowkv.codec.scheme import BLOCK
 from narrowkv.errors import RecipeError
@@ -69,7 +69,15 @@ def _choose(recipe: Recipe, layers: Mapping[int, LayerFits]) -> tuple[Recipe, di
             side: {"budget": budget, "bits": 2 * sum(option.bits for option in options[i::2]) / numbers + beside}
             for i, (side, budget) in enumerate(zip(("keys", "values"), recipe.choices.budgets, strict=True))
         }
+    if recipe.choices.equal_layers:
+        report["stream_bytes"] = {str(layer): _stream_bytes(pair, layers[layer].shape) for layer, pair in chosen.items()}
     return replace(recipe, layers=chosen, choices=None), report
+
+
+def _stream_bytes(pair: LayerSchemes, shape: tuple[int, int]) -> int:
+    """Bytes of a token's streams, keys and values, in one layer of a shape: kv_heads, head_dim."""
+    heads, dim = shape
+    return heads * (pair.keys.codes(dim) + pair.values.codes(dim))
 
 
 def _options(recipe: Recipe, layers: Mapping[int, LayerFits], numbers: int, beside: float) -> list[Option]:

@@ -11,7 +11,6 @@ from narrowkv.codec.gaussian_tables import SQUARED_ERRORS
 from narrowkv.codec.scheme import BLOCK, MOST_RATE, UNIT
 from narrowkv.defaults import REFERENCE_TOKENS
 from narrowkv.errors import RecipeError
-from narrowkv.methods.recipe import Choices
 from narrowkv.store.page import OUTLIER_BYTES
 
 OFFSET_BITS = 32 / BLOCK  # of each token and head: where a block's outliers begin
@@ -60,17 +59,6 @@ class RateOption:
         return 8 * size / self.tokens
 
 
-def allocate_choices(choices: Choices, menus: Sequence[Sequence[RateOption]], beside: float = 0.0) -> list[Scheme]:
-    """Which option of each menu to take, with which rates; menus are of the keys, then of the values, of each layer.
-
-    beside: as `allocate_rates` has it. Raises RecipeError where a budget is too small.
-    """
-    if choices.value_budget is None:
-        return allocate_rates(menus, choices.budget, beside)
-    keys, values = (allocate_rates(menus[side::2], budget, beside) for side, budget in enumerate(choices.budgets))
-    return [scheme for pair in zip(keys, values, strict=True) for scheme in pair]
-
-
 def allocate_rates(menus: Sequence[Sequence[RateOption]], budget: float, beside: float = 0.0) -> list[Scheme]:
     """Which option of each menu to take, with which rates, so that the sum of costs is least and that of bits within a budget.
 
@@ -84,10 +72,7 @@ def allocate_rates(menus: Sequence[Sequence[RateOption]], budget: float, beside:
     low, high = 1e-18 * highest, max(2 * highest, torch.finfo(torch.float32).tiny)
     schemes, least = _at_price(menus, high)
     if least > room:
-        raise RecipeError(
-            f"a budget of {budget:g} bits is too small for this model, on which {least / numbers + beside:.3f} is the least; "
-            "allow more."
-        )
+        raise too_small(budget, least / numbers + beside)
     for _ in range(HALVINGS):
         price = (low * high) ** 0.5
         found, used = _at_price(menus, price)
@@ -96,6 +81,13 @@ def allocate_rates(menus: Sequence[Sequence[RateOption]], budget: float, beside:
         else:
             high, schemes = price, found
     return schemes
+
+
+def too_small(budget: float, least: float) -> RecipeError:
+    """What is raised where even the smallest allocation, of `least` bits, exceeds the budget."""
+    return RecipeError(
+        f"a budget of {budget:g} bits is too small for this model, on which {least:.3f} is the least; allow more."
+    )
 
 
 def _at_price(menus: Sequence[Sequence[RateOption]], price: float) -> tuple[list[Scheme], float]:

@@ -45,6 +45,10 @@ def calibrate(
         float | None, typer.Option(help="As --bits, for the keys alone; --value-bits is then that of the values.")
     ] = None,
     value_bits: Annotated[float | None, typer.Option(help="As --bits, for the values alone, with --key-bits.")] = None,
+    equal_layers: Annotated[
+        bool,
+        typer.Option("--equal-layers", help="Give all layers as many bytes of a token, for pages of one size (narrow only)."),
+    ] = False,
     check: Annotated[int, typer.Option(min=0, help="Measure what each choice costs on this many further windows.")] = 0,
     text: LearnedTextOption = None,
     window: LearnedWindowOption = None,
@@ -59,8 +63,11 @@ def calibrate(
 
     from narrowkv.evaluate.sources import read_texts
     from narrowkv.evaluate.windows import cut_apart
+    from narrowkv.methods import narrow
 
     chosen = chosen_recipe(recipe, bits, key_bits, value_bits)
+    if equal_layers:
+        chosen = narrow.with_equal_layers(chosen)
     first = not int(os.environ.get("RANK", "0"))  # under torchrun the first process speaks and writes
     sources = texts_to_learn(model, text)
     window, samples = windows_to_learn(sources, window, samples)
@@ -114,8 +121,10 @@ def allocation_table(calibration: "Calibration", found: dict[tuple[int, str], fl
     """The bits chosen for each layer and the loss that they are predicted, and were found, to cost."""
     allocation = calibration.provenance["allocation"]
     sides = allocation.get("sides", {"keys and values": allocation})
+    each = sorted(set(allocation.get("stream_bytes", {}).values()))
+    equal = f"; {', '.join(map(str, each))} bytes of a token in every layer" if each else ""
     used = ", ".join(f"{side} {part['bits']:.3f} of {part['budget']:g} bits" for side, part in sides.items())
-    table = Table(title=f"{used}; loss in nats for each token", title_justify="left")
+    table = Table(title=f"{used}{equal}; loss in nats for each token", title_justify="left")
     for side in ("keys", "values"):
         table.add_column("layer" if side == "keys" else "", justify="right")
         for heading in (f"{side}, bits", "predicted", *(["found"] if found else [])):

@@ -5,7 +5,8 @@ transformed so that errors in all their coefficients cost alike and are uncorrel
 unit of 8 coefficients has 0 to 6 bits (`calibration.rates`), and all bits of a token's head are one trellis-coded stream
 (`codec.trellis_quantizer`). Values are rotated to the axes of their covariance where that rotation costs fewer bits than it
 gains. The budget counts everything that is held at 32,768 tokens: `narrowB` may take B bits and 0.05 more, `narrowB.F`, with a
-point, exactly what it says; either side of `narrow-kB-vB` has such a budget, and what is held beside them is halved.
+point, exactly what it says; either side of `narrow-kB-vB` has such a budget, and what is held beside them is halved. With
+`-equal` all layers of one shape have streams of as many bytes.
 Trellis-coded quantization: Marcellin and Fischer 1990; with a sliding window of bits as state: QTIP (arXiv 2406.11235).
 """
 
@@ -13,6 +14,7 @@ import re
 from dataclasses import replace
 
 from narrowkv.codec import Scheme
+from narrowkv.errors import RecipeError
 from narrowkv.methods.recipe import Choices, Recipe
 
 NAMES = ("narrow4", "narrow3", "narrow2")
@@ -20,18 +22,34 @@ BUDGETS = {"2": 2.05, "3": 3.05, "4": 4.05}
 WIDTH = r"\d|\d\.\d+"
 
 
-def of_budget(bits: float, name: str | None = None, rotated: bool = False, value_bits: float | None = None) -> Recipe:
+def of_budget(
+    bits: float,
+    name: str | None = None,
+    rotated: bool = False,
+    value_bits: float | None = None,
+    equal_layers: bool = False,
+) -> Recipe:
     """The recipe that takes at most so many bits for each element.
 
     rotated: keys are those after the rotary embedding. value_bits: of the values apart; `bits` is then for the keys alone.
-    Raises RecipeError where these are no budgets.
+    equal_layers: keys and values together have as many bytes in all layers. Raises RecipeError where these are no budgets.
     """
     of_keys, of_values = (_scheme(width) for width in (bits, bits if value_bits is None else value_bits))
     keys = (of_keys, replace(of_keys, turn=True)) if rotated else (replace(of_keys, pre_rope=True),)
     values = tuple(replace(of_values, turn=turn, token_norm=True) for turn in (True, False))
-    choices = Choices(bits, keys, values, value_bits)
-    name = name or (f"narrow{float(bits)}" if value_bits is None else f"narrow-k{float(bits)}-v{float(value_bits)}")
-    return Recipe(name, keys=keys[0], values=values[0], sinks=1, choices=choices)
+    choices = Choices(bits, keys, values, value_bits, equal_layers)
+    widths = f"{float(bits)}" if value_bits is None else f"-k{float(bits)}-v{float(value_bits)}"
+    return Recipe(name or f"narrow{widths}{'-equal' * equal_layers}", keys=keys[0], values=values[0], sinks=1, choices=choices)
+
+
+def with_equal_layers(recipe: Recipe) -> Recipe:
+    """A recipe of this method with as many bytes of a token in all layers; raises RecipeError for any other."""
+    if recipe.choices is None or not recipe.choices.by_rate:
+        raise RecipeError(
+            f"Recipe {recipe.name} does not allocate rates, so its layers are not made equal; take a narrow one."
+        )
+    name = recipe.name if recipe.choices.equal_layers else f"{recipe.name}-equal"
+    return replace(recipe, name=name, choices=replace(recipe.choices, equal_layers=True))
 
 
 def _scheme(bits: float) -> Scheme:
@@ -41,13 +59,14 @@ def _scheme(bits: float) -> Scheme:
 
 def recipe(name: str) -> Recipe | None:
     """The recipe called `name`, or None if it is not one of this method's."""
-    match = re.fullmatch(rf"narrow(?:({WIDTH})|-k({WIDTH})-v({WIDTH}))(-postrope)?", name)
+    match = re.fullmatch(rf"narrow(?:({WIDTH})|-k({WIDTH})-v({WIDTH}))(-postrope)?(-equal)?", name)
     if match is None:
         return None
     bits, value_bits = match[1] or match[2], match[3]
     if not all("." in width or width in BUDGETS for width in (bits, value_bits) if width):
         return None
-    return of_budget(_budget(bits), name, match[4] is not None, _budget(value_bits) if value_bits else None)
+    rotated, equal = match[4] is not None, match[5] is not None
+    return of_budget(_budget(bits), name, rotated, _budget(value_bits) if value_bits else None, equal)
 
 
 def _budget(width: str) -> float:

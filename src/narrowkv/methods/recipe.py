@@ -20,7 +20,7 @@ MOST_SINKS, MOST_WINDOW, MOST_LAYERS, MOST_BITS = 1024, 2**20, 4096, 64
 
 
 # fields named only where they are set, so that figures and caches from before them stay valid
-LATER = ("counts", "token_norm", "value_budget")
+LATER = ("counts", "token_norm", "value_budget", "equal_layers")
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,16 @@ class Choices:
     """Schemes among which calibration chooses, for the keys and for the values of each layer apart.
 
     budget: bits for each number that the whole cache may take at 32,768 tokens, tables included. Those schemes are chosen that
-    cost the least loss under it. value_budget: of the values alone; `budget` is then that of the keys. Raises
-    RecipeError where a budget is no number above 0, or of more bits than a number can have, or there is nothing to choose.
+    cost the least loss under it. value_budget: of the values alone; `budget` is then that of the keys.
+    equal_layers: whether keys and values together take as many bytes of a token in all layers of one shape. Raises RecipeError
+    where a budget is no number above 0, or of more bits than a number can have, or there is nothing to choose.
     """
 
     budget: float
     keys: tuple[Scheme, ...]
     values: tuple[Scheme, ...]
     value_budget: float | None = None
+    equal_layers: bool = False
 
     def __post_init__(self) -> None:
         for budget in self.budgets:
@@ -53,8 +55,12 @@ class Choices:
             raise RecipeError("A recipe that chooses needs a scheme for the keys and one for the values at least.")
         if len({scheme.datatype == "trellis" for scheme in (*self.keys, *self.values)}) > 1:
             raise RecipeError("Trellis-coded schemes, whose rates are allocated, are chosen among themselves.")
-        if self.value_budget is not None and not self.by_rate:
-            raise RecipeError("Budgets for keys and values apart are for trellis-coded schemes; give one for both.")
+        if type(self.equal_layers) is not bool:
+            raise RecipeError(f"Layers are equal or not: true or false, not {self.equal_layers!r:.40}.")
+        if (self.value_budget is not None or self.equal_layers) and not self.by_rate:
+            raise RecipeError(
+                "Budgets for keys and values apart, and equal layers, are for trellis-coded schemes; leave them out."
+            )
 
     @property
     def budgets(self) -> tuple[float, float]:

@@ -10,7 +10,8 @@ import torch
 
 from narrowkv.calibration.allocation import Option, allocate, stored_bits
 from narrowkv.calibration.choice import beside_bits
-from narrowkv.calibration.rates import RateOption, allocate_choices, held_tokens
+from narrowkv.calibration.rates import RateOption, held_tokens
+from narrowkv.calibration.shares import allocate_choices
 from narrowkv.codec import Scheme
 from narrowkv.codec.scheme import BLOCK, UNIT
 from narrowkv.errors import BudgetError, RecipeError
