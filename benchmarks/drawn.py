@@ -10,6 +10,7 @@ from torch import Tensor
 
 from narrowkv import get_recipe
 from narrowkv.attention import Rope
+from narrowkv.calibration.trellis_fit import in_bytes
 from narrowkv.codec import AnyQuantizer, Encoded, Quantizer, Scheme, TrellisQuantizer, quantizer_for
 from narrowkv.codec.frames import Frames
 from narrowkv.codec.gaussian_tables import STEPS, gaussian_tables
@@ -58,19 +59,19 @@ def random_streams(scheme: Scheme) -> TrellisQuantizer:
     """Trellis-coded streams of the rates of a scheme."""
     n, universal = scheme.outlier_places(HEAD_DIM), gaussian_tables()
     tables = {
-        "mean": torch.randn(KV_HEADS, HEAD_DIM),
+        "mean": torch.randn(KV_HEADS, HEAD_DIM).half(),
         "entries": torch.stack([universal.high, universal.low], dim=1)[None],
         "steps": torch.tensor(STEPS),
         "scales": torch.tensor(STEPS),
-        "weight": torch.ones(KV_HEADS, n),
+        "weight": torch.ones(KV_HEADS, n, dtype=torch.bfloat16),
     }
     if scheme.outliers:
         tables["limit"] = torch.ones(1)
     if scheme.turn:
-        tables["matrix"] = torch.linalg.qr(torch.randn(KV_HEADS, HEAD_DIM, HEAD_DIM)).Q[:, :n].half()
+        tables |= in_bytes(torch.linalg.qr(torch.randn(KV_HEADS, HEAD_DIM, HEAD_DIM).double()).Q[:, :n])
     else:
         tables["pairs"] = torch.eye(2).expand(KV_HEADS, HEAD_DIM // 2, -1, -1).half()
-        tables["order"] = torch.stack([torch.randperm(HEAD_DIM)[:n] for _ in range(KV_HEADS)]).short()
+        tables["order"] = torch.stack([torch.randperm(HEAD_DIM)[:n] for _ in range(KV_HEADS)]).byte()
     if scheme.pre_rope:
         tables |= vars(Frames.of(HEAD_DIM, rotary().inverse_frequencies))
     return TrellisQuantizer(scheme, **tables)

@@ -6,8 +6,9 @@ from tests.cases import KEYS, VALUES, PreciseRope, frequencies, hide, made
 
 from narrowkv import _kernels
 from narrowkv.attention import AUTO, Rope, StoredRope, Visible, chosen, cpu, cuda, naive
+from narrowkv.calibration.trellis_fit import in_bytes
 from narrowkv.codec import Scheme, TrellisQuantizer
-from narrowkv.codec.frames import Frames
+from narrowkv.codec.frames import Frames, place_dtype
 from narrowkv.codec.gaussian_tables import STEPS, gaussian_tables
 from narrowkv.errors import UnsupportedModelError
 from narrowkv.store import LayerStore
@@ -35,18 +36,18 @@ def quantizer(heads, dim, *, keys, turn=False, outliers=0.0, rope=None):
     )
     n, universal = scheme.outlier_places(dim), gaussian_tables()
     tables = {
-        "mean": torch.randn(heads, dim) / 2,
+        "mean": (torch.randn(heads, dim) / 2).half(),
         "entries": torch.stack([universal.high, universal.low], dim=1)[None],
         "steps": torch.tensor(STEPS),
         "scales": 1.1 * torch.tensor(STEPS),
-        "weight": torch.rand(heads, n) * 3000 + 500,
+        "weight": (torch.rand(heads, n) * 3000 + 500).bfloat16(),
         "limit": torch.tensor([1500.0]) if outliers else None,
     }
     if turn:
-        tables["matrix"] = torch.linalg.qr(torch.randn(heads, dim, dim)).Q[:, :n].half()
+        tables |= in_bytes(torch.linalg.qr(torch.randn(heads, dim, dim).double()).Q[:, :n])
     else:
         tables["pairs"] = (0.3 * torch.randn(heads, dim // 2, 2, 2) + torch.eye(2)).half()
-        tables["order"] = torch.stack([torch.randperm(dim)[:n] for _ in range(heads)]).short()
+        tables["order"] = torch.stack([torch.randperm(dim)[:n] for _ in range(heads)]).to(place_dtype(dim))
     if keys:
         tables |= vars(Frames.of(dim) if rope is None else Frames.of(dim, rope.inverse_frequencies, rope.interleaved))
     return TrellisQuantizer(scheme, **tables)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from narrowkv.calibration.trellis_fit import in_bytes
 from narrowkv.codec import Scheme, TrellisQuantizer, load_quantizer, trellis
 from narrowkv.codec.frames import Frames
 from narrowkv.codec.gaussian_tables import STEPS, gaussian_tables
@@ -25,17 +26,17 @@ def tables(scheme, heads, dim, limit=40.0):
     universal, steps = gaussian_tables(), torch.tensor(STEPS)
     matrix = torch.linalg.qr(torch.randn(heads, dim, dim)).Q[:, :n] * torch.linspace(0.2, 3, n)[:, None]
     made = {
-        "mean": torch.randn(heads, dim) * 5,
+        "mean": (torch.randn(heads, dim) * 5).half(),
         "entries": torch.stack([universal.high, universal.low], dim=1)[None],
         "steps": steps,
         "scales": 1.1 * steps,
-        "weight": torch.rand(heads, n) * 3000 + 500,
+        "weight": (torch.rand(heads, n) * 3000 + 500).bfloat16(),
     }
     if scheme.turn:
-        made["matrix"] = matrix.half()
+        made |= in_bytes(matrix.double())
     else:
         made["pairs"] = (torch.randn(heads, dim // 2, 2, 2) + 2 * torch.eye(2)).half()
-        made["order"] = torch.stack([torch.randperm(dim)[:n] for _ in range(heads)]).short()
+        made["order"] = torch.stack([torch.randperm(dim)[:n] for _ in range(heads)]).byte()
     if scheme.pre_rope:
         made |= vars(Frames.of(dim, 10000.0 ** -(torch.arange(dim // 2 - 3) / dim * 2), interleaved=True))
     return made | ({"limit": torch.tensor([limit])} if scheme.outliers else {})
@@ -47,12 +48,16 @@ def made(shape, turn, outliers=0.0, **settings):
     return TrellisQuantizer(of, **tables(of, heads, dim))
 
 
+def matrix_of(found):
+    return found.matrix_steps.float()[..., None] * found.matrix.float()
+
+
 def numbers(found, shape):
     """Numbers whose coefficients are Gaussian, and those coefficients."""
     batch, heads, tokens, dim = shape
     z = torch.randn(batch, heads, tokens, found.scheme.outlier_places(dim))
     if found.scheme.turn:
-        return z, z @ found.matrix.float() + found.mean[:, None]
+        return z, z @ matrix_of(found) + found.mean[:, None]
     every = torch.randn(shape)
     for head in range(heads):
         every[:, head][..., found.order[head].long()] = z[:, head]
@@ -85,7 +90,7 @@ def test_codes_are_a_stream_and_a_norm_and_decode_as_defined(shape, turn):
     assert same > 0.5  # coefficients computed in float32 here round otherwise now and then
     coefficients = grid * found.scales[rates - 1] * norm
     if turn:
-        decoded = coefficients @ found.matrix.float()
+        decoded = coefficients @ matrix_of(found)
     else:
         decoded = torch.zeros(shape)
         for head in range(heads):

@@ -59,7 +59,7 @@ class StreamValues:
         scales = _scales(quantizer).float()
         one_by_one = torch.eye(len(scales), dtype=torch.float32, device="cpu").expand(1, len(quantizer.mean), -1, -1)
         matrix = scales[:, None] * quantizer.channels_of(one_by_one)[0]
-        return cls(_streams(quantizer), matrix.contiguous(), quantizer.mean)
+        return cls(_streams(quantizer), matrix.contiguous(), quantizer.mean.float())
 
     def channels(self, sums: Tensor, totals: Tensor) -> Tensor:
         """Sums of coefficients [batch, query_heads, queries, head_dim], of which n count, and of weights, as channels."""

@@ -1,5 +1,6 @@
 """From streams of keys or values to the transform, the rates and the tables of trellis-coded streams."""
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +11,7 @@ from narrowkv.calibration.samples import Samples
 from narrowkv.calibration.statistics import metric_axes, quantile
 from narrowkv.calibration.trellis_tables import learned_tables, on_grid
 from narrowkv.codec import Scheme, TrellisQuantizer
-from narrowkv.codec.frames import Frames
+from narrowkv.codec.frames import Frames, place_dtype
 from narrowkv.codec.gaussian_tables import SQUARED_ERRORS, STEPS, gaussian_tables
 from narrowkv.codec.points import from_vectors, to_vectors
 from narrowkv.codec.ranges import require_finite, to_16_bits
@@ -72,11 +73,16 @@ class TrellisFit:
         """After the second pass: take in what the other processes of a group have seen."""
         self.samples.merge(group)
 
+    @functools.cached_property
+    def mean(self) -> Tensor:
+        """Of each channel: [kv_heads, head_dim] float16."""
+        return to_16_bits(self.samples.heads()[0].double().mean(1), torch.float16, "Means")
+
     def transform(self, whole: bool) -> Transform:
         """The transform of whole heads, or of pairs of channels d and d + head_dim / 2."""
         if whole not in self._transforms:
             x, fisher = self.samples.heads()[0].double(), self.samples.fisher()
-            x = x - x.mean(1, keepdim=True)
+            x = x - self.mean[:, None].double()
             if self.frames is not None:
                 x, fisher = self.frames.turn(x, 0), self.frames.turn_moment(fisher)
             self._transforms[whole] = transform_of(x, fisher, whole)
@@ -98,23 +104,26 @@ class TrellisFit:
         cost = found.cost.gather(1, order)
         rates = rates_of(scheme.counts, errors.device)
         weight = cost * (SEARCH_COST / (cost * errors[rates]).median().clamp(min=torch.finfo(torch.float32).tiny))
-        tables: dict[str, Tensor | None] = {"pairs": None, "order": None, "matrix": None, "limit": None}
+        tables: dict[str, Tensor] = {}
         if scheme.turn:
             rows = found.matrix.gather(1, order[..., None].expand(-1, -1, shape[1]))
-            tables["matrix"] = to_16_bits(rows, torch.float16, "Transforms")
+            tables |= in_bytes(rows)
         else:
-            tables |= {"pairs": to_16_bits(found.matrix, torch.float16, "Transforms"), "order": order.to(torch.int16)}
+            tables |= {
+                "pairs": to_16_bits(found.matrix, torch.float16, "Transforms"),
+                "order": order.to(place_dtype(shape[1])),
+            }
         if self.frames is not None:
             tables |= {"channels": self.frames.channels, "frequencies": self.frames.frequencies}
         if scheme.outliers:
             tables["limit"] = torch.full((1,), torch.inf, dtype=torch.float32, device="cpu")
         start = TrellisQuantizer(
             scheme,
-            mean=self.samples.heads()[0].double().mean(1).float(),
+            mean=self.mean,
             entries=torch.stack([universal.high, universal.low], dim=1)[None],
             steps=steps,
             scales=_unbiased(steps, errors, scheme),
-            weight=weight.float().contiguous(),
+            weight=to_16_bits(weight, torch.bfloat16, "Weights"),
             **tables,
         )
         return with_limit(self._learned(start, errors), self.samples.heads()[:, :, :LIMIT_TOKENS])
@@ -146,6 +155,16 @@ def with_limit(quantizer: TrellisQuantizer, x: Tensor) -> TrellisQuantizer:
     if not fraction:
         return quantizer
     return replace(quantizer, limit=quantile(quantizer.cost(x).flatten(), 1 - fraction))
+
+
+def in_bytes(rows: Tensor) -> dict[str, Tensor]:
+    """Rows [kv_heads, n, head_dim] float64 of a transform as multiples of a step each, which is exact where what encodes is
+    the inverse of what is stored.
+    """
+    steps = to_16_bits(rows.abs().amax(-1) / 127, torch.bfloat16, "Transforms")
+    steps = steps.clamp(min=torch.finfo(torch.bfloat16).tiny)
+    matrix = (rows / steps.double()[..., None]).round().clamp(-127, 127).to(torch.int8)
+    return {"matrix": matrix, "matrix_steps": steps}
 
 
 def _unbiased(steps: Tensor, errors: Tensor, scheme: Scheme) -> Tensor:

@@ -13,12 +13,18 @@ FRAME = 16  # tokens
 MIDDLE = FRAME // 2  # the token of a frame that is not turned
 
 
+def place_dtype(head_dim: int) -> torch.dtype:
+    """In what places of a head's channels are kept."""
+    return torch.uint8 if head_dim <= 256 else torch.int16
+
+
 @dataclass(frozen=True)
 class Frames:
     """How keys turn within a frame.
 
-    channels: [head_dim] int16, which channel lies where: those that turn together lie half a head apart. frequencies:
-    [head_dim / 2] float32, by how much such a pair turns from a position to the next, in radians; 0 where it does not.
+    channels: [head_dim] uint8, of more than 256 int16, which channel lies where: those that turn together lie half a head
+    apart. frequencies: [head_dim / 2] float32, by how much such a pair turns from a position to the next, in radians; 0 where
+    it does not.
     """
 
     channels: Tensor
@@ -29,7 +35,7 @@ class Frames:
         """Those of a rotary embedding, as `attention.rope` has them; without one nothing turns."""
         turning = torch.zeros(0, dtype=torch.float32, device="cpu") if inverse_frequencies is None else inverse_frequencies
         pairs = len(turning)
-        every = torch.arange(head_dim, dtype=torch.int16, device=turning.device)
+        every = torch.arange(head_dim, dtype=place_dtype(head_dim), device=turning.device)
         rotary, rest = every[: 2 * pairs], every[2 * pairs :].tensor_split(2)
         first, second = (rotary[::2], rotary[1::2]) if interleaved else rotary.tensor_split(2)
         channels = torch.cat([first, rest[0], second, rest[1]])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from narrowkv.codec import trellis
 from narrowkv.codec.encoded import Encoded
-from narrowkv.codec.frames import Frames
+from narrowkv.codec.frames import Frames, place_dtype
 from narrowkv.codec.points import from_vectors, to_vectors
 from narrowkv.codec.quantizer import keep_outliers
 from narrowkv.codec.room import Room
@@ -30,14 +30,16 @@ NORM_STEPS, NORM_ZERO = 16, 128  # a norm of code c is 2^((c - NORM_ZERO) / NORM
 class TrellisQuantizer(Tables):
     """One tensor's scheme and tables; coefficients that have codes are n of a head's head_dim.
 
-    mean: [kv_heads, head_dim] float32, taken out first.
+    mean: [kv_heads, head_dim] float16, taken out first.
     pairs: [kv_heads, head_dim / 2, 2, 2] float16: coefficients d and d + head_dim / 2 times this are those channels. order:
-        [kv_heads, n] int16, which of these coefficients have codes, in the order of the stream. None with `scheme.turn`.
+        [kv_heads, n] uint8, of heads of more than 256 channels int16, which of these coefficients have codes, in the order of
+        the stream. None with `scheme.turn`.
     channels, frequencies: of `frames`, by which channels are put in places and turned first; None without `scheme.pre_rope`.
-    matrix: [kv_heads, n, head_dim] float16: coefficients times this are the channels. None without `scheme.turn`.
+    matrix: [kv_heads, n, head_dim] int8, matrix_steps: [kv_heads, n] bfloat16: coefficients times their product are the
+        channels. None without `scheme.turn`.
     entries: [1, 6, 2, 16] int8, of each rate what the high and the low 4 bits of the window add up to, in grid steps.
     steps: [6] float32, what a grid step of each rate is when encoding. scales: the same when decoding.
-    weight: [kv_heads, n] float32, what a squared error in each coefficient costs.
+    weight: [kv_heads, n] bfloat16, what a squared error in each coefficient costs.
     limit: [1] float32, the cost above which a coefficient is kept exact while its block has places; None without outliers.
     Raises RecipeError if the scheme needs tables that are not given, or tables do not fit it.
     """
@@ -49,6 +51,7 @@ class TrellisQuantizer(Tables):
     channels: Tensor | None = None
     frequencies: Tensor | None = None
     matrix: Tensor | None = None
+    matrix_steps: Tensor | None = None
     entries: Tensor | None = None
     steps: Tensor | None = None
     scales: Tensor | None = None
@@ -65,33 +68,33 @@ class TrellisQuantizer(Tables):
 
     @classmethod
     def forms(cls, scheme: Scheme, kv_heads: int, head_dim: int) -> dict[str, TableForm]:
-        n = scheme.outlier_places(head_dim)
+        n, place = scheme.outlier_places(head_dim), place_dtype(head_dim)
         forms: dict[str, TableForm] = {
-            "mean": ((kv_heads, head_dim), torch.float32),
+            "mean": ((kv_heads, head_dim), torch.float16),
             "entries": ((1, MOST_RATE, 2, trellis.NIBBLE), torch.int8),
             "steps": ((MOST_RATE,), torch.float32),
             "scales": ((MOST_RATE,), torch.float32),
-            "weight": ((kv_heads, n), torch.float32),
+            "weight": ((kv_heads, n), torch.bfloat16),
         }
         if scheme.turn:
-            forms["matrix"] = ((kv_heads, n, head_dim), torch.float16)
+            forms |= {"matrix": ((kv_heads, n, head_dim), torch.int8), "matrix_steps": ((kv_heads, n), torch.bfloat16)}
         else:
-            forms |= {"pairs": ((kv_heads, head_dim // 2, 2, 2), torch.float16), "order": ((kv_heads, n), torch.int16)}
+            forms |= {"pairs": ((kv_heads, head_dim // 2, 2, 2), torch.float16), "order": ((kv_heads, n), place)}
         if scheme.pre_rope:
-            forms |= {"channels": ((head_dim,), torch.int16), "frequencies": ((head_dim // 2,), torch.float32)}
+            forms |= {"channels": ((head_dim,), place), "frequencies": ((head_dim // 2,), torch.float32)}
         return forms | ({"limit": ((1,), torch.float32)} if scheme.outliers else {})
 
     def _require_order(self) -> None:
         assert self.mean is not None and self.steps is not None and self.scales is not None
         self._tables  # noqa: B018  # refuses entries beyond the grid
-        for name, table in (("steps", self.steps), ("scales", self.scales)):
-            require_table(bool((table > 0).all()), name, "numbers that are not above 0")
+        for name, table in (("steps", self.steps), ("scales", self.scales), ("matrix_steps", self.matrix_steps)):
+            require_table(table is None or bool((table > 0).all()), name, "numbers that are not above 0")
         for name, found in (("weight", self.weight), ("limit", self.limit)):
             require_table(found is None or bool((found >= 0).all()), name, "numbers below 0")
         for name, places in (("order", self.order), ("channels", self.channels)):
             if places is None:
                 continue
-            ascending = places.sort(-1).values
+            ascending = places.int().sort(-1).values
             within = bool(((ascending >= 0) & (ascending < self.mean.shape[1])).all())
             require_table(within and bool((ascending.diff() > 0).all()), name, "channels that are not those of a head")
 
@@ -199,8 +202,8 @@ class TrellisQuantizer(Tables):
 
     def channels_of(self, coefficients: Tensor) -> Tensor:
         """Coefficients [batch, kv_heads, tokens, n] of whole blocks, or their first tokens, as channels less their mean."""
-        if self.matrix is not None:
-            return coefficients @ self.matrix.float()
+        if self.matrix is not None and self.matrix_steps is not None:
+            return (coefficients * self.matrix_steps.float()[:, None]) @ self.matrix.float()
         channels = self._from_pairs(coefficients)
         return channels if self.frames is None else self.frames.turn_back(channels)
 
@@ -276,9 +279,10 @@ class TrellisQuantizer(Tables):
     @functools.cached_property
     def _inverse(self) -> Tensor:
         """What channels are multiplied by, float64: of exactly those matrices that decode."""
-        found = self.pairs if self.matrix is None else self.matrix
-        assert found is not None
-        return torch.linalg.pinv(found.double())
+        if self.matrix is not None and self.matrix_steps is not None:
+            return torch.linalg.pinv(self.matrix_steps.double()[..., None] * self.matrix.double())
+        assert self.pairs is not None
+        return torch.linalg.pinv(self.pairs.double())
 
 
 def within_places(missed: Tensor, outside: Tensor, fraction: float, first: int = 0, held: Tensor | None = None) -> Tensor:

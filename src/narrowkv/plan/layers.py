@@ -99,17 +99,17 @@ def _trellis_stand_in(scheme: Scheme, kv_heads: int, head_dim: int) -> TrellisQu
         for name, (shape, dtype) in TrellisQuantizer.forms(scheme, kv_heads, head_dim).items()
     }
     n = scheme.outlier_places(head_dim)
-    for name in ("steps", "scales", "weight"):
+    for name in ("steps", "scales", "weight", *(("matrix_steps",) if scheme.turn else ())):
         tables[name].fill_(1)
     if "limit" in tables:
         tables["limit"].fill_(0.5)
     if scheme.turn:
-        tables["matrix"] += torch.eye(n, head_dim, dtype=torch.float16, device="cpu")
+        tables["matrix"] += torch.eye(n, head_dim, dtype=torch.int8, device="cpu")
     else:
-        tables["order"] += torch.arange(n, dtype=torch.int16, device="cpu")
+        tables["order"] += torch.arange(n, dtype=tables["order"].dtype, device="cpu")
         tables["pairs"] += torch.eye(2, dtype=torch.float16, device="cpu")
     if scheme.pre_rope:
-        tables["channels"] += torch.arange(head_dim, dtype=torch.int16, device="cpu")
+        tables["channels"] += torch.arange(head_dim, dtype=tables["channels"].dtype, device="cpu")
     return TrellisQuantizer(scheme, **tables)
 
 
