@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 TOOLS := $(VENV)/.tools
 SANITIZED := build/sanitized
 KERNEL_TESTS := tests/attention/test_cpu.py tests/attention/test_cpu_words.py tests/attention/test_cpu_trellis.py tests/store/test_layer.py \
-  tests/codec/test_compiled.py tests/codec/test_packing.py tests/codec/test_points.py tests/codec/test_trellis.py \
+  tests/codec/test_compiled.py tests/codec/test_packing.py tests/codec/test_trellis.py \
   tests/fuzz
 INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 

@@ -25,15 +25,15 @@ from narrowkv.report.figures import new_figure, save
 
 ASSETS = Path(os.environ.get("NARROWKV_ASSETS", Path(__file__).parents[2] / "shared" / "assets"))
 RECIPES = (
-    *("narrow4", "narrow3", "narrow2", "narrow3.0", "narrow2.5", "pair3", "pair3-1%", "pair2", "pair2-1%"),
-    *("channel4", "channel3", "channel2", "nuq4-1%", "nuq3-1%", "nuq2-1%", "nuq2-1%-qnorm", "nuq4", "nuq3", "nuq2"),
+    *("narrow4", "narrow3", "narrow2", "narrow3.0", "narrow2.5"),
+    *("nuq4-1%", "nuq3-1%", "nuq2-1%", "nuq2-1%-qnorm", "nuq4", "nuq3", "nuq2"),
     *("nuq3.0", "nuq3-1%-postrope", "kivi-4", "kivi-2", "kivi-4-g32-r0", "kivi-2-g32-r0"),
     *("int8", "int4", "int3", "int2", "int4-head", "int3-head", "int2-head", "int4-channel", "int3-channel"),
     *("nf4", "nf3", "nf2", "fp8", "fp4", "nvfp4", "smooth-int8", "hadamard-int4", "hadamard-int3", "hadamard-int2"),
     *("intrinsic-2", "intrinsic-2-nearest"),
 )
 MOST_BITS = 5.2  # in the picture
-PICTURED = r"narrow\d(\.\d)?|pair\d(-1%)?|channel\d|nuq\d(-1%)?|kivi-.*-r0|hadamard.*|int\d|nvfp4"
+PICTURED = r"narrow\d(\.\d)?|nuq\d(-1%)?|kivi-.*-r0|hadamard.*|int\d|nvfp4"
 
 
 def texts(name: str, across: bool) -> tuple[str, str]:

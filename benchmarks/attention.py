@@ -25,7 +25,7 @@ from benchmarks.running import medians, options, write
 from narrowkv.attention import Visible, cpu
 from narrowkv.store import LayerStore
 
-RECIPES = ("nuq4-1%", "nuq3-1%", "nuq2-1%", "kivi-2", "pair2", "pair3", "narrow2", "narrow3")
+RECIPES = ("nuq4-1%", "nuq3-1%", "nuq2-1%", "kivi-2", "narrow2", "narrow3")
 BANDWIDTH_BYTES = 2**28
 # each of the libraries that torch computes with looks at its own, once; with the first alone matrices are still those of AMX
 AVX2_ALONE = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}

@@ -2,10 +2,9 @@
 
 First all of it for the built-in model, by stage: the pass that finds ranges, the pass with gradients that fills histograms and
 samples, and the codebooks. Then the fit alone of one layer of a 7-billion-parameter model: 32,768 tokens x 4,096 channels of
-keys and of values, 16 sequences, statistics and codebooks, one codebook for the layer, then one for each pair of channels. The
-peer of the former in the same run is what the published code's method costs: Lloyd's k-means over the raw normalised numbers,
-here on a sample and scaled up to all of them. Peak memory is the growth of the process beside model and text, or beside the
-layer's numbers (Linux).
+keys and of values, 16 sequences, statistics and codebooks. The peer in the same run is what the published code's method costs:
+Lloyd's k-means over the raw normalised numbers, here on a sample and scaled up to all of them. Peak memory is the growth of
+the process beside model and text, or beside the layer's numbers (Linux).
 """
 
 import argparse
@@ -25,8 +24,6 @@ import narrowkv
 from benchmarks.running import write
 from narrowkv import get_recipe
 from narrowkv.calibration import Fit
-from narrowkv.calibration.learning import AnyFit
-from narrowkv.calibration.point_fit import PointFit
 from narrowkv.evaluate import cut_windows
 from narrowkv.evaluate.sources import read_text
 
@@ -100,7 +97,7 @@ def fit_layer(recipe_name: str, data: list[tuple[Tensor, Tensor]]) -> dict[str, 
     """Seconds for the keys and for the values of one layer, and bytes beside the input."""
     recipe, watch = get_recipe(recipe_name), Watch()
     for scheme in (recipe.keys, recipe.values):
-        fit: AnyFit = Fit(scheme) if scheme.codebook == "layer" else PointFit()
+        fit = Fit(scheme)
         for numbers, _ in data:
             fit.see_range(numbers)
         for numbers, gradient in data:
@@ -129,7 +126,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="*", default=["nuq3-1%", "narrow3"], help="for the built-in model")
     parser.add_argument("--samples", type=int, default=16, help="windows of text that it reads")
     parser.add_argument("--window", type=int, default=2048)
-    parser.add_argument("--layer-recipes", nargs="*", default=["nuq3-1%", "pair3-1%"], help="for the 7B-shaped layer")
+    parser.add_argument("--layer-recipes", nargs="*", default=["nuq3-1%"], help="for the 7B-shaped layer")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     model, tokenizer = narrowkv.load_model("narrowkv://demo")
@@ -147,10 +144,9 @@ def main() -> None:
         rows.append({"of": "7B-shaped layer", "recipe": name, "tokens": SEQUENCES * TOKENS, **found})
         print(f"fit of one 7B-shaped layer, {name}: {found['seconds']:.2f} s (keys {found['seconds_keys']:.2f}, ", end="")
         print(f"values {found['seconds_values']:.2f}), {found['bytes_beside'] / 1e6:.0f} MB beside the input", flush=True)
-        if get_recipe(name).keys.codebook == "layer":
-            peer = lloyd(2 ** get_recipe(name).keys.code_bits, data)
-            rows[-1] |= {"seconds_lloyd_extrapolated": peer, "ratio": peer / found["seconds"]}
-            print(f"Lloyd's k-means on raw numbers (extrapolated): {peer:.0f} s, {peer / found['seconds']:.0f} times as long")
+        peer = lloyd(2 ** get_recipe(name).keys.code_bits, data)
+        rows[-1] |= {"seconds_lloyd_extrapolated": peer, "ratio": peer / found["seconds"]}
+        print(f"Lloyd's k-means on raw numbers (extrapolated): {peer:.0f} s, {peer / found['seconds']:.0f} times as long")
     write(arguments.json, rows, threads=torch.get_num_threads())
 
 

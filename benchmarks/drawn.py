@@ -11,7 +11,7 @@ from torch import Tensor
 from narrowkv import get_recipe
 from narrowkv.attention import Rope
 from narrowkv.calibration.trellis_fit import in_bytes
-from narrowkv.codec import AnyQuantizer, Encoded, Quantizer, Scheme, TrellisQuantizer, quantizer_for
+from narrowkv.codec import AnyQuantizer, Encoded, Quantizer, Scheme, TrellisQuantizer
 from narrowkv.codec.frames import Frames
 from narrowkv.codec.gaussian_tables import STEPS, gaussian_tables
 from narrowkv.codec.trellis_quantizer import NORM_ZERO
@@ -34,20 +34,9 @@ def random_quantizer(scheme: Scheme) -> AnyQuantizer:
     """A scheme with tables that fit normal numbers about as learned ones would."""
     if scheme.datatype == "trellis":
         return random_streams(replace(scheme, counts=RATES[int(scheme.bits)]))
-    levels = 2**scheme.code_bits
-    if scheme.codebook != "layer":
-        codes = HEAD_DIM // scheme.numbers
-        turn = torch.linalg.qr(torch.randn(KV_HEADS, HEAD_DIM, HEAD_DIM)).Q.half() if scheme.turn else None
-        return quantizer_for(
-            scheme,
-            points=torch.randn(KV_HEADS, codes, levels, scheme.numbers).half(),
-            weight=torch.ones(KV_HEADS, codes, scheme.numbers),
-            limit=torch.ones(1) if scheme.outliers else None,
-            turn=turn,
-        )
     tables: dict[str, Tensor] = {}
     if scheme.datatype == "nuq":
-        tables["codebook"] = torch.linspace(-1, 1, levels)
+        tables["codebook"] = torch.linspace(-1, 1, 2**scheme.code_bits)
     if scheme.static:
         tables["zero"] = torch.zeros(KV_HEADS, HEAD_DIM)
         tables["upper"] = torch.full((KV_HEADS, HEAD_DIM), 2.576)  # 1% of normal numbers lie beyond
@@ -78,11 +67,9 @@ def random_streams(scheme: Scheme) -> TrellisQuantizer:
 
 
 def draw_codes(scheme: Scheme, x: Tensor, skip: Tensor | None = None) -> Encoded:
-    """Codes at random, in place of the nearest points; of streams outliers too."""
+    """Streams and outliers at random, in place of those of least cost."""
     shape = (*x.shape[:3], scheme.codes(HEAD_DIM))
     encoded = Encoded(torch.randint(2**scheme.code_bits, shape, dtype=torch.uint8))
-    if scheme.datatype != "trellis":
-        return encoded
     if scheme.token_norm:
         encoded.codes[..., -1] = NORM_ZERO
     if scheme.outliers:
@@ -95,12 +82,8 @@ def draw_codes(scheme: Scheme, x: Tensor, skip: Tensor | None = None) -> Encoded
 
 @contextlib.contextmanager
 def draw_at_random(store: LayerStore) -> Iterator[None]:
-    """Within, points and streams are not searched for: codes are drawn."""
-    searching = [
-        quantizer
-        for quantizer in store.quantizers
-        if quantizer.scheme.codebook != "layer" or quantizer.scheme.datatype == "trellis"
-    ]
+    """Within, streams are not searched for: they are drawn."""
+    searching = [quantizer for quantizer in store.quantizers if quantizer.scheme.datatype == "trellis"]
     for quantizer in searching:
         object.__setattr__(quantizer, "encode", functools.partial(draw_codes, quantizer.scheme))
     yield

@@ -19,7 +19,7 @@ from benchmarks.drawn import HEAD_DIM, KV_HEADS, random_quantizer
 from benchmarks.running import medians, options, write
 from narrowkv import get_recipe
 from narrowkv.attention import cpu
-from narrowkv.codec import PointQuantizer, packing, points
+from narrowkv.codec import packing
 from narrowkv.codec.compiled import Encoder
 from narrowkv.store import LayerStore
 
@@ -31,21 +31,9 @@ def plain_torch() -> Iterator[None]:
     """Within, compiled forms give way to their twins."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(Encoder, "write", return_value=None))
-        stack.enter_context(patch.object(PointQuantizer, "_nearest", nearest_naive))
-        stack.enter_context(patch.object(PointQuantizer, "turned", turned_naive))
         stack.enter_context(patch("narrowkv.codec.compiled.KINDS", {}))  # of `require_finite`
         stack.enter_context(patch("narrowkv.store.page.pack", packing.pack_naive))
         yield
-
-
-def nearest_naive(quantizer: PointQuantizer, turned: Tensor) -> tuple[Tensor, Tensor]:
-    assert quantizer.points is not None and quantizer.weight is not None
-    unit = quantizer.weight.sqrt()
-    return points.nearest_naive(turned * points.from_vectors(unit)[:, None], quantizer.points.float() * unit[:, :, None])
-
-
-def turned_naive(quantizer: PointQuantizer, x: Tensor) -> Tensor:
-    return x if quantizer.turn is None else (x.double() @ quantizer.turn.double()).float()
 
 
 def appending(name: str, held: int, pieces: list[tuple[Tensor, Tensor]]) -> Callable[[], None]:

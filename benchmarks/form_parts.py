@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.form_tables import gaussian, learned, on_grid, viterbi
 from narrowkv.calibration.trellis_fit import uncorrelated_axes
-from narrowkv.codec.points import from_vectors, to_vectors
+from narrowkv.codec.pairs import from_pairs, to_pairs
 
 OUTLIER_BITS, NORM_BITS, NORM_STEPS = 24, 8, 16  # of an exact element; of a token's norm, in sixteenths of a power of two
 LEARNING_TOKENS = 800
@@ -104,13 +104,13 @@ class Side:
             self.axes = uncorrelated_axes(x.double().mT @ x.double() / x.shape[1], f).float()
             x, f = x @ self.axes, self.axes.double().mT @ f @ self.axes.double()
         self.weight = f.diagonal(dim1=1, dim2=2).float().clamp_min(1e-20).sqrt()[:, None]
-        pairs = to_vectors(x * self.weight, 2)
+        pairs = to_pairs(x * self.weight)
         covariance = torch.einsum("hnpi,hnpj->hpij", pairs, pairs) / x.shape[1]
         variances, vectors = torch.linalg.eigh(covariance)
         variances = variances.clamp_min(1e-20) + variant.shrinkage * variances.mean((1, 2), keepdim=True)
         self.spread = vectors @ torch.diag_embed(variances.sqrt())
         self.whiten = torch.diag_embed(variances.rsqrt()) @ vectors.mT
-        self.cost = from_vectors(variances)  # of leaving a channel out: [kv_heads, head_dim]
+        self.cost = from_pairs(variances)  # of leaving a channel out: [kv_heads, head_dim]
         self.x = x
         tables, errors = gaussian(variant.state_bits, variant.table)
         self.tables = tables.clone()
@@ -129,7 +129,7 @@ class Side:
 
     def _whitened(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Elements of unit variance, and the norms of tokens [kv_heads, n, 1]."""
-        z = from_vectors(torch.einsum("hpij,htpj->htpi", self.whiten, to_vectors(x * self.weight, 2)))
+        z = from_pairs(torch.einsum("hpij,htpj->htpi", self.whiten, to_pairs(x * self.weight)))
         if self.angles is not None or not self.variant.token_norm:
             return z, torch.ones_like(z[..., :1])
         coded = (self.rates > 0)[:, None]
@@ -183,7 +183,7 @@ class Side:
         for head, channels, rates, states, exact in self._paths(z):
             numbers = self.tables[rates, states] * self.gain[rates]
             decoded[head][:, channels] = torch.where(exact, z[head][:, channels], numbers)
-        y = from_vectors(torch.einsum("hpij,htpj->htpi", self.spread, to_vectors(decoded * norm, 2))) / self.weight
+        y = from_pairs(torch.einsum("hpij,htpj->htpi", self.spread, to_pairs(decoded * norm))) / self.weight
         return self._rotate(y @ self.axes.mT if self.axes is not None else y, positions, -1) + self.mean
 
 

@@ -25,7 +25,7 @@ MODELS = {
     "Llama-3-8B": {"num_key_value_heads": 8, "intermediate_size": 14_336, "vocab_size": 128_256},
     "Llama-2-7B": {"num_key_value_heads": 32, "intermediate_size": 11_008, "vocab_size": 32_000},
 }
-RECIPES = ("nuq3-1%", "pair2", "kivi-2")
+RECIPES = ("nuq3-1%", "kivi-2")
 STEPPED = ("nuq4-1%", *RECIPES)
 CASES = ((32_768, 1), (32_768, 8), (131_072, 1))
 TINY = {"num_key_value_heads": 1, "intermediate_size": 64, "vocab_size": 64, "hidden_size": 256, "num_hidden_layers": 1}

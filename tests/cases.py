@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from narrowkv.attention import Rope, StoredRope, Visible
-from narrowkv.codec import Quantizer, Scheme, quantizer_for
+from narrowkv.codec import Quantizer, Scheme
 from narrowkv.store import LayerStore, Ledger
 from narrowkv.store.bias import Bias
 
@@ -21,14 +21,6 @@ KEYS = {
     "fp4": Scheme(4, "fp", axis="token_head"),
     "hadamard": Scheme(4, "int", axis="token_head", hadamard=True),
     "exact": Scheme(16, "exact", pre_rope=True),
-    "channel3-1%": Scheme(3, "nuq", axis="channel", codebook="channel", pre_rope=True, outliers=0.01),
-    "channel2 turned": Scheme(2, "nuq", axis="channel", codebook="channel", turn=True),
-    "pair1.5": Scheme(1.5, "nuq", axis="channel", codebook="pair", pre_rope=True),
-    "pair2-1%": Scheme(2, "nuq", axis="channel", codebook="pair", pre_rope=True, outliers=0.01),
-    "pair2.5 turned": Scheme(2.5, "nuq", axis="channel", codebook="pair", turn=True, outliers=0.01),
-    "pair3": Scheme(3, "nuq", axis="channel", codebook="pair", pre_rope=True),
-    "pair3.5": Scheme(3.5, "nuq", axis="channel", codebook="pair", pre_rope=True),
-    "pair4": Scheme(4, "nuq", axis="channel", codebook="pair"),
 }
 VALUES = {name: replace(scheme, pre_rope=False) for name, scheme in KEYS.items()}
 
@@ -43,23 +35,14 @@ class PreciseRope(Rope):
 
 def made(scheme, heads, dim):
     """A quantizer of a scheme, with tables drawn at random where it needs any."""
-    if scheme.codebook == "layer":
-        if not scheme.needs_calibration:
-            return Quantizer(scheme)
-        scale = torch.rand(heads, dim) * 3 + 0.5
-        zero = torch.randn(heads, dim)
-        codebook = torch.linspace(-1, 1, 2**scheme.code_bits) ** 3 if scheme.datatype == "nuq" else None
-        if not scheme.static:
-            return Quantizer(scheme, codebook=codebook)
-        return Quantizer(scheme, codebook=codebook, scale=scale, zero=zero, lower=zero - 2 * scale, upper=zero + 2 * scale)
-    codes = dim // scheme.numbers
-    return quantizer_for(
-        scheme,
-        points=torch.randn(heads, codes, 2**scheme.code_bits, scheme.numbers).half(),
-        weight=torch.rand(heads, codes, scheme.numbers) + 0.1,
-        limit=torch.ones(1) * 0.3 if scheme.outliers else None,
-        turn=torch.linalg.qr(torch.randn(heads, dim, dim)).Q.half() if scheme.turn else None,
-    )
+    if not scheme.needs_calibration:
+        return Quantizer(scheme)
+    scale = torch.rand(heads, dim) * 3 + 0.5
+    zero = torch.randn(heads, dim)
+    codebook = torch.linspace(-1, 1, 2**scheme.code_bits) ** 3 if scheme.datatype == "nuq" else None
+    if not scheme.static:
+        return Quantizer(scheme, codebook=codebook)
+    return Quantizer(scheme, codebook=codebook, scale=scale, zero=zero, lower=zero - 2 * scale, upper=zero + 2 * scale)
 
 
 def frequencies(pairs):

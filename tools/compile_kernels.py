@@ -35,15 +35,12 @@ from narrowkv.attention.triton_join import join_piece
 from narrowkv.attention.triton_launch import WARPS, stages_of
 from narrowkv.attention.triton_loose import attend_loose, merge
 from narrowkv.attention.triton_tail import decode_tail
-from narrowkv.codec.triton_encode import encode_points, encode_tokens, nearest_points, put_tokens
+from narrowkv.codec.triton_encode import encode_tokens, put_tokens
 from narrowkv.codec.triton_groups import encode_channel_groups, encode_token_groups
 from narrowkv.codec.triton_pack import pack_codes
 
 ARCHITECTURES = (80, 90, 100)
-RECIPES = (
-    *("nuq4-1%", "nuq3-1%", "nuq2-1%", "nuq4", "nuq3", "nuq2", "kivi-4", "kivi-2"),
-    *("pair2", "pair2-1%", "pair2.5", "pair3", "pair3-1%", "pair3.5", "pair4"),
-)
+RECIPES = ("nuq4-1%", "nuq3-1%", "nuq2-1%", "nuq4", "nuq3", "nuq2", "kivi-4", "kivi-2")
 TYPES = {
     "query": "*bf16", "table": "*i64", "starts": "*i32", "bases": "*i32", "lengths": "*i32", "sums": "*fp32",
     "peaks": "*fp32", "tiles": "*fp16",
@@ -118,13 +115,13 @@ def of_prompts(recipe: str, architecture: int) -> Iterator[Compiled]:
 
 def others(architecture: int) -> Iterator[Compiled]:
     """The kernels beside it, and that over blocks in float32."""
-    for recipe in ("nuq4", "nuq4-1%", "pair3", "kivi-2"):
+    for recipe in ("nuq4", "nuq4-1%", "kivi-2"):
         yield compiled(recipe, architecture, exact=True)
-    for recipe in ("nuq4-1%", "pair2", "kivi-2"):
+    for recipe in ("nuq4-1%", "kivi-2"):
         yield from of_prompts(recipe, architecture)
     pointers = {"mean": "*fp32", "log_total": "*fp32", "more": "*bf16", "log_more": "*fp32"}
     yield looked_at("join pieces", join_piece, {"WIDE": HEAD_DIM}, pointers, architecture)
-    keys, values, case = case_of("pair2-1%")
+    keys, values, case = case_of("nuq3-1%")
     loose = replace(case, turning="positions")
     exact = {f"{kind}_{side}": "*bf16" for kind in ("sink", "window", "new") for side in ("keys", "values")}
     types = TYPES | exact | {"packed_query": "*bf16", "tail_keys": "*fp32", "tail_values": "*fp32"}
@@ -137,7 +134,7 @@ def others(architecture: int) -> Iterator[Compiled]:
     types |= {"keys": "*fp32", "values": "*fp32"}
     yield looked_at("tail", decode_tail, {"K": keys, "V": values}, types, architecture)
     types |= {"codes": "*u8", "scale": "*fp16", "zero": "*fp16", "index": "*i64", "values": "*bf16", "numbers": "*fp32"}
-    tables = dict.fromkeys(("boundaries", "fixed_scale", "fixed_zero", "lower", "upper", "points", "cost"), "*fp32")
+    tables = dict.fromkeys(("boundaries", "fixed_scale", "fixed_zero", "lower", "upper"), "*fp32")
     types |= tables | {"x": "*bf16", "skip": "*u8", "counts": "*i32", "places": "*i32"}
     shape = {"DIM": 128, "OUTLIERS": True, "SKIPS": True, "PLACED": True, "BOUNDARIES": 15}
     for name, heads, fixed, tail in (("keys", 8, True, 0), ("values", 8, False, 5), ("values of 32 heads", 32, False, 20)):
@@ -152,11 +149,6 @@ def others(architecture: int) -> Iterator[Compiled]:
     for name, length, along in (("pack keys", 64, "row_stride"), ("pack values", 128, "code_stride")):
         planes = {"LENGTH": length, "WIDE": length, "ROWS": 32, "LOW": 2, "MIDDLE": 1, "HIGH": 0, along: 1}
         yield looked_at(name, pack_codes, planes, types, architecture)
-    points = {"CODES": 64, "LEVELS": 16, "NUMBERS": 2, "WIDE": 64}
-    yield looked_at("nearest points", nearest_points, points, types, architecture)
-    types |= {"exact": "*fp32", "numbers": "*fp32", "limit": "*fp32", "places": "*i32", "room": "i32"}
-    step = {"OUTLIERS": True, "SKIPS": True, "PLACED": True}
-    yield looked_at("encode pairs", encode_points, points | step, types, architecture)
     types |= {"room": "*bf16"}
     yield looked_at("put tokens", put_tokens, {"HEADS": 8, "DIM": 128, "WIDE": 128, "PLACED": True}, types, architecture)
 

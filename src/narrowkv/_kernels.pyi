@@ -1,22 +1,12 @@
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 def instruction_sets() -> list[str]:
     """Names of the vector instruction sets of this processor that kernels can use, weakest first."""
 
-def nearest(numbers: int, points: int, found: int, cost: int, shape: Sequence[int], threads: int) -> None:
-    """Fill in the nearest point of each code and the squared distance to it; see codec/points.py."""
-
-def moments(numbers: Any, found: Any, sums: Any, threads: int) -> None:
-    """Add the moments of all vectors to those of the level that each fell to; see codec/points.py."""
-
 def all_finite(kind: int, data: int, shape: Sequence[int], strides: Sequence[int], threads: int) -> bool:
     """Whether no number is NaN or infinite; see codec/compiled.py."""
-
-def turn(numbers: int, matrices: int, turned: int, shape: Sequence[int]) -> None:
-    """Multiply each head by its matrix, summing in float64; see codec/points.py."""
 
 def pack(codes: int, shape: Sequence[int], strides: Sequence[int], bits: int, shift: int, packed: int, threads: int) -> None:
     """Write one plane of codes; see codec/packing.py."""

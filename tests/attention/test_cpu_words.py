@@ -15,7 +15,7 @@ READ_VALUES = {
     "nuq2-1%": Scheme(2, "nuq", axis="token", outliers=0.01),
     "kivi-2": Scheme(2, "int", axis="token_head", group=32),
     "kivi-3-2%": Scheme(3, "int", axis="token_head", group=64, outliers=0.02),
-    **{name: VALUES[name] for name in VALUES if name.startswith(("fp4", "hadamard", "channel", "pair"))},
+    **{name: VALUES[name] for name in VALUES if name.startswith(("fp4", "hadamard"))},
 }
 SHAPES = [
     pytest.param((1, 1, 1, 128, 65, 1), id="one head, 65 tokens"),
@@ -43,12 +43,6 @@ def test_every_form_of_values(values, shape):
     check(*case(KEYS["nuq4-1%"], READ_VALUES[values], shape))
 
 
-@pytest.mark.parametrize("dim", [8, 40, 80])
-def test_any_head_dim_where_codebooks_are_those_of_channels(dim):
-    check(*case(KEYS["pair2-1%"], VALUES["pair3"], (2, 4, 2, dim, 200, 2)))
-    check(*case(KEYS["nuq3-1%"], VALUES["channel3-1%"], (2, 4, 2, dim, 200, 2)))
-
-
 @pytest.mark.parametrize("rope", ["interleaved", "partial"])
 def test_pairs_of_channels_that_are_not_halves(rope):
     check(*case(KEYS["nuq3-1%"], READ_VALUES["nuq3"], (2, 4, 2, 64, 200, 2), rope=rope))
@@ -56,7 +50,7 @@ def test_pairs_of_channels_that_are_not_halves(rope):
 
 @pytest.mark.parametrize("group", [1, 2, 7, 16])
 def test_groups_of_query_heads(group):
-    check(*case(KEYS["nuq4-1%"], VALUES["pair2.5 turned"], (2, 2 * group, 2, 64, 150, 3)))
+    check(*case(KEYS["nuq4-1%"], READ_VALUES["nuq2-1%"], (2, 2 * group, 2, 64, 150, 3)))
     check(*case(KEYS["kivi-2"], READ_VALUES["kivi-2"], (2, 2 * group, 2, 64, 150, 3)))
 
 
@@ -67,7 +61,7 @@ def test_whatever_hides_tokens(window):
     check(query, store, options | {"softcap": 2.0, "sink_logits": torch.randn(6)})
 
 
-@pytest.mark.parametrize("name", ["nuq4-1%", "kivi-2", "pair2-1%"])
+@pytest.mark.parametrize("name", ["nuq4-1%", "kivi-2"])
 @pytest.mark.parametrize("scale", [1e-3, 30.0])
 def test_outliers_far_beyond_the_largest_level(name, scale):
     def numbers(*shape):
@@ -116,7 +110,7 @@ def test_what_it_does_not_read_is_computed_in_float32():
 
 def test_a_cache_says_whether_it_is_read_in_words():
     scheme, rope = Scheme(3, "nuq", axis="token"), Rope(torch.ones(32))
-    assert cpu.in_words(KEYS["nuq3-1%"], scheme, 64, rope) and cpu.in_words(KEYS["pair3"], scheme, 64, rope)
+    assert cpu.in_words(KEYS["nuq3-1%"], scheme, 64, rope)
     assert not cpu.in_words(KEYS["int8"], scheme, 64, rope) and not cpu.in_words(KEYS["nuq3-1%"], scheme, 80, rope)
-    assert not cpu.in_words(KEYS["pair3"], scheme, 64, Rope(torch.ones(16)))  # half of the channels turn
+    assert cpu.in_words(KEYS["nuq3-1%"], scheme, 64, Rope(torch.ones(16)))  # half of the channels turn
     assert described("cpu", True).endswith(", words of 16 bits)") and described("torch", False) == "torch"

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from narrowkv.calibration.allocation import Option, allocate, measure
-from narrowkv.calibration.point_fit import PointFit
+from narrowkv.calibration.fit import Fit
+from narrowkv.calibration.samples import Samples
 from narrowkv.codec import Scheme
 from narrowkv.errors import RecipeError
 from narrowkv.store import LayerStore
@@ -36,11 +37,11 @@ def test_a_budget_that_nothing_fits_is_refused():
 
 @pytest.mark.parametrize("outliers", [0.0, 0.02])
 def test_bits_are_those_of_the_store(outliers):
-    scheme = Scheme(2.5, "nuq", axis="channel", codebook="pair", outliers=outliers)
-    fit = PointFit()
-    fit.see_codebook(torch.randn(3000, 2, 16), None)
+    scheme = Scheme(3, "nuq", axis="channel", outliers=outliers)
+    fit, samples, numbers = Fit(scheme), Samples(), torch.randn(3000, 2, 16)
+    fit.see_range(numbers), fit.see_codebook(numbers, None), samples.add(numbers, None)
     quantizer = fit.quantizer((2, 16), scheme)
-    option = measure(quantizer, fit.samples, keys=True)
+    option = measure(quantizer, samples, keys=True)
     store = LayerStore(quantizer, quantizer)
     for _ in range(16):
         numbers = torch.randn(1, 2, 2048, 16)

@@ -123,10 +123,10 @@ def test_a_table_that_is_missing_or_forged_is_refused_even_with_the_right_checks
         Calibration.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["points", "weight", "limit", "turn"])
-def test_the_same_of_codebooks_of_pairs(model, tmp_path, name):
+@pytest.mark.parametrize("name", ["mean", "steps", "weight", "limit"])
+def test_the_same_of_trellis_coded_streams(model, tmp_path, name):
     key = f"layers.0.values.{name}"
-    calibrate(model, torch.randint(2, 97, (2, 64)), "pair2-1%").save_pretrained(tmp_path)
+    calibrate(model, torch.randint(2, 97, (2, 64)), "narrow3").save_pretrained(tmp_path)
     table = load_file(tmp_path / FILE)[key]
     altered(tmp_path / FILE, without=[key])
     with pytest.raises(FileFormatError, match=rf"layers\.0\.values: .*{name}"):

@@ -26,10 +26,10 @@ def fits(*names):
 
 
 def test_schemes_that_differ_in_bits_share_a_fit():
-    _, layers = fits("nuq4", "nuq3", "nuq2-qnorm", "pair2", "channel3-1%", "narrow3", "nuq3.0")
-    needs = layers[0].fits
-    assert len([need for need in needs if need.keys and need.scheme.codebook != "layer"]) == 1
-    of_layer = [need for need in needs if need.keys and need.scheme.datatype == "nuq" and need.scheme.codebook == "layer"]
+    _, layers = fits("nuq4", "nuq3", "nuq2-qnorm", "narrow3", "narrow2.5", "nuq3.0")
+    needs = [need for need in layers[0].fits if need.keys]
+    assert len([need for need in needs if need.sampled]) == len([n for n in needs if n.scheme.datatype == "trellis"]) == 1
+    of_layer = [need for need in needs if need.scheme.datatype == "nuq" and not need.sampled]
     assert len(of_layer) == 3  # 0%, 0.5%, 1% of outliers
 
 

@@ -5,7 +5,7 @@ import torch
 from tests.cases import KEYS, made
 from tests.conftest import KERNEL_DEVICE
 
-from narrowkv.codec import Quantizer, Scheme, cuda, points
+from narrowkv.codec import Quantizer, Scheme, cuda
 from narrowkv.codec.room import Room
 
 pytestmark = pytest.mark.skipif(cuda.kernels() is None, reason="needs Triton (`pip install triton`)")
@@ -102,13 +102,3 @@ def test_a_range_of_a_group_that_does_not_fit_16_bits_is_told(scheme):
     x[0, 0, 7, 3] = 1e6
     room = Room(scheme, 1, 1, 64, 40, like=x)
     assert Quantizer(scheme).to(KERNEL_DEVICE)._group_encoder.write(room, 0, x, None) is None
-
-
-@pytest.mark.parametrize("shape", [(3, 20, 16, 2), (1, 80, 8, 1), (2, 12, 32, 2)])
-def test_the_nearest_points_are_those_that_plain_torch_finds(shape):
-    table = torch.randn(shape, device=KERNEL_DEVICE)
-    numbers = torch.randn(2, shape[0], 3, shape[1] * shape[3], device=KERNEL_DEVICE)
-    codes, cost = cuda.search(numbers, table)
-    expected, distance = points.nearest_naive(numbers, table)
-    assert torch.equal(codes, expected)
-    torch.testing.assert_close(cost, distance)

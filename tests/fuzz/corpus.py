@@ -26,10 +26,6 @@ RECIPES = [
         "nuq2-1%-qnorm",
         "nuq4-postrope",
         "nuq3.5",
-        "channel3-1%",
-        "pair2.5-1%",
-        "pair1.5",
-        "pair3-postrope",
         "narrow2.5",
         "narrow3",
     ),
@@ -50,7 +46,7 @@ STATES = {
     "beams": (2, 134, 0, lambda cache: cache.reorder_cache(torch.tensor([1, 1, 0]))),
     "cropped": (1, 150, 0, lambda cache: cache.crop(-13)),
 }
-FEW = ("int4", "nuq3-1%", "pair2.5-1%", "fp16", "kivi-2-g16-r40")  # which are stored in every state
+FEW = ("int4", "nuq3-1%", "narrow3", "fp16", "kivi-2-g16-r40")  # which are stored in every state
 
 
 @dataclass(frozen=True)

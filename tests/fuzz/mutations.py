@@ -13,7 +13,7 @@ DTYPES = [
 ]
 PLAIN = [
     *(None, True, False, 0, 1, -1, 2, 3, 7, 63, 65, 1000, 2**31, 2**63, -(2**63) - 1, 10**30, 10**400, 0.5, -0.5, 1e308),
-    *(float("nan"), float("inf"), "", "0", "-1", "int", "nuq", "channel", "pair", "float16", "\0", "\ud800", "9" * 30),
+    *(float("nan"), float("inf"), "", "0", "-1", "int", "nuq", "channel", "float16", "\0", "\ud800", "9" * 30),
     *([], {}, [[]], {"": None}, [1, 2], [0, 0, 0], {"0": [1, 1]}),
 ]
 SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32}  # torch adds nothing to the former

@@ -18,7 +18,7 @@ from narrowkv.errors import CacheUseError, CalibrationError, FileFormatError, Na
 
 RECIPES = [
     *("fp16", "int4", "nuq3-1%", "window and sinks", "kivi-2-g16-r40", "fp4-g16", "nvfp4", "smooth-int8"),
-    *("pair2.5-1%", "narrow2.5", "narrow3", "intrinsic-2", "intrinsic-2-nearest-kmeans"),
+    *("narrow2.5", "narrow3", "intrinsic-2", "intrinsic-2-nearest-kmeans"),
 ]
 
 

@@ -126,7 +126,7 @@ def tokens_after(model, source, ids, chunks, strict=True):
         return torch.cat([model(part, past_key_values=cache).logits for part in ids.split(chunks, dim=1)], dim=1)
 
 
-@pytest.mark.parametrize("name", ["int4", "int2", "nuq3-1%", "channel3-1%", "narrow3"])
+@pytest.mark.parametrize("name", ["int4", "int2", "nuq3-1%", "narrow3"])
 def test_strict_results_do_not_depend_on_how_the_text_is_cut(tiny, name):
     model = tiny().double()  # in float32 other matrix shapes round otherwise, which may move a number to the next code
     ids = torch.randint(2, 97, (2, 150))

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from narrowkv import PackedCache, calibrate, cuda_graph, get_recipe
-from narrowkv.codec import Quantizer, cuda, points
+from narrowkv.codec import Quantizer, cuda
 from narrowkv.errors import ActivationError, CacheUseError, UnsupportedModelError
 from narrowkv.integrations import DecodingGraph, graph
 
@@ -14,7 +14,6 @@ PROMPT, LENGTH = 62, 66
 CASES = {  # recipe, family and options of the model, of the cache, sequences
     "nuq3-1%": ("nuq3-1%", {}, {}, 1),
     "strict": ("nuq2-1%", {"layers": 1}, {"strict": True}, 1),
-    "pairs": ("pair2", {"layers": 1}, {}, 1),
     "kivi-2": ("kivi-2-g8-r16", {"layers": 1}, {}, 2),
     "sliding window": ("nuq2", {"family": "mistral", "sliding_window": 50, "layers": 1}, {}, 1),
 }
@@ -25,8 +24,6 @@ def as_on_a_gpu(monkeypatch):
     """Single tokens go by interpreted kernels, and many at once by plain torch."""
     replaying = pytest.importorskip("tests.replaying")
     monkeypatch.setattr(cuda, "runs_on", lambda device: True)
-    monkeypatch.setattr(cuda, "search", points.nearest_naive)
-    monkeypatch.setattr(points, "FEW", 0)  # heads are turned by torch, not by compiled code
     monkeypatch.setattr(Quantizer, "_encoder_for", lambda quantizer, x: None)
     monkeypatch.setattr(graph, "capture", replaying.capture)
 

@@ -62,7 +62,7 @@ def test_assisted_decoding(tiny):
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("recipe", ["int4", "nuq3-1%", "pair2-1%"])
+@pytest.mark.parametrize("recipe", ["int4", "nuq3-1%"])
 @pytest.mark.parametrize("mode", ["chunked prefill", "prompt lookup", "assisted", "sampling", "padded", "beam search"])
 def test_a_packed_recipe_gives_the_same_tokens_in_whatever_way_they_are_asked_for(tiny, recipe, mode):
     """Strictly read, a number is what it is from the moment it arrives: chunks, crops and batches change nothing."""

@@ -15,7 +15,7 @@ from narrowkv.errors import NarrowKVError
 
 RECIPES = [
     *("fp16", "fp16 with sinks and a window", "int4", "int4 with sinks", "int8", "nf4", "fp8", "nuq3-1%", "nuq2-1%-qnorm"),
-    *("kivi-2-g16-r40", "hadamard-int4", "smooth-int8", "nvfp4", "int4-channel", "channel3", "pair2-1%", "narrow3", "narrow2"),
+    *("kivi-2-g16-r40", "hadamard-int4", "smooth-int8", "nvfp4", "int4-channel", "narrow3", "narrow2"),
     *("intrinsic-2", "intrinsic-2-nearest-kmeans"),
 ]
 FEW = ["fp16", "int4 with sinks", "nuq3-1%", "kivi-2-g16-r40", "hadamard-int4", "narrow3"]

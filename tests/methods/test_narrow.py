@@ -7,6 +7,7 @@ import torch
 
 from narrowkv import Calibration, PackedCache, calibrate, get_recipe
 from narrowkv.errors import RecipeError
+from narrowkv.evaluate.results import definition
 from narrowkv.methods import Recipe, narrow
 
 IDS = torch.arange(2 * 200).view(2, 200) ** 2 % 89 + 3
@@ -68,7 +69,16 @@ def test_two_budgets_are_for_rates():
 
 
 def test_definitions_of_other_recipes_are_as_before():
-    assert not {"counts", "token_norm"} & set(get_recipe("nuq3").to_dict()["keys"])
+    plain = get_recipe("nuq3").to_dict()
+    assert not {"counts", "token_norm"} & set(plain["keys"]) and plain["keys"]["codebook"] == "layer"
+    assert definition(get_recipe("nuq3-1%")) == "9849b54647674f2ddaa6fe1c58ce7f5d4d61747988869258763b9fa5ac9a6d87"
+
+
+@pytest.mark.parametrize("sharing", ["channel", "pair", None])
+def test_recipes_of_former_codebooks_are_refused(sharing):
+    plain = get_recipe("nuq3").to_dict()
+    with pytest.raises(RecipeError, match="no longer read; calibrate again"):
+        Recipe.from_dict(plain | {"keys": plain["keys"] | {"codebook": sharing}})
 
 
 def test_rates_and_schemes_are_not_chosen_among_each_other():

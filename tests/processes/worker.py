@@ -14,7 +14,7 @@ from transformers.distributed import DistributedConfig
 from narrowkv import Calibration, PackedCache, calibrate
 from narrowkv.errors import UnsupportedModelError
 
-RECIPES = ["nuq3-1%", "int4-channel", "nuq2-qnorm", "pair2-1%", "narrow3"]
+RECIPES = ["nuq3-1%", "int4-channel", "nuq2-qnorm", "narrow3"]
 
 
 def prompt() -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,9 +19,6 @@ SCHEMES = st.sampled_from(
         Scheme(2, "int", outliers=0.02),
         Scheme(4, "fp", axis="token_head", group=8, scale_dtype="float8"),
         Scheme(8, "int", axis="token_head", smooth=0.5),
-        Scheme(3, "nuq", axis="channel", codebook="channel", outliers=0.01),
-        *(Scheme(bits, "nuq", axis="channel", codebook="pair", turn=turned) for bits, turned in ((1.5, True), (3.5, False))),
-        Scheme(2.5, "nuq", axis="channel", codebook="pair", outliers=0.01, turn=True),
     ]
 )
 
@@ -38,16 +35,7 @@ GROUPED = st.sampled_from(
 
 def made(scheme):
     """A quantizer of a scheme, with tables drawn at random where it needs any."""
-    if scheme.codebook == "layer":
-        return quantizer_for(scheme, **({"smooth": torch.rand(HEADS, DIM) + 0.1} if scheme.smooth else {}))
-    codes = DIM // scheme.numbers
-    tables = {
-        "points": torch.randn(HEADS, codes, 2**scheme.code_bits, scheme.numbers).half(),
-        "weight": torch.rand(HEADS, codes, scheme.numbers) + 0.1,
-        "limit": torch.ones(1) if scheme.outliers else None,
-        "turn": torch.linalg.qr(torch.randn(HEADS, DIM, DIM)).Q.half() if scheme.turn else None,
-    }
-    return quantizer_for(scheme, **tables)
+    return quantizer_for(scheme, **({"smooth": torch.rand(HEADS, DIM) + 0.1} if scheme.smooth else {}))
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -109,9 +97,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     @staticmethod
     def same(store, model):
-        for found, side, quantizer in zip(store.read(), model, store.quantizers, strict=True):
-            tolerance = 1e-5 if quantizer.scheme.turn else 0  # turning back rounds differently with the number of tokens
-            torch.testing.assert_close(found.float(), side[:, :, store.first :], rtol=0, atol=tolerance)
+        for found, side in zip(store.read(), model, strict=True):
+            torch.testing.assert_close(found.float(), side[:, :, store.first :], rtol=0, atol=0)
 
 
 StoreMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=12, deadline=None)

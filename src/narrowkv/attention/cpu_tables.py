@@ -9,7 +9,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from narrowkv import _kernels
 from narrowkv.attention.cpu_words import words_of, words_of_angles
 from narrowkv.attention.rope import AnyRope, Rope
-from narrowkv.codec import AnyQuantizer, PointQuantizer, Quantizer
+from narrowkv.codec import AnyQuantizer, Quantizer
 from narrowkv.codec.compiled import KINDS
 from narrowkv.errors import UnsupportedModelError
 from narrowkv.store import BLOCK
@@ -35,10 +35,7 @@ def side_of(
     table, scale, zero = None, None, None
     channel_major = is_channel_major(scheme, keys)
     ranges = list(side.ranges["scale"].shape[1:]) if "scale" in side.ranges else [1, 1, 1]
-    if isinstance(quantizer, PointQuantizer):
-        assert quantizer.points is not None
-        table = quantizer.points.float().transpose(2, 3)
-    elif scheme.datatype != "exact" and streams is None:
+    if scheme.datatype != "exact" and streams is None:
         assert isinstance(quantizer, Quantizer)
         assert quantizer.codebook is not None
         table = quantizer.codebook.float()
@@ -51,11 +48,11 @@ def side_of(
             ranges = [heads, 1, codes]
     in_words = None
     if table is not None and (rope is None or isinstance(rope, Rope)):
-        in_words = words_of(table, scheme, keys, codes * scheme.numbers, turned_by(rope))
+        in_words = words_of(table, scheme, keys, codes, turned_by(rope))
     return _kernels.Side(
         bits=side.bits,
         codes=codes,
-        numbers=scheme.numbers,
+        numbers=1,
         channel_major=channel_major,
         table=None if table is None else _padded(table),
         fixed=scheme.static and channel_major,
@@ -94,7 +91,7 @@ def _kind(dtype: torch.dtype) -> int:
 def _padded(table: Tensor) -> Tensor:
     """Codebooks [..., levels], each as long as the kernel reads it."""
     levels = table.shape[-1]
-    room = MOST_LEVELS if levels > 64 else max(levels, FEWEST_LEVELS)
+    room = MOST_LEVELS if levels > FEWEST_LEVELS else FEWEST_LEVELS
     return torch.nn.functional.pad(table, (0, room - levels)).contiguous()
 
 

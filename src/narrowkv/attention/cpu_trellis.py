@@ -14,7 +14,7 @@ from narrowkv import _kernels
 from narrowkv.attention.rope import AnyRope, Rope
 from narrowkv.codec import AnyQuantizer, TrellisQuantizer, trellis
 from narrowkv.codec.frames import FRAME, MIDDLE, Frames
-from narrowkv.codec.points import from_vectors, to_vectors
+from narrowkv.codec.pairs import from_pairs, to_pairs
 from narrowkv.errors import UnsupportedModelError
 from narrowkv.store import BLOCK, LayerStore
 
@@ -120,7 +120,7 @@ def _turns(quantizer: TrellisQuantizer, frames: Frames, steps: Tensor) -> Tensor
     angle, number of a pair as coefficients see it, of the model's pair.
     """
     assert quantizer.pairs is not None
-    pairs = quantizer.pairs.double() * to_vectors(steps, 2)[..., None]
+    pairs = quantizer.pairs.double() * to_pairs(steps)[..., None]
     angles = frames.frequencies.double() * (FRAME - MIDDLE)  # from the middle to where `steps_to_anchors` leads
     cos, sin = angles.cos(), angles.sin()
     still = torch.stack([torch.stack([cos, -sin]), torch.stack([sin, cos])])  # [2, 2, pairs]
@@ -133,13 +133,13 @@ def _offsets(quantizer: TrellisQuantizer, frames: Frames) -> Tensor:
     assert quantizer.mean is not None and quantizer.pairs is not None
     turned = frames.turn(quantizer.mean.double()[:, None].expand(-1, FRAME, -1), 0)
     pairs = quantizer.pairs.double()[:, None]
-    found = (to_vectors(turned, 2)[..., None, :] @ torch.linalg.pinv(pairs))[..., 0, :]
-    missed = (found[..., None, :] @ pairs)[..., 0, :] - to_vectors(turned, 2)
+    found = (to_pairs(turned)[..., None, :] @ torch.linalg.pinv(pairs))[..., 0, :]
+    missed = (found[..., None, :] @ pairs)[..., 0, :] - to_pairs(turned)
     if missed.norm() > EXACT_ENOUGH * turned.norm():
         raise UnsupportedModelError(
             "The mean of keys lies where their transform has nothing, so backend cpu cannot add it; choose backend torch."
         )
-    return from_vectors(found)
+    return from_pairs(found)
 
 
 def _require_rope(frames: Frames, rope: AnyRope | None) -> None:

@@ -24,7 +24,7 @@ SUPPORTED = {"avx512", "avx512vbmi", "avx512vbmi2", "avx512vnni"} <= set(_kernel
 
 @dataclass(frozen=True)
 class WordTables:
-    """table: codebooks, repeated to have 16 levels, int16 [..., numbers, levels].
+    """table: codebooks, repeated to have 16 levels, int16 [..., levels].
     unit: [kv_heads, head_dim] or [1] float32, what a word of 1 stands for. most: the largest word.
     """
 
@@ -36,22 +36,18 @@ class WordTables:
 def words_of(codebooks: Tensor, scheme: Scheme, keys: bool, head_dim: int, turned: tuple[int, bool]) -> WordTables | None:
     """Codebooks as words; None where the kernel does not read such a scheme in words.
 
-    codebooks: [levels] normalised, or in real units of channels [kv_heads, head_dim, levels] or of pairs [kv_heads, codes, 2,
-    levels], float32. turned: how many pairs of channels of keys the rotary embedding turns, and whether they are neighbours.
+    codebooks: [levels] normalised, or of keys [kv_heads, head_dim, levels] in real units, float32. turned: how many pairs of
+    channels of keys the rotary embedding turns, and whether they are neighbours.
     """
-    shared = codebooks.dim() == 1
     if not reads(scheme, keys, head_dim, turned):
         return None
     levels = codebooks[..., : 2**scheme.code_bits]
-    largest = levels.abs().amax(-1, keepdim=True)
-    if not shared:
-        levels = levels.reshape(len(levels), -1, scheme.numbers, levels.shape[-1])
-        by_number = levels.abs().amax(-1).transpose(1, 2)  # [kv_heads, numbers, codes]
-        largest = _alike(by_number.flatten(1), *turned) if keys else by_number.flatten(1)
+    shared = levels.dim() == 1
+    largest = levels.abs().amax(-1, keepdim=shared)
+    largest = largest if shared else _alike(largest, *turned)
     most = LARGEST_KEY if keys else LARGEST_VALUE
     unit = largest.clamp(min=torch.finfo(torch.float32).tiny * most) / most
-    divisor = unit if shared else unit.unflatten(1, (scheme.numbers, -1)).transpose(1, 2)[..., None]
-    words = (levels / divisor).round().short()
+    words = (levels / (unit if shared else unit[..., None])).round().short()
     words = words.repeat(*[1] * (words.dim() - 1), max(FEWEST_LEVELS // words.shape[-1], 1))
     return WordTables(words.contiguous(), unit.contiguous(), most)
 
@@ -69,11 +65,9 @@ def reads(scheme: Scheme, keys: bool, head_dim: int, turned: tuple[int, bool]) -
     """Whether the kernel knows how codes lie and are ranged, and the processor has its instructions."""
     if not SUPPORTED or scheme.datatype in ("exact", "trellis"):
         return False
-    if scheme.numbers == 2:
-        return not (keys and turned[0]) or turned == (head_dim // 2, False)
     if scheme.code_bits > 4:
         return False
-    if scheme.codebook != "layer" or (keys and scheme.static):
+    if keys and scheme.static:
         return True
     if turned[0] or scheme.static:
         return False

@@ -11,7 +11,7 @@ from narrowkv.attention.cuda_tables import Tables, folds, tables_of
 from narrowkv.attention.reading import matrix_of
 from narrowkv.attention.rope import AnyRope, Rope
 from narrowkv.attention.triton_forms import Form, power_of_2
-from narrowkv.codec import AnyQuantizer, PointQuantizer
+from narrowkv.codec import AnyQuantizer
 from narrowkv.codec.packing import PLANES
 from narrowkv.errors import UnsupportedModelError
 from narrowkv.store import BLOCK, LayerStore, addresses
@@ -191,26 +191,25 @@ def forms_of(quantizers: tuple[AnyQuantizer, AnyQuantizer], heads: int, dim: int
 
 def _form(quantizer: AnyQuantizer, keys: bool, heads: int, dim: int, order: int, kind: str) -> Form:
     scheme = quantizer.scheme
-    codes = dim // scheme.numbers
     channel_major = is_channel_major(scheme, keys)
     exact = scheme.bits == 16
     wide = 4
     if not channel_major:
         order = 8 if exact else PLANES[scheme.code_bits][0]
         planes = (8,) if exact else PLANES[scheme.code_bits]
-        wide = 4 if all(codes * plane % 32 == 0 for plane in planes) and not exact else 1
-    forms = scheme.range_forms(heads, BLOCK, codes)
-    own = isinstance(quantizer, PointQuantizer) or folds(quantizer, channel_major)
+        wide = 4 if all(dim * plane % 32 == 0 for plane in planes) and not exact else 1
+    forms = scheme.range_forms(heads, BLOCK, dim)
+    own = folds(quantizer, channel_major)
     shape, ranges = (1, 1, 1), "none"
     if forms:
         shape, ranges = forms["scale"][0], "held"
     elif scheme.static and not own:
-        shape, ranges = (heads, 1, codes), "fixed"
-    expected = scheme.outliers * BLOCK * codes
+        shape, ranges = (heads, 1, dim), "fixed"
+    expected = scheme.outliers * BLOCK * dim
     return Form(
         bits=16 if exact else scheme.code_bits,
-        codes=codes,
-        numbers=scheme.numbers,
+        codes=dim,
+        numbers=1,
         heads=heads,
         channel_major=channel_major,
         order=order,

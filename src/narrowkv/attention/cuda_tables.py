@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from narrowkv.codec import AnyQuantizer, PointQuantizer, Quantizer
+from narrowkv.codec import AnyQuantizer, Quantizer
 from narrowkv.errors import UnsupportedModelError
 from narrowkv.store.page import is_channel_major
 
@@ -36,9 +36,6 @@ def folds(quantizer: AnyQuantizer, channel_major: bool) -> bool:
 
 def tables_of(quantizer: AnyQuantizer, keys: bool) -> Tables:
     """Its tables."""
-    if isinstance(quantizer, PointQuantizer):
-        assert quantizer.points is not None
-        return Tables(quantizer.points.float().contiguous(), _bytes(quantizer.points.transpose(2, 3)))
     if not isinstance(quantizer, Quantizer) or quantizer.codebook is None:
         return Tables()
     table = quantizer.codebook.float().contiguous()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from narrowkv.attention.rope import AnyRope, Rope, StoredRope
-from narrowkv.codec import AnyQuantizer, PointQuantizer, Quantizer, Scheme, hadamard
+from narrowkv.codec import AnyQuantizer, Quantizer, Scheme, hadamard
 from narrowkv.errors import UnsupportedModelError
 from narrowkv.store import BLOCK, LayerStore
 from narrowkv.store.bias import Bias
@@ -77,8 +77,6 @@ def matrix_of(quantizer: AnyQuantizer) -> Tensor | None:
     """What codes stand for, turned back by Hadamard, times this matrix [kv_heads, head_dim, head_dim] transposed, are the
     numbers; None if they are.
     """
-    if isinstance(quantizer, PointQuantizer):
-        return None if quantizer.turn is None else quantizer.turn.float()
     smooth = quantizer.smooth if isinstance(quantizer, Quantizer) else None
     return None if smooth is None else torch.diag_embed(smooth)
 

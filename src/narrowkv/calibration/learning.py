@@ -8,9 +8,9 @@ from torch import Tensor
 from narrowkv.calibration.allocation import Option, measure
 from narrowkv.calibration.fit import Fit
 from narrowkv.calibration.influence import Influence, limited, squared_norms
-from narrowkv.calibration.point_fit import PointFit
 from narrowkv.calibration.processes import Group
 from narrowkv.calibration.rates import RateOption, held_tokens
+from narrowkv.calibration.samples import SampleFit
 from narrowkv.calibration.trellis_fit import TrellisFit
 from narrowkv.codec import AnyQuantizer, Scheme
 from narrowkv.codec.frames import Frames
@@ -18,7 +18,7 @@ from narrowkv.errors import CalibrationError
 from narrowkv.methods import Recipe
 from narrowkv.store.bias import Bias, without
 
-AnyFit = Fit | PointFit | TrellisFit
+AnyFit = Fit | SampleFit
 NO_GRADIENT = (
     "No gradient of the loss comes back through this model's layers, as through those that torch.ao quantises dynamically; "
     "calibrate the model before it is quantised, or choose a recipe that learns nothing, such as int4."
@@ -28,27 +28,27 @@ Stream = tuple[bool, bool, int]  # keys or values, before the rotary embedding, 
 
 @dataclass(frozen=True)
 class Need:
-    """One tensor to be learned from. Bits and Q-Norm only matter when a codebook is read off, and all codebooks of channels
-    and pairs come from one sample, so recipes that differ in nothing else share their fits.
+    """One tensor to be learned from. Bits and Q-Norm only matter when a codebook is read off, and rates when they are
+    allocated, so recipes that differ in nothing else share their fits.
+
+    sampled: for a sample of the tensor alone.
     """
 
     scheme: Scheme
     keys: bool
     sinks: int
+    sampled: bool = False
 
     @classmethod
     def of(cls, scheme: Scheme, keys: bool, sinks: int) -> "Need":
         if scheme.datatype == "trellis":
             return cls(Scheme(4, "trellis", axis="channel", pre_rope=scheme.pre_rope), keys, sinks)
-        if scheme.codebook != "layer":
-            return cls.sample(scheme, keys, sinks)
         return cls(replace(scheme, bits=4, qnorm=False) if scheme.datatype == "nuq" else scheme, keys, sinks)
 
     @classmethod
     def sample(cls, scheme: Scheme, keys: bool, sinks: int) -> "Need":
         """A sample of the tensor that a scheme quantises."""
-        pairs = Scheme(4, "nuq", axis="channel", codebook="pair", pre_rope=scheme.pre_rope)
-        return cls(pairs, keys, sinks)
+        return cls(Scheme(4, "nuq", axis="channel", pre_rope=scheme.pre_rope), keys, sinks, sampled=True)
 
 
 class LayerFits:
@@ -174,14 +174,16 @@ class LayerFits:
 
     def quantizer(self, scheme: Scheme, keys: bool, sinks: int) -> AnyQuantizer:
         """The finished quantizer of the keys or of the values."""
-        return self.fits[Need.of(scheme, keys, sinks)].quantizer(self.shape, scheme)
+        fit = self.fits[Need.of(scheme, keys, sinks)]
+        assert isinstance(fit, Fit | TrellisFit)
+        return fit.quantizer(self.shape, scheme)
 
     def menu(self, schemes: Iterable[Scheme], keys: bool, sinks: int) -> list[Option]:
         """What each of these schemes would take and cost."""
         menu = []
         for scheme in schemes:
             sampled = self.fits[Need.sample(scheme, keys, sinks)]
-            assert isinstance(sampled, PointFit)
+            assert isinstance(sampled, SampleFit)
             menu.append(measure(self.quantizer(scheme, keys, sinks), sampled.samples, keys, self.tokens))
         return menu
 
@@ -202,9 +204,11 @@ class LayerFits:
 
 
 def _fit_for(need: Need, frames: Frames) -> AnyFit:
+    if need.sampled:
+        return SampleFit()
     if need.scheme.datatype == "trellis":
         return TrellisFit(frames if need.scheme.pre_rope else None)
-    return Fit(need.scheme) if need.scheme.codebook == "layer" else PointFit()
+    return Fit(need.scheme)
 
 
 def _wanted(need: Need, keys: Tensor, rotated: Tensor, values: Tensor) -> Tensor:

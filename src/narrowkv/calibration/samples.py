@@ -64,15 +64,15 @@ class Samples:
         self.hashes, order = hashes.sort(stable=True)
         self.hashes, self.numbers = self.hashes[:CAPACITY].clone(), numbers[order[:CAPACITY]]
 
-    def fisher(self, weighted: bool = True) -> Tensor:
+    def fisher(self) -> Tensor:
         """What an error e in a token's head costs, as a matrix: e @ fisher @ e / 2, in nats of loss for each token of text.
 
-        [kv_heads, head_dim, head_dim] float64; the unit matrix where no gradient was seen or none is asked for. A small part
+        [kv_heads, head_dim, head_dim] float64; the unit matrix where no gradient was seen. A small part
         of the mean is added to the diagonal: a channel without gradient so far is not one without effect.
         """
         unit = torch.eye(self.moment.shape[-1], dtype=torch.float64, device=self.moment.device).expand_as(self.moment)
         mean = self.moment.diagonal(dim1=1, dim2=2).mean() / max(self.gradients, 1)
-        if not weighted or not mean > 0:
+        if not mean > 0:
             return unit
         return self.moment / self.gradients + 1e-3 * mean * unit
 
@@ -91,6 +91,30 @@ class Samples:
         numbers = self.heads(unseen=True)
         missed = (numbers - quantizer.decode(quantizer.encode(numbers)).float())[0].double()  # [kv_heads, n, head_dim]
         return float(((missed @ self.fisher()) * missed).sum() / 2 / missed.shape[1])
+
+
+class SampleFit:
+    """Takes a sample of one tensor of one layer, in the second of the passes that `Fit` has."""
+
+    needs_codebook = True
+
+    def __init__(self) -> None:
+        self.samples = Samples()
+
+    def see_range(self, x: Tensor) -> None:
+        """First pass. x: [tokens, kv_heads, head_dim]. Raises ActivationError on NaN and infinity."""
+        require_finite(x, "Keys or values")
+
+    def see_codebook(self, x: Tensor, gradient: Tensor | None) -> None:
+        """Second pass. x, gradient: [tokens, kv_heads, head_dim], like those of `Fit.see_codebook`."""
+        self.samples.add(x, gradient)
+
+    def merge_ranges(self, group: Group) -> None:
+        """Nothing was learned in the first pass."""
+
+    def merge_codebook(self, group: Group) -> None:
+        """After the second pass: take in what the other processes of a group have seen."""
+        self.samples.merge(group)
 
 
 def _hashes(numbers: Tensor) -> Tensor:

@@ -16,15 +16,14 @@ def quantile(x: Tensor, fraction: float) -> Tensor:
     return x.kthvalue(place + 1).values[None]
 
 
-def metric_axes(covariance: Tensor, fisher: Tensor, plain: float = 0.0) -> Tensor:
+def metric_axes(covariance: Tensor, fisher: Tensor) -> Tensor:
     """Axes of a covariance in the metric of the loss, ascending: [kv_heads, head_dim, head_dim], orthogonal.
 
-    covariance, fisher: [kv_heads, head_dim, head_dim] float64. plain: how much of the plain metric is added to that of the
-    loss, whose mean is 1.
+    covariance, fisher: [kv_heads, head_dim, head_dim] float64.
     """
     mean = fisher.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
     values, vectors = torch.linalg.eigh(fisher / mean.clamp(min=torch.finfo(torch.float64).tiny))
-    root = vectors @ torch.diag_embed((values.clamp(min=0) + plain).sqrt()) @ vectors.mT
+    root = vectors @ torch.diag_embed(values.clamp(min=0).sqrt()) @ vectors.mT
     return torch.linalg.eigh(root @ covariance @ root)[1]
 
 

@@ -6,15 +6,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from narrowkv.calibration.processes import Group
-from narrowkv.calibration.samples import Samples
+from narrowkv.calibration.samples import SampleFit
 from narrowkv.calibration.statistics import metric_axes, quantile
 from narrowkv.calibration.trellis_tables import learned_tables, on_grid
 from narrowkv.codec import Scheme, TrellisQuantizer
 from narrowkv.codec.frames import Frames, place_dtype
 from narrowkv.codec.gaussian_tables import SQUARED_ERRORS, STEPS, gaussian_tables
-from narrowkv.codec.points import from_vectors, to_vectors
-from narrowkv.codec.ranges import require_finite, to_16_bits
+from narrowkv.codec.pairs import from_pairs, to_pairs
+from narrowkv.codec.ranges import to_16_bits
 from narrowkv.codec.scheme import UNIT
 from narrowkv.codec.trellis import rates_of
 
@@ -39,39 +38,22 @@ class Transform:
         return self.cost.sort(-1, descending=True).values.sum(0).unflatten(0, (-1, UNIT)).sum(1)
 
 
-class TrellisFit:
+class TrellisFit(SampleFit):
     """Learns all trellis-coded schemes of one tensor of one layer, in the second of the passes that `Fit` has.
 
     frames: in which keys before the rotary embedding are turned; None for values. What a token's keys and gradients are does
     not depend on its place in a frame, so a token of the sample counts as one of the place at which it lies there.
     """
 
-    needs_codebook = True
-
     def __init__(self, frames: Frames | None = None) -> None:
+        super().__init__()
         self.frames = frames
-        self.samples = Samples()
         self._transforms: dict[bool, Transform] = {}
         self._quantizers: dict[Scheme, TrellisQuantizer] = {}
-
-    def see_range(self, x: Tensor) -> None:
-        """First pass. x: [tokens, kv_heads, head_dim]. Raises ActivationError on NaN and infinity."""
-        require_finite(x, "Keys or values")
-
-    def see_codebook(self, x: Tensor, gradient: Tensor | None) -> None:
-        """Second pass. x, gradient: [tokens, kv_heads, head_dim], like those of `Fit.see_codebook`."""
-        self.samples.add(x, gradient)
 
     def see_drawn(self, gradient: Tensor) -> None:
         """The same tokens' gradients [tokens, kv_heads, head_dim] of the loss on tokens drawn from the model."""
         self.samples.add_gradient(gradient)
-
-    def merge_ranges(self, group: Group) -> None:
-        """Nothing was learned in the first pass."""
-
-    def merge_codebook(self, group: Group) -> None:
-        """After the second pass: take in what the other processes of a group have seen."""
-        self.samples.merge(group)
 
     @functools.cached_property
     def mean(self) -> Tensor:
@@ -191,8 +173,8 @@ def transform_of(x: Tensor, fisher: Tensor, whole: bool) -> Transform:
     variances = variances.clamp(min=1e-20)
     variances = variances + SHRINKAGE * variances.mean((1, 2), keepdim=True)
     # [kv_heads, half, 2, 2]: coefficients times this are weighted pairs, then pairs
-    pairs = variances.sqrt()[..., None] * vectors.mT / to_vectors(weight, 2)[..., None, :]
-    cost = from_vectors(variances)
+    pairs = variances.sqrt()[..., None] * vectors.mT / to_pairs(weight)[..., None, :]
+    cost = from_pairs(variances)
     if axes is None:
         return Transform(pairs, cost)
     matrix = torch.zeros_like(axes).unflatten(1, (2, half)).unflatten(3, (2, half))

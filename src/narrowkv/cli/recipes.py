@@ -24,10 +24,8 @@ def describe(scheme: "Scheme") -> str:
     if scheme.datatype == "trellis":
         parts = [f"{scheme.bits:g} bits, trellis-coded", *(["turned"] if scheme.turn else [])]
         parts += ["token norms"] if scheme.token_norm else []
-    elif scheme.codebook == "layer":
-        parts = [f"{scheme.datatype}{scheme.bits}", f"per {scheme.axis.replace('_', ' and ')}"]
     else:
-        parts = [f"{scheme.bits:g} bits, codebooks of {scheme.codebook}s", *(["turned"] if scheme.turn else [])]
+        parts = [f"{scheme.datatype}{scheme.bits}", f"per {scheme.axis.replace('_', ' and ')}"]
     parts += ["pre-RoPE"] if scheme.pre_rope else []
     parts += [f"{100 * scheme.outliers:g}% exact"] if scheme.outliers else []
     return ", ".join([*parts, "Q-Norm"] if scheme.qnorm else parts)

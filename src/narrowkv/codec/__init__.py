@@ -6,13 +6,12 @@ from torch import Tensor
 
 from narrowkv.codec.blocks import BlockQuantizer
 from narrowkv.codec.encoded import Encoded
-from narrowkv.codec.points import PointQuantizer
 from narrowkv.codec.quantizer import Quantizer
 from narrowkv.codec.scheme import Scheme
 from narrowkv.codec.tables import require_forms
 from narrowkv.codec.trellis_quantizer import TrellisQuantizer
 
-AnyQuantizer = Quantizer | PointQuantizer | BlockQuantizer | TrellisQuantizer
+AnyQuantizer = Quantizer | BlockQuantizer | TrellisQuantizer
 
 
 def kind_of(scheme: Scheme) -> type[AnyQuantizer]:
@@ -21,7 +20,7 @@ def kind_of(scheme: Scheme) -> type[AnyQuantizer]:
         return BlockQuantizer
     if scheme.datatype == "trellis":
         return TrellisQuantizer
-    return Quantizer if scheme.codebook == "layer" else PointQuantizer
+    return Quantizer
 
 
 def quantizer_for(scheme: Scheme, **tables: Any) -> AnyQuantizer:
@@ -43,7 +42,6 @@ __all__ = [
     "AnyQuantizer",
     "BlockQuantizer",
     "Encoded",
-    "PointQuantizer",
     "Quantizer",
     "Scheme",
     "TrellisQuantizer",

@@ -142,43 +142,6 @@ class Encoder:
         return min(max(NUMBERS // dim, 1), heads) if self.scheme.static else 1
 
 
-@dataclass(frozen=True)
-class PointEncoder:
-    """`PointQuantizer.encode` of tokens one by one.
-
-    turned: numbers as codebooks see them, float32. unit: [kv_heads, 1, head_dim], what these are multiplied by; points:
-    [kv_heads, codes, levels, numbers], so multiplied. limit: [1], or None.
-    """
-
-    turned: Callable[[Tensor], Tensor]
-    unit: Tensor
-    points: Tensor
-    limit: Tensor | None
-
-    def most(self, batch: int, kv_heads: int, head_dim: int) -> int:
-        """How many outliers a token has at most."""
-        return 0 if self.limit is None else batch * kv_heads * self.points.shape[1]
-
-    def step(self, room: Room, first: int, x: Tensor, skip: Tensor | None, places: Tensor | None) -> None:
-        """As of `Stepper`."""
-        assert room.tally is not None
-        module, counts = kernels(), room.tally.counts
-        assert module is not None
-        exact = self.turned(x).contiguous()
-        batch, heads, tokens, _ = exact.shape
-        codes, levels, numbers = self.points.shape[1:]
-        index, values = room.outlier_index, room.outlier_values
-        skip = None if skip is None else skip.contiguous().view(torch.uint8)
-        with torch.cuda.device_of(x):
-            module.encode_points[(batch, tokens, heads)](
-                exact, exact * self.unit, _or(skip, counts), self.points, _or(self.limit, counts), room.codes,
-                _or(index, counts), _or(values, counts), counts, _or(places, counts),
-                first, room.tokens, 0 if index is None else len(index), tokens, heads,
-                CODES=codes, LEVELS=levels, NUMBERS=numbers, WIDE=_room(codes), OUTLIERS=self.limit is not None,
-                SKIPS=skip is not None, PLACED=places is not None, enable_fp_fusion=False,
-            )  # fmt: skip
-
-
 class Copier:
     """Numbers that stay exact, written as they are."""
 
@@ -218,20 +181,3 @@ def sent(numbers: Any, device: torch.device) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int32, pin_memory=device.type == "cuda", device="cpu").to(
         device, non_blocking=True
     )
-
-
-def search(numbers: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    """`points.nearest` on a GPU; points: [kv_heads, codes, levels, numbers] float32."""
-    module = kernels()
-    assert module is not None
-    batch, heads, tokens, _ = numbers.shape
-    _, codes, levels, count = points.shape
-    found = torch.empty(batch, heads, tokens, codes, dtype=torch.uint8, device=numbers.device)
-    cost = torch.empty(found.shape, device=numbers.device, dtype=torch.float32)
-    with torch.cuda.device_of(numbers):
-        module.nearest_points[(batch * heads * tokens,)](
-            numbers.contiguous(), points.contiguous(), found, cost, tokens, heads,
-            CODES=codes, LEVELS=levels, NUMBERS=count, WIDE=_room(codes), enable_fp_fusion=False,
-            num_warps=min(max(_room(codes) // 32, 1), 4),
-        )  # fmt: skip
-    return found, cost

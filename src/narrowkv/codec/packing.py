@@ -1,9 +1,8 @@
 """Pack small integers into bytes, as planes of 1, 2, 4 or 8 bits.
 
-A width is a sum of planes: 3 bits are a plane of 2 beside a plane of 1, so no code straddles a byte. Codes of 5 to 7 bits
-stand for pairs of numbers. Within a row of n codes, code i lies in byte `i % (n / per_byte)`, at bit
-`plane * (i // (n / per_byte))`: neighbouring codes lie in neighbouring bytes at the same shift, so a SIMD register
-of bytes yields neighbouring codes with one shift and one mask.
+A width is a sum of planes: 3 bits are a plane of 2 beside a plane of 1, so no code straddles a byte. Within a row of n codes,
+code i lies in byte `i % (n / per_byte)`, at bit `plane * (i // (n / per_byte))`: neighbouring codes lie in neighbouring bytes
+at the same shift, so a SIMD register of bytes yields neighbouring codes with one shift and one mask.
 """
 
 import torch
@@ -13,7 +12,7 @@ from narrowkv import _kernels
 from narrowkv.codec.memory import address
 
 FEW = 2**17  # codes that are not worth a second thread
-PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
+PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 
 
 def plane_bytes(count: int, plane: int) -> int:

@@ -267,7 +267,7 @@ class Quantizer(Tables):
 def keep_outliers(encoded: Encoded, exact: Tensor, outside: Tensor, skip: Tensor | None, dtype: torch.dtype) -> None:
     """Put exact numbers beside the codes that are `outside`, but for tokens that are skipped.
 
-    exact: [codes in all, ...]. outside: bool, shaped as the codes. dtype: of the numbers, in which they are kept if it has 16
+    exact: [codes in all]. outside: bool, shaped as the codes. dtype: of the numbers, in which they are kept if it has 16
     bits. Raises ActivationError where one does not fit.
     """
     if skip is not None:

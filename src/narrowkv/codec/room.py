@@ -39,7 +39,7 @@ class Room:
         if scheme.outliers:
             kept = dtype if dtype.itemsize == 2 else torch.float16
             self.outlier_index = torch.zeros(0, dtype=torch.int64, device=device)
-            self.outlier_values = torch.zeros(0, *scheme.outlier_shape, dtype=kept, device=device)
+            self.outlier_values = torch.zeros(0, dtype=kept, device=device)
             places = batch * kv_heads * tokens * self._places
             self.reserve(int(1.125 * scheme.outliers * places) + 1 + AHEAD * (most or 0))
 

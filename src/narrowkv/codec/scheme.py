@@ -12,12 +12,10 @@ Datatype = Literal["exact", "int", "nf", "fp", "nuq", "iv", "iv-kmeans", "trelli
 Axis = Literal["channel", "token", "token_head", "block"]
 OutlierScope = Literal["vector", "matrix"]
 Weighting = Literal["fisher_scaled", "fisher", "none"]
-Sharing = Literal["layer", "channel", "pair"]
 ScaleDtype = Literal["float16", "float8"]
 RangeForm = tuple[tuple[int, int, int], torch.dtype]
 
 MAX_OUTLIERS = 0.02
-PAIR_WIDTHS = (1.5, 2, 2.5, 3, 3.5, 4)  # bits a number, with a codebook for each pair of channels
 BLOCK = 64  # tokens of a block, the unit in which a store packs
 MOST_GROUP, MOST_CAP, MOST_SPAN = 512, 2**16, 64  # channels of a head, exact numbers of a token, blocks
 UNIT, MOST_RATE, MOST_UNITS = 8, 6, 64  # trellis: channels of one rate, bits of a channel, units of a head
@@ -32,8 +30,8 @@ def stream_bytes(counts: Sequence[int]) -> int:
 class Scheme:
     """How one tensor [batch, kv_heads, tokens, head_dim] is quantised.
 
-    bits: of codes for each number: 2, 3, 4 or 8, for pairs 1.5 to 4 in steps of a half; 16 means the model's own dtype and
-        goes with datatype `exact` only.
+    bits: of codes for each number: 2, 3, 4 or 8, with `trellis` any up to 6; 16 means the model's own dtype and goes with
+        datatype `exact` only.
     datatype: `int` (evenly spaced), `nf` (NormalFloat), `fp` (e2m1 or e4m3, its range symmetric and without a zero point),
         `nuq` (codebook learned per layer), `iv` and `iv-kmeans` (four intrinsic values of each block, `codec.intrinsic`, found
         by frequency or by k-means), `trellis` (trellis-coded streams, `codec.trellis`), `exact` (not quantised).
@@ -49,11 +47,8 @@ class Scheme:
         appendix E), `fisher` leaves s^2 out, `none` is plain k-means.
     qnorm: shift and stretch the codebook so that mean and deviation survive rounding (KVQuant v1, Q-Norm).
     hadamard: codes are those of the head after a randomised Hadamard rotation, which reading turns back.
-    codebook: who shares a learned codebook: the `layer` (its levels are normalised), a `channel`, or a `pair` of channels
-        d and d + head_dim / 2, of which one code stands for both numbers (coupled quantisation, arXiv 2405.03917). Those of a
-        channel or a pair are in real units: there are no ranges, and outliers are what a code would miss by most.
-    turn: codes are those of the head after a rotation learned offline, which takes correlations out and lets each pair hold
-        a channel of large and one of small variance; reading turns back.
+    turn: with `trellis`, codes are those of the head after a rotation learned offline, which takes correlations out; reading
+        turns back.
     scale_dtype: in which online scales are held: `float16`, or `float8` (e4m3, for datatype `fp`), as multiples of a
         bfloat16 scale that each token has over all its KV heads.
     smooth: numbers are divided by a factor for each pair of channels before they are quantised, their largest magnitude to
@@ -82,7 +77,6 @@ class Scheme:
     qnorm: bool = False
     group: int | None = None
     hadamard: bool = False
-    codebook: Sharing = "layer"
     turn: bool = False
     scale_dtype: ScaleDtype = "float16"
     smooth: float = 0.0
@@ -103,7 +97,7 @@ class Scheme:
                 raise RecipeError("An exact scheme has 16 bits and neither outliers nor Q-Norm; drop those settings.")
         elif self.datatype == "trellis":
             self._check_trellis()
-        elif self.codebook == "layer" and (self.bits not in (2, 3, 4, 8) or type(self.bits) is not int):
+        elif self.bits not in (2, 3, 4, 8) or type(self.bits) is not int:
             raise RecipeError(f"{self.bits} bits are not supported; choose 2, 3, 4 or 8 (or the recipe fp16).")
         if self.datatype == "fp" and self.bits not in (4, 8):
             raise RecipeError("Datatype fp has 4 bits (e2m1) or 8 (e4m3).")
@@ -127,7 +121,7 @@ class Scheme:
             raise RecipeError("Q-Norm adjusts a learned codebook; it needs datatype nuq.")
         self._check_smooth()
         self._check_block()
-        self._check_codebook()
+        self._check_turn()
 
     def _check_smooth(self) -> None:
         if not isinstance(self.smooth, (int, float)) or isinstance(self.smooth, bool) or not 0 <= self.smooth <= 1:
@@ -136,14 +130,8 @@ class Scheme:
             raise RecipeError("Smoothing goes with codes of int, nf or fp whose ranges are taken online, without outliers.")
 
     def _check_trellis(self) -> None:
-        if (
-            self.axis != "channel"
-            or self.group
-            or self.codebook != "layer"
-            or self.outlier_scope == "matrix"
-            or self.outlier_cap
-        ):
-            raise RecipeError("Trellis-coded streams go with axis channel, without groups, caps, matrix scope or codebooks.")
+        if self.axis != "channel" or self.group or self.outlier_scope == "matrix" or self.outlier_cap:
+            raise RecipeError("Trellis-coded streams go with axis channel, without groups, caps or matrix scope.")
         if not isinstance(self.bits, (int, float)) or isinstance(self.bits, bool) or not 0 < self.bits <= MOST_RATE:
             raise RecipeError(f"A trellis-coded stream has more than 0 and at most {MOST_RATE} bits, not {self.bits!r:.40}.")
         if self.counts is None:
@@ -168,26 +156,9 @@ class Scheme:
                 f"span is a whole number of blocks from 1 to {MOST_SPAN}, 1 but for intrinsic values, not {self.span!r:.40}."
             )
 
-    def _check_codebook(self) -> None:
-        if self.datatype != "trellis" and (self.counts is not None or self.token_norm):
-            raise RecipeError("Counts of rates and norms of tokens go with datatype trellis.")
-        if self.codebook == "layer":
-            if self.turn and self.datatype != "trellis":
-                raise RecipeError("A learned rotation goes with codebooks of channels or pairs.")
-            self._check_turn()
-            return
-        if self.datatype != "nuq" or self.axis != "channel" or self.group or self.qnorm or self.outlier_scope == "matrix":
-            raise RecipeError(
-                "Codebooks of channels and pairs are learned (nuq), static per channel; drop groups, Q-Norm and matrix scope."
-            )
-        widths = PAIR_WIDTHS if self.codebook == "pair" else (2, 3, 4)
-        if self.bits not in widths or isinstance(self.bits, bool):
-            raise RecipeError(
-                f"A codebook of a {self.codebook} has {', '.join(map(str, widths))} bits for each number, not {self.bits}."
-            )
-        self._check_turn()
-
     def _check_turn(self) -> None:
+        if self.datatype != "trellis" and (self.counts is not None or self.token_norm or self.turn):
+            raise RecipeError("Counts of rates, norms of tokens and learned rotations go with datatype trellis.")
         if self.turn and self.pre_rope:
             raise RecipeError("Keys that are stored before the rotary embedding cannot be turned; choose one of the two.")
 
@@ -203,44 +174,32 @@ class Scheme:
             raise RecipeError("Outlier thresholds per matrix are learned offline and do not go with groups; choose vector.")
 
     def require_head_dim(self, head_dim: int) -> None:
-        """Raise RecipeError where groups or pairs of channels do not fill a head."""
+        """Raise RecipeError where groups, pairs or units of channels do not fill a head."""
         if self.datatype == "trellis" and head_dim % UNIT:
             raise RecipeError(
                 f"Units of {UNIT} channels do not fill a head_dim of {head_dim}; choose another recipe than trellis."
             )
         if self.counts is not None and sum(self.counts) * UNIT != head_dim:
             raise RecipeError(f"{sum(self.counts)} units do not make a head_dim of {head_dim}; calibrate this model.")
-        if head_dim % self.numbers:
-            raise RecipeError(f"Pairs of channels do not fill a head_dim of {head_dim}; choose codebooks of channels.")
         if self.smooth and head_dim % 2:
             raise RecipeError(f"Pairs of channels do not fill a head_dim of {head_dim}; choose a recipe without smoothing.")
         if self.axis == "token_head" and self.group and head_dim % self.group:
             raise RecipeError(f"Groups of {self.group} channels do not fill a head_dim of {head_dim}; choose another group.")
 
     @property
-    def numbers(self) -> int:
-        """How many numbers one code stands for."""
-        return 2 if self.codebook == "pair" else 1
-
-    @property
     def code_bits(self) -> int:
         """Bits of one code."""
-        return 8 if self.datatype == "trellis" else int(self.bits * self.numbers)
+        return 8 if self.datatype == "trellis" else int(self.bits)
 
     def codes(self, head_dim: int) -> int:
         """How many codes a token has in one head: with `trellis`, the bytes of its stream and of its norm."""
         if self.counts is not None:
             return stream_bytes(self.counts) + self.token_norm
-        return head_dim // self.numbers
+        return head_dim
 
     def outlier_places(self, head_dim: int) -> int:
         """How many places of outliers a token has in one head: its codes, or, with `trellis`, the channels that have codes."""
         return self.codes(head_dim) if self.counts is None else UNIT * sum(self.counts[1:])
-
-    @property
-    def outlier_shape(self) -> tuple[int, ...]:
-        """Shape of the exact numbers of one outlier: a code's."""
-        return (2,) if self.codebook == "pair" else ()
 
     @property
     def tokens_together(self) -> int:

@@ -1,4 +1,4 @@
-"""Triton: what is done to every new token on a GPU: ranges, codes and outliers of one, and the nearest points of another."""
+"""Triton: what is done to every new token on a GPU: ranges, codes and outliers."""
 
 import triton
 import triton.language as tl
@@ -68,85 +68,6 @@ def encode_tokens(
 def no_number(x):
     """Whether x is NaN or infinite."""
     return (x != x) | (tl.abs(x) == float("inf"))
-
-
-@triton.jit
-def nearest_points(
-    numbers, points, codes, cost, tokens, heads,
-    CODES: tl.constexpr, LEVELS: tl.constexpr, NUMBERS: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Code of the nearest point, the first of several as near, and the squared distance to it, of one token of a head.
-
-    numbers: [batch, heads, tokens, head_dim] float32. points: [heads, codes, levels, numbers] float32. codes, cost: [batch,
-    heads, tokens, codes].
-    """
-    place = tl.program_id(0)
-    head = place // tokens % heads
-    code = tl.arange(0, WIDE)
-    live = code < CODES
-    x = tl.load(numbers + place.to(tl.int64) * CODES * NUMBERS + code, mask=live, other=0.0)
-    y = x
-    if NUMBERS == 2:
-        y = tl.load(numbers + place.to(tl.int64) * CODES * NUMBERS + CODES + code, mask=live, other=0.0)
-    found, best = nearest(x, y, points + (head * CODES + code) * LEVELS * NUMBERS, live, LEVELS, NUMBERS, WIDE)
-    to = place.to(tl.int64) * CODES + code
-    tl.store(codes + to, found.to(tl.uint8), mask=live)
-    tl.store(cost + to, best, mask=live)
-
-
-@triton.jit
-def nearest(x, y, points, live, LEVELS: tl.constexpr, NUMBERS: tl.constexpr, WIDE: tl.constexpr):
-    """Which of its points is nearest to each x (and y), and the squared distance to it; points: where those of each begin."""
-    best = tl.full([WIDE], float("inf"), tl.float32)
-    found = tl.full([WIDE], 0, tl.int32)
-    for level in range(LEVELS):
-        distance = x - tl.load(points + level * NUMBERS, mask=live, other=0.0)
-        distance = distance * distance
-        if NUMBERS == 2:
-            other = y - tl.load(points + level * NUMBERS + 1, mask=live, other=0.0)
-            distance = distance + other * other
-        nearer = distance < best
-        best, found = tl.where(nearer, distance, best), tl.where(nearer, level, found)
-    return found, best
-
-
-@triton.jit(do_not_specialize=["first", "free"])
-def encode_points(
-    exact, numbers, skip, points, limit, codes, index, values, counts, places,
-    first, room, free, tokens, heads,
-    CODES: tl.constexpr, LEVELS: tl.constexpr, NUMBERS: tl.constexpr, WIDE: tl.constexpr, OUTLIERS: tl.constexpr,
-    SKIPS: tl.constexpr, PLACED: tl.constexpr,
-):  # fmt: skip
-    """One token of a head: codes of the nearest points, and exact numbers where those cost more than `limit`.
-
-    exact, numbers: [batch, heads, tokens, head_dim] float32, before and after units. points: as of `nearest_points`. codes:
-    [batch, heads, room, CODES]; the rest as of `encode_tokens`, an outlier being a code's numbers.
-    """
-    row, token, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if PLACED:
-        first += tl.load(places)
-    code = tl.arange(0, WIDE)
-    live = code < CODES
-    at = ((row * heads + head) * tokens + token) * CODES * NUMBERS + code
-    x = tl.load(numbers + at, mask=live, other=0.0)
-    y = tl.load(numbers + at + CODES, mask=live & (NUMBERS == 2), other=0.0)
-    found, cost = nearest(x, y, points + (head * CODES + code) * LEVELS * NUMBERS, live, LEVELS, NUMBERS, WIDE)
-    place = ((row * heads + head) * room + first + token) * CODES + code
-    tl.store(codes + place, found.to(tl.uint8), mask=live)
-    unfit = tl.sum((live & (no_number(x) | no_number(y))).to(tl.int32), 0)
-    if OUTLIERS:
-        outside = live & (cost > tl.load(limit))
-        if SKIPS:
-            outside = outside & (tl.load(skip + row * tokens + token) + code * 0 == 0)
-        begin = tl.atomic_add(counts, tl.sum(outside.to(tl.int32), 0))
-        to = begin + tl.cumsum(outside.to(tl.int32), 0) - 1
-        kept = outside & (to < free)
-        tl.store(index + to, place.to(tl.int64), mask=kept)
-        for number in tl.static_range(NUMBERS):
-            one = tl.load(exact + at + number * CODES, mask=live, other=0.0).to(values.dtype.element_ty)
-            unfit += tl.sum((outside & no_number(one.to(tl.float32))).to(tl.int32), 0)
-            tl.store(values + to * NUMBERS + number, one, mask=kept)
-    tl.atomic_add(counts + 1, unfit, mask=unfit > 0)
 
 
 @triton.jit(do_not_specialize=["first"])

@@ -27,7 +27,7 @@ from narrowkv.methods import Recipe, get_recipe
 KIND = "ablate"
 NAMES = (*LADDERS, "texts", "times")
 SAME_TEXT, RANDOM = "scored text, further on", "random tokens"
-TIMED = ("nuq3", "nuq3-1%", "pair3", "narrow3")
+TIMED = ("nuq3", "nuq3-1%", "narrow3")
 Learned = dict[str, Calibration]
 
 

@@ -100,7 +100,7 @@ def inspect(
     if any(row["what"] == "distribution" and row["tensor"] == "values" for row in results.rows):
         return  # the last row is there, so all are
     schemes = chosen.schemes(fact.layer)
-    if any(scheme.datatype != "nuq" or scheme.codebook != "layer" for scheme in (schemes.keys, schemes.values)):
+    if any(scheme.datatype != "nuq" for scheme in (schemes.keys, schemes.values)):
         raise RecipeError(f"Recipe {chosen.name} learns no codebook that a layer shares; choose one such as {INSPECTED}.")
     fits = fits_for(fact, [chosen])
     seen = [{name: _Tensor() for name in TENSORS if name != "rotated" or one.rope} for one in facts.attention]

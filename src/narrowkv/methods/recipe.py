@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 MOST_SINKS, MOST_WINDOW, MOST_LAYERS, MOST_BITS = 1024, 2**20, 4096, 64
 
 
-# fields named only where they are set, so that figures and caches from before them stay valid
+# so that figures and caches from before stay valid: fields named only where they are set, and what schemes say besides
+FORMER = {"codebook": "layer"}
 LATER = ("counts", "token_norm", "value_budget", "equal_layers")
 
 
@@ -167,15 +168,15 @@ class Recipe:
         """Inverse of `to_dict`; raises RecipeError on unknown, missing or wrong fields."""
         try:
             layers = {
-                int(layer): LayerSchemes(Scheme(**pair["keys"]), Scheme(**pair["values"]))
+                int(layer): LayerSchemes(_scheme(pair["keys"]), _scheme(pair["values"]))
                 for layer, pair in plain.get("layers", {}).items()
             }
             choices = None
             if plain.get("choices") is not None:
-                sides = {side: tuple(Scheme(**scheme) for scheme in plain["choices"][side]) for side in ("keys", "values")}
+                sides = {side: tuple(_scheme(scheme) for scheme in plain["choices"][side]) for side in ("keys", "values")}
                 choices = Choices(**{**plain["choices"], **sides})
             rest = {name: setting for name, setting in plain.items() if name not in ("keys", "values", "layers", "choices")}
-            keys, values = Scheme(**plain["keys"]), Scheme(**plain["values"])
+            keys, values = _scheme(plain["keys"]), _scheme(plain["values"])
             return cls(keys=keys, values=values, layers=layers, choices=choices, **rest)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             if isinstance(error, RecipeError):
@@ -195,4 +196,16 @@ class Recipe:
 
 
 def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {name: value for name, value in items if name not in LATER or value not in (None, False)}
+    plain: dict[str, Any] = {}
+    for name, value in items:
+        plain |= FORMER if name == "turn" else {}  # where it stood: checksums of plain data go by the order too
+        plain |= {} if name in LATER and value in (None, False) else {name: value}
+    return plain
+
+
+def _scheme(plain: dict[str, Any]) -> Scheme:
+    if plain.get("codebook", "layer") != "layer":
+        raise RecipeError(
+            "Codebooks of channels and of pairs are no longer read; calibrate again by a recipe such as narrow3."
+        )
+    return Scheme(**{name: setting for name, setting in plain.items() if name not in FORMER})

@@ -4,13 +4,12 @@ from pathlib import Path
 from types import ModuleType
 
 from narrowkv.errors import RecipeError
-from narrowkv.methods import codebooks, exact, hadamard, intrinsic, kivi, kvquant, narrow, nvfp4, rounding, smooth
+from narrowkv.methods import exact, hadamard, intrinsic, kivi, kvquant, narrow, nvfp4, rounding, smooth
 from narrowkv.methods.recipe import Recipe
 
 METHODS: tuple[ModuleType, ...] = (
     exact,
     narrow,
-    codebooks,
     kvquant,
     kivi,
     rounding,

@@ -69,19 +69,10 @@ def stand_in(scheme: Scheme, kv_heads: int, head_dim: int) -> AnyQuantizer:
         return quantizer_for(scheme)
     if scheme.datatype == "trellis":
         return _trellis_stand_in(scheme, kv_heads, head_dim)
-    codes, levels = head_dim // scheme.numbers, 2**scheme.code_bits
-    if scheme.codebook != "layer":
-        tables = {
-            "points": torch.zeros(kv_heads, codes, levels, scheme.numbers, dtype=torch.float16, device="cpu"),
-            "weight": torch.ones(kv_heads, codes, scheme.numbers, dtype=torch.float32, device="cpu"),
-        }
-        if scheme.outliers:
-            tables["limit"] = torch.full((1,), 0.5, dtype=torch.float32, device="cpu")
-        if scheme.turn:
-            tables["turn"] = torch.eye(head_dim, dtype=torch.float16, device="cpu").repeat(kv_heads, 1, 1)
-        return quantizer_for(scheme, **tables)
     by_channel = torch.ones(kv_heads, head_dim, dtype=torch.float32, device="cpu")
-    tables = {"codebook": torch.linspace(-1, 1, levels, dtype=torch.float32, device="cpu")} if scheme.datatype == "nuq" else {}
+    tables = {}
+    if scheme.datatype == "nuq":
+        tables["codebook"] = torch.linspace(-1, 1, 2**scheme.code_bits, dtype=torch.float32, device="cpu")
     if scheme.static:
         tables |= {"scale": by_channel, "zero": 0 * by_channel}
     if scheme.outliers and (scheme.static or scheme.outlier_scope == "matrix"):

@@ -20,8 +20,8 @@ GROWTH = 16  # while decoding, a new page holds one more sixteenth of what is st
 
 
 def is_channel_major(scheme: Scheme, keys: bool) -> bool:
-    """Whether neighbouring codes are neighbouring tokens of a channel: keys, and whatever has a codebook for each channel."""
-    return keys or scheme.codebook != "layer" or scheme.datatype == "trellis"
+    """Whether neighbouring codes are neighbouring tokens: of a channel of keys, or of a byte of streams."""
+    return keys or scheme.datatype == "trellis"
 
 
 def to_blocks(encoded: Encoded) -> Encoded:
@@ -56,13 +56,11 @@ class PackedSide:
     """The keys, or the values, of a page.
 
     planes: channel-major [slots, kv_heads, codes, bytes of 64 codes], so that neighbouring codes are neighbouring tokens of
-        a channel; or token-major [slots, kv_heads, 64, bytes of the codes of a token]. One tensor per plane of bits. A head
-        has head_dim codes, or half as many where a code stands for a pair. Exact numbers lie as they come:
-        [slots, kv_heads, 64, head_dim].
+        a channel; or token-major [slots, kv_heads, 64, bytes of the codes of a token]. One tensor per plane of bits. Exact
+        numbers lie as they come: [slots, kv_heads, 64, head_dim].
     ranges: [slots, ...] what is held of online ranges, by name, as `Scheme.range_forms` has it for 64 tokens.
-    outlier_values, outlier_index: [room] (of pairs [room, 2]) 16-bit value and index token * places + place, sorted by slot,
-        head, token, place (a code, or what `Encoded.places` says); those of slot s and head h begin at
-        outlier_offsets[s * kv_heads + h].
+    outlier_values, outlier_index: [room] 16-bit value and index token * places + place, sorted by slot, head, token, place (a
+        code, or what `Encoded.places` says); those of slot s and head h begin at outlier_offsets[s * kv_heads + h].
     outliers_used: how many there are.
     """
 
@@ -110,7 +108,7 @@ class PackedSide:
         outliers = None
         if like.outlier_values is not None:
             outliers = (
-                torch.empty(outlier_room, *like.outlier_values.shape[1:], dtype=like.outlier_values.dtype, device=device),
+                torch.empty(outlier_room, dtype=like.outlier_values.dtype, device=device),
                 torch.empty(outlier_room, dtype=torch.int16, device=device),
                 torch.zeros(slots * heads + 1, dtype=torch.int32, device=device),
             )

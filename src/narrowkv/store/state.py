@@ -148,7 +148,7 @@ def _load_side(reader: _Reader, name: str, quantizer: AnyQuantizer, slots: int, 
     ]
     ranges, outliers = reader.take_ranges(name, scheme, slots, (heads, BLOCK, dim)), None
     if scheme.outliers:
-        values = reader.take(f"{name}.outlier_values", (None, *scheme.outlier_shape), reader.dtypes16[name])
+        values = reader.take(f"{name}.outlier_values", (None,), reader.dtypes16[name])
         index = reader.take(f"{name}.outlier_index", (len(values),), torch.int16)
         offsets = reader.take(f"{name}.outlier_offsets", (slots * heads + 1,), torch.int32)
         ordered = offsets[0] == 0 and offsets[-1] == len(values) and bool((offsets.diff() >= 0).all())
@@ -181,9 +181,7 @@ def _load_tail(reader: _Reader, name: str, quantizer: AnyQuantizer, shape: tuple
     encoded.ranges = reader.take_ranges(f"tail.{name}", scheme, batch, (heads, codes.shape[2], dim))
     if scheme.outliers:
         index = reader.take(f"tail.{name}.outlier_index", (None,), torch.int64)
-        encoded.outlier_values = reader.take(
-            f"tail.{name}.outlier_values", (len(index), *scheme.outlier_shape), reader.dtypes16[name]
-        )
+        encoded.outlier_values = reader.take(f"tail.{name}.outlier_values", (len(index),), reader.dtypes16[name])
         ordered = bool((index.diff() > 0).all()) and (
             len(index) == 0 or bool(index[0] >= 0 and index[-1] < math.prod(encoded.places))
         )

@@ -1,0 +1,13 @@
+"""Pairs of channels d and d + head_dim / 2, those that the rotary embedding of most models turns together."""
+
+from torch import Tensor
+
+
+def to_pairs(channels: Tensor) -> Tensor:
+    """[..., head_dim] -> [..., head_dim / 2, 2]."""
+    return channels.unflatten(-1, (2, -1)).transpose(-1, -2)
+
+
+def from_pairs(pairs: Tensor) -> Tensor:
+    """Inverse of `to_pairs`."""
+    return pairs.transpose(-1, -2).flatten(-2)
