@@ -250,6 +250,16 @@ def test_mutated_files_never_crash_and_never_give_wrong_numbers(saved, data):
     load_mutant(saved, bytes(content))
 
 
+@pytest.mark.parametrize(("family", "missing"), [("llama", 64), ("mistral", 131), ("mistral", 2**62), ("mistral", -1)])
+def test_a_forger_cannot_say_that_needed_tokens_never_came(tmp_path, family, missing):
+    model, path = make(family), tmp_path / "c"
+    cache, _ = read_prompt(model, "int4", batch=1, tokens=131)
+    cache.save(path)
+    altered(path, {}, {"layers.0.missing": torch.tensor(missing)})
+    with pytest.raises(FileFormatError, match=r"layer 0 has forgotten tokens that it needs|tensor missing holds numbers"):
+        PackedCache.load(path, model, "int4")
+
+
 @pytest.mark.parametrize(("family", "first"), [("llama", 64), ("llama", 2**62), ("mistral", 128)])
 def test_a_forger_cannot_make_a_layer_forget_what_it_needs(tmp_path, family, first):
     model, path = make(family), tmp_path / "c"

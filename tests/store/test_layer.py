@@ -6,6 +6,7 @@ import torch
 from narrowkv.codec import Quantizer, Scheme, quantizer_for
 from narrowkv.errors import ActivationError, CacheUseError
 from narrowkv.store import BLOCK, LayerStore
+from narrowkv.store.late import begin_late
 
 EXACT = Scheme(16, "exact")
 SCHEMES = {
@@ -120,6 +121,25 @@ def test_the_first_real_tokens_stay_exact_behind_any_padding(chunks, window):
         assert torch.equal(found[row, :, first : first + sinks], keys[row, :, first : first + sinks])
         assert store.sink_index[row].tolist() == list(range(first, first + sinks))
     assert not torch.equal(found[0, :, sinks : tokens - window], keys[0, :, sinks : tokens - window])
+
+
+@pytest.mark.parametrize("name", AT_ONCE)
+@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize("missing", [1, 64, 127])
+def test_beginning_late_is_as_if_all_had_come_and_gone(name, window, missing):
+    keys, values = torch.randn(2, 3, 1, 200, 80)
+    valid = torch.ones(3, 200, dtype=torch.bool)
+    valid[1, :3], valid[2, :190] = False, False
+    whole, late = (make_store(name, sinks=2, window=window) for _ in range(2))
+    whole.append(keys, values, valid)
+    begin_late(late, keys[:, :, missing:], values[:, :, missing:], missing, valid)
+    assert late.length == 200 and late.oldest == missing and late.first == missing // BLOCK * BLOCK
+    assert torch.equal(late.sink_index, whole.sink_index)
+    for found, expected in zip(late.read(), whole.read(), strict=True):
+        assert torch.equal(found[:, :, missing - late.first :], expected[:, :, missing:])
+    with pytest.raises(CacheUseError, match=f"has forgotten its first {missing} tokens"):
+        late.require_croppable(100, missing - 1)
+    late.require_croppable(200, missing)
 
 
 @pytest.mark.parametrize("name", AT_ONCE)

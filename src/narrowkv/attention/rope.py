@@ -67,6 +67,12 @@ class Rope:
         """The same in float64, angles too."""
         return turn(x.double(), *self.cos_sin(kept, precise=True), self.interleaved)
 
+    def turn_back(self, x: Tensor, kept: Tensor) -> Tensor:
+        """What x was before `rotate` turned it, in float64: the sines that it used, in the dtype of x, are undone."""
+        cos, sin = (part.to(x.dtype).double() for part in self.cos_sin(kept))
+        size = cos.square() + sin.square()
+        return turn(x.double(), cos / size, -sin / size, self.interleaved)
+
 
 @dataclass(frozen=True)
 class StoredRope:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from narrowkv.attention import AUTO, BACKENDS, StoredRope, chosen, cpu, described
 from narrowkv.attention.cuda_blocks import tables_for
@@ -21,6 +21,7 @@ from narrowkv.defaults import DENSE
 from narrowkv.errors import CacheUseError, RecipeError
 from narrowkv.integrations.dense import DenseLayer
 from narrowkv.integrations.disk import load_cache, save_cache
+from narrowkv.integrations.exchange import take_dynamic, to_dynamic
 from narrowkv.integrations.frequencies import frequencies, place_of
 from narrowkv.integrations.layer import PackedLayer
 from narrowkv.integrations.preparation import facts_for
@@ -145,6 +146,37 @@ class PackedCache(RunningCache):
         with undisturbed():
             load_cache(cache, path, token_ids)
         return cache
+
+    @classmethod
+    def from_cache(
+        cls,
+        model: PreTrainedModel,
+        source: Calibration | Recipe | str,
+        dynamic_cache: DynamicCache,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **options: Any,
+    ) -> "PackedCache":
+        """A cache with what the model has read into transformers' DynamicCache, from which generation goes on.
+
+        attention_mask: [batch, tokens], 0 for padding, where some of them are. position_ids: [1 or batch, tokens], where they
+        are not those that `generate` counts by the mask. options: as of the class. Keys that are stored before the rotary
+        embedding are turned back. Raises CacheUseError where the cache is of another kind or not one of this model's, or where
+        it takes angles to turn keys back that a DynamicCache does not keep; else as the class.
+        """
+        cache = cls(model, source, **options)
+        with undisturbed():
+            take_dynamic(cache, dynamic_cache, attention_mask, position_ids)
+        return cache
+
+    @runs_undisturbed
+    def to_dynamic(self) -> DynamicCache:
+        """What is held as transformers' DynamicCache: decoded, keys turned by the rotary embedding, in the dtypes that came.
+
+        Raises CacheUseError where the model is gone.
+        """
+        return to_dynamic(self)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -92,7 +92,7 @@ def load_cache(cache: "PackedCache", path: str | Path, token_ids: Tensor | None 
             if layer.store.length != header["tokens"]:
                 raise FileFormatError(f"layer {i} holds {layer.store.length} tokens, not {header['tokens']}")
             window = layer.sliding_window or header["tokens"] + 1
-            if layer.store.first > max(header["tokens"] - window + 1, 0):
+            if layer.store.oldest > max(header["tokens"] - window + 1, 0):
                 raise FileFormatError(f"layer {i} has forgotten tokens that it needs")
         for name, ledger in cache.ledgers.items():
             entries = tensors.pop(f"ledger.{name}", None)

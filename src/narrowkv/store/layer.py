@@ -15,7 +15,7 @@ from narrowkv.store.bias import Bias, Numbers
 from narrowkv.store.fitting import fitting
 from narrowkv.store.page import BLOCK, Column, Page, move_together, to_blocks
 from narrowkv.store.saturation import Saturation
-from narrowkv.store.sinks import Places, find_sinks
+from narrowkv.store.sinks import Places, find_sinks, take_sinks
 from narrowkv.store.tail import Tail
 from narrowkv.store.window import Window
 
@@ -46,6 +46,7 @@ class LayerStore:
         self.sealed = 0  # tokens in columns
         self.saturation = Saturation()
         self.first = 0  # tokens forgotten, all of them before those held
+        self.missing = 0  # first tokens whose numbers never came; others stand for those among them that are held
         self.growing: Page | None = None  # the page with free slots for blocks that come singly
         self.tail: Tail | None = None
         self.recent = Window(self.window + self.together - 1)
@@ -59,6 +60,11 @@ class LayerStore:
     def length(self) -> int:
         """Tokens of the sequence so far, padding and forgotten ones included."""
         return self.first + self.packed + self.recent.tokens
+
+    @property
+    def oldest(self) -> int:
+        """The first token that is held as it came."""
+        return max(self.first, self.missing)
 
     @property
     def packed(self) -> int:
@@ -111,7 +117,7 @@ class LayerStore:
             self.reset() if before == 0 else None
             raise
         if sinks is not None:
-            self._take_sinks(keys, values, before, *sinks)
+            take_sinks(self, keys, values, before, *sinks)
 
     def _append(self, keys: Tensor, values: Tensor, skip: Tensor | None) -> None:
         """Encode what leaves the exact window, and keep the rest."""
@@ -146,18 +152,6 @@ class LayerStore:
     def _find_sinks(self, skip: Tensor) -> Places | None:
         """The sinks among new tokens, as `find_sinks`; None once all were seen."""
         return None if self.sinks_seen() else find_sinks(skip, self.sink_index, self.sinks)
-
-    def _take_sinks(self, keys: Tensor, values: Tensor, before: int, row: Tensor, token: Tensor, place: Tensor) -> None:
-        """Keep the sinks among new tokens, which follow `before` others."""
-        batch, heads, _, dim = keys.shape
-        if self.sink_index is None:
-            self.sink_index = torch.full((batch, self.sinks), -1, dtype=torch.int64, device=keys.device)
-            blank = (batch, heads, self.sinks, dim)
-            self.sink_numbers = (keys.new_zeros(blank), values.new_zeros(blank))
-        assert self.sink_numbers is not None
-        self.sink_index[row, place] = token + before
-        for held, numbers in zip(self.sink_numbers, (keys, values), strict=True):
-            held[row, :, place] = numbers[row, :, token]
 
     def _encode(self, keys: Tensor, values: Tensor, skip: Tensor | None, new: int) -> None:
         """Quantise the first `new` tokens; whole blocks are sealed, the rest is the tail. A refusal leaves none behind."""
@@ -274,9 +268,9 @@ class LayerStore:
 
     def require_croppable(self, length: int, oldest: int) -> None:
         """Raise CacheUseError where the first `length` tokens cannot be gone on from: the token `oldest` was forgotten."""
-        if length > 0 and oldest < self.first:
+        if length > 0 and oldest < self.oldest:
             raise CacheUseError(
-                f"A sliding-window layer has forgotten its first {self.first} tokens, so the cache cannot be cropped to "
+                f"A sliding-window layer has forgotten its first {self.oldest} tokens, so the cache cannot be cropped to "
                 f"{length}; call cache.reset() and read the text again."
             )
 
@@ -286,7 +280,7 @@ class LayerStore:
         Raises CacheUseError where tokens before `length` were forgotten that whoever goes on from there would read.
         """
         self.require_croppable(length, length - 1)
-        if length == 0 and self.first:
+        if length == 0 and self.oldest:
             return self.reset()
         drop = max(self.length - length, 0)
         exact = min(drop, self.recent.tokens)

@@ -1,7 +1,12 @@
 """Sinks: the first real tokens of each sequence, which stay exact beside the codes."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from narrowkv.store.layer import LayerStore
 
 Places = tuple[Tensor, Tensor, Tensor]
 
@@ -17,6 +22,21 @@ def find_sinks(skip: Tensor, index: Tensor | None, count: int) -> Places:
     row, token = ((rank < count) & ~skip & (have < count)[:, None]).nonzero(as_tuple=True)
     skip[row, token] = True
     return row, token, rank[row, token]
+
+
+def take_sinks(
+    store: "LayerStore", keys: Tensor, values: Tensor, before: int, row: Tensor, token: Tensor, place: Tensor
+) -> None:
+    """Keep the sinks among new tokens, which follow `before` others."""
+    batch, heads, _, dim = keys.shape
+    if store.sink_index is None:
+        store.sink_index = torch.full((batch, store.sinks), -1, dtype=torch.int64, device=keys.device)
+        blank = (batch, heads, store.sinks, dim)
+        store.sink_numbers = (keys.new_zeros(blank), values.new_zeros(blank))
+    assert store.sink_numbers is not None
+    store.sink_index[row, place] = token + before
+    for held, numbers in zip(store.sink_numbers, (keys, values), strict=True):
+        held[row, :, place] = numbers[row, :, token]
 
 
 def put_sinks(start: int, pair: tuple[Tensor, Tensor], index: Tensor, held: tuple[Tensor, Tensor]) -> None:

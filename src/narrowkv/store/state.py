@@ -19,13 +19,16 @@ PACKED = ("outlier_values", "outlier_index", "outlier_offsets")
 
 
 def to_tensors(store: LayerStore) -> dict[str, Tensor]:
-    """Everything that a store holds, by name: `first` [] int64 tokens forgotten; `counts` [blocks] int32 tokens of each
+    """Everything that a store holds, by name: `first` [] int64 tokens forgotten; `missing` [] int64 first tokens that never
+    came, where some of them are held; `counts` [blocks] int32 tokens of each
     block; `keys.plane0`, `keys.scale`, ... of the blocks, block after block, each for all sequences; `tail.keys.codes`, ...;
     `recent.keys`, `recent_skip`; `sinks.keys`, `sink_index`.
     """
     found: dict[str, Tensor] = {}
     if store.first:
         found["first"] = torch.tensor(store.first, dtype=torch.int64, device="cpu")
+    if store.missing > store.first:
+        found["missing"] = torch.tensor(store.missing, dtype=torch.int64, device="cpu")
     if store.columns:
         found["counts"] = torch.tensor([column.count for column in store.columns], dtype=torch.int32, device="cpu")
         page = gather(store.quantizers, store.columns)
@@ -93,6 +96,9 @@ def load_tensors(
     if "first" in reader.tensors:
         store.first = int(reader.take("first", (), torch.int64))
         _require(store.first > 0, "first")
+    if "missing" in reader.tensors:
+        store.missing = int(reader.take("missing", (), torch.int64))
+        _require(store.missing > store.first, "missing")
     if "counts" in reader.tensors:
         counts = reader.take("counts", (None,), torch.int32)
         _require(len(counts) > 0 and bool(((counts > 0) & (counts <= BLOCK)).all()), "counts")
