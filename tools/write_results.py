@@ -14,7 +14,7 @@ from narrowkv.report.plan import sections as plan_sections
 ROOT = Path(__file__).parents[1]
 RESULTS, DOCS = ROOT / "results", ROOT / "docs"
 FAMILIES = {  # recipes, and where their labels stand in points
-    "ours: pairs, turned values, mixed widths": ("narrow4", "narrow3", "narrow2", (8, 4)),
+    "ours": ("narrow4", "narrow3", "narrow2", (8, 4)),
     "KVQuant, 1% outliers": ("nuq4-1%", "nuq3-1%", "nuq2-1%", (8, 4)),
     "KVQuant, no outliers": ("nuq4", "nuq3", "nuq2", (-28, -14)),
     "integer per token": ("int4", "int3", "int2", (8, 4)),
@@ -27,7 +27,7 @@ REAL_FAMILIES = {
     "one range for a token": ("nvfp4", "hadamard-int4", "int4", (8, 4)),
 }
 AGAINST = {"narrow4": "nuq4-1%", "narrow3": "nuq3-1%", "narrow2": "nuq2-1%"}
-TEXTS = ("encyclopedia", "code")
+TEXTS, TABLES = ("encyclopedia", "code"), ("mix", "encyclopedia", "code")
 PLANNED = ("llama-7b", "llama-13b", "llama-30b", "llama-65b")
 
 
@@ -71,7 +71,12 @@ def draw_families(axes: Any, families: dict[str, Any], rows: dict[str, dict[str,
 
 def real(name: str, tables: str, text: str) -> dict[str, Any]:
     """What `benchmarks.real_models` has found of one model, for tables and a text of some kind."""
-    return read_result(RESULTS / "real" / f"{name}-{tables}-{text}.json", "compare")
+    return read_result(measured(name, tables, text), "compare")
+
+
+def measured(name: str, tables: str, text: str = "code") -> Path:
+    """The file of that."""
+    return RESULTS / "real" / f"{name}-{tables}-{text}.json"
 
 
 def rows_of(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -80,7 +85,7 @@ def rows_of(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def write_real() -> None:
-    """README's table and docs/real.svg: tables of a mix of texts, both texts scored."""
+    """README's table and docs/real.svg: tables of the built-in mix, both texts scored."""
     found = [[real(name, "mix", text) for text in TEXTS] for name in REAL.values()]
     rows = [[rows_of(result) for result in results] for results in found]
     figure, panels = new_figure(7 * len(REAL), 4, columns=len(REAL))
@@ -106,7 +111,7 @@ def write_real() -> None:
     )
     first = next(iter(rows[0][0].values()))
     tokens = f"{first['tokens']:,} tokens of WikiText-2 in windows of {first['window']}, as many of source code"
-    kinds = "tables of a mix of both kinds of text"
+    kinds = "tables of the built-in mix"
     origin = " ".join(source(results[0]) for results in found)
     caption = f"Strict, in float32: {tokens}; {kinds}. Perplexity in 16 bits {exact}. {origin}\n"
     replace_block(ROOT / "README.md", "real", f"{markdown(['recipe', *heads], cells)}\n{caption}")
@@ -127,22 +132,21 @@ def write_accuracy() -> None:
             [f"`{ours}` against `{theirs}`", *(f"{ratio:.2f}" for ratio in ratios), *(f"{a:.2f} / {b:.2f}" for a, b in bits)]
         )
     parts.append(markdown(columns, lines))
+    kinds = [tables for tables in TABLES if all(measured(name, tables).exists() for name in REAL.values())]
     heads = [
         "recipe",
         "bits",
-        *(f"{text}: KLD, {what}" for text in TEXTS for what in ("tables of encyclopedia", "of a mix")),
+        *(f"{text}: KLD, tables of {tables}" for text in TEXTS for tables in kinds),
         "perplexity",
         "on code",
     ]
     for model, name in REAL.items():
-        alone = {text: rows_of(real(name, "encyclopedia", text)) for text in TEXTS}
+        found = {(text, tables): rows_of(real(name, tables, text)) for text in TEXTS for tables in kinds}
         cells = []
         for recipe in mixed[name, TEXTS[1]]:
             row = mixed[name, TEXTS[0]][recipe]
-            pairs = [
-                (alone[text].get(recipe, {}).get("kld_strict"), mixed[name, text][recipe]["kld_strict"]) for text in TEXTS
-            ]
-            losses = ["-" if loss is None else f"{loss:.4f}" for pair in pairs for loss in pair]
+            divergence = [rows.get(recipe, {}).get("kld_strict") for rows in found.values()]
+            losses = ["-" if loss is None else f"{loss:.4f}" for loss in divergence]
             perplexities = [f"{mixed[name, text][recipe]['perplexity_strict']:.2f}" for text in TEXTS]
             cells.append([f"`{recipe}`", f"{row['bits_per_element']:.2f}", *losses, *perplexities])
         exact = [f"{next(iter(mixed[name, text].values()))['perplexity_fp']:.2f}" for text in TEXTS]
