@@ -14,8 +14,8 @@ template <typename T, typename... Shape>
 using Array = nanobind::ndarray<T, nanobind::device::cpu, nanobind::c_contig, Shape...>;
 using Table = Array<const float>;
 
-template <typename T>
-const T* data_or_null(const std::optional<Array<const T>>& array) {
+template <typename T, typename... Shape>
+const T* data_or_null(const std::optional<Array<const T, Shape...>>& array) {
     return array ? array->data() : nullptr;
 }
 

@@ -30,6 +30,10 @@ struct Streams {
     const int32_t* channels;  // of keys, [head_dim]: which number of the model's query belongs to each place
     const float* turns;    // of keys, [kv_heads, 2, 2, 2, head_dim / 2]: angle, number of a pair as coefficients see it, of the model's pair
     const float* offsets;  // of keys, [kv_heads, head_dim, 16]: what the mean adds to each coefficient, by token of a frame, in grid steps
+    bool in_words;
+    const int32_t* stretches;     // of keys in words, [kv_heads, head_dim]: words of a grid step of each coefficient; one byte where it has a code
+    const int32_t* reaches;       // of keys in words, [kv_heads, head_dim]: the largest word of each coefficient
+    const int16_t* offset_words;  // of keys in words, [kv_heads, head_dim / 2, 16, 2]: the offsets
 
     int coded() const {
         int units = 0;

@@ -49,6 +49,7 @@ std::vector<std::string> instruction_sets() {
     if (__builtin_cpu_supports("avx512vbmi")) found.push_back("avx512vbmi");
     if (__builtin_cpu_supports("avx512vbmi2")) found.push_back("avx512vbmi2");
     if (__builtin_cpu_supports("avx512vnni")) found.push_back("avx512vnni");
+    if (__builtin_cpu_supports("gfni")) found.push_back("gfni");
     if (__builtin_cpu_supports("avx512bf16")) found.push_back("avx512bf16");
 #elif defined(__aarch64__)
     found.push_back("neon");
@@ -64,6 +65,8 @@ struct HeldStreams {
     std::optional<Array<const int32_t, nb::ndim<2>>> places;
     std::optional<Array<const int32_t, nb::ndim<1>>> channels;
     std::optional<Table> turns, offsets;
+    std::optional<Array<const int32_t, nb::ndim<2>>> stretches, reaches;
+    std::optional<Array<const int16_t>> offset_words;
 };
 
 void require(bool sound, const char* message) {
@@ -73,9 +76,11 @@ void require(bool sound, const char* message) {
 // Counts of each rate from 1 on. Nothing is read beyond what these sizes tell.
 void make_streams(HeldStreams* held, const std::vector<int>& counts, bool norms, Array<const int8_t, nb::ndim<2>> high,
                   Array<const int8_t, nb::ndim<2>> low, Table finer, std::optional<Array<const int32_t, nb::ndim<2>>> places,
-                  std::optional<Array<const int32_t, nb::ndim<1>>> channels, std::optional<Table> turns, std::optional<Table> offsets) {
-    Streams streams{{}, norms, norms, high.data(), low.data(), finer.data(), places ? places->data() : nullptr,
-                    channels ? channels->data() : nullptr, data_or_null(turns), data_or_null(offsets)};
+                  std::optional<Array<const int32_t, nb::ndim<1>>> channels, std::optional<Table> turns, std::optional<Table> offsets,
+                  bool in_words, std::optional<Array<const int32_t, nb::ndim<2>>> stretches,
+                  std::optional<Array<const int32_t, nb::ndim<2>>> reaches, std::optional<Array<const int16_t>> offset_words) {
+    Streams streams{{}, norms, norms, high.data(), low.data(), finer.data(), data_or_null(places), data_or_null(channels), data_or_null(turns),
+                    data_or_null(offsets), in_words, data_or_null(stretches), data_or_null(reaches), data_or_null(offset_words)};
     require(counts.size() == kMostRate, "streams have a count for each rate from 1 on");
     for (int i = 0; i < kMostRate; ++i) {
         require(counts[i] >= 0 && counts[i] <= kMostDim / kUnit, "streams have more units than a head");
@@ -90,11 +95,13 @@ void make_streams(HeldStreams* held, const std::vector<int>& counts, bool norms,
         require(channels && int64_t(channels->size()) == dim, "a query has a channel for each place");
         require(offsets && offsets->size() == places->size() * kFrame, "offsets of keys do not fit them");
         require(turns && turns->size() == places->size() * 4, "turns of queries do not fit them");
+        for (const auto& words : {stretches, reaches}) require(!in_words || (words && words->size() == places->size()), "tables of words do not fit streams");
+        require(!in_words || (offset_words && offset_words->size() == places->size() * kFrame), "offsets in words do not fit streams");
         const auto within = [&](int32_t place) { return place >= 0 && place < dim; };
         require(std::all_of(places->data(), places->data() + places->size(), within), "a query has no such place");
         require(std::all_of(channels->data(), channels->data() + dim, within), "a query has no such channel");
     }
-    new (held) HeldStreams{streams, high, low, finer, places, channels, turns, offsets};
+    new (held) HeldStreams{streams, high, low, finer, places, channels, turns, offsets, stretches, reaches, offset_words};
 }
 
 // A Side and the tables that it points into.
@@ -115,6 +122,8 @@ void make_side(HeldSide* held, int bits, int codes, int numbers, bool channel_ma
                       data_or_null(table), data_or_null(words), data_or_null(unit), most, data_or_null(scale), data_or_null(zero),
                       held->streams ? &held->streams->streams : nullptr};
 }
+
+bool in_words(const HeldSide& held) { return held.streams ? held.streams->streams.in_words : held.side.words != nullptr; }
 
 // A Rotation and the tables that it points into.
 struct HeldRotation {
@@ -205,7 +214,7 @@ void attend(const std::string& kernel, int threads, int chunk, const std::vector
     problem.output = at<float>(output);
     nb::gil_scoped_release release;
 #if defined(__x86_64__)
-    const bool words = keys.side.words && values.side.words && (!problem.rotation.pairs || problem.rotation.words);
+    const bool words = in_words(keys) && in_words(values) && !keys.streams == !values.streams && (!problem.rotation.pairs || problem.rotation.words);
     if (kernel == "words" && words) return attend_words(problem);
     if (kernel == "avx512") return attend_avx512(problem);
     if (kernel == "avx2") return attend_avx2(problem);
@@ -226,12 +235,13 @@ NB_MODULE(_kernels, module) {
     define_encode(module);
     nb::class_<HeldStreams>(module, "Streams", "What all trellis-coded streams of one side have in common.")
         .def("__init__", &make_streams, nb::kw_only(), "counts"_a, "norms"_a, "high"_a, "low"_a, "finer"_a, "places"_a.none(),
-             "channels"_a.none(), "turns"_a.none(), "offsets"_a.none());
+             "channels"_a.none(), "turns"_a.none(), "offsets"_a.none(), "in_words"_a = false,
+             "stretches"_a.none() = nb::none(), "reaches"_a.none() = nb::none(), "offset_words"_a.none() = nb::none());
     nb::class_<HeldSide>(module, "Side", "The keys, or the values, of packed blocks: what all of them have in common.")
         .def("__init__", &make_side, nb::kw_only(), "bits"_a, "codes"_a, "numbers"_a, "channel_major"_a, "table"_a.none(),
              "fixed"_a, "scale"_a.none(), "zero"_a.none(), "ranges"_a, "exact"_a, "outlier"_a, "words"_a.none(),
              "unit"_a.none(), "most"_a, "streams"_a.none() = nb::none())
-        .def_prop_ro("in_words", [](const HeldSide& held) { return held.side.words != nullptr; });
+        .def_prop_ro("in_words", &in_words);
     nb::class_<HeldRotation>(module, "Rotation", "The rotary embedding of keys that are stored without it.")
         .def("__init__", &make_rotation, nb::kw_only(), "pairs"_a = 0, "interleaved"_a = false, "scaling"_a = 1.0f,
              "far"_a.none() = nb::none(), "near"_a.none() = nb::none(), "steps"_a.none() = nb::none(), "words"_a.none() = nb::none(),

@@ -58,14 +58,17 @@ class StreamKeys {
         row = of_row, head = of_head;
         const Streams& streams = *problem.keys.streams;
         const int half = dim / 2;
-        const float* turns = streams.turns + int64_t(head) * 8 * half;
+        const float* __restrict turns = streams.turns + int64_t(head) * 8 * half;
         const float* query = problem.packed_query + (int64_t(row) * problem.kv_heads + head) * rows * dim;
+        float *__restrict x = turned.data(), *__restrict y = x + half;
         for (int i = 0; i < rows; ++i, query += dim) {
-            for (int pair = 0; pair < half; ++pair) {
-                const float x = query[streams.channels[pair]] * problem.scaling, y = query[streams.channels[pair + half]] * problem.scaling;
-                const auto number = [&](int which) { return turns[2 * which * half + pair] * x + turns[(2 * which + 1) * half + pair] * y; };
-                asked[i * dim + pair] = number(0), asked[i * dim + half + pair] = number(1);
-                crossed[i * dim + pair] = number(2), crossed[i * dim + half + pair] = number(3);
+            for (int place = 0; place < dim; ++place) x[place] = query[streams.channels[place]] * problem.scaling;
+            float *__restrict still = &asked[i * dim], *__restrict further = &crossed[i * dim];
+            for (int number = 0; number < 2; ++number) {
+                const float* __restrict turn = turns + 2 * number * half;
+                for (int pair = 0; pair < half; ++pair) still[number * half + pair] = turn[pair] * x[pair] + turn[half + pair] * y[pair];
+                turn += 4 * half;
+                for (int pair = 0; pair < half; ++pair) further[number * half + pair] = turn[pair] * x[pair] + turn[half + pair] * y[pair];
             }
         }
     }
@@ -75,7 +78,7 @@ class StreamKeys {
         const Streams& streams = *problem.keys.streams;
         const int64_t at = int64_t(head) * streams.bytes * kBlock;
         decode_streams(streams, block.planes[0] + at, next.planes[0] + at, tile.data());
-        misses.of_block(problem.keys, block, head, tile.data());
+        misses.of_block(problem.keys, block, head, InTile{tile.data()});
         score(start, count, scores);
     }
 
@@ -83,11 +86,11 @@ class StreamKeys {
         const Streams& streams = *problem.keys.streams;
         const int64_t place = int64_t(row) * problem.kv_heads + head;
         decode_stream_tail(streams, static_cast<const uint8_t*>(tail.codes) + place * kBlock * streams.bytes, problem.tail, tile.data());
-        misses.of_tail(problem.keys, tail, place, tile.data());
+        misses.of_tail(problem.keys, tail, place, InTile{tile.data()});
         score(problem.tokens, problem.tail, scores);
     }
 
-  private:
+  protected:
     const Problem& problem;
     const int rows, dim;
     int row = 0, head = 0;
@@ -97,6 +100,7 @@ class StreamKeys {
     Room<int8_t> tile;                   // [coded][64]
     Misses misses;
 
+  private:
     void score(int64_t start, int count, float* scores) {
         const Miss* missed = misses.begin();
         for (int from = 0; from < count; from += kFrame) {

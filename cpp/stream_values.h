@@ -49,7 +49,7 @@ class StreamValues {
         const Streams& streams = *problem.values.streams;
         const int64_t at = int64_t(head) * streams.bytes * kBlock;
         decode_streams(streams, block.planes[0] + at, next.planes[0] + at, tile.data());
-        misses.of_block(problem.values, block, head, tile.data());
+        misses.of_block(problem.values, block, head, InTile{tile.data()});
         stretch(block.planes[0] + at + (streams.bytes - 1) * kBlock, 1, weights);
         add(weights, sums);
     }
@@ -58,7 +58,7 @@ class StreamValues {
         const Streams& streams = *problem.values.streams;
         const uint8_t* codes = static_cast<const uint8_t*>(tail.codes) + place * kBlock * streams.bytes;
         decode_stream_tail(streams, codes, problem.tail, tile.data());
-        misses.of_tail(problem.values, tail, place, tile.data());
+        misses.of_tail(problem.values, tail, place, InTile{tile.data()});
         stretch(codes + streams.bytes - 1, streams.bytes, weights);
         add(weights, sums);
     }

@@ -28,21 +28,40 @@ inline Lanes load_lanes(const uint8_t* p) {
 }
 inline Lanes every(int byte) { return Lanes{} + uint8_t(byte); }
 
+// Bits `first` to `stop` of each byte become those that lie `by` higher, or lower where that is negative; others 0.
+template <int by, int first, int stop>
+inline Lanes move_bits(Lanes x) {
+#if defined(__GFNI__)
+    constexpr uint64_t matrix = [] {
+        uint64_t rows = 0;
+        for (int bit = first; bit < stop; ++bit) rows |= uint64_t(1) << (8 * (7 - bit) + bit + by);
+        return rows;
+    }();
+    return Lanes(_mm512_gf2p8affine_epi64_epi8(__m512i(x), _mm512_set1_epi64(matrix), 0));
+#else
+    const simd::Words moved = by >= 0 ? simd::Words(x) >> (by & 15) : simd::Words(x) << (-by & 15);
+    return Lanes(moved) & every((1 << stop) - (1 << first));
+#endif
+}
+
 // Four bits from `from` on, counted from the first bit of bytes[0]; what other bits of 16 hold is cut off.
 template <int from>
 inline Lanes nibble(const Lanes* bytes) {
     constexpr int byte = from / 8, after = from % 8 - 4;  // after: bits that lie in the next byte
-    if constexpr (after <= 0) return Lanes(simd::Words(bytes[byte]) >> -after) & every(15);
-    else return (Lanes(simd::Words(bytes[byte + 1]) >> (8 - after)) & every((1 << after) - 1)) |
-                (Lanes(simd::Words(bytes[byte]) << after) & every(15 & ~((1 << after) - 1)));
+    if constexpr (after <= 0) return move_bits<-after, 0, 4>(bytes[byte]);
+    else return move_bits<8 - after, 0, after>(bytes[byte + 1]) | move_bits<-after, after, 4>(bytes[byte]);
 }
 
-// Eight coefficients of rate k of 64 tokens. before: the row of bytes ahead of the unit's own; high, low: tables of 16.
-template <int k>
-inline void decode_unit(const uint8_t* before, const uint8_t* own, Lanes high, Lanes low, int8_t* tile) {
+// Eight coefficients of rate k of 64 tokens, whose bytes begin in a row of the codes. ordered: puts a row's tokens in the order that the
+// tile is to have.
+template <int k, typename Ordered>
+NARROWKV_INLINE inline void decode_unit(const Streams& streams, const uint8_t* codes, int row, const Ordered& ordered, int8_t* tile) {
+    alignas(64) static const uint8_t nothing[kBlock] = {};
+    const Lanes high = simd::repeated(streams.high + (k - 1) * 16), low = simd::repeated(streams.low + (k - 1) * 16);
+    const uint8_t *own = codes + row * kBlock, *before = row ? own - kBlock : nothing;
     for (int token = 0; token < kBlock; token += kLanes) {
-        Lanes bytes[k + 1] = {load_lanes(before + token)};
-        each<k>([&](auto i) NARROWKV_INLINE { bytes[i + 1] = load_lanes(own + i * kBlock + token); });
+        Lanes bytes[k + 1] = {ordered(load_lanes(before + token))};
+        each<k>([&](auto i) NARROWKV_INLINE { bytes[i + 1] = ordered(load_lanes(own + i * kBlock + token)); });
         each<kUnit>([&](auto i) NARROWKV_INLINE {
             constexpr int end = 8 + k * (i + 1);
             const Lanes value = simd::pick(high, nibble<end - 8>(bytes)) + simd::pick(low, nibble<end - 4>(bytes));
@@ -51,19 +70,24 @@ inline void decode_unit(const uint8_t* before, const uint8_t* own, Lanes high, L
     }
 }
 
+struct AsTheyLie {
+    NARROWKV_INLINE Lanes operator()(Lanes bytes) const { return bytes; }
+};
+
+// Run `part` for all units of a head: it is told the rate as a type, the row in which their bytes begin, and how many went before.
+template <typename Part>
+inline void by_units(const Streams& streams, const Part& part) {
+    int row = 0, number = 0;
+    each<kMostRate>([&](auto i) NARROWKV_INLINE {
+        for (int unit = 0; unit < streams.counts[i]; ++unit, row += i + 1) part(std::integral_constant<int, i + 1>(), row, number++);
+    });
+}
+
 // A head of a block: [coded][64]. next: that of the block that will be read next, asked for on the way.
 inline void decode_streams(const Streams& streams, const uint8_t* codes, const uint8_t* next, int8_t* tile) {
-    alignas(64) static const uint8_t nothing[kBlock] = {};
-    const uint8_t* before = nothing;
-    each<kMostRate>([&](auto i) NARROWKV_INLINE {
-        constexpr int k = i + 1;
-        const Lanes high = simd::repeated(streams.high + i * 16), low = simd::repeated(streams.low + i * 16);
-        for (int unit = 0; unit < streams.counts[i]; ++unit) {
-            decode_unit<k>(before, codes, high, low, tile);
-            for (int row = 0; row < k; ++row) __builtin_prefetch(next + row * kBlock, 0, 2);
-            codes += k * kBlock, next += k * kBlock, tile += kUnit * kBlock;
-            before = codes - kBlock;
-        }
+    by_units(streams, [&](auto k, int row, int unit) NARROWKV_INLINE {
+        decode_unit<k>(streams, codes, row, AsTheyLie(), tile + unit * kUnit * kBlock);
+        for (int i = 0; i < k; ++i) __builtin_prefetch(next + (row + i) * kBlock, 0, 2);
     });
 }
 
@@ -94,6 +118,12 @@ inline void by_many(int rows, const Part& part) {
     }
 }
 
+// What a tile holds.
+struct InTile {
+    const int8_t* tile;
+    int8_t operator()(int place, int token) const { return tile[place * kBlock + token]; }
+};
+
 // By how much an exact coefficient is off what its code stands for, in grid steps.
 struct Miss {
     int token, place;
@@ -106,18 +136,21 @@ class Misses {
     const Miss* begin() const { return found.data(); }
     const Miss* end() const { return found.data() + found.size(); }
 
-    void of_block(const Side& side, const Block& block, int head, const int8_t* tile) {
+    // decoded: the grid steps of a place and token.
+    template <typename Decoded>
+    void of_block(const Side& side, const Block& block, int head, const Decoded& decoded) {
         found.clear();
         if (!block.outlier_offsets) return;
         for (int i = block.outlier_offsets[head]; i < block.outlier_offsets[head + 1]; ++i) {
-            add(side, block.outlier_index[i], block.outlier_values, i, tile);
+            add(side, block.outlier_index[i], block.outlier_values, i, decoded);
         }
     }
 
-    void of_tail(const Side& side, const Tail& tail, int64_t place, const int8_t* tile) {
+    template <typename Decoded>
+    void of_tail(const Side& side, const Tail& tail, int64_t place, const Decoded& decoded) {
         found.clear();
         for (int64_t i = 0; i < tail.outliers; ++i) {
-            add(side, tail.outlier_index[i] - place * kBlock * side.streams->coded(), tail.outlier_values, i, tile);
+            add(side, tail.outlier_index[i] - place * kBlock * side.streams->coded(), tail.outlier_values, i, decoded);
         }
         std::stable_sort(found.begin(), found.end(), [](const Miss& a, const Miss& b) { return a.token < b.token; });
     }
@@ -125,13 +158,14 @@ class Misses {
   private:
     std::vector<Miss> found;
 
-    void add(const Side& side, int64_t index, const void* values, int64_t i, const int8_t* tile) {
+    template <typename Decoded>
+    void add(const Side& side, int64_t index, const void* values, int64_t i, const Decoded& decoded) {
         const Streams& streams = *side.streams;
         const int coded = streams.coded();
         if (index < 0 || index >= int64_t(kBlock) * coded) return;
         const int token = int(index) / coded, place = int(index) % coded;
         const float exact = to_single(static_cast<const uint16_t*>(values)[i], side.outlier);
-        found.push_back({token, place, exact * streams.finer[place] - tile[place * kBlock + token]});
+        found.push_back({token, place, exact * streams.finer[place] - decoded(place, token)});
     }
 };
 

@@ -6,7 +6,10 @@
 #include "words_kernel.h"
 
 namespace narrowkv {
-void attend_words(const Problem& problem) { attend<WordWorker>(problem); }
+void attend_words(const Problem& problem) {
+    if (problem.keys.streams) return attend<WordWorker<WordStreamKeys, WordStreamValues>>(problem);
+    attend<WordWorker<WordKeys, WordValues>>(problem);
+}
 }  // namespace narrowkv
 
 #endif

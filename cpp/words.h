@@ -146,11 +146,9 @@ class Ahead {
   public:
     // The codes of a head.
     void add(const Side& side, const Block& block, int head) {
+        if (side.streams) return add(block.planes[0], head, side.streams->bytes * kBlock);
         for (int plane = 0; plane < 3 && kPlanes[side.bits][plane]; ++plane) {
-            const int bytes = side.codes * kBlock * kPlanes[side.bits][plane] / 8;
-            const uint8_t* from = block.planes[plane] + int64_t(head) * bytes;
-            parts[count++] = {from, from + bytes};
-            lines += (bytes + 63) / 64;
+            add(block.planes[plane], head, side.codes * kBlock * kPlanes[side.bits][plane] / 8);
         }
     }
     // In how many steps all is to be asked for.
@@ -168,6 +166,12 @@ class Ahead {
     };
     Part parts[24];
     int count = 0, lines = 0, at = 0, rate = 0, due = 0;  // rate, due: lines times 65536
+
+    void add(const uint8_t* plane, int head, int bytes) {
+        const uint8_t* from = plane + int64_t(head) * bytes;
+        parts[count++] = {from, from + bytes};
+        lines += (bytes + 63) / 64;
+    }
 };
 
 constexpr int kept_levels(int bits) { return bits <= 4 ? 16 : 1 << bits; }

@@ -6,6 +6,8 @@
 
 #pragma once
 
+#include "stream_word_keys.h"
+#include "stream_word_values.h"
 #include "words_values.h"
 
 namespace narrowkv {
@@ -35,18 +37,20 @@ inline float weigh_shortly(float* scores, int count, float& largest, float& tota
     return fading;
 }
 
+// Keys, Values: what takes those of blocks.
+template <typename Keys, typename Values>
 class WordWorker : Sight {
   public:
     explicit WordWorker(const Problem& problem)
-        : Sight(problem), keys(problem), values(problem), scores(rows * kSpan), largest(rows), total(rows), fading(rows) {}
+        : Sight(problem), keys(problem), values(problem), scores(rows * Values::span), largest(rows), total(rows), fading(rows) {}
 
     void run(const Piece& piece) {
         keys.begin(piece.row, piece.head);
         values.begin(piece.head);
         std::fill(largest.begin(), largest.end(), -INFINITY);
         std::fill(total.begin(), total.end(), 0.0f);
-        for (int block = piece.first; block < piece.last; block += kSpan / kBlock) {
-            take_span(piece, block, std::min(block + kSpan / kBlock, piece.last));
+        for (int block = piece.first; block < piece.last; block += Values::span / kBlock) {
+            take_span(piece, block, std::min(block + Values::span / kBlock, piece.last));
         }
         float* to = piece.result + 2 * rows;
         for (int row = 0; row < rows; ++row) {
@@ -58,8 +62,8 @@ class WordWorker : Sight {
     }
 
   private:
-    WordKeys keys;
-    WordValues values;
+    Keys keys;
+    Values values;
     Room<float> scores, largest, total, fading;  // scores: [rows][span]
 
     void take_span(const Piece& piece, int first, int last) {
@@ -80,14 +84,14 @@ class WordWorker : Sight {
             const int count = int(stop - start);
             const bool seen = count > 0 && !nothing_seen(piece.row, start, count);
             float* to = &scores[(block - first) * kBlock];
-            if (seen) span.sides[block - first] = sides, keys.score(sides[0], start, count, ahead, to, kSpan);
-            if (seen) add_offsets(piece, start, count, to, kSpan);
-            for (int row = 0; problem.softcap != 0.0f && row < rows; ++row) cap(to + row * kSpan, kBlock, problem.softcap);
-            hide(piece, start, seen ? count : 0, to, kSpan);
+            if (seen) span.sides[block - first] = sides, keys.score(sides[0], start, count, ahead, to, Values::span);
+            if (seen) add_offsets(piece, start, count, to, Values::span);
+            for (int row = 0; problem.softcap != 0.0f && row < rows; ++row) cap(to + row * Values::span, kBlock, problem.softcap);
+            hide(piece, start, seen ? count : 0, to, Values::span);
         }
-        for (int row = 0; row < rows; ++row) fading[row] = weigh_shortly(&scores[row * kSpan], span.length, largest[row], total[row]);
+        for (int row = 0; row < rows; ++row) fading[row] = weigh_shortly(&scores[row * Values::span], span.length, largest[row], total[row]);
         Ahead ahead;
-        for (int block = last; block < std::min(last + kSpan / kBlock, piece.last); ++block) ahead.add(problem.keys, sides_of(piece, block)[0], piece.head);
+        for (int block = last; block < std::min(last + Values::span / kBlock, piece.last); ++block) ahead.add(problem.keys, sides_of(piece, block)[0], piece.head);
         ahead.spread(values.steps() * (last - first));
         values.add(span, scores.data(), fading.data(), ahead);
     }

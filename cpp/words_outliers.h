@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <algorithm>
+
 #include "kernel.h"
 #include "words.h"
 
@@ -118,6 +120,16 @@ inline __m512 words_at(const uint8_t* table, __m512i index) {
     return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(_mm512_srlv_epi32(two, odd), 16), 16));
 }
 
+// Sixteen bytes, as numbers without a sign, of a multiple of four of them.
+inline __m512i bytes_at(const void* from, __m512i index) {
+    const __m512i four = _mm512_i32gather_epi32(_mm512_srli_epi32(index, 2), from, 4);
+    const __m512i shift = _mm512_slli_epi32(_mm512_and_si512(index, _mm512_set1_epi32(3)), 3);
+    return _mm512_and_si512(_mm512_srlv_epi32(four, shift), _mm512_set1_epi32(255));
+}
+
+// The last byte of each of sixteen as a number with a sign.
+inline __m512i signed_bytes(__m512i x) { return _mm512_srai_epi32(_mm512_slli_epi32(x, 24), 24); }
+
 // Outliers of a head as what they add to sums of four queries: by how much they differ from what their codes stand for, times the
 // four numbers at `from`, to those at `to`.
 struct Differences {
@@ -130,8 +142,7 @@ struct Differences {
     template <typename Take>
     void read(const Side& side, const Block& block, int head, const Spread& spread, const float* inverse, const Take& take) {
         const int first = block.outlier_offsets[head], all = block.outlier_offsets[head + 1] - first, levels = kept_levels(side.bits);
-        const size_t room = size_t(all + 16) * side.numbers;
-        if (by.size() < room) from.resize(room), to.resize(room), lane.resize(room), by.resize(room);
+        make_room(size_t(all + 16) * side.numbers);
         const uint8_t* table = side.words + (side.fixed ? int64_t(head) * side.codes * side.numbers * levels * 2 : 0);
         const __m512 shared = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)table)));
         const bool rows = side.channel_major;
@@ -157,6 +168,24 @@ struct Differences {
                 }
             }
         }
+    }
+
+    // The same of trellis-coded streams, in grid steps. decoded: is told tokens and places, and yields what their codes stand for.
+    template <typename Decoded, typename Take>
+    void read_streams(const Side& side, const Block& block, int head, const Decoded& decoded, const Take& take) {
+        const int first = block.outlier_offsets[head], coded = side.streams->coded();
+        count = block.outlier_offsets[head + 1] - first;
+        make_room(size_t(count + 16));
+        for (int i = 0; i < count; i += 16) {
+            const int some = std::min(count - i, 16);
+            const Places places(block.outlier_index + first + i, some, coded);
+            const __m512 exact = exact_outliers(side, block, first + i, some, 0) * _mm512_i32gather_ps(places.code, side.streams->finer, 4);
+            take(places.token, places.code, exact - _mm512_cvtepi32_ps(decoded(places.token, places.code)), i);
+        }
+    }
+
+    void make_room(size_t room) {
+        if (by.size() < room) from.resize(room), to.resize(room), lane.resize(room), by.resize(room);
     }
 
     void put(int at, __m512i from, __m512i to, __m512 by) {

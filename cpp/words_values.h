@@ -11,10 +11,11 @@ namespace narrowkv {
 namespace {
 
 constexpr int kSpan = 4 * kBlock;  // tokens whose weights share a unit
+constexpr int kMostSpan = 8 * kBlock;  // the same, of any form of values
 
 // Blocks of a span of a sequence; those of which nothing is seen are left out.
 struct Span {
-    const Block* sides[kSpan / kBlock];  // keys, then values; or null
+    const Block* sides[kMostSpan / kBlock];  // keys, then values; or null
     int length;
 };
 
@@ -56,8 +57,32 @@ void mix_tokens(const Side& side, const Block& block, int head, const int16_t* c
     each<queries>([&](auto q) NARROWKV_INLINE { each<4>([&](auto i) NARROWKV_INLINE { _mm512_storeu_si512(sums + at(q, i), all[q][i]); }); });
 }
 
+// What was added up fades, [rows / 4][dim][4], by a factor for each row.
+inline void fade_by_fours(const float* fading, int rows, int dim, float* sums) {
+    for (int row = 0; row < rows; row += 4) {
+        alignas(16) float four[4] = {};
+        for (int i = 0; i < 4 && row + i < rows; ++i) four[i] = fading[row + i];
+        const __m512 by = _mm512_broadcast_f32x4(_mm_load_ps(four));
+        for (float *to = sums + row * dim, *last = to + 4 * dim; to < last; to += 16) _mm512_store_ps(to, _mm512_load_ps(to) * by);
+    }
+}
+
+// Weights, [rows][span], of four rows beside each other: [rows / 4][span][4].
+inline void set_apart_by_fours(const float* weight, int length, int span, int rows, float* apart) {
+    for (int row = 0; row < rows; row += 4) {
+        for (int token = 0; token < length; token += 16) {
+            __m512i four[4] = {};
+            for (int i = 0; i < 4 && row + i < rows; ++i) four[i] = _mm512_load_si512(weight + (row + i) * span + token);
+            swap_lanes(four), swap_parts(four);
+            for (int i = 0; i < 4; ++i) _mm512_store_si512(apart + row * span + token * 4 + 16 * i, four[i]);
+        }
+    }
+}
+
 class WordValues {
   public:
+    static constexpr int span = kSpan;
+
     explicit WordValues(const Problem& problem)
         : side(problem.values), rows(problem.group * problem.queries), dim(problem.head_dim), groups(side.channel_major ? 1 : side.range_channels),
           weights(rows * groups * kSpan), sums(rows * dim), ranges((2 * groups + 1) * kSpan), shares(rows * groups), zeros(rows * groups),
@@ -79,9 +104,9 @@ class WordValues {
         weigh_in_words(span.length, weight, side.channel_major ? nullptr : scale, zero, side.channel_major ? 1.0f : *unit);
         const bool outliers = read_outliers(span, scale, zero);  // before the sums, so that these need not wait for them
         side.channel_major ? add_channels(span, fading, ahead) : add_tokens(span, fading, ahead);
-        fade(fading);
+        fade_by_fours(fading, rows, dim, more.data());
         if (!outliers) return;
-        set_apart(weight, span.length);
+        set_apart_by_fours(weight, span.length, kSpan, rows, apart.data());
         for (int at = 0; at < span.length; at += kBlock) {
             for (int row = 0; row < rows; row += 4) differences[at / kBlock].add(&apart[row * kSpan + 4 * at], &more[row * dim]);
         }
@@ -230,27 +255,6 @@ class WordValues {
         if (!side.channel_major) return row * dim + place_of(channel);
         const int fours = rows / 4 * 4, together = row < fours ? 4 : rows - fours >= 2 && row < fours + 2 ? 2 : 1, first = row - row % together;
         return first * dim + (channel % side.codes * side.numbers + channel / side.codes) * together + row - first;
-    }
-
-    void fade(const float* fading) {
-        for (int row = 0; row < rows; row += 4) {
-            alignas(16) float four[4] = {};
-            for (int i = 0; i < 4 && row + i < rows; ++i) four[i] = fading[row + i];
-            const __m512 by = _mm512_broadcast_f32x4(_mm_load_ps(four));
-            for (float *to = &more[row * dim], *last = to + 4 * dim; to < last; to += 16) _mm512_store_ps(to, _mm512_load_ps(to) * by);
-        }
-    }
-
-    // The weights of four rows beside each other.
-    void set_apart(const float* weight, int length) {
-        for (int row = 0; row < rows; row += 4) {
-            for (int token = 0; token < length; token += 16) {
-                __m512i four[4] = {};
-                for (int i = 0; i < 4 && row + i < rows; ++i) four[i] = _mm512_load_si512(weight + (row + i) * kSpan + token);
-                swap_lanes(four), swap_parts(four);
-                for (int i = 0; i < 4; ++i) _mm512_store_si512(&apart[(row / 4 * kSpan + token) * 4 + 16 * i], four[i]);
-            }
-        }
     }
 
     bool read_outliers(const Span& span, const float* scale, const float* zero) {

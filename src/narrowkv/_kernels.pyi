@@ -69,6 +69,10 @@ class Streams:
         channels: Tensor | None,
         turns: Tensor | None,
         offsets: Tensor | None,
+        in_words: bool = False,
+        stretches: Tensor | None = None,
+        reaches: Tensor | None = None,
+        offset_words: Tensor | None = None,
     ) -> None: ...
 
 class Side:

@@ -6,6 +6,7 @@ from tests.cases import KEYS, VALUES, PreciseRope, frequencies, hide, made
 
 from narrowkv import _kernels
 from narrowkv.attention import AUTO, Rope, StoredRope, Visible, chosen, cpu, cuda, naive
+from narrowkv.attention.cpu_words import SUPPORTED
 from narrowkv.calibration.trellis_fit import in_bytes
 from narrowkv.codec import Scheme, TrellisQuantizer
 from narrowkv.codec.frames import Frames, place_dtype
@@ -92,13 +93,19 @@ def case(
 
 
 def check(query, store, options, kernel=cpu.KERNELS[0], tolerance=2e-6):
+    tolerance = max(tolerance, WITHIN.get(kernel, 0.0))
     found = cpu.attend(query, store, kernel=kernel, **options)
     expected = naive.attend(query.double(), store, **options)
     assert found.dtype == torch.float32 and found.isfinite().all()
     assert (found - expected).norm() <= tolerance * expected.norm()
 
 
-@pytest.mark.parametrize("kernel", cpu.KERNELS)
+IN_WORDS = [cpu.WORDS] if SUPPORTED else []
+FORMS = [*cpu.KERNELS, *IN_WORDS]
+WITHIN = {cpu.WORDS: 2e-3}  # else float32 is as exact as can be
+
+
+@pytest.mark.parametrize("kernel", FORMS)
 @pytest.mark.parametrize("turn", [False, True])
 @pytest.mark.parametrize("outliers", [0.0, 0.02])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -109,7 +116,7 @@ def test_streams_of_any_form(shape, outliers, turn, kernel):
     check(query, store, options, kernel)
 
 
-@pytest.mark.parametrize("kernel", cpu.KERNELS)
+@pytest.mark.parametrize("kernel", FORMS)
 @pytest.mark.parametrize("rope", ROPES)
 def test_every_rotary_embedding(rope, kernel):
     check(*case((2, 4, 2, 64, 200, 2), rope=rope), kernel)
@@ -132,12 +139,13 @@ def test_each_code_is_decoded_as_torch_decodes_it(kernel):
         torch.testing.assert_close(found[0, 0, 0], values[0, 0, token], atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kernel", [cpu.KERNELS[0], *IN_WORDS])
 @pytest.mark.parametrize("group", [1, 2, 3, 5, 7, 16])
-def test_groups_of_query_heads(group):
-    check(*case((2, 2 * group, 2, 16, 150, 3)))
+def test_groups_of_query_heads(group, kernel):
+    check(*case((2, 2 * group, 2, 16, 150, 3)), kernel)
 
 
-@pytest.mark.parametrize("kernel", cpu.KERNELS)
+@pytest.mark.parametrize("kernel", FORMS)
 @pytest.mark.parametrize("first", [0, 3, 2**21, 2**31 - 500, -500])
 def test_positions_that_do_not_follow_each_other(first, kernel):
     query, store, options = case((2, 4, 2, 64, 200, 1))
@@ -192,7 +200,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads():
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
-@pytest.mark.parametrize("kernel", cpu.KERNELS)
+@pytest.mark.parametrize("kernel", FORMS)
 def test_no_forged_number_leads_beyond_what_is_held(kernel):
     """What a loader would refuse: the sanitizers see whether anything is read or written outside."""
     query, store, options = case((1, 2, 1, 64, 150, 1))
@@ -225,6 +233,9 @@ def test_no_forged_number_leads_beyond_what_is_held(kernel):
         ("turns", None),
         ("offsets", torch.zeros(2, 16, 15)),
         ("offsets", None),
+        ("stretches", None),
+        ("reaches", torch.ones(2, 15, dtype=torch.int32)),
+        ("offset_words", torch.zeros(2, 8, 16, dtype=torch.int16)),
     ],
 )
 def test_tables_smaller_than_what_is_read_of_them_are_refused(name, forged):
@@ -239,7 +250,16 @@ def test_tables_smaller_than_what_is_read_of_them_are_refused(name, forged):
         "turns": torch.zeros(2, 2, 2, 2, 8),
         "offsets": torch.zeros(2, 16, 16),
     }
+    in_words = {
+        "in_words": True,
+        "stretches": torch.ones(2, 16, dtype=torch.int32),
+        "reaches": torch.ones(2, 16, dtype=torch.int32),
+        "offset_words": torch.zeros(2, 8, 16, 2, dtype=torch.int16),
+    }
     _kernels.Streams(**sound)
+    if name in in_words:
+        sound |= in_words
+        _kernels.Streams(**sound)
     with pytest.raises(ValueError, match=r"streams|tables|offsets|query|turns"):
         _kernels.Streams(**sound | {name: forged})
 
@@ -252,8 +272,23 @@ def test_blocks_of_other_streams_are_refused():
         cpu.attend(query, store, **options)
 
 
-def test_heads_of_512_channels():
-    check(*case((1, 2, 1, 512, 140, 1)))
+@pytest.mark.parametrize("kernel", [cpu.KERNELS[0], *IN_WORDS])
+def test_heads_of_512_channels(kernel):
+    check(*case((1, 2, 1, 512, 140, 1)), kernel)
+
+
+@pytest.mark.skipif(not SUPPORTED, reason="needs AVX-512 with VBMI, VNNI and GFNI")
+def test_words_are_chosen_for_16_bits_and_for_streams_on_both_sides():
+    query, store, options = case((1, 4, 2, 64, 200, 1))
+    rounded = query.bfloat16()
+    words = cpu.attend(rounded.float(), store, kernel=cpu.WORDS, **options)
+    assert torch.equal(cpu.attend(rounded, store, **options), words)
+    assert not torch.equal(cpu.attend(rounded.float(), store, **options), words)
+    schemes = [found.scheme for found in store.quantizers]
+    assert cpu.in_words(*schemes, 64, options["rope"]) and not cpu.in_words(schemes[0], VALUES["token"], 64, options["rope"])
+    query, store, options = case((1, 4, 2, 80, 200, 1), values=VALUES["token"])
+    with pytest.raises(ValueError, match="no kernel words"):
+        cpu.attend(query, store, kernel=cpu.WORDS, **options)
 
 
 def test_what_it_does_not_read_is_refused_and_not_chosen():

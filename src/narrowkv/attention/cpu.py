@@ -15,7 +15,7 @@ from narrowkv import _kernels
 from narrowkv.attention import tiled
 from narrowkv.attention.cpu_tables import side_of, turned_by, turning_of
 from narrowkv.attention.cpu_trellis import Streams, StreamValues, steps_to_anchors
-from narrowkv.attention.cpu_words import reads
+from narrowkv.attention.cpu_words import SUPPORTED, reads
 from narrowkv.attention.reading import matrix_of, offsets_of, require_read, turn_query, turn_sum, turn_value_bias
 from narrowkv.attention.rope import AnyRope, Rope
 from narrowkv.attention.visible import Visible
@@ -170,6 +170,8 @@ def in_words(keys: Scheme, values: Scheme, head_dim: int, rope: AnyRope | None) 
     rotated = rope if keys.pre_rope else None
     if rotated is not None and not isinstance(rotated, Rope):
         return False
+    if "trellis" in (keys.datatype, values.datatype):
+        return SUPPORTED and keys.datatype == values.datatype
     return reads(keys, True, head_dim, turned_by(rotated)) and reads(values, False, head_dim, (0, False))
 
 
@@ -194,7 +196,7 @@ def _blocks(store: LayerStore, rope: AnyRope | None) -> _Blocks:
             sides=sides,
             matrices=matrices,
             value_bias=turn_value_bias(store.quantizers[1], matrices[1], store.bias.values),
-            in_words=all(side.in_words for side in sides),
+            in_words=all(side.in_words for side in sides) and (streams.keys is None) == (streams.values is None),
             stream_values=streams.values,
             anchors=None if streams.keys is None else steps_to_anchors(starts),
         )

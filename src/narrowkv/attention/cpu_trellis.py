@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from narrowkv import _kernels
+from narrowkv.attention.cpu_words import SUPPORTED
 from narrowkv.attention.rope import AnyRope, Rope
 from narrowkv.codec import AnyQuantizer, TrellisQuantizer, trellis
 from narrowkv.codec.frames import FRAME, MIDDLE, Frames
@@ -18,6 +19,7 @@ from narrowkv.codec.pairs import from_pairs, to_pairs
 from narrowkv.errors import UnsupportedModelError
 from narrowkv.store import BLOCK, LayerStore
 
+LARGEST, MOST_STRETCH = 2**15 - 1, 2**8 - 1  # of words
 EXACT_ENOUGH = 1e-4  # of the mean of keys, as coefficients have it
 
 
@@ -39,7 +41,28 @@ def key_streams(quantizer: TrellisQuantizer, rope: AnyRope | None) -> _kernels.S
         channels=frames.channels.int(),
         turns=_turns(quantizer, frames, steps),
         offsets=offsets.float().contiguous(),
+        words=_key_words(quantizer, offsets) if SUPPORTED else None,
     )
+
+
+def _key_words(quantizer: TrellisQuantizer, offsets: Tensor) -> dict[str, Tensor] | None:
+    """Keys in words of 16 bits: how far coefficients are stretched, and offsets [kv_heads, head_dim, 16] likewise.
+
+    Stretched by as much as makes the largest sum of both a word, up to a byte; None where not even 1 does.
+    """
+    assert quantizer.entries is not None and quantizer.scheme.counts is not None
+    high, low = quantizer.entries[0].unbind(1)
+    largest = (high[..., None] + low[:, None]).double().abs().flatten(1).amax(1)  # wraps, as it does in the kernel
+    coded = largest[trellis.rates_of(quantizer.scheme.counts, largest.device) - 1]
+    steps = torch.nn.functional.pad(coded, (0, offsets.shape[1] - len(coded)))
+    most = torch.where(steps > 0, float(MOST_STRETCH), float(LARGEST))
+    stretches = ((LARGEST - 1) / (steps + offsets.abs().amax(-1))).floor().minimum(most)
+    if bool((stretches < 1).any()):
+        return None
+    words = (offsets * stretches[..., None]).round()
+    reaches = steps * stretches + words.abs().amax(-1)
+    pairs = words.short().unflatten(1, (-1, 2)).transpose(2, 3)
+    return {"stretches": stretches.int(), "reaches": reaches.int(), "offset_words": pairs.contiguous()}
 
 
 @dataclass(frozen=True)
@@ -168,6 +191,7 @@ def _streams(
     channels: Tensor | None = None,
     turns: Tensor | None = None,
     offsets: Tensor | None = None,
+    words: dict[str, Tensor] | None = None,
 ) -> _kernels.Streams:
     assert quantizer.entries is not None and quantizer.scheme.counts is not None
     return _kernels.Streams(
@@ -180,4 +204,6 @@ def _streams(
         channels=channels,
         turns=turns,
         offsets=offsets,
+        in_words=SUPPORTED if places is None else words is not None,
+        **(words or {}),
     )

@@ -19,7 +19,7 @@ LARGEST_VALUE = 2**13 - 1  # the larger they are, the smaller are the weights th
 FEWEST_LEVELS = 16
 ROWS = (64, 128, 256)  # how many codes a row of tokens may have
 
-SUPPORTED = {"avx512", "avx512vbmi", "avx512vbmi2", "avx512vnni"} <= set(_kernels.instruction_sets())
+SUPPORTED = {"avx512", "avx512vbmi", "avx512vbmi2", "avx512vnni", "gfni"} <= set(_kernels.instruction_sets())
 
 
 @dataclass(frozen=True)
