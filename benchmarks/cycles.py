@@ -1,4 +1,4 @@
-"""Inner loops over variants of the trellis-coded form against today's pair codes: `python -m benchmarks.cycles [--json FILE]`.
+"""Inner loops over variants of the trellis-coded form: `python -m benchmarks.cycles [--json FILE]`.
 
 Compiles `benchmarks/cycles/*.cpp` with the machine's C++ compiler (`CXX`, by default g++), once for each instruction set that
 the processor has, and runs them one after the other on one core. Every loop is checked against plain loops before it is timed;

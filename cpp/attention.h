@@ -46,10 +46,9 @@ struct Streams {
 struct Side {
     int bits;            // of a code; 16 where numbers are exact
     int codes;           // of a head
-    int numbers;         // that one code stands for: 1, or 2 (channels d and d + head_dim / 2)
     int stride;          // floats from one codebook to the next, at least 16
     bool channel_major;  // rows of codes are channels, else tokens
-    bool fixed;          // codebooks are those of channels, in real units: [kv_heads, codes, numbers, stride]; else one for all
+    bool fixed;          // codebooks are those of channels, in real units: [kv_heads, codes, stride]; else one for all
     int range_heads;     // scales and zeros: [1 or kv_heads, range_tokens, range_channels]
     int range_tokens;
     int range_channels;

@@ -34,28 +34,16 @@ inline Floats to_floats(const int8_t* p) { return Floats(_mm512_cvtepi32_ps(_mm5
 
 #include "gathered.h"
 
-// A codebook of up to 16 levels is one register and a look-up is one permute; of 32, two registers; of 64, four.
-template <int levels>
-struct Registers {
-    __m512 points[levels < 16 ? 1 : levels / 16];
+// A codebook of 16 levels is one register and a look-up is one permute.
+struct Register {
+    __m512 points;
 
-    explicit Registers(const float* table) {
-        for (auto& part : points) part = _mm512_loadu_ps(table), table += 16;
-    }
-    Found operator()(Bytes codes) const {
-        const __m512i index = _mm512_cvtepu8_epi32(__m128i(codes));
-        if constexpr (levels <= 16) return {{Floats(_mm512_permutexvar_ps(index, points[0]))}};
-        if constexpr (levels == 32) return {{Floats(_mm512_permutex2var_ps(points[0], index, points[1]))}};
-        if constexpr (levels == 64) {
-            const __m512 low = _mm512_permutex2var_ps(points[0], index, points[1]);
-            const __m512 high = _mm512_permutex2var_ps(points[2], index, points[3]);
-            return {{Floats(_mm512_mask_blend_ps(_mm512_test_epi32_mask(index, _mm512_set1_epi32(32)), low, high))}};
-        }
-    }
+    explicit Register(const float* table) : points(_mm512_loadu_ps(table)) {}
+    Found operator()(Bytes codes) const { return {{Floats(_mm512_permutexvar_ps(_mm512_cvtepu8_epi32(__m128i(codes)), points))}}; }
 };
 
 template <int levels>
-using Table = std::conditional_t<levels == 256, Gathered, Registers<levels>>;
+using Table = std::conditional_t<(levels > 16), Gathered, Register>;
 
 constexpr bool lays_out = false;
 inline void lay_out(const float*, float*) {}

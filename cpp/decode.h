@@ -13,8 +13,7 @@ namespace {
 
 inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
-// Which tokens of a block are decoded into a tile: all, or for keys half of them. Numbers of a tile lie in rows as codes do:
-// channel-major [head_dim][tokens], else [tokens][head_dim rounded up to 16].
+// Which tokens of a block are decoded into a tile: half of them. Numbers of a tile lie in rows as codes do: channel-major [head_dim][tokens], else [tokens][head_dim rounded up to 16].
 struct Part {
     int from, tokens;
 };
@@ -38,27 +37,28 @@ struct Source {
           outlier(block.outlier_offsets ? block.outlier_offsets[head] : 0) {}
 };
 
-// Rows of codes, each read where it lies. length: of a row; from, stop: which of its codes.
-template <int bits, int length, int from, int stop, int numbers>
-void decode_rows(const Source& source, int first, int64_t row, int count, int stride, int other, const Ranges& given, float* tile) {
+// Rows of codes, each read where it lies. length: of a row; from, stop: which of its codes; own: whether a row has a codebook of its
+// own, else ranges.
+template <int bits, int length, int from, int stop, bool own>
+void decode_rows(const Source& source, int64_t row, int count, int stride, const Ranges& given, float* tile) {
     const Ranges ranges = given;  // copies, which stay in registers: for all the compiler knows, the tile might overlap the rest
-    const int room = source.side.stride, step = source.side.fixed ? numbers * room : 0;
-    const float* table = source.tables + first * step;
-    const uint8_t *planes[3], *later[3];
-    for (int plane = 0; plane < 3; ++plane) {
+    const int step = own ? source.side.stride : 0;
+    const float* table = source.tables;
+    const uint8_t *planes[2], *later[2];
+    for (int plane = 0; plane < 2; ++plane) {
         const int64_t at = row * (length * kPlanes[bits][plane] / 8);
         planes[plane] = source.block.planes[plane] + at;
         later[plane] = source.next.planes[plane] + at;
     }
     const float *scale = ranges.scale, *zero = ranges.zero;
     for (int i = 0, left = ranges.rows; i < count; ++i, --left, tile += stride, table += step) {
-        if constexpr (numbers == 0) {
+        if constexpr (own) {
+            look_up<bits, length, from, stop>(planes, table, tile);
+        } else {
             if (left == 0) left = ranges.rows, scale += ranges.count, zero += ranges.count;
             look_up<bits, length, from, stop>(planes, table, scale, zero, ranges.count, tile);
-        } else {
-            look_up<bits, length, from, stop, numbers>(planes, table, room, tile, tile + other);
         }
-        for (int plane = 0; plane < 3 && kPlanes[bits][plane]; ++plane) {
+        for (int plane = 0; plane < 2 && kPlanes[bits][plane]; ++plane) {
             if (from == 0) __builtin_prefetch(later[plane], 0, 2);
             planes[plane] += length * kPlanes[bits][plane] / 8;
             later[plane] += length * kPlanes[bits][plane] / 8;
@@ -68,22 +68,19 @@ void decode_rows(const Source& source, int first, int64_t row, int count, int st
 
 // The same for rows of any length, through a buffer.
 template <int bits>
-void decode_any(const Source& source, int first, int64_t row, int count, int stride, int other, const Ranges& ranges, int codes,
-                int from, float* tile) {
+void decode_any(const Source& source, int64_t row, int count, int stride, const Ranges& ranges, int codes, int from, float* tile) {
     const Side& side = source.side;
     alignas(64) uint8_t row_codes[kMostDim + kCodes] = {};
     for (int i = 0; i < count; ++i, ++row, tile += stride) {
-        const uint8_t* planes[3];
-        for (int plane = 0; plane < 3; ++plane) {
+        const uint8_t* planes[2];
+        for (int plane = 0; plane < 2; ++plane) {
             planes[plane] = source.block.planes[plane] + row * (codes * kPlanes[bits][plane] / 8);
         }
         unpack_row(planes, bits, codes, row_codes);
-        for (int number = 0; number < side.numbers; ++number) {
-            const float* table = source.tables + (side.fixed ? ((first + i) * side.numbers + number) * side.stride : 0);
-            const float* scale = side.fixed ? nullptr : ranges.scale + i / ranges.rows * ranges.count;
-            const float* zero = side.fixed ? nullptr : ranges.zero + i / ranges.rows * ranges.count;
-            look_up<bits>(row_codes, from, stride, table, scale, zero, ranges, tile + number * other);
-        }
+        const float* table = source.tables + (side.fixed ? i * side.stride : 0);
+        const float* scale = side.fixed ? nullptr : ranges.scale + i / ranges.rows * ranges.count;
+        const float* zero = side.fixed ? nullptr : ranges.zero + i / ranges.rows * ranges.count;
+        look_up<bits>(row_codes, from, stride, table, scale, zero, ranges, tile);
     }
 }
 
@@ -95,28 +92,21 @@ void decode_codes(const Source& source, Part part, float* buffer, float* tile) {
     const bool direct = side.fixed || together == 1 || together % 16 == 0;
     const int rows = side.channel_major ? side.codes : kBlock, codes = side.channel_major ? kBlock : side.codes;
     const int count = side.channel_major ? rows : part.tokens, stride = tile_stride(side.channel_major, head_dim, part.tokens);
-    const int first = side.channel_major ? 0 : part.from;
-    const int64_t row = int64_t(source.head) * rows + first;
+    const int64_t row = int64_t(source.head) * rows + (side.channel_major ? 0 : part.from);
     Ranges ranges = side.fixed ? Ranges{1, 0, 0, nullptr, nullptr} : read_ranges(side, source.block, source.head, head_dim, buffer);
-    if (!side.channel_major && !side.fixed) {  // those of the part's first row
+    if (!side.channel_major) {  // those of the part's first row
         ranges.scale += part.from / ranges.rows * ranges.count;
         ranges.zero += part.from / ranges.rows * ranges.count;
     }
-    const auto run = [&](auto one, auto two, auto stretched) {
-        (side.fixed ? side.numbers == 2 ? two : one : stretched)(source, first, row, count, stride, rows * stride, ranges, tile);
-    };
-    if (direct && side.channel_major && part.tokens == kBlock) {
-        run(decode_rows<bits, 64, 0, 64, 1>, decode_rows<bits, 64, 0, 64, 2>, decode_rows<bits, 64, 0, 64, 0>);
-    } else if (direct && side.channel_major && part.from == 0) {
-        run(decode_rows<bits, 64, 0, 32, 1>, decode_rows<bits, 64, 0, 32, 2>, decode_rows<bits, 64, 0, 32, 0>);
-    } else if (direct && side.channel_major) {
-        run(decode_rows<bits, 64, 32, 64, 1>, decode_rows<bits, 64, 32, 64, 2>, decode_rows<bits, 64, 32, 64, 0>);
+    const auto run = [&](auto own, auto ranged) { (side.fixed ? own : ranged)(source, row, count, stride, ranges, tile); };
+    if (direct && side.channel_major) {
+        if (part.from == 0) return run(decode_rows<bits, 64, 0, 32, true>, decode_rows<bits, 64, 0, 32, false>);
+        run(decode_rows<bits, 64, 32, 64, true>, decode_rows<bits, 64, 32, 64, false>);
     } else if (direct && (codes == 64 || codes == 128)) {
-        const auto read = codes == 64 ? decode_rows<bits, 64, 0, 64, 0> : decode_rows<bits, 128, 0, 128, 0>;
-        read(source, first, row, count, stride, 0, ranges, tile);
+        const auto read = codes == 64 ? decode_rows<bits, 64, 0, 64, false> : decode_rows<bits, 128, 0, 128, false>;
+        read(source, row, count, stride, ranges, tile);
     } else {
-        const int from = side.channel_major ? part.from : 0;
-        decode_any<bits>(source, first, row, count, stride, rows * stride, ranges, codes, from, tile);
+        decode_any<bits>(source, row, count, stride, ranges, codes, side.channel_major ? part.from : 0, tile);
     }
 }
 
@@ -125,7 +115,7 @@ inline void prefetch_outliers(const Side& side, const Block& block, int head) {
     if (!block.outlier_offsets) return;
     for (int i = block.outlier_offsets[head]; i < block.outlier_offsets[head + 1]; i += 16) {
         __builtin_prefetch(block.outlier_index + i, 0, 2);
-        __builtin_prefetch(static_cast<const uint16_t*>(block.outlier_values) + i * side.numbers, 0, 2);
+        __builtin_prefetch(static_cast<const uint16_t*>(block.outlier_values) + i, 0, 2);
     }
 }
 
@@ -141,7 +131,7 @@ inline void prefetch_beside(const Side& side, const Block& next, const Block& af
 }
 
 // Outliers of a part, from `outlier` on; they are sorted by token, and one that is not ends them: none is written beyond the tile.
-template <int numbers, Number kind>
+template <Number kind>
 void put_outliers(Source& source, Part part, float* tile) {
     const Side& side = source.side;
     const int stride = tile_stride(side.channel_major, source.head_dim, part.tokens), codes = side.codes;
@@ -154,10 +144,7 @@ void put_outliers(Source& source, Part part, float* tile) {
     int i = source.outlier;
     for (; i < last && unsigned(index[i] - first) < size; ++i) {
         const int token = index[i] * reciprocal >> 32, code = index[i] - token * codes;
-        float* to = tile + (token - part.from) * by_token + code * by_channel;
-        for (int number = 0; number < numbers; ++number) {
-            to[number * codes * by_channel] = to_single(values[i * numbers + number], kind);
-        }
+        tile[(token - part.from) * by_token + code * by_channel] = to_single(values[i], kind);
     }
     source.outlier = i;
 }
@@ -185,18 +172,13 @@ inline void decode(Source& source, Part part, float* buffer, float* tile) {
         case 2: decode_codes<2>(source, part, buffer, tile); break;
         case 3: decode_codes<3>(source, part, buffer, tile); break;
         case 4: decode_codes<4>(source, part, buffer, tile); break;
-        case 5: decode_codes<5>(source, part, buffer, tile); break;
-        case 6: decode_codes<6>(source, part, buffer, tile); break;
-        case 7: decode_codes<7>(source, part, buffer, tile); break;
         default: decode_codes<8>(source, part, buffer, tile);
     }
     if (!source.block.outlier_offsets) return;
-    const auto put = [&](auto half, auto bfloat) { (side.outlier == Number::half ? half : bfloat)(source, part, tile); };
-    if (side.numbers == 1) put(put_outliers<1, Number::half>, put_outliers<1, Number::bfloat>);
-    if (side.numbers == 2) put(put_outliers<2, Number::half>, put_outliers<2, Number::bfloat>);
+    (side.outlier == Number::half ? put_outliers<Number::half> : put_outliers<Number::bfloat>)(source, part, tile);
 }
 
-inline int codebooks(const Side& side) { return side.fixed ? side.codes * side.numbers : 1; }
+inline int codebooks(const Side& side) { return side.fixed ? side.codes : 1; }
 
 // The codebooks of a head as look-ups read them, in `room` where that is not as they lie.
 inline const float* tables_of(const Side& side, int head, float* room) {

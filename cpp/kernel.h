@@ -23,7 +23,7 @@ namespace {
 // One piece of work: blocks [first, last) of a head of a sequence, or the tail, or the exact tokens that follow.
 struct Piece {
     int row, head;
-    bool tail, dense, channel_major;
+    bool tail, dense, streamed;  // streamed: sums are those of streams, whose lanes are added up at the end
     int first, last;
     float* result;  // [rows] largest, [rows] total, [rows][head_dim] sum
 };
@@ -118,7 +118,7 @@ class Worker : Sight {
     StreamValues stream_values;
     const float* tables[2];  // of the piece's head: of keys, and of values
 
-    int sum_stride(const Piece& piece) const { return piece.channel_major ? dim * simd::width : round_up(dim, 16); }
+    int sum_stride(const Piece& piece) const { return piece.streamed ? dim * simd::width : round_up(dim, 16); }
 
     void read_query(const Piece& piece) {
         const float* query = piece.dense ? problem.dense_query : problem.packed_query;
@@ -158,9 +158,8 @@ class Worker : Sight {
     }
 
     void take_values_of(const Piece& piece, Source values, int count) {
-        const int tokens = piece.channel_major ? kBlock : kTurned;
-        for (int from = 0; from < count; from += tokens) {
-            decode(values, {from, tokens}, scratch.ranges, scratch.tile);
+        for (int from = 0; from < count; from += kTurned) {
+            decode(values, {from, kTurned}, scratch.ranges, scratch.tile);
             take_values(piece, from);
         }
     }
@@ -244,18 +243,12 @@ class Worker : Sight {
     void take_values(const Piece& piece, int from) {
         const int stride = sum_stride(piece);
         by_fours(rows, [&](int row, auto queries) {
-            const float* weights = scratch.scores + row * kBlock + from;
-            float* sums = scratch.sum + int64_t(row) * stride;
-            if (piece.channel_major) {
-                mix_channels<queries>(weights, scratch.tile, dim, sums);
-            } else {
-                mix<queries>(weights, scratch.tile, stride, sums);
-            }
+            mix<queries>(scratch.scores + row * kBlock + from, scratch.tile, stride, scratch.sum + int64_t(row) * stride);
         });
     }
 
     void finish(const Piece& piece) const {
-        const int stride = sum_stride(piece), lanes = piece.channel_major ? simd::width : 1;
+        const int stride = sum_stride(piece), lanes = piece.streamed ? simd::width : 1;
         float* sum = piece.result + 2 * rows;
         for (int i = 0; i < rows; ++i) {
             piece.result[i] = scratch.largest[i];
@@ -301,7 +294,7 @@ void attend(const Problem& problem) {
     const int heads = problem.batch * problem.kv_heads, rows = problem.group * problem.queries;
     const int64_t size = round_up(rows * (problem.head_dim + 2), 16);
     float* results = static_cast<float*>(std::aligned_alloc(64, sizeof(float) * size * heads * pieces));
-    const int by_channel = problem.values.streams ? runs + 1 : problem.values.channel_major ? runs : 0;  // so many of the pieces
+    const int streamed = problem.values.streams ? runs + 1 : 0;  // so many of the pieces
 #pragma omp parallel num_threads(problem.threads) if (problem.threads > 1)
     {
         Packed packed(problem);
@@ -310,7 +303,7 @@ void attend(const Problem& problem) {
         for (int i = 0; i < heads * pieces; ++i) {
             const int head = i % heads, run = i / heads;
             float* result = results + (int64_t(head) * pieces + run) * size;
-            Piece piece{head / problem.kv_heads, head % problem.kv_heads, run == runs, run > runs, run < by_channel, 0, 0, result};
+            Piece piece{head / problem.kv_heads, head % problem.kv_heads, run == runs, run > runs, run < streamed, 0, 0, result};
             if (piece.tail || piece.dense) {
                 piece.last = piece.tail ? problem.tail > 0 : (problem.dense + kBlock - 1) / kBlock;
                 exact.run(piece);

@@ -13,12 +13,12 @@ namespace {
 using simd::Bytes;
 constexpr int kCodes = sizeof(Bytes);  // looked up at once
 
-constexpr int kPlanes[9][3] = {{}, {}, {2}, {2, 1}, {4}, {4, 1}, {4, 2}, {4, 2, 1}, {8}};
+constexpr int kPlanes[9][2] = {{}, {}, {2}, {2, 1}, {4}, {}, {}, {}, {8}};
 
 // Codes of a row of any length: code i lies in byte i % bytes of a plane, at bit width * (i / bytes).
 inline void unpack_row(const uint8_t* const* rows, int bits, int length, uint8_t* codes) {
     std::memset(codes, 0, length);
-    for (int plane = 0, shift = 0; plane < 3 && kPlanes[bits][plane]; shift += kPlanes[bits][plane++]) {
+    for (int plane = 0, shift = 0; plane < 2 && kPlanes[bits][plane]; shift += kPlanes[bits][plane++]) {
         const int width = kPlanes[bits][plane], bytes = length * width / 8, mask = (1 << width) - 1;
         for (int i = 0; i < 8 / width; ++i) {
             for (int byte = 0; byte < bytes; ++byte) {
@@ -52,27 +52,21 @@ inline Bytes plane_at(const uint8_t* row, int i) {
 // Codes of a row whose length is known, from the i-th on, a byte each.
 template <int bits, int length>
 inline Bytes codes_at(const uint8_t* const* rows, int i) {
-    constexpr int first = kPlanes[bits][0], second = kPlanes[bits][1], third = kPlanes[bits][2];
-    return plane_at<first, length>(rows[0], i) | plane_at<second, length>(rows[1], i) << first |
-           plane_at<third, length>(rows[2], i) << (first + second);
+    constexpr int first = kPlanes[bits][0], second = kPlanes[bits][1];
+    return plane_at<first, length>(rows[0], i) | plane_at<second, length>(rows[1], i) << first;
 }
 
-constexpr int levels_of(int bits) { return bits <= 3 ? 8 : bits >= 7 ? 256 : 1 << bits; }
+constexpr int levels_of(int bits) { return bits <= 4 ? 16 : 256; }
 
-// A row of codes, looked up in the codebooks of one number or two, in a row of the tile for each.
-template <int bits, int length, int from, int stop, int numbers>
-inline void look_up(const uint8_t* const* rows, const float* table, int stride, float* first, float* second) {
-    const simd::Table<levels_of(bits)> ones(table), twos(table + (numbers - 1) * stride);
+// A row of codes, looked up in a codebook of its own.
+template <int bits, int length, int from, int stop>
+inline void look_up(const uint8_t* const* rows, const float* table, float* numbers) {
+    const simd::Table<levels_of(bits)> points(table);
 #pragma GCC unroll 8
     for (int i = from; i < stop; i += kCodes) {
-        const Bytes codes = codes_at<bits, length>(rows, i);
-        const simd::Found found = ones(codes), others = twos(codes);
+        const simd::Found found = points(codes_at<bits, length>(rows, i));
 #pragma GCC unroll 4
-        for (int part = 0; part < kCodes / simd::width; ++part) {
-            const int at = i - from + part * simd::width;
-            simd::store(first + at, found.part[part]);
-            if (numbers == 2) simd::store(second + at, others.part[part]);
-        }
+        for (int part = 0; part < kCodes / simd::width; ++part) simd::store(numbers + i - from + part * simd::width, found.part[part]);
     }
 }
 

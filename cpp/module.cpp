@@ -14,29 +14,12 @@
 #include "arrays.h"
 #include "attention.h"
 #include "module_encode.h"
-#include "nearest.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace narrowkv {
 namespace {
-
-void add_moments(Array<const float, nb::ndim<3>> numbers, Array<const uint8_t, nb::ndim<3>> found,
-                 Array<double, nb::ndim<4>> sums, int threads) {
-    Moments problem{};
-    problem.heads = int64_t(found.shape(0));
-    problem.tokens = int64_t(found.shape(1));
-    problem.codes = int64_t(found.shape(2));
-    problem.levels = int64_t(sums.shape(1));
-    problem.count = int64_t(numbers.shape(2)) / problem.codes;
-    problem.numbers = numbers.data();
-    problem.found = found.data();
-    problem.sums = sums.data();
-    problem.threads = threads;
-    nb::gil_scoped_release release;
-    moments(problem);
-}
 
 std::vector<std::string> instruction_sets() {
     std::vector<std::string> found;
@@ -112,12 +95,12 @@ struct HeldSide {
     std::optional<HeldStreams> streams;
 };
 
-void make_side(HeldSide* held, int bits, int codes, int numbers, bool channel_major, std::optional<Table> table, bool fixed,
+void make_side(HeldSide* held, int bits, int codes, bool channel_major, std::optional<Table> table, bool fixed,
                std::optional<Table> scale, std::optional<Table> zero, std::vector<int> ranges, int exact, int outlier,
                 std::optional<Array<const uint8_t>> words, std::optional<Table> unit, int most, const HeldStreams* streams) {
     new (held) HeldSide{{}, table, scale, zero, unit, words, streams ? std::optional(*streams) : std::nullopt};
-    const int stride = bits <= 4 ? 16 : bits >= 7 ? 256 : 1 << bits;
-    held->side = Side{bits,      codes,     numbers,   stride, channel_major, fixed,
+    const int stride = bits <= 4 ? 16 : 256;
+    held->side = Side{bits,      codes,     stride,    channel_major, fixed,
                       ranges[0], ranges[1], ranges[2], Number(exact), Number(outlier),
                       data_or_null(table), data_or_null(words), data_or_null(unit), most, data_or_null(scale), data_or_null(zero),
                       held->streams ? &held->streams->streams : nullptr};
@@ -151,7 +134,7 @@ void require_streams(const HeldSide& held, bool keys, int64_t kv_heads, int64_t 
 // Every table is as large as what will be read of it.
 void require_tables(const HeldSide& held, int64_t heads) {
     const Side& side = held.side;
-    const int64_t codes = heads * side.codes * side.numbers, ranges = int64_t(side.range_heads) * side.range_tokens * side.range_channels;
+    const int64_t codes = heads * side.codes, ranges = int64_t(side.range_heads) * side.range_tokens * side.range_channels;
     const auto holds = [](const std::optional<Table>& table, int64_t floats) { return !table || int64_t(table->size()) >= floats; };
     if (!(side.bits == 16 || side.table || side.streams) || !holds(held.table, (side.fixed ? codes : 1) * side.stride) || !holds(held.scale, ranges) ||
         !holds(held.zero, ranges))
@@ -230,15 +213,13 @@ NB_MODULE(_kernels, module) {
     using namespace narrowkv;
     module.def("instruction_sets", &instruction_sets,
                "Names of the vector instruction sets of this processor that kernels can use, weakest first.");
-    module.def("moments", &add_moments, "numbers"_a, "found"_a, "sums"_a, "threads"_a,
-               "Add the moments of all vectors to those of the level that each fell to; see codec/points.py.");
     define_encode(module);
     nb::class_<HeldStreams>(module, "Streams", "What all trellis-coded streams of one side have in common.")
         .def("__init__", &make_streams, nb::kw_only(), "counts"_a, "norms"_a, "high"_a, "low"_a, "finer"_a, "places"_a.none(),
              "channels"_a.none(), "turns"_a.none(), "offsets"_a.none(), "in_words"_a = false,
              "stretches"_a.none() = nb::none(), "reaches"_a.none() = nb::none(), "offset_words"_a.none() = nb::none());
     nb::class_<HeldSide>(module, "Side", "The keys, or the values, of packed blocks: what all of them have in common.")
-        .def("__init__", &make_side, nb::kw_only(), "bits"_a, "codes"_a, "numbers"_a, "channel_major"_a, "table"_a.none(),
+        .def("__init__", &make_side, nb::kw_only(), "bits"_a, "codes"_a, "channel_major"_a, "table"_a.none(),
              "fixed"_a, "scale"_a.none(), "zero"_a.none(), "ranges"_a, "exact"_a, "outlier"_a, "words"_a.none(),
              "unit"_a.none(), "most"_a, "streams"_a.none() = nb::none())
         .def_prop_ro("in_words", &in_words);

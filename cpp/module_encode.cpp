@@ -11,7 +11,6 @@
 
 #include "arrays.h"
 #include "encode.h"
-#include "nearest.h"
 #include "pack.h"
 #include "trellis.h"
 
@@ -73,21 +72,6 @@ bool are_finite(int kind, uint64_t data, std::array<int64_t, 4> shape, std::arra
     return all_finite(numbers, threads);
 }
 
-// shape: batch, heads, tokens, levels, numbers of a code, codes.
-void find_nearest(uint64_t numbers, uint64_t points, uint64_t found, uint64_t cost, std::array<int64_t, 6> shape, int threads) {
-    const auto [batch, heads, tokens, levels, count, codes] = shape;
-    const Nearest problem{batch, heads, tokens, codes, levels, count, at<const float>(numbers), at<const float>(points),
-                          at<uint8_t>(found), at<float>(cost), threads};
-    nb::gil_scoped_release release;
-    nearest(problem);
-}
-
-void turn_numbers(uint64_t numbers, uint64_t matrices, uint64_t turned, std::array<int64_t, 4> shape) {
-    const Turn problem{shape[0], shape[1], shape[2], shape[3], at<const float>(numbers), at<const uint16_t>(matrices), at<float>(turned)};
-    nb::gil_scoped_release release;
-    turn(problem);
-}
-
 void pack_plane(uint64_t codes, std::array<int64_t, 3> shape, std::array<int64_t, 3> strides, int bits, int shift, uint64_t packed,
                 int threads) {
     const Packing problem{shape[0],   shape[1],   shape[2], strides[0], strides[1], strides[2], bits, shift, at<const uint8_t>(codes),
@@ -119,10 +103,6 @@ void define_encode(nb::module_& module) {
              "outlier_room"_a, "threads"_a, "Write codes, ranges and outliers of new tokens to their room; see codec/compiled.py.");
     module.def("all_finite", &are_finite, "kind"_a, "data"_a, "shape"_a, "strides"_a, "threads"_a,
                "Whether no number is NaN or infinite.");
-    module.def("nearest", &find_nearest, "numbers"_a, "points"_a, "found"_a, "cost"_a, "shape"_a, "threads"_a,
-               "Fill in the nearest point of each code and the squared distance to it; see codec/points.py.");
-    module.def("turn", &turn_numbers, "numbers"_a, "matrices"_a, "turned"_a, "shape"_a,
-               "Multiply each head by its matrix, summing in float64; see codec/points.py.");
     module.def("encode_trellis", &encode_trellis, "kernel"_a, "elements"_a, "weights"_a, "high"_a, "low"_a, "codes"_a, "shape"_a,
                "counts"_a, "threads"_a, "Write the bit stream of least cost of each row; see codec/trellis.py.");
     module.def("pack", &pack_plane, "codes"_a, "shape"_a, "strides"_a, "bits"_a, "shift"_a, "packed"_a, "threads"_a,

@@ -29,14 +29,12 @@ inline void read_tail(const Side& side, const Tail& tail, int64_t place, int hea
         return;
     }
     const uint8_t* codes = static_cast<const uint8_t*>(tail.codes) + first;
-    const int step = side.fixed ? side.numbers * side.stride : 0;
+    const int step = side.fixed ? side.stride : 0;
     const float* table = side.table + int64_t(head) * side.codes * step;
     const int64_t heads = side.range_heads, row = place / kv_heads;
     for (int token = 0; token < count; ++token, codes += side.codes) {
         float* to = numbers + token * head_dim;
-        for (int number = 0; number < side.numbers; ++number) {
-            look_up_tail(codes, side.codes, side.bits, table + number * side.stride, step, to + number * side.codes);
-        }
+        look_up_tail(codes, side.codes, side.bits, table, step, to);
         if (side.fixed) continue;
         const int64_t of_head = side.scale ? head : row * heads + (heads > 1 ? head : 0);
         const int64_t at = (of_head * side.range_tokens + token * side.range_tokens / kBlock) * side.range_channels;
@@ -52,10 +50,7 @@ inline void read_tail(const Side& side, const Tail& tail, int64_t place, int hea
     for (int64_t i = 0; i < tail.outliers; ++i) {
         const int64_t at = tail.outlier_index[i] - first;
         if (at < 0 || at >= int64_t(count) * side.codes) continue;
-        for (int number = 0; number < side.numbers; ++number) {
-            float& to = numbers[at / side.codes * head_dim + at % side.codes + number * side.codes];
-            to = to_single(values[i * side.numbers + number], side.outlier);
-        }
+        numbers[at / side.codes * head_dim + at % side.codes] = to_single(values[i], side.outlier);
     }
 }
 

@@ -80,26 +80,6 @@ inline void mix(const float* weights, const float* tile, int stride, float* sums
     mix_tokens<queries, 1>(weights, tile, stride, mix_tokens<queries, kWide>(weights, tile, stride, 0, sums), sums);
 }
 
-// Add a channel-major tile of 64 tokens, weighted, to the sums of some queries, [queries][head_dim][width]: lanes are added up at the end.
-template <int queries>
-inline void mix_channels(const float* weights, const float* tile, int head_dim, float* sums) {
-    for (int token = 0; token < kBlock; token += kWide * simd::width) {
-        Floats weight[queries][kWide];
-        for (int q = 0; q < queries; ++q) {
-            for (int i = 0; i < kWide; ++i) weight[q][i] = load(weights + q * kBlock + token + i * simd::width);
-        }
-        for (int d = 0; d < head_dim; ++d) {
-            const float* values = tile + d * kBlock + token;
-            for (int q = 0; q < queries; ++q) {
-                float* at = sums + (int64_t(q) * head_dim + d) * simd::width;
-                Floats sum = load(at);
-                for (int i = 0; i < kWide; ++i) sum += weight[q][i] * load(values + i * simd::width);
-                store(at, sum);
-            }
-        }
-    }
-}
-
 // Run `part`, which is told how many queries at once as a type, over all rows: four at a time, then two, then one.
 template <typename Part>
 inline void by_fours(int rows, const Part& part) {

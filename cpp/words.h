@@ -20,11 +20,6 @@ inline void store_words(int16_t* p, __m512i x) { _mm512_storeu_si512(p, x); }
 // The order of 32 tokens, or channels, in a register: even ones, then odd ones, since codes of neighbours share a word of packed bytes.
 inline constexpr int number_at(int place) { return 2 * (place % 16) + place / 16; }
 inline constexpr int place_of(int number) { return (number & ~31) + number % 32 / 2 + number % 2 * 16; }
-inline __m512i place_of(__m512i number) {
-    const __m512i place = _mm512_srli_epi32(_mm512_and_si512(number, _mm512_set1_epi32(30)), 1), one = _mm512_set1_epi32(1);
-    const __m512i odd = _mm512_slli_epi32(_mm512_and_si512(number, one), 4);
-    return _mm512_add_epi32(_mm512_and_si512(number, _mm512_set1_epi32(~31)), _mm512_add_epi32(place, odd));
-}
 
 using Turns = std::array<int16_t, 32>;
 
@@ -108,35 +103,21 @@ struct LanePlane {
 // Codes from the bits of their planes; plane: a template of the plane's width, number and first bit. Bits above are whatever.
 template <int bits, typename Plane>
 inline __m512i join_planes(const Plane& plane) {
-    constexpr int first = kPlanes[bits][0], second = kPlanes[bits][1], third = kPlanes[bits][2];
+    constexpr int first = kPlanes[bits][0], second = kPlanes[bits][1];
     using std::integral_constant;
     __m512i found = plane(integral_constant<int, first>(), integral_constant<int, 0>(), integral_constant<int, 0>());
     if constexpr (second > 0) {
         const __m512i more = plane(integral_constant<int, second>(), integral_constant<int, 1>(), integral_constant<int, first>());
         found = _mm512_ternarylogic_epi64(_mm512_set1_epi16((1 << first) - 1), found, more, 0xca);
     }
-    if constexpr (third > 0) {
-        const __m512i more = plane(integral_constant<int, third>(), integral_constant<int, 2>(), integral_constant<int, first + second>());
-        found = _mm512_ternarylogic_epi64(_mm512_set1_epi16((1 << (first + second)) - 1), found, more, 0xca);
-    }
     return found;
 }
 
-// A codebook of words; of 16 levels at least, and of 16 or 32 bits above those of a code do not matter.
-template <int levels>
+constexpr int kLevels = 16;  // of a codebook of words, whose levels are repeated to make as many
+
+// Words of codes; bits above those of a code do not matter.
 inline __m512i look_up_words(__m512i codes, const uint8_t* table) {
-    const auto part = [&](int i) { return _mm512_loadu_si512(table + 64 * i); };
-    if constexpr (levels == 16) {
-        return _mm512_permutexvar_epi16(codes, _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)table)));
-    } else if constexpr (levels == 32) {
-        return _mm512_permutexvar_epi16(codes, part(0));
-    } else if constexpr (levels == 64) {
-        return _mm512_permutex2var_epi16(part(0), codes, part(1));
-    } else {
-        constexpr int half = levels / 2, shift = levels == 128 ? 9 : 8;  // its highest bit becomes the sign
-        const __m512i low = look_up_words<half>(codes, table), high = look_up_words<half>(codes, table + 2 * half);
-        return _mm512_mask_blend_epi16(_mm512_movepi16_mask(_mm512_slli_epi16(codes, shift)), low, high);
-    }
+    return _mm512_permutexvar_epi16(codes, _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)table)));
 }
 
 // Memory that will be read next, asked for little by little: a burst would wait for the few lines that can be on their way.
@@ -147,7 +128,7 @@ class Ahead {
     // The codes of a head.
     void add(const Side& side, const Block& block, int head) {
         if (side.streams) return add(block.planes[0], head, side.streams->bytes * kBlock);
-        for (int plane = 0; plane < 3 && kPlanes[side.bits][plane]; ++plane) {
+        for (int plane = 0; plane < 2 && kPlanes[side.bits][plane]; ++plane) {
             add(block.planes[plane], head, side.codes * kBlock * kPlanes[side.bits][plane] / 8);
         }
     }
@@ -173,8 +154,6 @@ class Ahead {
         lines += (bytes + 63) / 64;
     }
 };
-
-constexpr int kept_levels(int bits) { return bits <= 4 ? 16 : 1 << bits; }
 
 // Numbers, rounded, as the two words of a lane.
 inline __m512i to_lanes(__m512 first, __m512 second) {

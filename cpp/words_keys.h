@@ -56,8 +56,8 @@ class WordKeys {
         for (int group = 0; by_channel(side) && group < side.range_tokens; ++group) scale_to_words(spread, group);
         const int16_t* angles = side.fixed ? turn(start, std::min(count, kBlock)) : nullptr;
         if (block.outlier_offsets) read_outliers(block, spread, angles != nullptr);  // before the scores, so that these need not wait for them
-        by_bits(side, [&](auto bits, auto numbers) {
-            const Rows<bits, numbers> keys(side, block, head);
+        by_bits(side, [&](auto bits) {
+            const Rows<bits> keys(side, block, head);
             by_fours(rows, [&](int q, auto queries) {
                 float* to = scores + q * stride;
                 side.fixed || by_channel(side) ? score_tokens<queries>(keys, q, angles, ahead, to, stride)

@@ -83,12 +83,10 @@ struct Places {
     }
 };
 
-// The exact numbers of up to sixteen outliers from the i-th on; of pairs, the first or the second ones.
-inline __m512 exact_outliers(const Side& side, const Block& block, int i, int count, int number) {
-    const uint16_t* from = static_cast<const uint16_t*>(block.outlier_values) + int64_t(i) * side.numbers;
-    const __mmask16 some = __mmask16((1 << count) - 1);
-    __m512i bits = side.numbers == 1 ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, from)) : _mm512_maskz_loadu_epi32(some, from);
-    if (number == 1) bits = _mm512_srli_epi32(bits, 16);
+// The exact numbers of up to sixteen outliers from the i-th on.
+inline __m512 exact_outliers(const Side& side, const Block& block, int i, int count) {
+    const uint16_t* from = static_cast<const uint16_t*>(block.outlier_values) + i;
+    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(__mmask16((1 << count) - 1), from));
     if (side.outlier == Number::bfloat) return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
     return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(bits));
 }
@@ -100,7 +98,7 @@ inline bool by_channel(const Side& side) { return !side.fixed && side.range_toke
 inline __m512i codes_of(const Side& side, const Block& block, int head, __m512i row, __m512i place, int length) {
     const int64_t first = int64_t(head) * (side.channel_major ? side.codes : kBlock);
     __m512i found = _mm512_setzero_si512();
-    for (int plane = 0, bit = 0; plane < 3 && kPlanes[side.bits][plane]; bit += kPlanes[side.bits][plane++]) {
+    for (int plane = 0, bit = 0; plane < 2 && kPlanes[side.bits][plane]; bit += kPlanes[side.bits][plane++]) {
         const int width = kPlanes[side.bits][plane], bytes = length * width / 8;  // a power of two, as are their halves
         const __m128i shift = _mm_cvtsi32_si128(__builtin_ctz(bytes));
         const __m512i byte = _mm512_add_epi32(_mm512_sll_epi32(row, shift), _mm512_and_si512(place, _mm512_set1_epi32(bytes - 1)));
@@ -141,33 +139,27 @@ struct Differences {
     // where differences are to be in words rather than in real units; or null.
     template <typename Take>
     void read(const Side& side, const Block& block, int head, const Spread& spread, const float* inverse, const Take& take) {
-        const int first = block.outlier_offsets[head], all = block.outlier_offsets[head + 1] - first, levels = kept_levels(side.bits);
-        make_room(size_t(all + 16) * side.numbers);
-        const uint8_t* table = side.words + (side.fixed ? int64_t(head) * side.codes * side.numbers * levels * 2 : 0);
+        const int first = block.outlier_offsets[head], all = block.outlier_offsets[head + 1] - first;
+        make_room(size_t(all + 16));
+        const uint8_t* table = side.words + (side.fixed ? int64_t(head) * side.codes * kLevels * 2 : 0);
         const __m512 shared = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)table)));
         const bool rows = side.channel_major;
-        count = 0;
         for (int i = 0; i < all; i += 16) {
             const int some = all - i < 16 ? all - i : 16;
             const Places places(block.outlier_index + first + i, some, side.codes);
             const __m512i code = rows ? codes_of(side, block, head, places.code, places.token, kBlock)
                                       : codes_of(side, block, head, places.token, places.code, side.codes);
-            for (int number = 0; number < side.numbers; ++number, count += some) {
-                __m512 word = _mm512_permutexvar_ps(code, shared);
-                if (side.fixed) {
-                    const __m512i codebook = _mm512_add_epi32(_mm512_slli_epi32(places.code, side.numbers - 1), _mm512_set1_epi32(number));
-                    word = words_at(table, _mm512_add_epi32(code, _mm512_sll_epi32(codebook, _mm_cvtsi32_si128(__builtin_ctz(levels)))));
-                }
-                const __m512i channel = _mm512_add_epi32(places.code, _mm512_set1_epi32(number * side.codes));
-                const __m512 exact = exact_outliers(side, block, first + i, some, number);
-                if (inverse) {
-                    take(places.token, channel, exact * _mm512_i32gather_ps(channel, inverse, 4) - word, count);
-                } else {
-                    const __m512i range = spread.at(places.token, channel);
-                    take(places.token, channel, exact - spread.zero_at(range) - word * spread.scale_at(range), count);
-                }
+            const __m512i of_channel = _mm512_add_epi32(code, _mm512_mullo_epi32(places.code, _mm512_set1_epi32(kLevels)));
+            const __m512 word = side.fixed ? words_at(table, of_channel) : _mm512_permutexvar_ps(code, shared);
+            const __m512 exact = exact_outliers(side, block, first + i, some);
+            if (inverse) {
+                take(places.token, places.code, exact * _mm512_i32gather_ps(places.code, inverse, 4) - word, i);
+            } else {
+                const __m512i range = spread.at(places.token, places.code);
+                take(places.token, places.code, exact - spread.zero_at(range) - word * spread.scale_at(range), i);
             }
         }
+        count = all;
     }
 
     // The same of trellis-coded streams, in grid steps. decoded: is told tokens and places, and yields what their codes stand for.
@@ -179,7 +171,7 @@ struct Differences {
         for (int i = 0; i < count; i += 16) {
             const int some = std::min(count - i, 16);
             const Places places(block.outlier_index + first + i, some, coded);
-            const __m512 exact = exact_outliers(side, block, first + i, some, 0) * _mm512_i32gather_ps(places.code, side.streams->finer, 4);
+            const __m512 exact = exact_outliers(side, block, first + i, some) * _mm512_i32gather_ps(places.code, side.streams->finer, 4);
             take(places.token, places.code, exact - _mm512_cvtepi32_ps(decoded(places.token, places.code)), i);
         }
     }

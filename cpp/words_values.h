@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <vector>
 
 #include "words_keys.h"
 
@@ -84,15 +83,12 @@ class WordValues {
     static constexpr int span = kSpan;
 
     explicit WordValues(const Problem& problem)
-        : side(problem.values), rows(problem.group * problem.queries), dim(problem.head_dim), groups(side.channel_major ? 1 : side.range_channels),
+        : side(problem.values), rows(problem.group * problem.queries), dim(problem.head_dim), groups(side.range_channels),
           weights(rows * groups * kSpan), sums(rows * dim), ranges((2 * groups + 1) * kSpan), shares(rows * groups), zeros(rows * groups),
-          whole(rows * dim), places(rows * dim), apart(round_up(rows, 4) * kSpan), more(round_up(rows, 4) * dim) {
-        for (int i = 0; i < rows * dim; ++i) places[i] = place(i / dim, i % dim);
-    }
+          whole(rows * dim), apart(round_up(rows, 4) * kSpan), more(round_up(rows, 4) * dim) {}
 
     void begin(int head) {
         this->head = head;
-        unit = side.unit + (side.fixed ? int64_t(head) * dim : 0);
         std::fill(sums.begin(), sums.end(), 0.0f);
         std::fill(more.begin(), more.end(), 0.0f);
     }
@@ -100,10 +96,10 @@ class WordValues {
     // Add a span's values: weight is [rows][span] float32, and what was added up before fades by `fading` of each row.
     void add(const Span& span, const float* weight, const float* fading, Ahead& ahead) {
         float *scale = ranges.data(), *zero = scale + groups * kSpan;
-        if (!side.channel_major) read_ranges(span, scale, zero);
-        weigh_in_words(span.length, weight, side.channel_major ? nullptr : scale, zero, side.channel_major ? 1.0f : *unit);
+        read_ranges(span, scale, zero);
+        weigh_in_words(span.length, weight, scale, zero);
         const bool outliers = read_outliers(span, scale, zero);  // before the sums, so that these need not wait for them
-        side.channel_major ? add_channels(span, fading, ahead) : add_tokens(span, fading, ahead);
+        add_tokens(span, fading, ahead);
         fade_by_fours(fading, rows, dim, more.data());
         if (!outliers) return;
         set_apart_by_fours(weight, span.length, kSpan, rows, apart.data());
@@ -112,15 +108,15 @@ class WordValues {
         }
     }
 
-    // In how many steps of `ahead` a block is read: rows of channels, or pairs of tokens of 64 channels.
-    int steps() const { return side.channel_major ? side.codes : kBlock / 2 * (side.codes / 64); }
+    // In how many steps of `ahead` a block is read: pairs of tokens of 64 channels.
+    int steps() const { return kBlock / 2 * (side.codes / 64); }
 
     // The sums, [rows][head_dim].
     void finish(float* to) const {
         for (int row = 0; row < rows; ++row) {
             const float* other = &more[row / 4 * dim * 4 + row % 4];
             for (int channel = 0; channel < dim; ++channel, ++to) {
-                *to = sums[places[row * dim + channel]] * (side.channel_major ? unit[channel] : 1.0f) + other[4 * channel];
+                *to = sums[row * dim + place_of(channel)] + other[4 * channel];
             }
         }
     }
@@ -129,15 +125,13 @@ class WordValues {
     const Side& side;
     const int rows, dim, groups;
     Room<int16_t> weights;             // [rows][groups][span]
-    Room<float> sums, ranges, shares;  // shares: what a sum in words stands for, [rows][groups]
+    Room<float> sums, ranges, shares;  // sums: ordered by `place_of`; shares: what a sum in words stands for, [rows][groups]
     Room<float> zeros;                 // what zeros add to sums, likewise
     Room<int32_t> whole;               // [rows][head_dim]
-    Room<int32_t> places;              // of sums, [rows][head_dim]
     Room<float> apart;                 // the weights, [rows / 4][span][4]
     Room<float> more;                  // what outliers add to sums, [rows / 4][head_dim][4]
     Differences differences[kSpan / kBlock];
     int head = 0;
-    const float* unit = nullptr;
 
     void read_ranges(const Span& span, float* scale, float* zero) {
         std::fill(scale, scale + 2 * groups * kSpan, 0.0f);
@@ -148,17 +142,16 @@ class WordValues {
         }
     }
 
-    // Weights of tokens as words; of values with codebooks of channels, in the order of `place_of`. scale, zero: of values,
-    // [groups][span], or no scale and no zero.
-    void weigh_in_words(int length, const float* weight, const float* scale, const float* zero, float unit) {
+    // Weights of tokens as words. scale, zero: of values, [groups][span].
+    void weigh_in_words(int length, const float* weight, const float* scale, const float* zero) {
         const float most = kMostSum / float(side.most);
         float* scaled = &ranges[2 * groups * kSpan];
         for (int row = 0; row < rows; ++row, weight += kSpan) {
             for (int group = 0; group < groups; ++group) {
                 __m512 sum = {}, largest = {}, from_zero = {};
                 for (int i = 0; i < length; i += 16) {
-                    const __m512 x = _mm512_load_ps(weight + i), by = scale ? _mm512_load_ps(scale + group * kSpan + i) : _mm512_set1_ps(1.0f);
-                    if (scale) from_zero += x * _mm512_load_ps(zero + group * kSpan + i);
+                    const __m512 x = _mm512_load_ps(weight + i), by = _mm512_load_ps(scale + group * kSpan + i);
+                    from_zero += x * _mm512_load_ps(zero + group * kSpan + i);
                     sum += x * by, largest = _mm512_max_ps(largest, x * by);
                     _mm512_store_ps(scaled + i, x * by);
                 }
@@ -167,22 +160,12 @@ class WordValues {
                 int16_t* words = &weights[(row * groups + group) * kSpan];
                 for (int i = 0; i < length; i += 32) {
                     const auto half = [&](int at) { return _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_load_ps(scaled + at) * factor)); };
-                    const __m512i whole = _mm512_inserti64x4(_mm512_castsi256_si512(half(i)), half(i + 16), 1);
-                    store_words(words + i, side.channel_major ? _mm512_permutexvar_epi16(in_places(), whole) : whole);
+                    store_words(words + i, _mm512_inserti64x4(_mm512_castsi256_si512(half(i)), half(i + 16), 1));
                 }
-                shares[row * groups + group] = factor > 0.0f ? unit / factor : 0.0f;
+                shares[row * groups + group] = factor > 0.0f ? *side.unit / factor : 0.0f;
                 zeros[row * groups + group] = _mm512_reduce_add_ps(from_zero);
             }
         }
-    }
-
-    static __m512i in_places() {
-        alignas(64) static constexpr auto numbers = [] {
-            std::array<int16_t, 32> found{};
-            for (int i = 0; i < 32; ++i) found[i] = int16_t(number_at(i));
-            return found;
-        }();
-        return _mm512_load_si512(numbers.data());
     }
 
     void add_tokens(const Span& span, const float* fading, Ahead& ahead) {
@@ -220,43 +203,6 @@ class WordValues {
         side.bits == 3 ? any(std::integral_constant<int, 3>()) : any(std::integral_constant<int, 4>());
     }
 
-    // Codebooks of channels: some channels of all blocks at a time, whose lanes are added up once.
-    void add_channels(const Span& span, const float* fading, Ahead& ahead) {
-        by_bits(side, [&](auto bits, auto numbers) {
-            const int count = span.length / kBlock;
-            std::vector<Rows<bits, numbers>> held;
-            const Rows<bits, numbers>* blocks[kSpan / kBlock] = {};
-            held.reserve(count);
-            for (int i = 0; i < count; ++i) {
-                if (span.sides[i]) held.emplace_back(side, span.sides[i][1], head), blocks[i] = &held.back();
-            }
-            by_fours(rows, [&](int row, auto queries) { mix_channels<queries>(blocks, count, row, fading, ahead); });
-        });
-    }
-
-    template <int queries, int bits, int numbers>
-    void mix_channels(const Rows<bits, numbers>* const* blocks, int count, int row, const float* fading, Ahead& ahead) {
-        constexpr int together = 16 / queries / numbers;
-        alignas(64) float share[16], fade[16];
-        for (int i = 0; i < 16; ++i) share[i] = shares[row + i % queries], fade[i] = fading[row + i % queries];
-        for (int code = 0; code < side.codes; code += together) {
-            ahead.step(together * count);
-            const __m512i found = mix_rows<queries>(blocks, count, code, side.codes - 1, &weights[row * kSpan], kSpan);
-            const int left = std::min(side.codes - code, together) * numbers * queries;
-            const __mmask16 some = left >= 16 ? 0xffff : (1 << left) - 1;
-            float* to = &sums[row * dim + code * numbers * queries];
-            const __m512 sum = _mm512_maskz_loadu_ps(some, to) * _mm512_load_ps(fade) + _mm512_cvtepi32_ps(found) * _mm512_load_ps(share);
-            _mm512_mask_storeu_ps(to, some, sum);
-        }
-    }
-
-    // Where the sum of a row's channel lies: ordered by `place_of`, or, with codebooks of channels, [codes][numbers][rows taken together].
-    int place(int row, int channel) const {
-        if (!side.channel_major) return row * dim + place_of(channel);
-        const int fours = rows / 4 * 4, together = row < fours ? 4 : rows - fours >= 2 && row < fours + 2 ? 2 : 1, first = row - row % together;
-        return first * dim + (channel % side.codes * side.numbers + channel / side.codes) * together + row - first;
-    }
-
     bool read_outliers(const Span& span, const float* scale, const float* zero) {
         bool any = false;
         for (int at = 0; at < span.length; at += kBlock) {
@@ -265,8 +211,7 @@ class WordValues {
             found.count = 0;
             if (!block || !block[1].outlier_offsets) continue;
             any = true;
-            const Spread spread = side.channel_major ? Spread::of_channels(unit, nullptr, 1.0f, 6, dim)
-                                                     : Spread::of_tokens(scale + at, zero + at, *unit, dim / groups, groups, kSpan);
+            const Spread spread = Spread::of_tokens(scale + at, zero + at, *side.unit, dim / groups, groups, kSpan);
             found.read(side, block[1], head, spread, nullptr, [&](__m512i token, __m512i channel, __m512 by, int i) {
                 found.put(i, token, channel, by);
             });

@@ -83,7 +83,6 @@ class Side:
         *,
         bits: int,
         codes: int,
-        numbers: int,
         channel_major: bool,
         table: Tensor | None,
         fixed: bool,

@@ -52,7 +52,6 @@ def side_of(
     return _kernels.Side(
         bits=side.bits,
         codes=codes,
-        numbers=1,
         channel_major=channel_major,
         table=None if table is None else _padded(table),
         fixed=scheme.static and channel_major,
