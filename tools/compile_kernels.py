@@ -145,9 +145,9 @@ def others(architecture: int) -> Iterator[Compiled]:
     del shape["SKIPS"]
     grouped = shape | {"GROUPS": 32, "WIDE": 32}
     yield looked_at("encode groups of channels", encode_channel_groups, grouped, types, architecture)
-    types |= dict.fromkeys(("low", "middle", "high"), "*u8")
+    types |= dict.fromkeys(("low", "high"), "*u8")
     for name, length, along in (("pack keys", 64, "row_stride"), ("pack values", 128, "code_stride")):
-        planes = {"LENGTH": length, "WIDE": length, "ROWS": 32, "LOW": 2, "MIDDLE": 1, "HIGH": 0, along: 1}
+        planes = {"LENGTH": length, "WIDE": length, "ROWS": 32, "LOW": 2, "HIGH": 1, along: 1}
         yield looked_at(name, pack_codes, planes, types, architecture)
     types |= {"room": "*bf16"}
     yield looked_at("put tokens", put_tokens, {"HEADS": 8, "DIM": 128, "WIDE": 128, "PLACED": True}, types, architecture)

@@ -208,8 +208,7 @@ def _form(quantizer: AnyQuantizer, keys: bool, heads: int, dim: int, order: int,
     expected = scheme.outliers * BLOCK * dim
     return Form(
         bits=16 if exact else scheme.code_bits,
-        codes=dim,
-        numbers=1,
+        dim=dim,
         heads=heads,
         channel_major=channel_major,
         order=order,

@@ -18,9 +18,9 @@ LARGEST = 46_000  # of numbers in 16 bits: as of `triton_tiles`
 class Tables:
     """Codebooks and fixed ranges of one side as kernels read them, float32, and by what its head is turned.
 
-    table: [heads, codes, levels, numbers] or [levels]; scale, zero: [heads, codes]. bytes: the table's numbers in float16, the
-    lower bytes of all levels before the higher, [heads, codes, numbers, levels / 2] int32, or [32, levels / 2] of one that all
-    share; of pairs with more than 16 levels words of both numbers, [heads, codes, levels] int32.
+    table: [heads, head_dim, levels] or [levels]; scale, zero: [heads, head_dim]. bytes: the table's numbers in float16, the
+    lower bytes of all levels before the higher, [heads, head_dim, levels / 2] int32, or [32, levels / 2] of one that all
+    share; None of more than 16 levels.
     """
 
     table: Tensor | None = None
@@ -43,14 +43,14 @@ def tables_of(quantizer: AnyQuantizer, keys: bool) -> Tables:
         return Tables(table, _bytes(table))
     if folds(quantizer, is_channel_major(quantizer.scheme, keys)):
         levels = table * quantizer.scale[..., None] + quantizer.zero[..., None]
-        return Tables(levels[..., None].contiguous(), _bytes(levels[:, :, None]))
+        return Tables(levels.contiguous(), _bytes(levels))
     return Tables(table, _bytes(table), quantizer.scale.contiguous(), quantizer.zero.contiguous())
 
 
 def _bytes(table: Tensor) -> Tensor | None:
-    """As `Tables.bytes` has it, of a table [..., numbers, levels] or [levels]; raises UnsupportedModelError, see `_halves`."""
+    """As `Tables.bytes` has it, of a table [..., levels]; raises UnsupportedModelError, see `_halves`."""
     if table.shape[-1] > 16:
-        return _halves(table.transpose(2, 3)).view(torch.int32)[..., 0] if table.dim() == 4 and table.shape[2] == 2 else None
+        return None
     parts = _halves(table)[..., None].view(torch.uint8)  # [..., levels, 2], lower bytes first
     words = parts.transpose(-1, -2).flatten(-2).contiguous().view(torch.int32)
     return words.repeat(COPIES, 1) if table.dim() == 1 else words

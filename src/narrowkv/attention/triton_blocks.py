@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from narrowkv.attention.triton_fetch import addresses_of, fetch, outlier_range
-from narrowkv.attention.triton_lookup import held_levels, look_up, look_up_bytes, look_up_words
-from narrowkv.attention.triton_outliers import clear_outliers, put_outliers, value_channels, with_outliers
+from narrowkv.attention.triton_lookup import held_levels, look_up, look_up_bytes
+from narrowkv.attention.triton_outliers import clear_outliers, put_outliers, with_outliers
 from narrowkv.attention.triton_rows import angles, cos_sin, in_twos, pair_channels, read_query, seen, weigh, write_part
 from narrowkv.attention.triton_tiles import column_places, fitting, ranged, read_codes, read_nibbles
 
@@ -50,15 +50,9 @@ def attend_blocks(
     size = tl.maximum(tl.max(tl.abs(query_a), 0), tl.max(tl.abs(query_b), 0))  # of a query: so that 16 bits hold it
     size = tl.where(size > 0, size, 1.0)[None, :]
     query_a, query_b = query_a / size, query_b / size
-    key_rows_a, key_rows_b = channel_a % K.codes, channel_b % K.codes
-    value_rows = tl.arange(0, V.row_room)
-    levels_a = held_levels(key_bytes, head, key_rows_a, channel_a // K.codes, K, NUMBER)
-    levels_b, levels_w = levels_a, held_levels(value_bytes, head, value_rows, value_rows * 0, V, NUMBER)
-    levels_v = levels_w
-    if not (K.by_words and C.coupled):
-        levels_b = held_levels(key_bytes, head, key_rows_b, channel_b // K.codes, K, NUMBER)
-    if not V.by_words:
-        levels_w = held_levels(value_bytes, head, value_rows, value_rows * 0 + V.numbers - 1, V, NUMBER)
+    levels_a = held_levels(key_bytes, head, channel_a, K, NUMBER)
+    levels_b = held_levels(key_bytes, head, channel_b, K, NUMBER)
+    levels_v = held_levels(value_bytes, head, tl.arange(0, V.row_room), V, NUMBER)
     pair = tl.arange(0, C.lanes)
     reached = -(2**31)  # where queries are turned to, if a block begins there
     if C.turning == "near":
@@ -77,7 +71,7 @@ def attend_blocks(
         tl.store(key_tile + within, tl.full([1024], 0, NUMBER), mask=within < K.tile + V.tile)
     largest = tl.full([C.room], float("-inf"), tl.float32)
     totals = tl.full([K.columns, C.room], 0, tl.float32)
-    part = tl.full([V.channels, C.room], 0, tl.float32)
+    part = tl.full([V.columns, C.room], 0, tl.float32)
     for i in range(begin, end):
         entry = table + (i * batch + row) * 16
         start = tl.load(starts + i)
@@ -120,9 +114,7 @@ def attend_blocks(
         sees = seen(rows, start + token_of, live, first, asking, padding, hidden, hidden_stride, window, C)
         weights, fading, largest = weigh(tl.where(sees, scores, float("-inf")), largest)
         totals = totals * fading[None, :] + weights
-        values = read_values(
-            entry + 8, value_tile, levels_v, levels_w, value_table, value_scale, value_zero, head, token_of, V, NUMBER
-        )
+        values = read_values(entry + 8, value_tile, levels_v, value_table, value_scale, value_zero, head, token_of, V, NUMBER)
         part = tl.dot(values, weights.to(NUMBER), part * fading[None, :], input_precision=C.precision)
         if K.nonzeros + V.nonzeros > 0:
             fetch(key_next, key_from, key_to, head, K)
@@ -132,7 +124,7 @@ def attend_blocks(
             clear_outliers(key_tile, entry, key_begin, key_end, key_first, K)
         if V.nonzeros > 0:
             clear_outliers(value_tile, entry + 8, value_begin, value_end, value_first, V)
-    write_part(sums, peaks, part, tl.sum(totals, 0), largest, value_channels(V), rows, place * slots + split, C)
+    write_part(sums, peaks, part, tl.sum(totals, 0), largest, column_places(V), rows, place * slots + split, C)
 
 
 @triton.jit
@@ -171,13 +163,9 @@ def read_keys(
         keys_b = exact_at(entry, head, token_of[None, :], channel_b[:, None], K)
         return fitting(keys_a, NUMBER), fitting(keys_b, NUMBER)
     else:
-        rows_a, rows_b = channel_a % K.codes, channel_b % K.codes
-        codes_a = read(entry, head, rows_a, K, NUMBER)
-        codes_b = codes_a
-        if K.numbers == 1 or not C.coupled:
-            codes_b = read(entry, head, rows_b, K, NUMBER)
-        keys_a = to_numbers(codes_a, levels_a, entry, table, scale, zero, head, rows_a, channel_a // K.codes, K, NUMBER)
-        keys_b = to_numbers(codes_b, levels_b, entry, table, scale, zero, head, rows_b, channel_b // K.codes, K, NUMBER)
+        codes_a, codes_b = read(entry, head, channel_a, K, NUMBER), read(entry, head, channel_b, K, NUMBER)
+        keys_a = to_numbers(codes_a, levels_a, entry, table, scale, zero, head, channel_a, K, NUMBER)
+        keys_b = to_numbers(codes_b, levels_b, entry, table, scale, zero, head, channel_b, K, NUMBER)
         if K.nonzeros > 0:
             keys_a = with_outliers(keys_a, tile, channel_a, channel_a < K.dim, K)
             keys_b = with_outliers(keys_b, tile, channel_b, channel_b < K.dim, K)
@@ -185,28 +173,16 @@ def read_keys(
 
 
 @triton.jit
-def read_values(entry, tile, levels, levels_w, table, scale, zero, head, token_of, V: tl.constexpr, NUMBER: tl.constexpr):
+def read_values(entry, tile, levels, table, scale, zero, head, token_of, V: tl.constexpr, NUMBER: tl.constexpr):
     """Values of a block, but for outliers: [channels, 64]."""
     if V.bits == 16:
-        return fitting(exact_at(entry, head, token_of[None, :], value_channels(V)[:, None], V), NUMBER)
-    elif not V.channel_major:
+        return fitting(exact_at(entry, head, token_of[None, :], column_places(V)[:, None], V), NUMBER)
+    else:
         codes = read(entry, head, token_of, V, NUMBER)
-        numbers = to_numbers(codes, levels, entry, table, scale, zero, head, token_of, token_of * 0, V, NUMBER)
+        numbers = to_numbers(codes, levels, entry, table, scale, zero, head, token_of, V, NUMBER)
         if V.nonzeros > 0:
             numbers = with_outliers(numbers, tile, token_of, token_of < 64, V)
         return tl.trans(numbers)
-    else:
-        rows = tl.arange(0, V.row_room)
-        codes = read(entry, head, rows, V, NUMBER)
-        numbers = to_numbers(codes, levels, entry, table, scale, zero, head, rows, rows * 0, V, NUMBER)
-        if V.nonzeros > 0:
-            numbers = with_outliers(numbers, tile, rows, rows < V.codes, V)
-        if V.numbers == 2:
-            others = to_numbers(codes, levels_w, entry, table, scale, zero, head, rows, rows * 0 + 1, V, NUMBER)
-            if V.nonzeros > 0:
-                others = with_outliers(others, tile, rows + V.codes, rows < V.codes, V)
-            numbers = tl.reshape(tl.permute(tl.join(numbers, others), (0, 2, 1)), [V.channels, 64])
-        return numbers
 
 
 @triton.jit
@@ -219,11 +195,9 @@ def read(entry, head, rows, F: tl.constexpr, NUMBER: tl.constexpr):
 
 
 @triton.jit
-def to_numbers(codes, levels, entry, table, scale, zero, head, rows, number, F: tl.constexpr, NUMBER: tl.constexpr):
+def to_numbers(codes, levels, entry, table, scale, zero, head, rows, F: tl.constexpr, NUMBER: tl.constexpr):
     """What codes stand for, but for outliers: [n, columns]."""
     if F.by_bytes and NUMBER == tl.float16:  # noqa: SIM300
         return ranged(look_up_bytes(codes, levels, F), entry, scale, zero, head, rows, F)
-    elif F.by_words and NUMBER == tl.float16:  # noqa: SIM300
-        return look_up_words(codes, levels, number, F)
     else:
-        return ranged(look_up(codes, table, head, rows, number, F).to(NUMBER), entry, scale, zero, head, rows, F)
+        return ranged(look_up(codes, table, head, rows, F).to(NUMBER), entry, scale, zero, head, rows, F)

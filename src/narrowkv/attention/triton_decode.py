@@ -17,7 +17,7 @@ from narrowkv.attention.triton_blocks import read_keys, read_values
 from narrowkv.attention.triton_fetch import outlier_range
 from narrowkv.attention.triton_forms import Case
 from narrowkv.attention.triton_lookup import held_levels
-from narrowkv.attention.triton_outliers import outlier_values, value_channels
+from narrowkv.attention.triton_outliers import outlier_values
 from narrowkv.attention.triton_rows import angles, cos_sin, pair_channels
 from narrowkv.attention.triton_tiles import column_places
 
@@ -41,10 +41,8 @@ def decode_keys(
     entry = table + (i * batch + row) * 16
     channel_a, channel_b = pair_channels(C)
     token = column_places(K)
-    levels_a = held_levels(level_bytes, head, channel_a % K.codes, channel_a // K.codes, K, NUMBER)
-    levels_b = levels_a
-    if not (K.by_words and C.coupled):
-        levels_b = held_levels(level_bytes, head, channel_b % K.codes, channel_b // K.codes, K, NUMBER)
+    levels_a = held_levels(level_bytes, head, channel_a, K, NUMBER)
+    levels_b = held_levels(level_bytes, head, channel_b, K, NUMBER)
     keys_a, keys_b = read_keys(entry, entry, levels_a, levels_b, levels, scale, zero, head, token, K, C, NUMBER)
     start = tl.load(starts + i)
     live = token < tl.minimum(tl.load(starts + i + 1), stop) - start
@@ -69,13 +67,9 @@ def decode_values(
     i, place = column + tl.program_id(0), tl.program_id(1)
     row, head = place // V.heads, place % V.heads
     entry = table + (i * batch + row) * 16 + 8
-    token, channel = column_places(K), value_channels(V)
-    rows = tl.arange(0, V.row_room)
-    levels_v = held_levels(level_bytes, head, rows, rows * 0, V, NUMBER)
-    levels_w = levels_v
-    if not V.by_words:
-        levels_w = held_levels(level_bytes, head, rows, rows * 0 + V.numbers - 1, V, NUMBER)
-    numbers = tl.trans(read_values(entry, entry, levels_v, levels_w, levels, scale, zero, head, token, V, NUMBER))
+    token, channel = column_places(K), column_places(V)
+    held = held_levels(level_bytes, head, tl.arange(0, V.row_room), V, NUMBER)
+    numbers = tl.trans(read_values(entry, entry, held, levels, scale, zero, head, token, V, NUMBER))
     start = tl.load(starts + i)
     live = token < tl.minimum(tl.load(starts + i + 1), stop) - start
     values += (place.to(tl.int64) * room + (start - begin)) * V.dim
@@ -97,11 +91,8 @@ def put_block_outliers(numbers, table, starts, batch, column, begin, stop, room,
     for some in range(first, last, F.nonzeros):
         which = some + tl.arange(0, F.nonzeros)
         found = tl.load(index + which, mask=which < last, other=0).to(tl.int32)
-        token, code = found // F.codes, found % F.codes
-        live = (which < last) & (token < count)
-        for number in tl.static_range(tl.constexpr(F.numbers)):
-            exact = outlier_values(entry, which * F.numbers + number, live, F)
-            tl.store(numbers + token * F.dim + code + number * F.codes, exact, mask=live)
+        live = (which < last) & (found // F.dim < count)
+        tl.store(numbers + found, outlier_values(entry, which, live, F), mask=live)
 
 
 @triton.jit(do_not_specialize=SPAN)

@@ -30,7 +30,7 @@ def fetch(addresses, begin, end, head, F: tl.constexpr):
         which = begin + tl.minimum(tl.arange(0, F.nonzeros), tl.maximum(end - begin - 1, 0))
         some = end > begin  # else there may be no such memory
         fetch_lines(tl.where(some, index + which * 2, planes[0]))
-        fetch_lines(tl.where(some, values + which * (F.numbers * (4 if F.kind == "fp32" else 2)), planes[0]))
+        fetch_lines(tl.where(some, values + which * (4 if F.kind == "fp32" else 2), planes[0]))
 
 
 @triton.jit

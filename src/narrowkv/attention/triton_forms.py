@@ -17,16 +17,15 @@ def power_of_2(n: int) -> int:
 class Form:
     """The keys, or the values, of packed blocks.
 
-    bits: of a code, 16 for exact numbers. codes: of a head. numbers: that a code stands for. heads: KV heads. order: bits of
-    the plane that columns of a tile are ordered by. wide: bytes read at once, 4 or 1. own: each code has a codebook of its
-    own, else all share one. even: levels are evenly spaced. ranges: "none", "held" with each block or "fixed", [range_heads,
-    range_tokens, range_channels]. zero: whether ranges have one. nonzeros: outliers taken at once, 0 where there are none.
-    kind: of exact numbers, "fp16", "bf16" or "fp32".
+    bits: of a code, 16 for exact numbers. dim: head_dim. heads: KV heads. order: bits of the plane that columns of a tile are
+    ordered by. wide: bytes read at once, 4 or 1. own: each channel has a codebook of its own, else all share one. even: levels
+    are evenly spaced. ranges: "none", "held" with each block or "fixed", [range_heads, range_tokens, range_channels]. zero:
+    whether ranges have one. nonzeros: outliers taken at once, 0 where there are none. kind: of exact numbers, "fp16", "bf16"
+    or "fp32".
     """
 
     bits: int
-    codes: int
-    numbers: int
+    dim: int
     heads: int
     channel_major: bool
     order: int
@@ -42,10 +41,6 @@ class Form:
     kind: str
 
     @property
-    def dim(self) -> int:
-        return self.codes * self.numbers
-
-    @property
     def levels(self) -> int:
         return 1 << self.bits
 
@@ -53,18 +48,6 @@ class Form:
     def by_bytes(self) -> bool:
         """Whether codes are looked up byte by byte in registers: in words, and of 16 levels at most, even ones too."""
         return self.wide == 4 and self.bits <= 4 and self.order <= 4
-
-    @property
-    def by_words(self) -> bool:
-        """Whether pairs are looked up as words of two numbers: those of more than 16 levels."""
-        return self.numbers == 2 and self.bits > 4
-
-    @property
-    def shuffled(self) -> bool:
-        """Whether the threads of a warp hold those words and hand them to each other, as far as registers go; else they are
-        loaded.
-        """
-        return self.by_words and self.levels <= 64 and not self.nonzeros
 
     @property
     def planes(self) -> tuple[int, ...]:
@@ -87,13 +70,13 @@ class Form:
 
     @property
     def rows(self) -> int:
-        """Rows of codes of a head in a block: channels (or pairs), else tokens."""
-        return self.codes if self.channel_major else BLOCK
+        """Rows of codes of a head in a block: channels, else tokens."""
+        return self.dim if self.channel_major else BLOCK
 
     @property
     def length(self) -> int:
         """Codes of a row."""
-        return BLOCK if self.channel_major else self.codes
+        return BLOCK if self.channel_major else self.dim
 
     @property
     def stride(self) -> int:
@@ -133,12 +116,7 @@ class Form:
     @property
     def code_room(self) -> int:
         """Codes of a token of a head, up to a power of 2."""
-        return power_of_2(self.codes)
-
-    @property
-    def channels(self) -> int:
-        """Channels of a tile of values, those that only fill it up included."""
-        return self.row_room * self.numbers if self.channel_major else self.columns
+        return power_of_2(self.dim)
 
     @property
     def tile(self) -> int:
@@ -155,7 +133,7 @@ class Form:
         """Codes of a row that share a range."""
         if self.channel_major:
             return BLOCK // self.range_tokens
-        return self.codes // self.range_channels
+        return self.dim // self.range_channels
 
     @property
     def by_row(self) -> bool:
@@ -211,11 +189,6 @@ class Case:
     def still(self) -> int:
         """Pairs of channels that do not turn, but 1 if all do."""
         return max(self.half - self.pairs, 1)
-
-    @property
-    def coupled(self) -> bool:
-        """Whether the channels that are paired are those that a codebook of pairs has."""
-        return not self.interleaved and self.pairs in (0, self.half)
 
     @property
     def lanes(self) -> int:

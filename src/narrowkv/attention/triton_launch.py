@@ -29,11 +29,11 @@ COLUMNS, SEALED, FIRST, ASKING, TAIL, SINKS, WINDOW, NEW, TAIL_START, WINDOW_STA
 class SideParts:
     """Keys, or values: tables of `tl_tiles`; what the tail holds; exact tokens. None where there is no such thing."""
 
-    table: Tensor | None = None  # [heads, codes, levels, numbers] or [levels] float32
+    table: Tensor | None = None  # [heads, head_dim, levels] or [levels] float32
     bytes: Tensor | None = None  # as of `cuda_blocks.Tables`, int32
-    scale: Tensor | None = None  # [heads, codes] float32, fixed ones
+    scale: Tensor | None = None  # [heads, head_dim] float32, fixed ones
     zero: Tensor | None = None
-    tail: Tensor | None = None  # [batch, heads, 64, codes] uint8, or exact
+    tail: Tensor | None = None  # [batch, heads, 64, head_dim] uint8, or exact
     tail_scale: Tensor | None = None
     tail_zero: Tensor | None = None
     tail_outliers: Tensor | None = None
@@ -259,7 +259,7 @@ def stages_of(keys: Form, values: Form, rounded: bool) -> int:
     Loaded numbers would lie in shared memory, each once for every stage; and no load may overtake what a block's outliers
     write.
     """
-    read_once = all(form.by_bytes or form.shuffled or form.bits == 16 for form in (keys, values))
+    read_once = all(form.by_bytes or form.bits == 16 for form in (keys, values))
     return 3 if rounded and read_once and not keys.nonzeros + values.nonzeros else 1
 
 

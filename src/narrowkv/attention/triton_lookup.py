@@ -1,4 +1,4 @@
-"""Triton: what codes stand for before ranges: levels in registers of a thread, or of the threads of a warp, else in memory."""
+"""Triton: what codes stand for before ranges: levels in registers of a thread, else in memory."""
 
 import triton
 import triton.language as tl
@@ -20,27 +20,25 @@ def byte_of_levels(fours, chosen, levels, side: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
-def held_levels(table, head, rows, number, F: tl.constexpr, NUMBER: tl.constexpr):
-    """Codebooks of rows as `levels_of` or `words_of` has them; 0 where they are read number by number."""
+def held_levels(table, head, rows, F: tl.constexpr, NUMBER: tl.constexpr):
+    """Codebooks of rows as `levels_of` has them; 0 where they are read number by number."""
     if F.by_bytes and NUMBER == tl.float16:  # noqa: SIM300
-        return levels_of(table, head, rows, number, F)
-    elif F.by_words and NUMBER == tl.float16:  # noqa: SIM300
-        return words_of(table, head, rows, F)
+        return levels_of(table, head, rows, F)
     else:
         return 0
 
 
 @triton.jit
-def levels_of(table, head, rows, number, F: tl.constexpr):
+def levels_of(table, head, rows, F: tl.constexpr):
     """Codebooks of up to 16 levels as bytes in words: the lower bytes of all levels, then the higher, [n, 1] int32 each.
 
-    number: [n], which of those that a code stands for. table: [heads, codes, numbers, levels / 2] int32, or the one that all
-    share 32 times, [32, levels / 2]: of what is the same for all threads the compiler makes a copy at every use.
+    table: [heads, head_dim, levels / 2] int32, or the one that all share 32 times, [32, levels / 2]: of what is the same for
+    all threads the compiler makes a copy at every use.
     """
     words: tl.constexpr = F.levels // 2
-    place = (head * F.codes + rows) * F.numbers + number if F.own else rows % 32
+    place = head * F.dim + rows if F.own else rows % 32
     at = (place * words)[:, None]
-    live = ((rows < F.rows) & (number < F.numbers))[:, None] if F.own else (rows >= 0)[:, None]
+    live = (rows < F.rows if F.own else rows >= 0)[:, None]
     zero, one = tl.load(table + at, mask=live, other=0), tl.load(table + at + 1, mask=live, other=0)
     if words == 2:
         return zero, one
@@ -75,29 +73,12 @@ def halves(words):
 
 
 @triton.jit
-def words_of(table, head, rows, F: tl.constexpr):
-    """Codebooks of pairs, a word for both numbers of a level: [n, levels] int32, or pointers to where each begins, [n, 1].
-
-    table: [heads, codes, levels] int32.
-    """
-    begin = table + ((head * F.codes + rows % F.codes) * F.levels)[:, None]
-    return tl.load(begin + tl.arange(0, F.levels)[None, :]) if F.shuffled else begin
-
-
-@triton.jit
-def look_up_words(codes, levels, number, F: tl.constexpr):
-    """What codes [n, columns] stand for, by `words_of`: float16; number: [n], 0 or 1 but in rows that only fill a tile up."""
-    words = tl.gather(levels, codes, 1) if F.shuffled else tl.load(levels + codes)
-    return (words >> (number % 2 * 16)[:, None]).to(tl.int16).to(tl.float16, bitcast=True)
-
-
-@triton.jit
-def look_up(codes, table, head, rows, number, F: tl.constexpr):
-    """What codes [n, columns] stand for before ranges; table: [heads, codes, levels, numbers], or [levels]."""
+def look_up(codes, table, head, rows, F: tl.constexpr):
+    """What codes [n, columns] stand for before ranges; table: [heads, head_dim, levels], or [levels]."""
     if F.even:
         return codes.to(tl.float32)
     elif F.own:
-        at = ((head * F.codes + rows) * F.levels * F.numbers + number)[:, None] + codes * F.numbers
-        return tl.load(table + at, mask=((rows < F.rows) & (number < F.numbers))[:, None], other=0.0)
+        at = ((head * F.dim + rows) * F.levels)[:, None] + codes
+        return tl.load(table + at, mask=(rows < F.rows)[:, None], other=0.0)
     else:
         return tl.load(table + codes)

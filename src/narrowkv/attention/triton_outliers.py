@@ -10,17 +10,7 @@ import triton.language as tl
 
 from narrowkv.attention.triton_fetch import outlier_range
 from narrowkv.attention.triton_lookup import halves
-from narrowkv.attention.triton_tiles import INTERPRETED, beside, column_of, column_places, fitting
-
-
-@triton.jit
-def value_channels(V: tl.constexpr):
-    """Which channel each row of a tile of values is: [channels]; head_dim or more where there is none."""
-    if V.channel_major:
-        row = tl.arange(0, V.channels)
-        return tl.where(row // V.numbers < V.codes, row // V.numbers + row % V.numbers * V.codes, V.dim)
-    else:
-        return column_places(V)
+from narrowkv.attention.triton_tiles import INTERPRETED, beside, column_of, fitting
 
 
 @triton.jit
@@ -49,13 +39,13 @@ def clear_outliers(tile, entry, begin, end, first, F: tl.constexpr):
 
 @triton.jit
 def places_of(entry, start, end, NUMBER: tl.constexpr, F: tl.constexpr):
-    """Places in the tile of outliers from `start` on, of the first number of each: [n] int32, -1 from `end` on."""
+    """Places in the tile of outliers from `start` on: [n] int32, -1 from `end` on."""
     which = start + tl.arange(0, F.nonzeros)
     index = tl.load(entry + 6).to(tl.pointer_type(tl.int16))
     place = tl.load(index + which, mask=which < end, other=0).to(tl.uint32)
-    row, column = place // F.codes, column_of(place % F.codes, F)
+    row, column = place // F.dim, column_of(place % F.dim, F)
     if F.channel_major:
-        row, column = place % F.codes, column_of(place // F.codes, F)
+        row, column = place % F.dim, column_of(place // F.dim, F)
     at = row * F.columns + column
     if F.by_bytes and NUMBER == tl.float16:  # noqa: SIM300
         at = (column % F.each // 2 * F.tile_rows + row) * F.units * 2 + column // F.each * 2 + column % 2
@@ -66,24 +56,15 @@ def places_of(entry, start, end, NUMBER: tl.constexpr, F: tl.constexpr):
 def put_some(tile, entry, at, start, F: tl.constexpr):
     """A round of `put_outliers`."""
     which = start + tl.arange(0, F.nonzeros)
-    for number in tl.static_range(tl.constexpr(F.numbers)):
-        exact = fitting(outlier_values(entry, which * F.numbers + number, at >= 0, F), tile.dtype.element_ty)
-        exact = tl.where(exact == 0.0, 6e-8 if exact.dtype == tl.float16 else 1e-37, exact).to(exact.dtype)
-        store_number(tile, at, number, exact, F)
+    exact = fitting(outlier_values(entry, which, at >= 0, F), tile.dtype.element_ty)
+    exact = tl.where(exact == 0.0, 6e-8 if exact.dtype == tl.float16 else 1e-37, exact).to(exact.dtype)
+    tl.store(tile + at, exact, mask=at >= 0)
 
 
 @triton.jit
 def clear_some(tile, at, F: tl.constexpr):
     """A round of `clear_outliers`."""
-    for number in tl.static_range(tl.constexpr(F.numbers)):
-        store_number(tile, at, number, tl.full([F.nonzeros], 0, tile.dtype.element_ty), F)
-
-
-@triton.jit
-def store_number(tile, at, number: tl.constexpr, x, F: tl.constexpr):
-    """Write one of the numbers of outliers."""
-    row = 2 * F.units if F.by_bytes and x.dtype == tl.float16 else F.columns
-    tl.store(tile + at + number * F.codes * row, x, mask=at >= 0)
+    tl.store(tile + at, tl.full([F.nonzeros], 0, tile.dtype.element_ty), mask=at >= 0)
 
 
 @triton.jit

@@ -26,30 +26,28 @@ def decode_tail(
 
 @triton.jit
 def decode_side(codes, table, scale, zero, index, outliers, count, numbers, F: tl.constexpr):
-    """codes: [batch, heads, 64, codes] uint8; scale, zero: held or fixed. index: [..] int64 in the flattened codes; outliers:
-    [.., numbers], of which count[0] count, in any order. numbers: [batch, heads, 64, head_dim].
+    """codes: [batch, heads, 64, head_dim] uint8; scale, zero: held or fixed. index: [..] int64 in the flattened codes;
+    outliers: [..], of which count[0] count, in any order. numbers: [batch, heads, 64, head_dim].
     """
     place = tl.program_id(0)
     head = place % F.heads
     first = tl.program_id(1) * TOKENS
     token = first + tl.arange(0, TOKENS)[:, None]
-    code = tl.arange(0, F.code_room)[None, :]
-    live = (token < 64) & (code < F.codes)
-    found = tl.load(codes + (place * 64 + token) * F.codes + code, mask=live, other=0).to(tl.int32)
+    channel = tl.arange(0, F.code_room)[None, :]
+    live = (token < 64) & (channel < F.dim)
+    found = tl.load(codes + (place * 64 + token) * F.dim + channel, mask=live, other=0).to(tl.int32)
     if F.ranges == "held":
         held = place // F.heads * F.range_heads * F.range_tokens * F.range_channels
         scale += held
         zero += held
-    for number in tl.static_range(tl.constexpr(F.numbers)):
-        decoded = stands_for(found, table, scale, zero, head, token, code, number, live, F)
-        tl.store(numbers + (place * 64 + token) * F.dim + code + number * F.codes, decoded, mask=live)
+    decoded = stands_for(found, table, scale, zero, head, token, channel, live, F)
+    tl.store(numbers + (place * 64 + token) * F.dim + channel, decoded, mask=live)
     if F.nonzeros > 0:
         tl.debug_barrier()  # outliers are written after what their codes stand for
-        begin = (place * 64 + first).to(tl.int64) * F.codes
+        begin = (place * 64 + first).to(tl.int64) * F.dim
         for start in range(0, tl.load(count), OUTLIERS):
             which = start + tl.arange(0, OUTLIERS)
             at = tl.load(index + which, mask=which < tl.load(count), other=-1)
-            own = (at >= begin) & (at < begin + TOKENS * F.codes)
-            for number in tl.static_range(tl.constexpr(F.numbers)):
-                exact = tl.load(outliers + which * F.numbers + number, mask=own, other=0.0).to(tl.float32)
-                tl.store(numbers + at // F.codes * F.dim + at % F.codes + number * F.codes, exact, mask=own)
+            own = (at >= begin) & (at < begin + TOKENS * F.dim)
+            exact = tl.load(outliers + which, mask=own, other=0.0).to(tl.float32)
+            tl.store(numbers + at, exact, mask=own)

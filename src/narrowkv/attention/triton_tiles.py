@@ -2,7 +2,7 @@
 
 A row of codes is read as words of 32 bits (bytes where a row is no whole number of words), which are taken apart within the
 threads that have read them. So a tile's columns come in an order of their own, `column_places`. Rows of a channel-major side
-are channels (or pairs) and columns are tokens; of a token-major side it is the other way round. Tiles are of NUMBER, float16
+are channels and columns are tokens; of a token-major side it is the other way round. Tiles are of NUMBER, float16
 or float32; two numbers of 16 bits take one instruction.
 """
 
@@ -234,16 +234,16 @@ def range_in(scale, zero, head, row, column, NUMBER: tl.constexpr, F: tl.constex
 
 
 @triton.jit
-def stands_for(code, table, scale, zero, head, token, place, number: tl.constexpr, live, F: tl.constexpr):
-    """What single codes stand for, float32; place: of each within its head. All broadcast."""
+def stands_for(code, table, scale, zero, head, token, channel, live, F: tl.constexpr):
+    """What single codes stand for, float32. All broadcast."""
     if F.own:
-        at = ((head * F.codes + place) * F.levels + code) * F.numbers + number
+        at = (head * F.dim + channel) * F.levels + code
         numbers = tl.load(table + at, mask=live, other=0.0).to(tl.float32)
     elif F.even:
         numbers = code.to(tl.float32)
     else:
         numbers = tl.load(table + code).to(tl.float32)
     if F.ranges != "none":
-        stretch, shift = range_of(scale, zero, head, token, place, live, F)
+        stretch, shift = range_of(scale, zero, head, token, channel, live, F)
         numbers = numbers * stretch + shift
     return numbers

@@ -18,10 +18,9 @@ def pack_into(planes: list[Tensor], codes: Tensor, bits: int) -> None:
     from narrowkv.codec.triton_pack import pack_codes
 
     blocks, heads, rows, length = codes.shape
-    low, middle, high = (*planes, *planes[:1] * (3 - len(planes)))  # those that are not there are never written
-    widths = (*PLANES[bits], 0, 0)
+    widths = (*PLANES[bits], 0)
     with torch.cuda.device_of(codes):
         pack_codes[(blocks * heads, triton.cdiv(rows, ROWS))](
-            codes, low, middle, high, heads, rows, *codes.stride(),
-            LENGTH=length, WIDE=triton.next_power_of_2(length), ROWS=ROWS, LOW=widths[0], MIDDLE=widths[1], HIGH=widths[2],
+            codes, planes[0], planes[-1], heads, rows, *codes.stride(),
+            LENGTH=length, WIDE=triton.next_power_of_2(length), ROWS=ROWS, LOW=widths[0], HIGH=widths[1],
         )  # fmt: skip

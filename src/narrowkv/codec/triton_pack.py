@@ -6,24 +6,21 @@ import triton.language as tl
 
 @triton.jit
 def pack_codes(
-    codes, low, middle, high, heads, rows, block_stride, head_stride, row_stride, code_stride,
-    LENGTH: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
-    LOW: tl.constexpr, MIDDLE: tl.constexpr, HIGH: tl.constexpr,
+    codes, low, high, heads, rows, block_stride, head_stride, row_stride, code_stride,
+    LENGTH: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
 ):  # fmt: skip
     """Some rows of one head of a block, into all planes.
 
     codes: [blocks, heads, rows, LENGTH] uint8 by strides; LENGTH: a multiple of 8, and WIDE the power of 2 from it on. low,
-    middle, high: [blocks, heads, rows, bytes] planes of LOW, MIDDLE and HIGH bits, the last two 0 where there are none.
+    high: [blocks, heads, rows, bytes] planes of LOW and HIGH bits, the latter 0 where there is none.
     """
     place, row = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     block, head = place // heads, place % heads
     at = codes + block.to(tl.int64) * block_stride + head.to(tl.int64) * head_stride + row[:, None] * row_stride
     to, live = place.to(tl.int64) * rows + row[:, None], row[:, None] < rows
     pack_plane(at, low, to, live, code_stride, LENGTH, WIDE, LOW, 0)
-    if MIDDLE:
-        pack_plane(at, middle, to, live, code_stride, LENGTH, WIDE, MIDDLE, LOW)
     if HIGH:
-        pack_plane(at, high, to, live, code_stride, LENGTH, WIDE, HIGH, LOW + MIDDLE)
+        pack_plane(at, high, to, live, code_stride, LENGTH, WIDE, HIGH, LOW)
 
 
 @triton.jit
