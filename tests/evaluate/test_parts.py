@@ -10,7 +10,7 @@ from narrowkv.evaluate.parts import part_losses
 
 def test_parts_add_up(tiny):
     model, ids = tiny(), torch.randint(2, 97, (3, 120))
-    calibration = calibrate(model, ids, "narrow3.5")
+    calibration = calibrate(model, ids, "narrow4.5")
     windows = torch.randint(2, 97, (2, 120))
     seen = []
     losses = part_losses(model, calibration, windows, on_step=lambda done, total: seen.append((done, total)))
