@@ -12,10 +12,10 @@ from torch import Tensor
 
 from narrowkv import _kernels
 from narrowkv.attention.cpu_words import SUPPORTED
-from narrowkv.attention.rope import AnyRope, Rope
-from narrowkv.codec import AnyQuantizer, TrellisQuantizer, trellis
+from narrowkv.attention.rope import AnyRope, frames_of
+from narrowkv.codec import AnyQuantizer, TrellisQuantizer
 from narrowkv.codec.frames import FRAME, MIDDLE, Frames
-from narrowkv.codec.pairs import from_pairs, to_pairs
+from narrowkv.codec.pairs import times, to_pairs
 from narrowkv.errors import UnsupportedModelError
 from narrowkv.store import BLOCK, LayerStore
 
@@ -50,10 +50,10 @@ def _key_words(quantizer: TrellisQuantizer, offsets: Tensor) -> dict[str, Tensor
 
     Stretched by as much as makes the largest sum of both a word, up to a byte; None where not even 1 does.
     """
-    assert quantizer.entries is not None and quantizer.scheme.counts is not None
+    assert quantizer.entries is not None
     high, low = quantizer.entries[0].unbind(1)
     largest = (high[..., None] + low[:, None]).double().abs().flatten(1).amax(1)  # wraps, as it does in the kernel
-    coded = largest[trellis.rates_of(quantizer.scheme.counts, largest.device) - 1]
+    coded = largest[quantizer.rates - 1]
     steps = torch.nn.functional.pad(coded, (0, offsets.shape[1] - len(coded)))
     most = torch.where(steps > 0, float(MOST_STRETCH), float(LARGEST))
     stretches = ((LARGEST - 1) / (steps + offsets.abs().amax(-1))).floor().minimum(most)
@@ -156,20 +156,18 @@ def _offsets(quantizer: TrellisQuantizer, frames: Frames) -> Tensor:
     assert quantizer.mean is not None and quantizer.pairs is not None
     turned = frames.turn(quantizer.mean.double()[:, None].expand(-1, FRAME, -1), 0)
     pairs = quantizer.pairs.double()[:, None]
-    found = (to_pairs(turned)[..., None, :] @ torch.linalg.pinv(pairs))[..., 0, :]
-    missed = (found[..., None, :] @ pairs)[..., 0, :] - to_pairs(turned)
+    found = times(turned, torch.linalg.pinv(pairs))
+    missed = times(found, pairs) - turned
     if missed.norm() > EXACT_ENOUGH * turned.norm():
         raise UnsupportedModelError(
             "The mean of keys lies where their transform has nothing, so backend cpu cannot add it; choose backend torch."
         )
-    return from_pairs(found)
+    return found
 
 
 def _require_rope(frames: Frames, rope: AnyRope | None) -> None:
     """Raise UnsupportedModelError unless keys turn in their frames as the rotary embedding turns them."""
-    dim = len(frames.channels)
-    turning = () if rope is None else (rope.inverse_frequencies, rope.interleaved) if isinstance(rope, Rope) else None
-    expected = None if turning is None else Frames.of(dim, *turning)
+    expected = frames_of(rope, len(frames.channels))
     alike = expected is not None and torch.equal(expected.channels, frames.channels)
     if expected is None or not (alike and torch.allclose(expected.frequencies, frames.frequencies)):
         raise UnsupportedModelError(
@@ -180,8 +178,8 @@ def _require_rope(frames: Frames, rope: AnyRope | None) -> None:
 
 def _scales(quantizer: TrellisQuantizer) -> Tensor:
     """What a grid step of each coefficient is, [n] float64."""
-    assert quantizer.scales is not None and quantizer.scheme.counts is not None
-    return quantizer.scales.double()[trellis.rates_of(quantizer.scheme.counts, quantizer.scales.device) - 1]
+    assert quantizer.scales is not None
+    return quantizer.scales.double()[quantizer.rates - 1]
 
 
 def _streams(

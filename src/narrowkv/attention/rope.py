@@ -6,6 +6,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from narrowkv.codec.frames import Frames
+
 # what models hand to their attention modules: cosine and sine [1 or batch, tokens, n], or complex [1 or batch, tokens, n]
 Tables = tuple[Tensor, Tensor] | Tensor
 
@@ -120,3 +122,10 @@ def _widened(x: Tensor, precision: torch.dtype | None) -> Tensor:
 
 
 AnyRope = Rope | StoredRope
+
+
+def frames_of(rope: AnyRope | None, head_dim: int) -> Frames | None:
+    """How keys before a rotary embedding, or without one, turn within a frame; None where no single position tells."""
+    if rope is None:
+        return Frames.of(head_dim)
+    return Frames.of(head_dim, rope.inverse_frequencies.cpu(), rope.interleaved) if isinstance(rope, Rope) else None

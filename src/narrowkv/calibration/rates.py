@@ -23,6 +23,11 @@ def held_tokens(sliding_window: int | None) -> int:
     return max(min(sliding_window or REFERENCE_TOKENS, REFERENCE_TOKENS), LEAST_TOKENS)
 
 
+def squared_errors() -> Tensor:
+    """Of a unit Gaussian's elements at rates of 0 to 6 bits: [7] float64."""
+    return torch.tensor((1.0, *SQUARED_ERRORS), dtype=torch.float64, device="cpu")
+
+
 @dataclass(frozen=True)
 class RateOption:
     """One way to keep the keys, or the values, of one layer, of which the rates are to be allocated.
@@ -104,7 +109,7 @@ def _at_price(menus: Sequence[Sequence[RateOption]], price: float) -> tuple[list
 def _best_rates(option: RateOption, price: float) -> tuple[float, Scheme, float]:
     """Cost with the price of its bits, the scheme with its rates, and its bits."""
     bits, fixed = option.bits()
-    errors = torch.tensor((1.0, *SQUARED_ERRORS), dtype=torch.float64, device="cpu")
+    errors = squared_errors()
     costs = option.costs.cpu().double()[:, None] * errors
     priced = costs + price * bits
     priced[0, 0] = torch.inf

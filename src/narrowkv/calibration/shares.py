@@ -6,9 +6,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from narrowkv.calibration.rates import RateOption, allocate_rates, too_small
+from narrowkv.calibration.rates import RateOption, allocate_rates, squared_errors, too_small
 from narrowkv.codec import Scheme
-from narrowkv.codec.gaussian_tables import SQUARED_ERRORS
 from narrowkv.codec.scheme import MOST_RATE, UNIT
 from narrowkv.methods.recipe import Choices
 
@@ -71,7 +70,7 @@ class Filling:
     """
 
     def __init__(self, options: Sequence[RateOption]):
-        errors = torch.tensor((1.0, *SQUARED_ERRORS), dtype=torch.float64, device="cpu")
+        errors = squared_errors()
         whole = [option.costs.cpu().double() for option in options]
         saved = [costs[:, None] * -errors.diff() for costs in whole]
         taken, fixed = zip(*(option.bits() for option in options), strict=True)

@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from narrowkv.calibration.rates import squared_errors
 from narrowkv.calibration.samples import SampleFit
 from narrowkv.calibration.statistics import metric_axes, quantile
 from narrowkv.calibration.trellis_tables import learned_tables, on_grid
 from narrowkv.codec import Scheme, TrellisQuantizer
 from narrowkv.codec.frames import Frames, place_dtype
-from narrowkv.codec.gaussian_tables import SQUARED_ERRORS, STEPS, gaussian_tables
+from narrowkv.codec.gaussian_tables import STEPS, gaussian_tables
 from narrowkv.codec.pairs import from_pairs, to_pairs
 from narrowkv.codec.ranges import to_16_bits
 from narrowkv.codec.scheme import UNIT
@@ -82,7 +83,7 @@ class TrellisFit(SampleFit):
         order = found.cost.argsort(-1)[:, shape[1] - n :]  # cheapest first
         universal = gaussian_tables()
         steps = torch.tensor(STEPS, dtype=torch.float32, device="cpu")
-        errors = torch.tensor((1.0, *SQUARED_ERRORS), dtype=torch.float64, device="cpu")
+        errors = squared_errors()
         cost = found.cost.gather(1, order)
         rates = rates_of(scheme.counts, errors.device)
         weight = cost * (SEARCH_COST / (cost * errors[rates]).median().clamp(min=torch.finfo(torch.float32).tiny))

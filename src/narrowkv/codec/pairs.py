@@ -11,3 +11,8 @@ def to_pairs(channels: Tensor) -> Tensor:
 def from_pairs(pairs: Tensor) -> Tensor:
     """Inverse of `to_pairs`."""
     return pairs.transpose(-1, -2).flatten(-2)
+
+
+def times(channels: Tensor, matrices: Tensor) -> Tensor:
+    """Channels [..., head_dim], each pair times its own matrix: [..., head_dim / 2, 2, 2]."""
+    return from_pairs((to_pairs(channels)[..., None, :] @ matrices)[..., 0, :])

@@ -15,7 +15,7 @@ from torch import Tensor
 from narrowkv.codec import trellis
 from narrowkv.codec.encoded import Encoded
 from narrowkv.codec.frames import Frames, place_dtype
-from narrowkv.codec.pairs import from_pairs, to_pairs
+from narrowkv.codec.pairs import times
 from narrowkv.codec.quantizer import keep_outliers
 from narrowkv.codec.room import Room
 from narrowkv.codec.scheme import BLOCK, MOST_RATE, Scheme
@@ -232,8 +232,8 @@ class TrellisQuantizer(Tables):
         if self.order is None:
             found = centered @ self._inverse
         else:
-            vectors = (to_pairs(centered)[..., None, :] @ self._inverse[:, None])[..., 0, :]
-            found = from_pairs(vectors).gather(-1, self.order.long()[:, None].expand(len(x), -1, x.shape[2], -1))
+            every = times(centered, self._inverse[:, None])
+            found = every.gather(-1, self.order.long()[:, None].expand(len(x), -1, x.shape[2], -1))
         if not self.scheme.token_norm:
             return found.float(), torch.zeros(*found.shape[:-1], 1, dtype=torch.uint8, device=x.device)
         norm = found.square().mean(-1, keepdim=True).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
@@ -246,15 +246,15 @@ class TrellisQuantizer(Tables):
         batch, heads, tokens, _ = coefficients.shape
         every = coefficients.new_zeros(batch, heads, tokens, 2 * self.pairs.shape[1])
         every.scatter_(-1, self.order.long()[:, None].expand_as(coefficients), coefficients)
-        return from_pairs((to_pairs(every)[..., None, :] @ self.pairs.float()[:, None])[..., 0, :])
+        return times(every, self.pairs.float()[:, None])
 
     def _by_coefficient(self, name: str) -> Tensor:
         """`steps` or `scales` of each coefficient's rate: [n]."""
         table: Tensor = getattr(self, name)
-        return table[self._rates - 1]
+        return table[self.rates - 1]
 
     @functools.cached_property
-    def _rates(self) -> Tensor:
+    def rates(self) -> Tensor:
         """Bits of each coefficient: [n] int64."""
         assert self.scheme.counts is not None and self.mean is not None
         return trellis.rates_of(self.scheme.counts, self.mean.device)

@@ -14,13 +14,12 @@ from transformers import PreTrainedModel
 
 from narrowkv import __version__
 from narrowkv.attention import AUTO
-from narrowkv.attention.rope import Rope
+from narrowkv.attention.rope import frames_of
 from narrowkv.calibration import Calibration, Fingerprint
 from narrowkv.calibration.choice import Learned, learn
 from narrowkv.calibration.learning import LayerFits
 from narrowkv.calibration.processes import Group, is_split, reduced
 from narrowkv.calibration.wrappers import require_head, unwrapped
-from narrowkv.codec.frames import Frames
 from narrowkv.codec.surroundings import undisturbed
 from narrowkv.defaults import DENSE
 from narrowkv.errors import ActivationError, CalibrationError, NarrowKVWarning, UnsupportedModelError
@@ -51,8 +50,7 @@ def fits_for(fact: AttentionFacts, recipes: Sequence[Recipe], sliding_window: in
     """What learns some recipes from what such an attention module stores; sliding_window: of its layer."""
     known = fact.constants
     biases = (Bias(known.keys, known.values), Bias(known.keys, known.values, fact.rope))
-    rope = (fact.rope.inverse_frequencies.cpu(), fact.rope.interleaved) if isinstance(fact.rope, Rope) else ()
-    frames = Frames.of(fact.head_dim, *rope)
+    frames = frames_of(fact.rope, fact.head_dim)
     return LayerFits(recipes, fact.layer, (fact.kv_heads, fact.head_dim), biases, sliding_window, frames)
 
 
