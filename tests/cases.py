@@ -107,3 +107,13 @@ def hide(query, store, options, rule, window, softcap):
         first = store.first
         store.forget(options["past"] - window + 1)
         options["kept"] = options["kept"][:, store.first - first :]
+
+
+def assert_alike_on_threads(run):
+    """What `run` returns is the same, bit for bit, on one, two and three threads."""
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(run())
+    torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.cases import KEYS, VALUES, case, hide
+from tests.cases import KEYS, VALUES, assert_alike_on_threads, case, hide
 
 from narrowkv.attention import cpu, naive
 from narrowkv.attention.cpu_words import SUPPORTED
@@ -113,12 +113,7 @@ def test_a_cache_as_it_grows_is_cropped_selected_and_strict():
 
 def test_the_result_does_not_depend_on_the_number_of_threads():
     query, store, options = case(KEYS["nuq4-1%"], VALUES["nuq3-1%"], (1, 4, 1, 64, 900, 1))
-    before, found = torch.get_num_threads(), []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        found.append(cpu.attend(query, store, **options))
-    torch.set_num_threads(before)
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert_alike_on_threads(lambda: cpu.attend(query, store, **options))
 
 
 def test_what_it_does_not_do():

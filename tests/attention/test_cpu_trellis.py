@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.cases import KEYS, VALUES, PreciseRope, frequencies, hide, made
+from tests.cases import KEYS, VALUES, PreciseRope, assert_alike_on_threads, frequencies, hide, made
 
 from narrowkv import _kernels
 from narrowkv.attention import AUTO, Rope, StoredRope, Visible, chosen, cpu, cuda, naive
@@ -192,12 +192,7 @@ def test_a_cache_as_it_grows_is_cropped_and_selected():
 
 def test_the_result_does_not_depend_on_the_number_of_threads():
     query, store, options = case((1, 4, 1, 64, 900, 1))
-    before, found = torch.get_num_threads(), []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        found.append(cpu.attend(query, store, **options))
-    torch.set_num_threads(before)
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert_alike_on_threads(lambda: cpu.attend(query, store, **options))
 
 
 @pytest.mark.parametrize("kernel", FORMS)
