@@ -1,6 +1,8 @@
 """The command as tests of several of its parts call it."""
 
 import pytest
+from tests.conftest import make_tiny
+from tests.letters import TEXT, make_letters
 
 from narrowkv.cli.main import run
 
@@ -30,3 +32,13 @@ def narrowkv(run_command):
         return status, " ".join(out.split()), " ".join(err.split())
 
     return call
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a tiny model, its tokenizer and a text."""
+    path = tmp_path_factory.mktemp("tiny")
+    make_tiny().save_pretrained(path)
+    make_letters().save_pretrained(path)
+    (path / "text.txt").write_text(TEXT)
+    return path

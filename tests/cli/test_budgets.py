@@ -1,26 +1,14 @@
 """`narrowkv calibrate` under budgets that options name."""
 
 import pytest
-from tests.conftest import make_tiny
-from tests.letters import TEXT, make_letters
 
 from narrowkv import Calibration
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny model and a text."""
-    path = tmp_path_factory.mktemp("tiny")
-    make_tiny().save_pretrained(path)
-    make_letters().save_pretrained(path)
-    (path / "one.txt").write_text(TEXT)
-    return path
 
 
 @pytest.fixture
 def calibrating(narrowkv, folder, tmp_path):
     """Runs the command with options; returns its status and what it said, as one line each."""
-    common = ("--text", folder / "one.txt", "--window", 64, "--samples", 3, "--out", tmp_path)
+    common = ("--text", folder / "text.txt", "--window", 64, "--samples", 3, "--out", tmp_path)
 
     def run(*options):
         status, *said = narrowkv("calibrate", folder, *common, *options)

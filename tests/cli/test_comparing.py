@@ -1,20 +1,8 @@
 """`compare` and `ablate` as a user meets them: files, pictures, a run that goes on, one sentence on errors."""
 
 import pytest
-from tests.conftest import make_tiny
-from tests.letters import TEXT, make_letters
 
 from narrowkv.evaluate.results import read_result
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder with a tiny model, its tokenizer and a text."""
-    path = tmp_path_factory.mktemp("tiny")
-    make_tiny().save_pretrained(path)
-    make_letters().save_pretrained(path)
-    (path / "text.txt").write_text(TEXT)
-    return path
 
 
 def texts(folder):
