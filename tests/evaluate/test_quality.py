@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tests.families import make
 from transformers.models.llama import modeling_llama
 
 from narrowkv import calibrate, calibrate_many, get_recipe
@@ -142,3 +143,21 @@ def test_a_cache_is_filled_where_projections_add_a_bias(tiny, name):
     assert cache.length == 250 and all(ledger.length == 250 for ledger in cache.ledgers.values())
     with torch.no_grad():
         assert model(ids[:, :1], past_key_values=cache).logits.isfinite().all()
+
+
+def test_a_filled_layer_lets_go_of_what_has_left_its_window():
+    model = make("gemma3_text")
+    ids = torch.randint(2, 90, (1, 100))
+    cache = filled(model, get_recipe("int4"), ids, 1000)
+    short, whole = (layer.store for layer in cache.packed)
+    assert whole.length - whole.first == 1000
+    assert short.length == 1000 and short.length - short.first < 24 + 64  # whole blocks go
+    few, many = (sum(tensor.nbytes for tensor in store.tensors()) for store in (short, whole))
+    assert few < many / 4
+    with torch.no_grad():
+        assert model(ids[:, :1], past_key_values=cache).logits.isfinite().all()
+
+
+def test_what_is_not_streamed_has_no_perplexity(tiny):
+    (row,) = measure(tiny(), [get_recipe("int4")], torch.randint(2, 97, (1, 20)), stream_chunk=None)
+    assert math.isnan(row.perplexity_stream) and row.stream_chunk is None and row.perplexity_strict > 1

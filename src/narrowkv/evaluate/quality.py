@@ -28,7 +28,7 @@ from narrowkv.methods import Recipe
 
 Source = Calibration | Recipe
 RECALL_ROWS, RECALL_TOKENS = 8, 2**15  # recall rows at a time, fewer where they are long
-LOGIT_ROWS = 512  # tokens compared at a time, which bounds the memory of wide vocabularies
+LOGIT_ROWS = 4  # tokens compared at a time: what is computed of a wide vocabulary stays in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Quality:
     perplexity_strict, perplexity_stream, perplexity_fp: the last without quantisation. kld_strict, kld_strict_p99: mean over
     tokens of KL(16-bit || quantised), in nats, and its 99th percentile. top1: share of tokens after which the likeliest next
     one is what it is without quantisation, strict. recall, recall_fp: share of recall rows answered without error, strict;
-    None where there were none. tokens: scored. window: tokens per sequence. stream_chunk: tokens per chunk when streaming.
+    None where there were none. tokens: scored. window: tokens per sequence. stream_chunk: tokens per chunk when streaming;
+    None where nothing was streamed, and perplexity_stream is NaN.
     """
 
     recipe: str
@@ -56,7 +57,7 @@ class Quality:
     recall_fp: float | None
     tokens: int
     window: int
-    stream_chunk: int
+    stream_chunk: int | None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -83,15 +84,15 @@ def measure(
     windows: Tensor,
     recall: Sequence[RecallBatch] = (),
     *,
-    stream_chunk: int = STREAM_CHUNK,
+    stream_chunk: int | None = STREAM_CHUNK,
     backend: str = AUTO,
     on_step: Callable[[int, int], None] | None = None,
 ) -> list[Quality]:
     """Measure several recipes on the same tokens.
 
-    windows: [n, tokens] int64. recall: batches of rows. backend: of the caches. on_step: called with (steps done, steps in
-    all). Returns one Quality per source. Raises ActivationError where the model itself computes NaN or infinity,
-    UnsupportedModelError where it predicts no tokens.
+    windows: [n, tokens] int64. recall: batches of rows. stream_chunk: None leaves streaming out. backend: of the caches.
+    on_step: called with (steps done, steps in all). Returns one Quality per source. Raises ActivationError where the model
+    itself computes NaN or infinity, UnsupportedModelError where it predicts no tokens.
     """
     require_head(unwrapped(model))
     sums = [_Sums() for _ in sources]
@@ -112,7 +113,9 @@ def measure(
             held.divergences.append(divergences(baseline, logits))
             held.agreed += int((baseline.argmax(-1) == logits.argmax(-1)).sum())
             held.nbytes, held.numbers = cache.nbytes, cache.numbers
-            held.stream += _loss(_streamed(model, PackedCache(model, source, backend=backend), ids, stream_chunk)[0, :-1], row)
+            if stream_chunk is not None:
+                streamed = _streamed(model, PackedCache(model, source, backend=backend), ids, stream_chunk)
+                held.stream += _loss(streamed[0, :-1], row)
             step()
     for batch in recall:
         recall_fp.append(recalled(model, None, batch, backend))
@@ -128,7 +131,7 @@ def measure(
             nbytes=held.nbytes,
             nbytes_fp16=2 * held.numbers,
             perplexity_strict=math.exp(held.strict / scored),
-            perplexity_stream=math.exp(held.stream / scored),
+            perplexity_stream=math.nan if stream_chunk is None else math.exp(held.stream / scored),
             perplexity_fp=math.exp(loss_fp / scored),
             kld_strict=torch.cat(held.divergences).double().mean().item(),
             kld_strict_p99=torch.cat(held.divergences).quantile(0.99).item(),
@@ -195,7 +198,8 @@ def with_bytes_of(row: Quality, cache: PackedCache) -> Quality:
 def filled(model: PreTrainedModel, source: Source, ids: Tensor, tokens: int, backend: str = AUTO) -> PackedCache:
     """A cache that holds `tokens` tokens of one sequence, whose bytes are those of any text of that length.
 
-    ids: [1, n] int64; what the model stores for them is stored again and again, without running the model that long.
+    ids: [1, n] int64; what the model stores for them is stored again and again, without running the model that long. Layers
+    with a sliding window let go of what has left it.
     backend: of the cache.
     """
     ids = ids[:, :tokens].to(model.device)
@@ -212,6 +216,8 @@ def filled(model: PreTrainedModel, source: Source, ids: Tensor, tokens: int, bac
     for layer, exact in zip(cache.packed, seen.packed, strict=True):
         keys, values = exact.store.read()
         while layer.store.length < tokens:
+            layer.forget()
             room = tokens - layer.store.length
             layer.store.append(keys[:, :, :room], values[:, :, :room])
+        layer.forget()
     return cache
