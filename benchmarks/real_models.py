@@ -2,33 +2,72 @@
 
 Tables are learned from the built-in mix, as `narrowkv calibrate` does where it is given no text, from encyclopedia text alone
 (16 windows of WikiText-2's validation part) and from source code alone (as many). All are scored on windows of WikiText-2's
-test part and of other source code: the figures of `narrowkv compare`, one file for each model, tables and text, which goes on
-where it was interrupted. Source code is that of the running Python's own library; WikiText-2 is read from NARROWKV_ASSETS, or
-as --learn and --score say.
+test part and of other source code, with tables of the mix on long windows too: the strict figures of `narrowkv compare`, and
+the bits of a cache of 32,768 tokens. There is one file for each model, which goes on where it was interrupted; with
+`--calibrations FOLDER` tables that were learned are kept there too, and read again. Source code is that of the running
+Python's own library; WikiText-2 is read from NARROWKV_ASSETS, or as --learn and --score say.
 """
 
 import argparse
 import os
 import sysconfig
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from narrowkv import calibrate_many, get_recipe, load_model
-from narrowkv.defaults import MIX, MIX_SAMPLES
-from narrowkv.evaluate.compare import KIND, CompareOptions, compare
-from narrowkv.evaluate.results import ResultFile
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from narrowkv import Calibration, calibrate_many, get_recipe, load_model
+from narrowkv.defaults import MIX, MIX_SAMPLES, REFERENCE_TOKENS
+from narrowkv.evaluate.finished import tables_checksum
+from narrowkv.evaluate.quality import Source, filled, measure
+from narrowkv.evaluate.results import ResultFile, definition
 from narrowkv.evaluate.sources import read_text
 from narrowkv.evaluate.windows import cut_windows
+from narrowkv.methods import Recipe
 
+KIND = "real-models"
 TEXTS = Path(os.environ.get("NARROWKV_ASSETS", Path(__file__).parents[2] / "shared" / "assets")) / "text"
-RECIPES = (
-    *("narrow4", "narrow3", "narrow2", "nuq4-1%", "nuq3-1%", "nuq2-1%"),
-    *("kivi-4", "kivi-2", "int4", "hadamard-int4", "nvfp4"),
-)
+KVQUANT = ("nuq4-1%", "nuq3-1%", "nuq2-1%")
+AT_EQUAL_BITS = ("narrow4.55", "narrow3.55", "narrow2.55", *KVQUANT)
+RECIPES = ("narrow4", "narrow3", "narrow2", *AT_EQUAL_BITS, "kivi-4", "kivi-2", "int4", "hadamard-int4", "nvfp4")
 LEARNED_CODE = ("argparse", "ast", "datetime", "difflib", "doctest", "inspect", "optparse", "pickle", "tarfile", "typing")
 SCORED_CODE = ("_pydecimal", "mailbox", "subprocess", "zipfile")
 TABLES = ("mix", "encyclopedia", "code")
-WINDOW, SAMPLES, SPREAD = 512, 16, 8
+STREAMED = ("perplexity_stream", "stream_chunk")
+WINDOW, LONG_WINDOW, SAMPLES, SPREAD = 512, 2048, 16, 8
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, the texts that are learned from, with how many windows of each, and those that are scored."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: Any
+    learned: dict[str, tuple[str, int]]
+    scored: dict[str, str]
+
+    def tables(self, kind: str, recipes: Sequence[Recipe], kept: Path | None) -> dict[str, Source]:
+        """Of each recipe what was learned from a kind of text, or read from the folder where that was `kept`."""
+        sources: dict[str, Source] = {recipe.name: recipe for recipe in recipes}
+        learning = [recipe for recipe in recipes if recipe.needs_calibration]
+        folders = {recipe.name: kept / f"{self.name}-{kind}-{recipe.name}" for recipe in learning if kept}
+        for recipe in learning:
+            if recipe.name in folders and folders[recipe.name].exists():
+                sources[recipe.name] = Calibration.from_pretrained(folders[recipe.name], self.model)
+        missing = [recipe for recipe in learning if isinstance(sources[recipe.name], Recipe)]
+        if missing:
+            text, samples = self.learned[kind]
+            batches = cut_windows(self.tokenizer, text, WINDOW, samples).split(1)
+            for calibration in calibrate_many(self.model, batches, missing):
+                sources[calibration.recipe.name] = calibration
+                if kept:
+                    calibration.save_pretrained(folders[calibration.recipe.name])
+        return sources
 
 
 def code(modules: tuple[str, ...]) -> str:
@@ -37,53 +76,80 @@ def code(modules: tuple[str, ...]) -> str:
     return "\n\n".join((library / f"{module}.py").read_text(encoding="utf-8") for module in modules)
 
 
-def measure(name: str, options: argparse.Namespace) -> None:
-    """All recipes on one model: a file of figures for each kind of tables and of text."""
+def load(name: str, options: argparse.Namespace) -> Subject:
+    """A model in float32 and its texts."""
     model, tokenizer = load_model(name, "float32")
-    recipes = [get_recipe(recipe) for recipe in options.recipes]
-    learn = {
+    learned = {
         "mix": (read_text(MIX), MIX_SAMPLES),
         "encyclopedia": (read_text(options.learn), SAMPLES),
         "code": (code(LEARNED_CODE), SAMPLES),
     }
-    score = {"encyclopedia": read_text(options.score), "code": code(SCORED_CODE)}
-    chosen = CompareOptions(
-        window=WINDOW,
-        limit=options.windows,
-        spread=SPREAD,
-        samples=SAMPLES,
-        decode_steps=0,
-        recall_distance=0,
-        backend=options.backend,
-    )
-    for tables, (text, samples) in learn.items():
-        if tables not in options.tables:
-            continue
-        asked = [recipe for recipe in recipes if recipe.needs_calibration or tables == "mix"]
-        files = {kind: result_file(name, tables, kind, chosen, options.out) for kind in score}
-        missing = [recipe for recipe in asked if any(file.find(recipe=recipe.name) is None for file in files.values())]
-        batches = cut_windows(tokenizer, text, WINDOW, samples).split(1)
-        learning = [recipe for recipe in missing if recipe.needs_calibration]
-        learned = calibrate_many(model, batches, learning) if learning else []
-        for kind, results in files.items():
-            wanted = [tables for tables in learned if results.find(recipe=tables.recipe.name) is None]
-            compare(model, tokenizer, asked, score[kind], None, chosen, results, calibrations=wanted)
-            show(results)
+    scored = {"encyclopedia": read_text(options.score), "code": code(SCORED_CODE)}
+    return Subject(Path(name).name, model, tokenizer, learned, scored)
 
 
-def result_file(name: str, tables: str, text: str, chosen: CompareOptions, folder: Path) -> ResultFile:
-    """Where the figures of one model, for tables and a text of some kind, are kept."""
+def run(name: str, options: argparse.Namespace) -> None:
+    """All rows that a model's file lacks: of each kind of tables and of text, length of windows and recipe."""
     model = Path(name).name
-    settings = {"model": model, "tables": tables, "text": text, **asdict(chosen)}
-    return ResultFile(folder / f"{model}-{tables}-{text}.json", KIND, f"python -m benchmarks.real_models {model}", settings)
+    settings = {"model": model, "windows": options.windows, "long_windows": options.long, "context": REFERENCE_TOKENS}
+    command = f"python -m benchmarks.real_models {model}"
+    results = ResultFile(options.out / f"{model}.json", KIND, command, settings)
+    lengths = {WINDOW: options.windows, LONG_WINDOW: options.long}
+    subject: Subject | None = None
+    for tables in options.tables:
+        asked = options.recipes if tables == "mix" else [recipe for recipe in options.recipes if recipe in AT_EQUAL_BITS]
+        groups = [(text, size) for size, count in lengths.items() if count for text in ("encyclopedia", "code")]
+        groups = groups if tables == "mix" else [group for group in groups if group[1] == WINDOW]
+        missing = {
+            (text, size): [
+                recipe for recipe in asked if not results.find(tables=tables, text=text, window=size, recipe=recipe)
+            ]
+            for text, size in groups
+        }
+        wanted = [get_recipe(recipe) for recipe in asked if any(recipe in rows for rows in missing.values())]
+        if not wanted:
+            continue
+        subject = subject or load(name, options)
+        sources = subject.tables(tables, wanted, options.calibrations)
+        for (text, size), recipes in missing.items():
+            windows = cut_windows(subject.tokenizer, subject.scored[text], size, lengths[size], spread=SPREAD)
+            found = {"tables": tables, "text": text, "window": size}
+            score(subject, found, {recipe: sources[recipe] for recipe in recipes}, windows, results, options.backend)
+    show(results)
+
+
+def score(
+    subject: Subject,
+    found: dict[str, Any],
+    sources: dict[str, Source],
+    windows: Tensor,
+    results: ResultFile,
+    backend: str,
+) -> None:
+    """Add a row for each recipe on some windows; bits are those of tables, counted once."""
+    if not sources:
+        return
+    measured = measure(subject.model, list(sources.values()), windows, stream_chunk=None, backend=backend)
+    for (recipe, source), quality in zip(sources.items(), measured, strict=True):
+        row = {key: figure for key, figure in quality.to_dict().items() if key not in ("recall", "recall_fp", *STREAMED)}
+        counted = results.find(tables=found["tables"], recipe=recipe)
+        if counted is None:
+            with torch.inference_mode():
+                cache = filled(subject.model, source, windows[:1], REFERENCE_TOKENS, backend)
+            counted = {"bits_per_element": cache.bits_per_element, "nbytes": cache.nbytes, "nbytes_fp16": 2 * cache.numbers}
+        row |= {key: counted[key] for key in ("bits_per_element", "nbytes", "nbytes_fp16")}
+        made_from = {"definition": definition(get_recipe(recipe)), "checksum": None}
+        if isinstance(source, Calibration):
+            made_from["checksum"] = tables_checksum(source)
+        results.add(found | row | made_from)
 
 
 def show(results: ResultFile) -> None:
     """Print what a file holds."""
     for row in results.rows:
-        if "kld_strict" in row:
-            figures = f"{row['bits_per_element']:6.2f} bits  KLD {row['kld_strict']:.4f}  {row['perplexity_strict']:.2f}"
-            print(f"{results.path.stem:45} {row['recipe']:15} {figures} ({row['perplexity_fp']:.2f})", flush=True)
+        figures = f"{row['bits_per_element']:6.2f} bits  KLD {row['kld_strict']:.4f}  {row['perplexity_strict']:.2f}"
+        where = f"{results.path.stem:20} {row['tables']:12} {row['text']:12} {row['window']:5}"
+        print(f"{where} {row['recipe']:15} {figures} ({row['perplexity_fp']:.2f})", flush=True)
 
 
 def main() -> None:
@@ -92,13 +158,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES, help="which text they are learned from")
-    parser.add_argument("--windows", type=int, default=2, help="scored of each text")
+    parser.add_argument("--windows", type=int, default=8, help="of 512 tokens, scored of each text")
+    parser.add_argument("--long", type=int, default=2, help="windows of 2,048 tokens, scored of each text")
+    parser.add_argument("--calibrations", type=Path, help="folder where tables are kept")
     parser.add_argument("--learn", default=str(TEXTS / "wikitext2-valid.tokens.txt"))
     parser.add_argument("--score", default=str(TEXTS / "wikitext2-test.raw.txt"))
     parser.add_argument("--backend", default="auto")
     options = parser.parse_args()
     for name in options.models:
-        measure(name, options)
+        run(name, options)
 
 
 if __name__ == "__main__":
