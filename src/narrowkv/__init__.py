@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from narrowkv._version import __version__
+
 if TYPE_CHECKING:
     from narrowkv.calibration import Calibration
     from narrowkv.codec import Scheme
@@ -20,8 +22,6 @@ if TYPE_CHECKING:
     )
     from narrowkv.integrations.explain import explain
     from narrowkv.methods import Recipe, get_recipe, recipe_names
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Calibration",

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from narrowkv import _kernels
+import narrowkv._kernels as _kernels
 from narrowkv.attention import tiled
 from narrowkv.attention.cpu_tables import side_of, turned_by, turning_of
 from narrowkv.attention.cpu_trellis import Streams, StreamValues, steps_to_anchors

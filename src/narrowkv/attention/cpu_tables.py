@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from narrowkv import _kernels
+import narrowkv._kernels as _kernels
 from narrowkv.attention.cpu_words import words_of, words_of_angles
 from narrowkv.attention.rope import AnyRope, Rope
 from narrowkv.codec import AnyQuantizer, Quantizer

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from narrowkv import _kernels
+import narrowkv._kernels as _kernels
 from narrowkv.attention.cpu_words import SUPPORTED
 from narrowkv.attention.rope import AnyRope, frames_of
 from narrowkv.codec import AnyQuantizer, TrellisQuantizer

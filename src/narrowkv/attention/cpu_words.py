@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from narrowkv import _kernels
+import narrowkv._kernels as _kernels
 from narrowkv.codec import Scheme
 from narrowkv.store import BLOCK
 

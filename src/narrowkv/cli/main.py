@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from rich.markup import escape
 
-from narrowkv import __version__
+from narrowkv._version import __version__
 from narrowkv.cli import ablate, calibrate, chat, compare, demo, env, eval, generate, inspect, plan, recipes, report, tasks
 from narrowkv.cli.common import GIVEN, err, out
 from narrowkv.errors import NarrowKVError, NarrowKVWarning, TextError

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from narrowkv import _kernels
+import narrowkv._kernels as _kernels
 from narrowkv.codec.memory import HALVES, address
 from narrowkv.codec.room import Room
 from narrowkv.codec.scheme import Scheme
@@ -11,6 +11,7 @@ from narrowkv.codec.scheme import Scheme
 KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 FEW = 2**15  # numbers that are not worth a second thread
 DOES_NOT_FIT = -1
+INSTRUCTION_SETS = tuple(_kernels.instruction_sets())  # that this processor has
 
 
 class Encoder:

@@ -8,7 +8,7 @@ at the same shift, so a SIMD register of bytes yields neighbouring codes with on
 import torch
 from torch import Tensor
 
-from narrowkv import _kernels
+import narrowkv._kernels as _kernels
 from narrowkv.codec.memory import address
 
 FEW = 2**17  # codes that are not worth a second thread

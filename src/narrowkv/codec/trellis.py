@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from narrowkv import _kernels
+import narrowkv._kernels as _kernels
 from narrowkv.codec.memory import address
 from narrowkv.codec.scheme import MOST_RATE, UNIT, stream_bytes
 from narrowkv.errors import RecipeError

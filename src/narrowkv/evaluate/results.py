@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from narrowkv import __version__, _kernels
+from narrowkv._version import __version__
 from narrowkv.attention import BACKENDS
+from narrowkv.codec.compiled import INSTRUCTION_SETS
 from narrowkv.errors import FileFormatError, OutputError
 from narrowkv.files import checksum, read_json, write_json
 from narrowkv.methods import Recipe
@@ -54,7 +55,7 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "openmp": openmp(),
-        "instruction_sets": _kernels.instruction_sets(),
+        "instruction_sets": list(INSTRUCTION_SETS),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "backends": sorted(BACKENDS),
     }

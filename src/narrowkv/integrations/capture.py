@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from narrowkv import __version__
+from narrowkv._version import __version__
 from narrowkv.attention import AUTO
 from narrowkv.attention.rope import frames_of
 from narrowkv.calibration import Calibration, Fingerprint
