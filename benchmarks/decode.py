@@ -59,7 +59,7 @@ def packed_cache(model: PreTrainedModel, name: str, tokens: int) -> PackedCache:
     recipe = get_recipe(name)
     layers = {i: (random_quantizer(recipe.keys), random_quantizer(recipe.values)) for i in range(LAYERS)}
     shapes = dict.fromkeys(layers, (KV_HEADS, HEAD_DIM))
-    cache = Calibration(recipe, Fingerprint.of(model), layers, shapes).cache(model, backend="cpu")
+    cache = PackedCache(model, Calibration(recipe, Fingerprint.of(model), layers, shapes), backend="cpu")
     for layer in cache.packed:
         with draw_at_random(layer.store):
             for start in range(0, tokens, CHUNK):

@@ -48,7 +48,7 @@ def empty(model: PreTrainedModel, name: str, backend: str = "cuda") -> PackedCac
     pair = quantizer(recipe.keys, heads, device), quantizer(recipe.values, heads, device)
     layers = dict.fromkeys(range(config.num_hidden_layers), pair)
     shapes = dict.fromkeys(layers, (heads, HEAD_DIM))
-    return Calibration(recipe, Fingerprint.of(model), layers, shapes).cache(model, backend=backend)
+    return PackedCache(model, Calibration(recipe, Fingerprint.of(model), layers, shapes), backend=backend)
 
 
 def packed(model: PreTrainedModel, name: str, tokens: int, batch: int) -> PackedCache:

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from narrowkv import Calibration, calibrate, get_recipe, tensor_file
+from narrowkv import Calibration, PackedCache, calibrate, get_recipe, tensor_file
 from narrowkv.calibration.calibration import FILE
 from narrowkv.errors import CalibrationError, FileFormatError, OutputError
 
@@ -44,14 +44,14 @@ def test_it_comes_back_bit_for_bit(calibration, model, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_same_model_in_another_dtype_is_the_same_model(calibration, tiny, dtype):
-    calibration.cache(tiny(dtype=dtype))
+    PackedCache(tiny(dtype=dtype), calibration)
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"kv_heads": 4}, {"layers": 3}, {"head_dim": 8}, {"family": "qwen2"}], ids=str)
 def test_another_model_is_refused(calibration, tiny, tmp_path, other):
     stranger = tiny(**other)
     with pytest.raises(CalibrationError, match="another model"):
-        calibration.cache(stranger)
+        PackedCache(stranger, calibration)
     calibration.save_pretrained(tmp_path)
     with pytest.raises(CalibrationError, match="another model"):
         Calibration.from_pretrained(tmp_path, stranger)

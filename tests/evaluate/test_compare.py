@@ -7,7 +7,7 @@ import pytest
 import torch
 from tests.letters import TEXT, make_letters
 
-from narrowkv import calibrate, get_recipe
+from narrowkv import PackedCache, calibrate, get_recipe
 from narrowkv.errors import OutputError, TextError
 from narrowkv.evaluate import compare as comparing
 from narrowkv.evaluate import cut_windows, measure
@@ -45,7 +45,7 @@ def test_rows_are_what_measuring_gives(tiny, tmp_path):
     (expected,) = measure(model, [calibration], windows)
     for name in ("perplexity_strict", "perplexity_stream", "kld_strict", "kld_strict_p99", "top1", "tokens"):
         assert row[name] == getattr(expected, name)
-    cache = calibration.cache(model)
+    cache = PackedCache(model, calibration)
     model(torch.cat([windows[:1]] * 3, dim=1)[:, :150], past_key_values=cache)
     assert row["nbytes"] == pytest.approx(cache.nbytes, rel=0.02)  # other numbers, other outliers
     assert dynamic["recipe"] == DYNAMIC and dynamic["nbytes"] == 2 * 2 * 2 * 150 * 16 * 4

@@ -42,7 +42,7 @@ def test_an_empty_cache_counts_its_tables(tiny):
 
 def test_it_says_what_it_is(tiny):
     model = tiny()
-    cache = get_recipe("int4").cache(model)
+    cache = PackedCache(model, "int4")
     run(model, cache, 70)
     assert repr(cache).startswith("PackedCache(int4, 70 tokens x 1, ")
     assert cache.backend in ("cpu (avx512)", "cpu (avx2)", "cpu (generic)")

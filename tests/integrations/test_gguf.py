@@ -102,11 +102,11 @@ def test_tables_serve_the_file_and_its_original_alike(tmp_path, kind, tied):
     for learner, user in ((original, read), (read, original)):
         tables = narrowkv.calibrate(learner, [ids], "nuq3")
         tables.save_pretrained(tmp_path / "tables")
-        narrowkv.Calibration.from_pretrained(tmp_path / "tables", user).cache(user)
+        narrowkv.PackedCache(user, narrowkv.Calibration.from_pretrained(tmp_path / "tables", user))
     with pytest.raises(CalibrationError, match="another model"):
-        tables.cache(make_tiny("qwen2", layers=3, seed=5))
+        narrowkv.PackedCache(make_tiny("qwen2", layers=3, seed=5), tables)
     with pytest.raises(CalibrationError, match="another model"):
-        narrowkv.calibrate(make_tiny("qwen2", layers=3, seed=5), [ids], "nuq3").cache(read)
+        narrowkv.PackedCache(read, narrowkv.calibrate(make_tiny("qwen2", layers=3, seed=5), [ids], "nuq3"))
 
 
 def test_the_planner_reads_the_file_too(saved):

@@ -132,7 +132,7 @@ def test_keys_kept_unrotated_are_quantised_without_it_too():
 
 def test_static_ranges_take_a_constant_in_themselves():
     model = biased(layers=1)
-    cache = calibrate(model, IDS, "int4-channel").cache(model)
+    cache = PackedCache(model, calibrate(model, IDS, "int4-channel"))
     assert cache.packed[0].store.bias.keys is None and cache.packed[0].store.bias.values is not None
 
 
@@ -145,7 +145,7 @@ def test_calibration_learns_from_what_is_quantised(name):
         assert keys.smooth[:, 15].mean() < 1.5 < off.layers[0][0].smooth[:, 15].mean()  # 1 is the mean
     else:
         torch.testing.assert_close(values.codebook, calibrate(plain, IDS, name).layers[0][1].codebook, rtol=0, atol=0.5)
-    assert loss(model, learned.cache(model)) < loss(model, off.cache(model))
+    assert loss(model, PackedCache(model, learned)) < loss(model, PackedCache(model, off))
 
 
 def test_a_saved_cache_goes_on_and_another_bias_is_refused(tmp_path):

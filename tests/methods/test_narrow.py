@@ -49,7 +49,7 @@ def test_layers_may_have_streams_of_equal_bytes(tiny, tmp_path):
     allocated = calibration.provenance["allocation"]
     (size,) = set(allocated["stream_bytes"].values())
     assert 3.1 < allocated["bits"] <= 3.3
-    cache = calibration.cache(model)
+    cache = PackedCache(model, calibration)
     with torch.inference_mode():
         model(IDS, past_key_values=cache)
     for layer in cache.packed:

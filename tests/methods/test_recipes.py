@@ -108,7 +108,7 @@ def test_every_preset_makes_a_cache_and_follows_the_model(tiny):
         assert loss[method.format(4)] < 0.6 * loss[method.format(2)], method
     assert loss["intrinsic-2-nearest-kmeans"] < loss["intrinsic-2-kmeans"]
     with pytest.raises(RecipeError, match="do not fill a head_dim of 16"):
-        get_recipe("fp4").cache(tiny())
+        PackedCache(tiny(), "fp4")
 
 
 def test_learned_keys_go_with_values_that_need_no_calibration(tiny):
@@ -116,7 +116,7 @@ def test_learned_keys_go_with_values_that_need_no_calibration(tiny):
     for name in ("nvfp4", "intrinsic-2-nearest"):
         recipe = get_recipe("nuq4").with_options(name="mixed", values=get_recipe(name).values)
         calibration = calibrate(model, ids, recipe)
-        cache = calibration.cache(model)
+        cache = PackedCache(model, calibration)
         with torch.inference_mode():
             assert model(ids, past_key_values=cache).logits.isfinite().all()
         assert 4 < cache.bits_per_element < 16

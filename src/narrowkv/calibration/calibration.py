@@ -17,8 +17,6 @@ from narrowkv.methods import Recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from narrowkv.integrations import PackedCache
-
 FORMAT, FORMAT_VERSION, FILE = "narrowkv-calibration", 2, "narrowkv.safetensors"
 SIDES = ("keys", "values")
 MOST_SIZE = 2**16  # layers, heads, or channels of a head
@@ -78,12 +76,6 @@ class Calibration:
             )
         keys, values = (quantizer.of_heads(rank * kv_heads, kv_heads) for quantizer in pair)
         return keys, values
-
-    def cache(self, model: "PreTrainedModel", **options: Any) -> "PackedCache":
-        """A new cache for `model`, for `model.generate(past_key_values=...)`; options as of `narrowkv.PackedCache`."""
-        from narrowkv.integrations import PackedCache  # the one step upwards: sugar for users
-
-        return PackedCache(model, self, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `narrowkv.safetensors` into a folder, atomically; raises OutputError where that fails."""

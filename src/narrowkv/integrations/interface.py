@@ -31,10 +31,10 @@ from narrowkv.store.steps import AHEAD
 KNOWN_TENSORS = ("position_ids", "s_aux", "cache_position")  # the last is of transformers 4, and ignored as models ignore it
 GIVEN_TENSORS = {"hidden_states", "attention_mask", "past_key_values", "cache", "position_embeddings", *KNOWN_TENSORS}
 TWO_DIMENSIONS = "The packed cache takes attention masks of 2 dimensions only (1 for tokens, 0 for padding); pass one or none."
-ANOTHER_MODEL = "This cache was made for another model; make one with calibration.cache(model) or recipe.cache(model)."
+ANOTHER_MODEL = "This cache was made for another model; make one: PackedCache(model, source)."
 NOT_TOLD = (
-    "This cache was made for another model, or update was called by hand; make one with calibration.cache(model) or "
-    "recipe.cache(model), and let the model fill it: model(input_ids, past_key_values=cache)."
+    "This cache was made for another model, or update was called by hand; make one, "
+    "PackedCache(model, source), and let the model fill it: model(input_ids, past_key_values=cache)."
 )
 NO_WEIGHTS = "A packed cache does not give attention weights; ask without output_attentions."
 

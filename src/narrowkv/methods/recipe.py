@@ -4,17 +4,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from narrowkv.codec import AnyQuantizer, Scheme, quantizer_for
 from narrowkv.errors import RecipeError
 from narrowkv.files import reason
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from narrowkv.integrations import PackedCache
-
 
 MOST_SINKS, MOST_WINDOW, MOST_LAYERS, MOST_BITS = 1024, 2**20, 4096, 64
 
@@ -141,12 +135,6 @@ class Recipe:
             )
         pair = self.schemes(layer)
         return quantizer_for(pair.keys), quantizer_for(pair.values)
-
-    def cache(self, model: "PreTrainedModel", **options: Any) -> "PackedCache":
-        """A new cache for `model`, for `model.generate(past_key_values=...)`; options as of `narrowkv.PackedCache`."""
-        from narrowkv.integrations import PackedCache  # the one step upwards: sugar for users
-
-        return PackedCache(model, self, **options)
 
     def with_options(self, **changes: Any) -> "Recipe":
         """A copy with fields replaced, for instance `with_options(sinks=5, window=32)`."""
