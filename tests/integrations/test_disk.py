@@ -76,6 +76,19 @@ def test_after_crop_and_select_what_is_left_is_saved(tiny, tmp_path, name):
     assert loaded.nbytes <= cache.nbytes
 
 
+@pytest.mark.parametrize("name", ["window and sinks", "narrow3"])
+def test_a_state_is_its_own_and_goes_into_any_number_of_caches(tiny, name):
+    model = tiny()
+    source = source_of(model, name)
+    cache, ids = read_prompt(model, source, tokens=100)
+    state = cache.state(ids)
+    expected = go_on(model, cache, ids)
+    for _ in range(2):
+        again = PackedCache.from_state(state, model, source, token_ids=ids)
+        assert torch.equal(go_on(model, again, ids), expected)
+        again.crop(-again.length + 1)
+
+
 def test_a_file_of_something_else_is_refused_with_the_reason(tiny, tmp_path):
     model, path = tiny(), tmp_path / "c"
     cache, ids = read_prompt(model, "int4")

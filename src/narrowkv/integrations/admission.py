@@ -1,17 +1,18 @@
 """What is asked of a call before a cache takes anything of it, so that a refusal leaves the cache as it was."""
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from narrowkv.errors import CacheUseError, UnsupportedModelError
+from narrowkv.errors import CacheUseError
 from narrowkv.store.steps import AHEAD
 
-if TYPE_CHECKING:
-    from narrowkv.integrations.running import RunningCache
-
+GRADIENTS = (
+    "Gradients do not flow through packed keys and values, so they would be wrong; run the model under torch.no_grad() or "
+    "torch.inference_mode(), or use recipe fp16."
+)
 IN_USE = (
     "This cache is in use by another thread; give each thread a cache of its own (copy.deepcopy(cache) shares what it holds)."
 )
@@ -51,20 +52,21 @@ class ThreadHold:
         return self.last not in (None, threading.current_thread()) and self.last.is_alive()
 
 
-def require_fit(cache: "RunningCache", tokens: Tensor, mask: Any, positions: Any) -> None:
-    """Raise CacheUseError where new tokens, ids or embeddings [batch, new, ...], do not go on from what the cache holds.
+def require_fit(tokens: Tensor, mask: Any, positions: Any, *, held: int, batch_size: int, shared: bool) -> None:
+    """Raise CacheUseError where new tokens, ids or embeddings [batch, new, ...], do not go on from what a cache holds.
 
-    mask, positions: the attention mask and the positions that come with them.
+    mask, positions: the attention mask and the positions that come with them. held, batch_size: tokens and sequences of the
+    cache; shared: whether another thread used it last.
     """
-    held, (batch, new) = cache.length, tokens.shape[:2]
+    batch, new = tokens.shape[:2]
     reached = _reached(held + new, new, mask, positions)
     if new == 0 and held == 0:
         raise CacheUseError("The prompt is empty; pass at least one token.")
     if new == 0 or reached < held + new:
-        raise CacheUseError(_does_not_go_on(held, reached if reached < held + new else None, cache.hold.shared))
-    if held and batch != cache.batch_size:
+        raise CacheUseError(_does_not_go_on(held, reached if reached < held + new else None, shared))
+    if held and batch != batch_size:
         raise CacheUseError(
-            f"This cache holds batch {cache.batch_size}, but got batch {batch}; call cache.reset() or make a new cache."
+            f"This cache holds batch {batch_size}, but got batch {batch}; call cache.reset() or make a new cache."
         )
 
 
@@ -97,15 +99,3 @@ def wants_gradients(decoder: nn.Module, tokens: Tensor | None) -> bool:
     if not torch.is_grad_enabled():
         return False
     return (tokens is not None and tokens.requires_grad) or any(part.requires_grad for part in decoder.parameters())
-
-
-def require_right_gradients(cache: "RunningCache", wanted: bool) -> None:
-    """Raise UnsupportedModelError where gradients that flow would be wrong: packed numbers have none.
-
-    A first chunk attends to itself exactly, so its gradients are right, but not those of what follows.
-    """
-    if torch.is_grad_enabled() and not cache.is_exact and (wanted or cache.owes_gradients) and (cache.length or cache.strict):
-        raise UnsupportedModelError(
-            "Gradients do not flow through packed keys and values, so they would be wrong; run the model under "
-            "torch.no_grad() or torch.inference_mode(), or use recipe fp16."
-        )

@@ -1,8 +1,10 @@
 """PackedCache: a drop-in `past_key_values` for transformers that stores keys and values packed."""
 
 import copy
+import json
 import weakref
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,9 @@ from narrowkv.calibration.wrappers import decoder_of, unwrapped
 from narrowkv.codec import AnyQuantizer
 from narrowkv.codec.surroundings import runs_undisturbed, undisturbed
 from narrowkv.defaults import DENSE
-from narrowkv.errors import CacheUseError, RecipeError
+from narrowkv.errors import CacheUseError, FileFormatError, RecipeError
 from narrowkv.integrations.dense import DenseLayer
-from narrowkv.integrations.disk import load_cache, save_cache
+from narrowkv.integrations.disk import CacheState, read_state, tensors_checksum, write_state
 from narrowkv.integrations.exchange import take_dynamic, to_dynamic
 from narrowkv.integrations.frequencies import frequencies, place_of
 from narrowkv.integrations.layer import PackedLayer
@@ -28,9 +30,9 @@ from narrowkv.integrations.preparation import facts_for
 from narrowkv.integrations.probe import AttentionFacts, own_layers, text_config
 from narrowkv.integrations.projections import bias_of, with_gain
 from narrowkv.integrations.running import RunningCache, dtype_of
+from narrowkv.integrations.versions import keeps_nothing
 from narrowkv.methods import Recipe, get_recipe
 from narrowkv.store import LayerStore, Ledger
-from narrowkv.store.checks import as_count, as_rows
 
 
 class PackedCache(RunningCache):
@@ -119,13 +121,12 @@ class PackedCache(RunningCache):
             if place is not None:
                 layer.turn_by(known[place][0].to(self.device))
 
-    @runs_undisturbed
     def save(self, path: str | Path, token_ids: Tensor | None = None) -> None:
         """Write what is held to one file, still packed; token_ids [batch, tokens], if given, let `load` check the prompt.
 
         Raises CacheUseError while empty, OutputError where writing fails.
         """
-        save_cache(self, path, token_ids)
+        write_state(self.state(token_ids), Path(path))
 
     @classmethod
     def load(
@@ -142,10 +143,76 @@ class PackedCache(RunningCache):
         Raises FileFormatError where the file is missing, damaged or of another version, CalibrationError where it belongs
         to another model, recipe or calibration, CacheUseError where it holds another prompt than token_ids.
         """
+        state = read_state(Path(path))
+        try:
+            return cls.from_state(state, model, source, token_ids=token_ids, **options)
+        except FileFormatError as error:
+            raise FileFormatError(
+                f"{path} cannot be loaded: {error}; read the prompt again and save the cache anew."
+            ) from error
+
+    @runs_undisturbed
+    def state(self, token_ids: Tensor | None = None) -> CacheState:
+        """What is held, still packed, as plain data; token_ids as of `save`.
+
+        Raises CacheUseError while empty, where token_ids do not fit, and where layers without attention hold something.
+        """
+        self.hold.require()
+        if self.length == 0:
+            raise CacheUseError("The cache is empty, there is nothing to save; let the model read a prompt first.")
+        self._require_attention_only()
+        state = CacheState(self._origin() | {"batch": self.batch_size, "tokens": self.length})
+        state.name_prompt(token_ids)
+        for name, ledger in self.ledgers.items():
+            state.add_ledger(name, ledger)
+        for i, layer in zip(self.modules, self.packed, strict=True):
+            state.add_layer(i, layer.store)
+        return state
+
+    @classmethod
+    def from_state(
+        cls,
+        state: CacheState,
+        model: PreTrainedModel,
+        source: Calibration | Recipe | str,
+        *,
+        token_ids: Tensor | None = None,
+        **options: Any,
+    ) -> "PackedCache":
+        """A cache with the state of another that was made for the same; token_ids, options and errors as of `load`."""
         cache = cls(model, source, **options)
         with undisturbed():
-            load_cache(cache, path, token_ids)
+            state.require_origin(cache._origin(), token_ids)
+            reader = state.reader(cache.device)
+            for i, layer, shape in zip(cache.modules, cache.packed, cache.shapes, strict=True):
+                reader.take_layer(i, layer.store, shape, layer.sliding_window)
+            for name, ledger in cache.ledgers.items():
+                dims = [dim for layer, (_, dim) in zip(cache.packed, cache.shapes, strict=True) if layer.ledger is ledger]
+                reader.take_ledger(name, ledger, min(dims), cache.first_needed(ledger))
+            reader.require_empty()
         return cache
+
+    def _origin(self) -> dict[str, Any]:
+        """What a state of this cache is of, as plain data: it goes into a cache of the same alone."""
+        quantizers = [quantizer for layer in self.packed for quantizer in layer.store.quantizers]
+        biases = [part for layer in self.packed for part in layer.store.bias.tensors()]
+        return {
+            "recipe": json.loads(json.dumps(self.recipe.to_dict())),  # lists, as a file has them
+            "tables_sha256": tensors_checksum(table for one in quantizers for table in one.tensors().values()),
+            "bias_sha256": tensors_checksum(biases) if biases else None,
+            "fingerprint": asdict(self.fingerprint),
+            "dtype": str(self.model_dtype).removeprefix("torch."),
+            "rank": self.rank,
+            "shapes": [list(shape) for shape in self.shapes],
+        }
+
+    def _require_attention_only(self) -> None:
+        others = [i for i, layer in enumerate(self.layers) if i not in self.modules and not keeps_nothing(layer)]
+        if others:
+            raise CacheUseError(
+                f"Layers {', '.join(map(str, others))} keep a state of their own (linear attention, convolution), which "
+                "cannot be saved; read the prompt anew instead."
+            )
 
     @classmethod
     def from_cache(
@@ -196,58 +263,6 @@ class PackedCache(RunningCache):
             layer.reset()
         for ledger in self.ledgers.values():
             ledger.reset()
-
-    @runs_undisturbed
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drop the newest tokens; `tokens_to_remove` is negative or 0, as transformers has it. Nothing is re-encoded.
-
-        Raises CacheUseError, and drops nothing, where a layer cannot go back: a sliding window has forgotten what the next
-        token would need, or a layer without attention keeps no record of its past (assisted decoding lets it); and where that
-        is no such number.
-        """
-        self.hold.require()
-        tokens_to_remove = as_count(tokens_to_remove, "Minus the number of tokens to drop")
-        length = self.length + tokens_to_remove
-        if tokens_to_remove < 0 and length <= 0:
-            self.reset()
-            return
-        for layer in self.packed:
-            layer.require_croppable(length)
-        for i, own in enumerate(self.layers):
-            if i not in self.modules and hasattr(own, "crop"):
-                try:
-                    own.crop(tokens_to_remove)
-                except RuntimeError as error:
-                    raise CacheUseError(f"Layer {i} keeps no record of its past and cannot be cropped ({error}).") from error
-        for layer in self.packed:
-            layer.crop(tokens_to_remove)
-        for ledger in self.ledgers.values():
-            ledger.crop(self.length)
-
-    @runs_undisturbed
-    def reorder_cache(self, beam_idx: Any) -> None:
-        """Let row i continue the sequence of row beam_idx[i], as `as_rows` reads it; sealed blocks are shared, not copied.
-
-        An empty cache stays empty. Raises CacheUseError where beam_idx does not name rows of the batch.
-        """
-        self.hold.require()
-        if self.batch_size < 0:
-            return
-        rows = as_rows(beam_idx, self.batch_size)
-        super().reorder_cache(rows.to(self.device))  # type: ignore[arg-type]
-        for ledger in self.ledgers.values():
-            ledger.select(rows)
-
-    def batch_select_indices(self, indices: Any) -> None:
-        """Keep the sequences named by `indices`, repeats allowed, or those that bools keep; raises as `reorder_cache`."""
-        self.reorder_cache(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each sequence, neighbours together; raises CacheUseError where `repeats` is no whole number from 1."""
-        repeats = as_count(repeats, "How often sequences are repeated")
-        if repeats < 1:
-            raise CacheUseError(f"Sequences are repeated once or more, not {repeats} times.")
-        self.reorder_cache([row for row in range(self.batch_size) for _ in range(repeats)])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PackedCache":
         """A cache of its own, which shares sealed blocks; of the model's copy, if that was made before in the same copying."""

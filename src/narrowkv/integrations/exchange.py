@@ -1,7 +1,7 @@
 """From transformers' DynamicCache to a packed cache and back, so that no prompt is read twice."""
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,12 +11,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from narrowkv.attention import Rope, StoredRope
 from narrowkv.errors import CacheUseError
 from narrowkv.integrations.layer import PackedLayer
-from narrowkv.integrations.running import dtype_of
+from narrowkv.integrations.running import RunningCache, dtype_of
 from narrowkv.integrations.versions import keeps_nothing
 from narrowkv.store.late import begin_late
-
-if TYPE_CHECKING:
-    from narrowkv.integrations.cache import PackedCache
 
 TOGETHER = 2048  # tokens turned back at a time, in float64
 NO_ANGLES = (
@@ -27,7 +24,7 @@ OWN = "fill one by this model."
 NO_MODEL = "The model that this cache was made for is gone; keep it as long as the cache."
 
 
-def take_dynamic(cache: "PackedCache", given: Any, mask: Tensor | None, positions: Tensor | None) -> None:
+def take_dynamic(cache: RunningCache, given: Any, mask: Tensor | None, positions: Tensor | None) -> None:
     """Fill a new packed cache with what a DynamicCache of its model holds.
 
     mask: [batch, tokens], 1 for tokens and 0 for padding, None where there is none. positions: [1 or batch, tokens]; by
@@ -55,7 +52,7 @@ def take_dynamic(cache: "PackedCache", given: Any, mask: Tensor | None, position
         _fill(layer, given.layers[i], valid, positions, cache.device)
 
 
-def to_dynamic(cache: "PackedCache") -> DynamicCache:
+def to_dynamic(cache: RunningCache) -> DynamicCache:
     """A DynamicCache with what a packed cache holds, decoded, keys turned, in the dtypes in which they came.
 
     Raises CacheUseError where the cache's model is gone.
@@ -101,7 +98,7 @@ def _fill(layer: PackedLayer, given: Any, valid: Tensor | None, positions: Tenso
     layer.forget()
 
 
-def _require_held(cache: "PackedCache", given: Any) -> tuple[int, int]:
+def _require_held(cache: RunningCache, given: Any) -> tuple[int, int]:
     """Sequences and tokens that are held; raises CacheUseError where this is no DynamicCache of the cache's model."""
     if not isinstance(given, DynamicCache):
         raise CacheUseError(
@@ -123,7 +120,7 @@ def _require_held(cache: "PackedCache", given: Any) -> tuple[int, int]:
     return sizes.pop()
 
 
-def _others(cache: "PackedCache") -> list[int]:
+def _others(cache: RunningCache) -> list[int]:
     """Layers that keep a state of their own beside keys and values."""
     return [i for i, layer in enumerate(cache.layers) if i not in cache.modules and not keeps_nothing(layer)]
 

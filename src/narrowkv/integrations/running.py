@@ -1,4 +1,6 @@
-"""RunningCache: what a packed cache does around each run of its model, so that none leaves it half filled unnoticed."""
+"""RunningCache: a packed cache from run to run of its model: none leaves it half filled unnoticed, and between them sequences
+are cropped, picked and repeated.
+"""
 
 import threading
 import warnings
@@ -8,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from narrowkv.codec.surroundings import runs_undisturbed
 from narrowkv.codec.tally import Tally
 from narrowkv.errors import CacheUseError, NarrowKVError, NarrowKVWarning, UnsupportedModelError
-from narrowkv.integrations.admission import ThreadHold, require_fit, require_right_gradients, wants_gradients
+from narrowkv.integrations.admission import GRADIENTS, ThreadHold, require_fit, wants_gradients
 from narrowkv.integrations.dense import DenseLayer
 from narrowkv.integrations.interface import ANOTHER_MODEL, TWO_DIMENSIONS, NarrowCache, Step
 from narrowkv.integrations.layer import PackedLayer, not_traced
 from narrowkv.store import Ledger, steps
+from narrowkv.store.checks import as_count, as_rows
 
 SATURATED = 1e-2  # part of a layer's numbers above which it is told
 
@@ -24,6 +28,7 @@ class RunningCache(NarrowCache):
 
     packed: the layers that keep keys and values. modules: their attention modules, by layer; decoder: the language model.
     ledgers: what is kept of each token once for all layers. strict: whether new tokens too are attended to as they are stored.
+    shapes: kv_heads and head_dim of the packed layers.
     """
 
     packed: list[PackedLayer]
@@ -31,6 +36,8 @@ class RunningCache(NarrowCache):
     decoder: weakref.ref[nn.Module]
     ledgers: dict[str, Ledger]
     strict: bool
+    device: torch.device
+    shapes: list[tuple[int, int]]
     model_dtype: torch.dtype  # of the model when the first tokens came; until then, at the creation
 
     def __init__(self, layers: list[Any]):
@@ -112,12 +119,22 @@ class RunningCache(NarrowCache):
         if self.captured:
             return
         wanted = wants_gradients(decoder, tokens)
-        require_right_gradients(self, wanted)
+        self._require_right_gradients(wanted)
         if tokens is not None:
-            require_fit(self, tokens, mask, positions)
+            held, shared = self.length, self.hold.shared
+            require_fit(tokens, mask, positions, held=held, batch_size=self.batch_size, shared=shared)
         if self.length == 0:
             self.owes_gradients = wanted
         self.news.receive()
+
+    def _require_right_gradients(self, wanted: bool) -> None:
+        """Raise UnsupportedModelError where gradients that flow would be wrong: packed numbers have none.
+
+        A first chunk attends to itself exactly, so its gradients are right, but not those of what follows.
+        """
+        flow = torch.is_grad_enabled() and (wanted or self.owes_gradients)
+        if flow and not self.is_exact and (self.length or self.strict):
+            raise UnsupportedModelError(GRADIENTS)
 
     @not_traced
     def finish(self, failed: bool) -> None:
@@ -153,6 +170,58 @@ class RunningCache(NarrowCache):
                 NarrowKVWarning,
                 stacklevel=2,
             )
+
+    @runs_undisturbed
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the newest tokens; `tokens_to_remove` is negative or 0, as transformers has it. Nothing is re-encoded.
+
+        Raises CacheUseError, and drops nothing, where a layer cannot go back: a sliding window has forgotten what the next
+        token would need, or a layer without attention keeps no record of its past (assisted decoding lets it); and where that
+        is no such number.
+        """
+        self.hold.require()
+        tokens_to_remove = as_count(tokens_to_remove, "Minus the number of tokens to drop")
+        length = self.length + tokens_to_remove
+        if tokens_to_remove < 0 and length <= 0:
+            self.reset()
+            return
+        for layer in self.packed:
+            layer.require_croppable(length)
+        for i, own in enumerate(self.layers):
+            if i not in self.modules and hasattr(own, "crop"):
+                try:
+                    own.crop(tokens_to_remove)
+                except RuntimeError as error:
+                    raise CacheUseError(f"Layer {i} keeps no record of its past and cannot be cropped ({error}).") from error
+        for layer in self.packed:
+            layer.crop(tokens_to_remove)
+        for ledger in self.ledgers.values():
+            ledger.crop(self.length)
+
+    @runs_undisturbed
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Let row i continue the sequence of row beam_idx[i], as `as_rows` reads it; sealed blocks are shared, not copied.
+
+        An empty cache stays empty. Raises CacheUseError where beam_idx does not name rows of the batch.
+        """
+        self.hold.require()
+        if self.batch_size < 0:
+            return
+        rows = as_rows(beam_idx, self.batch_size)
+        super().reorder_cache(rows.to(self.device))  # type: ignore[arg-type]
+        for ledger in self.ledgers.values():
+            ledger.select(rows)
+
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keep the sequences named by `indices`, repeats allowed, or those that bools keep; raises as `reorder_cache`."""
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence, neighbours together; raises CacheUseError where `repeats` is no whole number from 1."""
+        repeats = as_count(repeats, "How often sequences are repeated")
+        if repeats < 1:
+            raise CacheUseError(f"Sequences are repeated once or more, not {repeats} times.")
+        self.reorder_cache([row for row in range(self.batch_size) for _ in range(repeats)])
 
     def first_needed(self, ledger: Ledger) -> int:
         """The oldest token whose entry some layer still reads."""

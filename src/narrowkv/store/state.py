@@ -19,10 +19,11 @@ PACKED = ("outlier_values", "outlier_index", "outlier_offsets")
 
 
 def to_tensors(store: LayerStore) -> dict[str, Tensor]:
-    """Everything that a store holds, by name: `first` [] int64 tokens forgotten; `missing` [] int64 first tokens that never
-    came, where some of them are held; `counts` [blocks] int32 tokens of each
-    block; `keys.plane0`, `keys.scale`, ... of the blocks, block after block, each for all sequences; `tail.keys.codes`, ...;
-    `recent.keys`, `recent_skip`; `sinks.keys`, `sink_index`.
+    """Everything that a store holds, in memory of its own, by name.
+
+    `first` [] int64 tokens forgotten; `missing` [] int64 first tokens that never came, where some of them are held; `counts`
+    [blocks] int32 tokens of each block; `keys.plane0`, `keys.scale`, ... of the blocks, block after block, each for all
+    sequences; `tail.keys.codes`, ...; `recent.keys`, `recent_skip`; `sinks.keys`, `sink_index`.
     """
     found: dict[str, Tensor] = {}
     if store.first:
@@ -39,11 +40,13 @@ def to_tensors(store: LayerStore) -> dict[str, Tensor]:
     for name, encoded in zip(SIDES, store.tail.encoded() if store.tail and store.tail.tokens else (), strict=False):
         found |= {f"tail.{name}.{part}": tensor for part, tensor in encoded.ranges.items()}
         found |= {f"tail.{name}.{part}": getattr(encoded, part) for part in ENCODED if getattr(encoded, part) is not None}
+    exact: dict[str, Tensor] = {}
     if store.recent.tokens:
-        found |= dict(zip(("recent.keys", "recent.values", "recent_skip"), store.recent.held(), strict=True))
-    found |= {f"sinks.{name}": numbers for name, numbers in zip(SIDES, store.sink_numbers or (), strict=False)}
+        exact |= dict(zip(("recent.keys", "recent.values", "recent_skip"), store.recent.held(), strict=True))
+    exact |= {f"sinks.{name}": numbers for name, numbers in zip(SIDES, store.sink_numbers or (), strict=False)}
     if store.sink_index is not None:
-        found["sink_index"] = store.sink_index
+        exact["sink_index"] = store.sink_index
+    found |= {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in exact.items()}
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
@@ -122,8 +125,9 @@ def load_tensors(
         _require(keys.shape == values.shape and keys.shape[2] < store.window + store.together, "recent.keys")
         store.recent.shift(0, keys, values, reader.take("recent_skip", (batch, keys.shape[2]), torch.bool))
     if store.sinks and store.length:
-        store.sink_numbers = reader.take_exact("sinks", (batch, heads, store.sinks, dim))
-        store.sink_index = reader.take("sink_index", (batch, store.sinks), torch.int64)
+        keys, values = reader.take_exact("sinks", (batch, heads, store.sinks, dim))
+        store.sink_numbers = (keys.clone(), values.clone())
+        store.sink_index = reader.take("sink_index", (batch, store.sinks), torch.int64).clone()
         _require(_are_sinks(store.sink_index, store.length), "sink_index")
     if reader.tensors:
         raise FileFormatError(f"tensor {min(reader.tensors)} does not belong to this recipe")
