@@ -17,7 +17,8 @@ from benchmarks.drawn import HEAD_DIM
 from benchmarks.gpu_clock import copies, milliseconds
 from benchmarks.gpu_store import another, bytes_of, filled
 from narrowkv.attention import BACKENDS, Rope, Visible, cuda, cuda_prompt, tiled
-from narrowkv.store import BLOCK, LayerStore, steps
+from narrowkv.codec.tally import News
+from narrowkv.store import BLOCK, LayerStore
 
 Row = dict[str, Any]
 Rows = Generator[tuple[str, Callable[[], Row]], None, None]  # what measures each, by a name
@@ -138,17 +139,17 @@ def encoding(
     new = torch.randn(2, batch, heads[1], 1, HEAD_DIM, device=device, dtype=torch.bfloat16)
     row: Row = {"recipe": name, "batch": batch, "heads": list(heads)}
     fresh = another(store)  # steps that are done again and again count as many tokens on the device as they are done
-    if steps.make_room(store, new[0], new[1]):  # on a GPU
+    if store.make_room(new[0], new[1]):  # on a GPU
         places = torch.zeros(2, dtype=torch.int32, device=device)
-        row["step"] = milliseconds([lambda: steps.write(store, new[0], new[1], places=places)] * 16, device)
+        row["step"] = milliseconds([lambda: store.write(new[0], new[1], places=places)] * 16, device)
 
-    news = steps.News()
+    news = News()
 
     def some() -> None:
         for _ in range(tokens_appended):
             news.receive()
             fresh.append(new[0], new[1])
-            news.send(steps.tallies(fresh))
+            news.send(fresh.tallies())
 
     chunk = torch.randn(2, batch, heads[1], min(PREFILL, tokens), HEAD_DIM, device=device, dtype=torch.bfloat16)
     one = milliseconds([some], device, turns=3, graph=False) / tokens_appended

@@ -37,9 +37,8 @@ def filled(name: str, tokens: int, batch: int, kv_heads: int, device: torch.devi
     keys, values = torch.randn(shape, dtype=dtype, device=device)
     small.append(keys, values)
     store = LayerStore(*sides, sinks=recipe.sinks, window=recipe.window)
-    store.shape, store.sink_index, store.sink_numbers = small.shape, small.sink_index, small.sink_numbers
-    store.columns = columns_of(small.columns[0].page, blocks, batch)
-    store.sealed = blocks * BLOCK
+    store.shape, store.sinks.index, store.sinks.numbers = small.shape, small.sinks.index, small.sinks.numbers
+    store.blocks.hold(columns_of(small.blocks.columns[0].page, blocks, batch))
     store.append(*torch.randn(2, batch, kv_heads, recipe.window + LOOSE, drawn.HEAD_DIM, dtype=dtype, device=device))
     return store
 
@@ -49,7 +48,7 @@ def another(store: LayerStore) -> LayerStore:
     assert store.shape is not None
     quantizers = {id(quantizer): quantizer for quantizer in store.quantizers}  # their tables are shared, as in a layer
     other = copy.deepcopy(store, quantizers)
-    other.columns = columns_of(store.columns[0].page, len(store.columns), store.shape[0])
+    other.blocks.hold(columns_of(store.blocks.columns[0].page, len(store.blocks.columns), store.shape[0]))
     return other
 
 

@@ -34,7 +34,7 @@ def attend(request, monkeypatch):
         return naive.attend
     monkeypatch.setattr(tiled, "FEW_QUERIES", 0 if "fused" in request.param else 1000)
     if "small" in request.param:
-        monkeypatch.setattr("narrowkv.store.reading.TILE_NUMBERS", 1)
+        monkeypatch.setattr("narrowkv.store.sealed.TILE_NUMBERS", 1)
         monkeypatch.setattr(tiled, "KEY_SLICE", 7)
         monkeypatch.setattr(tiled, "QUERY_SLICE", 3)
         monkeypatch.setattr(tiled, "FUSED_SLICE", 70)
@@ -88,7 +88,7 @@ def test_attention_over_what_is_stored(attend, batch, heads, kv_heads, dim, past
 @pytest.mark.parametrize("past", [0, 130])
 @pytest.mark.parametrize("few", [0, 16])
 def test_what_the_tiled_attention_adds_up_is_what_the_naive_computes(monkeypatch, softcap, sinks, rule, past, few):
-    monkeypatch.setattr("narrowkv.store.reading.TILE_NUMBERS", 1)
+    monkeypatch.setattr("narrowkv.store.sealed.TILE_NUMBERS", 1)
     monkeypatch.setattr(tiled, "FEW_QUERIES", few)
     monkeypatch.setattr(tiled, "FUSED_SLICE", 6)
     monkeypatch.setattr(tiled, "QUERY_SLICE", 4)

@@ -155,7 +155,7 @@ def test_any_recipe_and_shape(keys, values, shape, new, sinks, window, kernel, s
 def test_no_forged_number_leads_beyond_what_is_held(kernel):
     """What a loader would refuse: the sanitizers see whether anything is read or written outside."""
     query, store, options = case(KEYS["nuq3-1%"], VALUES["token"], (1, 2, 1, 64, 150, 1))
-    for side in (store.columns[0].page.keys, store.columns[0].page.values):
+    for side in (store.blocks.columns[0].page.keys, store.blocks.columns[0].page.values):
         side.outlier_index.copy_(side.outlier_index.flip(0))
         side.outlier_index[::3] = -1
     for room in store.tail.rooms:

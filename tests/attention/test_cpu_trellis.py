@@ -112,7 +112,7 @@ WITHIN = {cpu.WORDS: 2e-3}  # else float32 is as exact as can be
 def test_streams_of_any_form(shape, outliers, turn, kernel):
     query, store, options = case(shape, turn=turn, outliers=outliers)
     if outliers:
-        assert all(len(side.outlier_index) for side in (store.columns[0].page.keys, store.columns[0].page.values))
+        assert all(len(side.outlier_index) for page in store.blocks.pages() for side in (page.keys, page.values))
     check(query, store, options, kernel)
 
 
@@ -199,7 +199,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads():
 def test_no_forged_number_leads_beyond_what_is_held(kernel):
     """What a loader would refuse: the sanitizers see whether anything is read or written outside."""
     query, store, options = case((1, 2, 1, 64, 150, 1))
-    for side in (store.columns[0].page.keys, store.columns[0].page.values):
+    for side in (store.blocks.columns[0].page.keys, store.blocks.columns[0].page.values):
         side.outlier_index.copy_(side.outlier_index.flip(0))
         side.outlier_index[::3] = -1
         side.planes[0][::2].fill_(255)
@@ -261,7 +261,7 @@ def test_tables_smaller_than_what_is_read_of_them_are_refused(name, forged):
 
 def test_blocks_of_other_streams_are_refused():
     query, store, options = case((1, 2, 1, 64, 150, 1))
-    page = store.columns[0].page
+    page = store.blocks.columns[0].page
     page.values.planes[0] = page.values.planes[0][:, :, 1:]
     with pytest.raises(UnsupportedModelError, match="Blocks of trellis-coded streams"):
         cpu.attend(query, store, **options)

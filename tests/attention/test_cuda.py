@@ -118,7 +118,7 @@ def drawn_near_but_for_one_token(*shape):
 def test_outliers_wherever_they_crowd(numbers, least, keys, dtype):
     """Many more than a round takes; all of one token; zeros."""
     query, store, options = case(KEYS[keys], VALUES["nuq3-1%"], (1, 2, 1, 24, 66, 1), numbers=numbers)
-    (column,) = store.columns
+    (column,) = store.blocks.columns
     assert column.page.values.outlier_offsets[-1] >= least
     check(query / 16, store, options, dtype)  # of numbers this large, rounded, scores would differ by more
 

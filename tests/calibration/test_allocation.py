@@ -46,9 +46,6 @@ def test_bits_are_those_of_the_store(outliers):
     for _ in range(16):
         numbers = torch.randn(1, 2, 2048, 16)
         store.append(numbers, numbers)
-    held = [
-        tensor for page in {id(column.page): column.page for column in store.columns}.values() for tensor in page.keys.planes
-    ]
-    held += [tensor for page in {id(c.page): c.page for c in store.columns}.values() for tensor in page.keys.outliers()]
+    held = [tensor for page in store.blocks.pages() for tensor in (*page.keys.planes, *page.keys.outliers())]
     tables = sum(table.nbytes for table in quantizer.tensors().values())
     assert option.bits == pytest.approx(8 * (sum(tensor.nbytes for tensor in held) + tables) / 32768, rel=0.05)

@@ -97,9 +97,9 @@ def test_left_padded_batches_go_on_by_their_mask(family, name):
     for named in ({"attention_mask": mask[:, :-1]}, past):
         cache = PackedCache.from_cache(model, source, given, **named)
         for ours, theirs in zip(cache.packed, expected.packed, strict=True):
-            assert (ours.store.sink_index is None) == (theirs.store.sink_index is None)
-            if ours.store.sink_index is not None:
-                assert torch.equal(ours.store.sink_index, theirs.store.sink_index)
+            assert (ours.store.sinks.index is None) == (theirs.store.sinks.index is None)
+            if ours.store.sinks.index is not None:
+                assert torch.equal(ours.store.sinks.index, theirs.store.sinks.index)
         found = spoken(model, cache, ids, attention_mask=mask)
         wanted = spoken(model, copy.deepcopy(expected), ids, attention_mask=mask)
         assert torch.equal(found[0], wanted[0])

@@ -87,7 +87,7 @@ def test_each_row_of_a_padded_batch_is_what_it_is_alone(tiny, recipe, chunk, who
     for row, alone in enumerate((long, short)):
         expected = tokens_after(model, source, alone, chunk)[0]
         torch.testing.assert_close(together[row, -len(expected) :], expected, atol=1e-6, rtol=1e-6)
-        assert cache.packed[0].store.sink_index[row].tolist() == [100 - len(expected) + i for i in range(3)]
+        assert cache.packed[0].store.sinks.index[row].tolist() == [100 - len(expected) + i for i in range(3)]
 
 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65])

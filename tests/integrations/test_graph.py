@@ -64,7 +64,7 @@ def test_logits_are_those_without_a_graph(name, tiny, monkeypatch):
         found = stepped(model, cache, ids)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)  # a block is sealed a step later, and summed otherwise
     assert cache.length == eager.length == LENGTH and 1 <= len(captures) <= 3
-    assert [layer.store.sealed for layer in cache.packed] == [layer.store.sealed for layer in eager.packed]
+    assert [layer.store.blocks.tokens for layer in cache.packed] == [layer.store.blocks.tokens for layer in eager.packed]
     for one, other in zip(cache.packed, eager.packed, strict=True):
         torch.testing.assert_close(one.store.read(), other.store.read(), atol=1e-4, rtol=1e-4)
 

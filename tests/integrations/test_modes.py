@@ -108,11 +108,11 @@ def test_a_copy_is_a_shared_prefix(tiny, recipe):
     shared = PackedCache(model, recipe)
     with torch.inference_mode():
         model(prefix, past_key_values=shared)
-    pages = {id(column.page) for layer in shared.packed for column in layer.store.columns}
+    pages = {id(column.page) for layer in shared.packed for column in layer.store.blocks.columns}
     for _ in range(2):
         prompt = torch.cat([prefix, torch.randint(2, 97, (1, 9))], dim=1)
         cache = copy.deepcopy(shared)
-        assert {id(column.page) for layer in cache.packed for column in layer.store.columns} == pages
+        assert {id(column.page) for layer in cache.packed for column in layer.store.blocks.columns} == pages
         found = generate(model, prompt, cache, 80)
         fresh = PackedCache(model, recipe)
         with torch.inference_mode():

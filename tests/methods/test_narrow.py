@@ -53,7 +53,7 @@ def test_layers_may_have_streams_of_equal_bytes(tiny, tmp_path):
     with torch.inference_mode():
         model(IDS, past_key_values=cache)
     for layer in cache.packed:
-        page = layer.store.columns[0].page
+        page = layer.store.blocks.columns[0].page
         assert page.keys.planes[0].shape[2] + page.values.planes[0].shape[2] == size
 
 
@@ -100,7 +100,7 @@ def test_a_cache_takes_its_budget_and_is_read_by_compiled_code(tiny):
     for layer, pair in calibration.recipe.layers.items():
         store = cache.packed[layer].store
         for scheme, side in zip(
-            (pair.keys, pair.values), (store.columns[0].page.keys, store.columns[0].page.values), strict=True
+            (pair.keys, pair.values), (store.blocks.columns[0].page.keys, store.blocks.columns[0].page.values), strict=True
         ):
             assert side.planes[0].shape[1:] == (1, scheme.codes(64), 64)
     found = []

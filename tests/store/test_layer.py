@@ -62,7 +62,7 @@ def test_levels_over_a_sliding_window_do_not_depend_on_how_tokens_arrive(monkeyp
     schemes = (Scheme(2, "iv", axis="block", group=16, span=3), Scheme(2, "iv-kmeans", axis="block", group=64, span=2))
     stores = []
     for cuts, tile in (([], 2**19), ([], 1), (range(1, 300), 2**19), ([70, 71, 200], 2**19)):
-        monkeypatch.setattr("narrowkv.store.reading.TILE_NUMBERS", tile)
+        monkeypatch.setattr("narrowkv.store.sealed.TILE_NUMBERS", tile)
         stores.append(LayerStore(*(quantizer_for(scheme) for scheme in schemes), window=64))
         fill(stores[-1], keys, values, cuts)
         assert stores[-1].recent.tokens == 64 + (300 - 64) % 64
@@ -75,7 +75,7 @@ def test_small_tiles_change_nothing(name, monkeypatch):
     keys, values = torch.randn(2, 2, 333, 56), torch.randn(2, 2, 333, 56)
     whole = make_store(name)
     whole.append(keys, values)
-    monkeypatch.setattr("narrowkv.store.reading.TILE_NUMBERS", 1)
+    monkeypatch.setattr("narrowkv.store.sealed.TILE_NUMBERS", 1)
     tiled = make_store(name)
     tiled.append(keys, values)
     starts = [start for start, _, _ in tiled.tiles()]
@@ -119,7 +119,7 @@ def test_the_first_real_tokens_stay_exact_behind_any_padding(chunks, window):
     found = store.read()[0]
     for row, first in enumerate((0, 17, 2)):
         assert torch.equal(found[row, :, first : first + sinks], keys[row, :, first : first + sinks])
-        assert store.sink_index[row].tolist() == list(range(first, first + sinks))
+        assert store.sinks.index[row].tolist() == list(range(first, first + sinks))
     assert not torch.equal(found[0, :, sinks : tokens - window], keys[0, :, sinks : tokens - window])
 
 
@@ -134,7 +134,7 @@ def test_beginning_late_is_as_if_all_had_come_and_gone(name, window, missing):
     whole.append(keys, values, valid)
     begin_late(late, keys[:, :, missing:], values[:, :, missing:], missing, valid)
     assert late.length == 200 and late.oldest == missing and late.first == missing // BLOCK * BLOCK
-    assert torch.equal(late.sink_index, whole.sink_index)
+    assert torch.equal(late.sinks.index, whole.sinks.index)
     for found, expected in zip(late.read(), whole.read(), strict=True):
         assert torch.equal(found[:, :, missing - late.first :], expected[:, :, missing:])
     with pytest.raises(CacheUseError, match=f"has forgotten its first {missing} tokens"):
@@ -149,9 +149,9 @@ def test_select_shares_blocks_and_re_encodes_nothing(name):
     fill(store, keys, values, [64])
     before = store.read()
     rows = torch.tensor([2, 0, 2, 1])
-    pages = {id(column.page) for column in store.columns}
+    pages = {id(column.page) for column in store.blocks.columns}
     store.select(rows)
-    assert {id(column.page) for column in store.columns} == pages
+    assert {id(column.page) for column in store.blocks.columns} == pages
     for found, expected in zip(store.read(), before, strict=True):
         assert torch.equal(found, expected[rows])
     more = torch.randn(4, 2, 70, 56)
@@ -180,10 +180,10 @@ def test_appending_copies_nothing_that_is_sealed():
     store = make_store("int4")
     keys = torch.randn(1, 2, 640, 16)
     store.append(keys, keys)
-    addresses = [plane.data_ptr() for column in store.columns for plane in column.page.keys.planes]
+    addresses = [plane.data_ptr() for column in store.blocks.columns for plane in column.page.keys.planes]
     for _ in range(200):
         store.append(keys[:, :, :1], keys[:, :, :1])
-    assert [plane.data_ptr() for column in store.columns[:10] for plane in column.page.keys.planes] == addresses
+    assert [plane.data_ptr() for column in store.blocks.columns[:10] for plane in column.page.keys.planes] == addresses
 
 
 def test_another_shape_is_refused():

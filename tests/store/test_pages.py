@@ -60,6 +60,6 @@ def test_a_prompt_is_stored_as_without_kernels(schemes, monkeypatch):
     stores[0].append(x, x)
     monkeypatch.setattr(cuda, "runs_on", lambda device: True)
     stores[1].append(x, x)
-    assert len(stores[0].columns) == 2
-    for one, other in zip(*(store.columns[0].page.tensors() for store in stores), strict=True):
+    assert len(stores[0].blocks.columns) == 2
+    for one, other in zip(*(store.blocks.columns[0].page.tensors() for store in stores), strict=True):
         assert torch.equal(one, other)

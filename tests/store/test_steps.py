@@ -7,7 +7,7 @@ from tests.cases import KEYS, made
 from narrowkv.codec import Quantizer, Scheme, cuda
 from narrowkv.codec.tally import Tally
 from narrowkv.errors import ActivationError
-from narrowkv.store import LayerStore, steps
+from narrowkv.store import LayerStore
 
 pytestmark = pytest.mark.skipif(cuda.kernels() is None, reason="needs Triton (`pip install triton`)")
 BY_TOKEN = Scheme(4, "nuq", axis="token", outliers=0.02)
@@ -41,13 +41,13 @@ def test_single_tokens_are_stored_as_many_are(name, as_on_a_gpu, monkeypatch):
     valid = torch.ones(3, 67, dtype=torch.bool)
     valid[1, 62:64] = False
     stepped.append(keys[:, :, :60], values[:, :, :60], valid[:, :60])
-    assert stepped.sinks_seen()
+    assert stepped.sinks.seen()
     waits, exact = [], Tally.exact
     monkeypatch.setattr(Tally, "exact", lambda tally: waits.append(tally.promised != tally._settled) or exact(tally))
     for i in range(60, 67):
         stepped.append(keys[:, :, i : i + 1], values[:, :, i : i + 1], valid[:, i : i + 1])
         assert not any(waits) or stepped.packed % 64 == 0 or stepped.window == 5
-        for tally in steps.tallies(stepped):
+        for tally in stepped.tallies():
             tally.learn(tally.counts.tolist(), tally.promised)  # as a copy that came in time
         waits.clear()
     whole.append(keys, values, valid)
@@ -78,7 +78,7 @@ def test_what_is_no_number_is_told_when_the_host_learns_of_it(name, bad, as_on_a
     keys[0, 1, 31, 3] = bad
     store.append(keys[:, :, 31:32], values[:, :, 31:32])
     with pytest.raises(ActivationError, match="NaN or infinity"):
-        sum(tally.exact() for tally in steps.tallies(store))
+        sum(tally.exact() for tally in store.tallies())
 
 
 def test_counts_under_way_when_the_tail_is_sealed_are_left_alone():

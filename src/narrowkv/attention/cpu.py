@@ -34,9 +34,9 @@ WORDS = "words"  # the kernel that multiplies whole numbers of 16 bits
 
 @dataclass(frozen=True)
 class _Blocks:
-    """The sealed blocks of a store, as the kernel reads them, and by which columns to know whether they are still those."""
+    """The sealed blocks of a store, as the kernel reads them."""
 
-    serials: list[int]
+    version: int  # of `SealedBlocks`
     table: Tensor  # [columns, batch, 2, 8] int64 addresses
     starts: Tensor  # [columns + 1] int64
     sides: tuple[_kernels.Side, _kernels.Side]
@@ -89,7 +89,7 @@ def attend(
         raise UnsupportedModelError(f"Backend cpu reads memory of the CPU, not of {query.device}; choose backend torch.")
     require_read("cpu", store, rope)
     rotated = rope if kept is not None else None
-    sealed = min(store.sealed, past - store.first)
+    sealed = min(store.blocks.tokens, past - store.first)
     beyond = query.shape[2] > tiled.FEW_QUERIES or query.dtype == torch.float64 or query.shape[3] > MOST_HEAD_DIM
     if beyond or sealed <= 0:
         options: dict[str, Any] = {"visible": visible, "scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
@@ -108,16 +108,16 @@ def attend(
         kernel = KERNELS[0]
     length = past + (new[0].shape[2] if new else 0)
     hidden = _hidden(visible, store, sealed + tail, length, query.shape[2], tokens)
-    sinks = None if store.sink_index is None else (store.sink_index - store.first).contiguous()
+    sinks = None if store.sinks.index is None else (store.sinks.index - store.first).contiguous()
     sink_logits = None if sink_logits is None else sink_logits.float().contiguous()
     heads = keys.shape[1]
     key_offsets = offsets_of(query, store.bias, store.first, sealed + tail, scaling)
     _kernels.attend(
         kernel=kernel,
         threads=torch.get_num_threads(),
-        chunk=min(max(len(blocks.serials) * len(query) * heads // PIECES, SHORTEST_PIECE), LONGEST_PIECE) // 4 * 4,
+        chunk=min(max(len(blocks.table) * len(query) * heads // PIECES, SHORTEST_PIECE), LONGEST_PIECE) // 4 * 4,
         shape=[len(query), query.shape[1], heads, query.shape[2], query.shape[3]],
-        blocks=len(blocks.serials),
+        blocks=len(blocks.table),
         tokens=sealed,
         tail=tail,
         dense=keys.shape[2],
@@ -136,7 +136,7 @@ def attend(
         position_stride=0 if turning.positions is None else turning.positions.stride(0),
         angles=address(turning.angles, torch.float32),
         table=address(blocks.table, torch.int64),
-        starts=address(blocks.starts, torch.int64, shape=[len(blocks.serials) + 1]),
+        starts=address(blocks.starts, torch.int64, shape=[len(blocks.table) + 1]),
         hidden=address(hidden, torch.bool),
         hidden_batch=0 if hidden is None else len(hidden),
         sink_index=address(sinks, torch.int64),
@@ -177,21 +177,22 @@ def in_words(keys: Scheme, values: Scheme, head_dim: int, rope: AnyRope | None) 
 
 def _blocks(store: LayerStore, rope: AnyRope | None) -> _Blocks:
     """The store's blocks; made again only where columns have come, gone or changed. rope: of keys stored before it."""
-    serials = [column.serial for column in store.columns]
     known = _BLOCKS.get(store)
-    if known is None or known.serials != serials:
-        page = store.columns[0].page
+    if known is None or known.version != store.blocks.version:
+        columns = store.blocks.columns
+        page = columns[0].page
         keys, values = store.quantizers
         streams = Streams.of(store, rope)
         sides = (
             side_of(keys, page.keys, True, rope, streams.keys),
             side_of(values, page.values, False, None, streams.values.streams if streams.values else None),
         )
-        starts = torch.tensor([0] + [column.count for column in store.columns], dtype=torch.int64, device="cpu").cumsum(0)
+        counts = [column.count for column in columns]
+        starts = torch.tensor([0, *counts], dtype=torch.int64, device="cpu").cumsum(0)
         matrices = (matrix_of(store.quantizers[0]), matrix_of(store.quantizers[1]))
         known = _BLOCKS[store] = _Blocks(
-            serials=serials,
-            table=addresses(store.columns),
+            version=store.blocks.version,
+            table=addresses(columns),
             starts=starts,
             sides=sides,
             matrices=matrices,
@@ -213,8 +214,8 @@ def _exact(
     """
     parts: list[tuple[Tensor, Tensor]] = []
     tokens = []
-    if store.sink_numbers is not None and store.sink_index is not None:
-        at = store.sink_index - store.first
+    if store.sinks.numbers is not None and store.sinks.index is not None:
+        at = store.sinks.index - store.first
         at = at.masked_fill((at < 0) | (at >= packed), -1)
         parts.append(_sinks(store, at, rope, kept))
         tokens.append(at)
@@ -231,15 +232,15 @@ def _exact(
         assert store.shape is not None
         parts.append((torch.zeros(store.shape[0], store.shape[1], 0, store.shape[2], dtype=torch.float32, device="cpu"),) * 2)
     joined = [torch.cat(side, dim=2).contiguous() for side in zip(*parts, strict=True)]
-    last = packed + joined[0].shape[2] - (store.sinks if tokens else 0)
+    last = packed + joined[0].shape[2] - (store.sinks.count if tokens else 0)
     tokens.append(torch.arange(packed, last, dtype=torch.int64, device="cpu").expand(len(tokens[0]) if tokens else 1, -1))
     return joined[0], joined[1], torch.cat(tokens, dim=1)
 
 
 def _sinks(store: LayerStore, at: Tensor, rope: AnyRope | None, kept: Tensor | None) -> tuple[Tensor, Tensor]:
     """Keys (rotated) and values of sinks, float32; rotated again only where they, or their places, have changed."""
-    assert store.sink_numbers is not None
-    keys, values = store.sink_numbers
+    assert store.sinks.numbers is not None
+    keys, values = store.sinks.numbers
     if rope is None or kept is None:
         return keys.float(), values.float()
     entries = kept.expand(len(at), *kept.shape[1:])[torch.arange(len(at), dtype=torch.int64, device="cpu")[:, None], at]

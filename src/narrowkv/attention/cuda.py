@@ -116,7 +116,7 @@ def prepare(
         kept=kept,
         padding=visible.padding.view(torch.uint8) if case.padding and visible.padding is not None else None,
         hidden=_hidden(visible, query, store.first, length) if case.hidden else None,
-        sink_index=store.sink_index,
+        sink_index=store.sinks.index,
         sink_logits=sink_logits,
     )
     splits = _splits(query, store, blocks, case)
@@ -198,7 +198,7 @@ def _case(
         pairs=pairs,
         interleaved=rope is not None and rope.interleaved,
         turning=blocks.turning,
-        sinks=0 if store.sink_index is None else store.sink_index.shape[1],
+        sinks=0 if store.sinks.index is None else store.sinks.index.shape[1],
         softcap=softcap is not None,
         padding=visible.padding is not None and not hidden,
         window=0 if hidden else visible.sliding_window or 0,
@@ -237,9 +237,9 @@ def blocks_for(store: LayerStore, rope: AnyRope | None, kept: Tensor | None, pad
 def lengths(store: LayerStore, blocks: Blocks, past: int, length: int, queries: int, kept: int = 0) -> list[int]:
     """How much of everything counts, in the order of `triton_launch`; kept: what of `kept` is of the first token held."""
     held = past - store.first
-    sealed = min(store.sealed, held)
+    sealed = min(store.blocks.tokens, held)
     tail = min(store.tail.tokens, held - sealed) if store.tail else 0
     packed = sealed + tail
-    sinks = 0 if store.sink_index is None else store.sinks
+    sinks = 0 if store.sinks.index is None else store.sinks.count
     counts = [blocks.count, sealed, store.first, length - queries, tail, sinks, held - packed, length - past]
     return [*counts, sealed, packed, held, kept]

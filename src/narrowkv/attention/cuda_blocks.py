@@ -74,7 +74,7 @@ def blocks_of(store: LayerStore, rope: AnyRope | None, kept: Tensor | None, padd
 
     kept: of `rope`, by which stored keys are turned. padding: [batch, tokens] bool, False where hidden.
     """
-    known, columns = _KNOWN.get(store), store.columns
+    known, columns = _KNOWN.get(store), store.blocks.columns
     assert store.shape is not None
     if known is None or (known.turning == "none") != (kept is None) or known.table.shape[1] != store.shape[0]:
         known = _KNOWN[store] = _made(store, rope, kept)
@@ -129,7 +129,7 @@ def tables_for(store: LayerStore) -> list[Tensor]:
 
 def _add(known: Blocks, store: LayerStore, kept: Tensor | None, padding: Tensor | None) -> None:
     """Enter the columns that are not yet there, but for those after the last token of which something is kept."""
-    new = store.columns[known.count :]
+    new = store.blocks.columns[known.count :]
     counts = torch.tensor([column.count for column in new], dtype=torch.int64, device="cpu")
     ends = counts.cumsum(0) + (int(known.starts[known.count]) if known.count else 0)
     if kept is not None:
@@ -150,7 +150,7 @@ def _add(known: Blocks, store: LayerStore, kept: Tensor | None, padding: Tensor 
         known.turning = "near" if follow else "positions"
     known.count = count
     known.sure = count if kept is None else first + int((ends <= kept.shape[1]).sum())
-    known.ends = _ends(store.columns[: known.sure])
+    known.ends = _ends(store.blocks.columns[: known.sure])
 
 
 def _bases(kept: Tensor, padding: Tensor | None, first: int, starts: list[int], ends: list[int]) -> tuple[Tensor, bool]:
@@ -232,7 +232,7 @@ def _kind(store: LayerStore, side: int) -> str:
         room = store.tail.rooms[side]
         found = room.codes if exact else room.outlier_values
     else:
-        page = store.columns[0].page if store.columns else None
+        page = store.blocks.columns[0].page if store.blocks.columns else None
         packed = None if page is None else (page.keys, page.values)[side]
         found = None if packed is None else packed.planes[0] if exact else packed.outlier_values
     dtype = torch.float16 if found is None else found.dtype

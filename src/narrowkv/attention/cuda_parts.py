@@ -28,8 +28,8 @@ def side_parts(store: LayerStore, blocks: Blocks, side: int, new: Tensor | None)
             "tail_index": room.outlier_index,
             "tail_count": room.tally.counts if room.tally else sent([room.outliers], room.codes.device),
         }
-    if store.sink_numbers is not None:
-        parts["sinks"] = store.sink_numbers[side]
+    if store.sinks.numbers is not None:
+        parts["sinks"] = store.sinks.numbers[side]
     if store.recent.room:
         parts["window"] = by_head(store.recent.room[side])
     if new is not None and new.shape[2]:

@@ -69,7 +69,7 @@ def pieces(
     """
     rope = rope if kept is not None else None
     turning = None if rope is None or kept is None else (rope, kept)
-    if min(store.sealed, past - store.first) <= 0:
+    if min(store.blocks.tokens, past - store.first) <= 0:
         return _unsealed(store, past, turning, precision)
     return _runs(store, blocks_of(store, rope, read, padding), past, turning, read, precision, most)
 
@@ -106,7 +106,7 @@ def _runs(
     decode = _kernels("decode").decode
     assert store.shape is not None
     batch, heads, dim = store.shape
-    held, sealed = past - store.first, min(past - store.first, store.sealed)
+    held, sealed = past - store.first, min(past - store.first, store.blocks.tokens)
     case = _case(dim, blocks, turning)
     stretch = turning[0].scaling if turning is not None and isinstance(turning[0], Rope) else 1.0
     sinks = _sinks(store, turning)
@@ -114,7 +114,7 @@ def _runs(
     while begin < sealed:
         stop, end = column, begin
         while end < sealed and end - begin < most:
-            end += store.columns[stop].count
+            end += store.blocks.columns[stop].count
             stop += 1
         end = min(end, sealed)
         room = (held if end == sealed else end) - begin
@@ -124,8 +124,8 @@ def _runs(
             _turned_back(quantizer, matrix, numbers)
             for quantizer, matrix, numbers in zip(store.quantizers, blocks.matrices, pair, strict=True)
         )
-        if sinks is not None and store.sink_index is not None:
-            put_sinks(store.first + begin, (keys, values), store.sink_index, sinks)
+        if sinks is not None and store.sinks.index is not None:
+            put_sinks(store.first + begin, (keys, values), store.sinks.index, sinks)
         if end == sealed:
             for start, some_keys, some_values in _unsealed(store, past, turning, precision):
                 at = start - store.first - begin
@@ -164,11 +164,11 @@ def _case(dim: int, blocks: Blocks, turning: tuple[AnyRope, Tensor] | None) -> C
 
 def _sinks(store: LayerStore, turning: tuple[AnyRope, Tensor] | None) -> tuple[Tensor, Tensor] | None:
     """Keys, turned, and values of attention sinks [batch, kv_heads, sinks, head_dim]."""
-    if store.sink_numbers is None or store.sink_index is None or turning is None:
-        return store.sink_numbers
-    keys, values = store.sink_numbers
+    if store.sinks.numbers is None or store.sinks.index is None or turning is None:
+        return store.sinks.numbers
+    keys, values = store.sinks.numbers
     rope, kept = turning
-    at = (store.sink_index - store.first).clamp(0, kept.shape[1] - 1)
+    at = (store.sinks.index - store.first).clamp(0, kept.shape[1] - 1)
     rows = torch.arange(len(at), device=at.device, dtype=torch.int64)[:, None]
     kept = kept.expand(len(at), *kept.shape[1:])[rows, at]
     return rope.rotate(keys.to(torch.promote_types(keys.dtype, torch.float32)), kept), values

@@ -1,10 +1,16 @@
-"""Tally: what kernels on a GPU count, and what the host knows of it without waiting."""
+"""Tally: what kernels on a GPU count, and what the host knows of it without waiting; News: how it comes to know."""
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from narrowkv.errors import ActivationError
+
+MOST_UNDER_WAY = 4
 
 
 class Tally:
@@ -56,3 +62,43 @@ class Tally:
         self._known = outliers
         self.promised += 1  # so that copies under way are told apart
         self._settled = self._valid_from = self.promised
+
+
+@dataclass
+class News:
+    """Counts on their way from the device, so that the host learns of them without waiting."""
+
+    under_way: deque[tuple[list[tuple[Tally, int]], Tensor, Any]] = field(default_factory=deque)
+
+    def __deepcopy__(self, memo: dict) -> "News":
+        """What is under way is for the original alone."""
+        return News()
+
+    def send(self, tallies: Iterable[Tally]) -> None:
+        """Send off what is counted once all that was launched has run."""
+        asked = [(tally, tally.promised) for tally in tallies]
+        if not asked or len(self.under_way) == MOST_UNDER_WAY:
+            return
+        counts, arrived = torch.stack([tally.counts for tally, _ in asked]), None
+        if counts.is_cuda:
+            with torch.cuda.device_of(counts):
+                counts = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True, device="cpu").copy_(
+                    counts, non_blocking=True
+                )
+                arrived = torch.cuda.Event()
+                arrived.record()
+        self.under_way.append((asked, counts, arrived))
+
+    def receive(self) -> None:
+        """Let the host learn what has come. Raises ActivationError as `Tally.learn`."""
+        while self.under_way and (self.under_way[0][2] is None or self.under_way[0][2].query()):
+            asked, counts, _ = self.under_way.popleft()
+            for (tally, promised), found in zip(asked, counts.tolist(), strict=True):
+                tally.learn(found, promised)
+
+    def settle(self, tallies: Iterable[Tally]) -> None:
+        """Wait once, and let the host learn all."""
+        asked = list(tallies)
+        if asked:
+            for tally, found in zip(asked, torch.stack([tally.counts for tally in asked]).tolist(), strict=True):
+                tally.learn(found, tally.promised)

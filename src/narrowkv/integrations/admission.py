@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from narrowkv.codec.room import AHEAD
 from narrowkv.errors import CacheUseError
-from narrowkv.store.steps import AHEAD
 
 GRADIENTS = (
     "Gradients do not flow through packed keys and values, so they would be wrong; run the model under torch.no_grad() or "

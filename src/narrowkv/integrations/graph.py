@@ -25,7 +25,7 @@ from narrowkv.integrations.hold import not_traced
 from narrowkv.integrations.interface import ANOTHER_MODEL
 from narrowkv.integrations.layer import PackedLayer
 from narrowkv.integrations.versions import CACHE, NAMES, cache_of
-from narrowkv.store import LayerStore, steps
+from narrowkv.store import LayerStore
 
 ROW = 16  # numbers told to a layer: `cuda.lengths`, and where its tail, its window and its ledger are written
 ROOM = 1024  # tokens for which masks and positions find room at a time, so that steps are seldom captured anew
@@ -160,7 +160,7 @@ class DecodingGraph:
         """On the host: let go of what no step sees any more, and find room for a token in every layer."""
         for layer in layers:
             layer.forget()
-            if not steps.make_room(layer.store, *self._likes(layer.store)):
+            if not layer.store.make_room(*self._likes(layer.store)):
                 raise UnsupportedModelError(
                     "A captured step cannot store tokens that no kernel encodes one by one, or before all attention sinks "
                     "have come; decode without a CUDA graph."
@@ -183,7 +183,7 @@ class DecodingGraph:
     def _count(self, new: int) -> None:
         """On the host: count the token that the device is about to store."""
         for layer in self.cache.packed:
-            steps.advance(layer.store, new)
+            layer.store.advance(new)
         for ledger in self.cache.ledgers.values():
             ledger.length += new
 
@@ -262,7 +262,7 @@ class DecodingGraph:
         if any(layer.store.tail and layer.store.tail.is_full for layer in layers):
             cache.news.settle(cache.tallies())
             for layer in layers:
-                steps.seal(layer.store)
+                layer.store.seal()
         cache.news.send(cache.tallies())
 
 
@@ -277,7 +277,7 @@ class _Memory:
         store, ledger = layer.store, layer.ledger
         self.facts += [blocks.count > 0, blocks.turning]
         self.parts += [blocks.table, blocks.starts, blocks.bases, *(store.tail.tensors() if store.tail else ())]
-        self.parts += [*store.recent.tensors(), *(store.sink_numbers or ()), store.sink_index]
+        self.parts += [*store.recent.tensors(), *(store.sinks.numbers or ()), store.sinks.index]
         self.parts.append(None if ledger is None else ledger.room)
 
     def is_where(self, other: "_Memory") -> bool:

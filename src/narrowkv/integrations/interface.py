@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 
 from narrowkv.attention.rope import Tables
+from narrowkv.codec.room import AHEAD
 from narrowkv.errors import CacheUseError, NarrowKVWarning, UnsupportedModelError
 from narrowkv.integrations.hold import PREFIX, SERVED, hold_of, plain_name
 from narrowkv.integrations.masks import LazyMask, lazy_mask
 from narrowkv.integrations.probe import identity
-from narrowkv.store.steps import AHEAD
 
 KNOWN_TENSORS = ("position_ids", "s_aux", "cache_position")  # the last is of transformers 4, and ignored as models ignore it
 GIVEN_TENSORS = {"hidden_states", "attention_mask", "past_key_values", "cache", "position_embeddings", *KNOWN_TENSORS}

@@ -14,9 +14,8 @@ from narrowkv.codec.surroundings import undisturbed
 from narrowkv.errors import CacheUseError, UnsupportedModelError
 from narrowkv.integrations.hold import not_traced
 from narrowkv.integrations.interface import LazyMask, Step, model_attention, require_step
-from narrowkv.store import LayerStore, Ledger, steps
+from narrowkv.store import LayerStore, Ledger
 from narrowkv.store.checks import as_count, as_rows
-from narrowkv.store.fitting import fitting
 
 
 class PackedLayer(CacheLayerMixin):
@@ -92,7 +91,7 @@ class PackedLayer(CacheLayerMixin):
         """Store new tokens; returns how many were held before."""
         past, new = self.store.length, keys.shape[2]
         valid = step.valid(past, new)
-        fitting(self.store, keys, values)
+        self.store.fitting(keys, values)
         with self._noted(past, kept, len(keys)):
             self.store.append(keys, values, valid)
         return past
@@ -117,7 +116,7 @@ class PackedLayer(CacheLayerMixin):
         bias, of_keys = self.store.bias, None
         if bias.turns and kept is not None:
             of_keys = bias.turned(kept)
-        steps.write(self.store, keys, values, places=told[cuda.TOLD :], of_keys=of_keys)
+        self.store.write(keys, values, places=told[cuda.TOLD :], of_keys=of_keys)
         return self.store.length if self.strict else self.store.length - 1
 
     def forget(self) -> None:

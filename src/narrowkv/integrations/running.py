@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from narrowkv.codec.surroundings import runs_undisturbed
-from narrowkv.codec.tally import Tally
+from narrowkv.codec.tally import News, Tally
 from narrowkv.errors import CacheUseError, NarrowKVError, NarrowKVWarning, UnsupportedModelError
 from narrowkv.integrations.admission import GRADIENTS, ThreadHold, require_fit, wants_gradients
 from narrowkv.integrations.dense import DenseLayer
 from narrowkv.integrations.interface import ANOTHER_MODEL, TWO_DIMENSIONS, NarrowCache, Step
 from narrowkv.integrations.layer import PackedLayer, not_traced
-from narrowkv.store import Ledger, steps
+from narrowkv.store import Ledger
 from narrowkv.store.checks import as_count, as_rows
 
 SATURATED = 1e-2  # part of a layer's numbers above which it is told
@@ -53,7 +53,7 @@ class RunningCache(NarrowCache):
         self.running = False  # while the model runs
         self.broken = False  # after a run that has failed half-way
         self.owes_gradients = False  # whether what is held came from numbers that gradients were to flow through
-        self.news = steps.News()
+        self.news = News()
 
     @property
     def length(self) -> int:
@@ -229,7 +229,7 @@ class RunningCache(NarrowCache):
 
     def tallies(self) -> list[Tally]:
         """Where a GPU counts what its layers find."""
-        return [tally for layer in self.packed for tally in steps.tallies(layer.store)]
+        return [tally for layer in self.packed for tally in layer.store.tallies()]
 
 
 def dtype_of(decoder: nn.Module) -> torch.dtype:

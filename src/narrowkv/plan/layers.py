@@ -236,9 +236,9 @@ class LayerBytes:
         filling = _Filling(self, None)
         store = filling.store
         filling.read(self.settled + rest)
-        columns, prompt = len(store.columns), nbytes(store.tensors())
+        columns, prompt = len(store.blocks.columns), nbytes(store.tensors())
         filling.decode()
-        later = store.columns[columns:]
+        later = store.blocks.columns[columns:]
         pages = {id(column.page): column.page for column in later}.values()
         sides = (later[0].page.keys, later[0].page.values)
         keys, values = (_on_meta(side.take(later[0].slots)) for side in sides)

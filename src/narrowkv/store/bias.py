@@ -66,6 +66,16 @@ class Bias:
         of_values = None if self.values is None else self.values[None, :, None]
         return (without(keys[0], of_keys, schemes[0]), keys[1]), (without(values[0], of_values, schemes[1]), values[1])
 
+    def put_back(self, pair: tuple[Tensor, Tensor], start: int) -> tuple[Tensor, Tensor]:
+        """Decoded keys and values, the first of which is the token `start`, with what was taken out; changed in place."""
+        keys, values = pair
+        constant = self.of_keys(start, keys.shape[2])
+        if constant is not None:
+            keys += constant
+        if self.values is not None:
+            values += self.values[:, None]
+        return keys, values
+
 
 def without(x: Tensor, constant: Tensor | None, scheme: Scheme) -> Tensor:
     """x [batch, kv_heads, tokens, head_dim] without what `Bias` has of it, in float32.

@@ -1,21 +1,20 @@
 """LayerStore: the keys and values of one layer for one batch: sealed blocks, an open tail, sinks and an exact window."""
 
 from collections.abc import Iterator
-from dataclasses import replace
-from itertools import takewhile
 
 import torch
 from torch import Tensor
 
-from narrowkv.codec import AnyQuantizer, Encoded
+from narrowkv.codec import AnyQuantizer, cuda
 from narrowkv.codec.ranges import require_finite
+from narrowkv.codec.room import AHEAD
+from narrowkv.codec.tally import Tally
 from narrowkv.errors import ActivationError, CacheUseError
-from narrowkv.store import reading, steps
 from narrowkv.store.bias import Bias, Numbers
-from narrowkv.store.fitting import fitting
-from narrowkv.store.page import BLOCK, Column, Page, move_together, to_blocks
+from narrowkv.store.page import BLOCK, Page
 from narrowkv.store.saturation import Saturation
-from narrowkv.store.sinks import Places, find_sinks, take_sinks
+from narrowkv.store.sealed import SealedBlocks, tile_tokens
+from narrowkv.store.sinks import Sinks
 from narrowkv.store.tail import Tail
 from narrowkv.store.window import Window
 
@@ -27,32 +26,32 @@ class LayerStore:
     several tokens are encoded together); the rest is encoded as soon as it leaves the window, one block at a time sealed.
     bias: what is taken out of numbers while they are encoded; its ledger knows new tokens before they come. A number is
     quantised once; `select` and `crop` move or drop codes and never touch them.
+
+    A few tokens are stored on a GPU without waiting for it. Then what the host does (`make_room`, `advance`, `seal`) looks at
+    no number; what the device does (`write`) can be captured in a CUDA graph.
     """
 
     def __init__(self, keys: AnyQuantizer, values: AnyQuantizer, sinks: int = 0, window: int = 0, bias: Bias | None = None):
         self.quantizers = (keys, values)
         self.bias = bias or Bias()
-        self.sinks = sinks
         self.window = window
         self.schemes = (keys.scheme, values.scheme)
         self.ahead = [scheme.tokens_ahead for scheme in self.schemes]
         # tokens leave the window by so many, being encoded together
         self.together = max(scheme.tokens_together for scheme in self.schemes)
+        self.blocks = SealedBlocks(self.quantizers)
+        self.sinks = Sinks(sinks)
         self.reset()
 
     def reset(self) -> None:
         """Forget everything; recipes and tables stay."""
-        self.columns: list[Column] = []
-        self.sealed = 0  # tokens in columns
+        self.blocks.hold([])
+        self.sinks.reset()
         self.saturation = Saturation()
         self.first = 0  # tokens forgotten, all of them before those held
         self.missing = 0  # first tokens whose numbers never came; others stand for those among them that are held
-        self.growing: Page | None = None  # the page with free slots for blocks that come singly
         self.tail: Tail | None = None
         self.recent = Window(self.window + self.together - 1)
-        self.sink_numbers: tuple[Tensor, Tensor] | None = None  # [batch, kv_heads, sinks, head_dim] each
-        self.sink_index: Tensor | None = None  # [batch, sinks] int64 token index, -1 where not yet seen
-        self.sinks_found = self.sinks == 0  # whether all are known to have been seen
         self.shape: tuple[int, int, int] | None = None  # batch, kv_heads, head_dim
         self.dtypes: tuple[torch.dtype, torch.dtype] | None = None  # of the keys and the values that came, and of exact ones
 
@@ -69,26 +68,46 @@ class LayerStore:
     @property
     def packed(self) -> int:
         """Tokens held that are encoded."""
-        return self.sealed + (self.tail.tokens if self.tail else 0)
+        return self.blocks.tokens + (self.tail.tokens if self.tail else 0)
+
+    @property
+    def windowed(self) -> bool:
+        """Whether new tokens stay exact at first."""
+        return self.window > 0 or self.together > 1
 
     def parts(self) -> dict[str, list[Tensor]]:
         """All tensors that are held, each once, by what they are for."""
-        pages = {id(page): page for page in (*(column.page for column in self.columns), self.growing) if page}
-        sides = [side for page in pages.values() for side in (page.keys, page.values)]
+        sides = [side for page in self.blocks.pages() for side in (page.keys, page.values)]
         return {
             "codes": [plane for side in sides for plane in side.planes],
             "scales": [part for side in sides for part in side.ranges.values()],
             "outliers": [part for side in sides for part in side.outliers()],
             "tail": self.tail.tensors() if self.tail else [],
             "window": self.recent.tensors(),
-            "sinks": [*(self.sink_numbers or ()), *([] if self.sink_index is None else [self.sink_index])],
-            "slots": [column.slots for column in self.columns],
+            "sinks": self.sinks.tensors(),
+            "slots": [column.slots for column in self.blocks.columns],
             "bias": self.bias.tensors(),
         }
 
     def tensors(self) -> list[Tensor]:
         """All tensors that are held, each once."""
         return [tensor for held in self.parts().values() for tensor in held]
+
+    def fitting(self, keys: Tensor, values: Tensor) -> tuple[tuple[int, int, int], tuple[torch.dtype, torch.dtype]]:
+        """Batch, KV heads and head_dim of new numbers, and their dtypes; raises CacheUseError where others are held."""
+        shape, dtypes = (keys.shape[0], keys.shape[1], keys.shape[3]), (keys.dtype, values.dtype)
+        if self.shape is not None and shape != self.shape:
+            raise CacheUseError(
+                f"This cache holds batch {self.shape[0]}, {self.shape[1]} KV heads of {self.shape[2]}, but got batch "
+                f"{shape[0]}, {shape[1]} heads of {shape[2]}; call cache.reset() or make a new cache."
+            )
+        if self.dtypes is not None and dtypes != self.dtypes:
+            held, got = ("keys in {} and values in {}".format(*pair).replace("torch.", "") for pair in (self.dtypes, dtypes))
+            raise CacheUseError(
+                f"This cache holds {held}, but got {got}; go on as it was begun (autocast, the model's dtype), or call "
+                "cache.reset()."
+            )
+        return shape, dtypes
 
     def append(self, keys: Tensor, values: Tensor, valid: Tensor | None = None) -> None:
         """Store new tokens.
@@ -97,129 +116,147 @@ class LayerStore:
         Raises CacheUseError if batch, heads, head_dim or dtypes differ from what is held, ActivationError on NaN and infinity;
         of single tokens on a GPU that are encoded without waiting for it, up to a block later.
         """
-        shape, dtypes = fitting(self, keys, values)
-        if steps.make_room(self, keys, values):
-            steps.write(self, keys, values, None if valid is None else ~valid)
-            steps.advance(self, keys.shape[2])
-            steps.seal(self)
-            return
+        shape, dtypes = self.fitting(keys, values)
+        skip = None if valid is None else ~valid
+        if self.make_room(keys, values):
+            self.write(keys, values, skip)
+            self.advance(keys.shape[2])
+            return self.seal()
         for numbers in (keys, values):  # before anything is stored, so that a refusal leaves all as it was
             require_finite(numbers, "Keys or values")
-        skip = None if valid is None else ~valid
-        sinks = None
-        if not self.sinks_found:
+        places = None
+        if not self.sinks.found:
             skip = keys.new_zeros(shape[0], keys.shape[2], dtype=torch.bool) if skip is None else skip
-            sinks = self._find_sinks(skip)
+            places = self.sinks.find(skip)
         before, self.shape, self.dtypes = self.length, shape, dtypes
         try:
-            self._append(keys, values, skip)
+            if self.windowed:
+                self._shift(self._leaving(keys.shape[2]), keys, values, skip)
+            else:
+                self._encode(keys, values, skip, keys.shape[2])
         except ActivationError:
             self.reset() if before == 0 else None
             raise
-        if sinks is not None:
-            take_sinks(self, keys, values, before, *sinks)
+        if places is not None:
+            self.sinks.take(keys, values, before, places)
 
-    def _append(self, keys: Tensor, values: Tensor, skip: Tensor | None) -> None:
-        """Encode what leaves the exact window, and keep the rest."""
-        if not self.windowed:
-            return self._encode(keys, values, skip, keys.shape[2])
-        leaving = self.leaving(keys.shape[2])
+    def _shift(self, leaving: int, keys: Tensor, values: Tensor, skip: Tensor | None) -> None:
+        """Take new tokens into the exact window, and encode the oldest of all, which leave it."""
         if leaving:
             self._encode(*self.recent.oldest(leaving + max(self.ahead), keys, values, skip), leaving)
         self.recent.shift(leaving, keys, values, skip)
 
-    @property
-    def windowed(self) -> bool:
-        """Whether new tokens stay exact at first."""
-        return self.window > 0 or self.together > 1
-
-    def leaving(self, new: int) -> int:
+    def _leaving(self, new: int) -> int:
         """How many tokens leave the exact window when so many come."""
         return max(self.recent.tokens + new - self.window, 0) // self.together * self.together
 
-    def release(self, leaving: int) -> None:
-        """Encode the oldest tokens of the exact window."""
-        nothing = [part[:, :, :0] for part in self.recent.held()[:2]]
-        self._encode(*self.recent.oldest(leaving + max(self.ahead), nothing[0], nothing[1], None), leaving)
-        self.recent.shift(leaving, nothing[0], nothing[1], None)
-
-    def sinks_seen(self) -> bool:
-        """Whether no more sinks will come."""
-        if not self.sinks_found and self.sink_index is not None:
-            self.sinks_found = bool((self.sink_index[:, -1] >= 0).all())
-        return self.sinks_found
-
-    def _find_sinks(self, skip: Tensor) -> Places | None:
-        """The sinks among new tokens, as `find_sinks`; None once all were seen."""
-        return None if self.sinks_seen() else find_sinks(skip, self.sink_index, self.sinks)
-
     def _encode(self, keys: Tensor, values: Tensor, skip: Tensor | None, new: int) -> None:
-        """Quantise the first `new` tokens; whole blocks are sealed, the rest is the tail. A refusal leaves none behind."""
-        before = self.packed
-        try:
-            self._encode_pieces(keys, values, skip, new)
-        except ActivationError:
-            self._drop(self.packed - before)
-            raise
+        """Quantise the first `new` tokens: first what fills the tail, then whole blocks tile by tile, then a new tail.
 
-    def _encode_pieces(self, keys: Tensor, values: Tensor, skip: Tensor | None, new: int) -> None:
-        """First what fills the tail, then whole blocks tile by tile, then a new tail."""
-        tile = reading.tile_tokens(self, keys)
+        A refusal leaves none behind.
+        """
+        before = self.packed
         to_seal = ((self.tail.tokens if self.tail else 0) + new) // BLOCK
         page: Page | None = None
         start = 0
         try:
             while start < new:
                 held, left = self.tail.tokens if self.tail else 0, new - start
-                whole = 0 if held else min(tile, left // BLOCK * BLOCK)
+                whole = 0 if held or left < BLOCK else min(tile_tokens(keys), left // BLOCK * BLOCK)
                 stop = start + (whole or min(BLOCK - held, left))
-                cuts = [_cut(part, skip, start, stop + more) for part, more in zip((keys, values), self.ahead, strict=True)]
-                of_keys = self.bias.of_keys(self.first + self.packed, cuts[0][0].shape[2])
-                parts = self.bias.taken_out(cuts[0], cuts[1], of_keys, self.schemes)
-                self.saturation.see(self.quantizers, parts)
+                parts = self._to_encode(keys, values, skip, start, stop)
                 if whole:
-                    first, second = self.quantizers
-                    pair = (first.encode(*parts[0]), second.encode(*parts[1]))
-                    page = self._seal(pair, page, to_seal)
+                    pair = (self.quantizers[0].encode(*parts[0]), self.quantizers[1].encode(*parts[1]))
+                    page = self.blocks.seal(pair, page, to_seal)
                 else:
                     self.tail = self.tail or Tail(self.quantizers, keys, values)
                     self.tail.append(parts[0], parts[1], stop - start)
                     if self.tail.is_full:
-                        page = self.seal_tail(page, to_seal)
+                        page = self._seal_tail(page, to_seal)
                 start = stop
+        except ActivationError:
+            self._drop(self.packed - before)
+            raise
         finally:
             if page:
                 page.commit()
 
-    def _seal(self, pair: tuple[Encoded, Encoded], page: Page | None, columns: int, count: int = BLOCK) -> Page:
-        """Pack whole blocks, of which the first `count` tokens count, into `page`; without one, into one for `columns`."""
-        assert self.shape is not None
-        keys, values = (to_blocks(part) for part in pair)
-        page = page or self._page(columns, keys, values)
-        slots = torch.tensor(page.put(keys, values), dtype=torch.int64, device="cpu").view(-1, self.shape[0])
-        self.columns += [Column(page, column.clone(), count) for column in slots]
-        self.sealed += count * len(slots)
-        return page
+    def _to_encode(self, keys: Tensor, values: Tensor, skip: Tensor | None, start: int, stop: int) -> tuple[Numbers, Numbers]:
+        """The tokens from `start` to before `stop`, and those that are looked at ahead of them, without their bias."""
+        cuts = [
+            (part[:, :, start : stop + ahead], None if skip is None else skip[:, start : stop + ahead])
+            for part, ahead in zip((keys, values), self.ahead, strict=True)
+        ]
+        of_keys = self.bias.of_keys(self.first + self.packed, cuts[0][0].shape[2])
+        parts = self.bias.taken_out(cuts[0], cuts[1], of_keys, self.schemes)
+        self.saturation.see(self.quantizers, parts)
+        return parts
 
-    def seal_tail(self, page: Page | None = None, columns: int = 1) -> Page:
-        """Pack the full tail, as `_seal`; one that a GPU's steps write to stays where it is."""
+    def _seal_tail(self, page: Page | None = None, columns: int = 1) -> Page:
+        """Pack the full tail, as `SealedBlocks.seal`; one that a GPU's steps write to stays where it is."""
         assert self.tail is not None
-        sealed = self._seal(self.tail.block(), page, columns)
+        sealed = self.blocks.seal(self.tail.block(), page, columns)
         if self.tail.stays:
             self.tail.clear()
         else:
             self.tail = None
         return sealed
 
-    def _page(self, columns: int, keys: Encoded, values: Encoded) -> Page:
-        """A page for `columns` columns, of which these are the first: just large enough, or with room to grow for singles."""
-        assert self.shape is not None
-        batch = self.shape[0]
-        if columns > 1:
-            return Page.allocate(self.quantizers, columns * batch, keys, values, exactly=True)
-        if not self.growing or not self.growing.fits(keys, values):
-            self.growing = Page.to_grow(self.quantizers, len(self.columns), batch, keys, values)
-        return self.growing
+    def make_room(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether new tokens, such as these, can be stored by a GPU that nobody waits for; if so, they find room.
+
+        Those that leave the window for them are encoded, and a full tail is sealed, before.
+        """
+        new = keys.shape[2]
+        if new > AHEAD or self.shape is None or not cuda.runs_on(keys.device) or not self.sinks.seen():
+            return False
+        if not self.windowed:
+            self.tail = self.tail or Tail(self.quantizers, keys, values)
+            return self.tail.make_room(new)
+        leaving = self._leaving(new)
+        if leaving + max(self.ahead) > self.recent.tokens:
+            return False
+        if leaving:
+            self._shift(leaving, keys[:, :, :0], values[:, :, :0], None)
+        self.recent.make_room(new, keys, values)
+        return True
+
+    def write(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        skip: Tensor | None = None,
+        places: Tensor | None = None,
+        of_keys: Tensor | None = None,
+    ) -> None:
+        """Store new tokens where `make_room` found room: behind those held, or at `places` [2] int32, in tail and window.
+
+        skip: [batch, new], if places are not given. of_keys: what is taken out of keys, where only the device knows where they
+        are.
+        """
+        if self.windowed:
+            self.recent.step(keys, values, skip, places)
+        elif self.tail:
+            if places is None:
+                of_keys = self.bias.of_keys(self.first + self.packed, keys.shape[2])
+            self.tail.step(*self.bias.taken_out((keys, skip), (values, skip), of_keys, self.schemes), places)
+
+    def advance(self, new: int) -> None:
+        """Count tokens that were, or will be, written."""
+        if self.windowed:
+            self.recent.tokens += new
+        elif self.tail:
+            self.tail.tokens += new
+
+    def seal(self) -> None:
+        """Seal the tail if it is full; how many outliers it has is waited for."""
+        if self.tail and self.tail.is_full:
+            self._seal_tail().commit()
+
+    def tallies(self) -> list[Tally]:
+        """Where a GPU counts what it finds."""
+        found = [room.tally for room in self.tail.rooms] if self.tail else []
+        return [tally for tally in (*found, self.recent.tally) if tally is not None]
 
     def tiles(self, stop: int | None = None, *, unsealed: bool = False) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Decode the tokens held before `stop` (all by default), or of those the `unsealed` alone, piece by piece.
@@ -227,7 +264,28 @@ class LayerStore:
         Yields (index of the first token, keys, values) with keys and values [batch, kv_heads, tokens, head_dim] float32,
         or in the model's dtype where they are exact; sinks are put in place.
         """
-        return reading.tiles(self, self.length if stop is None else min(stop, self.length), unsealed)
+        stop = self.length if stop is None else min(stop, self.length)
+        start = self.first + (self.blocks.tokens if unsealed else 0)
+        for pair in self._pieces(stop, unsealed):
+            count = min(pair[0].shape[2], stop - start)
+            if count <= 0:
+                return
+            keys, values = (part[:, :, :count] for part in pair)
+            self.sinks.put(start, (keys, values))
+            yield start, keys, values
+            start += count
+
+    def _pieces(self, stop: int, unsealed: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of blocks, tail and window, free to be changed."""
+        start = self.first
+        for pair in () if unsealed else self.blocks.decode(stop - self.first):
+            yield self.bias.put_back(pair, start)
+            start += pair[0].shape[2]
+        if self.tail and self.tail.tokens:
+            yield self.bias.put_back(self.tail.decode(), self.first + self.blocks.tokens)
+        if self.recent.tokens:
+            keys, values, _ = self.recent.held()
+            yield keys.clone(), values.clone()
 
     def read(self, stop: int | None = None) -> tuple[Tensor, Tensor]:
         """The tokens held before `stop`, decoded at once: keys, values [batch, kv_heads, stop - first, head_dim]."""
@@ -240,31 +298,17 @@ class LayerStore:
     def select(self, rows: Tensor) -> None:
         """Keep the sequences named by `rows` [n] int64, in that order, repeats allowed; sealed blocks are shared."""
         rows = rows.cpu()
-        self.columns = [replace(column, slots=column.slots[rows]) for column in self.columns]
+        self.blocks.select(rows)
         if self.tail:
             self.tail.select(rows)
         self.recent.select(rows)
-        if self.sink_numbers is not None and self.sink_index is not None:
-            self.sink_numbers = (self.sink_numbers[0][rows], self.sink_numbers[1][rows])
-            self.sink_index = self.sink_index[rows]
+        self.sinks.select(rows)
         if self.shape:
             self.shape = (len(rows), *self.shape[1:])
 
     def forget(self, before: int) -> None:
         """Let go of whole blocks of tokens older than the token `before`; whoever calls knows that none will be read."""
-        gone = 0
-        while gone < len(self.columns) and self.first + self.columns[gone].count <= before:
-            self.first += self.columns[gone].count
-            self.sealed -= self.columns[gone].count
-            gone += 1
-        if not gone:
-            return
-        self.columns = self.columns[gone:]
-        if self.growing and all(column.page is not self.growing for column in self.columns):
-            self.growing = None
-        run = list(takewhile(lambda column: column.page is self.columns[0].page, self.columns))
-        if run and 2 * len(run) * len(run[0].slots) <= run[0].page.slots:  # a page mostly forgotten is not kept for the rest
-            self.columns[: len(run)] = move_together(self.quantizers, run)
+        self.first += self.blocks.evict(before - self.first)
 
     def require_croppable(self, length: int, oldest: int) -> None:
         """Raise CacheUseError where the first `length` tokens cannot be gone on from: the token `oldest` was forgotten."""
@@ -286,9 +330,7 @@ class LayerStore:
         exact = min(drop, self.recent.tokens)
         self.recent.crop(self.recent.tokens - exact)
         self._drop(drop - exact)
-        if self.sink_index is not None:
-            self.sink_index[self.sink_index >= length] = -1
-            self.sinks_found = False
+        self.sinks.crop(length)
 
     def _drop(self, drop: int) -> None:
         """Drop so many of the newest encoded tokens."""
@@ -297,18 +339,8 @@ class LayerStore:
             drop -= self.tail.tokens - keep
             self.tail.crop(keep)
             if keep % self.together:  # a group cannot be cut, but a block may count fewer tokens
-                self._seal(self.tail.block(), None, 1, keep).commit()
+                self.blocks.seal(self.tail.block(), None, 1, keep).commit()
             if keep % self.together or not keep:
                 self.tail = None
-        while drop and self.columns:
-            last = self.columns.pop()
-            taken = min(last.count, drop)
-            self.sealed -= taken
-            drop -= taken
-            if taken < last.count:
-                self.columns.append(replace(last, count=last.count - taken))
-
-
-def _cut(x: Tensor, skip: Tensor | None, start: int, stop: int) -> Numbers:
-    """The tokens from `start` to before `stop`."""
-    return x[:, :, start:stop], None if skip is None else skip[:, start:stop]
+        if drop:
+            self.blocks.drop(drop)

@@ -1,42 +1,80 @@
 """Sinks: the first real tokens of each sequence, which stay exact beside the codes."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from narrowkv.store.layer import LayerStore
 
 Places = tuple[Tensor, Tensor, Tensor]
 
 
-def find_sinks(skip: Tensor, index: Tensor | None, count: int) -> Places:
-    """Row, token and place of the sinks among new tokens, which are then skipped too.
+class Sinks:
+    """So many tokens of each sequence (`count`), as they come to be seen.
 
-    skip: [batch, new] bool, padding; changed in place. index: [batch, count] int64, the sinks seen before, -1 where there are
-    none; None before the first tokens.
+    numbers: keys and values [batch, kv_heads, count, head_dim]. index: [batch, count] int64, which token of the sequence each
+    is, -1 where not yet seen. Both None before the first tokens.
     """
-    have = skip.new_zeros(len(skip), dtype=torch.int64) if index is None else (index >= 0).sum(1)
-    rank = have[:, None] + (~skip).cumsum(1) - 1  # of each real token within its sequence
-    row, token = ((rank < count) & ~skip & (have < count)[:, None]).nonzero(as_tuple=True)
-    skip[row, token] = True
-    return row, token, rank[row, token]
 
+    def __init__(self, count: int):
+        self.count = count
+        self.reset()
 
-def take_sinks(
-    store: "LayerStore", keys: Tensor, values: Tensor, before: int, row: Tensor, token: Tensor, place: Tensor
-) -> None:
-    """Keep the sinks among new tokens, which follow `before` others."""
-    batch, heads, _, dim = keys.shape
-    if store.sink_index is None:
-        store.sink_index = torch.full((batch, store.sinks), -1, dtype=torch.int64, device=keys.device)
-        blank = (batch, heads, store.sinks, dim)
-        store.sink_numbers = (keys.new_zeros(blank), values.new_zeros(blank))
-    assert store.sink_numbers is not None
-    store.sink_index[row, place] = token + before
-    for held, numbers in zip(store.sink_numbers, (keys, values), strict=True):
-        held[row, :, place] = numbers[row, :, token]
+    def reset(self) -> None:
+        """Forget all."""
+        self.numbers: tuple[Tensor, Tensor] | None = None
+        self.index: Tensor | None = None
+        self.found = self.count == 0  # whether all are known to have been seen
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors that are held."""
+        return [*(self.numbers or ()), *([] if self.index is None else [self.index])]
+
+    def seen(self) -> bool:
+        """Whether no more will come."""
+        if not self.found and self.index is not None:
+            self.found = bool((self.index[:, -1] >= 0).all())
+        return self.found
+
+    def find(self, skip: Tensor) -> Places | None:
+        """Row, token and place of the sinks among new tokens, which are then skipped too; None once all were seen.
+
+        skip: [batch, new] bool, padding; changed in place.
+        """
+        if self.seen():
+            return None
+        have = skip.new_zeros(len(skip), dtype=torch.int64) if self.index is None else (self.index >= 0).sum(1)
+        rank = have[:, None] + (~skip).cumsum(1) - 1  # of each real token within its sequence
+        row, token = ((rank < self.count) & ~skip & (have < self.count)[:, None]).nonzero(as_tuple=True)
+        skip[row, token] = True
+        return row, token, rank[row, token]
+
+    def take(self, keys: Tensor, values: Tensor, before: int, places: Places) -> None:
+        """Keep the sinks among new tokens [batch, kv_heads, new, head_dim], which follow `before` others."""
+        batch, heads, _, dim = keys.shape
+        if self.index is None:
+            self.index = torch.full((batch, self.count), -1, dtype=torch.int64, device=keys.device)
+            blank = (batch, heads, self.count, dim)
+            self.numbers = (keys.new_zeros(blank), values.new_zeros(blank))
+        assert self.numbers is not None
+        row, token, place = places
+        self.index[row, place] = token + before
+        for held, numbers in zip(self.numbers, (keys, values), strict=True):
+            held[row, :, place] = numbers[row, :, token]
+
+    def put(self, start: int, pair: tuple[Tensor, Tensor]) -> None:
+        """Put sinks in place among decoded tokens; start, pair: as of `put_sinks`."""
+        if self.index is not None and self.numbers is not None:
+            put_sinks(start, pair, self.index, self.numbers)
+
+    def crop(self, length: int) -> None:
+        """Forget those among the tokens from `length` on."""
+        if self.index is not None:
+            self.index[self.index >= length] = -1
+            self.found = False
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the sequences named by `rows` [n] int64, in that order, repeats allowed."""
+        if self.numbers is not None and self.index is not None:
+            self.numbers = (self.numbers[0][rows], self.numbers[1][rows])
+            self.index = self.index[rows]
 
 
 def put_sinks(start: int, pair: tuple[Tensor, Tensor], index: Tensor, held: tuple[Tensor, Tensor]) -> None:

@@ -30,9 +30,10 @@ def to_tensors(store: LayerStore) -> dict[str, Tensor]:
         found["first"] = torch.tensor(store.first, dtype=torch.int64, device="cpu")
     if store.missing > store.first:
         found["missing"] = torch.tensor(store.missing, dtype=torch.int64, device="cpu")
-    if store.columns:
-        found["counts"] = torch.tensor([column.count for column in store.columns], dtype=torch.int32, device="cpu")
-        page = gather(store.quantizers, store.columns)
+    if store.blocks.columns:
+        counts = [column.count for column in store.blocks.columns]
+        found["counts"] = torch.tensor(counts, dtype=torch.int32, device="cpu")
+        page = gather(store.quantizers, store.blocks.columns)
         for name, side in zip(SIDES, (page.keys, page.values), strict=True):
             found |= {f"{name}.plane{i}": plane for i, plane in enumerate(side.planes)}
             found |= {f"{name}.{part}": tensor for part, tensor in side.ranges.items()}
@@ -43,9 +44,9 @@ def to_tensors(store: LayerStore) -> dict[str, Tensor]:
     exact: dict[str, Tensor] = {}
     if store.recent.tokens:
         exact |= dict(zip(("recent.keys", "recent.values", "recent_skip"), store.recent.held(), strict=True))
-    exact |= {f"sinks.{name}": numbers for name, numbers in zip(SIDES, store.sink_numbers or (), strict=False)}
-    if store.sink_index is not None:
-        exact["sink_index"] = store.sink_index
+    exact |= {f"sinks.{name}": numbers for name, numbers in zip(SIDES, store.sinks.numbers or (), strict=False)}
+    if store.sinks.index is not None:
+        exact["sink_index"] = store.sinks.index
     found |= {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in exact.items()}
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
@@ -112,8 +113,7 @@ def load_tensors(
         page = Page(len(counts) * batch, sides[0], sides[1])
         page.used = page.slots
         slots = torch.arange(page.slots, dtype=torch.int64, device="cpu").view(-1, batch)
-        store.columns = [Column(page, row.clone(), int(count)) for row, count in zip(slots, counts, strict=True)]
-        store.sealed = int(counts.sum())
+        store.blocks.hold([Column(page, row.clone(), int(count)) for row, count in zip(slots, counts, strict=True)])
     if "tail.keys.codes" in reader.tensors:
         pair = [_load_tail(reader, name, q, shape) for name, q in zip(SIDES, store.quantizers, strict=True)]
         _require(pair[0].tokens == pair[1].tokens < BLOCK, "tail.keys.codes")
@@ -124,11 +124,12 @@ def load_tensors(
         keys, values = reader.take_exact("recent", (batch, heads, None, dim))
         _require(keys.shape == values.shape and keys.shape[2] < store.window + store.together, "recent.keys")
         store.recent.shift(0, keys, values, reader.take("recent_skip", (batch, keys.shape[2]), torch.bool))
-    if store.sinks and store.length:
-        keys, values = reader.take_exact("sinks", (batch, heads, store.sinks, dim))
-        store.sink_numbers = (keys.clone(), values.clone())
-        store.sink_index = reader.take("sink_index", (batch, store.sinks), torch.int64).clone()
-        _require(_are_sinks(store.sink_index, store.length), "sink_index")
+    count = store.sinks.count
+    if count and store.length:
+        keys, values = reader.take_exact("sinks", (batch, heads, count, dim))
+        store.sinks.numbers = (keys.clone(), values.clone())
+        store.sinks.index = reader.take("sink_index", (batch, count), torch.int64).clone()
+        _require(_are_sinks(store.sinks.index, store.length), "sink_index")
     if reader.tensors:
         raise FileFormatError(f"tensor {min(reader.tensors)} does not belong to this recipe")
 
