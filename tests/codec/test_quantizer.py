@@ -1,9 +1,11 @@
 """The quantizer against the formulas, written again in a few plain lines."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from narrowkv.codec import Quantizer, Scheme
+from narrowkv.codec import Quantizer, Scheme, cuda
 from narrowkv.errors import ActivationError, RecipeError
 
 SHAPES = [(1, 1, 63, 80), (3, 2, 64, 16), (2, 4, 1, 8)]
@@ -206,3 +208,18 @@ def test_smoothed_numbers_are_divided_rounded_and_multiplied():
     assert torch.equal(smooth.decode(smooth.encode(x)), expected)
     with pytest.raises(RecipeError, match="smooth"):
         Quantizer(Scheme(8, "int", smooth=0.5))
+
+
+@dataclasses.dataclass(frozen=True)
+class SchemeOfTomorrow(Scheme):
+    """A scheme with a field that no encoder knows."""
+
+    clipped: float = 0.0
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_an_encoder_takes_no_scheme_with_a_field_that_it_does_not_know(device, monkeypatch):
+    monkeypatch.setattr(cuda, "runs_on", lambda where: device == "cuda")
+    known, unknown = (Quantizer(SchemeOfTomorrow(4, "int", clipped=clipped)) for clipped in (0.0, 0.5))
+    x = torch.randn(1, 2, 5, 16)
+    assert known._encoder_for(x) is not None and unknown._encoder_for(x) is None

@@ -1,5 +1,7 @@
 """The compiled forms of what is done to every new token on a CPU; memory goes to them by address, which takes no time."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,14 @@ INSTRUCTION_SETS = tuple(_kernels.instruction_sets())  # that this processor has
 
 class Encoder:
     """The compiled form of `Quantizer.encode` for one scheme and its tables (contiguous, float32, on the CPU)."""
+
+    SUPPORTS: ClassVar = (
+        "datatype",
+        "axis",
+        "group",
+        "outliers",
+        "smooth",
+    )  # fields that need not be as by default
 
     def __init__(
         self,

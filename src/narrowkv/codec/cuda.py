@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -53,6 +53,14 @@ class Encoder:
 
     tail: how many outliers each end of a range has, by how many numbers share it. turned: what is done to numbers first.
     """
+
+    SUPPORTS: ClassVar = (
+        "datatype",
+        "axis",
+        "outliers",
+        "hadamard",
+        "smooth",
+    )  # fields that need not be as by default
 
     scheme: Scheme
     boundaries: Tensor

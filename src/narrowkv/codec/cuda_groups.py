@@ -1,6 +1,7 @@
 """The form for a GPU of `Quantizer.encode` for ranges of groups, written in Triton."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from narrowkv.codec.scheme import Scheme
 @dataclass(frozen=True)
 class GroupEncoder:
     """`Quantizer.encode` for groups of tokens of a channel, or of channels of a token, that have no outliers."""
+
+    SUPPORTS: ClassVar = ("datatype", "axis", "group", "outliers")  # fields that need not be as by default
 
     scheme: Scheme
     boundaries: Tensor

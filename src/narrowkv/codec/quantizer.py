@@ -4,7 +4,7 @@ Every method decodes as x = codebook[code] * scale + zero, except outliers, whic
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -149,20 +149,26 @@ class Quantizer(Tables):
             keep_outliers(encoded, numbers.flatten(), outside, skip, x.dtype)
         return encoded
 
-    @property
-    def _plain(self) -> bool:
-        """Whether ranges and outliers are as every encoder has them, and levels few enough to count those below a number."""
-        scheme = self.scheme
-        by_matrix = scheme.outliers > 0 and scheme.outlier_scope == "matrix"
+    def _has_few_levels(self, supported: Collection[str]) -> bool:
+        """Whether a scheme differs from the default in fields alone that an encoder supports, and its levels are so few that
+        those below a number are counted.
+        """
+        evenly = self.scheme.datatype in ("int", "nf", "nuq")
         few = self.boundaries is not None and len(self.boundaries) <= MOST_BOUNDARIES
-        return few and not (by_matrix or scheme.symmetric or scheme.outlier_cap is not None)
+        return evenly and few and self.scheme.differs_only_in(supported)
+
+    @property
+    def _selects(self) -> bool:
+        """Whether outliers are picked among the numbers of a group."""
+        return outliers_per_tail(self.scheme.group or 0, self.scheme.outliers) > 0
 
     @functools.cached_property
     def _encoder(self) -> Encoder | None:
         """The compiled form of `encode`, once numbers are smoothed; None where it does not do what the scheme asks for."""
         scheme = self.scheme
-        selected = scheme.axis == "channel" and outliers_per_tail(scheme.group or 0, scheme.outliers) > 0
-        if self.boundaries is None or not self._plain or selected or scheme.hadamard:
+        if self.boundaries is None or not self._has_few_levels(Encoder.SUPPORTS):
+            return None
+        if scheme.axis == "channel" and self._selects:
             return None
         return Encoder(scheme, self.boundaries, self.scale, self.zero, self.lower, self.upper)
 
@@ -170,7 +176,7 @@ class Quantizer(Tables):
     def _cuda_encoder(self) -> cuda.Encoder | None:
         """The form of `encode` for a GPU, or None where it does not do what the scheme asks for."""
         scheme = self.scheme
-        if self.boundaries is None or not self._plain or scheme.group:
+        if self.boundaries is None or not self._has_few_levels(cuda.Encoder.SUPPORTS):
             return None
         scale, zero, lower, upper = (
             None if part is None else part.contiguous() for part in (self.scale, self.zero, self.lower, self.upper)
@@ -183,9 +189,7 @@ class Quantizer(Tables):
     def _group_encoder(self) -> GroupEncoder | None:
         """The same for ranges of groups, as KIVI has it."""
         scheme = self.scheme
-        selected = outliers_per_tail(scheme.group or 0, scheme.outliers) > 0
-        turned = scheme.hadamard or self.smooth is not None
-        if self.boundaries is None or not self._plain or not scheme.group or selected or turned:
+        if self.boundaries is None or not self._has_few_levels(GroupEncoder.SUPPORTS) or not scheme.group or self._selects:
             return None
         return GroupEncoder(scheme, self.boundaries.contiguous())
 

@@ -1,7 +1,7 @@
 """Scheme: how one tensor, the keys or the values, is quantised. Plain data; what is learned is in `Quantizer`."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, fields
 from typing import Literal, get_args, get_type_hints
 
 import torch
@@ -18,6 +18,8 @@ RangeForm = tuple[tuple[int, int, int], torch.dtype]
 MAX_OUTLIERS = 0.02
 BLOCK = 64  # tokens of a block, the unit in which a store packs
 MOST_GROUP, MOST_CAP, MOST_SPAN = 512, 2**16, 64  # channels of a head, exact numbers of a token, blocks
+# fields that an encoder need not know: of codes and codebooks it is given, or of what is done before and after it
+AROUND_CODES = ("bits", "weighting", "qnorm", "pre_rope", "remove_bias", "fold_gain")
 UNIT, MOST_RATE, MOST_UNITS = 8, 6, 64  # trellis: channels of one rate, bits of a channel, units of a head
 
 
@@ -185,6 +187,14 @@ class Scheme:
             raise RecipeError(f"Pairs of channels do not fill a head_dim of {head_dim}; choose a recipe without smoothing.")
         if self.axis == "token_head" and self.group and head_dim % self.group:
             raise RecipeError(f"Groups of {self.group} channels do not fill a head_dim of {head_dim}; choose another group.")
+
+    def differs_only_in(self, names: Collection[str]) -> bool:
+        """Whether all other fields are as they are by default, but for what is learned and done around the codes."""
+        return all(
+            getattr(self, field.name) == field.default
+            for field in fields(self)
+            if field.name not in names and field.name not in AROUND_CODES
+        )
 
     @property
     def code_bits(self) -> int:
