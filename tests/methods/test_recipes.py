@@ -1,11 +1,12 @@
 import json
+import sys
 
 import pytest
 import torch
 
 from narrowkv import PackedCache, Recipe, Scheme, calibrate, get_recipe, recipe_names
 from narrowkv.errors import RecipeError
-from narrowkv.methods import LayerSchemes
+from narrowkv.methods import LayerSchemes, registry
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -155,3 +156,45 @@ def test_a_file_that_holds_no_recipe_is_told(tmp_path, content):
 def test_what_is_no_recipe_is_named(given):
     with pytest.raises(RecipeError, match="A recipe is wanted, or the name of one"):
         get_recipe(given)
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """Installs a module of some code as the recipes of another package."""
+
+    def install(code):
+        (tmp_path / "others_recipes.py").write_text(code)
+        (tmp_path / "others-1.0.dist-info").mkdir()
+        (tmp_path / "others-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: others\nVersion: 1.0\n")
+        (tmp_path / "others-1.0.dist-info" / "entry_points.txt").write_text("[narrowkv.recipes]\nothers = others_recipes\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        registry.methods_of_others.cache_clear()
+
+    yield install
+    sys.modules.pop("others_recipes", None)
+    registry.methods_of_others.cache_clear()
+
+
+OTHERS = """
+from narrowkv import Recipe, Scheme
+NAMES = ("others-5",)
+def recipe(name):
+    return Recipe(name, keys=Scheme(8, "int"), values=Scheme(2, "int")) if name in ("others-5", "int4") else None
+"""
+
+
+def test_another_package_adds_recipes_but_none_of_our_names(installed):
+    installed(OTHERS)
+    assert recipe_names()[-1] == "others-5"
+    assert get_recipe("others-5").keys.bits == 8
+    assert get_recipe("int4").keys.bits == 4
+
+
+@pytest.mark.parametrize("code", ["import does_not_exist", "NAMES = ()"])
+def test_a_broken_package_is_named_and_leaves_our_recipes_alone(installed, code):
+    installed(code)
+    assert get_recipe("int4").name == "int4"
+    with pytest.raises(RecipeError, match="recipes others of another package"):
+        recipe_names()
+    with pytest.raises(RecipeError, match="uninstall it"):
+        get_recipe("others-5")

@@ -1,5 +1,10 @@
-"""The names of all recipes: each method module offers `NAMES` and `recipe(name)`."""
+"""The names of all recipes: each method module offers `NAMES` and `recipe(name)`.
 
+Packages that are installed add methods by the entry point group `narrowkv.recipes`, each entry a module of this form.
+"""
+
+import functools
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 
@@ -7,6 +12,7 @@ from narrowkv.errors import RecipeError
 from narrowkv.methods import exact, hadamard, intrinsic, kivi, kvquant, narrow, nvfp4, rounding, smooth
 from narrowkv.methods.recipe import Recipe
 
+GROUP = "narrowkv.recipes"
 METHODS: tuple[ModuleType, ...] = (
     exact,
     narrow,
@@ -20,9 +26,28 @@ METHODS: tuple[ModuleType, ...] = (
 )
 
 
+@functools.cache
+def methods_of_others() -> tuple[ModuleType, ...]:
+    """Methods of other packages that are installed; raises RecipeError where one cannot be imported or has not the form."""
+    found = []
+    for entry in entry_points(group=GROUP):
+        try:
+            method = entry.load()
+        except Exception as error:
+            raise RecipeError(
+                f"The recipes {entry.name} of another package cannot be loaded ({error}); mend or uninstall it."
+            ) from error
+        if not (callable(getattr(method, "recipe", None)) and hasattr(method, "NAMES")):
+            raise RecipeError(
+                f"The recipes {entry.name} of another package have no NAMES or no recipe(name); mend or uninstall it."
+            )
+        found.append(method)
+    return tuple(found)
+
+
 def recipe_names() -> list[str]:
-    """Names of the presets, in the order of the methods."""
-    return [name for method in METHODS for name in method.NAMES]
+    """Names of the presets, in the order of the methods; raises RecipeError where those of another package do not load."""
+    return [name for method in (*METHODS, *methods_of_others()) for name in method.NAMES]
 
 
 def get_recipe(name: "str | Path | Recipe") -> Recipe:
@@ -32,10 +57,11 @@ def get_recipe(name: "str | Path | Recipe") -> Recipe:
     if not isinstance(name, str | Path):
         raise RecipeError(f"A recipe is wanted, or the name of one ({', '.join(recipe_names()[:3])}, ...), not {name!r:.80}.")
     name = str(name)
-    for method in METHODS:
-        found: Recipe | None = method.recipe(name)
-        if found is not None:
-            return found
+    for some in (lambda: METHODS, methods_of_others):  # names of ours are never another package's
+        for method in some():
+            found: Recipe | None = method.recipe(name)
+            if found is not None:
+                return found
     if Path(name).suffix == ".json":
         return Recipe.from_file(name)
     raise RecipeError(
