@@ -14,7 +14,9 @@ from narrowkv.plan import SHAPES
 
 def python(code):
     """What a fresh interpreter prints."""
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_the_package_imports_nothing_heavy_by_itself():
@@ -49,26 +51,43 @@ def test_names_that_help_shows_are_those_there_are():
     assert defaults.LADDERS == NAMES and tuple(MAKERS) == defaults.TASKS and tuple(SHAPES) == defaults.SHAPES
 
 
-def test_tables_are_loaded_and_attended_with_without_transformers(tiny, tmp_path):
+def test_the_core_runs_where_there_is_neither_transformers_nor_a_command_line(tiny, tmp_path):
+    """Quantize, pack, append, attend, load and save tables, with torch, numpy and safetensors alone."""
     model = tiny()
-    narrowkv.calibrate(model, [torch.randint(2, 97, (1, 128))], narrowkv.get_recipe("narrow3")).save_pretrained(tmp_path)
+    narrowkv.calibrate(model, [torch.randint(2, 97, (1, 128))], narrowkv.get_recipe("narrow3")).save_pretrained(tmp_path / "1")
     code = f"""
 import sys
-sys.modules["transformers"] = None
+for name in ("transformers", "tokenizers", "huggingface_hub", "typer", "rich", "matplotlib"):
+    sys.modules[name] = None
 import torch
-from narrowkv import Calibration
+from narrowkv import Calibration, NarrowKVError, get_recipe
 from narrowkv.attention import BACKENDS, Rope, Visible
+from narrowkv.codec import Scheme, quantizer_for
+from narrowkv.codec.packing import pack, unpack
 from narrowkv.store import LayerStore
 
-calibration = Calibration.from_pretrained({str(tmp_path)!r})
-heads, dim = calibration.shapes[0]
-store = LayerStore(*calibration.quantizers(0), sinks=calibration.recipe.sinks)
-keys, values = torch.randn(2, 1, heads, 80, dim)
-store.append(keys, values)
-asked = {{"past": 80, "new": None, "kept": torch.arange(80)[None], "visible": Visible(None), "scaling": dim**-0.5}}
-asked["rope"] = Rope(1 / 10_000 ** (torch.arange(dim // 2) / (dim // 2)))
-query = torch.randn(1, heads, 1, dim)
-found = [BACKENDS[name](query, store, **asked) for name in ("cpu", "naive")]
-print(torch.allclose(*found, atol=0.02), bool(found[0].any()))
+numbers = torch.randn(1, 2, 64, 16)
+encoded = quantizer_for(Scheme(4, "int")).encode(numbers)
+print(torch.equal(unpack(pack(encoded.codes, 4), 4), encoded.codes))
+
+calibration = Calibration.from_pretrained({str(tmp_path / "1")!r})
+calibration.save_pretrained({str(tmp_path / "2")!r})
+print(Calibration.from_pretrained({str(tmp_path / "2")!r}) == calibration)
+try:
+    Calibration.from_pretrained("no/such")
+except NarrowKVError as error:
+    print("huggingface_hub" in str(error))
+
+for recipe, quantizers in ((calibration.recipe, calibration.quantizers(0)), (get_recipe("int4"), None)):
+    heads, dim = calibration.shapes[0]
+    store = LayerStore(*(quantizers or recipe.quantizers(0)), sinks=recipe.sinks)
+    keys, values = torch.randn(2, 1, heads, 80, dim)
+    store.append(keys[:, :, :79], values[:, :, :79])
+    store.append(keys[:, :, 79:], values[:, :, 79:])
+    asked = {{"past": 80, "new": None, "kept": torch.arange(80)[None], "visible": Visible(None), "scaling": dim**-0.5}}
+    asked["rope"] = Rope(1 / 10_000 ** (torch.arange(dim // 2) / (dim // 2)))
+    query = torch.randn(1, heads, 1, dim)
+    found = [BACKENDS[name](query, store, **asked) for name in ("cpu", "naive")]
+    print(torch.allclose(*found, atol=0.02), bool(found[0].any()))
 """
-    assert python(code) == "True True\n"
+    assert python(code) == "True\n" * 3 + "True True\n" * 2

@@ -3,19 +3,17 @@
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 
-from narrowkv import tensor_file
+from narrowkv import hub, tensor_file
 from narrowkv.calibration.fingerprint import Fingerprint
 from narrowkv.codec import AnyQuantizer, load_quantizer
 from narrowkv.errors import CalibrationError, FileFormatError, NarrowKVError, RecipeError
 from narrowkv.files import PUBLIC, reason
 from narrowkv.methods import Recipe
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 FORMAT, FORMAT_VERSION, FILE = "narrowkv-calibration", 2, "narrowkv.safetensors"
 SIDES = ("keys", "values")
@@ -96,7 +94,7 @@ class Calibration:
         tensor_file.write(Path(folder) / FILE, header, tensors, PUBLIC)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, model: "PreTrainedModel | None" = None) -> "Calibration":
+    def from_pretrained(cls, name: str | Path, model: nn.Module | None = None) -> "Calibration":
         """Read a calibration from a local folder or, where there is none of that name, from the Hugging Face hub.
 
         Raises FileFormatError where the file is missing, damaged or of another version, CalibrationError where `model` is
@@ -104,7 +102,7 @@ class Calibration:
         """
         folder = Path(name)
         if not folder.exists():
-            folder = _from_hub(str(name))
+            folder = hub.download(str(name), FILE)
         path = folder / FILE
         if folder.is_dir() and not path.exists():
             raise FileFormatError(f"{folder} holds no {FILE}; name a folder that `save_pretrained` wrote.")
@@ -142,16 +140,10 @@ class Calibration:
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Upload the file to a model repository on the Hugging Face hub; returns its address."""
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            commit = api.upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message=f"NarrowKV calibration {self.recipe.name}"
-            )
-        return str(commit)
+            message = f"NarrowKV calibration {self.recipe.name}"
+            return hub.upload(repo_id, folder, message, private=private, token=token)
 
 
 def _shapes(plain: dict[str, Any]) -> dict[int, tuple[int, int]]:
@@ -161,16 +153,3 @@ def _shapes(plain: dict[str, Any]) -> dict[int, tuple[int, int]]:
     if not shapes or any(type(size) is not int or not 1 <= size <= MOST_SIZE for size in sizes):
         raise FileFormatError("its shapes are those of no model")
     return shapes
-
-
-def _from_hub(repo_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repo_id, allow_patterns=[FILE]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise FileFormatError(
-            f"There is no folder {repo_id}, and the hub gives none of that name ({reason}); name a calibration's folder."
-        ) from error

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from narrowkv.errors import RecipeError
 
 TableForm = tuple[tuple[int, ...], torch.dtype]
 
-if TYPE_CHECKING:
-    from typing_extensions import Self  # typing has it from Python 3.11 on
+
+Self = TypeVar("Self", bound="Tables")  # typing has it from Python 3.11 on
 
 
 class Tables:
@@ -72,11 +72,11 @@ class Tables:
         """What encodes single tokens on a GPU without waiting for it; None where that is not done."""
         return None
 
-    def to(self, device: torch.device) -> "Self":
+    def to(self: Self, device: torch.device) -> Self:
         """The same quantizer with its tables on `device`."""
         return type(self)(self.scheme, **{name: table.to(device) for name, table in self.tensors().items()})
 
-    def of_heads(self, first: int, count: int) -> "Self":
+    def of_heads(self: Self, first: int, count: int) -> Self:
         """The same quantizer for some of the KV heads alone."""
         tables = {
             name: table[first : first + count] if table.dim() > 1 and table.shape[0] > 1 else table
