@@ -37,7 +37,9 @@ def filled(name: str, tokens: int, batch: int, kv_heads: int, device: torch.devi
     keys, values = torch.randn(shape, dtype=dtype, device=device)
     small.append(keys, values)
     store = LayerStore(*sides, sinks=recipe.sinks, window=recipe.window)
-    store.shape, store.sinks.index, store.sinks.numbers = small.shape, small.sinks.index, small.sinks.numbers
+    assert small.shape is not None and small.dtypes is not None
+    store.begin(small.shape, small.dtypes, device)
+    store.sinks.index, store.sinks.numbers = small.sinks.index, small.sinks.numbers
     store.blocks.hold(columns_of(small.blocks.columns[0].page, blocks, batch))
     store.append(*torch.randn(2, batch, kv_heads, recipe.window + LOOSE, drawn.HEAD_DIM, dtype=dtype, device=device))
     return store

@@ -31,7 +31,7 @@ class Fit:
 
     def see_range(self, x: Tensor) -> None:
         """First pass. x: [tokens, kv_heads, head_dim]. Raises ActivationError on NaN and infinity."""
-        require_finite(x, "Keys or values")
+        require_finite("Keys or values", x)
         if self.needs_range:
             self.quantiles.add(x.flatten(1))
 
@@ -42,7 +42,7 @@ class Fit:
         if not self.needs_codebook:
             return
         if gradient is not None:
-            require_finite(gradient, "Gradients")
+            require_finite("Gradients", gradient)
         ranges = self.ranges(x.shape[1:])
         step = max(TILE_NUMBERS // (x.shape[1] * x.shape[2]), 1)
         for start in range(0, len(x), step):

@@ -33,7 +33,7 @@ class Samples:
 
         Raises ActivationError on NaN, infinity and numbers that float16 cannot hold.
         """
-        require_finite(x, "Keys or values")
+        require_finite("Keys or values", x)
         if self.numbers is None:
             self.numbers = x.new_empty(0, *x.shape[1:], dtype=torch.float16)
             self.hashes = self.hashes.to(x.device)
@@ -46,7 +46,7 @@ class Samples:
 
     def add_gradient(self, gradient: Tensor) -> None:
         """A gradient [tokens, kv_heads, head_dim] at tokens that are added, or another one at those that were."""
-        require_finite(gradient, "Gradients")
+        require_finite("Gradients", gradient)
         by_head = gradient.float().transpose(0, 1)  # [kv_heads, tokens, head_dim]
         self.moment += (by_head.transpose(1, 2) @ by_head).double()
         self.gradients += len(gradient)
@@ -103,7 +103,7 @@ class SampleFit:
 
     def see_range(self, x: Tensor) -> None:
         """First pass. x: [tokens, kv_heads, head_dim]. Raises ActivationError on NaN and infinity."""
-        require_finite(x, "Keys or values")
+        require_finite("Keys or values", x)
 
     def see_codebook(self, x: Tensor, gradient: Tensor | None) -> None:
         """Second pass. x, gradient: [tokens, kv_heads, head_dim], like those of `Fit.see_codebook`."""

@@ -59,9 +59,11 @@ class Encoder:
 
         Returns how many outliers the room then holds, which the caller lets it count; None where one does not fit 16 bits.
         """
-        x = _readable(x)
+        x = x if x.is_cpu and x.dtype in KINDS else x.cpu().float()
+        x = x if x.stride(3) == 1 else x.contiguous()
         skip = None if skip is None else skip.contiguous()  # held as long as its address is used
-        skipped = address(skip, torch.bool, shape=(x.shape[0], x.shape[2]))
+        skipped = 0 if skip is None else address(skip, torch.bool, shape=(x.shape[0], x.shape[2]))
+        threads = 1 if x.numel() < FEW else torch.get_num_threads()
         while True:
             free = 0 if room.outlier_index is None else len(room.outlier_index) - room.outliers
             found = self.codec.encode(
@@ -70,11 +72,11 @@ class Encoder:
                 x.shape,
                 x.stride(),
                 skipped,
-                room.tokens,
+                room.codes.shape[2],
                 first,
                 _addresses(room),
                 free,
-                _threads(x),
+                threads,
             )
             if found == DOES_NOT_FIT:
                 return None
@@ -84,26 +86,16 @@ class Encoder:
 
 
 def all_finite(x: Tensor) -> bool:
-    """Whether no number is NaN or infinite. x: [batch, kv_heads, tokens, head_dim] on the CPU."""
-    x = _readable(x)
-    return _kernels.all_finite(KINDS[x.dtype], x.data_ptr(), x.shape, x.stride(), _threads(x))
-
-
-def _readable(x: Tensor) -> Tensor:
-    """x, on the CPU, in a dtype that compiled code reads, its channels neighbours."""
-    x = x.cpu()
-    x = x if x.dtype in KINDS else x.float()
-    return x if x.stride(3) == 1 else x.contiguous()
-
-
-def _threads(x: Tensor) -> int:
-    return 1 if x.numel() < FEW else torch.get_num_threads()
+    """Whether no number is NaN or infinite. x: [batch, kv_heads, tokens, head_dim] on the CPU, in a dtype of KINDS."""
+    x = x if x.is_cpu and x.stride(3) == 1 else x.cpu().contiguous()
+    threads = 1 if x.numel() < FEW else torch.get_num_threads()
+    return _kernels.all_finite(KINDS[x.dtype], x.data_ptr(), x.shape, x.stride(), threads)
 
 
 def _addresses(room: Room) -> tuple[int, ...]:
     """Of codes, scale, zero, and of where the next outlier goes."""
-    codes, ranges = address(room.codes, torch.uint8), [address(part, torch.float16) for part in room.ranges.values()]
-    scale, zero = ranges or (0, 0)
+    codes = address(room.codes, torch.uint8)
+    scale, zero = address(room.ranges.get("scale"), torch.float16), address(room.ranges.get("zero"), torch.float16)
     if room.outlier_index is None or room.outlier_values is None:
         return codes, scale, zero, 0, 0
     index, values = room.outlier_index, room.outlier_values

@@ -115,7 +115,11 @@ class Quantizer(Tables):
 
     def encode_into(self, room: Room, first: int, x: Tensor, skip: Tensor | None = None) -> int:
         encoder = self._encoder_for(x)
-        held = None if encoder is None else encoder.write(room, first, self._smoothed(x) if x.is_cpu else x, skip)
+        held = (
+            None
+            if encoder is None
+            else encoder.write(room, first, x if self.smooth is None or not x.is_cpu else self._smoothed(x), skip)
+        )
         return super().encode_into(room, first, x, skip) if held is None else held
 
     def far(self, x: Tensor) -> Tensor | None:

@@ -108,6 +108,7 @@ class StateReader:
 
     def __init__(self, state: CacheState, device: torch.device):
         self.tensors = {name: tensor.to(device) for name, tensor in state.tensors.items()}
+        self.device = device
         self.batch, self.tokens = state.sizes
         shapes = state.header["shapes"]
         self._dtypes = iter(_dtypes(state.header, len(shapes)))
@@ -116,7 +117,7 @@ class StateReader:
         """Fill the store of layer i; layers come in their order. shape: kv_heads and head_dim."""
         prefix = f"layers.{i}."
         own = {name.removeprefix(prefix): self.tensors.pop(name) for name in list(self.tensors) if name.startswith(prefix)}
-        load_tensors(store, own, (self.batch, *shape), next(self._dtypes))
+        load_tensors(store, own, (self.batch, *shape), next(self._dtypes), self.device)
         if store.length != self.tokens:
             raise FileFormatError(f"layer {i} holds {store.length} tokens, not {self.tokens}")
         if store.oldest > max(self.tokens - (sliding_window or self.tokens + 1) + 1, 0):

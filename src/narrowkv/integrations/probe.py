@@ -264,7 +264,7 @@ def _require_one_device(model: PreTrainedModel) -> None:
 def _require_shapes(seen: Seen) -> None:
     keys, values, layer = seen.keys[0], seen.values[0], seen.layer
     if not keys.is_meta:
-        require_finite(keys, "On a few tokens, keys")
+        require_finite("On a few tokens, keys", keys)
     if keys.dim() != 4 or keys.shape[2] != TOKENS:
         raise UnsupportedModelError(f"Layer {layer} stores keys of an unknown shape {list(keys.shape)}; use DynamicCache.")
     if keys.shape[3] % 8 or keys.shape[3] > MAX_HEAD_DIM:

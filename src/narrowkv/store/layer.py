@@ -11,7 +11,7 @@ from narrowkv.codec.room import AHEAD
 from narrowkv.codec.tally import Tally
 from narrowkv.errors import ActivationError, CacheUseError
 from narrowkv.store.bias import Bias, Numbers
-from narrowkv.store.page import BLOCK, Page
+from narrowkv.store.page import BLOCK, Dtypes, Page, Shape
 from narrowkv.store.saturation import Saturation
 from narrowkv.store.sealed import SealedBlocks, tile_tokens
 from narrowkv.store.sinks import Sinks
@@ -39,6 +39,7 @@ class LayerStore:
         self.ahead = [scheme.tokens_ahead for scheme in self.schemes]
         # tokens leave the window by so many, being encoded together
         self.together = max(scheme.tokens_together for scheme in self.schemes)
+        self.windowed = window > 0 or self.together > 1  # whether new tokens stay exact at first
         self.blocks = SealedBlocks(self.quantizers)
         self.sinks = Sinks(sinks)
         self.reset()
@@ -52,8 +53,13 @@ class LayerStore:
         self.missing = 0  # first tokens whose numbers never came; others stand for those among them that are held
         self.tail: Tail | None = None
         self.recent = Window(self.window + self.together - 1)
-        self.shape: tuple[int, int, int] | None = None  # batch, kv_heads, head_dim
-        self.dtypes: tuple[torch.dtype, torch.dtype] | None = None  # of the keys and the values that came, and of exact ones
+        self.shape: Shape | None = None
+        self.dtypes: Dtypes | None = None  # of the keys and the values that came, and of exact ones
+        self.steps = False  # whether a GPU may store few tokens without being waited for
+
+    def begin(self, shape: Shape, dtypes: Dtypes, device: torch.device) -> None:
+        """Be the store of such tokens."""
+        self.shape, self.dtypes, self.steps = shape, dtypes, cuda.runs_on(device)
 
     @property
     def length(self) -> int:
@@ -69,11 +75,6 @@ class LayerStore:
     def packed(self) -> int:
         """Tokens held that are encoded."""
         return self.blocks.tokens + (self.tail.tokens if self.tail else 0)
-
-    @property
-    def windowed(self) -> bool:
-        """Whether new tokens stay exact at first."""
-        return self.window > 0 or self.together > 1
 
     def parts(self) -> dict[str, list[Tensor]]:
         """All tensors that are held, each once, by what they are for."""
@@ -93,8 +94,8 @@ class LayerStore:
         """All tensors that are held, each once."""
         return [tensor for held in self.parts().values() for tensor in held]
 
-    def fitting(self, keys: Tensor, values: Tensor) -> tuple[tuple[int, int, int], tuple[torch.dtype, torch.dtype]]:
-        """Batch, KV heads and head_dim of new numbers, and their dtypes; raises CacheUseError where others are held."""
+    def fitting(self, keys: Tensor, values: Tensor) -> tuple[Shape, Dtypes]:
+        """Shape and dtypes of new keys and values; raises CacheUseError where others are held."""
         shape, dtypes = (keys.shape[0], keys.shape[1], keys.shape[3]), (keys.dtype, values.dtype)
         if self.shape is not None and shape != self.shape:
             raise CacheUseError(
@@ -118,17 +119,18 @@ class LayerStore:
         """
         shape, dtypes = self.fitting(keys, values)
         skip = None if valid is None else ~valid
-        if self.make_room(keys, values):
+        if self.steps and self.make_room(keys, values):
             self.write(keys, values, skip)
             self.advance(keys.shape[2])
             return self.seal()
-        for numbers in (keys, values):  # before anything is stored, so that a refusal leaves all as it was
-            require_finite(numbers, "Keys or values")
+        require_finite("Keys or values", keys, values)  # before anything is stored, so that a refusal leaves all as it was
         places = None
         if not self.sinks.found:
             skip = keys.new_zeros(shape[0], keys.shape[2], dtype=torch.bool) if skip is None else skip
             places = self.sinks.find(skip)
-        before, self.shape, self.dtypes = self.length, shape, dtypes
+        before = self.length
+        if self.shape is None:
+            self.begin(shape, dtypes, keys.device)
         try:
             if self.windowed:
                 self._shift(self._leaving(keys.shape[2]), keys, values, skip)
@@ -151,10 +153,7 @@ class LayerStore:
         return max(self.recent.tokens + new - self.window, 0) // self.together * self.together
 
     def _encode(self, keys: Tensor, values: Tensor, skip: Tensor | None, new: int) -> None:
-        """Quantise the first `new` tokens: first what fills the tail, then whole blocks tile by tile, then a new tail.
-
-        A refusal leaves none behind.
-        """
+        """Quantise the first `new` tokens: what fills the tail, whole blocks by tiles, a new tail; a refusal leaves none."""
         before = self.packed
         to_seal = ((self.tail.tokens if self.tail else 0) + new) // BLOCK
         page: Page | None = None
@@ -171,7 +170,7 @@ class LayerStore:
                 else:
                     self.tail = self.tail or Tail(self.quantizers, keys, values)
                     self.tail.append(parts[0], parts[1], stop - start)
-                    if self.tail.is_full:
+                    if self.tail.tokens == BLOCK:
                         page = self._seal_tail(page, to_seal)
                 start = stop
         except ActivationError:
@@ -187,9 +186,12 @@ class LayerStore:
             (part[:, :, start : stop + ahead], None if skip is None else skip[:, start : stop + ahead])
             for part, ahead in zip((keys, values), self.ahead, strict=True)
         ]
-        of_keys = self.bias.of_keys(self.first + self.packed, cuts[0][0].shape[2])
-        parts = self.bias.taken_out(cuts[0], cuts[1], of_keys, self.schemes)
-        self.saturation.see(self.quantizers, parts)
+        parts = (cuts[0], cuts[1])
+        if self.bias.keys is not None or self.bias.values is not None:
+            of_keys = self.bias.of_keys(self.first + self.packed, parts[0][0].shape[2])
+            parts = self.bias.taken_out(*parts, of_keys, self.schemes)
+        if stop - start > 1:
+            self.saturation.see(self.quantizers, parts)
         return parts
 
     def _seal_tail(self, page: Page | None = None, columns: int = 1) -> Page:
@@ -205,10 +207,10 @@ class LayerStore:
     def make_room(self, keys: Tensor, values: Tensor) -> bool:
         """Whether new tokens, such as these, can be stored by a GPU that nobody waits for; if so, they find room.
 
-        Those that leave the window for them are encoded, and a full tail is sealed, before.
+        Those that leave the window for them are encoded before.
         """
         new = keys.shape[2]
-        if new > AHEAD or self.shape is None or not cuda.runs_on(keys.device) or not self.sinks.seen():
+        if new > AHEAD or not self.steps or not self.sinks.seen():
             return False
         if not self.windowed:
             self.tail = self.tail or Tail(self.quantizers, keys, values)

@@ -16,6 +16,8 @@ from narrowkv.codec.packing import PLANES, pack, plane_bytes, unpack
 from narrowkv.codec.scheme import BLOCK
 
 OUTLIER_BYTES = 4  # a 16-bit value and a 16-bit index
+Shape = tuple[int, int, int]  # batch, kv_heads, head_dim
+Dtypes = tuple[torch.dtype, torch.dtype]  # of keys and of values
 GROWTH = 16  # while decoding, a new page holds one more sixteenth of what is stored
 
 

@@ -8,7 +8,7 @@ Numbers = tuple[Tensor, Tensor | None]  # [batch, kv_heads, tokens, head_dim], a
 
 
 class Saturation:
-    """Counts of the tokens that come together on a CPU: single ones are not looked at, nor a GPU waited for."""
+    """Counts of the tokens that come together on a CPU: a GPU is not waited for, and who stores leaves out single ones."""
 
     def __init__(self) -> None:
         self.far = 0
@@ -22,7 +22,7 @@ class Saturation:
     def see(self, quantizers: tuple[AnyQuantizer, AnyQuantizer], parts: tuple[Numbers, Numbers]) -> None:
         """Look at keys and values as they are encoded, of which some are skipped."""
         for quantizer, (numbers, skip) in zip(quantizers, parts, strict=True):
-            if numbers.is_cpu and numbers.shape[2] > 1:
+            if numbers.is_cpu:
                 far = quantizer.far(numbers)
                 if far is not None:
                     self.far += int((far if skip is None else far & ~skip[:, None, :, None]).sum())

@@ -9,7 +9,7 @@ from narrowkv.codec import AnyQuantizer, Encoded, Scheme
 from narrowkv.codec.packing import PLANES, plane_bytes
 from narrowkv.errors import FileFormatError
 from narrowkv.store.layer import LayerStore
-from narrowkv.store.page import BLOCK, Column, PackedSide, Page, gather, is_channel_major
+from narrowkv.store.page import BLOCK, Column, Dtypes, PackedSide, Page, Shape, gather, is_channel_major
 from narrowkv.store.tail import Tail
 from narrowkv.tensor_file import require_numbers
 
@@ -86,17 +86,15 @@ class _Reader:
         return keys, values
 
 
-def load_tensors(
-    store: LayerStore, tensors: dict[str, Tensor], shape: tuple[int, int, int], dtypes: tuple[torch.dtype, torch.dtype]
-) -> None:
+def load_tensors(store: LayerStore, tensors: dict[str, Tensor], shape: Shape, dtypes: Dtypes, device: torch.device) -> None:
     """Fill an empty store from `to_tensors`.
 
-    shape: batch, kv_heads, head_dim. dtypes: of keys and of values that are exact. Raises FileFormatError where a tensor is
-    missing, is one too many, or has a shape, a dtype or contents that no store would have written.
+    dtypes: of numbers that are exact. device: where the tensors lie. Raises FileFormatError where a tensor is missing, is one
+    too many, or has a shape, a dtype or contents that no store would have written.
     """
     reader, (batch, heads, dim) = _Reader(tensors, dtypes), shape
     store.reset()
-    store.shape, store.dtypes = shape, dtypes
+    store.begin(shape, dtypes, device)
     if "first" in reader.tensors:
         store.first = int(reader.take("first", (), torch.int64))
         _require(store.first > 0, "first")

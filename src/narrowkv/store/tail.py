@@ -35,7 +35,7 @@ class Tail:
 
     def append(self, keys: Numbers, values: Numbers, new: int) -> None:
         """Encode tokens, `new` of which must find room; a refusal (few on a GPU have none) leaves all as it was."""
-        if new <= AHEAD and self.make_room(new):
+        if self.steppers and new <= AHEAD and self.make_room(new):
             self.step(keys, values)
             self.tokens += new
             return
