@@ -53,6 +53,14 @@ def test_rows_are_what_measuring_gives(tiny, tmp_path):
     assert seen == [(i, 9) for i in range(1, 10)]
 
 
+def test_rows_of_allocated_rates_tell_them(tiny, tmp_path):
+    model = tiny(head_dim=64)
+    _, row, plain = run(model, ["narrow5.5", "int4"], tmp_path / "compare.json")
+    assert list(row["rates"]) == ["keys", "values"] and plain["rates"] is None
+    for side in row["rates"].values():
+        assert list(side) == ["0", "1"] and all(sum(counts) == 64 // 8 for counts in side.values())
+
+
 def test_an_interrupted_run_goes_on(tiny, tmp_path, monkeypatch):
     model, recipes, path = tiny(), ["nuq3", "int4"], tmp_path / "compare.json"
     whole = run(model, recipes, tmp_path / "whole.json")

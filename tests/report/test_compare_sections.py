@@ -2,7 +2,7 @@
 
 import pytest
 
-from narrowkv.report.compare import family, pareto, sections
+from narrowkv.report.compare import dearest_first, family, pareto, sections
 
 ROW = {
     "perplexity_strict": 9.0, "perplexity_stream": 8.5, "perplexity_fp": 8.0, "kld_strict_p99": 1.0, "top1": 0.9,
@@ -52,3 +52,18 @@ def test_a_section_has_all_rows_and_a_picture():
     (axes,) = picture.figure.axes
     assert [text.get_text() for text in axes.texts] == ["nuq2", "nuq4"] and axes.get_xlabel() and axes.get_ylabel()
     assert sections(result()) == []
+
+
+def test_a_picture_shows_the_rates_of_all_layers():
+    rates = {"keys": {"0": [2, 1, 1], "3": [0, 0, 4]}, "values": {"0": [1, 3, 0], "3": [2, 0, 2]}}
+    row = {"recipe": "narrow2", "bits_per_element": 2.05, "kld_strict": 0.1, "rates": rates}
+    _, section = sections(result(row))
+    (picture,) = section.pictures
+    keys, values, _ = picture.figure.axes
+    assert keys.images[0].get_array().tolist() == [[2, 1, 0, 0], [2, 2, 2, 2]]
+    assert values.images[0].get_array().tolist() == [[1, 1, 1, 0], [2, 2, 0, 0]]
+    assert picture.name == "rates-narrow2"
+
+
+def test_a_layer_of_fewer_units_is_filled_up():
+    assert dearest_first([1, 0, 2], 5) == [2, 2, 0, 0, 0]

@@ -108,7 +108,18 @@ def _row(
     steps.part()(1, 1)
     figures = quality.to_dict()
     del figures["recipe"]
-    return {**figures, "context": options.context, "backend": cache.backend, "threads": torch.get_num_threads(), **timed}
+    cached = {"context": options.context, "backend": cache.backend, "threads": torch.get_num_threads()}
+    return {**figures, **cached, "rates": _rates(source), **timed}
+
+
+def _rates(source: Source) -> dict[str, dict[str, list[int]]] | None:
+    """How many units of 8 coefficients have 0, 1, ... bits, by tensor and layer; None where no rates were allocated."""
+    if not isinstance(source, Calibration) or all(pair[0].scheme.counts is None for pair in source.layers.values()):
+        return None
+    return {
+        name: {str(layer): list(pair[side].scheme.counts or ()) for layer, pair in source.layers.items()}
+        for side, name in enumerate(("keys", "values"))
+    }
 
 
 def _dynamic_row(model: PreTrainedModel, windows: Tensor, options: CompareOptions) -> dict[str, Any]:

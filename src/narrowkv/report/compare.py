@@ -25,6 +25,10 @@ COLUMNS = {  # entry of a row: heading, digits
     "decode_ms": ("ms a token", 2),
     "decode_ms_least": ("least", 2),
 }
+RATES = (
+    "Coefficients of keys and of values, in units of 8, lie in the order of what their errors cost; each has as many bits as "
+    "pay for themselves, the same in all heads of a layer. The palest have none: those coefficients are left out."
+)
 
 
 def sections(result: dict[str, Any]) -> list[Section]:
@@ -34,7 +38,9 @@ def sections(result: dict[str, Any]) -> list[Section]:
         return []
     names = ", ".join(name for name, _, _ in pareto([_point(row) for row in rows if row["kld_strict"] > 0]))
     picture = Picture("pareto", f"Nothing measured here loses less at as few bits as: {names}.", _drawn(rows))
-    return [Section("What recipes cost", _text(rows, result), [_table(rows, result)], [picture])]
+    found = [Section("What recipes cost", _text(rows, result), [_table(rows, result)], [picture])]
+    allocated = [row for row in rows if row.get("rates")]
+    return found + ([Section("Where the bits went", RATES, [], [_rates(row) for row in allocated])] if allocated else [])
 
 
 def pareto(points: Sequence[Point]) -> list[Point]:
@@ -86,6 +92,32 @@ def _drawn(rows: list[Row]) -> "Figure":
     axes.set_xlabel(f"allocated bits for each number, in a cache of {rows[0]['context']:,} tokens")
     figure.legend(loc="outside right upper", fontsize=8, frameon=False, title="B: bits of the codes", title_fontsize=8)
     return figure
+
+
+def _rates(row: Row) -> Picture:
+    """The bits of every unit of every layer: a row of cells for each layer, one panel each for keys and values."""
+    layers = list(row["rates"]["keys"])
+    units = max(sum(counts) for side in row["rates"].values() for counts in side.values())
+    most = max(len(counts) for side in row["rates"].values() for counts in side.values()) - 1
+    figure, panels = new_figure(8, 1.6 + 0.14 * len(layers), 1, 2, sharey=True)
+    image = None
+    for axes, (name, side) in zip(panels, row["rates"].items(), strict=True):
+        cells = [dearest_first(counts, units) for counts in side.values()]
+        extent = (0, 8 * units, len(layers), 0)
+        image = axes.imshow(cells, aspect="auto", extent=extent, cmap="YlGnBu", vmin=0, vmax=most, interpolation="nearest")
+        axes.set_title(name)
+        axes.set_xlabel("coefficients, dearest first")
+        axes.grid(False)
+    panels[0].set_ylabel("layer")
+    assert image is not None
+    figure.colorbar(image, ax=panels, label="bits", pad=0.02)
+    return Picture(f"rates-{row['recipe']}", f"Bits of coefficients under {row['recipe']}.", figure)
+
+
+def dearest_first(counts: Sequence[int], units: int) -> list[int]:
+    """The rate of every unit, highest first; of a layer that has fewer units the rest is 0."""
+    rates = [rate for rate in reversed(range(len(counts))) for _ in range(counts[rate])]
+    return rates + [0] * (units - len(rates))
 
 
 def _table(rows: list[Row], result: dict[str, Any]) -> Table:
