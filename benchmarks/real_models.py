@@ -31,6 +31,7 @@ from narrowkv.methods import Recipe
 
 KIND = "real-models"
 TEXTS = Path(os.environ.get("NARROWKV_ASSETS", Path(__file__).parents[2] / "shared" / "assets")) / "text"
+LEARN, SCORE = (str(TEXTS / name) for name in ("wikitext2-valid.tokens.txt", "wikitext2-test.raw.txt"))
 KVQUANT = ("nuq4-1%", "nuq3-1%", "nuq2-1%")
 AT_EQUAL_BITS = ("narrow4.55", "narrow3.55", "narrow2.55", *KVQUANT)
 RECIPES = ("narrow4", "narrow3", "narrow2", *AT_EQUAL_BITS, "kivi-4", "kivi-2", "int4", "hadamard-int4", "nvfp4")
@@ -76,16 +77,32 @@ def code(modules: tuple[str, ...]) -> str:
     return "\n\n".join((library / f"{module}.py").read_text(encoding="utf-8") for module in modules)
 
 
-def load(name: str, options: argparse.Namespace) -> Subject:
+def load(name: str, learn: str = LEARN, score: str = SCORE) -> Subject:
     """A model in float32 and its texts."""
     model, tokenizer = load_model(name, "float32")
     learned = {
         "mix": (read_text(MIX), MIX_SAMPLES),
-        "encyclopedia": (read_text(options.learn), SAMPLES),
+        "encyclopedia": (read_text(learn), SAMPLES),
         "code": (code(LEARNED_CODE), SAMPLES),
     }
-    scored = {"encyclopedia": read_text(options.score), "code": code(SCORED_CODE)}
+    scored = {"encyclopedia": read_text(score), "code": code(SCORED_CODE)}
     return Subject(Path(name).name, model, tokenizer, learned, scored)
+
+
+def missing_rows(results: ResultFile, tables: str, options: argparse.Namespace) -> dict[tuple[str, int], list[str]]:
+    """By text and length of windows the recipes that a file lacks, for tables of some kind."""
+    asked = options.recipes if tables == "mix" else [recipe for recipe in options.recipes if recipe in AT_EQUAL_BITS]
+    lengths = [size for size, count in counts(options).items() if count and (tables == "mix" or size == WINDOW)]
+    return {
+        (text, size): [recipe for recipe in asked if not results.find(tables=tables, text=text, window=size, recipe=recipe)]
+        for size in lengths
+        for text in ("encyclopedia", "code")
+    }
+
+
+def counts(options: argparse.Namespace) -> dict[int, int]:
+    """How many windows of each length are scored of each text."""
+    return {WINDOW: options.windows, LONG_WINDOW: options.long}
 
 
 def run(name: str, options: argparse.Namespace) -> None:
@@ -94,25 +111,16 @@ def run(name: str, options: argparse.Namespace) -> None:
     settings = {"model": model, "windows": options.windows, "long_windows": options.long, "context": REFERENCE_TOKENS}
     command = f"python -m benchmarks.real_models {model}"
     results = ResultFile(options.out / f"{model}.json", KIND, command, settings)
-    lengths = {WINDOW: options.windows, LONG_WINDOW: options.long}
     subject: Subject | None = None
     for tables in options.tables:
-        asked = options.recipes if tables == "mix" else [recipe for recipe in options.recipes if recipe in AT_EQUAL_BITS]
-        groups = [(text, size) for size, count in lengths.items() if count for text in ("encyclopedia", "code")]
-        groups = groups if tables == "mix" else [group for group in groups if group[1] == WINDOW]
-        missing = {
-            (text, size): [
-                recipe for recipe in asked if not results.find(tables=tables, text=text, window=size, recipe=recipe)
-            ]
-            for text, size in groups
-        }
-        wanted = [get_recipe(recipe) for recipe in asked if any(recipe in rows for rows in missing.values())]
+        missing = missing_rows(results, tables, options)
+        wanted = [get_recipe(recipe) for recipe in options.recipes if any(recipe in rows for rows in missing.values())]
         if not wanted:
             continue
-        subject = subject or load(name, options)
+        subject = subject or load(name, options.learn, options.score)
         sources = subject.tables(tables, wanted, options.calibrations)
         for (text, size), recipes in missing.items():
-            windows = cut_windows(subject.tokenizer, subject.scored[text], size, lengths[size], spread=SPREAD)
+            windows = cut_windows(subject.tokenizer, subject.scored[text], size, counts(options)[size], spread=SPREAD)
             found = {"tables": tables, "text": text, "window": size}
             score(subject, found, {recipe: sources[recipe] for recipe in recipes}, windows, results, options.backend)
     show(results)
@@ -161,8 +169,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8, help="of 512 tokens, scored of each text")
     parser.add_argument("--long", type=int, default=2, help="windows of 2,048 tokens, scored of each text")
     parser.add_argument("--calibrations", type=Path, help="folder where tables are kept")
-    parser.add_argument("--learn", default=str(TEXTS / "wikitext2-valid.tokens.txt"))
-    parser.add_argument("--score", default=str(TEXTS / "wikitext2-test.raw.txt"))
+    parser.add_argument("--learn", default=LEARN)
+    parser.add_argument("--score", default=SCORE)
     parser.add_argument("--backend", default="auto")
     options = parser.parse_args()
     for name in options.models:
