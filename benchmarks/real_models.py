@@ -34,7 +34,8 @@ TEXTS = Path(os.environ.get("NARROWKV_ASSETS", Path(__file__).parents[2] / "shar
 LEARN, SCORE = (str(TEXTS / name) for name in ("wikitext2-valid.tokens.txt", "wikitext2-test.raw.txt"))
 KVQUANT = ("nuq4-1%", "nuq3-1%", "nuq2-1%")
 AT_EQUAL_BITS = ("narrow4.55", "narrow3.55", "narrow2.55", *KVQUANT)
-RECIPES = ("narrow4", "narrow3", "narrow2", *AT_EQUAL_BITS, "kivi-4", "kivi-2", "int4", "hadamard-int4", "nvfp4")
+LEARNED = ("narrow4", "narrow3", "narrow2", *AT_EQUAL_BITS)
+RECIPES = (*LEARNED, "kivi-4", "kivi-2", "int4", "hadamard-int4", "nvfp4")
 LEARNED_CODE = ("argparse", "ast", "datetime", "difflib", "doctest", "inspect", "optparse", "pickle", "tarfile", "typing")
 SCORED_CODE = ("_pydecimal", "mailbox", "subprocess", "zipfile")
 TABLES = ("mix", "encyclopedia", "code")
@@ -89,40 +90,33 @@ def load(name: str, learn: str = LEARN, score: str = SCORE) -> Subject:
     return Subject(Path(name).name, model, tokenizer, learned, scored)
 
 
-def missing_rows(results: ResultFile, tables: str, options: argparse.Namespace) -> dict[tuple[str, int], list[str]]:
-    """By text and length of windows the recipes that a file lacks, for tables of some kind."""
-    asked = options.recipes if tables == "mix" else [recipe for recipe in options.recipes if recipe in AT_EQUAL_BITS]
-    lengths = [size for size, count in counts(options).items() if count and (tables == "mix" or size == WINDOW)]
-    return {
-        (text, size): [recipe for recipe in asked if not results.find(tables=tables, text=text, window=size, recipe=recipe)]
-        for size in lengths
-        for text in ("encyclopedia", "code")
-    }
-
-
-def counts(options: argparse.Namespace) -> dict[int, int]:
-    """How many windows of each length are scored of each text."""
-    return {WINDOW: options.windows, LONG_WINDOW: options.long}
+def jobs(options: argparse.Namespace) -> list[tuple[str, int, int, list[str]]]:
+    """What is measured together, the dearest last: kind of tables, tokens of a window, how many windows, recipes."""
+    equal, learned = ([name for name in options.recipes if name in some] for some in (AT_EQUAL_BITS, LEARNED))
+    short = [(tables, WINDOW, options.windows, options.recipes if tables == "mix" else equal) for tables in options.tables]
+    return short + [("mix", LONG_WINDOW, options.long, learned)] * ("mix" in options.tables and options.long > 0)
 
 
 def run(name: str, options: argparse.Namespace) -> None:
-    """All rows that a model's file lacks: of each kind of tables and of text, length of windows and recipe."""
+    """All rows that a model's file lacks."""
     model = Path(name).name
     settings = {"model": model, "windows": options.windows, "long_windows": options.long, "context": REFERENCE_TOKENS}
-    command = f"python -m benchmarks.real_models {model}"
-    results = ResultFile(options.out / f"{model}.json", KIND, command, settings)
+    results = ResultFile(options.out / f"{model}.json", KIND, f"python -m benchmarks.real_models {model}", settings)
     subject: Subject | None = None
-    for tables in options.tables:
-        missing = missing_rows(results, tables, options)
-        wanted = [get_recipe(recipe) for recipe in options.recipes if any(recipe in rows for rows in missing.values())]
+    for tables, size, count, recipes in jobs(options):
+        places = {text: {"tables": tables, "text": text, "window": size} for text in ("encyclopedia", "code")}
+        missing = {
+            text: [recipe for recipe in recipes if results.find(**place, recipe=recipe) is None]
+            for text, place in places.items()
+        }
+        wanted = [get_recipe(recipe) for recipe in recipes if any(recipe in lacking for lacking in missing.values())]
         if not wanted:
             continue
         subject = subject or load(name, options.learn, options.score)
         sources = subject.tables(tables, wanted, options.calibrations)
-        for (text, size), recipes in missing.items():
-            windows = cut_windows(subject.tokenizer, subject.scored[text], size, counts(options)[size], spread=SPREAD)
-            found = {"tables": tables, "text": text, "window": size}
-            score(subject, found, {recipe: sources[recipe] for recipe in recipes}, windows, results, options.backend)
+        for text, lacking in missing.items():
+            windows = cut_windows(subject.tokenizer, subject.scored[text], size, count, spread=SPREAD)
+            score(subject, places[text], {name: sources[name] for name in lacking}, windows, results, options.backend)
     show(results)
 
 
