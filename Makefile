@@ -110,9 +110,15 @@ measure: $(TOOLS)
 	$(if $(MODELS),$(MAKE) measure-real)
 	rm -f results/*/*.svg
 
-# strict divergence and perplexity on real models, in and off the domain of the calibration (half an hour; MODELS: their folders)
+# what is lost on real models, by the package's recipes, other people's methods and each part of ours (MODELS: their folders;
+# some three hours for two models on 2 cores, goes on where it was interrupted); RUN_GENERATED_CODE=1: HumanEval too
 measure-real: $(TOOLS)
-	$(BIN)/python -m benchmarks.real_models $(MODELS) --out results/real
+	mkdir -p build/calibrations
+	$(BIN)/python -m benchmarks.real_models $(MODELS) --out results/real --calibrations build/calibrations
+	$(BIN)/python -m benchmarks.narrow_parts $(MODELS) --out results/parts
+	$(BIN)/python -m benchmarks.peers $(MODELS) --out results/peers
+	$(if $(RUN_GENERATED_CODE),$(BIN)/python -m benchmarks.humaneval $(MODELS) --out results/humaneval \
+	  --calibrations build/calibrations --run-generated-code)
 
 docs: $(TOOLS)
 	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --clean
