@@ -19,7 +19,7 @@ CELLS = 2**16  # steps into which a budget is divided
 class Option:
     """One way to keep the keys, or the values, of one layer.
 
-    bits: what it takes for each token, tables included, over as many tokens as the layer holds of 32,768. cost: loss
+    bits: what it takes for each token, tables included, over as many tokens as layers hold of 32,768 on average. cost: loss
         predicted, in nats for each token of text.
     """
 
@@ -28,16 +28,18 @@ class Option:
     cost: float
 
 
-def measure(quantizer: AnyQuantizer, samples: Samples, keys: bool, tokens: int = REFERENCE_TOKENS) -> Option:
-    """What a quantizer takes and costs, found by storing a sample as a cache would; tokens: that the layer holds of 32,768."""
+def measure(quantizer: AnyQuantizer, samples: Samples, keys: bool, tokens: float = REFERENCE_TOKENS) -> Option:
+    """What a quantizer takes and costs, found by storing a sample as a cache would; tokens: over which
+    tables are counted.
+    """
     numbers = samples.heads()[:, :, : 16 * BLOCK]
     numbers = numbers.repeat(1, 1, -(-BLOCK // numbers.shape[2]), 1) if numbers.shape[2] < BLOCK else numbers
     return Option(quantizer.scheme, stored_bits(quantizer, numbers, keys, tokens), samples.cost(quantizer))
 
 
-def stored_bits(quantizer: AnyQuantizer, numbers: Tensor, keys: bool, tokens: int = REFERENCE_TOKENS) -> float:
+def stored_bits(quantizer: AnyQuantizer, numbers: Tensor, keys: bool, tokens: float = REFERENCE_TOKENS) -> float:
     """Bits that a store takes for each token of `numbers` [batch, kv_heads, tokens, head_dim], of which whole blocks are
-    stored; tables are counted over `tokens`, all that their layer holds.
+    stored; tables are counted over `tokens`.
     """
     whole = numbers.shape[2] // BLOCK * BLOCK
     blocks = to_blocks(quantizer.encode(numbers[:, :, :whole]))

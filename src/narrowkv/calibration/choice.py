@@ -6,6 +6,7 @@ from typing import Any
 
 from narrowkv.calibration.allocation import Option, allocate
 from narrowkv.calibration.learning import LayerFits
+from narrowkv.calibration.rates import mean_held
 from narrowkv.calibration.shares import allocate_choices
 from narrowkv.codec import AnyQuantizer
 from narrowkv.codec.scheme import BLOCK
@@ -83,20 +84,25 @@ def _stream_bytes(pair: LayerSchemes, shape: tuple[int, int]) -> int:
 def _options(recipe: Recipe, layers: Mapping[int, LayerFits], numbers: int, beside: float) -> list[Option]:
     """One of the schemes for the keys, then for the values, of each layer."""
     assert recipe.choices
-    menus = []
+    menus, tokens = [], _table_tokens(layers)
     for fits in layers.values():
-        menus += [fits.menu(recipe.choices.keys, True, recipe.sinks), fits.menu(recipe.choices.values, False, recipe.sinks)]
+        for schemes, keys in ((recipe.choices.keys, True), (recipe.choices.values, False)):
+            menus.append(fits.menu(schemes, keys, recipe.sinks, tokens))
     picks = allocate(menus, recipe.choices.budget, numbers, beside)
     return [menu[pick] for menu, pick in zip(menus, picks, strict=True)]
+
+
+def _table_tokens(layers: Mapping[int, LayerFits]) -> float:
+    return mean_held((fits.held, fits.numbers) for fits in layers.values())
 
 
 def _options_by_rate(recipe: Recipe, layers: Mapping[int, LayerFits], numbers: int, beside: float) -> list[Option]:
     """The same where rates are to be allocated."""
     assert recipe.choices
-    sides, menus = [], []
+    sides, menus, tokens = [], [], _table_tokens(layers)
     for fits in layers.values():
         for schemes, keys in ((recipe.choices.keys, True), (recipe.choices.values, False)):
-            menus.append(fits.rate_menu(schemes, keys, recipe.sinks))
+            menus.append(fits.rate_menu(schemes, keys, recipe.sinks, tokens))
             sides.append((fits, keys))
     chosen = allocate_choices(recipe.choices, menus, beside)
-    return [fits.measured(scheme, keys, recipe.sinks) for scheme, (fits, keys) in zip(chosen, sides, strict=True)]
+    return [fits.measured(scheme, keys, recipe.sinks, tokens) for scheme, (fits, keys) in zip(chosen, sides, strict=True)]

@@ -68,7 +68,7 @@ class LayerFits:
         frames: Frames | None = None,
     ):
         self.shape = shape
-        self.tokens = held_tokens(sliding_window)
+        self.held = held_tokens(sliding_window)
         self.biases = biases or (Bias(), Bias())
         needs: set[Need] = set()
         for recipe in recipes:
@@ -178,29 +178,29 @@ class LayerFits:
         assert isinstance(fit, Fit | TrellisFit)
         return fit.quantizer(self.shape, scheme)
 
-    def menu(self, schemes: Iterable[Scheme], keys: bool, sinks: int) -> list[Option]:
-        """What each of these schemes would take and cost."""
+    def menu(self, schemes: Iterable[Scheme], keys: bool, sinks: int, tokens: float) -> list[Option]:
+        """What each of these schemes would take and cost; tokens: over which tables are counted."""
         menu = []
         for scheme in schemes:
             sampled = self.fits[Need.sample(scheme, keys, sinks)]
             assert isinstance(sampled, SampleFit)
-            menu.append(measure(self.quantizer(scheme, keys, sinks), sampled.samples, keys, self.tokens))
+            menu.append(measure(self.quantizer(scheme, keys, sinks), sampled.samples, keys, tokens))
         return menu
 
-    def rate_menu(self, schemes: Iterable[Scheme], keys: bool, sinks: int) -> list[RateOption]:
-        """What the units of each of these schemes cost, of which rates are to be allocated."""
+    def rate_menu(self, schemes: Iterable[Scheme], keys: bool, sinks: int, tokens: float) -> list[RateOption]:
+        """What the units of each of these schemes cost, of which rates are to be allocated; tokens: as above."""
         menu = []
         for scheme in schemes:
             fit = self.fits[Need.of(scheme, keys, sinks)]
             assert isinstance(fit, TrellisFit)
-            menu.append(RateOption(scheme, self.shape[0], fit.transform(scheme.turn).unit_costs(), self.tokens))
+            menu.append(RateOption(scheme, self.shape[0], fit.transform(scheme.turn).unit_costs(), tokens, self.held))
         return menu
 
-    def measured(self, scheme: Scheme, keys: bool, sinks: int) -> Option:
-        """What one of the schemes whose rates were allocated takes and costs."""
+    def measured(self, scheme: Scheme, keys: bool, sinks: int, tokens: float) -> Option:
+        """What one of the schemes whose rates were allocated takes and costs; tokens: as above."""
         fit = self.fits[Need.of(scheme, keys, sinks)]
         assert isinstance(fit, TrellisFit)
-        return measure(self.quantizer(scheme, keys, sinks), fit.samples, keys, self.tokens)
+        return measure(self.quantizer(scheme, keys, sinks), fit.samples, keys, tokens)
 
 
 def _fit_for(need: Need, frames: Frames) -> AnyFit:

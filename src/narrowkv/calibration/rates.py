@@ -1,6 +1,6 @@
 """Rate allocation: how many bits each unit of 8 coefficients of each tensor has, under one budget for the whole cache."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,13 +14,22 @@ from narrowkv.errors import RecipeError
 from narrowkv.store.page import OUTLIER_BYTES
 
 OFFSET_BITS = 32 / BLOCK  # of each token and head: where a block's outliers begin
-LEAST_TOKENS = 512  # over which tables are counted, however short a window is
+LEAST_TOKENS = 512  # that a layer counts as holding, however short its window is
 HALVINGS = 60  # of the range in which the price of a bit lies
 
 
 def held_tokens(sliding_window: int | None) -> int:
-    """How many tokens the tables of a layer are counted over: those that it holds at 32,768."""
+    """How many tokens a layer counts as holding of 32,768."""
     return max(min(sliding_window or REFERENCE_TOKENS, REFERENCE_TOKENS), LEAST_TOKENS)
+
+
+def mean_held(layers: Iterable[tuple[int, int]]) -> float:
+    """How many tokens layers hold on average, by the elements of a token: what their tables are counted over.
+
+    layers: of each, the tokens and the elements.
+    """
+    layers = list(layers)
+    return sum(held * elements for held, elements in layers) / sum(elements for _, elements in layers)
 
 
 def squared_errors() -> Tensor:
@@ -33,13 +42,19 @@ class RateOption:
     """One way to keep the keys, or the values, of one layer, of which the rates are to be allocated.
 
     scheme: without counts. kv_heads: of the layer. costs: [units] float64, of leaving a unit out in all heads, dearest first.
-    tokens: that the layer holds at 32,768 tokens, over which its tables are counted.
+    tokens: over which tables are counted, as many as all layers hold on average. held: by this layer, of 32,768.
     """
 
     scheme: Scheme
     kv_heads: int
     costs: Tensor
-    tokens: int = REFERENCE_TOKENS
+    tokens: float = REFERENCE_TOKENS
+    held: int = REFERENCE_TOKENS
+
+    @property
+    def elements(self) -> int:
+        """Of a token."""
+        return self.kv_heads * UNIT * len(self.costs)
 
     def with_counts(self, rates: Tensor) -> Scheme:
         """The scheme with these rates of units [units]."""
@@ -58,6 +73,11 @@ class RateOption:
         fixed = one - (all_units - one) / max(units - 1, 1) + heads * (8 * self.scheme.token_norm)
         return rates * UNIT * heads + (rates > 0) * with_codes, fixed + heads * OFFSET_BITS * (self.scheme.outliers > 0)
 
+    def held_bits(self, rates: Tensor, bits: float) -> float:
+        """What is held at 32,768 tokens with these rates, which take `bits` of each token."""
+        tables = self._table_bits(rates)
+        return (bits - tables) * self.held + tables * self.tokens
+
     def _table_bits(self, rates: Tensor) -> float:
         forms = TrellisQuantizer.forms(self.with_counts(rates), self.kv_heads, UNIT * len(rates))
         size = sum(dtype.itemsize * torch.Size(shape).numel() for shape, dtype in forms.values())
@@ -67,21 +87,20 @@ class RateOption:
 def allocate_rates(menus: Sequence[Sequence[RateOption]], budget: float, beside: float = 0.0) -> list[Scheme]:
     """Which option of each menu to take, with which rates, so that the sum of costs is least and that of bits within a budget.
 
-    budget: bits for each of a token's numbers in all layers, `beside` of them taken by something else. One price of a bit
-    holds for all units, so what is allocated lies on the convex hull of what can be. The dearest unit of each tensor has
-    codes. Raises RecipeError where even the smallest allocation exceeds the budget.
+    budget: bits for each element, `beside` of them taken by something else, both of a token in all layers alike and of all
+    that is held at 32,768 tokens, where layers with a sliding window hold fewer. One price of a bit holds for all units, so
+    what is allocated lies on the convex hull of what can be. The dearest unit of each tensor has codes. Raises RecipeError
+    where even the smallest allocation exceeds the budget.
     """
-    numbers = sum(menu[0].kv_heads * UNIT * len(menu[0].costs) for menu in menus)
-    room = (budget - beside) * numbers
     highest = max(float(option.costs.max()) for menu in menus for option in menu)
     low, high = 1e-18 * highest, max(2 * highest, torch.finfo(torch.float32).tiny)
-    schemes, least = _at_price(menus, high)
-    if least > room:
-        raise too_small(budget, least / numbers + beside)
+    schemes, least = _at_price(menus, high, beside)
+    if least > budget:
+        raise too_small(budget, least)
     for _ in range(HALVINGS):
         price = (low * high) ** 0.5
-        found, used = _at_price(menus, price)
-        if used > room:
+        found, used = _at_price(menus, price, beside)
+        if used > budget:
             low = price
         else:
             high, schemes = price, found
@@ -95,19 +114,24 @@ def too_small(budget: float, least: float) -> RecipeError:
     )
 
 
-def _at_price(menus: Sequence[Sequence[RateOption]], price: float) -> tuple[list[Scheme], float]:
-    """What is best where a bit of each token costs `price`, and how many bits that takes."""
-    schemes, used = [], 0.0
+def _at_price(menus: Sequence[Sequence[RateOption]], price: float, beside: float) -> tuple[list[Scheme], float]:
+    """What is best where a bit of each token costs `price`, and how many bits for each element that takes: of a token in all
+    layers alike or of all that is held, whichever is more.
+    """
+    schemes, bits, held = [], 0.0, 0.0
     for menu in menus:
         found = [_best_rates(option, price) for option in menu]
-        _, scheme, bits = min(found, key=lambda part: part[0])
+        _, scheme, used, stored = min(found, key=lambda part: part[0])
         schemes.append(scheme)
-        used += bits
-    return schemes, used
+        bits += used
+        held += stored
+    elements = [(menu[0].elements, menu[0].held) for menu in menus]
+    each, all_held = sum(count for count, _ in elements), sum(count * tokens for count, tokens in elements)
+    return schemes, max(bits / each + beside, held / all_held + beside * each * REFERENCE_TOKENS / all_held)
 
 
-def _best_rates(option: RateOption, price: float) -> tuple[float, Scheme, float]:
-    """Cost with the price of its bits, the scheme with its rates, and its bits."""
+def _best_rates(option: RateOption, price: float) -> tuple[float, Scheme, float, float]:
+    """Cost with the price of its bits, the scheme with its rates, its bits of each token, and those of all that is held."""
     bits, fixed = option.bits()
     errors = squared_errors()
     costs = option.costs.cpu().double()[:, None] * errors
@@ -115,4 +139,5 @@ def _best_rates(option: RateOption, price: float) -> tuple[float, Scheme, float]
     priced[0, 0] = torch.inf
     rates = priced.argmin(1)
     used = float(bits[rates].sum()) + fixed
-    return float(priced.gather(1, rates[:, None]).sum()) + price * fixed, option.with_counts(rates), used
+    cost = float(priced.gather(1, rates[:, None]).sum()) + price * fixed
+    return cost, option.with_counts(rates), used, option.held_bits(rates, used)

@@ -10,7 +10,7 @@ import torch
 
 from narrowkv.calibration.allocation import Option, allocate, stored_bits
 from narrowkv.calibration.choice import beside_bits
-from narrowkv.calibration.rates import RateOption, held_tokens
+from narrowkv.calibration.rates import RateOption, held_tokens, mean_held
 from narrowkv.calibration.shares import allocate_choices
 from narrowkv.codec import Scheme
 from narrowkv.codec.scheme import BLOCK, UNIT
@@ -70,31 +70,35 @@ def evenly_chosen(recipe: Recipe, shape: ModelShape) -> Recipe:
 
 def _even_choice(choices: Choices, shape: ModelShape, numbers: int, beside: float) -> list[Scheme]:
     """A scheme for the keys, then for the values, of each layer."""
-    menus = []
+    menus, tokens = [], _table_tokens(shape)
     for layer in shape.layers:
         one = LayerShape(1, layer.kv_heads, layer.head_dim, shape.dtype)
         for schemes, keys in ((choices.keys, True), (choices.values, False)):
-            menus.append([_option(scheme, one, keys, held_tokens(layer.sliding_window)) for scheme in schemes])
+            menus.append([_option(scheme, one, keys, tokens) for scheme in schemes])
     picks = allocate(menus, choices.budget, numbers, beside)
     return [menu[pick].scheme for menu, pick in zip(menus, picks, strict=True)]
 
 
 def _even_rates(choices: Choices, shape: ModelShape, numbers: int, beside: float) -> list[Scheme]:
     """The same with rates, as if what units cost fell alike from the dearest to the cheapest in all tensors."""
-    menus = []
+    menus, tokens = [], _table_tokens(shape)
     for layer in shape.layers:
         for scheme in (*choices.keys, *choices.values):
             scheme.require_head_dim(layer.head_dim)
-        tokens = held_tokens(layer.sliding_window)
+        held = held_tokens(layer.sliding_window)
         units = layer.head_dim // UNIT
         costs = 4.0 ** (-SPAN * torch.arange(units, dtype=torch.float64, device="cpu") / units)
         for schemes in (choices.keys, choices.values):
-            menus.append([RateOption(scheme, layer.kv_heads, costs, tokens) for scheme in schemes])
+            menus.append([RateOption(scheme, layer.kv_heads, costs, tokens, held) for scheme in schemes])
     return allocate_choices(choices, menus, beside)
 
 
+def _table_tokens(shape: ModelShape) -> float:
+    return mean_held((held_tokens(layer.sliding_window), layer.kv_heads * layer.head_dim) for layer in shape.layers)
+
+
 @functools.cache
-def _option(scheme: Scheme, shape: LayerShape, keys: bool, tokens: int) -> Option:
+def _option(scheme: Scheme, shape: LayerShape, keys: bool, tokens: float) -> Option:
     """What a scheme takes; its cost is that of rounding to so many bits. tokens: over which tables count."""
     quantizer = stand_in(scheme, shape.kv_heads, shape.head_dim)
     bits = stored_bits(quantizer, typical_block(quantizer, shape), keys, tokens)
