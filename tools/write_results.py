@@ -4,18 +4,15 @@ Every figure there was measured by the command in its file, which also has versi
 """
 
 from pathlib import Path
-from statistics import geometric_mean
 from typing import Any
 
 from narrowkv.evaluate.results import read_result
-from narrowkv.files import write_json
 from narrowkv.report.figures import COLOURS, MARKERS, log_axis, new_figure, save
 from narrowkv.report.plan import length
 from narrowkv.report.plan import sections as plan_sections
 
 ROOT = Path(__file__).parents[1]
 RESULTS, DOCS = ROOT / "results", ROOT / "docs"
-MEASURED = ROOT / "src" / "narrowkv" / "methods" / "measured.json"
 FAMILIES = {  # recipes, and where their labels stand in points
     "ours": ("narrow4", "narrow3", "narrow2", (8, 4)),
     "KVQuant, 1% outliers": ("nuq4-1%", "nuq3-1%", "nuq2-1%", (8, 4)),
@@ -29,8 +26,8 @@ REAL_FAMILIES = {
     "KIVI": ("kivi-4", "kivi-2", (8, -12)),
     "one range for a token": ("nvfp4", "hadamard-int4", "int4", (8, 4)),
 }
-AGAINST = {f"narrow{bits}{more}": f"nuq{bits}-1%" for more in ("", ".55") for bits in (4, 3, 2)}
-TEXTS, WINDOWS = ("encyclopedia", "code"), (512, 2048)
+AGAINST = {"narrow4": "nuq4-1%", "narrow3": "nuq3-1%", "narrow2": "nuq2-1%"}
+TEXTS, TABLES = ("encyclopedia", "code"), ("mix", "encyclopedia", "code")
 PLANNED = ("llama-7b", "llama-13b", "llama-30b", "llama-65b")
 
 
@@ -72,21 +69,25 @@ def draw_families(axes: Any, families: dict[str, Any], rows: dict[str, dict[str,
     axes.legend(frameon=False)
 
 
-def real(name: str) -> dict[str, Any]:
-    """What `benchmarks.real_models` has found of one model."""
-    return read_result(RESULTS / "real" / f"{name}.json", "real-models")
+def real(name: str, tables: str, text: str) -> dict[str, Any]:
+    """What `benchmarks.real_models` has found of one model, for tables and a text of some kind."""
+    return read_result(measured(name, tables, text), "compare")
 
 
-def rows_of(result: dict[str, Any], tables: str, text: str, window: int = 512) -> dict[str, dict[str, Any]]:
-    """Its rows by recipe, for tables and a text of some kind and windows of some length."""
-    wanted = {"tables": tables, "text": text, "window": window}
-    return {row["recipe"]: row for row in result["rows"] if wanted.items() <= row.items()}
+def measured(name: str, tables: str, text: str = "code") -> Path:
+    """The file of that."""
+    return RESULTS / "real" / f"{name}-{tables}-{text}.json"
+
+
+def rows_of(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Its rows by recipe, without that of transformers' own cache."""
+    return {row["recipe"]: row for row in result["rows"] if "kld_strict" in row}
 
 
 def write_real() -> None:
     """README's table and docs/real.svg: tables of the built-in mix, both texts scored."""
-    found = [real(name) for name in REAL.values()]
-    rows = [[rows_of(result, "mix", text) for text in TEXTS] for result in found]
+    found = [[real(name, "mix", text) for text in TEXTS] for name in REAL.values()]
+    rows = [[rows_of(result) for result in results] for results in found]
     figure, panels = new_figure(7 * len(REAL), 4, columns=len(REAL))
     for axes, title, (scored, _) in zip(panels, REAL, rows, strict=True):
         draw_families(axes, REAL_FAMILIES, scored, f"{title}: lower is better")
@@ -95,13 +96,14 @@ def write_real() -> None:
         f"{model}: {what}" if what == "bits" else what for model in REAL for what in ("bits", "KLD", "on code", "perplexity")
     ]
     cells = []
-    for recipe in rows[0][0]:
+    for recipe in [name for name in rows[0][1] if all(name in code for _, code in rows)]:  # scored on both texts, by all
         cells.append([f"`{recipe}`"])
         for scored, code in rows:
+            figures = scored[recipe]["bits_per_element"], scored[recipe]["kld_strict"], code[recipe]["kld_strict"]
             cells[-1] += [
-                f"{scored[recipe]['bits_per_element']:.2f}",
-                f"{scored[recipe]['kld_strict']:.4f}",
-                f"{code[recipe]['kld_strict']:.4f}",
+                f"{figures[0]:.2f}",
+                f"{figures[1]:.4f}",
+                f"{figures[2]:.4f}",
                 f"{scored[recipe]['perplexity_strict']:.2f}",
             ]
     exact = ", ".join(
@@ -110,94 +112,47 @@ def write_real() -> None:
     first = next(iter(rows[0][0].values()))
     tokens = f"{first['tokens']:,} tokens of WikiText-2 in windows of {first['window']}, as many of source code"
     kinds = "tables of the built-in mix"
-    origin = " ".join(source(result) for result in found)
+    origin = " ".join(source(results[0]) for results in found)
     caption = f"Strict, in float32: {tokens}; {kinds}. Perplexity in 16 bits {exact}. {origin}\n"
     replace_block(ROOT / "README.md", "real", f"{markdown(['recipe', *heads], cells)}\n{caption}")
 
 
 def write_accuracy() -> None:
-    """The tables of real models in docs/accuracy.md: ours against KVQuant, tables of one kind of text, and every recipe."""
-    found = {model: real(name) for model, name in REAL.items()}
-    parts = [_against_table(found), _off_domain_table(found)]
-    for model, result in found.items():
-        mixed = {(text, window): rows_of(result, "mix", text, window) for window in WINDOWS for text in TEXTS}
-        cells = [
-            [
-                f"`{recipe}`",
-                f"{row['bits_per_element']:.2f}",
-                *(f"{rows[recipe]['kld_strict']:.4f}" for rows in mixed.values()),
-                *(f"{mixed[text, WINDOWS[0]][recipe]['perplexity_strict']:.2f}" for text in TEXTS),
-            ]
-            for recipe, row in mixed[TEXTS[0], WINDOWS[0]].items()
-        ]
-        exact = [f"{next(iter(mixed[text, WINDOWS[0]].values()))['perplexity_fp']:.2f}" for text in TEXTS]
-        heads = ["recipe", "bits", *(f"{text}, {window:,}" for text, window in mixed), "perplexity", "on code"]
-        about = f"{model}: divergence with tables of the mix, by text and tokens of a window; perplexity in 16 bits {exact[0]}"
-        parts.append(f"{about}, on code {exact[1]}.\n\n{markdown(heads, cells)}")
-    origin = " ".join(source(result) for result in found.values()) + "\n"
-    replace_block(DOCS / "accuracy.md", "real", "\n".join([*parts, origin]))
-
-
-def _against_table(found: dict[str, dict[str, Any]]) -> str:
-    """Divergence of ours over KVQuant's, and the bits of both."""
+    """The tables of real models in docs/accuracy.md: ours against KVQuant, and tables of one kind of text against a mix."""
+    parts = []
+    columns = ["", *(f"{model}, {text}" for model in REAL for text in TEXTS), *(f"bits, {model}" for model in REAL)]
+    mixed = {(name, text): rows_of(real(name, "mix", text)) for name in REAL.values() for text in TEXTS}
     lines = []
     for ours, theirs in AGAINST.items():
-        pairs = [(rows_of(result, "mix", text), text) for result in found.values() for text in TEXTS]
-        ratios = [rows[ours]["kld_strict"] / rows[theirs]["kld_strict"] for rows, _ in pairs]
-        bits = [[rows[recipe]["bits_per_element"] for recipe in (ours, theirs)] for rows, text in pairs if text == TEXTS[0]]
-        shown = [f"{ratio:.2f}" for ratio in (*ratios, geometric_mean(ratios))]
-        lines.append([f"`{ours}` against `{theirs}`", *shown, *(f"{a:.2f} / {b:.2f}" for a, b in bits)])
-    heads = [
-        "",
-        *(f"{model}, {text}" for model in REAL for text in TEXTS),
-        "geometric mean",
-        *(f"bits, {model}" for model in REAL),
-    ]
-    return markdown(heads, lines)
-
-
-def _off_domain_table(found: dict[str, dict[str, Any]]) -> str:
-    """Off domain ours over KVQuant's, and of ours tables of the mix and of the other kind of text over the text's own kind."""
-    lines = []
-    for ours, theirs in {ours: theirs for ours, theirs in AGAINST.items() if "." in ours}.items():
-        losses = {
-            (recipe, tables, text, model): rows_of(result, tables, text)[recipe]["kld_strict"]
-            for model, result in found.items()
-            for text in TEXTS
-            for tables in ("mix", *TEXTS)
-            for recipe in (ours, theirs)
-        }
-
-        def ratio(first: tuple[str, str], second: tuple[str, str], losses: dict[Any, float] = losses) -> str:
-            """Geometric mean over models and texts; each a recipe and whether its tables are the mix's, own or other."""
-            parts = []
-            for model in REAL:
-                for text, other in (TEXTS, TEXTS[::-1]):
-                    kinds = {"mix": "mix", "own": text, "other": other}
-                    a, b = (losses[recipe, kinds[kind], text, model] for recipe, kind in (first, second))
-                    parts.append(a / b)
-            return f"{geometric_mean(parts):.2f}"
-
-        cells = [
-            ratio((ours, "other"), (theirs, "other")),
-            ratio((ours, "mix"), (ours, "own")),
-            ratio((ours, "other"), (ours, "own")),
-            ratio((theirs, "other"), (theirs, "own")),
+        ratios = [rows[ours]["kld_strict"] / rows[theirs]["kld_strict"] for rows in mixed.values()]
+        bits = [
+            tuple(mixed[name, TEXTS[0]][recipe]["bits_per_element"] for recipe in (ours, theirs)) for name in REAL.values()
         ]
-        lines.append([f"`{ours}`, `{theirs}`", *cells])
-    heads = ["", "ours over theirs, both off domain", "ours: mix over own", "ours: other over own", "theirs: other over own"]
-    return markdown(heads, lines)
-
-
-def write_measured() -> None:
-    """What `narrowkv recipes list` tells of losses: bits and divergence by model, on both texts."""
-    losses: dict[str, dict[str, list[float]]] = {}
+        lines.append(
+            [f"`{ours}` against `{theirs}`", *(f"{ratio:.2f}" for ratio in ratios), *(f"{a:.2f} / {b:.2f}" for a, b in bits)]
+        )
+    parts.append(markdown(columns, lines))
+    kinds = [tables for tables in TABLES if all(measured(name, tables).exists() for name in REAL.values())]
+    heads = [
+        "recipe",
+        "bits",
+        *(f"{text}: KLD, tables of {tables}" for text in TEXTS for tables in kinds),
+        "perplexity",
+        "on code",
+    ]
     for model, name in REAL.items():
-        scored, code = (rows_of(real(name), "mix", text) for text in TEXTS)
-        for recipe, row in scored.items():
-            figures = [row["bits_per_element"], row["kld_strict"], code[recipe]["kld_strict"]]
-            losses.setdefault(recipe, {})[model] = [round(figure, 4) for figure in figures]
-    write_json(MEASURED, losses)
+        found = {(text, tables): rows_of(real(name, tables, text)) for text in TEXTS for tables in kinds}
+        cells = []
+        for recipe in mixed[name, TEXTS[1]]:
+            row = mixed[name, TEXTS[0]][recipe]
+            divergence = [rows.get(recipe, {}).get("kld_strict") for rows in found.values()]
+            losses = ["-" if loss is None else f"{loss:.4f}" for loss in divergence]
+            perplexities = [f"{mixed[name, text][recipe]['perplexity_strict']:.2f}" for text in TEXTS]
+            cells.append([f"`{recipe}`", f"{row['bits_per_element']:.2f}", *losses, *perplexities])
+        exact = [f"{next(iter(mixed[name, text].values()))['perplexity_fp']:.2f}" for text in TEXTS]
+        parts.append(f"{model}; perplexity in 16 bits {exact[0]}, on code {exact[1]}:\n\n{markdown(heads, cells)}")
+    origin = " ".join(source(real(name, "mix", TEXTS[0])) for name in REAL.values()) + "\n"
+    replace_block(DOCS / "accuracy.md", "real", "\n".join([*parts, origin]))
 
 
 def write_demo() -> None:
@@ -247,6 +202,5 @@ def write_plan() -> None:
 if __name__ == "__main__":
     write_real()
     write_accuracy()
-    write_measured()
     write_demo()
     write_plan()
