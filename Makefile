@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TOOLS := $(VENV)/.tools
 SANITIZED := build/sanitized
-KERNEL_TESTS := tests/attention/test_cpu.py tests/attention/test_cpu_words.py tests/attention/test_cpu_trellis.py tests/store/test_layer.py \
-  tests/codec/test_compiled.py tests/codec/test_packing.py tests/codec/test_trellis.py \
+KERNEL_TESTS := tests/attention/test_cpu_decode.py tests/attention/test_cpu_int16.py tests/attention/test_cpu_streams.py tests/store/test_layer.py \
+  tests/codec/test_cpu_encode.py tests/codec/test_packing.py tests/codec/test_trellis.py \
   tests/fuzz
 INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 

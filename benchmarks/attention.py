@@ -22,7 +22,8 @@ from torch import Tensor
 
 from benchmarks.drawn import HEAD_DIM, KV_HEADS, QUERY_HEADS, fill, rotary
 from benchmarks.running import medians, options, write
-from narrowkv.attention import Visible, cpu
+from narrowkv.attention import AttentionMask
+from narrowkv.attention.cpu import decode as cpu
 from narrowkv.store import LayerStore
 
 RECIPES = ("nuq4-1%", "nuq3-1%", "nuq2-1%", "kivi-2", "narrow2", "narrow3")
@@ -31,15 +32,15 @@ BANDWIDTH_BYTES = 2**28
 AVX2_ALONE = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 
-def asking(store: LayerStore, past: int, new: tuple[Tensor, ...]) -> dict[str, Any]:
-    """What `attend` is told beside queries and store: of `past` tokens held, and keys and values of new ones."""
+def query_positions(store: LayerStore, past: int, new: tuple[Tensor, ...]) -> dict[str, Any]:
+    """What `attend` is given beside queries and store: of `past` tokens held, and keys and values of new ones."""
     pre_rope = store.quantizers[0].scheme.pre_rope
     return {
         "past": past,
         "new": new,
         "rope": rotary() if pre_rope else None,
-        "kept": torch.arange(past, dtype=torch.int32)[None] if pre_rope else None,
-        "visible": Visible(),
+        "rope_state": torch.arange(past, dtype=torch.int32)[None] if pre_rope else None,
+        "mask": AttentionMask(),
         "scaling": HEAD_DIM**-0.5,
     }
 
@@ -47,7 +48,7 @@ def asking(store: LayerStore, past: int, new: tuple[Tensor, ...]) -> dict[str, A
 def ours(name: str, tokens: int, batch: int = 1, kernel: str | None = None) -> tuple[Callable[[], Tensor], int]:
     """One step of decoding as the cache calls it, and the bytes that it reads."""
     store = fill(name, tokens, batch)
-    options = asking(store, tokens, tuple(torch.randn(2, batch, KV_HEADS, 1, HEAD_DIM)))
+    options = query_positions(store, tokens, tuple(torch.randn(2, batch, KV_HEADS, 1, HEAD_DIM)))
     query = torch.randn(batch, QUERY_HEADS, 1, HEAD_DIM, dtype=torch.bfloat16)
     held = store.parts()
     read = sum(part.nbytes for kind in ("codes", "scales", "outliers") for part in held[kind])
@@ -69,7 +70,7 @@ def torch_forms(tokens: int, batch: int, dtype: torch.dtype) -> dict[str, Callab
 
 
 def measure(
-    recipes: list[str], tokens: int, batch: int, threads: int, turns: int, kernel: str | None = None
+    recipes: list[str], tokens: int, batch: int, threads: int, repeats: int, kernel: str | None = None
 ) -> list[dict[str, Any]]:
     """One row for each recipe."""
     torch.set_num_threads(threads)
@@ -79,7 +80,7 @@ def measure(
     steps: dict[str, Callable[[], Any]] = {"read": block.sum, **{name: step for name, (step, _) in made.items()}}
     for forms in peers.values():
         steps.update(forms)
-    found = medians(steps, turns)
+    found = medians(steps, repeats)
     bandwidth = BANDWIDTH_BYTES / found["read"]
     best = {kind: min(forms, key=lambda name: found[name]) for kind, forms in peers.items()}
     return [
@@ -140,11 +141,11 @@ def limited(arguments: list[str]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = options(__doc__, RECIPES, turns=15)
+    parser = options(__doc__, RECIPES, repeats=15)
     parser.add_argument("--tokens", type=int, nargs="+", default=[32_768, 2048])
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
-    parser.add_argument("--kernel", choices=[cpu.WORDS, *cpu.KERNELS], help="in place of the one that would be chosen")
+    parser.add_argument("--kernel", search_space=[cpu.INT16, *cpu.KERNELS], help="in place of the one that would be chosen")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--avx2", action="store_true", help="our kernel for AVX2, against torch with AVX2 alone and as it is")
     arguments = parser.parse_args()
@@ -154,7 +155,7 @@ def main() -> None:
     arguments.kernel = "avx2" if arguments.avx2 else arguments.kernel
     cases = [(n, batch, threads) for n in arguments.tokens for batch in arguments.batch for threads in arguments.threads]
     for tokens, batch, threads in cases:
-        found = measure(arguments.recipes, tokens, batch, threads, arguments.turns, arguments.kernel)
+        found = measure(arguments.recipes, tokens, batch, threads, arguments.repeats, arguments.kernel)
         rows += found
         for row in found:
             print(

@@ -3,8 +3,8 @@
 First all of it for the built-in model, by stage: the pass that finds ranges, the pass with gradients that fills histograms and
 samples, and the codebooks. Then the fit alone of one layer of a 7-billion-parameter model: 32,768 tokens x 4,096 channels of
 keys and of values, 16 sequences, statistics and codebooks. The peer in the same run is what the published code's method costs:
-Lloyd's k-means over the raw normalised numbers, here on a sample and scaled up to all of them. Peak memory is the growth of
-the process beside model and text, or beside the layer's numbers (Linux).
+Lloyd's k-means over the raw normalized elements, here on a sample and scaled up to all of them. Peak memory is the growth of
+the process beside model and text, or beside the layer's elements (Linux).
 """
 
 import argparse
@@ -81,15 +81,15 @@ def whole(model: PreTrainedModel, batches: Sequence[Tensor], recipe: str) -> dic
 
 
 def make_input() -> list[tuple[Tensor, Tensor]]:
-    """Numbers with outlier channels, and gradients of a heavy-tailed size: [tokens, heads, head_dim] float16 each."""
+    """Elements with outlier channels, and gradients of a heavy-tailed size: [tokens, heads, head_dim] float16 each."""
     generator = torch.Generator().manual_seed(0)
     spread = torch.rand(HEADS, HEAD_DIM, generator=generator).square() * 4 + 0.1
     shape = (TOKENS, HEADS, HEAD_DIM)
     pairs = []
     for _ in range(SEQUENCES):
-        numbers = torch.randn(shape, generator=generator) * spread
+        elements = torch.randn(shape, generator=generator) * spread
         gradient = torch.randn(shape, generator=generator) * torch.rand(TOKENS, 1, 1, generator=generator)
-        pairs.append((numbers.half(), gradient.half()))
+        pairs.append((elements.half(), gradient.half()))
     return pairs
 
 
@@ -98,25 +98,25 @@ def fit_layer(recipe_name: str, data: list[tuple[Tensor, Tensor]]) -> dict[str, 
     recipe, watch = get_recipe(recipe_name), Watch()
     for scheme in (recipe.keys, recipe.values):
         fit = Fit(scheme)
-        for numbers, _ in data:
-            fit.see_range(numbers)
-        for numbers, gradient in data:
-            fit.see_codebook(numbers, gradient)
+        for elements, _ in data:
+            fit.observe_range(elements)
+        for elements, gradient in data:
+            fit.observe_codebook(elements, gradient)
         fit.quantizer((HEADS, HEAD_DIM), scheme)
         watch.lap()
     return watch.found(("keys", "values"))
 
 
 def lloyd(levels: int, data: list[tuple[Tensor, Tensor]]) -> float:
-    """Seconds of Lloyd's weighted k-means on raw numbers, of all of them as a sample tells."""
-    numbers = data[0][0].flatten()[:LLOYD_SAMPLE].float() / 4
+    """Seconds of Lloyd's weighted k-means on raw elements, of all of them as a sample tells."""
+    elements = data[0][0].flatten()[:LLOYD_SAMPLE].float() / 4
     weights = data[0][1].flatten()[:LLOYD_SAMPLE].float().square()
     start = time.perf_counter()
-    centers = numbers.quantile(torch.linspace(0.01, 0.99, levels))
+    centers = elements.quantile(torch.linspace(0.01, 0.99, levels))
     for _ in range(LLOYD_ITERATIONS):
-        labels = torch.bucketize(numbers, (centers[1:] + centers[:-1]) / 2)
+        labels = torch.bucketize(elements, (centers[1:] + centers[:-1]) / 2)
         mass = torch.bincount(labels, weights, minlength=levels)
-        centers = torch.bincount(labels, weights * numbers, minlength=levels) / mass.clamp(min=1e-12)
+        centers = torch.bincount(labels, weights * elements, minlength=levels) / mass.clamp(min=1e-12)
     return (time.perf_counter() - start) * 2 * SEQUENCES * TOKENS * HEADS * HEAD_DIM / LLOYD_SAMPLE
 
 
@@ -146,7 +146,7 @@ def main() -> None:
         print(f"values {found['seconds_values']:.2f}), {found['bytes_beside'] / 1e6:.0f} MB beside the input", flush=True)
         peer = lloyd(2 ** get_recipe(name).keys.code_bits, data)
         rows[-1] |= {"seconds_lloyd_extrapolated": peer, "ratio": peer / found["seconds"]}
-        print(f"Lloyd's k-means on raw numbers (extrapolated): {peer:.0f} s, {peer / found['seconds']:.0f} times as long")
+        print(f"Lloyd's k-means on raw elements (extrapolated): {peer:.0f} s, {peer / found['seconds']:.0f} times as long")
     write(arguments.json, rows, threads=torch.get_num_threads())
 
 

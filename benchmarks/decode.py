@@ -1,7 +1,7 @@
 """Time per decoded token of a whole model over the packed cache and over others: `python -m benchmarks.decode [--json FILE]`.
 
 A random Llama of 4 layers, 32 query heads over 8 KV heads of 128 channels, in bfloat16, narrower than real ones, so that
-attention weighs more than it would there. Caches are filled layer by layer with random numbers; tables of ours are drawn at
+attention weighs more than it would there. Caches are filled layer by layer with random elements; tables of ours are drawn at
 random as in `benchmarks.drawn`. The peers are DynamicCache with sdpa and with eager attention, transformers' QuantizedCache
 where its packages are installed, and the same model in llama.cpp where that is. All take turns, and medians are compared. The
 cache's part is what a step takes beyond one over a single token, in DynamicCache or in llama.cpp.
@@ -65,8 +65,8 @@ def packed_cache(model: PreTrainedModel, name: str, tokens: int) -> PackedCache:
             for start in range(0, tokens, CHUNK):
                 new = torch.randn(2, 1, KV_HEADS, min(CHUNK, tokens - start), HEAD_DIM, dtype=torch.bfloat16)
                 layer.store.append(new[0], new[1])
-    for ledger in cache.ledgers.values():
-        ledger.append(torch.arange(tokens)[None])
+    for position_buffer in cache.position_buffers.values():
+        position_buffer.append(torch.arange(tokens)[None])
     return cache
 
 
@@ -88,7 +88,7 @@ def installed(package: str) -> bool:
     return importlib.util.find_spec(package.split(".")[0]) is not None
 
 
-def measure(recipes: list[str], tokens: int, threads: int, turns: int, clock: Clock) -> list[dict[str, Any]]:
+def measure(recipes: list[str], tokens: int, threads: int, repeats: int, clock: Clock) -> list[dict[str, Any]]:
     """One row for each cache."""
     sdpa = make_model(tokens)
     eager, ours = twin(sdpa, "eager"), twin(sdpa, "sdpa")
@@ -104,7 +104,7 @@ def measure(recipes: list[str], tokens: int, threads: int, turns: int, clock: Cl
     steps |= {name: step(ours, packed_cache(ours, name, tokens)) for name in recipes}
     if all(map(installed, llama.PACKAGES)):
         steps |= llama.steps(sdpa, tokens, threads)
-    found = medians(steps, turns, clock)
+    found = medians(steps, repeats, clock)
     empty, empty_llama = found.pop("almost empty"), found.pop(llama.EMPTY, 0.0)
     best = min(time for name, time in found.items() if name.startswith("DynamicCache"))
     rows = []
@@ -116,7 +116,7 @@ def measure(recipes: list[str], tokens: int, threads: int, turns: int, clock: Cl
 
 
 def main() -> None:
-    parser = options(__doc__, RECIPES, turns=15)
+    parser = options(__doc__, RECIPES, repeats=15)
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192])
     arguments = parse_with_clock(parser)
     packages = {package for package, _ in QUANTIZED.values()} | set(llama.PACKAGES)
@@ -124,7 +124,7 @@ def main() -> None:
         print(f"{package} is not installed, and left out")
     rows = []
     for tokens in arguments.tokens:
-        for row in measure(arguments.recipes, tokens, arguments.threads, arguments.turns, CLOCKS[arguments.clock]):
+        for row in measure(arguments.recipes, tokens, arguments.threads, arguments.repeats, CLOCKS[arguments.clock]):
             rows.append(row)
             print(
                 f"{row['cache']:>21}  {tokens} tokens  {row['milliseconds']:7.2f} ms a token  "

@@ -1,4 +1,4 @@
-"""What the benchmarks of one layer share: a store of 8 KV heads of 128 channels with tables and numbers drawn at random."""
+"""What the benchmarks of one layer share: a store of 8 KV heads of 128 channels with tables and elements drawn at random."""
 
 import contextlib
 import functools
@@ -11,10 +11,10 @@ from torch import Tensor
 from narrowkv import get_recipe
 from narrowkv.attention import Rope
 from narrowkv.calibration.trellis_fit import in_bytes
-from narrowkv.codec import AnyQuantizer, Encoded, Quantizer, Scheme, TrellisQuantizer
+from narrowkv.codec import AnyQuantizer, QuantizedTensor, Quantizer, Scheme, TrellisQuantizer
 from narrowkv.codec.frames import Frames
 from narrowkv.codec.gaussian_tables import STEPS, gaussian_tables
-from narrowkv.codec.trellis_quantizer import NORM_ZERO
+from narrowkv.codec.quantizers.trellis import NORM_ZERO
 from narrowkv.store import LayerStore
 
 QUERY_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -31,7 +31,7 @@ def rotary() -> Rope:
 
 
 def random_quantizer(scheme: Scheme) -> AnyQuantizer:
-    """A scheme with tables that fit normal numbers about as learned ones would."""
+    """A scheme with tables that fit normal elements about as learned ones would."""
     if scheme.datatype == "trellis":
         return random_streams(replace(scheme, counts=RATES[int(scheme.bits)]))
     tables: dict[str, Tensor] = {}
@@ -39,7 +39,7 @@ def random_quantizer(scheme: Scheme) -> AnyQuantizer:
         tables["codebook"] = torch.linspace(-1, 1, 2**scheme.code_bits)
     if scheme.static:
         tables["zero"] = torch.zeros(KV_HEADS, HEAD_DIM)
-        tables["upper"] = torch.full((KV_HEADS, HEAD_DIM), 2.576)  # 1% of normal numbers lie beyond
+        tables["upper"] = torch.full((KV_HEADS, HEAD_DIM), 2.576)  # 1% of normal elements lie beyond
         tables["scale"], tables["lower"] = tables["upper"], -tables["upper"]
     return Quantizer(scheme, **tables)
 
@@ -55,8 +55,8 @@ def random_streams(scheme: Scheme) -> TrellisQuantizer:
         "weight": torch.ones(KV_HEADS, n, dtype=torch.bfloat16),
     }
     if scheme.outliers:
-        tables["limit"] = torch.ones(1)
-    if scheme.turn:
+        tables["outlier_threshold"] = torch.ones(1)
+    if scheme.learned_rotation:
         tables |= in_bytes(torch.linalg.qr(torch.randn(KV_HEADS, HEAD_DIM, HEAD_DIM).double()).Q[:, :n])
     else:
         tables["pairs"] = torch.eye(2).expand(KV_HEADS, HEAD_DIM // 2, -1, -1).half()
@@ -66,10 +66,10 @@ def random_streams(scheme: Scheme) -> TrellisQuantizer:
     return TrellisQuantizer(scheme, **tables)
 
 
-def draw_codes(scheme: Scheme, x: Tensor, skip: Tensor | None = None) -> Encoded:
+def draw_codes(scheme: Scheme, x: Tensor, skip: Tensor | None = None) -> QuantizedTensor:
     """Streams and outliers at random, in place of those of least cost."""
     shape = (*x.shape[:3], scheme.codes(HEAD_DIM))
-    encoded = Encoded(torch.randint(2**scheme.code_bits, shape, dtype=torch.uint8))
+    encoded = QuantizedTensor(torch.randint(2**scheme.code_bits, shape, dtype=torch.uint8))
     if scheme.token_norm:
         encoded.codes[..., -1] = NORM_ZERO
     if scheme.outliers:
@@ -92,9 +92,9 @@ def draw_at_random(store: LayerStore) -> Iterator[None]:
 
 
 def fill(name: str, tokens: int, batch: int = 1) -> LayerStore:
-    """A store with random numbers."""
+    """A store with random elements."""
     recipe = get_recipe(name)
-    store = LayerStore(random_quantizer(recipe.keys), random_quantizer(recipe.values), recipe.sinks, recipe.window)
+    store = LayerStore(random_quantizer(recipe.keys), random_quantizer(recipe.values), recipe.sinks, recipe.residual_length)
     with draw_at_random(store):
         for start in range(0, tokens, 4096):
             chunk = torch.randn(2, batch, KV_HEADS, min(4096, tokens - start), HEAD_DIM)

@@ -2,8 +2,8 @@
 
 One layer of 8 KV heads of 128 channels, keys and values, tables drawn at random as in `benchmarks.drawn`. Decoding: one
 token at a time behind 8,192 others, the mean of 128, so that two blocks are sealed. Prefill: 2,048 tokens at a time. The peer
-is the same store with the twins in plain torch, in the same run: all take turns, and medians are compared. The share is that
-of one step of attention over 8,192 tokens (32 query heads).
+is the same store with the references in plain torch, in the same run: all take turns, and medians are compared. The share is
+that of one step of attention over 8,192 tokens (32 query heads).
 """
 
 from collections.abc import Callable, Iterator
@@ -18,9 +18,9 @@ from benchmarks.attention import RECIPES, ours
 from benchmarks.drawn import HEAD_DIM, KV_HEADS, random_quantizer
 from benchmarks.running import medians, options, write
 from narrowkv import get_recipe
-from narrowkv.attention import cpu
+from narrowkv.attention.cpu import decode as cpu
 from narrowkv.codec import packing
-from narrowkv.codec.compiled import Encoder
+from narrowkv.codec.cpu.encode import Encoder
 from narrowkv.store import LayerStore
 
 CONTEXT, PREFILL, DECODED = 8192, 2048, 128
@@ -28,10 +28,10 @@ CONTEXT, PREFILL, DECODED = 8192, 2048, 128
 
 @contextmanager
 def plain_torch() -> Iterator[None]:
-    """Within, compiled forms give way to their twins."""
+    """Within, compiled forms give way to their references."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(Encoder, "write", return_value=None))
-        stack.enter_context(patch("narrowkv.codec.compiled.KINDS", {}))  # of `require_finite`
+        stack.enter_context(patch("narrowkv.codec.cpu.encode.KINDS", {}))  # of `require_finite`
         stack.enter_context(patch("narrowkv.store.page.pack", packing.pack_naive))
         yield
 
@@ -39,14 +39,14 @@ def plain_torch() -> Iterator[None]:
 def appending(name: str, held: int, pieces: list[tuple[Tensor, Tensor]]) -> Callable[[], None]:
     """Appends keys and values [1, kv_heads, new, head_dim] piece by piece to a store that holds `held` tokens."""
     recipe = get_recipe(name)
-    store = LayerStore(random_quantizer(recipe.keys), random_quantizer(recipe.values), recipe.sinks, recipe.window)
+    store = LayerStore(random_quantizer(recipe.keys), random_quantizer(recipe.values), recipe.sinks, recipe.residual_length)
     if held:
         store.append(*torch.randn(2, 1, KV_HEADS, held, HEAD_DIM))
 
     def run() -> None:
         for keys, values in pieces:
             store.append(keys, values)
-        store.forget(store.length - held) if held else store.reset()
+        store.evict(store.length - held) if held else store.reset()
 
     return run
 
@@ -59,7 +59,7 @@ def in_plain_torch(step: Callable[[], Any]) -> Callable[[], None]:
     return run
 
 
-def measure(name: str, threads: int, turns: int) -> dict[str, Any]:
+def measure(name: str, threads: int, repeats: int) -> dict[str, Any]:
     """One row."""
     torch.set_num_threads(threads)
     tokens = [(keys, values) for keys, values in torch.randn(DECODED, 2, 1, KV_HEADS, 1, HEAD_DIM).unbind()]
@@ -67,7 +67,7 @@ def measure(name: str, threads: int, turns: int) -> dict[str, Any]:
     decode, prefill = appending(name, CONTEXT, tokens), appending(name, 0, prompt)
     attention, _ = ours(name, CONTEXT)
     steps: dict[str, Callable[[], Any]] = {"decode": decode, "prefill": prefill, "attention": attention}
-    found = medians(steps | {f"{kind} torch": in_plain_torch(steps[kind]) for kind in ("decode", "prefill")}, turns)
+    found = medians(steps | {f"{kind} torch": in_plain_torch(steps[kind]) for kind in ("decode", "prefill")}, repeats)
     return {
         "recipe": name,
         "threads": threads,
@@ -83,14 +83,14 @@ def measure(name: str, threads: int, turns: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = options(__doc__, RECIPES, turns=5)
+    parser = options(__doc__, RECIPES, repeats=5)
     parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
     arguments = parser.parse_args()
     torch.manual_seed(0)
     rows = []
     for threads in arguments.threads:
         for name in arguments.recipes:
-            row = measure(name, threads, arguments.turns)
+            row = measure(name, threads, arguments.repeats)
             rows.append(row)
             print(
                 f"{name:>8}  {threads} threads  decoding {row['microseconds_per_token']:6.1f} us a token "

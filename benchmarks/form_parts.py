@@ -22,13 +22,13 @@ class Variant:
     texts: what is learned from: `encyclopedia`, source `code`, or a `mix` of both.
     labels: whose gradients the Fisher information is made of: of the text's next tokens (`text`), of tokens that the model
         draws (`drawn`), or of both.
-    frame: keys are stored before the rotary embedding (0), as rotated to the middle of their frame of so many positions, or
+    frame: keys are stored before the rotary embedding (0), as rotated to the middle of their frame of this many positions, or
         after it (-1).
     weighted: the search weights an element's error by what it costs. token_norm: values are divided by their token's norm.
     shrinkage: of the mean cost of a head's channels, added to each. value_weight: of the values in the allocation.
-    gain_keys, gain_values: 1 stretches what codes decode to until it is unbiased, 0 leaves the means of least squares.
+    gain_keys, gain_values: 1 widens what codes decode to until it is unbiased, 0 leaves the means of least squares.
     outliers: share of the elements of a head and page of 64 tokens that are exact.
-    table, grid: `full` or `additive`, in steps of so many bits, 0 for float32. state_bits: of the window, 8 if additive.
+    table, grid: `full` or `additive`, in steps of this many bits, 0 for float32. state_bits: of the window, 8 if additive.
     unit: channels that get one rate, 8 for codes of whole bytes. rounds: of learning on the layer's own elements.
     sides: what is quantized, keys and values.
     """
@@ -60,7 +60,7 @@ class Samples:
     """What is known of one tensor: elements and gradients [windows, kv_heads, tokens, head_dim], half of the windows of each
     text; the first token is left out.
 
-    angles: [head_dim / 2] float32, how far a position turns each pair of channels; None for values.
+    angles: [head_dim / 2] float32, how far a position rotates each pair of channels; None for values.
     """
 
     elements: Tensor
@@ -181,8 +181,8 @@ class Side:
         z, norm = self._whitened(framed @ self.axes if self.axes is not None else framed)
         decoded = torch.zeros_like(z)
         for head, channels, rates, states, exact in self._paths(z):
-            numbers = self.tables[rates, states] * self.gain[rates]
-            decoded[head][:, channels] = torch.where(exact, z[head][:, channels], numbers)
+            elements = self.tables[rates, states] * self.gain[rates]
+            decoded[head][:, channels] = torch.where(exact, z[head][:, channels], elements)
         y = from_pairs(torch.einsum("hpij,htpj->htpi", self.spread, to_pairs(decoded * norm))) / self.weight
         return self._rotate(y @ self.axes.mT if self.axes is not None else y, positions, -1) + self.mean
 

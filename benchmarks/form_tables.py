@@ -36,7 +36,7 @@ def _library() -> ctypes.CDLL:
 def viterbi(elements: Tensor, weights: Tensor, rates: Sequence[int], tables: Tensor) -> Tensor:
     """States after each element on the path of least weighted squared error.
 
-    elements, weights: [tokens, n] float32. rates: n numbers of bits, 1 to 6. tables: [7, states] float32. Returns [tokens, n]
+    elements, weights: [tokens, n] float32. rates: n elements of bits, 1 to 6. tables: [7, states] float32. Returns [tokens, n]
     int64.
     """
     elements, weights = elements.float().contiguous(), weights.float().contiguous()
@@ -75,7 +75,7 @@ def learned(table: Tensor, states: Tensor, elements: Tensor, weights: Tensor, fo
 
 
 def quantiles(states: int, seed: int) -> Tensor:
-    """Quantiles of a Gaussian in random order: neighboring states decode to unrelated numbers."""
+    """Quantiles of a Gaussian in random order: neighboring states decode to unrelated elements."""
     order = torch.randperm(states, generator=torch.Generator().manual_seed(seed))
     return torch.special.ndtri((torch.arange(states) + 0.5) / states).float()[order]
 
@@ -112,8 +112,8 @@ def _settle(rate: int, table: Tensor, form: str) -> tuple[float, Tensor]:
     for _ in range(30):
         elements = torch.randn(LEARNED_ON, generator=generator)
         states = viterbi(elements, torch.ones_like(elements), [rate] * LEARNED_ON[1], tables)[:, SETTLED:].flatten()
-        kept = elements[:, SETTLED:].flatten()
-        error = (tables[rate][states] - kept).square().mean().item()
+        rope_state = elements[:, SETTLED:].flatten()
+        error = (tables[rate][states] - rope_state).square().mean().item()
         best = min(best, (error, tables[rate].clone()), key=lambda pair: pair[0])
-        tables[rate] = learned(tables[rate], states, kept, torch.ones_like(kept), form)
+        tables[rate] = learned(tables[rate], states, rope_state, torch.ones_like(rope_state), form)
     return best

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from benchmarks.form_parts import Key, Samples, Side, Variant, allocate
 from benchmarks.real_models import LEARNED_CODE, SAMPLES, SCORED_CODE, SPREAD, TEXTS, WINDOW, code
 from narrowkv import load_model
-from narrowkv.evaluate.quality import divergences
+from narrowkv.evaluate.perplexity import divergences
 from narrowkv.evaluate.results import environment
 from narrowkv.evaluate.sources import read_text
 from narrowkv.evaluate.windows import cut_windows
@@ -109,11 +109,11 @@ class Subject:
         seen: dict[Key, dict[str, list[Tensor]]] = {key: {"x": [], "text": [], "drawn": []} for key, _ in self._modules()}
         generator = torch.Generator().manual_seed(0)
         for ids in windows:
-            kept: dict[Key, Tensor] = {}
+            rope_state: dict[Key, Tensor] = {}
 
-            def keep(key: Key, output: Tensor, kept: dict[Key, Tensor] = kept) -> None:
+            def keep(key: Key, output: Tensor, rope_state: dict[Key, Tensor] = rope_state) -> None:
                 output.retain_grad()
-                kept[key] = output
+                rope_state[key] = output
 
             embedded = self.model.get_input_embeddings()(ids[None]).detach().requires_grad_(True)
             with self._hooked(keep):
@@ -121,10 +121,10 @@ class Subject:
             drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
             for labels, tokens in (("text", ids[1:]), ("drawn", drawn)):
                 loss = nn.functional.cross_entropy(logits[: len(tokens)], tokens, reduction="sum")
-                gradients = torch.autograd.grad(loss, list(kept.values()), retain_graph=labels == "text")
-                for key, gradient in zip(kept, gradients, strict=True):
+                gradients = torch.autograd.grad(loss, list(rope_state.values()), retain_graph=labels == "text")
+                for key, gradient in zip(rope_state, gradients, strict=True):
                     seen[key][labels].append(self._by_head(gradient)[:, 1:])
-            for key, output in kept.items():
+            for key, output in rope_state.items():
                 seen[key]["x"].append(self._by_head(output.detach())[:, 1:])
         joined = {key: [torch.stack(part) for part in parts.values()] for key, parts in seen.items()}
         return {
@@ -133,7 +133,7 @@ class Subject:
         }
 
     def _angles(self, key: Key) -> Tensor:
-        """[head_dim / 2]: radians by which a position turns each pair of channels."""
+        """[head_dim / 2]: radians by which a position rotates each pair of channels."""
         config: Any = self.model.config
         parameters = config.rope_parameters
         parameters = parameters if "rope_theta" in parameters else parameters[config.layer_types[key[0]]]

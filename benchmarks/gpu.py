@@ -1,7 +1,7 @@
 """Everything that is to be known of a GPU, in one call: `python -m benchmarks.gpu [--out FOLDER] [--minutes 8.5]`.
 
-In this order: correctness of every recipe against the naive twin in float32 over odd shapes, and of single tokens that join a
-cache by kernels, launch by launch and by a CUDA graph, against plain torch; the bandwidth of a copy; one
+In this order: correctness of every recipe against the naive reference in float32 over odd shapes, and of single tokens that
+join a cache by kernels, launch by launch and by a CUDA graph, against plain torch; the bandwidth of a copy; one
 layer's attention of one token (32 query heads over 8 and over 32 KV heads of 128 channels) against torch's and others' over 16
 bits, by CUDA graphs over inputs that exceed the L2, medians; appending; prompts; whole models (`benchmarks.gpu_model`).
 
@@ -202,7 +202,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("results"))
     parser.add_argument("--minutes", type=float, default=8.5)
-    parser.add_argument("--parts", nargs="+", choices=list(SHARES), default=list(SHARES))
+    parser.add_argument("--parts", nargs="+", search_space=list(SHARES), default=list(SHARES))
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
     until = time.time() + 60 * arguments.minutes

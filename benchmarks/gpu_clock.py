@@ -10,22 +10,22 @@ import torch
 Step = Callable[[], Any]
 
 
-def milliseconds(steps: Sequence[Step], device: torch.device, turns: int = 20, graph: bool = True) -> float:
+def milliseconds(steps: Sequence[Step], device: torch.device, repeats: int = 20, graph: bool = True) -> float:
     """Median milliseconds of one step, of several that do the same on inputs of their own."""
     for step in steps:  # compiles what is to be compiled
         step()
     if device.type != "cuda":
-        return statistics.median(_seconds(steps) for _ in range(max(turns // 10, 1))) * 1e3 / len(steps)
+        return statistics.median(_seconds(steps) for _ in range(max(repeats // 10, 1))) * 1e3 / len(steps)
     torch.cuda.synchronize()
     run = _captured(steps) if graph else lambda: [step() for step in steps]
     found = []
-    for turn in range(turns + 3):
+    for repeat in range(repeats + 3):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         run()
         end.record()
         end.synchronize()
-        if turn >= 3:
+        if repeat >= 3:
             found.append(begin.elapsed_time(end) / len(steps))
     return statistics.median(found)
 
@@ -63,7 +63,7 @@ def bandwidth(device: torch.device, size: int = 2**31) -> float:
 
 
 def copies(size: int, device: torch.device, free: float = 0.25) -> int:
-    """How many inputs of so many bytes exceed the L2 twice, within a share of the memory that is free."""
+    """How many inputs of this many bytes exceed the L2 twice, within a share of the memory that is free."""
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size

@@ -1,10 +1,10 @@
 """A million tokens on one card, for real: `python -m benchmarks.gpu_million [--recipe nuq2-1%] [--tokens 1000000] [--out
 FOLDER]`.
 
-Holds the caches of 32 layers of 32 KV heads of 128 channels, filled with the bytes of random numbers in memory of their own,
+Holds the caches of 32 layers of 32 KV heads of 128 channels, filled with the bytes of random elements in memory of their own,
 and decodes over all of them: attention of one token in every layer, by CUDA graphs, and its median. The weights of a model are
-not there; what they would take is told. From the bytes measured follows the layout of ten million tokens on eight cards, whole
-layers to a card: `--layout` alone computes it from one layer that is held here, on any device.
+not there; what they would take is given. From the bytes measured follows the layout of ten million tokens on eight cards,
+whole layers to a card: `--layout` alone computes it from one layer that is held here, on any device.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from benchmarks.gpu import facts
 from benchmarks.gpu_clock import bandwidth, milliseconds
 from benchmarks.gpu_parts import drawn_step
 from benchmarks.gpu_store import bytes_of, filled
-from narrowkv.attention import cuda
+from narrowkv.attention.cuda import decode as cuda
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 32, 32, 32, 128
 POSITION_BYTES = 4  # of a token, once for all layers

@@ -1,6 +1,6 @@
 """Whole models for `benchmarks.gpu`: time and memory of a decoded token, and the longest context that fits.
 
-Random weights in the shape of Llama-2-7B and Llama-3-8B, in bfloat16; caches hold random numbers. Steps run as transformers
+Random weights in the shape of Llama-2-7B and Llama-3-8B, in bfloat16; caches hold random elements. Steps run as transformers
 runs them, one launch after the other, for both sides; ours also as one CUDA graph. The longest context is what remains of the
 memory, once the model is there, over the bytes of a token, which are those that were allocated.
 """
@@ -52,12 +52,12 @@ def empty(model: PreTrainedModel, name: str, backend: str = "cuda") -> PackedCac
 
 
 def packed(model: PreTrainedModel, name: str, tokens: int, batch: int) -> PackedCache:
-    """Our cache, full of random numbers."""
+    """Our cache, full of random elements."""
     cache, device = empty(model, name), model.device
     for layer in cache.packed:
         layer.store = filled(name, tokens, batch, model.config.num_key_value_heads, device, model.dtype)
-    for ledger in cache.ledgers.values():
-        ledger.append(torch.arange(cache.length, device=device).expand(batch, -1))
+    for position_buffer in cache.position_buffers.values():
+        position_buffer.append(torch.arange(cache.length, device=device).expand(batch, -1))
     return cache
 
 
@@ -95,7 +95,7 @@ def exact(model: PreTrainedModel, tokens: int, batch: int) -> DynamicCache:
     return cache
 
 
-def measured(model: PreTrainedModel, make: Callable[[], Any], batch: int, turns: int, graph: bool) -> Row:
+def measured(model: PreTrainedModel, make: Callable[[], Any], batch: int, repeats: int, graph: bool) -> Row:
     """Milliseconds of a token, bytes of the cache and the peak of memory while decoding; or that memory was short. graph:
     whether steps run as a CUDA graph.
     """
@@ -110,12 +110,12 @@ def measured(model: PreTrainedModel, make: Callable[[], Any], batch: int, turns:
         if gpu:
             torch.cuda.reset_peak_memory_stats()
         with torch.inference_mode(), cuda_graph(model, cache) if graph else contextlib.nullcontext():
-            for turn in range(turns + 3):
+            for repeat in range(repeats + 3):
                 start = time.perf_counter()
                 model(input_ids=token, past_key_values=cache)
                 if gpu:
                     torch.cuda.synchronize()
-                if turn >= 3:
+                if repeat >= 3:
                     found.append(time.perf_counter() - start)
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
@@ -148,8 +148,8 @@ def rows(device: torch.device, tiny: bool) -> Rows:
         del model, make
 
 
-def row(known: Row, model: PreTrainedModel, make: Callable[[], Any], turns: int) -> Row:
-    found = measured(model, make, known["batch"], turns, known["graph"])
+def row(known: Row, model: PreTrainedModel, make: Callable[[], Any], repeats: int) -> Row:
+    found = measured(model, make, known["batch"], repeats, known["graph"])
     if found.get("cache_bytes"):
         found["longest"] = longest(model, found["cache_bytes"] / known["tokens"] / known["batch"])
     return {**known, **found}

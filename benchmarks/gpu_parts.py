@@ -16,8 +16,10 @@ from torch.nn.attention.bias import causal_lower_right
 from benchmarks.drawn import HEAD_DIM
 from benchmarks.gpu_clock import copies, milliseconds
 from benchmarks.gpu_store import another, bytes_of, filled
-from narrowkv.attention import BACKENDS, Rope, Visible, cuda, cuda_prompt, tiled
-from narrowkv.codec.tally import News
+from narrowkv.attention import BACKENDS, AttentionMask, Rope, tiled
+from narrowkv.attention.cuda import decode as cuda
+from narrowkv.attention.cuda import prefill
+from narrowkv.codec.outlier_counter import CountReadback
 from narrowkv.store import BLOCK, LayerStore
 
 Row = dict[str, Any]
@@ -30,16 +32,16 @@ def rope_on(device: torch.device) -> Rope:
     return Rope(1 / 10_000 ** (torch.arange(HEAD_DIM // 2, device=device) / (HEAD_DIM // 2)))
 
 
-def asking(store: LayerStore, new: tuple[Tensor, Tensor], device: torch.device) -> dict[str, Any]:
-    """What `attend` is told beside queries and store."""
+def query_positions(store: LayerStore, new: tuple[Tensor, Tensor], device: torch.device) -> dict[str, Any]:
+    """What `attend` is given beside queries and store."""
     pre_rope = store.quantizers[0].scheme.pre_rope
-    kept = torch.arange(store.length, dtype=torch.int32, device=device)[None]
+    rope_state = torch.arange(store.length, dtype=torch.int32, device=device)[None]
     return {
         "past": store.length,
         "new": new,
         "rope": rope_on(device) if pre_rope else None,
-        "kept": kept if pre_rope else None,
-        "visible": Visible(),
+        "rope_state": rope_state if pre_rope else None,
+        "mask": AttentionMask(),
         "scaling": HEAD_DIM**-0.5,
     }
 
@@ -51,22 +53,26 @@ def drawn_step(
     assert store.shape is not None
     batch, kv_heads, dim = store.shape
     new = torch.randn(2, batch, kv_heads, queries, dim, device=device, dtype=dtype)
-    return torch.randn(batch, heads, queries, dim, device=device, dtype=dtype), asking(store, (new[0], new[1]), device)
+    return torch.randn(batch, heads, queries, dim, device=device, dtype=dtype), query_positions(
+        store, (new[0], new[1]), device
+    )
 
 
 def correctness(name: str, tokens: int, batch: int, heads: tuple[int, int], queries: int, device: torch.device) -> Row:
-    """The relative error of attention in 32 and in 16 bits against the naive twin in float32; not a number counts as such."""
+    """The relative error of attention in 32 and in 16 bits against the naive reference in float32; not a number counts as
+    such.
+    """
     row: Row = {"recipe": name, "tokens": tokens, "batch": batch, "heads": list(heads), "queries": queries}
     store = filled(name, tokens, batch, heads[1], device, torch.float16)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         if dtype == torch.bfloat16 and device.type != "cuda":
             continue  # the interpreter has none
         query, options = drawn_step(store, heads[0], queries, device, dtype)
-        shown = [options["visible"]]
+        shown = [options["mask"]]
         if queries > tiled.FEW_QUERIES:  # prompts take another operator where a mask says what is seen
             index = torch.arange(store.length + queries, device=device)
-            shown.append(Visible(index >= 40 * torch.arange(batch, device=device)[:, None], tokens // 2))
-        errors = torch.tensor([_error(query, store, options | {"visible": some}) for some in shown])
+            shown.append(AttentionMask(index >= 40 * torch.arange(batch, device=device)[:, None], tokens // 2))
+        errors = torch.tensor([_error(query, store, options | {"mask": some}) for some in shown])
         row[str(dtype).removeprefix("torch.")] = errors.amax().item()  # NaN if one is
     return row
 
@@ -103,29 +109,29 @@ def peers(tokens: int, batch: int, heads: tuple[int, int], device: torch.device)
     query = torch.randn(batch, heads[0], 1, HEAD_DIM, device=device, dtype=dtype)
     rows = query.view(batch, heads[1], -1, HEAD_DIM)
     sdpa = torch.nn.functional.scaled_dot_product_attention
-    forms: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    layouts: dict[str, Callable[[Tensor, Tensor], Any]] = {
         "sdpa": lambda keys, values: sdpa(query, keys, values, enable_gqa=True),
         "sdpa, a group as rows": lambda keys, values: sdpa(rows, keys, values),
     }
     if importlib.util.find_spec("flash_attn"):
         from flash_attn import flash_attn_with_kvcache
 
-        forms["flash_attn"] = lambda keys, values: flash_attn_with_kvcache(
+        layouts["flash_attn"] = lambda keys, values: flash_attn_with_kvcache(
             query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
         )
     if importlib.util.find_spec("flashinfer") and batch == 1:
         import flashinfer
 
-        forms["flashinfer"] = lambda keys, values: flashinfer.single_decode_with_kv_cache(
+        layouts["flashinfer"] = lambda keys, values: flashinfer.single_decode_with_kv_cache(
             query[0, :, 0], keys[0], values[0], kv_layout="HND"
         )
     found = {}
-    for name, form in forms.items():
+    for name, layout in layouts.items():
         for kernel in FUSED if name.startswith("sdpa") and device.type == "cuda" else (None,):
             asked = sdpa_kernel(kernel) if kernel else contextlib.nullcontext()
             with contextlib.suppress(RuntimeError), asked:  # not all have all
                 kind = f"{name}, {kernel.name.lower().removesuffix('_attention')}" if kernel else name
-                found[kind] = milliseconds([functools.partial(form, pair[0], pair[1]) for pair in pairs], device)
+                found[kind] = milliseconds([functools.partial(layout, pair[0], pair[1]) for pair in pairs], device)
     return found
 
 
@@ -139,21 +145,21 @@ def encoding(
     new = torch.randn(2, batch, heads[1], 1, HEAD_DIM, device=device, dtype=torch.bfloat16)
     row: Row = {"recipe": name, "batch": batch, "heads": list(heads)}
     fresh = another(store)  # steps that are done again and again count as many tokens on the device as they are done
-    if store.make_room(new[0], new[1]):  # on a GPU
+    if store.prepare_step(new[0], new[1]):  # on a GPU
         places = torch.zeros(2, dtype=torch.int32, device=device)
         row["step"] = milliseconds([lambda: store.write(new[0], new[1], places=places)] * 16, device)
 
-    news = News()
+    readback = CountReadback()
 
     def some() -> None:
         for _ in range(tokens_appended):
-            news.receive()
+            readback.receive()
             fresh.append(new[0], new[1])
-            news.send(fresh.tallies())
+            readback.send(fresh.counters())
 
     chunk = torch.randn(2, batch, heads[1], min(PREFILL, tokens), HEAD_DIM, device=device, dtype=torch.bfloat16)
-    one = milliseconds([some], device, turns=3, graph=False) / tokens_appended
-    many = milliseconds([lambda: fresh.append(chunk[0], chunk[1])], device, turns=3, graph=False)
+    one = milliseconds([some], device, repeats=3, graph=False) / tokens_appended
+    many = milliseconds([lambda: fresh.append(chunk[0], chunk[1])], device, repeats=3, graph=False)
     return {**row, "append": one, "prompt_token": many / chunk.shape[3]}
 
 
@@ -170,11 +176,11 @@ def prompts(name: str, tokens: int, heads: tuple[int, int], device: torch.device
     mask = torch.ones(new, tokens + new, dtype=torch.bool, device=device).tril(tokens)
     exact = options | {"new": (keys[:, :, tokens:], values[:, :, tokens:]), "softcap": None, "sink_logits": None}
     held = [(0, keys[:, :, :tokens], values[:, :, :tokens])]
-    exact = {name: part for name, part in exact.items() if name not in ("rope", "kept")}
+    exact = {name: part for name, part in exact.items() if name not in ("rope", "rope_state")}
     found = _milliseconds_of(
         {
             "ours": lambda: cuda.attend(query, store, **options),
-            "decoding": lambda: list(map(len, cuda_prompt.pieces(store, tokens, *_turning(options), None, dtype))),
+            "decoding": lambda: list(map(len, prefill.pieces(store, tokens, *_rope_mode(options), None, dtype))),
             "the same of 16 bits": lambda: tiled.attend_pieces(query, held, **exact),
             "sdpa, causal from the last": lambda: sdpa(attn_mask=causal_lower_right(new, tokens + new)),
             "sdpa, mask": lambda: sdpa(attn_mask=mask),
@@ -190,29 +196,29 @@ def whole_prompts(name: str, new: int, heads: tuple[int, int], device: torch.dev
     store = filled(name, BLOCK, 1, heads[1], device, dtype)
     keys, values = torch.randn(2, 1, heads[1], new, HEAD_DIM, device=device, dtype=dtype)
     query = torch.randn(1, heads[0], new, HEAD_DIM, device=device, dtype=dtype)
-    options = asking(store, (keys, values), device)
+    options = query_positions(store, (keys, values), device)
     sdpa = functools.partial(torch.nn.functional.scaled_dot_product_attention, query, keys, values, enable_gqa=True)
 
     def ours() -> None:
         store.reset()
-        cuda.attend(query, store, **options | {"past": 0, "kept": None})
+        cuda.attend(query, store, **options | {"past": 0, "rope_state": None})
         store.append(keys, values)
 
     found = _milliseconds_of({"ours": ours, "sdpa": lambda: sdpa(is_causal=True)}, device)
     return {"recipe": name, "tokens": 0, "new": new, "heads": list(heads), **_against_sdpa(found)}
 
 
-def _turning(options: dict[str, Any]) -> tuple[Rope | None, Tensor | None, Tensor | None]:
-    """What `cuda_prompt.pieces` is told of positions."""
-    return options["rope"], options["kept"], options["kept"]
+def _rope_mode(options: dict[str, Any]) -> tuple[Rope | None, Tensor | None, Tensor | None]:
+    """What `prefill.pieces` is given of positions."""
+    return options["rope"], options["rope_state"], options["rope_state"]
 
 
-def _milliseconds_of(forms: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
+def _milliseconds_of(layouts: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
     """Of each; torch's by the kernel that it takes by itself, if one runs."""
     found = {}
-    for name, form in forms.items():
+    for name, layout in layouts.items():
         with contextlib.suppress(*([RuntimeError] if name.startswith("sdpa") else [])):
-            found[name] = milliseconds([form], device, turns=5, graph=False)
+            found[name] = milliseconds([layout], device, repeats=5, graph=False)
     return found
 
 

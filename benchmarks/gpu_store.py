@@ -11,7 +11,7 @@ from benchmarks import drawn
 from narrowkv import get_recipe
 from narrowkv.codec import AnyQuantizer, Scheme
 from narrowkv.store import BLOCK, LayerStore
-from narrowkv.store.page import Column, PackedSide, Page
+from narrowkv.store.page import BlockTableEntry, PackedTensor, Page
 
 DRAWN_BLOCKS = 32  # that differ
 LOOSE = 37  # tokens beyond blocks and window
@@ -36,12 +36,12 @@ def filled(name: str, tokens: int, batch: int, kv_heads: int, device: torch.devi
     shape = (2, batch, kv_heads, min(blocks, DRAWN_BLOCKS) * BLOCK, drawn.HEAD_DIM)
     keys, values = torch.randn(shape, dtype=dtype, device=device)
     small.append(keys, values)
-    store = LayerStore(*sides, sinks=recipe.sinks, window=recipe.window)
+    store = LayerStore(*sides, sinks=recipe.sinks, residual_length=recipe.residual_length)
     assert small.shape is not None and small.dtypes is not None
     store.begin(small.shape, small.dtypes, device)
-    store.sinks.index, store.sinks.numbers = small.sinks.index, small.sinks.numbers
+    store.sinks.index, store.sinks.elements = small.sinks.index, small.sinks.elements
     store.blocks.hold(columns_of(small.blocks.columns[0].page, blocks, batch))
-    store.append(*torch.randn(2, batch, kv_heads, recipe.window + LOOSE, drawn.HEAD_DIM, dtype=dtype, device=device))
+    store.append(*torch.randn(2, batch, kv_heads, recipe.residual_length + LOOSE, drawn.HEAD_DIM, dtype=dtype, device=device))
     return store
 
 
@@ -54,15 +54,15 @@ def another(store: LayerStore) -> LayerStore:
     return other
 
 
-def columns_of(page: Page, blocks: int, batch: int) -> list[Column]:
-    """So many blocks of each sequence in one page: those of another, again and again."""
+def columns_of(page: Page, blocks: int, batch: int) -> list[BlockTableEntry]:
+    """This many blocks of each sequence in one page: those of another, again and again."""
     slots = blocks * batch
     larger = Page(slots, repeated(page.keys, slots), repeated(page.values, slots))
     larger.used = slots
-    return [Column(larger, row.clone(), BLOCK) for row in torch.arange(slots).view(blocks, batch)]
+    return [BlockTableEntry(larger, row.clone(), BLOCK) for row in torch.arange(slots).view(blocks, batch)]
 
 
-def repeated(side: PackedSide, slots: int) -> PackedSide:
+def repeated(side: PackedTensor, slots: int) -> PackedTensor:
     """The first blocks of a side again and again, `slots` in all."""
     have = len(side.planes[0])
     index = torch.arange(slots, device=side.planes[0].device) % have
@@ -79,7 +79,7 @@ def repeated(side: PackedSide, slots: int) -> PackedSide:
             places.repeat(times)[:total].clone(),
             offsets,
         )
-    return PackedSide(side.shape, side.bits, side.channel_major, planes, ranges, outliers)
+    return PackedTensor(side.shape, side.bits, side.channel_major, planes, ranges, outliers)
 
 
 def bytes_of(store: LayerStore) -> int:

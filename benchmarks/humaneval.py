@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--limit", type=int, default=60, help="problems")
     parser.add_argument("--problems", type=Path, default=PROBLEMS)
-    parser.add_argument("--calibrations", type=Path, help="folder where tables are kept")
+    parser.add_argument("--calibrations", type=Path, help="folder where tables are stored")
     options = parser.parse_args()
     if not options.run_generated_code:
         parser.error("what the model writes would be run with your rights; say --run-generated-code if it may.")

@@ -1,7 +1,7 @@
 """llama.cpp as a peer of `benchmarks.decode`, where llama-cpp-python and gguf are installed: the same model, its caches.
 
 Build it for the processor at hand: `CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python gguf` (ten minutes). Weights are
-those of the model given, in float16. Its cache of 4 bits turns keys and values by Hadamard first, as it does by default.
+those of the model given, in float16. Its cache of 4 bits rotates keys and values by Hadamard first, as it does by default.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 PACKAGES = ("llama_cpp", "gguf")
 EMPTY = "llama.cpp, almost empty"
 CHUNK = 512  # tokens of a prompt that are computed at once
-CACHES = {  # by name: type of keys and values, as llama.cpp numbers them, and whether attention is fused
+CACHES = {  # by name: type of keys and values, as llama.cpp elements them, and whether attention is fused
     "llama.cpp f16": (1, False),
     "llama.cpp f16, fused": (1, True),
     "llama.cpp q8_0, fused": (8, True),
@@ -117,7 +117,7 @@ class Context:
         self.api.llama_memory_seq_rm(self.memory, 0, self.tokens, -1)
 
 
-@functools.cache  # kept, since llama.cpp calls it later
+@functools.cache  # stored, since llama.cpp calls it later
 def silence() -> Any:
     import llama_cpp
 

@@ -19,27 +19,27 @@ from torch import Tensor
 
 from benchmarks.real_models import SPREAD, WINDOW, load
 from narrowkv import calibrate_many, get_recipe
-from narrowkv.calibration import choice, rates, shares, trellis_fit
+from narrowkv.calibration import rates, search, shares, trellis_fit
 from narrowkv.calibration.trellis_fit import SHRINKAGE, Transform, TrellisFit
 from narrowkv.codec import Scheme
 from narrowkv.codec.pairs import to_pairs
 from narrowkv.codec.trellis import NIBBLE, TrellisTables
 from narrowkv.defaults import REFERENCE_TOKENS
-from narrowkv.evaluate.quality import filled, measure
+from narrowkv.evaluate.perplexity import filled, measure
 from narrowkv.evaluate.results import ResultFile
 from narrowkv.evaluate.windows import cut_windows
-from narrowkv.integrations import capture
-from narrowkv.methods import Choices, Recipe
+from narrowkv.integrations import calibrator
+from narrowkv.methods import Recipe, SearchSpace
 
 KIND = "narrow-parts"
 WHOLE = get_recipe("narrow3.0")
 LLOYD_MAX = (1.0, 0.3634, 0.11748, 0.03454, 0.009497, 0.00349, 0.00104)  # of a Gaussian; 5 and 6 bits: evenly spaced levels
 
 
-def choices() -> Choices:
+def search_space() -> SearchSpace:
     """Of the whole recipe."""
-    assert WHOLE.choices is not None
-    return WHOLE.choices
+    assert WHOLE.search_space is not None
+    return WHOLE.search_space
 
 
 def channels(x: Tensor, fisher: Tensor, whole: bool) -> Transform:
@@ -101,13 +101,13 @@ class Variant:
 
 def with_schemes(keys: Iterable[Scheme], values: Iterable[Scheme]) -> Recipe:
     """The recipe with other schemes to choose from."""
-    return replace(WHOLE, choices=replace(choices(), keys=tuple(keys), values=tuple(values)))
+    return replace(WHOLE, search_space=replace(search_space(), keys=tuple(keys), values=tuple(values)))
 
 
 def variants() -> list[Variant]:
     """All of them, the whole recipe first."""
-    keys, values = choices().keys, choices().values
-    by_pairs = with_schemes(keys, [scheme for scheme in values if not scheme.turn])
+    keys, values = search_space().keys, search_space().values
+    by_pairs = with_schemes(keys, [scheme for scheme in values if not scheme.learned_rotation])
     no_exact = with_schemes(*([replace(scheme, outliers=0.0) for scheme in side] for side in (keys, values)))
     no_norms = with_schemes(keys, [replace(scheme, token_norm=False) for scheme in values])
     scalar, steps = scalar_tables()
@@ -143,7 +143,7 @@ def variants() -> list[Variant]:
 @contextmanager
 def left_out(wanted: Sequence[Variant]) -> Iterator[None]:
     """Within, what is learned of the recipe with a variant's name is that variant's."""
-    by_name, learn = {variant.name: variant for variant in wanted}, choice.learn
+    by_name, learn = {variant.name: variant for variant in wanted}, search.learn
 
     def learn_variant(recipe: Recipe, fits: Any) -> Any:
         for fitted in fits.values():
@@ -156,7 +156,7 @@ def left_out(wanted: Sequence[Variant]) -> Iterator[None]:
                 stack.enter_context(patch.object(module, name, other))
             return learn(recipe, fits)
 
-    with patch.object(capture, "learn", learn_variant):
+    with patch.object(calibrator, "learn", learn_variant):
         yield
 
 

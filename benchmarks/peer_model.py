@@ -14,7 +14,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from benchmarks.peer_methods.base import HALF, Pair, Statistics
 from benchmarks.real_models import LEARNED_CODE, SAMPLES, SCORED_CODE, SPREAD, TEXTS, WINDOW, code
 from narrowkv import load_model
-from narrowkv.evaluate.quality import divergences
+from narrowkv.evaluate.perplexity import divergences
 from narrowkv.evaluate.sources import read_text
 from narrowkv.evaluate.windows import cut_windows
 
@@ -31,8 +31,8 @@ Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor, float], Tensor]
 class Terms:
     """Which tokens stay exact, as a token that is decoded sees them.
 
-    sinks: the first ones. recent: the last ones, its own among them. tile: those after the last full tile of so many tokens,
-    in place of `recent`. boundary: all tokens of so many layers at either end.
+    sinks: the first ones. recent: the last ones, its own among them. tile: those after the last full tile of this many tokens,
+    in place of `recent`. boundary: all tokens of this many layers at either end.
     """
 
     sinks: int = 1
@@ -46,7 +46,7 @@ class Terms:
         return (self.tile - 1) / 2 if self.tile else self.recent
 
     def quantized(self, tokens: int) -> Tensor:
-        """[queries, keys] bool: what each of so many tokens reads quantized."""
+        """[queries, keys] bool: what each of this many tokens reads quantized."""
         positions = torch.arange(tokens)
         seen = positions[:, None] + 1 - self.sinks
         end = seen.div(self.tile, rounding_mode="floor") * self.tile if self.tile else seen - self.recent
@@ -71,13 +71,13 @@ def true_bits(pairs: Sequence[Pair], terms: Terms, shape: Shape) -> dict[str, fl
     size, count = (shape.kv_heads, shape.head_dim), len(pairs)
     codes, exact, tables = 0.0, 0.0, 0.0
     for layer, (pair, held, whole) in enumerate(zip(pairs, shape.held, shape.whole, strict=True)):
-        kept = min(held, terms.tail + (terms.sinks if whole else 0))
+        rope_state = min(held, terms.tail + (terms.sinks if whole else 0))
         if min(layer, count - 1 - layer) < terms.boundary:
-            kept = held
+            rope_state = held
         else:
             tables += sum(side.tables(*size) for side in pair)
-        exact += 2 * kept * HALF
-        codes += sum((held - kept) * side.bits(*size) for side in pair)
+        exact += 2 * rope_state * HALF
+        codes += sum((held - rope_state) * side.bits(*size) for side in pair)
     elements = 2 * sum(shape.held)  # for each channel of each head
     tables /= shape.kv_heads * shape.head_dim
     parts = {"bits": codes + exact + tables, "bits_exact": exact, "bits_tables": tables}
@@ -85,7 +85,7 @@ def true_bits(pairs: Sequence[Pair], terms: Terms, shape: Shape) -> dict[str, fl
 
 
 def attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """Outputs [heads, tokens, head_dim] of shapes as of `Attend`."""
+    """Outputs [heads, tokens, head_dim] of shapes like those of `Attend`."""
     repeats = len(queries) // len(keys)
     keys, values = (x.repeat_interleave(repeats, 0) for x in (keys, values))
     return nn.functional.scaled_dot_product_attention(queries, keys, values, mask[0], scale=scaling)
@@ -94,7 +94,9 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scali
 def mixed_attention(
     queries: Tensor, exact: tuple[Tensor, Tensor], left: tuple[Tensor, Tensor], quantized: Tensor, mask: Tensor, scaling: float
 ) -> Tensor:
-    """Attention to keys and values that are `left` where `quantized` [queries, keys], else exact; shapes as of `Attend`."""
+    """Attention to keys and values that are `left` where `quantized` [queries, keys], else exact; shapes like those of
+    `Attend`.
+    """
     repeats = len(queries) // len(exact[0])
     keys, values, left_keys, left_values = (x.repeat_interleave(repeats, 0) for x in (*exact, *left))
     outputs = []
@@ -118,7 +120,7 @@ def leave(pair: Pair, exact: tuple[Tensor, Tensor], terms: Terms) -> tuple[Tenso
 
 
 def attend_by(pairs: Sequence[Pair], terms: Terms, tokens: int) -> Attend:
-    """Attention of a model whose layers' keys and values are quantized, for texts of so many tokens."""
+    """Attention of a model whose layers' keys and values are quantized, for texts of this many tokens."""
     quantized = terms.quantized(tokens) if terms.tail else None
 
     def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float) -> Tensor:

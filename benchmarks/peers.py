@@ -3,10 +3,11 @@
 Each method is written again from its paper and code (benchmarks/peer_methods), fitted to the mix of encyclopedia text and
 source code that benchmarks.real_models learns from, and applied to keys after the rotary embedding, with their bias, and to
 values. Printed is the strict divergence, the mean over tokens of KL(exact || quantized), on WikiText-2's test part / on other
-source code: once under our terms, where the first token alone is exact, on windows of 512 tokens as of benchmarks.real_models;
-and once under the published ones, where sinks and recent tokens are exact for each token as if it were decoded, on the second
-half of a window of 2,048. Bits are all that a cache of 32,768 tokens holds: codes, scales, zero points, norms, exact tokens
-at 16 bits, and tables of rotations. KIVI and KVQuant are recipes of the package: see benchmarks.real_models.
+source code: once under our terms, where the first token alone is exact, on windows of 512 tokens like those of
+benchmarks.real_models; and once under the published ones, where sinks and recent tokens are exact for each token as if it were
+decoded, on the second half of a window of 2,048. Bits are all that a cache of 32,768 tokens holds: codes, scales, zero points,
+norms, exact tokens at 16 bits, and tables of rotations. KIVI and KVQuant are recipes of the package: see
+benchmarks.real_models.
 
 For models in the shape of Llama, Qwen 2 and Gemma 3 with heads of 2^n channels. One file for each model, which goes on where
 it was interrupted.
@@ -65,7 +66,7 @@ def run(name: str, options: argparse.Namespace) -> None:
     cut = {"windows": options.windows, "long": options.long}
     held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {**cut, "rows": []}
     if {key: held[key] for key in cut} != cut:
-        raise SystemExit(f"{path} has figures of windows cut otherwise; give --windows and --long as there, or another --out.")
+        raise SystemExit(f"{path} has results of windows cut otherwise; give --windows and --long as there, or another --out.")
     done = {(row["peer"], row["terms"]) for row in held["rows"]}
     asked = [peer for peer in PEERS if not options.peers or peer.name in options.peers]
     missing = [(peer, terms) for terms in ("ours", "published") for peer in asked if (peer.name, terms) not in done]

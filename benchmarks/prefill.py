@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.attention import asking
+from benchmarks.attention import query_positions
 from benchmarks.drawn import HEAD_DIM, KV_HEADS, QUERY_HEADS, fill
 from benchmarks.running import CLOCKS, Clock, medians, options, parse_with_clock, write
-from narrowkv.attention import cpu
+from narrowkv.attention.cpu import decode as cpu
 
 RECIPES = ("nuq4-1%", "nuq3-1%", "nuq2-1%", "kivi-2")
 SHAPES = ((0, 4096), (30_720, 2048))  # past, new
@@ -35,20 +35,20 @@ def ours(name: str, past: int, new: int, dtype: torch.dtype) -> Callable[[], Ten
     """One chunk as the cache reads it, into a copy that shares the blocks of the past."""
     before = fill(name, past)
     query, keys, values = draw(new, dtype)
-    told = asking(before, past, (keys, values))
+    device_lengths = query_positions(before, past, (keys, values))
 
     def run() -> Tensor:
         store = copy.deepcopy(before)
         store.append(keys, values)
         if past:
-            return cpu.attend(query, store, **told)
+            return cpu.attend(query, store, **device_lengths)
         return sdpa(query, keys, values, is_causal=True, enable_gqa=True)
 
     return run
 
 
 def torch_forms(past: int, new: int, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
-    """The same over a cache that is not packed: the heads of a group told to torch, or repeated for it."""
+    """The same over a cache that is not packed: the heads of a group given to torch, or repeated for it."""
     query, keys, values = draw(new, dtype)
     held = torch.randn(2, 1, KV_HEADS, past, HEAD_DIM, dtype=dtype)
     seen = torch.ones(new, past + new, dtype=torch.bool).tril(past) if past else None
@@ -61,10 +61,10 @@ def torch_forms(past: int, new: int, dtype: torch.dtype) -> dict[str, Callable[[
     return {"enable_gqa": lambda: run(1), "repeated heads": lambda: run(QUERY_HEADS // KV_HEADS)}
 
 
-def measure(recipes: list[str], past: int, new: int, dtype: torch.dtype, turns: int, clock: Clock) -> list[dict[str, Any]]:
+def measure(recipes: list[str], past: int, new: int, dtype: torch.dtype, repeats: int, clock: Clock) -> list[dict[str, Any]]:
     """One row for each recipe."""
     forms = torch_forms(past, new, dtype)
-    found = medians({**{name: ours(name, past, new, dtype) for name in recipes}, **forms}, turns, clock)
+    found = medians({**{name: ours(name, past, new, dtype) for name in recipes}, **forms}, repeats, clock)
     best = min(forms, key=lambda name: found[name])
     return [
         {
@@ -82,14 +82,14 @@ def measure(recipes: list[str], past: int, new: int, dtype: torch.dtype, turns: 
 
 
 def main() -> None:
-    parser = options(__doc__, RECIPES, turns=5)
+    parser = options(__doc__, RECIPES, repeats=5)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     arguments = parse_with_clock(parser)
     rows = []
     for dtype in arguments.dtypes:
         for past, new in SHAPES:
             clock = CLOCKS[arguments.clock]
-            for row in measure(arguments.recipes, past, new, getattr(torch, dtype), arguments.turns, clock):
+            for row in measure(arguments.recipes, past, new, getattr(torch, dtype), arguments.repeats, clock):
                 rows.append(row)
                 print(
                     f"{row['recipe']:>8}  {new} tokens behind {past}  {dtype:>8}  {row['milliseconds']:7.0f} ms, "

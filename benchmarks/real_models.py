@@ -2,9 +2,9 @@
 
 Tables are learned from the built-in mix, as `narrowkv calibrate` does where it is given no text, from encyclopedia text alone
 (16 windows of WikiText-2's validation part) and from source code alone (as many). All are scored on windows of WikiText-2's
-test part and of other source code, with tables of the mix on long windows too: the strict figures of `narrowkv compare`, and
+test part and of other source code, with tables of the mix on long windows too: the strict metrics of `narrowkv compare`, and
 the bits of a cache of 32,768 tokens. There is one file for each model, which goes on where it was interrupted; with
-`--calibrations FOLDER` tables that were learned are kept there too, and read again. Source code is that of the running
+`--calibrations FOLDER` tables that were learned are stored there too, and read again. Source code is that of the running
 Python's own library; WikiText-2 is read from NARROWKV_ASSETS, or as --learn and --score say.
 """
 
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from narrowkv import Calibration, calibrate_many, get_recipe, load_model
 from narrowkv.defaults import MIX, MIX_SAMPLES, REFERENCE_TOKENS
 from narrowkv.evaluate.finished import tables_checksum
-from narrowkv.evaluate.quality import Source, filled, measure
+from narrowkv.evaluate.perplexity import Source, filled, measure
 from narrowkv.evaluate.results import ResultFile, definition
 from narrowkv.evaluate.sources import read_text
 from narrowkv.evaluate.windows import cut_windows
@@ -138,7 +138,7 @@ def score(
         if counted is None:
             with torch.inference_mode():
                 cache = filled(subject.model, source, windows[:1], REFERENCE_TOKENS, backend)
-            counted = {"bits_per_element": cache.bits_per_element, "nbytes": cache.nbytes, "nbytes_fp16": 2 * cache.numbers}
+            counted = {"bits_per_element": cache.bits_per_element, "nbytes": cache.nbytes, "nbytes_fp16": 2 * cache.elements}
         row |= {key: counted[key] for key in ("bits_per_element", "nbytes", "nbytes_fp16")}
         made_from = {"definition": definition(get_recipe(recipe)), "checksum": None}
         if isinstance(source, Calibration):
@@ -159,10 +159,10 @@ def main() -> None:
     parser.add_argument("models", nargs="+", help="folders of models, or hub ids")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
-    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES, help="which text they are learned from")
+    parser.add_argument("--tables", nargs="+", search_space=TABLES, default=TABLES, help="which text they are learned from")
     parser.add_argument("--windows", type=int, default=8, help="of 512 tokens, scored of each text")
     parser.add_argument("--long", type=int, default=2, help="windows of 2,048 tokens, scored of each text")
-    parser.add_argument("--calibrations", type=Path, help="folder where tables are kept")
+    parser.add_argument("--calibrations", type=Path, help="folder where tables are stored")
     parser.add_argument("--learn", default=LEARN)
     parser.add_argument("--score", default=SCORE)
     parser.add_argument("--backend", default="auto")

@@ -14,33 +14,33 @@ Clock = Callable[[], float]
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "processor": time.process_time}
 
 
-def options(description: str | None, recipes: Iterable[str], turns: int) -> argparse.ArgumentParser:
+def options(description: str | None, recipes: Iterable[str], repeats: int) -> argparse.ArgumentParser:
     """A parser of --json, --recipes and --turns with these defaults."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--recipes", nargs="+", default=list(recipes))
-    parser.add_argument("--turns", type=int, default=turns)
+    parser.add_argument("--repeats", type=int, default=repeats)
     return parser
 
 
 def parse_with_clock(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """What was asked for, --threads, one number, and --clock among it; sets the threads and the seed."""
+    """What was asked for, --threads, one element, and --clock among it; sets the threads and the seed."""
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: for a machine in use")
+    parser.add_argument("--clock", search_space=CLOCKS, default="wall", help="processor: for a machine in use")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
     return arguments
 
 
-def medians(steps: dict[str, Callable[[], Any]], turns: int, clock: Clock = time.perf_counter) -> dict[str, float]:
+def medians(steps: dict[str, Callable[[], Any]], repeats: int, clock: Clock = time.perf_counter) -> dict[str, float]:
     """Median seconds of each step by a clock, all taking turns."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(turns + 1):
+    for repeat in range(repeats + 1):
         for name, step in steps.items():
             start = clock()
             step()
-            if turn:  # the first warms up
+            if repeat:  # the first warms up
                 seconds[name].append(clock() - start)
     return {name: statistics.median(times) for name, times in seconds.items()}
 

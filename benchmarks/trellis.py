@@ -1,7 +1,8 @@
 """What encoding trellis-coded streams costs: `python -m benchmarks.trellis [--json FILE]`.
 
 Microseconds for a head of 128 channels, Gaussian elements with a weight for each, by every kernel of this processor and by the
-twin in plain torch, in the same run: all take turns, and medians are compared. Mixes have units of 8 channels of 0 to 6 bits.
+reference in plain torch, in the same run: all take turns, and medians are compared. Mixes have units of 8 channels of 0 to 6
+bits.
 """
 
 import functools
@@ -24,7 +25,7 @@ MIXES = {f"all {rate}": [16 * (rate == k) for k in range(7)] for rate in range(1
 
 
 def main() -> None:
-    arguments = parse_with_clock(options(__doc__, MIXES, turns=20))
+    arguments = parse_with_clock(options(__doc__, MIXES, repeats=20))
     tables, rows = gaussian_tables(), []
     for name in arguments.recipes:
         counts = MIXES[name]
@@ -34,7 +35,7 @@ def main() -> None:
         call = (elements, weights, counts, tables)
         kinds: dict[str, Callable[[], Any]] = {kernel: functools.partial(encode_compiled, *call, kernel) for kernel in KERNELS}
         kinds["torch"] = functools.partial(encode_naive, *call)
-        found = medians(kinds, arguments.turns, CLOCKS[arguments.clock])
+        found = medians(kinds, arguments.repeats, CLOCKS[arguments.clock])
         row = {"rates": name} | {f"microseconds_{kind}": 1e6 * seconds / ROWS for kind, seconds in found.items()}
         print(json.dumps(row), flush=True)
         rows.append(row)

@@ -1,5 +1,5 @@
-// How tensors reach the compiled code: tables as arrays, what changes with every step as addresses, since an array takes ten times
-// as long to cross over as all of those.
+// How tensors reach the compiled code: tables as arrays, what changes with every step as addresses, since an array takes ten
+// times as long to cross over as all of those.
 
 #pragma once
 

@@ -9,16 +9,16 @@ namespace narrowkv {
 
 constexpr int kBlock = 64;  // tokens of a block
 constexpr int kMostDim = 512;  // channels of a head: an index of an outlier in a block has 15 bits
-constexpr int kTurned = 32;  // tokens of a tile of keys: with their angles it has room in the nearest cache
+constexpr int kRopeTokens = 32;  // tokens of a tile of keys: with their angles it has space in the nearest cache
 
 constexpr int kFrame = 16;  // tokens of a frame: codec/frames.py
 constexpr int kMostRate = 6, kUnit = 8;  // of streams: bits of a coefficient, coefficients of one rate
 
-enum class Number : int { half, bfloat, single };  // how exact numbers are held
+enum class DType : int { half, bfloat, single };  // how exact elements are held
 
-// What all trellis-coded streams of one side have in common. Of keys, a query as coefficients see it has head_dim places, half of them
-// for the first numbers of pairs of channels and half for the second ones; pairs that turn come first. `turns` makes such a query of the
-// model's: where the angle of keys is 0, and a quarter of a turn further.
+// What all trellis-coded streams of one side have in common. Of keys, a query as coefficients see it has head_dim places, half
+// of them for the first elements of pairs of channels and half for the second ones; pairs that rotate come first.
+// `query_rotations` makes such a query of the model's: where the angle of keys is 0, and a quarter of a cycle further.
 struct Streams {
     std::array<int, kMostRate> counts;  // units of each rate from 1 on
     int bytes;                          // of a token and head, with that of its norm, if it has one
@@ -28,12 +28,12 @@ struct Streams {
     const float* finer;    // [coded], grid steps of a unit of each coefficient
     const int32_t* places; // of keys, [kv_heads, head_dim]: of the number in a query that meets each coefficient, those without codes last
     const int32_t* channels;  // of keys, [head_dim]: which number of the model's query belongs to each place
-    const float* turns;    // of keys, [kv_heads, 2, 2, 2, head_dim / 2]: angle, number of a pair as coefficients see it, of the model's pair
+    const float* query_rotations;    // of keys, [kv_heads, 2, 2, 2, head_dim / 2]: angle, number of a pair as coefficients see it, of the model's pair
     const float* offsets;  // of keys, [kv_heads, head_dim, 16]: what the mean adds to each coefficient, by token of a frame, in grid steps
-    bool in_words;
-    const int32_t* stretches;     // of keys in words, [kv_heads, head_dim]: words of a grid step of each coefficient; one byte where it has a code
-    const int32_t* reaches;       // of keys in words, [kv_heads, head_dim]: the largest word of each coefficient
-    const int16_t* offset_words;  // of keys in words, [kv_heads, head_dim / 2, 16, 2]: the offsets
+    bool uses_int16;
+    const int32_t* int16_scales;     // of keys in words, [kv_heads, head_dim]: words of a grid step of each coefficient; one byte where it has a code
+    const int32_t* int16_maxima;       // of keys in words, [kv_heads, head_dim]: the largest word of each coefficient
+    const int16_t* int16_offsets;  // of keys in words, [kv_heads, head_dim / 2, 16, 2]: the offsets
 
     int coded() const {
         int units = 0;
@@ -43,8 +43,8 @@ struct Streams {
 };
 
 // The keys, or the values, of all blocks: what they have in common.
-struct Side {
-    int bits;            // of a code; 16 where numbers are exact
+struct PackedTensor {
+    int bits;            // of a code; 16 where elements are exact
     int codes;           // of a head
     int stride;          // floats from one codebook to the next, at least 16
     bool channel_major;  // rows of codes are channels, else tokens
@@ -52,10 +52,10 @@ struct Side {
     int range_heads;     // scales and zeros: [1 or kv_heads, range_tokens, range_channels]
     int range_tokens;
     int range_channels;
-    Number exact;    // of exact numbers
-    Number outlier;  // of outliers
+    DType exact;    // of exact elements
+    DType outlier;  // of outliers
     const float* table;
-    const uint8_t* words;  // codebooks of words, as attention/cpu_words.py lays them out; or null
+    const uint8_t* int16;  // codebooks of words, as attention/cpu/int16.py lays them out; or null
     const float* unit;     // of words, [kv_heads, head_dim] or [1]
     int most;              // largest word that an outlier becomes
     const float* scale;    // [kv_heads, head_dim], ranges learned offline of rows that are tokens; null where blocks hold them
@@ -73,7 +73,7 @@ struct Block {
     const int32_t* outlier_offsets;
 };
 
-// Tokens that do not fill a block yet: codes a byte each, or exact numbers, [batch, kv_heads, 64, codes], and ranges as in a
+// Tokens that do not fill a block yet: codes a byte each, or exact elements, [batch, kv_heads, 64, codes], and ranges as in a
 // block. Outliers of all heads stand in order of arrival, by their places among the codes.
 struct Tail {
     const void* codes;
@@ -87,7 +87,7 @@ struct Tail {
 // Keys stored before the rotary embedding. Either angles are given for each token, or positions, and cosines and sines of
 // them: far [positions / 64, 2, pairs] of multiples of 64, steps [64, 2, pairs] of 0 to 63, near [pairs, 2, 32] of 0 to 31.
 struct Rotation {
-    int pairs;  // that turn; 0 where keys are stored turned
+    int pairs;  // that rotate; 0 where keys are stored rotated
     bool interleaved;
     float scaling;
     const int32_t* positions;  // [batch, ...] with this stride
@@ -96,8 +96,8 @@ struct Rotation {
     const float* far;
     const float* near;
     const float* steps;
-    const int16_t* words;  // [pairs, 2, 64] of 0 to 63, times 32767; of 32 the even ones first
-    const int32_t* lanes;  // [2, pairs, 64] of 0 to 63: two words, what the first number of a pair becomes, or the second; then not turned
+    const int16_t* int16;  // [pairs, 2, 64] of 0 to 63, times 32767; of 32 the even ones first
+    const int32_t* lanes;  // [2, pairs, 64] of 0 to 63: two words, what the first number of a pair becomes, or the second; then not rotated
     const float* angles;   // [batch, tokens + tail, 2, pairs]
 };
 
@@ -112,7 +112,7 @@ struct Problem {
     int chunk;                                      // blocks that make one piece of work
     int threads;
     float scaling, softcap;  // softcap 0: none
-    Side keys, values;
+    PackedTensor keys, values;
     Rotation rotation;
     const Block* table;          // [blocks, batch, 2]
     const int64_t* starts;       // [blocks + 1] index of the first token of each block
@@ -133,6 +133,6 @@ struct Problem {
 void attend_generic(const Problem& problem);
 void attend_avx2(const Problem& problem);
 void attend_avx512(const Problem& problem);
-void attend_words(const Problem& problem);
+void attend_int16(const Problem& problem);
 
 }  // namespace narrowkv

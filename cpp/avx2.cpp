@@ -1,4 +1,4 @@
-// Kernels for processors with AVX2 and FMA: eight numbers at once.
+// Kernels for processors with AVX2 and FMA: eight elements at once.
 
 #if defined(__x86_64__)
 
@@ -35,8 +35,8 @@ inline Floats to_floats(const int8_t* p) {
 
 #include "gathered.h"
 
-// A codebook of 16 levels as four registers, each with one byte of all levels: a look-up takes the four bytes of 32 numbers at
-// once and weaves them together.
+// A codebook of 16 levels as four registers, each with one byte of all levels: a look-up takes the four bytes of 32 elements
+// at once and weaves them together.
 struct Woven {
     __m256i bytes[4];
 

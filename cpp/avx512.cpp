@@ -1,4 +1,4 @@
-// Kernels for processors with AVX-512 F and BW: sixteen numbers at once.
+// Kernels for processors with AVX-512 F and BW: sixteen elements at once.
 
 #if defined(__x86_64__)
 

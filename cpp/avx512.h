@@ -1,4 +1,4 @@
-// Sixteen numbers at once, on processors with AVX-512 F and BW.
+// Sixteen elements at once, on processors with AVX-512 F and BW.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-// From packed bytes to a tile of numbers in the nearest cache. Compiled once for each instruction set: included after `simd`.
+// From packed bytes to a tile of elements in the nearest cache. Compiled once for each instruction set: included after `simd`.
 
 #pragma once
 
@@ -13,7 +13,8 @@ namespace {
 
 inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
-// Which tokens of a block are decoded into a tile: half of them. Numbers of a tile lie in rows as codes do: channel-major [head_dim][tokens], else [tokens][head_dim rounded up to 16].
+// Which tokens of a block are decoded into a tile: half of them. Elements of a tile lie in rows as codes do: channel-major
+// [head_dim][tokens], else [tokens][head_dim rounded up to 16].
 struct Part {
     int from, tokens;
 };
@@ -25,20 +26,20 @@ inline int tile_stride(bool channel_major, int head_dim, int tokens) {
 // What is decoded: one head of a block. tables: its codebooks, as look-ups read them, or the one of all. next: the block whose
 // codes are asked for on the way, a row with every row, since only a few lines of memory can be under way at once.
 struct Source {
-    const Side& side;
+    const PackedTensor& side;
     const Block& block;
     const Block& next;
     const float* tables;
     int head, head_dim;
     int outlier;  // the first one that no part has had yet
 
-    Source(const Side& side, const Block& block, const Block& next, const float* tables, int head, int head_dim)
+    Source(const PackedTensor& side, const Block& block, const Block& next, const float* tables, int head, int head_dim)
         : side(side), block(block), next(next), tables(tables), head(head), head_dim(head_dim),
           outlier(block.outlier_offsets ? block.outlier_offsets[head] : 0) {}
 };
 
-// Rows of codes, each read where it lies. length: of a row; from, stop: which of its codes; own: whether a row has a codebook of its
-// own, else ranges.
+// Rows of codes, each read where it lies. length: of a row; from, stop: which of its codes; own: whether a row has a codebook
+// of its own, else ranges.
 template <int bits, int length, int from, int stop, bool own>
 void decode_rows(const Source& source, int64_t row, int count, int stride, const Ranges& given, float* tile) {
     const Ranges ranges = given;  // copies, which stay in registers: for all the compiler knows, the tile might overlap the rest
@@ -69,7 +70,7 @@ void decode_rows(const Source& source, int64_t row, int count, int stride, const
 // The same for rows of any length, through a buffer.
 template <int bits>
 void decode_any(const Source& source, int64_t row, int count, int stride, const Ranges& ranges, int codes, int from, float* tile) {
-    const Side& side = source.side;
+    const PackedTensor& side = source.side;
     alignas(64) uint8_t row_codes[kMostDim + kCodes] = {};
     for (int i = 0; i < count; ++i, ++row, tile += stride) {
         const uint8_t* planes[2];
@@ -86,7 +87,7 @@ void decode_any(const Source& source, int64_t row, int count, int stride, const 
 
 template <int bits>
 void decode_codes(const Source& source, Part part, float* buffer, float* tile) {
-    const Side& side = source.side;
+    const PackedTensor& side = source.side;
     const int head_dim = source.head_dim;
     const int together = side.channel_major ? kBlock / side.range_tokens : head_dim / side.range_channels;
     const bool direct = side.fixed || together == 1 || together % 16 == 0;
@@ -111,7 +112,7 @@ void decode_codes(const Source& source, Part part, float* buffer, float* tile) {
 }
 
 // Ask for the outliers of one head of a block that will be read next, once it is known where they lie.
-inline void prefetch_outliers(const Side& side, const Block& block, int head) {
+inline void prefetch_outliers(const PackedTensor& side, const Block& block, int head) {
     if (!block.outlier_offsets) return;
     for (int i = block.outlier_offsets[head]; i < block.outlier_offsets[head + 1]; i += 16) {
         __builtin_prefetch(block.outlier_index + i, 0, 2);
@@ -120,7 +121,7 @@ inline void prefetch_outliers(const Side& side, const Block& block, int head) {
 }
 
 // Ask for what the next block holds beside codes, and for where the outliers of the one after it lie.
-inline void prefetch_beside(const Side& side, const Block& next, const Block& after, int head) {
+inline void prefetch_beside(const PackedTensor& side, const Block& next, const Block& after, int head) {
     const int count = side.range_tokens * side.range_channels, first = side.range_heads > 1 ? head * count : 0;
     for (int i = 0; next.scale && i < count; i += 32) {
         __builtin_prefetch(next.scale + first + i, 0, 2);
@@ -130,10 +131,11 @@ inline void prefetch_beside(const Side& side, const Block& next, const Block& af
     if (after.outlier_offsets) __builtin_prefetch(after.outlier_offsets + head, 0, 2);
 }
 
-// Outliers of a part, from `outlier` on; they are sorted by token, and one that is not ends them: none is written beyond the tile.
-template <Number kind>
+// Outliers of a part, from `outlier` on; they are sorted by token, and one that is not ends them: none is written beyond the
+// tile.
+template <DType kind>
 void put_outliers(Source& source, Part part, float* tile) {
-    const Side& side = source.side;
+    const PackedTensor& side = source.side;
     const int stride = tile_stride(side.channel_major, source.head_dim, part.tokens), codes = side.codes;
     const int by_token = side.channel_major ? 1 : stride, by_channel = side.channel_major ? stride : 1;
     const uint64_t reciprocal = (uint64_t(1) << 32) / codes + 1;  // of 16 bits, a product and a shift divide exactly
@@ -149,12 +151,12 @@ void put_outliers(Source& source, Part part, float* tile) {
     source.outlier = i;
 }
 
-// Numbers of tokens that are held as they are, [tokens][head_dim], into a tile.
-inline void copy_exact(const void* numbers, Number kind, Part part, int count, int head_dim, bool channel_major, float* tile) {
+// Elements of tokens that are held as they are, [tokens][head_dim], into a tile.
+inline void copy_exact(const void* elements, DType kind, Part part, int count, int head_dim, bool channel_major, float* tile) {
     const int stride = tile_stride(channel_major, head_dim, part.tokens);
     for (int token = 0; token < count; ++token) {
         for (int channel = 0; channel < head_dim; ++channel) {
-            const float exact = load_exact(numbers, int64_t(part.from + token) * head_dim + channel, kind);
+            const float exact = load_exact(elements, int64_t(part.from + token) * head_dim + channel, kind);
             tile[channel_major ? channel * stride + token : token * stride + channel] = exact;
         }
     }
@@ -162,11 +164,11 @@ inline void copy_exact(const void* numbers, Number kind, Part part, int count, i
 
 // A part of a block, decoded into a tile; parts come in order.
 inline void decode(Source& source, Part part, float* buffer, float* tile) {
-    const Side& side = source.side;
+    const PackedTensor& side = source.side;
     if (side.bits == 16) {
-        const int64_t size = int64_t(kBlock) * source.head_dim * (side.exact == Number::single ? 4 : 2);
-        const uint8_t* numbers = source.block.planes[0] + source.head * size;
-        return copy_exact(numbers, side.exact, part, part.tokens, source.head_dim, side.channel_major, tile);
+        const int64_t size = int64_t(kBlock) * source.head_dim * (side.exact == DType::single ? 4 : 2);
+        const uint8_t* elements = source.block.planes[0] + source.head * size;
+        return copy_exact(elements, side.exact, part, part.tokens, source.head_dim, side.channel_major, tile);
     }
     switch (side.bits) {
         case 2: decode_codes<2>(source, part, buffer, tile); break;
@@ -175,17 +177,17 @@ inline void decode(Source& source, Part part, float* buffer, float* tile) {
         default: decode_codes<8>(source, part, buffer, tile);
     }
     if (!source.block.outlier_offsets) return;
-    (side.outlier == Number::half ? put_outliers<Number::half> : put_outliers<Number::bfloat>)(source, part, tile);
+    (side.outlier == DType::half ? put_outliers<DType::half> : put_outliers<DType::bfloat>)(source, part, tile);
 }
 
-inline int codebooks(const Side& side) { return side.fixed ? side.codes : 1; }
+inline int codebooks(const PackedTensor& side) { return side.fixed ? side.codes : 1; }
 
-// The codebooks of a head as look-ups read them, in `room` where that is not as they lie.
-inline const float* tables_of(const Side& side, int head, float* room) {
+// The codebooks of a head as look-ups read them, in `capacity` where that is not as they lie.
+inline const float* tables_of(const PackedTensor& side, int head, float* capacity) {
     const float* tables = side.table + (side.fixed ? int64_t(head) * codebooks(side) * side.stride : 0);
     if (!simd::lays_out || side.bits > 4) return tables;
-    for (int i = 0; i < codebooks(side); ++i) simd::lay_out(tables + i * side.stride, room + i * side.stride);
-    return room;
+    for (int i = 0; i < codebooks(side); ++i) simd::lay_out(tables + i * side.stride, capacity + i * side.stride);
+    return capacity;
 }
 
 }  // namespace

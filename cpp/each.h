@@ -1,4 +1,4 @@
-// Loops whose turns are known when they are compiled: of arrays whose places are known then, registers are made.
+// Loops whose steps are known when they are compiled: of arrays whose places are known then, registers are made.
 
 #pragma once
 

@@ -18,24 +18,24 @@ namespace narrowkv {
 namespace {
 
 constexpr int64_t LANES = 16;
-typedef float Floats __attribute__((vector_size(4 * LANES)));  // left to itself, GCC makes vectors of boundaries, not of numbers
+typedef float Floats __attribute__((vector_size(4 * LANES)));  // left to itself, GCC makes vectors of boundaries, not of elements
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
-const char* row_of(const Numbers& numbers, int64_t row, int64_t head, int64_t token) {
-    const int64_t size = numbers.kind == Number::single ? 4 : 2;
-    const int64_t offset = row * numbers.row_stride + head * numbers.head_stride + token * numbers.token_stride;
-    return static_cast<const char*>(numbers.data) + offset * size;
+const char* row_of(const TensorView& elements, int64_t row, int64_t head, int64_t token) {
+    const int64_t size = elements.kind == DType::single ? 4 : 2;
+    const int64_t offset = row * elements.row_stride + head * elements.head_stride + token * elements.token_stride;
+    return static_cast<const char*>(elements.data) + offset * size;
 }
 
-// The numbers of one token of one head in float32.
-FOR_EACH_INSTRUCTION_SET void load(Number kind, const char* from, int64_t dim, float* to) {
-    if (kind == Number::single) {
+// The elements of one token of one head in float32.
+FOR_EACH_INSTRUCTION_SET void load(DType kind, const char* from, int64_t dim, float* to) {
+    if (kind == DType::single) {
         std::memcpy(to, from, size_t(dim) * 4);
         return;
     }
     const uint16_t* bits = reinterpret_cast<const uint16_t*>(from);
-    if (kind == Number::half) {
+    if (kind == DType::half) {
         for (int64_t c = 0; c < dim; ++c) to[c] = single_from_half(bits[c]);
         return;
     }
@@ -45,7 +45,7 @@ FOR_EACH_INSTRUCTION_SET void load(Number kind, const char* from, int64_t dim, f
     }
 }
 
-// Lowers low and raises high, lane by lane, to the numbers.
+// Lowers low and raises high, lane by lane, to the elements.
 FOR_EACH_INSTRUCTION_SET void widen(const float* x, int64_t count, float* low, float* high) {
     for (int64_t c = 0; c < count; ++c) {
         low[c] = x[c] < low[c] ? x[c] : low[c];
@@ -59,25 +59,25 @@ inline bool any_outside(const float* x, float low, float high) {
     return outside != 0;
 }
 
-// The numbers of a vector that are kept, at most `count`, those that come first in the order.
+// The elements of a vector that are stored, at most `count`, those that come first in the order.
 template <typename Order>
 class First {
 public:
-    First(int64_t count, float worst) : kept(size_t(count), worst) {}
-    float last() const { return kept.front(); }
+    First(int64_t count, float worst) : candidates(size_t(count), worst) {}
+    float last() const { return candidates.front(); }
     void see(float x) {
-        if (!Order()(x, kept.front())) return;
-        std::pop_heap(kept.begin(), kept.end(), Order());
-        kept.back() = x;
-        std::push_heap(kept.begin(), kept.end(), Order());
+        if (!Order()(x, candidates.front())) return;
+        std::pop_heap(candidates.begin(), candidates.end(), Order());
+        candidates.back() = x;
+        std::push_heap(candidates.begin(), candidates.end(), Order());
     }
 
 private:
-    std::vector<float> kept;
+    std::vector<float> candidates;
 };
 
-// The smallest and the largest number of a vector once `per_tail` are left out at either end. So many numbers lie at or beyond the
-// ends of as many lanes: only what lies beyond these has to be seen one by one.
+// The smallest and the largest number of a vector once `per_tail` are left out at either end. That many elements lie at or
+// beyond the ends of as many lanes: only what lies beyond these has to be seen one by one.
 FOR_EACH_INSTRUCTION_SET void find_ends(const float* x, int64_t count, int64_t per_tail, float* low, float* high) {
     const int64_t whole = count / LANES * LANES;
     float lows[LANES], highs[LANES];
@@ -101,16 +101,16 @@ FOR_EACH_INSTRUCTION_SET void invert(float* scale, int64_t dim) {
     for (int64_t c = 0; c < dim; ++c) scale[c] = scale[c] > 0 ? 1 / scale[c] : 0;
 }
 
-// Codes of the numbers of one token of one head: how many boundaries lie below each, once it is normalised. What is read has room
-// for whole LANES.
-FOR_EACH_INSTRUCTION_SET void quantise(const float* x, const float* zero, const float* inverse, const float* boundaries,
+// Codes of the elements of one token of one head: how many boundaries lie below each, once it is normalized. What is read has
+// space for whole LANES.
+FOR_EACH_INSTRUCTION_SET void quantize(const float* x, const float* zero, const float* inverse, const float* boundaries,
                                        int64_t boundary_count, int64_t dim, uint8_t* codes) {
     for (int64_t begin = 0; begin < dim; begin += LANES) {
-        Floats number, middle, by;
-        std::memcpy(&number, x + begin, sizeof number);
+        Floats element, middle, by;
+        std::memcpy(&element, x + begin, sizeof element);
         std::memcpy(&middle, zero + begin, sizeof middle);
         std::memcpy(&by, inverse + begin, sizeof by);
-        const Floats normal = (number - middle) * by;
+        const Floats normal = (element - middle) * by;
         Ints below = {};
         for (int64_t b = 0; b < boundary_count; ++b) below -= normal > boundaries[b];  // true is -1
         uint8_t found[LANES];
@@ -125,27 +125,27 @@ FOR_EACH_INSTRUCTION_SET int32_t count_outside(const float* x, const float* lowe
     return count;
 }
 
-// 1 for each number beyond its thresholds, else 0.
+// 1 per element beyond its thresholds, else 0.
 FOR_EACH_INSTRUCTION_SET void mark_outside(const float* x, const float* lower, const float* upper, int64_t dim, uint8_t* marks) {
     for (int64_t c = 0; c < dim; ++c) marks[c] = uint8_t(int(x[c] < lower[c]) | int(x[c] > upper[c]));
 }
 
-// Room of this thread, which lasts; what it holds is whatever.
+// Memory of this thread, which lasts; what it holds is whatever.
 float* scratch_of(int64_t floats) {
     thread_local std::vector<float> scratch;
     if (int64_t(scratch.size()) < floats) scratch.resize(size_t(floats));
     return scratch.data();
 }
 
-// Numbers are finite where no exponent is all ones.
-FOR_EACH_INSTRUCTION_SET bool finite_row(Number kind, const char* from, int64_t dim) {
+// Elements are finite where no exponent is all ones.
+FOR_EACH_INSTRUCTION_SET bool finite_row(DType kind, const char* from, int64_t dim) {
     int found = 0;
-    if (kind == Number::single) {
+    if (kind == DType::single) {
         const uint32_t* bits = reinterpret_cast<const uint32_t*>(from);
         for (int64_t c = 0; c < dim; ++c) found |= (bits[c] & 0x7f800000u) == 0x7f800000u;
         return found == 0;
     }
-    const uint32_t ones = kind == Number::half ? 0x7c00u : 0x7f80u;
+    const uint32_t ones = kind == DType::half ? 0x7c00u : 0x7f80u;
     const uint16_t* bits = reinterpret_cast<const uint16_t*>(from);
     for (int64_t c = 0; c < dim; ++c) found |= (bits[c] & ones) == ones;
     return found == 0;

@@ -1,4 +1,4 @@
-// Numbers looked up at once, and codebooks that registers do not hold, looked up in memory. Included within `simd`, after its
+// Elements looked up at once, and codebooks that registers do not hold, looked up in memory. Included within `simd`, after its
 // vectors, `widen` and `gather`.
 
 struct Found {

@@ -1,4 +1,4 @@
-// Kernels for any processor: four numbers at once, as the compiler sees fit.
+// Kernels for any processor: four elements at once, as the compiler sees fit.
 
 #include <cstdint>
 #include <cstring>

@@ -18,27 +18,27 @@ inline float single_from_half(uint16_t bits) {
 #else
     // exponent and fraction moved into place, then scaled by the difference of the biases, which mends subnormals too
     uint32_t wide = uint32_t(bits & 0x7fff) << 13;
-    float number;
-    std::memcpy(&number, &wide, 4);
-    number *= 0x1p112f;
-    std::memcpy(&wide, &number, 4);
+    float element;
+    std::memcpy(&element, &wide, 4);
+    element *= 0x1p112f;
+    std::memcpy(&wide, &element, 4);
     wide |= uint32_t(bits & 0x8000) << 16;
-    std::memcpy(&number, &wide, 4);
-    return number;
+    std::memcpy(&element, &wide, 4);
+    return element;
 #endif
 }
 
 // Rounded to the nearest, of two to the even one; infinity where it does not fit. Not for NaN.
-inline uint16_t half_from_single(float number) {
+inline uint16_t half_from_single(float element) {
     uint32_t wide;
-    std::memcpy(&wide, &number, 4);
+    std::memcpy(&wide, &element, 4);
     const uint32_t sign = wide >> 16 & 0x8000;
     wide &= 0x7fffffff;
     if (wide >= 0x47800000) return uint16_t(sign | 0x7c00);  // from 65536 on
     if (wide < 0x38800000) {  // below 2^-14: the sum is rounded where the last bit of a subnormal stands
-        std::memcpy(&number, &wide, 4);
-        number += 0.5f;
-        std::memcpy(&wide, &number, 4);
+        std::memcpy(&element, &wide, 4);
+        element += 0.5f;
+        std::memcpy(&wide, &element, 4);
         return uint16_t(sign | (wide - 0x3f000000));
     }
     const uint32_t odd = wide >> 13 & 1;

@@ -21,7 +21,7 @@ namespace narrowkv {
 namespace {
 
 // One piece of work: blocks [first, last) of a head of a sequence, or the tail, or the exact tokens that follow.
-struct Piece {
+struct Split {
     int row, head;
     bool tail, dense, streamed;  // streamed: sums are those of streams, whose lanes are added up at the end
     int first, last;
@@ -29,15 +29,15 @@ struct Piece {
 };
 
 // Which tokens the queries of a head's group see.
-class Sight {
+class AttentionMask {
   protected:
     const Problem& problem;
     const int rows, dim;
 
-    explicit Sight(const Problem& problem) : problem(problem), rows(problem.group * problem.queries), dim(problem.head_dim) {}
+    explicit AttentionMask(const Problem& problem) : problem(problem), rows(problem.group * problem.queries), dim(problem.head_dim) {}
 
     // Keys, then values.
-    const Block* sides_of(const Piece& piece, int block) const { return problem.table + (int64_t(block) * problem.batch + piece.row) * 2; }
+    const Block* sides_of(const Split& split, int block) const { return problem.table + (int64_t(block) * problem.batch + split.row) * 2; }
 
     int64_t length() const { return problem.tokens + problem.tail + problem.dense; }
 
@@ -45,7 +45,7 @@ class Sight {
         return problem.hidden + (problem.hidden_batch > 1 ? row : 0) * problem.queries * length() + token;
     }
 
-    bool nothing_seen(int row, int64_t token, int count) const {
+    bool sees_nothing(int row, int64_t token, int count) const {
         if (!problem.hidden) return false;
         for (int query = 0; query < problem.queries; ++query) {
             const uint8_t* hides = hidden(row, token) + query * length();
@@ -57,59 +57,59 @@ class Sight {
     }
 
     // What the bias of keys, which codes are without, adds to the scores of tokens, [rows][stride].
-    void add_offsets(const Piece& piece, int64_t token, int count, float* scores, int stride) const {
+    void add_offsets(const Split& split, int64_t token, int count, float* scores, int stride) const {
         if (!problem.key_offsets) return;
         const int64_t length = problem.tokens + problem.tail;
-        const float* offsets = problem.key_offsets + (int64_t(piece.row) * problem.kv_heads + piece.head) * rows * length + token;
+        const float* offsets = problem.key_offsets + (int64_t(split.row) * problem.kv_heads + split.head) * rows * length + token;
         for (int i = 0; i < rows; ++i, offsets += length, scores += stride) {
             for (int t = 0; t < count; ++t) scores[t] += offsets[t];
         }
     }
 
     // What the bias of values adds to sums of them, [rows][head_dim], by the sum of their weights.
-    void add_value_bias(const Piece& piece, const float* total, float* sum) const {
+    void add_value_bias(const Split& split, const float* total, float* sum) const {
         if (!problem.value_bias) return;
-        const float* bias = problem.value_bias + int64_t(piece.head) * dim;
+        const float* bias = problem.value_bias + int64_t(split.head) * dim;
         for (int i = 0; i < rows; ++i) {
             for (int d = 0; d < dim; ++d) sum[i * dim + d] += total[i] * bias[d];
         }
     }
 
-    // Tokens beyond the last, those that a mask hides, and of blocks those that are kept exact elsewhere. scores: [rows][stride].
-    void hide(const Piece& piece, int64_t token, int count, float* scores, int stride) const {
+    // Tokens beyond the last, those that a mask hides, and of blocks those that stay exact elsewhere. scores: [rows][stride].
+    void hide(const Split& split, int64_t token, int count, float* scores, int stride) const {
         for (int i = 0; i < rows; ++i, scores += stride) {
             for (int t = count; t < kBlock; ++t) scores[t] = -INFINITY;
             if (problem.hidden) {
-                const uint8_t* hides = hidden(piece.row, token) + i % problem.queries * length();
+                const uint8_t* hides = hidden(split.row, token) + i % problem.queries * length();
                 for (int t = 0; t < count; ++t) scores[t] = hides[t] ? -INFINITY : scores[t];
             }
-            for (int sink = 0; sink < problem.sinks && !piece.dense; ++sink) {
-                const int64_t at = problem.sink_index[int64_t(piece.row) * problem.sinks + sink] - token;
+            for (int sink = 0; sink < problem.sinks && !split.dense; ++sink) {
+                const int64_t at = problem.sink_index[int64_t(split.row) * problem.sinks + sink] - token;
                 if (at >= 0 && at < count) scores[at] = -INFINITY;
             }
         }
     }
 };
 
-class Worker : Sight {
+class Worker : AttentionMask {
   public:
     explicit Worker(const Problem& problem)
-        : Sight(problem), scratch(problem), stream_keys(problem), stream_values(problem) {}
+        : AttentionMask(problem), scratch(problem), stream_keys(problem), stream_values(problem) {}
 
-    void run(const Piece& piece) {
-        read_query(piece);
-        if (!piece.tail && !piece.dense) {
-            tables[0] = tables_of(problem.keys, piece.head, scratch.tables[0]);
-            tables[1] = tables_of(problem.values, piece.head, scratch.tables[1]);
+    void run(const Split& split) {
+        read_query(split);
+        if (!split.tail && !split.dense) {
+            tables[0] = tables_of(problem.keys, split.head, scratch.tables[0]);
+            tables[1] = tables_of(problem.values, split.head, scratch.tables[1]);
         }
-        if (problem.keys.streams && !piece.dense) stream_keys.begin(piece.row, piece.head);
-        const int stride = sum_stride(piece);
+        if (problem.keys.streams && !split.dense) stream_keys.begin(split.row, split.head);
+        const int stride = sum_stride(split);
         for (int i = 0; i < rows; ++i) scratch.largest[i] = -INFINITY, scratch.total[i] = 0.0f;
         for (int64_t i = 0; i < int64_t(rows) * stride; ++i) scratch.sum[i] = 0.0f;
-        for (int block = piece.first; block < piece.last; ++block) {
-            piece.tail ? take_tail(piece) : piece.dense ? take_dense(piece, block) : take_block(piece, block);
+        for (int block = split.first; block < split.last; ++block) {
+            split.tail ? take_tail(split) : split.dense ? take_dense(split, block) : take_block(split, block);
         }
-        finish(piece);
+        finish(split);
     }
 
   private:
@@ -118,106 +118,106 @@ class Worker : Sight {
     StreamValues stream_values;
     const float* tables[2];  // of the piece's head: of keys, and of values
 
-    int sum_stride(const Piece& piece) const { return piece.streamed ? dim * simd::width : round_up(dim, 16); }
+    int sum_stride(const Split& split) const { return split.streamed ? dim * simd::width : round_up(dim, 16); }
 
-    void read_query(const Piece& piece) {
-        const float* query = piece.dense ? problem.dense_query : problem.packed_query;
-        query += (int64_t(piece.row) * problem.kv_heads + piece.head) * rows * dim;
+    void read_query(const Split& split) {
+        const float* query = split.dense ? problem.dense_query : problem.packed_query;
+        query += (int64_t(split.row) * problem.kv_heads + split.head) * rows * dim;
         for (int i = 0; i < rows * dim; ++i) scratch.query[i] = query[i] * problem.scaling;
     }
 
-    void take_block(const Piece& piece, int block) {
+    void take_block(const Split& split, int block) {
         const int64_t start = problem.starts[block];
         const int64_t stop = problem.starts[block + 1] < problem.tokens ? problem.starts[block + 1] : problem.tokens;
         const int count = int(stop - start);
-        if (count <= 0 || nothing_seen(piece.row, start, count)) return;
-        const auto later = [&](int blocks) { return sides_of(piece, block + blocks < piece.last ? block + blocks : piece.last - 1); };
+        if (count <= 0 || sees_nothing(split.row, start, count)) return;
+        const auto later = [&](int blocks) { return sides_of(split, block + blocks < split.last ? block + blocks : split.last - 1); };
         const Block *sides = later(0), *next = later(1), *after = later(2);
         if (problem.keys.streams) {
             stream_keys.take_block(sides[0], next[0], start, count, scratch.scores);
         } else {
-            take_keys_of(piece, Source(problem.keys, sides[0], next[0], tables[0], piece.head, dim), start, count);
+            take_keys_of(split, Source(problem.keys, sides[0], next[0], tables[0], split.head, dim), start, count);
         }
-        prefetch_beside(problem.keys, next[0], after[0], piece.head);
-        add_offsets(piece, start, count, scratch.scores, kBlock);
-        weigh_all(piece, start, count);
+        prefetch_beside(problem.keys, next[0], after[0], split.head);
+        add_offsets(split, start, count, scratch.scores, kBlock);
+        weigh_all(split, start, count);
         if (problem.values.streams) {
-            stream_values.take_block(sides[1], next[1], piece.head, scratch.scores, scratch.sum);
+            stream_values.take_block(sides[1], next[1], split.head, scratch.scores, scratch.sum);
         } else {
-            take_values_of(piece, Source(problem.values, sides[1], next[1], tables[1], piece.head, dim), count);
+            take_values_of(split, Source(problem.values, sides[1], next[1], tables[1], split.head, dim), count);
         }
-        prefetch_beside(problem.values, next[1], after[1], piece.head);
+        prefetch_beside(problem.values, next[1], after[1], split.head);
     }
 
-    void take_keys_of(const Piece& piece, Source keys, int64_t start, int count) {
-        for (int from = 0; from < count; from += kTurned) {
-            const int some = count - from < kTurned ? count - from : kTurned;
-            decode(keys, {from, kTurned}, scratch.ranges, scratch.tile);
-            turn_and_take_keys(piece, start, from, some);
-        }
-    }
-
-    void take_values_of(const Piece& piece, Source values, int count) {
-        for (int from = 0; from < count; from += kTurned) {
-            decode(values, {from, kTurned}, scratch.ranges, scratch.tile);
-            take_values(piece, from);
+    void take_keys_of(const Split& split, Source keys, int64_t start, int count) {
+        for (int from = 0; from < count; from += kRopeTokens) {
+            const int some = count - from < kRopeTokens ? count - from : kRopeTokens;
+            decode(keys, {from, kRopeTokens}, scratch.ranges, scratch.tile);
+            rotate_and_take_keys(split, start, from, some);
         }
     }
 
-    void take_tail(const Piece& piece) {
-        const int64_t place = int64_t(piece.row) * problem.kv_heads + piece.head;
+    void take_values_of(const Split& split, Source values, int count) {
+        for (int from = 0; from < count; from += kRopeTokens) {
+            decode(values, {from, kRopeTokens}, scratch.ranges, scratch.tile);
+            take_values(split, from);
+        }
+    }
+
+    void take_tail(const Split& split) {
+        const int64_t place = int64_t(split.row) * problem.kv_heads + split.head;
         const int count = problem.tail;
-        if (nothing_seen(piece.row, problem.tokens, count)) return;
-        const auto read = [&](const Side& side, const Tail& tail) {
-            read_tail(side, tail, place, piece.head, problem.kv_heads, count, dim, scratch.tail);
+        if (sees_nothing(split.row, problem.tokens, count)) return;
+        const auto read = [&](const PackedTensor& side, const Tail& tail) {
+            read_tail(side, tail, place, split.head, problem.kv_heads, count, dim, scratch.tail);
         };
         if (problem.keys.streams) {
             stream_keys.take_tail(problem.tails[0], scratch.scores);
         } else {
             read(problem.keys, problem.tails[0]);
-            for (int from = 0; from < count; from += kTurned) {
-                turn_and_take_keys(piece, problem.tokens, from, fill_tile(scratch.tail, from, count, true));
+            for (int from = 0; from < count; from += kRopeTokens) {
+                rotate_and_take_keys(split, problem.tokens, from, fill_tile(scratch.tail, from, count, true));
             }
         }
-        add_offsets(piece, problem.tokens, count, scratch.scores, kBlock);
-        weigh_all(piece, problem.tokens, count);
+        add_offsets(split, problem.tokens, count, scratch.scores, kBlock);
+        weigh_all(split, problem.tokens, count);
         if (problem.values.streams) return stream_values.take_tail(problem.tails[1], place, scratch.scores, scratch.sum);
         read(problem.values, problem.tails[1]);
-        for (int from = 0; from < count; from += kTurned) {
+        for (int from = 0; from < count; from += kRopeTokens) {
             fill_tile(scratch.tail, from, count, false);
-            take_values(piece, from);
+            take_values(split, from);
         }
     }
 
-    // Numbers [count][head_dim] from a token on, as a tile; returns how many tokens of it count.
-    int fill_tile(const float* numbers, int from, int count, bool channel_major) {
-        const int some = count - from < kTurned ? count - from : kTurned;
-        for (int i = 0; i < round_up(dim, 16) * kTurned; ++i) scratch.tile[i] = 0.0f;
-        copy_exact(numbers, Number::single, {from, kTurned}, some, dim, channel_major, scratch.tile);
+    // Elements [count][head_dim] from a token on, as a tile; returns how many tokens of it count.
+    int fill_tile(const float* elements, int from, int count, bool channel_major) {
+        const int some = count - from < kRopeTokens ? count - from : kRopeTokens;
+        for (int i = 0; i < round_up(dim, 16) * kRopeTokens; ++i) scratch.tile[i] = 0.0f;
+        copy_exact(elements, DType::single, {from, kRopeTokens}, some, dim, channel_major, scratch.tile);
         return some;
     }
 
     // Scores of a tile of packed keys, `from` tokens into those that begin at `start`.
-    void turn_and_take_keys(const Piece& piece, int64_t start, int from, int some) {
+    void rotate_and_take_keys(const Split& split, int64_t start, int from, int some) {
         if (!problem.rotation.pairs) return take_keys(scratch.query, from);
-        std::memcpy(scratch.turned, scratch.query, sizeof(float) * rows * dim);
-        const float* angles = relative_angles(problem.rotation, piece.row, problem.tokens + problem.tail, start + from, some, rows, dim,
-                                              scratch.turned, scratch.angles);
-        turn(scratch.tile, angles, problem.rotation.pairs, problem.rotation.interleaved);
-        take_keys(scratch.turned, from);
+        std::memcpy(scratch.rotated, scratch.query, sizeof(float) * rows * dim);
+        const float* angles = relative_angles(problem.rotation, split.row, problem.tokens + problem.tail, start + from, some, rows, dim,
+                                              scratch.rotated, scratch.angles);
+        rotate(scratch.tile, angles, problem.rotation.pairs, problem.rotation.interleaved);
+        take_keys(scratch.rotated, from);
     }
 
-    void take_dense(const Piece& piece, int block) {
+    void take_dense(const Split& split, int block) {
         const int start = block * kBlock, count = problem.dense - start < kBlock ? problem.dense - start : kBlock;
-        const int64_t first = ((int64_t(piece.row) * problem.kv_heads + piece.head) * problem.dense + start) * dim;
-        for (int from = 0; from < count; from += kTurned) {
+        const int64_t first = ((int64_t(split.row) * problem.kv_heads + split.head) * problem.dense + start) * dim;
+        for (int from = 0; from < count; from += kRopeTokens) {
             fill_tile(problem.dense_keys + first, from, count, true);
             take_keys(scratch.query, from);
         }
-        weigh_all(piece, problem.tokens + problem.tail + start, count);
-        for (int from = 0; from < count; from += kTurned) {
+        weigh_all(split, problem.tokens + problem.tail + start, count);
+        for (int from = 0; from < count; from += kRopeTokens) {
             fill_tile(problem.dense_values + first, from, count, false);
-            take_values(piece, from);
+            take_values(split, from);
         }
     }
 
@@ -229,59 +229,59 @@ class Worker : Sight {
     }
 
     // From the scores of a block to weights in their place; `token` is the first one's place in `hidden`.
-    void weigh_all(const Piece& piece, int64_t token, int count) {
+    void weigh_all(const Split& split, int64_t token, int count) {
         if (problem.softcap != 0.0f) cap(scratch.scores, rows * kBlock, problem.softcap);
-        hide(piece, token, count, scratch.scores, kBlock);
-        const int stride = sum_stride(piece);
+        hide(split, token, count, scratch.scores, kBlock);
+        const int stride = sum_stride(split);
         for (int i = 0; i < rows; ++i) {
-            const float fading = weigh(scratch.scores + i * kBlock, kBlock, scratch.largest[i], scratch.total[i]);
+            const float rescale = weigh(scratch.scores + i * kBlock, kBlock, scratch.largest[i], scratch.total[i]);
             float* sum = scratch.sum + int64_t(i) * stride;
-            for (int d = 0; fading != 1.0f && d < stride; ++d) sum[d] *= fading;
+            for (int d = 0; rescale != 1.0f && d < stride; ++d) sum[d] *= rescale;
         }
     }
 
-    void take_values(const Piece& piece, int from) {
-        const int stride = sum_stride(piece);
+    void take_values(const Split& split, int from) {
+        const int stride = sum_stride(split);
         by_fours(rows, [&](int row, auto queries) {
             mix<queries>(scratch.scores + row * kBlock + from, scratch.tile, stride, scratch.sum + int64_t(row) * stride);
         });
     }
 
-    void finish(const Piece& piece) const {
-        const int stride = sum_stride(piece), lanes = piece.streamed ? simd::width : 1;
-        float* sum = piece.result + 2 * rows;
+    void finish(const Split& split) const {
+        const int stride = sum_stride(split), lanes = split.streamed ? simd::width : 1;
+        float* sum = split.result + 2 * rows;
         for (int i = 0; i < rows; ++i) {
-            piece.result[i] = scratch.largest[i];
-            piece.result[rows + i] = scratch.total[i];
+            split.result[i] = scratch.largest[i];
+            split.result[rows + i] = scratch.total[i];
             for (int d = 0; d < dim; ++d) {
                 float& to = sum[i * dim + d] = 0.0f;
                 for (int lane = 0; lane < lanes; ++lane) to += scratch.sum[int64_t(i) * stride + d * lanes + lane];
             }
         }
-        if (!piece.dense) add_value_bias(piece, scratch.total, sum);
+        if (!split.dense) add_value_bias(split, scratch.total, sum);
     }
 };
 
 // What the pieces of a head found, put together: the last piece is that of the exact tokens.
-void merge(const Problem& problem, int row, int head, const float* results, int pieces, int64_t size) {
+void merge(const Problem& problem, int row, int head, const float* results, int splits, int64_t size) {
     const int rows = problem.group * problem.queries, dim = problem.head_dim;
     const int64_t all = int64_t(problem.batch) * problem.kv_heads * rows * dim;
     for (int i = 0; i < rows; ++i) {
         const float sink = problem.sink_logits ? problem.sink_logits[head * problem.group + i / problem.queries] : -INFINITY;
         float largest = sink;
-        for (int p = 0; p < pieces; ++p) largest = std::fmax(largest, results[p * size + i]);
+        for (int p = 0; p < splits; ++p) largest = std::fmax(largest, results[p * size + i]);
         float* output = problem.output + ((int64_t(row) * problem.kv_heads + head) * rows + i) * dim;
         for (int d = 0; d < dim; ++d) output[d] = output[all + d] = 0.0f;
         float* packed = problem.totals ? problem.totals + (int64_t(row) * problem.kv_heads + head) * rows + i : nullptr;
         if (packed) *packed = 0.0f;
         if (largest == -INFINITY) continue;
         float total = std::exp(sink - largest);
-        for (int p = 0; p < pieces; ++p) total += std::exp(results[p * size + i] - largest) * results[p * size + rows + i];
-        for (int p = 0; p < pieces; ++p) {
+        for (int p = 0; p < splits; ++p) total += std::exp(results[p * size + i] - largest) * results[p * size + rows + i];
+        for (int p = 0; p < splits; ++p) {
             const float weight = std::exp(results[p * size + i] - largest) / total;
             const float* sum = results + p * size + 2 * rows + int64_t(i) * dim;
-            float* to = output + (p == pieces - 1 ? all : 0);
-            if (packed && p < pieces - 1) *packed += weight * results[p * size + rows + i];
+            float* to = output + (p == splits - 1 ? all : 0);
+            if (packed && p < splits - 1) *packed += weight * results[p * size + rows + i];
             for (int d = 0; d < dim; ++d) to[d] += weight * sum[d];
         }
     }
@@ -290,32 +290,32 @@ void merge(const Problem& problem, int row, int head, const float* results, int 
 // Packed: the worker that takes blocks; all others are taken in float32.
 template <typename Packed>
 void attend(const Problem& problem) {
-    const int runs = (problem.blocks + problem.chunk - 1) / problem.chunk, pieces = runs + 2;  // blocks, tail, exact tokens
+    const int runs = (problem.blocks + problem.chunk - 1) / problem.chunk, splits = runs + 2;  // blocks, tail, exact tokens
     const int heads = problem.batch * problem.kv_heads, rows = problem.group * problem.queries;
     const int64_t size = round_up(rows * (problem.head_dim + 2), 16);
-    float* results = static_cast<float*>(std::aligned_alloc(64, sizeof(float) * size * heads * pieces));
-    const int streamed = problem.values.streams ? runs + 1 : 0;  // so many of the pieces
+    float* results = static_cast<float*>(std::aligned_alloc(64, sizeof(float) * size * heads * splits));
+    const int streamed = problem.values.streams ? runs + 1 : 0;  // this many of the pieces
 #pragma omp parallel num_threads(problem.threads) if (problem.threads > 1)
     {
         Packed packed(problem);
         Worker exact(problem);
 #pragma omp for schedule(dynamic, 1)
-        for (int i = 0; i < heads * pieces; ++i) {
+        for (int i = 0; i < heads * splits; ++i) {
             const int head = i % heads, run = i / heads;
-            float* result = results + (int64_t(head) * pieces + run) * size;
-            Piece piece{head / problem.kv_heads, head % problem.kv_heads, run == runs, run > runs, run < streamed, 0, 0, result};
-            if (piece.tail || piece.dense) {
-                piece.last = piece.tail ? problem.tail > 0 : (problem.dense + kBlock - 1) / kBlock;
-                exact.run(piece);
+            float* result = results + (int64_t(head) * splits + run) * size;
+            Split split{head / problem.kv_heads, head % problem.kv_heads, run == runs, run > runs, run < streamed, 0, 0, result};
+            if (split.tail || split.dense) {
+                split.last = split.tail ? problem.tail > 0 : (problem.dense + kBlock - 1) / kBlock;
+                exact.run(split);
             } else {
-                piece.first = run * problem.chunk;
-                piece.last = problem.blocks < piece.first + problem.chunk ? problem.blocks : piece.first + problem.chunk;
-                packed.run(piece);
+                split.first = run * problem.chunk;
+                split.last = problem.blocks < split.first + problem.chunk ? problem.blocks : split.first + problem.chunk;
+                packed.run(split);
             }
         }
 #pragma omp for schedule(static)
         for (int i = 0; i < heads; ++i) {
-            merge(problem, i / problem.kv_heads, i % problem.kv_heads, results + i * pieces * size, pieces, size);
+            merge(problem, i / problem.kv_heads, i % problem.kv_heads, results + i * splits * size, splits, size);
         }
     }
     std::free(results);

@@ -1,5 +1,5 @@
-// From packed bytes to codes, and from codes to numbers, a row at a time. Compiled once for each instruction set: included after
-// `simd`, whose look-ups it uses.
+// From packed bytes to codes, and from codes to elements, a row at a time. Compiled once for each instruction set: included
+// after `simd`, whose look-ups it uses.
 
 #pragma once
 
@@ -28,21 +28,22 @@ inline void unpack_row(const uint8_t* const* rows, int bits, int length, uint8_t
     }
 }
 
-// Bits of kCodes codes of a row from the i-th on, in the lowest places of a byte each, where a plane has `width` bits of a code.
+// Bits of kCodes codes of a row from the i-th on, in the lowest places of a byte each, where a plane has `width` bits of a
+// code.
 template <int width, int length>
 inline Bytes plane_at(const uint8_t* row, int i) {
-    constexpr int bytes = length * width / 8, words = bytes / 8;
+    constexpr int bytes = length * width / 8, int16 = bytes / 8;
     Bytes packed = {};
     if constexpr (bytes >= kCodes) {
         std::memcpy(&packed, row + i % bytes, kCodes);
         packed >>= width * (i / bytes);
     } else if constexpr (bytes > 0) {  // a row is shorter: its bytes hold several of these codes
-        uint64_t word[words];
+        uint64_t word[int16];
         std::memcpy(word, row, bytes);
         Bytes down;
         for (int part = 0; part < kCodes / 8; ++part) {
-            packed[part] = word[part % words];
-            down[part] = width * (part / words);
+            packed[part] = word[part % int16];
+            down[part] = width * (part / int16);
         }
         packed >>= down + width * (i / bytes);
     }
@@ -60,47 +61,47 @@ constexpr int levels_of(int bits) { return bits <= 4 ? 16 : 256; }
 
 // A row of codes, looked up in a codebook of its own.
 template <int bits, int length, int from, int stop>
-inline void look_up(const uint8_t* const* rows, const float* table, float* numbers) {
+inline void look_up(const uint8_t* const* rows, const float* table, float* elements) {
     const simd::Table<levels_of(bits)> points(table);
 #pragma GCC unroll 8
     for (int i = from; i < stop; i += kCodes) {
         const simd::Found found = points(codes_at<bits, length>(rows, i));
 #pragma GCC unroll 4
-        for (int part = 0; part < kCodes / simd::width; ++part) simd::store(numbers + i - from + part * simd::width, found.part[part]);
+        for (int part = 0; part < kCodes / simd::width; ++part) simd::store(elements + i - from + part * simd::width, found.part[part]);
     }
 }
 
-// A row of codes looked up in a codebook of normalised levels, then stretched: all alike, by sixteens, or each by its own.
+// A row of codes looked up in a codebook of normalized levels, then scaled: all alike, by sixteens, or each by its own.
 template <int bits, int length, int from, int stop>
 inline void look_up(const uint8_t* const* rows, const float* table, const float* scale, const float* zero, int count,
-                    float* numbers) {
+                    float* elements) {
     const simd::Table<levels_of(bits)> points(table);
-    const auto stretch = [&](const auto& scale_at, const auto& zero_at) {
+    const auto scale_weights = [&](const auto& scale_at, const auto& zero_at) {
 #pragma GCC unroll 8
         for (int i = from; i < stop; i += kCodes) {
             const simd::Found found = points(codes_at<bits, length>(rows, i));
 #pragma GCC unroll 4
             for (int part = 0; part < kCodes / simd::width; ++part) {
                 const int at = i + part * simd::width;
-                simd::store(numbers + at - from, found.part[part] * scale_at(at) + zero_at(at));
+                simd::store(elements + at - from, found.part[part] * scale_at(at) + zero_at(at));
             }
         }
     };
     if (count == 1) {
         const simd::Floats by = scale[0] - simd::Floats{}, to = zero[0] - simd::Floats{};
-        stretch([&](int) { return by; }, [&](int) { return to; });
+        scale_weights([&](int) { return by; }, [&](int) { return to; });
     } else if (count == length) {
-        stretch([&](int at) { return simd::load(scale + at); }, [&](int at) { return simd::load(zero + at); });
+        scale_weights([&](int at) { return simd::load(scale + at); }, [&](int at) { return simd::load(zero + at); });
     } else {
         const auto group = [&](int at) { return at / 16 * count / (length / 16); };
-        stretch([&](int at) { return scale[group(at)]; }, [&](int at) { return zero[group(at)]; });
+        scale_weights([&](int at) { return scale[group(at)]; }, [&](int at) { return zero[group(at)]; });
     }
 }
 
 // The same for rows of any length and ranges of any, through a buffer of codes, which may go on beyond those that count.
 template <int bits>
 inline void look_up(const uint8_t* codes, int from, int length, const float* table, const float* scale, const float* zero,
-                    const Ranges& ranges, float* numbers) {
+                    const Ranges& ranges, float* elements) {
     const simd::Table<levels_of(bits)> points(table);
     for (int i = 0; i < length; i += kCodes) {
         float scales[kCodes], zeros[kCodes];
@@ -114,7 +115,7 @@ inline void look_up(const uint8_t* codes, int from, int length, const float* tab
         for (int part = 0; part < kCodes / simd::width && i + part * simd::width < length; ++part) {
             const int at = part * simd::width;
             const auto x = found.part[part];
-            simd::store(numbers + i + at, scale ? x * simd::load(scales + at) + simd::load(zeros + at) : x);
+            simd::store(elements + i + at, scale ? x * simd::load(scales + at) + simd::load(zeros + at) : x);
         }
     }
 }

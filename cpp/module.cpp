@@ -47,9 +47,9 @@ struct HeldStreams {
     Table finer;
     std::optional<Array<const int32_t, nb::ndim<2>>> places;
     std::optional<Array<const int32_t, nb::ndim<1>>> channels;
-    std::optional<Table> turns, offsets;
-    std::optional<Array<const int32_t, nb::ndim<2>>> stretches, reaches;
-    std::optional<Array<const int16_t>> offset_words;
+    std::optional<Table> query_rotations, offsets;
+    std::optional<Array<const int32_t, nb::ndim<2>>> int16_scales, int16_maxima;
+    std::optional<Array<const int16_t>> int16_offsets;
 };
 
 void require(bool sound, const char* message) {
@@ -59,11 +59,11 @@ void require(bool sound, const char* message) {
 // Counts of each rate from 1 on. Nothing is read beyond what these sizes tell.
 void make_streams(HeldStreams* held, const std::vector<int>& counts, bool norms, Array<const int8_t, nb::ndim<2>> high,
                   Array<const int8_t, nb::ndim<2>> low, Table finer, std::optional<Array<const int32_t, nb::ndim<2>>> places,
-                  std::optional<Array<const int32_t, nb::ndim<1>>> channels, std::optional<Table> turns, std::optional<Table> offsets,
-                  bool in_words, std::optional<Array<const int32_t, nb::ndim<2>>> stretches,
-                  std::optional<Array<const int32_t, nb::ndim<2>>> reaches, std::optional<Array<const int16_t>> offset_words) {
-    Streams streams{{}, norms, norms, high.data(), low.data(), finer.data(), data_or_null(places), data_or_null(channels), data_or_null(turns),
-                    data_or_null(offsets), in_words, data_or_null(stretches), data_or_null(reaches), data_or_null(offset_words)};
+                  std::optional<Array<const int32_t, nb::ndim<1>>> channels, std::optional<Table> query_rotations, std::optional<Table> offsets,
+                  bool uses_int16, std::optional<Array<const int32_t, nb::ndim<2>>> int16_scales,
+                  std::optional<Array<const int32_t, nb::ndim<2>>> int16_maxima, std::optional<Array<const int16_t>> int16_offsets) {
+    Streams streams{{}, norms, norms, high.data(), low.data(), finer.data(), data_or_null(places), data_or_null(channels), data_or_null(query_rotations),
+                    data_or_null(offsets), uses_int16, data_or_null(int16_scales), data_or_null(int16_maxima), data_or_null(int16_offsets)};
     require(counts.size() == kMostRate, "streams have a count for each rate from 1 on");
     for (int i = 0; i < kMostRate; ++i) {
         require(counts[i] >= 0 && counts[i] <= kMostDim / kUnit, "streams have more units than a head");
@@ -77,54 +77,54 @@ void make_streams(HeldStreams* held, const std::vector<int>& counts, bool norms,
         require(dim >= streams.coded() && dim % 2 == 0, "streams have more coefficients than a head");
         require(channels && int64_t(channels->size()) == dim, "a query has a channel for each place");
         require(offsets && offsets->size() == places->size() * kFrame, "offsets of keys do not fit them");
-        require(turns && turns->size() == places->size() * 4, "turns of queries do not fit them");
-        for (const auto& words : {stretches, reaches}) require(!in_words || (words && words->size() == places->size()), "tables of words do not fit streams");
-        require(!in_words || (offset_words && offset_words->size() == places->size() * kFrame), "offsets in words do not fit streams");
+        require(query_rotations && query_rotations->size() == places->size() * 4, "rotations of queries do not fit them");
+        for (const auto& int16 : {int16_scales, int16_maxima}) require(!uses_int16 || (int16 && int16->size() == places->size()), "tables of words do not fit streams");
+        require(!uses_int16 || (int16_offsets && int16_offsets->size() == places->size() * kFrame), "offsets in words do not fit streams");
         const auto within = [&](int32_t place) { return place >= 0 && place < dim; };
         require(std::all_of(places->data(), places->data() + places->size(), within), "a query has no such place");
         require(std::all_of(channels->data(), channels->data() + dim, within), "a query has no such channel");
     }
-    new (held) HeldStreams{streams, high, low, finer, places, channels, turns, offsets, stretches, reaches, offset_words};
+    new (held) HeldStreams{streams, high, low, finer, places, channels, query_rotations, offsets, int16_scales, int16_maxima, int16_offsets};
 }
 
 // A Side and the tables that it points into.
-struct HeldSide {
-    Side side{};
+struct HeldPackedTensor {
+    PackedTensor side{};
     std::optional<Table> table, scale, zero, unit;
-    std::optional<Array<const uint8_t>> words;
+    std::optional<Array<const uint8_t>> int16;
     std::optional<HeldStreams> streams;
 };
 
-void make_side(HeldSide* held, int bits, int codes, bool channel_major, std::optional<Table> table, bool fixed,
+void make_packed_tensor(HeldPackedTensor* held, int bits, int codes, bool channel_major, std::optional<Table> table, bool fixed,
                std::optional<Table> scale, std::optional<Table> zero, std::vector<int> ranges, int exact, int outlier,
-                std::optional<Array<const uint8_t>> words, std::optional<Table> unit, int most, const HeldStreams* streams) {
-    new (held) HeldSide{{}, table, scale, zero, unit, words, streams ? std::optional(*streams) : std::nullopt};
+                std::optional<Array<const uint8_t>> int16, std::optional<Table> unit, int most, const HeldStreams* streams) {
+    new (held) HeldPackedTensor{{}, table, scale, zero, unit, int16, streams ? std::optional(*streams) : std::nullopt};
     const int stride = bits <= 4 ? 16 : 256;
-    held->side = Side{bits,      codes,     stride,    channel_major, fixed,
-                      ranges[0], ranges[1], ranges[2], Number(exact), Number(outlier),
-                      data_or_null(table), data_or_null(words), data_or_null(unit), most, data_or_null(scale), data_or_null(zero),
+    held->side = PackedTensor{bits,      codes,     stride,    channel_major, fixed,
+                      ranges[0], ranges[1], ranges[2], DType(exact), DType(outlier),
+                      data_or_null(table), data_or_null(int16), data_or_null(unit), most, data_or_null(scale), data_or_null(zero),
                       held->streams ? &held->streams->streams : nullptr};
 }
 
-bool in_words(const HeldSide& held) { return held.streams ? held.streams->streams.in_words : held.side.words != nullptr; }
+bool uses_int16(const HeldPackedTensor& held) { return held.streams ? held.streams->streams.uses_int16 : held.side.int16 != nullptr; }
 
 // A Rotation and the tables that it points into.
 struct HeldRotation {
     Rotation rotation{};
     std::optional<Table> far, near, steps;
-    std::optional<Array<const int16_t>> words;
+    std::optional<Array<const int16_t>> int16;
     std::optional<Array<const int32_t>> lanes;
 };
 
 void make_rotation(HeldRotation* held, int pairs, bool interleaved, float scaling, std::optional<Table> far, std::optional<Table> near,
-                   std::optional<Table> steps, std::optional<Array<const int16_t>> words, std::optional<Array<const int32_t>> lanes) {
-    new (held) HeldRotation{{}, far, near, steps, words, lanes};
+                   std::optional<Table> steps, std::optional<Array<const int16_t>> int16, std::optional<Array<const int32_t>> lanes) {
+    new (held) HeldRotation{{}, far, near, steps, int16, lanes};
     held->rotation = Rotation{pairs, interleaved, scaling, nullptr, 0, far ? int32_t(far->shape(0)) * kBlock - 1 : 0, data_or_null(far), data_or_null(near), data_or_null(steps),
-                              data_or_null(words), data_or_null(lanes), nullptr};
+                              data_or_null(int16), data_or_null(lanes), nullptr};
 }
 
 // Streams are those of such heads; of keys they meet places of a query.
-void require_streams(const HeldSide& held, bool keys, int64_t kv_heads, int64_t head_dim) {
+void require_streams(const HeldPackedTensor& held, bool keys, int64_t kv_heads, int64_t head_dim) {
     if (!held.streams) return;
     const auto& places = held.streams->places;
     require(held.streams->streams.coded() <= head_dim, "streams have more coefficients than a head");
@@ -132,8 +132,8 @@ void require_streams(const HeldSide& held, bool keys, int64_t kv_heads, int64_t 
 }
 
 // Every table is as large as what will be read of it.
-void require_tables(const HeldSide& held, int64_t heads) {
-    const Side& side = held.side;
+void require_tables(const HeldPackedTensor& held, int64_t heads) {
+    const PackedTensor& side = held.side;
     const int64_t codes = heads * side.codes, ranges = int64_t(side.range_heads) * side.range_tokens * side.range_channels;
     const auto holds = [](const std::optional<Table>& table, int64_t floats) { return !table || int64_t(table->size()) >= floats; };
     if (!(side.bits == 16 || side.table || side.streams) || !holds(held.table, (side.fixed ? codes : 1) * side.stride) || !holds(held.scale, ranges) ||
@@ -142,20 +142,20 @@ void require_tables(const HeldSide& held, int64_t heads) {
 }
 
 Tail tail_from(const std::vector<int64_t>& parts) {
-    if (parts.size() != 6) throw std::invalid_argument("a tail is six whole numbers");
+    if (parts.size() != 6) throw std::invalid_argument("a tail is six integers");
     return {at<const void>(parts[0]), at<const uint16_t>(parts[1]), at<const uint16_t>(parts[2]), at<const void>(parts[3]), at<const int64_t>(parts[4]), parts[5]};
 }
 
 void attend(const std::string& kernel, int threads, int chunk, const std::vector<int>& shape, int blocks, int64_t tokens, int tail,
             int dense, uintptr_t output, uintptr_t totals, uintptr_t packed_query, uintptr_t dense_query, uintptr_t dense_keys, uintptr_t dense_values,
-            const HeldSide& keys, const HeldSide& values, const std::vector<int64_t>& keys_tail, const std::vector<int64_t>& values_tail,
+            const HeldPackedTensor& keys, const HeldPackedTensor& values, const std::vector<int64_t>& keys_tail, const std::vector<int64_t>& values_tail,
             const HeldRotation& rotation, uintptr_t positions, int64_t position_stride, uintptr_t angles, uintptr_t table,
             uintptr_t starts, uintptr_t hidden, int hidden_batch, uintptr_t sink_index, int sinks, uintptr_t sink_logits, uintptr_t key_offsets,
             uintptr_t value_bias, float scaling, float softcap) {
     static_assert(sizeof(Block) == 8 * sizeof(int64_t), "a block is eight addresses");
     if (shape.size() != 5) throw std::invalid_argument("a shape is batch, query heads, KV heads, queries and head_dim");
     if (shape[4] > kMostDim) throw std::invalid_argument("heads have at most 512 channels");
-    if (2 * rotation.rotation.pairs > shape[4]) throw std::invalid_argument("more channels turn than a head has");
+    if (2 * rotation.rotation.pairs > shape[4]) throw std::invalid_argument("more channels rotate than a head has");
     require_tables(keys, shape[2]), require_tables(values, shape[2]);
     require_streams(keys, true, shape[2], shape[4]), require_streams(values, false, shape[2], shape[4]);
     Problem problem{};
@@ -197,8 +197,8 @@ void attend(const std::string& kernel, int threads, int chunk, const std::vector
     problem.output = at<float>(output);
     nb::gil_scoped_release release;
 #if defined(__x86_64__)
-    const bool words = in_words(keys) && in_words(values) && !keys.streams == !values.streams && (!problem.rotation.pairs || problem.rotation.words);
-    if (kernel == "words" && words) return attend_words(problem);
+    const bool int16 = uses_int16(keys) && uses_int16(values) && !keys.streams == !values.streams && (!problem.rotation.pairs || problem.rotation.int16);
+    if (kernel == "int16" && int16) return attend_int16(problem);
     if (kernel == "avx512") return attend_avx512(problem);
     if (kernel == "avx2") return attend_avx2(problem);
 #endif
@@ -216,16 +216,16 @@ NB_MODULE(_kernels, module) {
     define_encode(module);
     nb::class_<HeldStreams>(module, "Streams", "What all trellis-coded streams of one side have in common.")
         .def("__init__", &make_streams, nb::kw_only(), "counts"_a, "norms"_a, "high"_a, "low"_a, "finer"_a, "places"_a.none(),
-             "channels"_a.none(), "turns"_a.none(), "offsets"_a.none(), "in_words"_a = false,
-             "stretches"_a.none() = nb::none(), "reaches"_a.none() = nb::none(), "offset_words"_a.none() = nb::none());
-    nb::class_<HeldSide>(module, "Side", "The keys, or the values, of packed blocks: what all of them have in common.")
-        .def("__init__", &make_side, nb::kw_only(), "bits"_a, "codes"_a, "channel_major"_a, "table"_a.none(),
-             "fixed"_a, "scale"_a.none(), "zero"_a.none(), "ranges"_a, "exact"_a, "outlier"_a, "words"_a.none(),
+             "channels"_a.none(), "query_rotations"_a.none(), "offsets"_a.none(), "uses_int16"_a = false,
+             "int16_scales"_a.none() = nb::none(), "int16_maxima"_a.none() = nb::none(), "int16_offsets"_a.none() = nb::none());
+    nb::class_<HeldPackedTensor>(module, "PackedTensor", "The keys, or the values, of packed blocks: what all of them have in common.")
+        .def("__init__", &make_packed_tensor, nb::kw_only(), "bits"_a, "codes"_a, "channel_major"_a, "table"_a.none(),
+             "fixed"_a, "scale"_a.none(), "zero"_a.none(), "ranges"_a, "exact"_a, "outlier"_a, "int16"_a.none(),
              "unit"_a.none(), "most"_a, "streams"_a.none() = nb::none())
-        .def_prop_ro("in_words", &in_words);
+        .def_prop_ro("uses_int16", &uses_int16);
     nb::class_<HeldRotation>(module, "Rotation", "The rotary embedding of keys that are stored without it.")
         .def("__init__", &make_rotation, nb::kw_only(), "pairs"_a = 0, "interleaved"_a = false, "scaling"_a = 1.0f,
-             "far"_a.none() = nb::none(), "near"_a.none() = nb::none(), "steps"_a.none() = nb::none(), "words"_a.none() = nb::none(),
+             "far"_a.none() = nb::none(), "near"_a.none() = nb::none(), "steps"_a.none() = nb::none(), "int16"_a.none() = nb::none(),
              "lanes"_a.none() = nb::none());
     module.def("attend", &attend, nb::kw_only(), "kernel"_a, "threads"_a, "chunk"_a, "shape"_a, "blocks"_a, "tokens"_a, "tail"_a,
                "dense"_a, "output"_a, "totals"_a, "packed_query"_a, "dense_query"_a, "dense_keys"_a, "dense_values"_a, "keys"_a, "values"_a,

@@ -20,8 +20,8 @@ using namespace nb::literals;
 namespace narrowkv {
 namespace {
 
-Numbers numbers_from(int kind, uint64_t data, std::array<int64_t, 4> shape, std::array<int64_t, 4> strides) {
-    return {Number(kind), at<const void>(data), shape[0], shape[1], shape[2], shape[3], strides[0], strides[1], strides[2]};
+TensorView view_from(int kind, uint64_t data, std::array<int64_t, 4> shape, std::array<int64_t, 4> strides) {
+    return {DType(kind), at<const void>(data), shape[0], shape[1], shape[2], shape[3], strides[0], strides[1], strides[2]};
 }
 
 // A Codec and the tables that it points into.
@@ -41,7 +41,7 @@ void make_codec(HeldCodec* held, int sharing, int64_t group, double outliers, Ta
                         data_or_null(upper)};
 }
 
-// What ranges learned offline are read of is there, for so many channels of all heads.
+// What ranges learned offline are read of is there, for this many channels of all heads.
 void require_tables(const HeldCodec& held, int64_t channels) {
     if (held.codec.sharing != Sharing::fixed) return;
     const auto holds = [&](const std::optional<Table>& table) { return table && int64_t(table->size()) >= channels; };
@@ -50,26 +50,26 @@ void require_tables(const HeldCodec& held, int64_t channels) {
 }
 
 int64_t encode_tokens(const HeldCodec& held, int kind, uint64_t data, std::array<int64_t, 4> shape, std::array<int64_t, 4> strides,
-                      uint64_t skip, int64_t tokens, int64_t first, std::array<uint64_t, 5> parts, int64_t outlier_room,
+                      uint64_t skip, int64_t tokens, int64_t first, std::array<uint64_t, 5> parts, int64_t outlier_capacity,
                       int threads) {
-    const Room room{tokens,
+    const EncodeBuffer buffer{tokens,
                     first,
                     at<uint8_t>(parts[0]),
                     at<uint16_t>(parts[1]),
                     at<uint16_t>(parts[2]),
                     at<int64_t>(parts[3]),
                     at<uint16_t>(parts[4]),
-                    outlier_room};
-    const Numbers numbers = numbers_from(kind, data, shape, strides);
+                    outlier_capacity};
+    const TensorView elements = view_from(kind, data, shape, strides);
     require_tables(held, shape[1] * shape[3]);
     nb::gil_scoped_release release;
-    return encode(held.codec, numbers, at<const uint8_t>(skip), room, threads);
+    return encode(held.codec, elements, at<const uint8_t>(skip), buffer, threads);
 }
 
 bool are_finite(int kind, uint64_t data, std::array<int64_t, 4> shape, std::array<int64_t, 4> strides, int threads) {
-    const Numbers numbers = numbers_from(kind, data, shape, strides);
+    const TensorView elements = view_from(kind, data, shape, strides);
     nb::gil_scoped_release release;
-    return all_finite(numbers, threads);
+    return all_finite(elements, threads);
 }
 
 void pack_plane(uint64_t codes, std::array<int64_t, 3> shape, std::array<int64_t, 3> strides, int bits, int shift, uint64_t packed,
@@ -96,13 +96,13 @@ void encode_trellis(const std::string& kernel, uint64_t elements, uint64_t weigh
 }  // namespace
 
 void define_encode(nb::module_& module) {
-    nb::class_<HeldCodec>(module, "Codec", "What is the same for all tokens that a quantizer encodes; see codec/compiled.py.")
+    nb::class_<HeldCodec>(module, "Codec", "What is the same for all tokens that a quantizer encodes; see codec/cpu/encode.py.")
         .def("__init__", &make_codec, nb::kw_only(), "sharing"_a, "group"_a, "outliers"_a, "boundaries"_a,
              "scale"_a.none(), "zero"_a.none(), "lower"_a.none(), "upper"_a.none())
         .def("encode", &encode_tokens, "kind"_a, "data"_a, "shape"_a, "strides"_a, "skip"_a, "tokens"_a, "first"_a, "parts"_a,
-             "outlier_room"_a, "threads"_a, "Write codes, ranges and outliers of new tokens to their room; see codec/compiled.py.");
+             "outlier_capacity"_a, "threads"_a, "Write codes, ranges and outliers of new tokens to their buffer; see codec/cpu/encode.py.");
     module.def("all_finite", &are_finite, "kind"_a, "data"_a, "shape"_a, "strides"_a, "threads"_a,
-               "Whether no number is NaN or infinite.");
+               "Whether no element is NaN or infinite.");
     module.def("encode_trellis", &encode_trellis, "kernel"_a, "elements"_a, "weights"_a, "high"_a, "low"_a, "codes"_a, "shape"_a,
                "counts"_a, "threads"_a, "Write the bit stream of least cost of each row; see codec/trellis.py.");
     module.def("pack", &pack_plane, "codes"_a, "shape"_a, "strides"_a, "bits"_a, "shift"_a, "packed"_a, "threads"_a,

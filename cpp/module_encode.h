@@ -1,4 +1,4 @@
-// What of the module concerns quantising.
+// What of the module concerns quantizing.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-// Codes are merged where they lie, many bytes at a time; a column-major matrix is turned after that, when it has shrunk.
+// Codes are merged where they lie, many bytes at a time; a column-major matrix is rotated after that, when it has shrunk.
 
 #include "pack.h"
 

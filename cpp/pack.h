@@ -6,8 +6,8 @@
 
 namespace narrowkv {
 
-// codes: [matrices, rows, count], each matrix row-major or column-major. bits: of a plane, taken from bit `shift` of each code.
-// packed: [matrices, rows, count * bits / 8].
+// codes: [matrices, rows, count], each matrix row-major or column-major. bits: of a plane, taken from bit `shift` of each
+// code. packed: [matrices, rows, count * bits / 8].
 struct Packing {
     int64_t matrices, rows, count;
     int64_t matrix_stride, row_stride, code_stride;  // one of the last two is 1

@@ -1,4 +1,4 @@
-// Scales and zeros of a block, and exact numbers, as float32. Compiled once for each instruction set: included after `simd`.
+// Scales and zeros of a block, and exact elements, as float32. Compiled once for each instruction set: included after `simd`.
 
 #pragma once
 
@@ -10,17 +10,17 @@
 namespace narrowkv {
 namespace {
 
-inline float to_single(uint16_t bits, Number kind) {
-    if (kind == Number::half) return single_from_half(bits);
+inline float to_single(uint16_t bits, DType kind) {
+    if (kind == DType::half) return single_from_half(bits);
     const uint32_t wide = uint32_t(bits) << 16;
-    float number;
-    std::memcpy(&number, &wide, 4);
-    return number;
+    float element;
+    std::memcpy(&element, &wide, 4);
+    return element;
 }
 
-inline float load_exact(const void* numbers, int64_t i, Number kind) {
-    if (kind == Number::single) return static_cast<const float*>(numbers)[i];
-    return to_single(static_cast<const uint16_t*>(numbers)[i], kind);
+inline float load_exact(const void* elements, int64_t i, DType kind) {
+    if (kind == DType::single) return static_cast<const float*>(elements)[i];
+    return to_single(static_cast<const uint16_t*>(elements)[i], kind);
 }
 
 // Scales and zeros of a head, laid out for rows of codes: row r has those at (r / rows) * count, each for `length` codes.
@@ -30,7 +30,7 @@ struct Ranges {
     float* zero;
 };
 
-inline Ranges read_ranges(const Side& side, const Block& block, int head, int head_dim, float* buffer) {
+inline Ranges read_ranges(const PackedTensor& side, const Block& block, int head, int head_dim, float* buffer) {
     const int tokens = side.range_tokens, channels = side.range_channels, all = tokens * channels;
     const int64_t first = side.range_heads > 1 ? int64_t(head) * all : 0;
     Ranges ranges{kBlock / tokens, channels, head_dim / channels, buffer, buffer + all};
@@ -52,8 +52,8 @@ inline Ranges read_ranges(const Side& side, const Block& block, int head, int he
             simd::store(ranges.zero + i, block.zero ? simd::load_halves(block.zero + first + i) : simd::Floats{});
         }
     } else {
-        place([&](int64_t i) { return to_single(block.scale[i], Number::half); },
-              [&](int64_t i) { return block.zero ? to_single(block.zero[i], Number::half) : 0.0f; });
+        place([&](int64_t i) { return to_single(block.scale[i], DType::half); },
+              [&](int64_t i) { return block.zero ? to_single(block.zero[i], DType::half) : 0.0f; });
     }
     return ranges;
 }

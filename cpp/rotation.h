@@ -1,4 +1,4 @@
-// The rotary embedding of keys that are stored without it. A tile is turned relative to its first token, by angles that all
+// The rotary embedding of keys that are stored without it. A tile is rotated relative to its first token, by angles that all
 // tiles share; what the first token's position adds is taken back from the queries, once for a tile.
 
 #pragma once
@@ -17,7 +17,7 @@ inline int32_t within(const Rotation& rotation, int32_t position) {
     return position < 0 ? 0 : position < rotation.last ? position : rotation.last;
 }
 
-// Cosines and sines [pairs] of a position, stretched.
+// Cosines and sines [pairs] of a position, scaled.
 inline void angles_at(const Rotation& rotation, int32_t position, float* __restrict cos, float* __restrict sin) {
     const int pairs = rotation.pairs;
     position = within(rotation, position);
@@ -29,8 +29,8 @@ inline void angles_at(const Rotation& rotation, int32_t position, float* __restr
     }
 }
 
-// Turn queries [rows][head_dim] back by the angle of a position, and stretch them.
-inline void turn_back(const Rotation& rotation, int32_t position, int rows, int head_dim, float* query) {
+// Rotate queries [rows][head_dim] back by the angle of a position, and scale them.
+inline void unrotate(const Rotation& rotation, int32_t position, int rows, int head_dim, float* query) {
     const int pairs = rotation.pairs;
     float cos[kMostPairs], sin[kMostPairs];
     angles_at(rotation, position, cos, sin);
@@ -61,16 +61,16 @@ inline void angle_at(const Rotation& rotation, int32_t position, int pair, float
     sin = far[rotation.pairs] * step[0] + far[0] * step[rotation.pairs];
 }
 
-// Angles of the `count` tokens from `start` on, [pairs][2][32], which a tile of keys is to be turned by; `query` is made to fit.
-// `own` is room for angles that no other block shares.
+// Angles of the `count` tokens from `start` on, [pairs][2][32], which a tile of keys is to be rotated by; `query` is made to
+// fit. `own` is space for angles that no other block shares.
 inline const float* relative_angles(const Rotation& rotation, int row, int64_t tokens, int64_t start, int count, int rows,
                                     int head_dim, float* query, float* own) {
     const int pairs = rotation.pairs;
     const auto fill = [&](const auto& angle) {
         for (int pair = 0; pair < pairs; ++pair) {
-            float* to = own + pair * 2 * kTurned;
-            for (int token = 0; token < kTurned; ++token) {
-                angle(token < count ? token : 0, pair, to[token], to[kTurned + token]);
+            float* to = own + pair * 2 * kRopeTokens;
+            for (int token = 0; token < kRopeTokens; ++token) {
+                angle(token < count ? token : 0, pair, to[token], to[kRopeTokens + token]);
             }
         }
         return own;
@@ -86,10 +86,10 @@ inline const float* relative_angles(const Rotation& rotation, int row, int64_t t
     bool consecutive = true;
     for (int token = 1; token < count; ++token) consecutive &= positions[token] == positions[0] + token;
     if (consecutive) {
-        turn_back(rotation, positions[0], rows, head_dim, query);
+        unrotate(rotation, positions[0], rows, head_dim, query);
         return rotation.near;
     }
-    turn_back(rotation, 0, rows, head_dim, query);
+    unrotate(rotation, 0, rows, head_dim, query);
     return fill([&](int token, int pair, float& cos, float& sin) { angle_at(rotation, positions[token], pair, cos, sin); });
 }
 

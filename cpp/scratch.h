@@ -13,19 +13,19 @@ namespace {
 
 // Scratch memory of one thread. sum: of token-major values [rows][head_dim rounded up], else [rows][head_dim][width].
 struct Scratch {
-    float *tile, *ranges, *tail, *angles, *query, *turned, *scores, *sum, *largest, *total, *tables[2];
+    float *tile, *ranges, *tail, *angles, *query, *rotated, *scores, *sum, *largest, *total, *tables[2];
     void* memory;
 
     explicit Scratch(const Problem& problem) {
         const size_t rows = round_up(problem.group * problem.queries, 16), dim = round_up(problem.head_dim, 16);
-        const auto levels = [](const Side& side) { return size_t(16 * codebooks(side)); };  // where they are laid out at all
+        const auto levels = [](const PackedTensor& side) { return size_t(16 * codebooks(side)); };  // where they are laid out at all
         const std::pair<float**, size_t> parts[] = {
             {&tile, dim * kBlock},
             {&ranges, 2 * dim * kBlock},
             {&tail, dim * kBlock},
             {&angles, dim * kBlock},
             {&query, dim * rows},
-            {&turned, dim * rows},
+            {&rotated, dim * rows},
             {&scores, rows * kBlock},
             {&sum, rows * dim * simd::width},
             {&largest, rows},
@@ -58,7 +58,7 @@ struct Aligned {
 };
 
 template <typename T>
-using Room = std::vector<T, Aligned<T>>;
+using Buffer = std::vector<T, Aligned<T>>;
 
 }  // namespace
 }  // namespace narrowkv

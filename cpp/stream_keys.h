@@ -1,7 +1,8 @@
 // Scores of keys in trellis-coded streams. Compiled once for each instruction set: included after `simd`.
 //
-// Keys of a frame of 16 tokens are turned to its middle already, so that where positions follow each other one query, turned to the
-// middle, meets all of them. Coefficients are multiplied in grid steps, and what the mean of keys adds to each is added to it there.
+// Keys of a frame of 16 tokens are rotated to its middle already, so that where positions follow each other one query, rotated
+// to the middle, meets all of them. Coefficients are multiplied in grid steps, and what the mean of keys adds to each is added
+// to it there.
 
 #pragma once
 
@@ -23,8 +24,8 @@ inline void score_frame(const float* query, int stride, const int32_t* places, c
         for (int way = 0; way < ways; ++way) {
             const float* asked = query + places[i + way];
             for (int w = 0; w < wide; ++w) {
-                const Floats number = simd::to_floats(tile + (i + way) * kBlock + w * simd::width) + load(offsets + (i + way) * kFrame + w * simd::width);
-                for (int q = 0; q < queries; ++q) sum[way][q][w] += all(asked[q * stride]) * number;
+                const Floats element = simd::to_floats(tile + (i + way) * kBlock + w * simd::width) + load(offsets + (i + way) * kFrame + w * simd::width);
+                for (int q = 0; q < queries; ++q) sum[way][q][w] += all(asked[q * stride]) * element;
             }
         }
     }
@@ -47,7 +48,7 @@ class StreamKeys {
         : problem(problem), rows(problem.group * problem.queries), dim(problem.head_dim) {
         if (!problem.keys.streams) return;
         const size_t size = size_t(rows) * dim;
-        asked.resize(size), crossed.resize(size), turned.resize(size);
+        asked.resize(size), crossed.resize(size), rotated.resize(size);
         cos.resize(dim / 2, 1.0f), sin.resize(dim / 2, 0.0f);
         found.resize(size_t(rows) * kFrame);
         tile.resize(size_t(dim) * kBlock);
@@ -58,17 +59,17 @@ class StreamKeys {
         row = of_row, head = of_head;
         const Streams& streams = *problem.keys.streams;
         const int half = dim / 2;
-        const float* __restrict turns = streams.turns + int64_t(head) * 8 * half;
+        const float* __restrict query_rotations = streams.query_rotations + int64_t(head) * 8 * half;
         const float* query = problem.packed_query + (int64_t(row) * problem.kv_heads + head) * rows * dim;
-        float *__restrict x = turned.data(), *__restrict y = x + half;
+        float *__restrict x = rotated.data(), *__restrict y = x + half;
         for (int i = 0; i < rows; ++i, query += dim) {
             for (int place = 0; place < dim; ++place) x[place] = query[streams.channels[place]] * problem.scaling;
             float *__restrict still = &asked[i * dim], *__restrict further = &crossed[i * dim];
-            for (int number = 0; number < 2; ++number) {
-                const float* __restrict turn = turns + 2 * number * half;
-                for (int pair = 0; pair < half; ++pair) still[number * half + pair] = turn[pair] * x[pair] + turn[half + pair] * y[pair];
-                turn += 4 * half;
-                for (int pair = 0; pair < half; ++pair) further[number * half + pair] = turn[pair] * x[pair] + turn[half + pair] * y[pair];
+            for (int element = 0; element < 2; ++element) {
+                const float* __restrict rotate = query_rotations + 2 * element * half;
+                for (int pair = 0; pair < half; ++pair) still[element * half + pair] = rotate[pair] * x[pair] + rotate[half + pair] * y[pair];
+                rotate += 4 * half;
+                for (int pair = 0; pair < half; ++pair) further[element * half + pair] = rotate[pair] * x[pair] + rotate[half + pair] * y[pair];
             }
         }
     }
@@ -94,10 +95,10 @@ class StreamKeys {
     const Problem& problem;
     const int rows, dim;
     int row = 0, head = 0;
-    Room<float> asked, crossed, turned;  // [rows][head_dim]: where angles are 0, a quarter of a turn further, and as a frame needs it
-    Room<float> cos, sin;                // [head_dim / 2] of a frame; pairs that do not turn have an angle of 0
-    Room<float> found;                   // [rows][16] scores of a frame
-    Room<int8_t> tile;                   // [coded][64]
+    Buffer<float> asked, crossed, rotated;  // [rows][head_dim]: where angles are 0, a quarter of a cycle further, and as a frame needs it
+    Buffer<float> cos, sin;                // [head_dim / 2] of a frame; pairs that do not rotate have an angle of 0
+    Buffer<float> found;                   // [rows][16] scores of a frame
+    Buffer<int8_t> tile;                   // [coded][64]
     Misses misses;
 
   private:
@@ -107,7 +108,7 @@ class StreamKeys {
             const int stop = count < from + kFrame ? count : from + kFrame;
             for (int first = from; first < stop;) {
                 const int end = together(start, first, stop);
-                const float* query = turn(start + first);
+                const float* query = rotate(start + first);
                 score_some(query, from, first, end, missed, scores);
                 first = end;
             }
@@ -127,7 +128,7 @@ class StreamKeys {
     }
 
     // Queries as coefficients of a token see them.
-    const float* turn(int64_t token) {
+    const float* rotate(int64_t token) {
         const Rotation& rotation = problem.rotation;
         const int half = dim / 2;
         if (!rotation.pairs) return asked.data();
@@ -139,11 +140,11 @@ class StreamKeys {
             angles_at(rotation, rotation.positions[row * rotation.position_stride + token], cos.data(), sin.data());
         }
         const float *c = cos.data(), *s = sin.data(), *x = asked.data(), *y = crossed.data();
-        float* __restrict to = turned.data();
+        float* __restrict to = rotated.data();
         for (int i = 0; i < 2 * rows; ++i, x += half, y += half, to += half) {
             for (int pair = 0; pair < half; ++pair) to[pair] = c[pair] * x[pair] + s[pair] * y[pair];
         }
-        return turned.data();
+        return rotated.data();
     }
 
     // Scores of tokens [first, end) of the frame from `from` on. missed: outliers from the frame's first one on.

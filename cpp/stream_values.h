@@ -10,7 +10,8 @@
 namespace narrowkv {
 namespace {
 
-// Add coefficients [coded][64], weighted, to the sums of some queries, [queries][head_dim][width]: lanes are added up at the end.
+// Add coefficients [coded][64], weighted, to the sums of some queries, [queries][head_dim][width]: lanes are added up at the
+// end.
 template <int queries>
 inline void mix_streams(const float* weights, const int8_t* tile, int coded, int head_dim, float* sums) {
     constexpr int ways = 2, wide = kBlock / simd::width;
@@ -41,7 +42,7 @@ class StreamValues {
         : problem(problem), rows(problem.group * problem.queries), dim(problem.head_dim) {
         if (!problem.values.streams) return;
         tile.resize(size_t(dim) * kBlock);
-        for (int code = 0; code < 256; ++code) norms[code] = std::exp2((code - 128) / 16.0f);  // codec/trellis_quantizer.py
+        for (int code = 0; code < 256; ++code) norms[code] = std::exp2((code - 128) / 16.0f);  // codec/quantizers/trellis.py
     }
 
     // Add a block to sums [rows][head_dim][width]. weights: [rows][64], which are multiplied by norms.
@@ -50,7 +51,7 @@ class StreamValues {
         const int64_t at = int64_t(head) * streams.bytes * kBlock;
         decode_streams(streams, block.planes[0] + at, next.planes[0] + at, tile.data());
         misses.of_block(problem.values, block, head, InTile{tile.data()});
-        stretch(block.planes[0] + at + (streams.bytes - 1) * kBlock, 1, weights);
+        scale_weights(block.planes[0] + at + (streams.bytes - 1) * kBlock, 1, weights);
         add(weights, sums);
     }
 
@@ -59,18 +60,18 @@ class StreamValues {
         const uint8_t* codes = static_cast<const uint8_t*>(tail.codes) + place * kBlock * streams.bytes;
         decode_stream_tail(streams, codes, problem.tail, tile.data());
         misses.of_tail(problem.values, tail, place, InTile{tile.data()});
-        stretch(codes + streams.bytes - 1, streams.bytes, weights);
+        scale_weights(codes + streams.bytes - 1, streams.bytes, weights);
         add(weights, sums);
     }
 
   private:
     const Problem& problem;
     const int rows, dim;
-    Room<int8_t> tile;  // [coded][64]
+    Buffer<int8_t> tile;  // [coded][64]
     float norms[256];
     Misses misses;
 
-    void stretch(const uint8_t* codes, int apart, float* weights) const {
+    void scale_weights(const uint8_t* codes, int apart, float* weights) const {
         if (!problem.values.streams->norms) return;
         float factors[kBlock];
         for (int token = 0; token < kBlock; ++token) factors[token] = norms[codes[token * apart]];

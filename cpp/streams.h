@@ -1,5 +1,5 @@
-// Trellis-coded streams of a block, or of the tail, decoded to grid steps. Compiled once for each instruction set: included after
-// `simd`. codec/trellis.py says what a stream is; a block holds byte i of the streams of its 64 tokens side by side.
+// Trellis-coded streams of a block, or of the tail, decoded to grid steps. Compiled once for each instruction set: included
+// after `simd`. codec/trellis.py says what a stream is; a block holds byte i of the streams of its 64 tokens side by side.
 
 #pragma once
 
@@ -52,8 +52,8 @@ inline Lanes nibble(const Lanes* bytes) {
     else return move_bits<8 - after, 0, after>(bytes[byte + 1]) | move_bits<-after, after, 4>(bytes[byte]);
 }
 
-// Eight coefficients of rate k of 64 tokens, whose bytes begin in a row of the codes. ordered: puts a row's tokens in the order that the
-// tile is to have.
+// Eight coefficients of rate k of 64 tokens, whose bytes begin in a row of the codes. ordered: puts a row's tokens in the
+// order that the tile is to have.
 template <int k, typename Ordered>
 NARROWKV_INLINE inline void decode_unit(const Streams& streams, const uint8_t* codes, int row, const Ordered& ordered, int8_t* tile) {
     alignas(64) static const uint8_t nothing[kBlock] = {};
@@ -74,12 +74,13 @@ struct AsTheyLie {
     NARROWKV_INLINE Lanes operator()(Lanes bytes) const { return bytes; }
 };
 
-// Run `part` for all units of a head: it is told the rate as a type, the row in which their bytes begin, and how many went before.
+// Run `part` for all units of a head: it is given the rate as a type, the row in which their bytes begin, and how many went
+// before.
 template <typename Part>
 inline void by_units(const Streams& streams, const Part& part) {
-    int row = 0, number = 0;
+    int row = 0, element = 0;
     each<kMostRate>([&](auto i) NARROWKV_INLINE {
-        for (int unit = 0; unit < streams.counts[i]; ++unit, row += i + 1) part(std::integral_constant<int, i + 1>(), row, number++);
+        for (int unit = 0; unit < streams.counts[i]; ++unit, row += i + 1) part(std::integral_constant<int, i + 1>(), row, element++);
     });
 }
 
@@ -107,8 +108,8 @@ inline void decode_stream_tail(const Streams& streams, const uint8_t* codes, int
     }
 }
 
-// Run `part`, which is told how many queries at once as a type, over all rows, `most` at a time: each time decoded numbers are
-// converted anew.
+// Run `part`, which is given how many queries at once as a type, over all rows, `most` at a time: each time dequantized
+// elements are converted anew.
 template <int most, typename Part>
 inline void by_many(int rows, const Part& part) {
     for (int row = 0; row < rows; row += most) {
@@ -130,7 +131,7 @@ struct Miss {
     float by;
 };
 
-// A head's outliers in ascending order of tokens, as far as they lie within a block of so many coefficients.
+// A head's outliers in ascending order of tokens, as far as they lie within a block of this many coefficients.
 class Misses {
   public:
     const Miss* begin() const { return found.data(); }
@@ -138,7 +139,7 @@ class Misses {
 
     // decoded: the grid steps of a place and token.
     template <typename Decoded>
-    void of_block(const Side& side, const Block& block, int head, const Decoded& decoded) {
+    void of_block(const PackedTensor& side, const Block& block, int head, const Decoded& decoded) {
         found.clear();
         if (!block.outlier_offsets) return;
         for (int i = block.outlier_offsets[head]; i < block.outlier_offsets[head + 1]; ++i) {
@@ -147,7 +148,7 @@ class Misses {
     }
 
     template <typename Decoded>
-    void of_tail(const Side& side, const Tail& tail, int64_t place, const Decoded& decoded) {
+    void of_tail(const PackedTensor& side, const Tail& tail, int64_t place, const Decoded& decoded) {
         found.clear();
         for (int64_t i = 0; i < tail.outliers; ++i) {
             add(side, tail.outlier_index[i] - place * kBlock * side.streams->coded(), tail.outlier_values, i, decoded);
@@ -159,7 +160,7 @@ class Misses {
     std::vector<Miss> found;
 
     template <typename Decoded>
-    void add(const Side& side, int64_t index, const void* values, int64_t i, const Decoded& decoded) {
+    void add(const PackedTensor& side, int64_t index, const void* values, int64_t i, const Decoded& decoded) {
         const Streams& streams = *side.streams;
         const int coded = streams.coded();
         if (index < 0 || index >= int64_t(kBlock) * coded) return;

@@ -1,4 +1,5 @@
-// Arithmetic on one decoded tile: turn, score, weigh, mix. Compiled once for each instruction set: included after `simd`.
+// Arithmetic on one dequantized tile: rotate, score, weigh, mix. Compiled once for each instruction set: included after
+// `simd`.
 
 #pragma once
 
@@ -19,14 +20,14 @@ inline Floats all(float x) { return x - Floats{}; }
 // Vectors of tokens or channels held in registers at once, beside those of four queries.
 constexpr int kWide = simd::width == 16 ? 4 : 2;
 
-// Turn pairs of channels of a channel-major tile by the angles of its tokens, [pairs][2][32] cosines and sines.
-inline void turn(float* tile, const float* angles, int pairs, bool interleaved) {
+// Rotate pairs of channels of a channel-major tile by the angles of its tokens, [pairs][2][32] cosines and sines.
+inline void rotate(float* tile, const float* angles, int pairs, bool interleaved) {
     for (int pair = 0; pair < pairs; ++pair) {
-        float* first = tile + (interleaved ? 2 * pair : pair) * kTurned;
-        float* second = tile + (interleaved ? 2 * pair + 1 : pair + pairs) * kTurned;
-        const float* cos = angles + pair * 2 * kTurned;
-        for (int i = 0; i < kTurned; i += simd::width) {
-            const Floats x = load(first + i), y = load(second + i), c = load(cos + i), s = load(cos + kTurned + i);
+        float* first = tile + (interleaved ? 2 * pair : pair) * kRopeTokens;
+        float* second = tile + (interleaved ? 2 * pair + 1 : pair + pairs) * kRopeTokens;
+        const float* cos = angles + pair * 2 * kRopeTokens;
+        for (int i = 0; i < kRopeTokens; i += simd::width) {
+            const Floats x = load(first + i), y = load(second + i), c = load(cos + i), s = load(cos + kRopeTokens + i);
             store(first + i, x * c - y * s);
             store(second + i, y * c + x * s);
         }
@@ -37,10 +38,10 @@ inline void turn(float* tile, const float* angles, int pairs, bool interleaved) 
 template <int queries>
 inline void score(const float* query, const float* tile, int head_dim, float* scores) {
     constexpr int wide = 2;  // vectors of tokens
-    for (int token = 0; token < kTurned; token += wide * simd::width) {
+    for (int token = 0; token < kRopeTokens; token += wide * simd::width) {
         Floats sum[queries][wide] = {};
         for (int d = 0; d < head_dim; ++d) {
-            const float* keys = tile + d * kTurned + token;
+            const float* keys = tile + d * kRopeTokens + token;
             for (int q = 0; q < queries; ++q) {
                 const Floats x = all(query[q * head_dim + d]);
                 for (int i = 0; i < wide; ++i) sum[q][i] += x * load(keys + i * simd::width);
@@ -61,7 +62,7 @@ inline int mix_tokens(const float* weights, const float* tile, int stride, int f
         for (int q = 0; q < queries; ++q) {
             for (int i = 0; i < wide; ++i) sum[q][i] = load(sums + q * stride + d + i * simd::width);
         }
-        for (int token = 0; token < kTurned; ++token) {
+        for (int token = 0; token < kRopeTokens; ++token) {
             const float* values = tile + token * stride + d;
             for (int q = 0; q < queries; ++q) {
                 const Floats weight = all(weights[q * kBlock + token]);
@@ -80,7 +81,7 @@ inline void mix(const float* weights, const float* tile, int stride, float* sums
     mix_tokens<queries, 1>(weights, tile, stride, mix_tokens<queries, kWide>(weights, tile, stride, 0, sums), sums);
 }
 
-// Run `part`, which is told how many queries at once as a type, over all rows: four at a time, then two, then one.
+// Run `part`, which is given how many queries at once as a type, over all rows: four at a time, then two, then one.
 template <typename Part>
 inline void by_fours(int rows, const Part& part) {
     int row = 0;
@@ -93,7 +94,7 @@ inline void by_fours(int rows, const Part& part) {
 inline Floats exponential(Floats exponent) {
     const Ints counts = exponent > -87.0f;
     const Floats x = counts ? exponent : all(-87.0f);
-    const Floats shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the nearest whole number lies in the last bits
+    const Floats shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the nearest integer lies in the last bits
     const Floats n = shifted - 12582912.0f;
     const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
     Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -110,8 +111,8 @@ inline void cap(float* scores, int count, float softcap) {
     for (int i = 0; i < count; ++i) scores[i] = softcap * std::tanh(scores[i] / softcap);
 }
 
-// Turn scores, a multiple of 16, into weights relative to the largest score so far, and add them to the total so far. Returns the factor by
-// which all that was added up before fades.
+// Turn scores, a multiple of 16, into weights relative to the largest score so far, and add them to the total so far. Returns
+// the factor by which all that was added up before fades.
 inline float weigh(float* scores, int count, float& largest, float& total) {
     Floats most = load(scores);
     for (int i = simd::width; i < count; i += simd::width) {
@@ -130,11 +131,11 @@ inline float weigh(float* scores, int count, float& largest, float& total) {
         sum += weight;
         store(scores + i, weight);
     }
-    const float fading = highest == largest ? 1.0f : std::exp(largest - highest);
-    total *= fading;
+    const float rescale = highest == largest ? 1.0f : std::exp(largest - highest);
+    total *= rescale;
     for (int lane = 0; lane < simd::width; ++lane) total += sum[lane];
     largest = highest;
-    return fading;
+    return rescale;
 }
 
 }  // namespace

@@ -25,7 +25,7 @@ inline void store_bytes(uint8_t* p, Lanes x) {
     std::memcpy(p, &bytes, sizeof bytes);
 }
 inline Lanes splat(uint16_t x) { return Lanes{x, x, x, x, x, x, x, x}; }
-inline Lanes lane_numbers() { return Lanes{0, 1, 2, 3, 4, 5, 6, 7}; }
+inline Lanes lane_indices() { return Lanes{0, 1, 2, 3, 4, 5, 6, 7}; }
 inline Lanes select(Signed mask, Lanes a, Lanes b) { return (a & Lanes(mask)) | (b & ~Lanes(mask)); }
 inline Lanes minimum(Lanes a, Lanes b) { return select(a < b, a, b); }
 inline Lanes saturated_sum(Lanes a, Lanes b) { return a + minimum(b, ~a); }

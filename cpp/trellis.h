@@ -1,13 +1,13 @@
 // Trellis-coded codes of many rows: the cheapest bit stream for each, found by the algorithm of Viterbi in integers.
 //
 // The last 8 bits of a row's stream are its state, at first 0. An element of rate k appends k bits and is decoded to
-// high[k][state >> 4] + low[k][state & 15] of the state that it leads to. With the difference of the element, in 1/512 of a grid
-// step, from 512 times that, saturated to 16 bits, as d, a state costs
+// high[k][state >> 4] + low[k][state & 15] of the state that it leads to. With the difference of the element, in 1/512 of a
+// grid step, from 512 times that, saturated to 16 bits, as d, a state costs
 //     ((min(2 |d|, 65535)^2 >> 16) * weight) >> 16,
-// weight / 2^16 times 16 times the squared distance in steps, plus the least cost of the 2^k states that it can come from, less the
-// least cost of all, at most 65535. States that no stream has reached yet (those from 2^bits on, with less than 8 bits) cost
-// 65535. On equal costs the lowest predecessor wins, and at the end the lowest state. `encode_naive` in codec/trellis.py is the
-// same in plain torch.
+// weight / 2^16 times 16 times the squared distance in steps, plus the least cost of the 2^k states that it can come from,
+// less the least cost of all, at most 65535. States that no stream has reached yet (those from 2^bits on, with less than 8
+// bits) cost 65535. On equal costs the lowest predecessor wins, and at the end the lowest state. `encode_naive` in
+// codec/trellis.py is the same in plain torch.
 
 #pragma once
 
@@ -22,8 +22,8 @@ constexpr int UNIT = 8;             // elements of one rate, which take `rate` w
 constexpr int STATES = 256;         // of a window of 8 bits
 constexpr int16_t GRID_STEP = 512;  // of an element
 
-// elements: [heads, rows, n]. weights: [heads, rows or 1, n]. codes: [heads, rows, bytes]. counts: units of each rate from 1 on,
-// which lie in ascending order. high, low: [rates from 1 on, 16].
+// elements: [heads, rows, n]. weights: [heads, rows or 1, n]. codes: [heads, rows, bytes]. counts: units of each rate from 1
+// on, which lie in ascending order. high, low: [rates from 1 on, 16].
 struct Trellis {
     int64_t heads, rows;
     std::array<int64_t, MOST_RATE> counts;

@@ -21,7 +21,7 @@ inline void store_bytes(uint8_t* p, Lanes x) {
     _mm_storeu_si128((__m128i*)p, _mm_packus_epi16(_mm256_castsi256_si128(__m256i(x)), _mm256_extracti128_si256(__m256i(x), 1)));
 }
 inline Lanes splat(uint16_t x) { return Lanes(_mm256_set1_epi16(int16_t(x))); }
-inline Lanes lane_numbers() { return Lanes{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+inline Lanes lane_indices() { return Lanes{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
 inline Lanes minimum(Lanes a, Lanes b) { return Lanes(_mm256_min_epu16(__m256i(a), __m256i(b))); }
 inline Lanes select(Signed mask, Lanes a, Lanes b) { return Lanes(_mm256_blendv_epi8(__m256i(b), __m256i(a), __m256i(mask))); }
 inline Lanes saturated_sum(Lanes a, Lanes b) { return Lanes(_mm256_adds_epu16(__m256i(a), __m256i(b))); }
@@ -45,7 +45,7 @@ inline uint16_t least_of(Lanes x) {
 template <int rate>
 inline Lanes spread(const uint16_t* from) {
     if constexpr (rate >= 4) return splat(*from);
-    const Lanes bytes = lane_numbers() >> rate;  // twice the number of a lane, and that plus 1
+    const Lanes bytes = lane_indices() >> rate;  // twice the number of a lane, and that plus 1
     const __m256i order = __m256i(bytes * 0x0202 + 0x0100);
     if constexpr (rate == 1) return Lanes(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)from)), order));
     int64_t few;  // two or four of them

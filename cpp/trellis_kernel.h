@@ -1,5 +1,5 @@
-// The search of trellis.h, written once for all instruction sets: a file includes it after its own `Lanes`, a vector of `width`
-// uint16_t, and what is done with them.
+// The search of trellis.h, written once for all instruction sets: a file includes it after its own `Lanes`, a vector of
+// `width` uint16_t, and what is done with them.
 
 #pragma once
 
@@ -46,7 +46,7 @@ TRELLIS_INLINE inline void survive(const uint16_t* cost, uint16_t* best, uint8_t
             least = lower;
         }
         if constexpr (groups < width) {  // a vector holds several predecessors of a group
-            lost = lost * splat(width / groups) + lane_numbers() / splat(groups);
+            lost = lost * splat(width / groups) + lane_indices() / splat(groups);
             if constexpr (groups <= 16 && width > 16) fold<16>(least, lost);
             if constexpr (groups <= 8 && width > 8) fold<8>(least, lost);
             if constexpr (groups <= 4 && width > 4) fold<4>(least, lost);

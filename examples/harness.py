@@ -1,8 +1,8 @@
 """lm-evaluation-harness on a packed cache: `pip install lm-eval`, then `python examples/harness.py [--rows 40] [--json FILE]`.
 
 The harness scores log-likelihoods by calling `model(input_ids)` without a cache. `make_default(..., scoring=True)` lets such
-calls see quantised keys and values, so any of its tasks measures the cache, with no change in the harness. Here a local task
-on the built-in model: a password is told in a text, and 400 tokens later must be the likeliest of four.
+calls see quantized keys and values, so any of its tasks measures the cache, with no change in the harness. Here a local task
+on the built-in model: a password is stated in a text, and 400 tokens later must be the most likely of four.
 """
 
 import argparse
@@ -18,14 +18,14 @@ from lm_eval.tasks import TaskManager
 
 from narrowkv import calibrate, disable, load_model, make_default
 from narrowkv.evaluate import cut_windows
-from narrowkv.evaluate.recall import ADJECTIVES, NAMES, NOUNS, fact_pieces
+from narrowkv.evaluate.retrieval import ADJECTIVES, NAMES, NOUNS, fact_pieces
 from narrowkv.evaluate.sources import read_text
 
 MODEL, RECIPE, CONTEXT = "narrowkv://demo", "nuq3-1%", 400
 
 
 def make_rows(tokenizer: Any, count: int) -> list[dict[str, Any]]:
-    """Questions: a text that tells a password, and four choices of which the first to be told is right."""
+    """Questions: a text that tells a password, and four choices of which the first to be given is right."""
     draw = random.Random(0)
     fillers = cut_windows(tokenizer, read_text("narrowkv://held-out"), CONTEXT, count)
     rows = []
@@ -34,7 +34,7 @@ def make_rows(tokenizer: Any, count: int) -> list[dict[str, Any]]:
         told = " ".join("".join(fact_pieces(*pair)) for pair in zip(people, words, strict=True))
         asked = draw.randrange(4)
         question = f"{told} {tokenizer.decode(filler)} {fact_pieces(people[asked], '')[0]}"
-        rows.append({"text": question, "choices": words, "answer": asked})
+        rows.append({"text": question, "search_space": words, "answer": asked})
     return rows
 
 
@@ -47,7 +47,7 @@ def score(model: Any, tokenizer: Any, rows: Path) -> float:
         "test_split": "test",
         "output_type": "multiple_choice",
         "doc_to_text": "text",
-        "doc_to_choice": "choices",
+        "doc_to_choice": "search_space",
         "doc_to_target": "answer",
         "metric_list": [{"metric": "acc"}],
     }

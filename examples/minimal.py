@@ -131,12 +131,12 @@ class Cache:
         """
         keys, values = self.read()
         positions = torch.arange(keys.shape[2])
-        asking = positions[-query.shape[2] :]
+        query_positions = positions[-query.shape[2] :]
         keys = apply_rope(keys, positions, self.inverse_frequencies)
-        query = apply_rope(query.float(), asking, self.inverse_frequencies)
+        query = apply_rope(query.float(), query_positions, self.inverse_frequencies)
         keys, values = (part.repeat_interleave(query.shape[1] // keys.shape[1], dim=1) for part in (keys, values))
         scores = query @ keys.mT * query.shape[3] ** -0.5
-        scores = scores.masked_fill(positions > asking[:, None], -torch.inf)
+        scores = scores.masked_fill(positions > query_positions[:, None], -torch.inf)
         return scores.softmax(-1) @ values
 
     @property

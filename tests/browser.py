@@ -1,4 +1,4 @@
-"""Headless Chromium, told what to do through the DevTools protocol over a pipe: no port, no network, a profile of its own."""
+"""Headless Chromium, given what to do through the DevTools protocol over a pipe: no port, no network, a profile of its own."""
 
 import base64
 import json

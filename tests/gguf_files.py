@@ -39,9 +39,9 @@ def write_gguf(model: PreTrainedModel, path: Path, kind: str = "Q8_0", architect
     writer.add_chat_template(CHAT)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
-        numbers = tensor.float().numpy()
-        wanted = gguf.GGMLQuantizationType[kind if numbers.ndim == 2 else "F32"]
-        packed = gguf.quants.quantize(numbers, wanted)
+        elements = tensor.float().numpy()
+        wanted = gguf.GGMLQuantizationType[kind if elements.ndim == 2 else "F32"]
+        packed = gguf.quants.quantize(elements, wanted)
         writer.add_tensor(names.get_name(name, (".weight", ".bias")), packed, raw_dtype=wanted)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -14,7 +14,7 @@ WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.is_nonzero
 
 
 class Recorder(TorchDispatchMode):
-    """Writes down operators and interpreted kernels; nothing between runs again. Raises where the host looks at a number."""
+    """Writes down operators and interpreted kernels; nothing between runs again. Raises where the host looks at an element."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Recorder(TorchDispatchMode):
 
 
 def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """As `narrowkv.integrations.graph.capture`."""
+    """As `narrowkv.integrations.decoding_graph.capture`."""
     recorder, launch = Recorder(), GridExecutor.__call__
 
     def launched(executor: Any, *args: Any, **kwargs: Any) -> None:

@@ -10,7 +10,7 @@ from examples.minimal import Cache, pack, unpack
 
 from narrowkv import get_recipe
 from narrowkv.attention import Rope, tiled
-from narrowkv.attention.visible import Visible
+from narrowkv.attention.mask import AttentionMask
 from narrowkv.codec import Quantizer
 from narrowkv.store import LayerStore
 
@@ -44,8 +44,8 @@ def test_it_attends_as_the_backend_torch_does(chunks, head_dim):
         past=tokens,
         new=None,
         rope=rope,
-        kept=positions,
-        visible=Visible(),
+        rope_state=positions,
+        mask=AttentionMask(),
         scaling=head_dim**-0.5,
     )
     torch.testing.assert_close(cache.attend(query), expected, atol=1e-5, rtol=1e-5)

@@ -41,14 +41,14 @@ def read(model, source, ids, backend, strict=True):
 def test_a_compiled_encoder_is_its_naive_twin(model, sources, name, monkeypatch):
     cache = PackedCache(model, sources[name])
     for quantizer in cache.packed[0].store.quantizers:
-        tokens = 64 * quantizer.scheme.span
+        tokens = 64 * quantizer.scheme.lookahead_blocks
         x = torch.randn(BATCH, 2, tokens, 64)
         found = quantizer.encode(x)
         with monkeypatch.context() as plain:
             plain.setattr(trellis, "encode", trellis.encode_naive)
             expected = getattr(quantizer, "encode_naive", quantizer.encode)(x)
         assert torch.equal(found.codes, expected.codes)
-        assert torch.equal(quantizer.decode(found), quantizer.decode(expected))
+        assert torch.equal(quantizer.dequantize(found), quantizer.dequantize(expected))
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
@@ -70,7 +70,7 @@ def test_a_saved_cache_is_the_same_and_its_bytes_are_all_counted(model, sources,
     cache, _ = read(model, sources[name], ids, "auto")
     assert cache.nbytes == explain(cache).nbytes
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in cache.tensors()}
-    assert cache.nbytes == sum(storages.values()) and cache.bits_per_element == 8 * cache.nbytes / cache.numbers
+    assert cache.nbytes == sum(storages.values()) and cache.bits_per_element == 8 * cache.nbytes / cache.elements
     cache.save(tmp_path / "cache")
     loaded = PackedCache.load(tmp_path / "cache", model, sources[name], strict=True)
     with torch.inference_mode():

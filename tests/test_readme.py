@@ -26,7 +26,7 @@ def test_commands(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             run(command[1:])
         assert not stop.value.code, command
-    assert (tmp_path / "figures.json").exists() and (tmp_path / "my-recipe.json").exists()
+    assert (tmp_path / "metrics.json").exists() and (tmp_path / "my-recipe.json").exists()
 
 
 def test_python(tmp_path, monkeypatch, capsys):

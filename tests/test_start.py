@@ -48,7 +48,7 @@ def test_every_public_name_is_found_and_listed():
 
 
 def test_names_that_help_shows_are_those_there_are():
-    assert defaults.LADDERS == NAMES and tuple(MAKERS) == defaults.TASKS and tuple(SHAPES) == defaults.SHAPES
+    assert defaults.ABLATIONS == NAMES and tuple(MAKERS) == defaults.TASKS and tuple(SHAPES) == defaults.SHAPES
 
 
 def test_the_core_runs_where_there_is_neither_transformers_nor_a_command_line(tiny, tmp_path):
@@ -61,13 +61,13 @@ for name in ("transformers", "tokenizers", "huggingface_hub", "typer", "rich", "
     sys.modules[name] = None
 import torch
 from narrowkv import Calibration, NarrowKVError, get_recipe
-from narrowkv.attention import BACKENDS, Rope, Visible
+from narrowkv.attention import AttentionMask, BACKENDS, Rope
 from narrowkv.codec import Scheme, quantizer_for
 from narrowkv.codec.packing import pack, unpack
 from narrowkv.store import LayerStore
 
-numbers = torch.randn(1, 2, 64, 16)
-encoded = quantizer_for(Scheme(4, "int")).encode(numbers)
+elements = torch.randn(1, 2, 64, 16)
+encoded = quantizer_for(Scheme(4, "int")).encode(elements)
 print(torch.equal(unpack(pack(encoded.codes, 4), 4), encoded.codes))
 
 calibration = Calibration.from_pretrained({str(tmp_path / "1")!r})
@@ -84,7 +84,8 @@ for recipe, quantizers in ((calibration.recipe, calibration.quantizers(0)), (get
     keys, values = torch.randn(2, 1, heads, 80, dim)
     store.append(keys[:, :, :79], values[:, :, :79])
     store.append(keys[:, :, 79:], values[:, :, 79:])
-    asked = {{"past": 80, "new": None, "kept": torch.arange(80)[None], "visible": Visible(None), "scaling": dim**-0.5}}
+    asked = {{"past": 80, "new": None, "rope_state": torch.arange(80)[None]}}
+    asked |= {{"mask": AttentionMask(None), "scaling": dim**-0.5}}
     asked["rope"] = Rope(1 / 10_000 ** (torch.arange(dim // 2) / (dim // 2)))
     query = torch.randn(1, heads, 1, dim)
     found = [BACKENDS[name](query, store, **asked) for name in ("cpu", "naive")]

@@ -4,7 +4,7 @@ FILE]`.
 For each architecture, and each recipe, the kernel over blocks for one query of four heads that share a KV head of 128
 channels, as models in 16 bits use it: registers of a thread, instructions that spill them to memory, shared memory of a
 program, instructions of the loop over blocks, and matrix instructions among them; then the other kernels. Not counted are
-further rounds of outliers, which only a crowded block needs, and turning queries anew, which one block of 32 does. Needs
+further rounds of outliers, which only a crowded block needs, and rotating queries anew, which one block of 32 does. Needs
 Triton, not interpreted.
 """
 
@@ -27,17 +27,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from narrowkv import get_recipe
-from narrowkv.attention.cuda_blocks import forms_of
-from narrowkv.attention.triton_blocks import attend_blocks
-from narrowkv.attention.triton_decode import decode_keys, decode_values, put_block_outliers, turn_keys
-from narrowkv.attention.triton_forms import Case, Loose
-from narrowkv.attention.triton_join import join_piece
-from narrowkv.attention.triton_launch import WARPS, stages_of
-from narrowkv.attention.triton_loose import attend_loose, merge
-from narrowkv.attention.triton_tail import decode_tail
-from narrowkv.codec.triton_encode import encode_tokens, put_tokens
-from narrowkv.codec.triton_groups import encode_channel_groups, encode_token_groups
-from narrowkv.codec.triton_pack import pack_codes
+from narrowkv.attention.cuda.block_table import layouts_of
+from narrowkv.attention.cuda.kernels.attend_dense import attend_dense, merge
+from narrowkv.attention.cuda.kernels.attend_packed import attend_blocks
+from narrowkv.attention.cuda.kernels.dequantize import dequantize_keys, dequantize_values, put_block_outliers, rotate_keys
+from narrowkv.attention.cuda.kernels.dequantize_tail import dequantize_tail
+from narrowkv.attention.cuda.kernels.layout import DenseSegments, KernelConfig
+from narrowkv.attention.cuda.kernels.merge_states import merge_split
+from narrowkv.attention.cuda.launch import WARPS, stages_of
+from narrowkv.codec.cuda.kernels.encode import encode_tokens, put_tokens
+from narrowkv.codec.cuda.kernels.encode_groups import encode_channel_groups, encode_token_groups
+from narrowkv.codec.cuda.kernels.pack import pack_codes
 
 ARCHITECTURES = (80, 90, 100)
 RECIPES = ("nuq4-1%", "nuq3-1%", "nuq2-1%", "nuq4", "nuq3", "nuq2", "kivi-4", "kivi-2")
@@ -46,7 +46,7 @@ TYPES = {
     "peaks": "*fp32", "tiles": "*fp16",
     "key_table": "*fp32", "key_bytes": "*i32", "key_scale": "*fp32", "key_zero": "*fp32",
     "value_table": "*fp32", "value_bytes": "*i32", "value_scale": "*fp32", "value_zero": "*fp32",
-    "near": "*fp32", "turns": "*fp64", "kept": "*i32", "padding": "*u8", "hidden": "*u8", "sink_index": "*i64",
+    "near": "*fp32", "turns": "*fp64", "rope_state": "*i32", "padding": "*u8", "hidden": "*u8", "sink_index": "*i64",
     "scaling": "fp32", "softcap": "fp32", "stretch": "fp32",
 }  # fmt: skip
 STRIDES = ("x_batch", "x_head", "x_token", "room", "block_stride", "head_stride", "row_stride", "code_stride")
@@ -67,20 +67,20 @@ class Compiled:
     matrix: int
 
 
-def case_of(recipe: str) -> tuple[Any, Any, Case]:
+def case_of(recipe: str) -> tuple[Any, Any, KernelConfig]:
     """Forms of keys and values, and the case."""
     schemes = get_recipe(recipe)
     quantizers = random_quantizer(schemes.keys), random_quantizer(schemes.values)
-    keys, values = forms_of(quantizers, KV_HEADS, HEAD_DIM, ("bf16", "bf16"))
+    keys, values = layouts_of(quantizers, KV_HEADS, HEAD_DIM, ("bf16", "bf16"))
     pairs = HEAD_DIM // 2 if schemes.keys.pre_rope else 0
-    case = Case(
+    case = KernelConfig(
         rows=4,
-        room=8,
+        capacity=8,
         queries=1,
         dim=HEAD_DIM,
         pairs=pairs,
         interleaved=False,
-        turning="near" if pairs else "none",
+        rope_mode="near" if pairs else "none",
         sinks=schemes.sinks,
         softcap=False,
         padding=False,
@@ -105,12 +105,14 @@ def of_prompts(recipe: str, architecture: int) -> Iterator[Compiled]:
     types = TYPES | {"keys": "*bf16", "values": "*bf16", "numbers": "*bf16", "scale": "*fp32", "zero": "*fp32"}
     types |= {"table": "*i64", "levels": "*fp32", "level_bytes": "*i32"}
     plain = {"K": replace(keys, nonzeros=0), "NUMBER": tl.float16}
-    apart = replace(case, turning="none") if keys.nonzeros else case
-    yield looked_at(f"decode keys, {recipe}", decode_keys, plain | {"C": apart}, types, architecture)
-    yield looked_at(f"decode values, {recipe}", decode_values, plain | {"V": replace(values, nonzeros=0)}, types, architecture)
+    apart = replace(case, rope_mode="none") if keys.nonzeros else case
+    yield looked_at(f"decode keys, {recipe}", dequantize_keys, plain | {"C": apart}, types, architecture)
+    yield looked_at(
+        f"decode values, {recipe}", dequantize_values, plain | {"V": replace(values, nonzeros=0)}, types, architecture
+    )
     if keys.nonzeros:
         yield looked_at("put outliers", put_block_outliers, {"side": 0, "F": keys}, types, architecture)
-        yield looked_at("turn keys", turn_keys, {"HEADS": KV_HEADS, "C": case}, types, architecture)
+        yield looked_at("rotate keys", rotate_keys, {"HEADS": KV_HEADS, "C": case}, types, architecture)
 
 
 def others(architecture: int) -> Iterator[Compiled]:
@@ -120,19 +122,19 @@ def others(architecture: int) -> Iterator[Compiled]:
     for recipe in ("nuq4-1%", "kivi-2"):
         yield from of_prompts(recipe, architecture)
     pointers = {"mean": "*fp32", "log_total": "*fp32", "more": "*bf16", "log_more": "*fp32"}
-    yield looked_at("join pieces", join_piece, {"WIDE": HEAD_DIM}, pointers, architecture)
+    yield looked_at("join pieces", merge_split, {"WIDE": HEAD_DIM}, pointers, architecture)
     keys, values, case = case_of("nuq3-1%")
-    loose = replace(case, turning="positions")
+    loose = replace(case, rope_mode="positions")
     exact = {f"{kind}_{side}": "*bf16" for kind in ("sink", "window", "new") for side in ("keys", "values")}
     types = TYPES | exact | {"packed_query": "*bf16", "tail_keys": "*fp32", "tail_values": "*fp32"}
-    parts = {"TAIL": loose, "OLD": loose, "NEW": case, "L": Loose(0, 1, 2, 3), "NUMBER": tl.bfloat16}
-    yield looked_at("loose", attend_loose, parts, types, architecture)
+    parts = {"TAIL": loose, "OLD": loose, "NEW": case, "L": DenseSegments(0, 1, 2, 3), "NUMBER": tl.bfloat16}
+    yield looked_at("loose", attend_dense, parts, types, architecture)
     types |= {"sink_logits": "*fp32", "output": "*fp32"}
     yield looked_at("merge", merge, {"SLOTS": 128, "WIDE": 128, "SINKS": 32, "APART": True}, types, architecture)
     of_side = {"codes": "*u8", "scale": "*fp32", "zero": "*fp32", "index": "*i64", "outliers": "*bf16", "count": "*i32"}
     types |= {f"{side}_{part}": kind for side in ("key", "value") for part, kind in of_side.items()}
     types |= {"keys": "*fp32", "values": "*fp32"}
-    yield looked_at("tail", decode_tail, {"K": keys, "V": values}, types, architecture)
+    yield looked_at("tail", dequantize_tail, {"K": keys, "V": values}, types, architecture)
     types |= {"codes": "*u8", "scale": "*fp16", "zero": "*fp16", "index": "*i64", "values": "*bf16", "numbers": "*fp32"}
     tables = dict.fromkeys(("boundaries", "fixed_scale", "fixed_zero", "lower", "upper"), "*fp32")
     types |= tables | {"x": "*bf16", "skip": "*u8", "counts": "*i32", "places": "*i32"}
@@ -160,10 +162,10 @@ def looked_at(name: str, kernel: Any, constants: dict[str, Any], types: dict[str
     whole = {name for name in names if signature[name].startswith("*") or (signature[name] == "i32" and name in STRIDES)}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in whole}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    twice = kernel in (attend_loose, merge, turn_keys) or constants.get("WIDE", 0) > 2048
+    twice = kernel in (attend_dense, merge, rotate_keys) or constants.get("WIDE", 0) > 2048
     twice = twice or constants.get("NUMBER") == tl.float32
     options = {"num_warps": 2 * WARPS if twice else WARPS}
-    if kernel is attend_loose:
+    if kernel is attend_dense:
         options["num_stages"] = 1
     if kernel is attend_blocks:
         options["num_stages"] = stages_of(constants["K"], constants["V"], constants["NUMBER"] == tl.float16)

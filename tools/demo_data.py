@@ -18,7 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from narrowkv.evaluate import recall, texts
+from narrowkv.evaluate import retrieval, texts
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 SEPARATOR = "<|endoftext|>"
@@ -30,7 +30,7 @@ Rows = tuple[np.ndarray, np.ndarray]
 
 _OTHER_FACTS = (
     "The secret of {} is",
-    "The favourite thing of {} is",
+    "The favorite thing of {} is",
     "{} always carries the",
     "The treasure of {} is the",
     "The name of {}'s house is",
@@ -121,7 +121,7 @@ def _fact_words(novels: list[str]) -> tuple[list[str], list[str]]:
     counts: Counter[str] = Counter()
     for novel in novels[::4]:
         counts.update(re.findall(r"\b[A-Za-z][a-z]{2,9}\b", novel))
-    reserved = {*recall.NAMES, *recall.ADJECTIVES, *recall.NOUNS}
+    reserved = {*retrieval.NAMES, *retrieval.ADJECTIVES, *retrieval.NOUNS}
     ranked = [word for word, _ in counts.most_common(12_000) if word not in reserved]
     names = [word for word in ranked if word[0].isupper() and counts[word.lower()] * 20 < counts[word]]
     return names[:600], [word for word in ranked if word.islower()][150:3000]
@@ -222,7 +222,7 @@ class RecallRows:
         other = rng.choice(_OTHER_FACTS) if rng.random() < 0.3 else None
         for name in names:
             words = rng.choice(self._corpora.words, size=int(rng.integers(2, 4)), replace=False)
-            prefix, answer, end = recall.fact_pieces(name, " ".join(words))
+            prefix, answer, end = retrieval.fact_pieces(name, " ".join(words))
             prefix = other.format(name) if other else prefix
             stated, asked = self._places(rng, length, mix)
             yield stated, self._fact(prefix, answer, end, 0.3)

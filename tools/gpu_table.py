@@ -45,7 +45,7 @@ def correctness(rows: list[Row]) -> str:
     cells = (
         [row["recipe"], len(row["each"]), *(row[kind] for kind in kinds), "" if row["right"] else "**wrong**"] for row in rows
     )
-    return "Largest relative error against the naive twin, by the dtype of the queries:\n\n" + table(
+    return "Largest relative error against the naive reference, by the dtype of the queries:\n\n" + table(
         ["recipe", "shapes", *kinds, ""], cells
     )
 

@@ -15,7 +15,7 @@ from narrowkv.integrations.preparation import prepare  # noqa: E402
 HEAD = """# Models
 
 When its first cache is made, a model is run on 12 tokens to find its attention modules and how each rotates its keys; every
-module is then run again with our handles in place of tensors, and must compute the same. No list of names is kept. These
+module is then run again with our handles in place of tensors, and must compute the same. No list of names is stored. These
 architectures are tested with tiny random models (`tests/integrations/test_families.py`; trained checkpoints were not at hand):
 with the exact recipe, are the tokens those of `DynamicCache`? "padded" is a batch of 3 with 9, 0 and 53 tokens of left
 padding, "beam" 3 beams on that batch. Tested for each besides: logits with keys stored before the rotary embedding and rotated
@@ -26,8 +26,8 @@ when read, and calibrated caches of 4 and 2 bits. A dash: transformers 5.23 cann
 DENSE_HEAD = """
 ## On the dense path
 These compute attention by themselves, so the packed path is refused and says so. With `backend="dense"`, chosen by name, the
-cache is as small as ever, but hands decoded tensors to the model at every step. Keys are quantised after the rotary embedding
-(`nuq3-1%-postrope`).
+cache is as small as ever, but hands dequantized tensors to the model at every step. Keys are quantized after the rotary
+embedding (`nuq3-1%-postrope`).
 
 """
 CLOSING = """
@@ -49,7 +49,7 @@ def describe_rope(name: str) -> str:
             share = 2 * len(layer.rope.inverse_frequencies) / layer.head_dim
             words.append(pairs + ("" if share == 1 else f", {share:.0%} of head_dim"))
         else:
-            words.append(f"{pairs}, angles kept by token")
+            words.append(f"{pairs}, angles stored by token")
     return words[0] if len(set(words)) == 1 else "; ".join(words)
 
 

@@ -29,7 +29,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 import demo_data
 from demo_data import Corpora, RecallMix, RecallRows
 from demo_model import build_model
-from narrowkv.evaluate import recall
+from narrowkv.evaluate import retrieval
 
 VOCABULARY = 2048
 
@@ -98,10 +98,10 @@ PEAK_RATE = 3e-3
 
 def build_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     """Return Muon for the matrices of the layers and AdamW for embeddings and norms."""
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    head_rotations = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     return [
-        torch.optim.Muon(matrices, lr=PEAK_RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(head_rotations, lr=PEAK_RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
@@ -145,12 +145,12 @@ def evaluate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, corpor
     figures: dict[str, float] = {}
     filler = corpora.held_out_reference.tolist()
     for distance in (128, 512, 1024, 1900, 2000):
-        for kind in (recall.facts, recall.passages):
+        for kind in (retrieval.facts, retrieval.passages):
             batch = kind(tokenizer, filler, distance, rows, seed=1)
             kept = int(batch.answer_mask.sum(1).max()) + 1
             with torch.autocast("cpu", torch.bfloat16):
                 logits = torch.cat([model(ids, logits_to_keep=kept).logits for ids in batch.input_ids.split(8)])
-            figures[f"{kind.__name__}_{distance}"] = recall.accuracy(logits, batch)
+            figures[f"{kind.__name__}_{distance}"] = retrieval.accuracy(logits, batch)
     figures["perplexity_reference"] = perplexity(model, tokenizer, corpora.held_out_reference)
     figures["perplexity_novels"] = perplexity(model, tokenizer, corpora.held_out_novels[:40_000])
     model.train()
@@ -224,12 +224,12 @@ def train(options: argparse.Namespace) -> None:
     before = log[-1] if log else {"seconds": 0.0, "step": 0, "tokens": 0}
     begun = time.monotonic() - float(before["seconds"])
     step, tokens = int(before["step"]), int(before["tokens"])
-    for number, stage in enumerate(STAGES):
+    for element, stage in enumerate(STAGES):
         if stage.name not in options.stages:
             continue
-        rng = np.random.default_rng(options.seed + number)
+        rng = np.random.default_rng(options.seed + element)
         if stage.warm_up:
-            if number:
+            if element:
                 round_weights(model)
             optimizers = build_optimizers(model)
         losses: list[float] = []

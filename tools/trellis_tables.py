@@ -2,7 +2,7 @@
 
 Lloyd's iteration over the trellis: encode Gaussian elements, then move `high` and `low` to the least squares of what fell to
 them. Of many starts (quantiles in random order, a uniform code in an element's own bits shifted by older ones, random parts)
-the best is kept, by the squared error of a sample of its own. Prints the module `src/narrowkv/codec/gaussian_tables.py`.
+the best is stored, by the squared error of a sample of its own. Prints the module `src/narrowkv/codec/gaussian_tables.py`.
 """
 
 import argparse
@@ -178,7 +178,7 @@ def main() -> None:
         for name in ("high", "low")
     }
     steps, errors = (
-        ", ".join(f"{x:.5g}" for x in numbers) for numbers in zip(*((one.step, one.error) for one in found), strict=True)
+        ", ".join(f"{x:.5g}" for x in elements) for elements in zip(*((one.step, one.error) for one in found), strict=True)
     )
     measured = MEASURED_ON * (UNITS * UNIT - SETTLED)
     print(TEMPLATE.format(measured=measured, steps=steps, errors=errors, **rows), end="")

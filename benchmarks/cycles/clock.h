@@ -13,12 +13,12 @@
 
 namespace cycles {
 
-// Nanoseconds of a call: the least of many turns of some calls each.
+// Nanoseconds of a call: the least of many rotations of some calls each.
 template <typename Call>
-double nanoseconds(const Call& call, int calls = 8, int turns = 400) {
+double nanoseconds(const Call& call, int calls = 8, int query_rotations = 400) {
     using Clock = std::chrono::steady_clock;
     double best = INFINITY;
-    for (int turn = 0; turn < turns; ++turn) {
+    for (int rotate = 0; rotate < query_rotations; ++rotate) {
         const auto start = Clock::now();
         for (int i = 0; i < calls; ++i) call(i);
         best = std::min(best, std::chrono::duration<double, std::nano>(Clock::now() - start).count() / calls);

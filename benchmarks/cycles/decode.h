@@ -1,6 +1,7 @@
 // From the bytes of a unit to the values of its eight elements, for as many tokens as a register has lanes.
 //
-// `bytes[0]` is the stream's byte before the unit, `bytes[1 .. k]` are its own; bits are counted from the first bit of bytes[0].
+// `bytes[0]` is the stream's byte before the unit, `bytes[1 .. k]` are its own; bits are counted from the first bit of
+// bytes[0].
 
 #pragma once
 
@@ -157,8 +158,9 @@ struct Scalar {  // no trellis: a codebook of 2^k entries
     static constexpr int bits = k;
 };
 
-// Two streams for each rate, of 1 + 1, 2 + 1, 2 + 2, 4 + 1 or 4 + 2 bits, and high[last 4 bits of the first] + low[last 4 bits of the second].
-// Of rate 1, bits of even and of odd elements are the streams: high[last 4 of the own] + low[last 4 of the other].
+// Two streams for each rate, of 1 + 1, 2 + 1, 2 + 2, 4 + 1 or 4 + 2 bits, and high[last 4 bits of the first] + low[last 4 bits
+// of the second]. Of rate 1, bits of even and of odd elements are the streams: high[last 4 of the own] + low[last 4 of the
+// other].
 template <int k>
 struct TwoStreams {
     static constexpr const char* name = "two streams";
@@ -206,7 +208,7 @@ int reference(const Tables& tables, const Streams& streams, int block, int token
     else return Table<k>::reference(tables, streams.window(block, token, element, Table<k>::bits));
 }
 
-// Run `part`, which is told the rate as a type.
+// Run `part`, which is given the rate as a type.
 template <typename Part>
 CYCLES_INLINE inline void by_rate(int rate, const Part& part) {
     switch (rate) {

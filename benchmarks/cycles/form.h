@@ -1,6 +1,7 @@
-// The form that is timed: codes of a rate of 0 to 6 bits for each element, one bit stream for each token, of which byte i of all 64
-// tokens of a block lies in 64 consecutive bytes. Eight elements of one rate k make a unit, which is k bytes a token. An element's
-// value is an entry of its rate's table, chosen by the last bits of the stream up to the element's own. Plain reference beside it.
+// The form that is timed: codes of a rate of 0 to 6 bits for each element, one bit stream for each token, of which byte i of
+// all 64 tokens of a block lies in 64 consecutive bytes. Eight elements of one rate k make a unit, which is k bytes a token.
+// An element's value is an entry of its rate's table, chosen by the last bits of the stream up to the element's own. Plain
+// reference beside it.
 
 #pragma once
 
@@ -77,8 +78,8 @@ struct Streams {
         return found;
     }
 
-    // The same for a unit of one bit, whose upper nibble has the bits of even elements and whose lower one those of odd elements: the last
-    // four of the `back`-th element before this one and others of its parity.
+    // The same for a unit of one bit, whose upper nibble has the bits of even elements and whose lower one those of odd
+    // elements: the last four of the `back`-th element before this one and others of its parity.
     int alternating_window(int block_index, int token, int element, int back) const {
         int found = 0;
         for (int i = 3; i >= 0; --i) {

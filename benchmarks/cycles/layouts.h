@@ -8,8 +8,8 @@
 
 namespace cycles {
 
-// Codes of an element for all tokens side by side, [128][64] of k bits; each token's state is carried in a lane. Codes of 3 bits are a
-// plane of 2 and one of 1.
+// Codes of an element for all tokens side by side, [128][64] of k bits; each token's state is carried in a lane. Codes of 3
+// bits are a plane of 2 and one of 1.
 template <int k>
 struct Rows {
     static constexpr int bytes = 8 * k;
@@ -87,7 +87,8 @@ __attribute__((noinline)) void score_rows(const Rows<k>& rows, int block, const 
 
 #ifdef __AVX512VBMI__
 
-// Streams of a token after the other; a register has 64 elements of a token, eight to 64 bits, whose windows `vpmultishiftqb` takes out.
+// Streams of a token after the other; a register has 64 elements of a token, eight to 64 bits, whose windows `vpmultishiftqb`
+// takes out.
 template <int k>
 struct TokenStreams {
     static constexpr int bytes = 16 * k;  // of a token

@@ -1,7 +1,8 @@
 // Scores: products of queries with the keys of a block, in three arithmetics, and in 16 bits after a rotation of each pair.
 //
-// Elements are decoded a unit at a time for the tokens of a register, and multiplied with all queries of the group while they are in
-// registers or on the stack. Sums stay in the order that the instructions give; `token_of` tells which token a sum is of.
+// Elements are decoded a unit at a time for the tokens of a register, and multiplied with all queries of the group while they
+// are in registers or on the stack. Sums stay in the order that the instructions give; `token_of` tells which token a sum is
+// of.
 
 #pragma once
 
@@ -17,9 +18,9 @@ constexpr int kMostQueries = 8;
 struct Query {
     alignas(64) int8_t bytes[kMostQueries][kDim];    // |q| summed over a unit is at most 258, so that sums of 16 bits are exact
     alignas(64) int32_t twice[kMostQueries][kDim / 2];  // two of them, twice
-    alignas(64) int32_t words[kMostQueries][kDim / 2];  // pairs of 16 bits
+    alignas(64) int32_t int16[kMostQueries][kDim / 2];  // pairs of 16 bits
     alignas(64) float floats[kMostQueries][kDim];
-    alignas(64) int32_t stretch[kDim];               // what whitening took from a channel, a byte, in the lowest of 32 bits and the third
+    alignas(64) int32_t scale_weights[kDim];               // what whitening took from a channel, a byte, in the lowest of 32 bits and the third
     alignas(64) int16_t angles[kDim / 2][kParts][2][2][kLanes / 2];  // [pair][part][cosine, sine][even tokens, odd ones]
 };
 
@@ -32,12 +33,12 @@ inline Query draw_query(std::mt19937& random) {
             uint8_t two[2];
             std::memcpy(two, &query.bytes[q][2 * pair], 2);
             query.twice[q][pair] = int32_t((two[0] | two[1] << 8) * 0x10001u);
-            query.words[q][pair] = int32_t(uint32_t(uint16_t(draw(500))) | uint32_t(draw(500)) << 16);
+            query.int16[q][pair] = int32_t(uint32_t(uint16_t(draw(500))) | uint32_t(draw(500)) << 16);
         }
     }
     for (int d = 0; d < kDim; ++d) {
         const int by = 128 + random() % 128;
-        query.stretch[d] = by | by << 16;
+        query.scale_weights[d] = by | by << 16;
     }
     for (int pair = 0; pair < kDim / 2; ++pair) {
         for (int token = 0; token < kTokens; ++token) {
@@ -106,7 +107,7 @@ struct Products16 {
         for (int q = 0; q < queries; ++q) {
             each<4>([&](auto i) CYCLES_INLINE {
                 Bytes sum = load(sums[q][part][i]);
-                each<4>([&](auto pair) CYCLES_INLINE { sum = add_products_16(sum, pairs[4 * pair + i], all_32(query.words[q][unit * 4 + pair])); });
+                each<4>([&](auto pair) CYCLES_INLINE { sum = add_products_16(sum, pairs[4 * pair + i], all_32(query.int16[q][unit * 4 + pair])); });
                 store(sums[q][part][i], sum);
             });
         }
@@ -124,12 +125,13 @@ struct Products16 {
     static int token_of(int part, int i, int lane) { return kLanes * part + 16 * (lane / 4) + 4 * i + lane % 4; }
     static double reference(const Query& query, int q, int element, double value, int) {
         int16_t pair[2];
-        std::memcpy(pair, &query.words[q][element / 2], 4);
+        std::memcpy(pair, &query.int16[q][element / 2], 4);
         return 256.0 * pair[element % 2] * value;
     }
 };
 
-// The same after each pair of elements was stretched and turned by its token's angle, as keys before the rotary embedding need it.
+// The same after each pair of elements was stretched and rotated by its token's angle, as keys before the rotary embedding
+// need it.
 struct Turned16 {
     static constexpr const char* name = "int16 query, rotated keys";
     template <int queries>
@@ -139,7 +141,7 @@ struct Turned16 {
             const int pair = unit * 4 + i;
             const Bytes x = values[2 * i], y = values[2 * i + 1];
             each<2>([&](auto odd) CYCLES_INLINE {  // tokens 0, 2, 4, ..., then 1, 3, 5, ...
-                const Bytes a = multiply_bytes(all_32(query.stretch[2 * pair] << 8 * odd), x), b = multiply_bytes(all_32(query.stretch[2 * pair + 1] << 8 * odd), y);
+                const Bytes a = multiply_bytes(all_32(query.scale_weights[2 * pair] << 8 * odd), x), b = multiply_bytes(all_32(query.scale_weights[2 * pair + 1] << 8 * odd), y);
                 const Bytes cos = load(query.angles[pair][part][0][odd]), sin = load(query.angles[pair][part][1][odd]);
                 const Bytes first = sub_16(multiply_rounded(a, cos), multiply_rounded(b, sin));
                 const Bytes second = add_16(multiply_rounded(a, sin), multiply_rounded(b, cos));
@@ -157,14 +159,14 @@ struct ProductsFloat {
     template <int queries>
     CYCLES_INLINE static void add(const Bytes* values, int unit, const Query& query, int part, Sums& sums) {
         alignas(64) int8_t bytes[kUnit][kLanes];
-        Floats numbers[kUnit][4];
+        Floats elements[kUnit][4];
         each<kUnit>([&](auto e) CYCLES_INLINE { store(bytes[e], values[e]); });
-        each<kUnit>([&](auto e) CYCLES_INLINE { each<4>([&](auto i) CYCLES_INLINE { numbers[e][i] = to_floats(bytes[e] + i * kNumbers); }); });
+        each<kUnit>([&](auto e) CYCLES_INLINE { each<4>([&](auto i) CYCLES_INLINE { elements[e][i] = to_floats(bytes[e] + i * kNumbers); }); });
         for (int q = 0; q < queries; ++q) {
             each<4>([&](auto i) CYCLES_INLINE {
                 float* to = (float*)sums[q][part][i];
                 Floats sum = load_floats(to);
-                each<kUnit>([&](auto e) CYCLES_INLINE { sum = add_products(numbers[e][i], all_floats(query.floats[q][unit * kUnit + e]), sum); });
+                each<kUnit>([&](auto e) CYCLES_INLINE { sum = add_products(elements[e][i], all_floats(query.floats[q][unit * kUnit + e]), sum); });
                 store_floats(to, sum);
             });
         }
@@ -173,19 +175,19 @@ struct ProductsFloat {
     static double reference(const Query& query, int q, int element, double value, int) { return query.floats[q][element] * value; }
 };
 
-// Scores of a block. Keys of its first `turned` units are rotated, which makes sums of their own; the others are multiplied by
-// `Still`. tables: of the others, and of rotated keys.
+// Scores of a block. Keys of its first `rotated` units are rotated, which makes sums of their own; the others are multiplied
+// by `Still`. tables: of the others, and of rotated keys.
 template <template <int> class Table, typename Still, int queries>
-__attribute__((noinline)) void score(const Streams& streams, int block, const Tables* tables, const Query& query, int turned, Sums* sums) {
+__attribute__((noinline)) void score(const Streams& streams, int block, const Tables* tables, const Query& query, int rotated, Sums* sums) {
     std::memset(sums, 0, sizeof sums[0]);
-    if (turned) std::memset(sums + 1, 0, sizeof sums[1]);
+    if (rotated) std::memset(sums + 1, 0, sizeof sums[1]);
     for (int part = 0; part < kParts; ++part) {
         const uint8_t* from = streams.block(block) + part * kLanes;
         for (int unit = 0; unit < kUnits; ++unit) {
             by_rate(streams.rates[unit], [&](auto k) CYCLES_INLINE {
                 Bytes values[kUnit];
-                decode_unit<k>(from, Table<k>(tables[unit < turned]), values);
-                if (unit < turned) Turned16::add<queries>(values, unit, query, part, sums[1]);
+                decode_unit<k>(from, Table<k>(tables[unit < rotated]), values);
+                if (unit < rotated) Turned16::add<queries>(values, unit, query, part, sums[1]);
                 else Still::template add<queries>(values, unit, query, part, sums[0]);
                 from += k * kTokens;
             });

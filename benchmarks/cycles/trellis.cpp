@@ -38,9 +38,9 @@ int value_of(const Streams& streams, const Tables& tables, int block, int token,
 double turned_score(const Query& query, int q, int token, int element, double first, double second) {
     const auto& angle = query.angles[element / 2][token / kLanes];
     const double cos = angle[0][token % 2][token % kLanes / 2] / 32768.0, sin = angle[1][token % 2][token % kLanes / 2] / 32768.0;
-    const double x = first * (query.stretch[element] & 255), y = second * (query.stretch[element + 1] & 255);
+    const double x = first * (query.scale_weights[element] & 255), y = second * (query.scale_weights[element + 1] & 255);
     int16_t asked[2];
-    std::memcpy(asked, &query.words[q][element / 2], 4);
+    std::memcpy(asked, &query.int16[q][element / 2], 4);
     return asked[0] * (x * cos - y * sin) + asked[1] * (x * sin + y * cos);
 }
 
@@ -79,32 +79,32 @@ void time_decoding(const Case& which) {
 }
 
 template <template <int> class Table, typename Still, int queries>
-void time_scores(const Case& which, int turned = 0) {
+void time_scores(const Case& which, int rotated = 0) {
     const Tables tables[] = {{std::is_same_v<Still, Products8> ? 64 : 0, random_numbers}, {0, random_numbers}};
     const Streams streams(which.rates, kBlocks, random_numbers);
     static const Query query = draw_query(random_numbers);
     alignas(64) static Sums sums[2];
-    const std::string rotation = turned == 0 ? "" : turned == kUnits ? ", rotated" : ", " + std::to_string(turned) + " of 16 units rotated";
-    const Row row{"scores", std::string(Table<4>::name) + ", " + (turned == kUnits ? Turned16::name : Still::name + rotation), which.name, queries};
+    const std::string rotation = rotated == 0 ? "" : rotated == kUnits ? ", rotated" : ", " + std::to_string(rotated) + " of 16 units rotated";
+    const Row row{"scores", std::string(Table<4>::name) + ", " + (rotated == kUnits ? Turned16::name : Still::name + rotation), which.name, queries};
     for (int block = 0; block < kBlocks; block += kBlocks - 1) {
-        score<Table, Still, queries>(streams, block, tables, query, turned, sums);
+        score<Table, Still, queries>(streams, block, tables, query, rotated, sums);
         for (int q = 0; q < queries; ++q) {
             double expected[2][kTokens] = {}, found[2][kTokens] = {};
             for (int token = 0; token < kTokens; ++token) {
                 double values[kDim];
-                for (int d = 0; d < kDim; ++d) values[d] = value_of<Table>(streams, tables[d / kUnit < turned], block, token, d);
+                for (int d = 0; d < kDim; ++d) values[d] = value_of<Table>(streams, tables[d / kUnit < rotated], block, token, d);
                 for (int d = 0; d < kDim; ++d) {
-                    if (which.rates[d / kUnit] && d / kUnit >= turned) expected[0][token] += Still::reference(query, q, d, values[d], token);
-                    if (which.rates[d / kUnit] && d / kUnit < turned && d % 2 == 0) expected[1][token] += turned_score(query, q, token, d, values[d], values[d + 1]);
+                    if (which.rates[d / kUnit] && d / kUnit >= rotated) expected[0][token] += Still::reference(query, q, d, values[d], token);
+                    if (which.rates[d / kUnit] && d / kUnit < rotated && d % 2 == 0) expected[1][token] += turned_score(query, q, token, d, values[d], values[d + 1]);
                 }
             }
             for (int i = 0; i < kParts * 4 * kNumbers; ++i) {
                 const int part = i / 4 / kNumbers, at = i / kNumbers % 4, lane = i % kNumbers;
                 const int32_t still = sums[0][q][part][at][lane];
-                float number;
-                std::memcpy(&number, &still, 4);
-                found[0][Still::token_of(part, at, lane)] = std::is_same_v<Still, ProductsFloat> ? double(number) : still;
-                if (turned) found[1][Turned16::token_of(part, at, lane)] = sums[1][q][part][at][lane];
+                float element;
+                std::memcpy(&element, &still, 4);
+                found[0][Still::token_of(part, at, lane)] = std::is_same_v<Still, ProductsFloat> ? double(element) : still;
+                if (rotated) found[1][Turned16::token_of(part, at, lane)] = sums[1][q][part][at][lane];
             }
             for (int token = 0; token < kTokens; ++token) {
                 require(close(found[0][token], expected[0][token], std::is_same_v<Still, ProductsFloat> ? 1e-2 : 0), row);
@@ -112,7 +112,7 @@ void time_scores(const Case& which, int turned = 0) {
             }
         }
     }
-    print(row, nanoseconds([&](int i) { score<Table, Still, queries>(streams, i % kBlocks, tables, query, turned, sums); }, kBlocks) / kTokens);
+    print(row, nanoseconds([&](int i) { score<Table, Still, queries>(streams, i % kBlocks, tables, query, rotated, sums); }, kBlocks) / kTokens);
 }
 
 template <template <int> class Table, typename Products, int queries>

@@ -1,6 +1,6 @@
-// The cheapest path through the trellis of two streams. A state is the last four bits of the first, then those of the second; so 16
-// registers, one for each window of the first stream, have 16 states each. Costs are those of `viterbi.h`. On equal cost the predecessor
-// that lost the lowest bits of the second stream wins, then that which lost the lowest bits of the first.
+// The cheapest path through the trellis of two streams. A state is the last four bits of the first, then those of the second;
+// so 16 registers, one for each window of the first stream, have 16 states each. Costs are those of `viterbi.h`. On equal cost
+// the predecessor that lost the lowest bits of the second stream wins, then that which lost the lowest bits of the first.
 
 #pragma once
 
@@ -8,7 +8,7 @@
 
 namespace cycles {
 
-// Each number of the lower lanes as often as there are new bits of the second stream: 1, 2 or 4 times.
+// Each element of the lower lanes as often as there are new bits of the second stream: 1, 2 or 4 times.
 template <int second>
 CYCLES_INLINE inline __m256i repeat(__m256i x) {
     if constexpr (second == 0) return x;
@@ -17,8 +17,8 @@ CYCLES_INLINE inline __m256i repeat(__m256i x) {
     return _mm256_shuffle_epi8(x, second == 1 ? twice : four_times);
 }
 
-// One element of `first` + `second` bits. chosen: what left the windows, for each pair of windows without their new bits, [16 >> first]
-// [16]: of the first stream, plus 16 times that of the second.
+// One element of `first` + `second` bits. chosen: what left the windows, for each pair of windows without their new bits, [16
+// >> first] [16]: of the first stream, plus 16 times that of the second.
 template <int first, int second>
 CYCLES_INLINE inline void split_step(uint16_t* cost, const int16_t* table, int16_t x, uint16_t weight, uint8_t* chosen) {
     constexpr int rows = 16 >> first;
@@ -41,18 +41,18 @@ CYCLES_INLINE inline void split_step(uint16_t* cost, const int16_t* table, int16
         _mm_storeu_si128((__m128i*)(chosen + 16 * row), _mm_packus_epi16(_mm256_castsi256_si128(which), _mm256_extracti128_si256(which, 1)));
     }
     const __m128i least = _mm_minpos_epu16(_mm_min_epu16(_mm256_castsi256_si128(lowest), _mm256_extracti128_si256(lowest, 1)));
-    const __m256i by = _mm256_set1_epi16(int16_t(weight)), number = _mm256_set1_epi16(x);
+    const __m256i by = _mm256_set1_epi16(int16_t(weight)), element = _mm256_set1_epi16(x);
 #pragma GCC unroll 16
     for (int row = 0; row < rows; ++row) {
         const __m256i before = repeat<second>(_mm256_sub_epi16(best[row], _mm256_broadcastw_epi16(least)));
 #pragma GCC unroll 16
         for (int state = 16 * (row << first); state < 16 * ((row + 1) << first); state += 16) {
-            store_16(cost + state, _mm256_adds_epu16(before, cost_of(number, load_16(table + state), by)));
+            store_16(cost + state, _mm256_adds_epu16(before, cost_of(element, load_16(table + state), by)));
         }
     }
 }
 
-// Run `part`, which is told as types how many bits an element has of each stream; those of rate 1 take turns.
+// Run `part`, which is given as types how many bits an element has of each stream; those of rate 1 take turns.
 template <typename Part>
 CYCLES_INLINE inline void for_parts(int k, int element, const Part& part) {
     using std::integral_constant;

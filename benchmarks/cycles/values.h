@@ -1,5 +1,5 @@
-// Values: sums over the tokens of four blocks of weight times value. Tokens are lanes, so products of neighboring tokens are added up
-// by the multiplication itself; lanes are added up once for four blocks.
+// Values: sums over the tokens of four blocks of weight times value. Tokens are lanes, so products of neighboring tokens are
+// added up by the multiplication itself; lanes are added up once for four blocks.
 
 #pragma once
 

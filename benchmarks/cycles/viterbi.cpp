@@ -43,16 +43,16 @@ std::vector<uint8_t> encode_plainly(const Problem& problem, const int16_t* x, in
     return states;
 }
 
-int16_t numbers[kHeads][kElements];
+int16_t elements[kHeads][kElements];
 uint8_t states[kHeads][kElements];
 
-// Unit Gaussian numbers of 16 steps, clipped to the tables' 7 bits.
+// Unit Gaussian elements of 16 steps, clipped to the tables' 7 bits.
 Problem draw(const std::vector<int>& rates, std::mt19937& random) {
     Problem problem;
     std::normal_distribution<double> normal(0.0, 16.0 * 512.0);
     for (auto& table : problem.tables) for (auto& entry : table) entry = int16_t(std::clamp(int(normal(random) / 512), -64, 63) * 512);
     for (int i = 0; i < kElements; ++i) problem.rates[i] = rates[i], problem.weights[i] = uint16_t(random() % 49152 + 16384);
-    for (auto& head : numbers) for (auto& x : head) x = int16_t(std::clamp(normal(random), -32768.0, 32767.0));
+    for (auto& head : elements) for (auto& x : head) x = int16_t(std::clamp(normal(random), -32768.0, 32767.0));
     return problem;
 }
 
@@ -60,7 +60,7 @@ Problem draw(const std::vector<int>& rates, std::mt19937& random) {
 template <typename Encode, typename Plainly>
 void time_heads(const Row& row, const Encode& encode, const Plainly& plainly) {
     encode();
-    for (int i = 0; i < kHeads; ++i) require(std::equal(states[i], states[i] + kElements, plainly(numbers[i]).begin()), row);
+    for (int i = 0; i < kHeads; ++i) require(std::equal(states[i], states[i] + kElements, plainly(elements[i]).begin()), row);
     print(row, nanoseconds([&](int) { encode(); }, 1, 100) / kHeads);
 }
 
@@ -69,11 +69,11 @@ void time_encoding(const std::string& name, const std::vector<int>& rates, std::
     static Problem problem;
     problem = draw(rates, random);
     const auto encode_all = [&] {
-        for (int i = 0; i < kHeads; i += together) encode<window, together>(problem, numbers + i, states + i);
+        for (int i = 0; i < kHeads; i += together) encode<window, together>(problem, elements + i, states + i);
     };
     const auto table = [&](int i) { return problem.tables[problem.rates[i]]; };
     const auto predecessor = [&](int i, int state, int lost) { return lost << (window - problem.rates[i]) | state >> problem.rates[i]; };
-    const Row row{"Viterbi", std::to_string(1 << window) + " states, " + std::to_string(together) + " tokens taking turns", name, 0};
+    const Row row{"Viterbi", std::to_string(1 << window) + " states, " + std::to_string(together) + " tokens taking rotates", name, 0};
     time_heads(row, encode_all, [&](const int16_t* x) { return encode_plainly(problem, x, 1 << window, table, predecessor); });
 }
 
@@ -82,7 +82,7 @@ void time_split(const std::string& name, const std::vector<int>& rates, std::mt1
     static Problem problem;
     problem = draw(rates, random);
     const auto encode_all = [&] {
-        for (int i = 0; i < kHeads; i += together) encode_split<together>(problem, numbers + i, states + i);
+        for (int i = 0; i < kHeads; i += together) encode_split<together>(problem, elements + i, states + i);
     };
     const auto table = [&](int i) { return split_table(problem, i); };
     const auto predecessor = [&](int i, int state, int lost) {
@@ -93,7 +93,7 @@ void time_split(const std::string& name, const std::vector<int>& rates, std::mt1
         });
         return from;
     };
-    const Row row{"Viterbi", "two streams, " + std::to_string(together) + " tokens taking turns", name, 0};
+    const Row row{"Viterbi", "two streams, " + std::to_string(together) + " tokens taking rotates", name, 0};
     time_heads(row, encode_all, [&](const int16_t* x) { return encode_plainly(problem, x, 256, table, predecessor); });
 }
 

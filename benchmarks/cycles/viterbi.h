@@ -1,6 +1,7 @@
-// The cheapest path through the trellis of a window of bits, in integers, so that it can be written again elsewhere bit for bit.
+// The cheapest path through the trellis of a window of bits, in integers, so that it can be written again elsewhere bit for
+// bit.
 //
-// A state is the window: the last `window` bits of the stream. An element x and the entries of tables are whole numbers of 1/512
+// A state is the window: the last `window` bits of the stream. An element x and the entries of tables are integers of 1/512
 // of a step of the tables' grid, in 16 bits. With d = |x - entry|, at most 32768 by saturation, an entry costs
 //     ((min(2 d, 65535)^2 >> 16) * weight) >> 16,   that is weight / 2^16 times 16 times the squared distance in steps,
 // and a state costs min(65535, that + the least cost of the 2^k states it can come from - the least cost of all). On equal
@@ -27,7 +28,7 @@ CYCLES_INLINE inline __m256i cost_of(__m256i x, __m256i entries, __m256i weight)
     return _mm256_mulhi_epu16(_mm256_mulhi_epu16(twice, twice), weight);
 }
 
-// Each of the 16 >> k numbers from `from` on 2^k times.
+// Each of the 16 >> k elements from `from` on 2^k times.
 template <int k>
 CYCLES_INLINE inline __m256i spread(const uint16_t* from) {
     if constexpr (k == 1) {
@@ -96,10 +97,10 @@ CYCLES_INLINE inline void step(uint16_t* cost, const int16_t* table, int16_t x, 
     alignas(32) uint16_t best[(1 << window) / 2 < 16 ? 16 : (1 << window) / 2];
     survive<window, k>(cost, best, chosen);
     renormalize<window, k>(best);
-    const __m256i number = _mm256_set1_epi16(x), by = _mm256_set1_epi16(int16_t(weight));
+    const __m256i element = _mm256_set1_epi16(x), by = _mm256_set1_epi16(int16_t(weight));
 #pragma GCC unroll 16
     for (int state = 0; state < 1 << window; state += 16) {
-        store_16(cost + state, _mm256_adds_epu16(spread<k>(best + (state >> k)), cost_of(number, load_16(table + state), by)));
+        store_16(cost + state, _mm256_adds_epu16(spread<k>(best + (state >> k)), cost_of(element, load_16(table + state), by)));
     }
 }
 
@@ -123,8 +124,8 @@ CYCLES_INLINE inline void for_rate(int k, const Part& part) {
     }
 }
 
-// The states of the elements of some tokens of a head, [together][128]; elements of rate 0 have none. Tokens take turns, since a
-// step waits for the one before.
+// The states of the elements of some tokens of a head, [together][128]; elements of rate 0 have none. Tokens take turns, since
+// a step waits for the one before.
 template <int window, int together>
 __attribute__((noinline)) void encode(const Problem& problem, const int16_t (*x)[kElements], uint8_t (*states)[kElements]) {
     constexpr int count = 1 << window;

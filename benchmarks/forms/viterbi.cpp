@@ -1,6 +1,7 @@
 // The best path through a trellis of 2^BITS states, in float32, for one token at a time; any state width, any table.
 // The state after an element is the last BITS bits of the stream; element j adds rates[j] bits and costs
-// weights[j] * (elements[j] - tables[rates[j]][state])^2. The state before the first element is 0; of equal costs the lowest state wins.
+// weights[j] * (elements[j] - tables[rates[j]][state])^2. The state before the first element is 0; of equal costs the lowest
+// state wins.
 #include <cstdint>
 #include <vector>
 

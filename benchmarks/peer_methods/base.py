@@ -47,12 +47,14 @@ Pair = tuple[Quantizer, Quantizer]  # of keys and of values
 
 
 def stored(x: Tensor) -> Tensor:
-    """Numbers as 16 bits keep them."""
+    """Elements as 16 bits keep them."""
     return x.half().float()
 
 
 def affine(x: Tensor, bits: int, dim: int) -> Tensor:
-    """Rounded to steps between the least and the largest element along a dimension, both kept as a scale and a zero point."""
+    """Rounded to steps between the least and the largest element along a dimension, both stored as a scale and a zero
+    point.
+    """
     low = stored(x.amin(dim, keepdim=True))
     scale = stored((x.amax(dim, keepdim=True) - low) / (2**bits - 1)).clamp_min(TINY)
     return low + ((x - low) / scale).round().clamp(0, 2**bits - 1) * scale

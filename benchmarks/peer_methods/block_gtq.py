@@ -1,11 +1,12 @@
 """Block-GTQ (arXiv 2606.24033, sections 3 and A; JIA-Lab-research/blockgtq): bits by the energy of rotary pairs.
 
-Keys: a pair of channels that turn together scores (E||q||^2 + E||k||^2) / 2; each next bit, of 1 to 8, goes to the pair whose
-score * 4^-bits is the largest, the same budget in every head. Pairs of equal bits make a group with a norm, a random rotation
-and Lloyd-Max levels, decoded with norm correction. Values: TurboQuant-MSE, one group. Published without sinks or a window.
+Keys: a pair of channels that rotate together scores (E||q||^2 + E||k||^2) / 2; each next bit, of 1 to 8, goes to the pair
+whose score * 4^-bits is the largest, the same budget in every head. Pairs of equal bits make a group with a norm, a random
+rotation and Lloyd-Max levels, decoded with norm correction. Values: TurboQuant-MSE, one group. Published without sinks or a
+window.
 
 The authors' code quantizes keys before the rotary embedding to measure accuracy and after it to serve; here after it. Scores
-and norms are the same for both, as they do not depend on how pairs are turned.
+and norms are the same for both, as they do not depend on how pairs are rotated.
 """
 
 import math
@@ -45,7 +46,9 @@ class Keys(Quantizer):
 
     def __init__(self, statistics: Statistics, width: int) -> None:
         energy = statistics.queries.diagonal(dim1=1, dim2=2) + statistics.keys.double().square().mean(1)
-        pairs = energy.unflatten(-1, (2, -1)).sum(1) / 2  # the rotary embedding turns channel i with channel i + head_dim / 2
+        pairs = (
+            energy.unflatten(-1, (2, -1)).sum(1) / 2
+        )  # the rotary embedding rotates channel i with channel i + head_dim / 2
         self.allocation = torch.stack([allocate(scores, width * len(scores)) for scores in pairs])
         self.width = width
 

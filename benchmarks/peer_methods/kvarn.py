@@ -1,7 +1,7 @@
 """KVarN (arXiv 2606.03458, dual scaling; huawei-csl/KVarN): tiles of 128 tokens whose channels and tokens get even variances.
 
 Hadamard rotation of channels; 16 rounds of dividing a tile by the standard deviations of its tokens and channels in turn, of
-which the round with the least imbalance is kept; then uniform codes, keys by channel and values by token. Scales of 16 bits
+which the round with the least imbalance is stored; then uniform codes, keys by channel and values by token. Scales of 16 bits
 for both axes and a zero point for one. Published with an exact first tile and an exact tail until its tile is full.
 """
 
@@ -26,7 +26,7 @@ def imbalance(tile: Tensor) -> Tensor:
 def variance_scales(tile: Tensor) -> tuple[Tensor, Tensor]:
     """Scales of columns [n, 1, columns] and of rows [n, rows, 1] that even the variances of tiles [n, rows, columns]."""
     logs = [tile.new_zeros(len(tile), 1, tile.shape[2]), tile.new_zeros(len(tile), tile.shape[1], 1)]
-    kept, least = [log.exp() for log in logs], imbalance(tile)
+    rope_state, least = [log.exp() for log in logs], imbalance(tile)
     even = tile
     for _ in range(ROUNDS):
         for axis in (0, 1):
@@ -35,9 +35,9 @@ def variance_scales(tile: Tensor) -> tuple[Tensor, Tensor]:
             even = tile / logs[0].exp() / logs[1].exp()
         found = imbalance(even)
         better = (found <= least)[:, None, None]
-        kept = [torch.where(better, log.exp(), scale) for log, scale in zip(logs, kept, strict=True)]
+        rope_state = [torch.where(better, log.exp(), scale) for log, scale in zip(logs, rope_state, strict=True)]
         least = torch.minimum(found, least)
-    return kept[0], kept[1]
+    return rope_state[0], rope_state[1]
 
 
 def quantize(tile: Tensor, width: int) -> Tensor:
@@ -58,10 +58,10 @@ class Tiles(Quantizer):
     by_channel: bool
 
     def __call__(self, x: Tensor) -> Tensor:
-        turn = hadamard(x.shape[-1])
-        tiles = [tile.mT if self.by_channel else tile for tile in (x @ turn).split(TILE, 1)]
+        rotation = hadamard(x.shape[-1])
+        tiles = [tile.mT if self.by_channel else tile for tile in (x @ rotation).split(TILE, 1)]
         decoded = [quantize(tile, self.width) for tile in tiles]
-        return torch.cat([tile.mT if self.by_channel else tile for tile in decoded], 1) @ turn
+        return torch.cat([tile.mT if self.by_channel else tile for tile in decoded], 1) @ rotation
 
     def bits(self, kv_heads: int, head_dim: int) -> float:
         along, across = (TILE, head_dim) if self.by_channel else (head_dim, TILE)

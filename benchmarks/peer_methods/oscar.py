@@ -30,17 +30,17 @@ def rotation(moment: Tensor) -> Tensor:
 class Rotated(Quantizer):
     """Clipped uniform codes of rotated tokens. folded: the rotation is part of the weights."""
 
-    turn: Tensor
+    rotation: Tensor
     clip: float
     folded: bool
     width: int = 2
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = x @ self.turn
+        y = x @ self.rotation
         size = y.shape[-1]
         limit = y.abs().sort(-1).values[..., int(self.clip * size), None]
         groups = y.clamp(-limit, limit).unflatten(-1, (-1, min(GROUP, size)))
-        return affine(groups, self.width, -1).flatten(-2) @ self.turn.mT
+        return affine(groups, self.width, -1).flatten(-2) @ self.rotation.mT
 
     def bits(self, kv_heads: int, head_dim: int) -> float:
         return self.width + 2 * HALF / min(GROUP, head_dim)

@@ -3,7 +3,7 @@
 L L' is the second moment of what is cached (1% of its mean diagonal added), W W' that of what it meets: queries for keys, the
 output projection for values. With s and V the singular values and right vectors of W' L (1% of their mean added to s),
 T = H diag(s^1/2) V' L^-1 makes both sides alike and spreads them by the Hadamard matrix H. Keys are stored as T k and queries
-turned by T^-T; values have T in the weights. Codes as in QuEST (arXiv 2502.05003): uniform levels with no zero, clipped at a
+rotated by T^-T; values have T in the weights. Codes as in QuEST (arXiv 2502.05003): uniform levels with no zero, clipped at a
 multiple of the token's root mean square that is best for a Gaussian. Published with 16 sinks and 128 recent tokens.
 
 Filled in by us, as the code for caches is not public: the metric of values is that of the output projection alone, without a
@@ -35,11 +35,11 @@ def transform(cached: Tensor, met: Tensor) -> Tensor:
 class Transformed(Quantizer):
     """Uniform codes of T x. folded: the transform is part of the weights."""
 
-    def __init__(self, turn: Tensor, width: int, folded: bool) -> None:
-        self.turn, self.back, self.width, self.folded = turn.float(), torch.linalg.inv(turn).float(), width, folded
+    def __init__(self, rotation: Tensor, width: int, folded: bool) -> None:
+        self.rotation, self.back, self.width, self.folded = rotation.float(), torch.linalg.inv(rotation).float(), width, folded
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = x @ self.turn.mT
+        y = x @ self.rotation.mT
         limit = stored(CLIPS[self.width] * y.square().mean(-1, keepdim=True).sqrt()).clamp_min(TINY)
         step = 2 * limit / (2**self.width - 1)
         levels = (y.clamp(-limit, limit) / step + 0.5).round() - 0.5

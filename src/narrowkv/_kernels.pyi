@@ -6,7 +6,7 @@ def instruction_sets() -> list[str]:
     """Names of the vector instruction sets of this processor that kernels can use, weakest first."""
 
 def all_finite(kind: int, data: int, shape: Sequence[int], strides: Sequence[int], threads: int) -> bool:
-    """Whether no number is NaN or infinite; see codec/compiled.py."""
+    """Whether no element is NaN or infinite; see codec/cpu/encode.py."""
 
 def pack(codes: int, shape: Sequence[int], strides: Sequence[int], bits: int, shift: int, packed: int, threads: int) -> None:
     """Write one plane of codes; see codec/packing.py."""
@@ -25,7 +25,7 @@ def encode_trellis(
     """Write the bit stream of least cost of each row; see codec/trellis.py."""
 
 class Codec:
-    """What is the same for all tokens that a quantizer encodes; see codec/compiled.py."""
+    """What is the same for all tokens that a quantizer encodes; see codec/cpu/encode.py."""
 
     def __init__(
         self,
@@ -49,10 +49,10 @@ class Codec:
         tokens: int,
         first: int,
         parts: Sequence[int],
-        outlier_room: int,
+        outlier_capacity: int,
         threads: int,
     ) -> int:
-        """Write codes, ranges and outliers of new tokens to their room."""
+        """Write codes, ranges and outliers of new tokens to their buffer."""
 
 class Streams:
     """What all trellis-coded streams of one side have in common."""
@@ -67,15 +67,15 @@ class Streams:
         finer: Tensor,
         places: Tensor | None,
         channels: Tensor | None,
-        turns: Tensor | None,
+        query_rotations: Tensor | None,
         offsets: Tensor | None,
-        in_words: bool = False,
-        stretches: Tensor | None = None,
-        reaches: Tensor | None = None,
-        offset_words: Tensor | None = None,
+        uses_int16: bool = False,
+        int16_scales: Tensor | None = None,
+        int16_maxima: Tensor | None = None,
+        int16_offsets: Tensor | None = None,
     ) -> None: ...
 
-class Side:
+class PackedTensor:
     """The keys, or the values, of packed blocks: what all of them have in common."""
 
     def __init__(
@@ -91,14 +91,14 @@ class Side:
         ranges: list[int],
         exact: int,
         outlier: int,
-        words: Tensor | None,
+        int16: Tensor | None,
         unit: Tensor | None,
         most: int,
         streams: Streams | None = None,
     ) -> None: ...
     @property
-    def in_words(self) -> bool:
-        """Whether it can be read in words of 16 bits."""
+    def uses_int16(self) -> bool:
+        """Whether it can be read in int16."""
 
 class Rotation:
     """The rotary embedding of keys that are stored without it."""
@@ -112,7 +112,7 @@ class Rotation:
         far: Tensor | None = None,
         near: Tensor | None = None,
         steps: Tensor | None = None,
-        words: Tensor | None = None,
+        int16: Tensor | None = None,
     ) -> None: ...
 
 def attend(
@@ -131,8 +131,8 @@ def attend(
     dense_query: int,
     dense_keys: int,
     dense_values: int,
-    keys: Side,
-    values: Side,
+    keys: PackedTensor,
+    values: PackedTensor,
     keys_tail: list[int],
     values_tail: list[int],
     rotation: Rotation,

@@ -1,7 +1,7 @@
-"""Names and numbers that the command line shows in its help, kept where nothing heavy is imported."""
+"""Names and elements that the command line shows in its help, stored where nothing heavy is imported."""
 
 AUTO = "auto"  # the attention backend that suits device and recipe
-DENSE = "dense"  # attention by the model itself, over numbers that went through the codec
+DENSE = "dense"  # attention by the model itself, over elements that went through the codec
 DEMO = "narrowkv://demo"  # the model that comes with the package
 RECIPE = "narrow3"
 MIX = "narrowkv://mix"  # the text to learn from where none is given
@@ -11,7 +11,7 @@ STREAM_CHUNK = 128  # tokens of a chunk where a text is scored as a stream
 WINDOW, SAMPLES = 2048, 16  # tokens of a sequence and sequences to learn from
 MIX_WINDOW, MIX_SAMPLES = 512, 32  # of the mix, which has about 20,000 tokens: some are left for `--check`
 
-LADDERS = ("steps", "grid", "outliers", "sinks", "parts", "texts", "times")
+ABLATIONS = ("steps", "grid", "outliers", "sinks", "parts", "texts", "times")
 TASKS = ("passkey", "key-value", "multi-needle", "variables", "counting")
 SHAPES = ("llama-7b", "llama-13b", "llama-30b", "llama-65b", "llama-2-70b", "llama-3-8b", "llama-3-70b")
 

@@ -70,7 +70,7 @@ def tensor_checksum(tensor: Tensor) -> str:
     return checksum(head + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
 
 
-def require_numbers(name: str, tensor: Tensor) -> None:
+def require_finite(name: str, tensor: Tensor) -> None:
     """Raise FileFormatError, which begins with the tensor's name, where one is NaN or infinite."""
     if tensor.is_floating_point() and not bool((tensor if tensor.itemsize > 1 else tensor.float()).isfinite().all()):
         raise FileFormatError(f"tensor {name} holds NaN or infinity")

@@ -1,9 +1,9 @@
-"""The naive attention against torch's own, on the numbers that the cache decodes to; the tiled one against the naive."""
+"""The naive attention against torch's own, on the elements that the cache dequantizes to; the tiled one against the naive."""
 
 import pytest
 import torch
 
-from narrowkv.attention import Rope, StoredRope, Visible, naive, tiled
+from narrowkv.attention import AttentionMask, Rope, StoredRope, naive, tiled
 from narrowkv.codec import Quantizer, Scheme
 from narrowkv.store import LayerStore
 
@@ -18,10 +18,10 @@ CASES = [
 PAIRS = Scheme(4, "int", pre_rope=True), Scheme(3, "int", outliers=0.02)
 
 
-def reference(query, keys, values, visible, scaling):
+def reference(query, keys, values, mask, scaling):
     group = query.shape[1] // keys.shape[1]
     keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
-    return torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=visible, scale=scaling)
+    return torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
 
 
 def frequencies(dim):
@@ -62,22 +62,22 @@ def test_attention_over_what_is_stored(attend, batch, heads, kv_heads, dim, past
     if padded:
         padding[-1, : total // 3] = False
     at = torch.arange(total)
-    visible = (at <= at[past:, None]) & padding[:, None, None, :]
+    mask = (at <= at[past:, None]) & padding[:, None, None, :]
     if window:
-        visible = visible & (at > at[past:, None] - window)
-        store.forget(past - window + 1)
+        mask = mask & (at > at[past:, None] - window)
+        store.evict(past - window + 1)
     found = attend(
         query,
         store,
         past=total if strict else past,
         new=None if strict else (rope.rotate(keys[:, :, past:], positions[:, past:]), values[:, :, past:]),
         rope=rope,
-        kept=positions[:, store.first : total if strict else past],
-        visible=Visible(padding if padded else None, window),
+        rope_state=positions[:, store.first : total if strict else past],
+        mask=AttentionMask(padding if padded else None, window),
         scaling=dim**-0.5,
     )
-    expected = reference(query, stored_keys, stored_values, visible, dim**-0.5)
-    seeing = visible.any(-1).expand(batch, heads, new)
+    expected = reference(query, stored_keys, stored_values, mask, dim**-0.5)
+    seeing = mask.any(-1).expand(batch, heads, new)
     torch.testing.assert_close(found[seeing], expected[seeing], atol=1e-4, rtol=1e-4)
     assert not found[~seeing].any()
 
@@ -98,16 +98,16 @@ def test_what_the_tiled_attention_adds_up_is_what_the_naive_computes(monkeypatch
     store = LayerStore(*map(Quantizer, PAIRS))
     store.append(keys, values)
     rope = StoredRope("angles0", "once", interleaved=True)
-    angles = torch.rand(batch, past + new, dim // 4)  # half of the channels turn
-    kept = rope.keep(None, (angles.cos(), angles.sin()))
+    angles = torch.rand(batch, past + new, dim // 4)  # half of the channels rotate
+    rope_state = rope.keep(None, (angles.cos(), angles.sin()))
     padding = torch.ones(batch, past + new, dtype=torch.bool)
     padding[1, :4] = False
     arguments = {
         "past": past,
-        "new": (rope.rotate(keys, kept)[:, :, past:], values[:, :, past:]),
+        "new": (rope.rotate(keys, rope_state)[:, :, past:], values[:, :, past:]),
         "rope": rope,
-        "kept": kept[:, :past],
-        "visible": Visible(padding, rule=rule),
+        "rope_state": rope_state[:, :past],
+        "mask": AttentionMask(padding, rule=rule),
         "scaling": 0.3,
         "softcap": softcap,
         "sink_logits": torch.randn(6) if sinks else None,
@@ -126,8 +126,8 @@ def test_many_queries_in_16_bits_are_as_exact_as_attention_in_16_bits(dtype):
         "past": past,
         "new": (keys[:, :, past:], values[:, :, past:]),
         "rope": Rope(frequencies(dim)),
-        "kept": torch.arange(past)[None],
-        "visible": Visible(),
+        "rope_state": torch.arange(past)[None],
+        "mask": AttentionMask(),
         "scaling": dim**-0.5,
     }
     query = torch.randn(1, 8, new, dim, dtype=dtype)

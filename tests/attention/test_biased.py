@@ -1,4 +1,6 @@
-"""Backends over stores that have taken a bias out of keys and values: scores and sums get it back, against the naive twin."""
+"""Backends over stores that have taken a bias out of keys and values: scores and sums get it back, against the naive
+reference.
+"""
 
 from dataclasses import replace
 
@@ -6,8 +8,10 @@ import pytest
 import torch
 from tests.cases import KEYS, VALUES, case
 
-from narrowkv.attention import AUTO, chosen, cpu, cuda, naive, tiled
-from narrowkv.attention.cpu_words import SUPPORTED
+from narrowkv.attention import AUTO, naive, resolve_backend, tiled
+from narrowkv.attention.cpu import decode as cpu
+from narrowkv.attention.cpu.int16 import SUPPORTED
+from narrowkv.attention.cuda import decode as cuda
 from narrowkv.errors import UnsupportedModelError
 
 SHAPES = [
@@ -41,8 +45,8 @@ def test_every_form_of_codes_on_a_cpu(form, shape, kernel):
 @pytest.mark.parametrize(("keys", "values"), [("kivi-2", "fp4"), ("token_head groups", "hadamard"), ("hadamard", "fp4")])
 def test_whole_numbers_of_16_bits(keys, values, shape):
     query, store, options = biased(keys, values, shape)
-    assert cpu._blocks(store, None).in_words
-    check(cpu.attend, query, store, options, 2e-3, kernel=cpu.WORDS)
+    assert cpu._blocks(store, None).uses_int16
+    check(cpu.attend, query, store, options, 2e-3, kernel=cpu.INT16)
 
 
 @pytest.mark.parametrize("rope", ["interleaved", "partial", "stored"])
@@ -56,10 +60,10 @@ def test_every_rotary_embedding(attend, rope):
 @pytest.mark.parametrize("window", [None, 40])
 def test_rows_that_begin_elsewhere_windows_and_softcaps(attend, window, softcap):
     query, store, options = biased("token", "kivi-2", (3, 6, 2, 32, 300, 7), sinks=3, padded=[0, 150, 290])
-    options["visible"] = replace(options["visible"], sliding_window=window)
+    options["mask"] = replace(options["mask"], sliding_window=window)
     options |= {"softcap": softcap, "sink_logits": torch.randn(query.shape[1])}
     if window:
-        store.forget(options["past"] - window + 1)
+        store.evict(options["past"] - window + 1)
     check(attend, query, store, options)
 
 
@@ -73,14 +77,14 @@ def test_a_store_that_is_cropped_selected_and_grows():
     query, store, options = biased("hadamard", "token", (3, 4, 2, 16, 330, 1), sinks=2, window=40)
     check(cpu.attend, query, store, options)
     store.crop(201)
-    store.bias.ledger.crop(201)
+    store.bias.position_buffer.crop(201)
     options |= {"past": 201, "new": None}
     check(cpu.attend, query, store, options)
     rows = torch.tensor([2, 0, 2])
     store.select(rows)
-    store.bias.ledger.select(rows)
+    store.bias.position_buffer.select(rows)
     check(cpu.attend, query, store, options)
-    store.bias.ledger.append(torch.arange(201, 301).expand(3, -1))
+    store.bias.position_buffer.append(torch.arange(201, 301).expand(3, -1))
     store.append(torch.randn(3, 2, 100, 16), torch.randn(3, 2, 100, 16))
     check(cpu.attend, query, store, options | {"past": 301})
 
@@ -91,9 +95,9 @@ def test_kernels_that_cannot_put_a_bias_back_say_so_and_are_not_chosen():
     with pytest.raises(UnsupportedModelError, match="choose backend torch"):
         cuda.attend(query, store, **options)
     store.quantizers = (replace(store.quantizers[0], scheme=before), store.quantizers[1])
-    with pytest.raises(UnsupportedModelError, match="kept unrotated; choose backend torch"):
+    with pytest.raises(UnsupportedModelError, match="stored unrotated; choose backend torch"):
         cpu.attend(query, store, **options)
     processor, pairs = torch.device("cpu"), [(before, VALUES["token"])]
-    assert chosen(AUTO, processor, torch.float32, pairs) == "cpu"
-    assert chosen(AUTO, processor, torch.float32, pairs, biased=True) == "torch"
-    assert chosen(AUTO, processor, torch.float32, [(KEYS["nuq4-1%"], VALUES["token"])], biased=True) == "cpu"
+    assert resolve_backend(AUTO, processor, torch.float32, pairs) == "cpu"
+    assert resolve_backend(AUTO, processor, torch.float32, pairs, biased=True) == "torch"
+    assert resolve_backend(AUTO, processor, torch.float32, [(KEYS["nuq4-1%"], VALUES["token"])], biased=True) == "cpu"

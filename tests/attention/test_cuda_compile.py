@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from narrowkv.codec import cuda
+from narrowkv.codec.cuda import encode as cuda
 from narrowkv.methods.registry import recipe_names
 
 pytestmark = [

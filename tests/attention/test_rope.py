@@ -23,8 +23,8 @@ def test_keys_are_turned_back_by_the_sines_that_turned_them(dtype, interleaved):
     rope = Rope(1 / 10_000 ** (torch.arange(6) / 6), 1.3, interleaved)  # rotary_dim 12 of 16, scaled as yarn does
     x, positions = torch.randn(2, 3, 9, 16).to(dtype), torch.randint(0, 5000, (2, 9))
     turned = rope.rotate(x, positions)
-    assert rope.turn_back(turned, positions).dtype == torch.float64
-    torch.testing.assert_close(rope.turn_back(turned, positions), x.double(), atol=8 * torch.finfo(dtype).eps, rtol=0)
+    assert rope.unrotate(turned, positions).dtype == torch.float64
+    torch.testing.assert_close(rope.unrotate(turned, positions), x.double(), atol=8 * torch.finfo(dtype).eps, rtol=0)
 
 
 def test_rotations_compose():

@@ -109,17 +109,17 @@ def test_block_gtq_keys_keep_the_norms_of_groups(statistics):
 
 def test_block_gtq_values_are_turboquant_without_norm_correction():
     x = elements()
-    left, turn = block_gtq.Values(3)(x), haar(SIZE, 1001)
+    left, rotation = block_gtq.Values(3)(x), haar(SIZE, 1001)
     norm = x[1, 7].norm()
-    expected = turn.mT @ nearest(turn @ x[1, 7] / norm * 8, lloyd_max(3)) / 8 * norm
+    expected = rotation.mT @ nearest(rotation @ x[1, 7] / norm * 8, lloyd_max(3)) / 8 * norm
     assert torch.allclose(left[1, 7], expected, rtol=2e-3, atol=2e-3)
 
 
 def test_oscar_rotates_so_that_all_channels_are_alike(statistics):
     moment = statistics.queries.mean(0)
-    turn = oscar.rotation(moment).double()
-    assert torch.allclose(turn.mT @ turn, torch.eye(SIZE).double(), atol=1e-5)
-    spread = (turn.mT @ moment @ turn).diagonal()
+    rotation = oscar.rotation(moment).double()
+    assert torch.allclose(rotation.mT @ rotation, torch.eye(SIZE).double(), atol=1e-5)
+    spread = (rotation.mT @ moment @ rotation).diagonal()
     assert torch.allclose(spread, spread.mean().expand(SIZE), rtol=1e-4)
 
 
@@ -127,8 +127,8 @@ def test_oscar_weighs_values_by_the_energy_of_their_keys(statistics):
     statistics.keys[:, :200], statistics.keys[:, 200:] = statistics.keys[:, :1].clone(), 0
     values = statistics.values[:, :200].double()
     moment = (values.mT @ values / 200).mean(0)
-    turn = oscar.fit(statistics)[1].turn.double()
-    spread = (turn.mT @ moment @ turn).diagonal()
+    rotation = oscar.fit(statistics)[1].rotation.double()
+    spread = (rotation.mT @ moment @ rotation).diagonal()
     assert torch.allclose(spread, spread.mean().expand(SIZE), rtol=1e-3)
 
 
@@ -200,15 +200,15 @@ def test_kvarn_rounds_keys_by_channel_and_values_by_token(by_channel):
         even = tile / columns / rows[:, None]
         expected = affine(even, 4, 1) * columns * rows[:, None]
         step = (even.amax(1) - even.amin(1)) / 15 * rows
-        assert ((decoded - expected).abs() <= 1.01 * step[:, None] * columns).all()  # 16-bit scales may turn a code
+        assert ((decoded - expected).abs() <= 1.01 * step[:, None] * columns).all()  # 16-bit scales may rotate a code
         assert ((decoded - expected).abs() > 0.05 * step[:, None] * columns).float().mean() < 0.02
 
 
 def test_wush_kv_makes_both_sides_alike(statistics):
     cached = statistics.keys.double().mT @ statistics.keys.double() / 500
-    turn = wush_kv.transform(cached, statistics.queries)
-    back = torch.linalg.inv(turn)
-    sides = [turn @ cached @ turn.mT, back.mT @ statistics.queries @ back]
+    rotation = wush_kv.transform(cached, statistics.queries)
+    back = torch.linalg.inv(rotation)
+    sides = [rotation @ cached @ rotation.mT, back.mT @ statistics.queries @ back]
     for side in sides:
         spread = side.diagonal(dim1=1, dim2=2)
         assert torch.allclose(spread, spread.mean(1, keepdim=True).expand_as(spread), rtol=0.1)
@@ -229,7 +229,7 @@ def test_wush_kv_rounds_to_levels_without_a_zero(width, step):
 def test_wush_kv_multiplies_by_a_transform_and_its_inverse(statistics):
     keys, values = wush_kv.fit(statistics, 4)
     for side, x in ((keys, statistics.keys), (values, statistics.values)):
-        assert torch.allclose(side.back @ side.turn, torch.eye(SIZE).expand(HEADS, -1, -1), atol=1e-3)
+        assert torch.allclose(side.back @ side.rotation, torch.eye(SIZE).expand(HEADS, -1, -1), atol=1e-3)
         assert (side(x) - x).square().mean() < 0.05 * x.square().mean()
 
 

@@ -162,7 +162,7 @@ def options(tmp_path):
 
 @pytest.fixture
 def subject(monkeypatch, statistics):
-    """In place of a model: all figures are of the terms."""
+    """In place of a model: all metrics are of the terms."""
 
     def divergence(pairs, terms, name):
         return {"encyclopedia": terms.sinks / 1000, "code": len(pairs) / 10}

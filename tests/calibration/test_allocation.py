@@ -37,15 +37,15 @@ def test_a_budget_that_nothing_fits_is_refused():
 
 @pytest.mark.parametrize("outliers", [0.0, 0.02])
 def test_bits_are_those_of_the_store(outliers):
-    scheme = Scheme(3, "nuq", axis="channel", outliers=outliers)
-    fit, samples, numbers = Fit(scheme), Samples(), torch.randn(3000, 2, 16)
-    fit.see_range(numbers), fit.see_codebook(numbers, None), samples.add(numbers, None)
+    scheme = Scheme(3, "nuq", strategy="channel", outliers=outliers)
+    fit, samples, elements = Fit(scheme), Samples(), torch.randn(3000, 2, 16)
+    fit.observe_range(elements), fit.observe_codebook(elements, None), samples.add(elements, None)
     quantizer = fit.quantizer((2, 16), scheme)
     option = measure(quantizer, samples, keys=True)
     store = LayerStore(quantizer, quantizer)
     for _ in range(16):
-        numbers = torch.randn(1, 2, 2048, 16)
-        store.append(numbers, numbers)
+        elements = torch.randn(1, 2, 2048, 16)
+        store.append(elements, elements)
     held = [tensor for page in store.blocks.pages() for tensor in (*page.keys.planes, *page.keys.outliers())]
     tables = sum(table.nbytes for table in quantizer.tensors().values())
     assert option.bits == pytest.approx(8 * (sum(tensor.nbytes for tensor in held) + tables) / 32768, rel=0.05)

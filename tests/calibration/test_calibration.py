@@ -82,16 +82,17 @@ def test_every_truncation_and_every_flipped_byte_is_noticed(calibration, tmp_pat
 
 def test_other_versions_and_other_files_are_refused(calibration, model, tmp_path):
     calibration.save_pretrained(tmp_path)
-    altered(tmp_path / FILE, {"format_version": 99})
-    with pytest.raises(FileFormatError, match="format 99"):
-        Calibration.from_pretrained(tmp_path)
+    for version in (2, 99):
+        altered(tmp_path / FILE, {"format_version": version})
+        with pytest.raises(FileFormatError, match=f"has format {version}, this NarrowKV reads 3; make it anew"):
+            Calibration.from_pretrained(tmp_path)
     save_file({"a": torch.zeros(1)}, tmp_path / FILE)
     with pytest.raises(FileFormatError, match="not a narrowkv-calibration file"):
         Calibration.from_pretrained(tmp_path)
 
 
 def forged_tables(name, table):
-    """A table of keys in other shapes, dtypes and orders, and with numbers that no calibration finds."""
+    """A table of keys in other shapes, dtypes and orders, and with elements that no calibration finds."""
     yield table.flatten()
     yield table[:1]
     yield table.double()
@@ -123,7 +124,7 @@ def test_a_table_that_is_missing_or_forged_is_refused_even_with_the_right_checks
         Calibration.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["mean", "steps", "weight", "limit"])
+@pytest.mark.parametrize("name", ["mean", "steps", "weight", "outlier_threshold"])
 def test_the_same_of_trellis_coded_streams(model, tmp_path, name):
     key = f"layers.0.values.{name}"
     calibrate(model, torch.randint(2, 97, (2, 64)), "narrow3").save_pretrained(tmp_path)
@@ -207,8 +208,8 @@ def test_whoever_reads_beside_a_writer_meets_the_old_calibration_or_the_new_one(
     done = threading.Event()
 
     def write():
-        for turn in range(40):
-            versions[turn % 2].save_pretrained(tmp_path)
+        for learned_rotation in range(40):
+            versions[learned_rotation % 2].save_pretrained(tmp_path)
         done.set()
 
     writer, seen = threading.Thread(target=write), set()

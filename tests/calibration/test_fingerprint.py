@@ -8,7 +8,7 @@ from narrowkv.errors import CalibrationError, NarrowKVWarning
 def test_what_it_notes(tiny):
     found = Fingerprint.of(tiny("qwen2", heads=4, kv_heads=2, head_dim=16, layers=3))
     assert (found.architecture, found.layers, found.kv_heads, found.head_dim, found.vocabulary) == ("qwen2", 3, 2, 16, 97)
-    assert len(found.weights) in (19, 20) and all(len(numbers) == 8 for numbers in found.weights.values())
+    assert len(found.weights) in (19, 20) and all(len(elements) == 8 for elements in found.weights.values())
     assert "embed_tokens.weight" in found.weights
 
 
@@ -65,7 +65,7 @@ def test_the_same_model_with_other_weights_in_few_bits_or_in_adapters(tiny):
         Fingerprint.of(one).check(Fingerprint.of(plain))
         with pytest.raises(CalibrationError, match="other weights"):
             Fingerprint.of(tiny(seed=5)).check(Fingerprint.of(one))
-    with pytest.warns(NarrowKVWarning, match="cannot be told"):
+    with pytest.warns(NarrowKVWarning, match="cannot be determined"):
         Fingerprint.of(plain).check(Fingerprint.of(whole))
 
 

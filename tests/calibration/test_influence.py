@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from narrowkv.calibration.influence import Influence
-from narrowkv.calibration.learning import LayerFits
+from narrowkv.calibration.layer_fits import LayerFits
 from narrowkv.methods import get_recipe
 
 
@@ -57,8 +57,8 @@ def test_one_loud_token_no_longer_decides_a_codebook():
     def learned(loud):
         fits = LayerFits([recipe], 0, (2, 16))
         keys, values = (x.clone().requires_grad_() for _ in range(2))
-        fits.see_range(keys, keys, values)
-        fits.see_codebook(keys, keys, values)
+        fits.observe_range(keys, keys, values)
+        fits.observe_codebook(keys, keys, values)
         weight = torch.ones(1, 1, 600, 1)
         weight[:, :, 5] = loud
         ((keys + values) * weight).sum().backward()

@@ -10,8 +10,11 @@ from narrowkv.codec import Scheme, TrellisQuantizer
 from narrowkv.codec.gaussian_tables import SQUARED_ERRORS
 from narrowkv.errors import RecipeError
 
-KEYS = Scheme(3, "trellis", axis="channel", pre_rope=True)
-VALUES = [Scheme(3, "trellis", axis="channel", turn=turn, token_norm=True) for turn in (True, False)]
+KEYS = Scheme(3, "trellis", strategy="channel", pre_rope=True)
+VALUES = [
+    Scheme(3, "trellis", strategy="channel", learned_rotation=learned_rotation, token_norm=True)
+    for learned_rotation in (True, False)
+]
 
 
 def bits_of(option, scheme):
@@ -31,7 +34,7 @@ def cost_of(option, scheme):
 @pytest.mark.parametrize("budget", [1.5, 2.05, 3.3, 4.5])
 @pytest.mark.parametrize("outliers", [0.0, 0.005])
 def test_a_budget_is_kept_and_nearly_used(budget, outliers):
-    keys = Scheme(3, "trellis", axis="channel", pre_rope=True, outliers=outliers)
+    keys = Scheme(3, "trellis", strategy="channel", pre_rope=True, outliers=outliers)
     costs = [torch.rand(16, dtype=torch.float64).exp().sort(descending=True).values * scale for scale in (1, 40, 0.1)]
     menus = [[RateOption(keys, 2, cost)] for cost in costs]
     schemes = allocate_rates(menus, budget, 0.02)
@@ -54,10 +57,10 @@ def test_no_other_rates_cost_less_at_as_many_bits():
 
 def test_a_rotation_is_taken_where_its_table_is_spread_over_many_tokens():
     costs = [torch.logspace(2, -3, 32, dtype=torch.float64), torch.logspace(2, -1, 32, dtype=torch.float64)]
-    for tokens, turn in ((32_768, True), (512, False)):
+    for tokens, learned_rotation in ((32_768, True), (512, False)):
         menu = [RateOption(scheme, 1, cost, tokens) for scheme, cost in zip(VALUES, costs, strict=True)]
         (found,) = allocate_rates([menu], 3.0)
-        assert found.turn == turn
+        assert found.learned_rotation == learned_rotation
 
 
 def test_a_budget_holds_for_a_token_and_for_all_that_is_held():

@@ -18,9 +18,9 @@ def test_a_sample_does_not_depend_on_the_order_and_is_uniform(monkeypatch):
     for row in range(20):
         one.add(x[row], gradient[row])
         other.add(x[19 - row], gradient[19 - row])
-    assert torch.equal(one.numbers, other.numbers) and len(one.numbers) == 100 and one.tokens == 1000
+    assert torch.equal(one.elements, other.elements) and len(one.elements) == 100 and one.tokens == 1000
     torch.testing.assert_close(one.moment, other.moment, rtol=1e-5, atol=1e-4)
-    places = one.numbers[:, 0, 0].float()
+    places = one.elements[:, 0, 0].float()
     assert 40 < places.mean() < 60 and places.min() < 10 and places.max() > 90
 
 
@@ -33,7 +33,7 @@ def test_fisher_and_cost_follow_their_formulas():
     quantizer = Quantizer(Scheme(2, "int"))
     assert samples.heads().shape[2] == 400
     stored = samples.heads(unseen=True)
-    missed = (stored - quantizer.decode(quantizer.encode(stored)))[0].double()
+    missed = (stored - quantizer.dequantize(quantizer.encode(stored)))[0].double()
     by_hand = sum(float(missed[h, n] @ samples.fisher()[h] @ missed[h, n]) / 2 for h in range(2) for n in range(100)) / 100
     assert samples.cost(quantizer) == pytest.approx(by_hand, rel=1e-6)
 
@@ -51,11 +51,11 @@ def test_numbers_out_of_range_are_refused():
 
 
 def test_words_that_look_the_same_everywhere_are_all_sampled(monkeypatch):
-    """In the first layer, numbers before the rotary embedding are those of the word."""
+    """In the first layer, elements before the rotary embedding are those of the word."""
     monkeypatch.setattr(module, "CAPACITY", 400)
     words = torch.randn(40, 1, 4)
     samples = Samples()
     for _ in range(50):
         samples.add(words[torch.randperm(40)], None)
-    counts = (samples.numbers.float()[:, None] - words.half().float()).abs().amax((2, 3)).eq(0).sum(0)
+    counts = (samples.elements.float()[:, None] - words.half().float()).abs().amax((2, 3)).eq(0).sum(0)
     assert counts.min() >= 1 and counts.max() < 30

@@ -1,4 +1,4 @@
-"""Equal bytes in all layers: within the budget, as many as it has room for, and placed where they save most."""
+"""Equal bytes in all layers: within the budget, as many as it has space for, and placed where they save most."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import torch
 from tests.calibration.test_rates import KEYS, VALUES, bits_of, cost_of
 
 from narrowkv.calibration.rates import RateOption
-from narrowkv.calibration.shares import Filling, allocate_choices, equal_schemes
+from narrowkv.calibration.shares import Filling, allocate_budgets, equal_schemes
 from narrowkv.errors import RecipeError
 from narrowkv.methods import get_recipe
 
@@ -27,25 +27,25 @@ def menus(scales, units=8, kv_heads=2, tokens=32_768):
 
 def taken(menu, scheme):
     """True bits of a token in a layer's tensor."""
-    return next(bits_of(option, scheme) for option in menu if option.scheme.turn == scheme.turn)
+    return next(bits_of(option, scheme) for option in menu if option.scheme.learned_rotation == scheme.learned_rotation)
 
 
 @pytest.mark.parametrize("budget", [1.5, 2.05, 3.3])
 def test_layers_of_one_shape_have_equal_bytes_within_the_budget(budget):
     layers = [*menus((1, 40, 0.1)), *menus((3, 5), units=5, kv_heads=1)]
-    choices = get_recipe(f"narrow{budget}-equal").choices
-    schemes = allocate_choices(choices, layers, 0.02)
+    search_space = get_recipe(f"narrow{budget}-equal").search_space
+    schemes = allocate_budgets(search_space, layers, 0.02)
     for first, last, units, kv_heads in ((0, 6, 8, 2), (6, 10, 5, 1)):
         pairs = zip(schemes[first:last:2], schemes[first + 1 : last : 2], strict=True)
         (size,) = {round(units * (keys.bits + values.bits)) for keys, values in pairs}
-        numbers = (last - first) * kv_heads * 8 * units
-        used = sum(taken(*part) for part in zip(layers[first:last], schemes[first:last], strict=True)) / numbers + 0.02
+        elements = (last - first) * kv_heads * 8 * units
+        used = sum(taken(*part) for part in zip(layers[first:last], schemes[first:last], strict=True)) / elements + 0.02
         assert budget - 0.1 - 4 / units < used <= budget and size > 1
 
 
 def test_each_side_keeps_a_budget_of_its_own():
     layers = menus((1, 40, 0.1))
-    schemes = allocate_choices(get_recipe("narrow-k4.1-v2.2-equal").choices, layers, 0.02)
+    schemes = allocate_budgets(get_recipe("narrow-k4.1-v2.2-equal").search_space, layers, 0.02)
     for side, budget in ((0, 4.1), (1, 2.2)):
         assert len({scheme.bits for scheme in schemes[side::2]}) == 1
         used = sum(taken(*part) for part in zip(layers[side::2], schemes[side::2], strict=True)) / (3 * 2 * 64) + 0.02
@@ -63,8 +63,8 @@ def test_no_other_rates_of_as_many_bytes_cost_less():
         every = [(sum(r), cost_of(option, option.with_counts(torch.tensor(r)))) for option in menu for r in rates]
         return {total: min(cost for other, cost in every if other == total) for total, _ in every}
 
-    of_keys, of_values = map(cheapest, layer)
-    best = min(of_keys[one] + of_values[size - one] for one in of_keys if size - one in of_values)
+    key_bias, of_values = map(cheapest, layer)
+    best = min(key_bias[one] + of_values[size - one] for one in key_bias if size - one in of_values)
     found = cost_of(layer[0][0], keys) + cost_of(layer[1][0], values)
     assert found == pytest.approx(best)
 
@@ -82,4 +82,4 @@ def test_bits_and_costs_of_every_size_are_those_of_its_schemes():
 
 def test_a_budget_too_small_is_refused():
     with pytest.raises(RecipeError, match=r"a budget of 0\.1 bits is too small for this model, on which"):
-        allocate_choices(get_recipe("narrow0.1-equal").choices, menus((1, 2)))
+        allocate_budgets(get_recipe("narrow0.1-equal").search_space, menus((1, 2)))

@@ -23,7 +23,7 @@ def test_streamed_quantiles_are_those_of_all_numbers():
 
 def test_frequent_numbers_at_the_ends_are_not_cut_off():
     x = torch.randint(0, 100, (8000, 5)) / 10.0
-    x[:800], x[800:1600] = 0.0, 9.9  # 10% each at the smallest and the largest number
+    x[:800], x[800:1600] = 0.0, 9.9  # 10% each at the smallest and the largest element
     quantiles = Quantiles()
     for part in x[torch.randperm(8000)].split(1000):
         quantiles.add(part)

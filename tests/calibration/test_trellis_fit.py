@@ -18,15 +18,15 @@ def fit():
     slopes = torch.randn(32, 32) * torch.logspace(-1, 0, 32)
     x = torch.randn(1500, 2, 32) @ mixing + 5 * torch.randn(2, 32)
     found = TrellisFit()
-    found.see_range(x)
-    found.see_codebook(x, torch.randn_like(x) @ slopes)
-    found.see_drawn(torch.randn_like(x) @ slopes)
+    found.observe_range(x)
+    found.observe_codebook(x, torch.randn_like(x) @ slopes)
+    found.observe_drawn(torch.randn_like(x) @ slopes)
     return found
 
 
 def quantizer(fit, counts, **settings):
     bits = sum(rate * count for rate, count in enumerate(counts)) / sum(counts)
-    return fit.quantizer(SHAPE, Scheme(bits, "trellis", axis="channel", counts=counts, **settings))
+    return fit.quantizer(SHAPE, Scheme(bits, "trellis", strategy="channel", counts=counts, **settings))
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -71,7 +71,7 @@ def test_higher_rates_and_outliers_cost_less(fit):
     assert fit.samples.cost(quantizer(fit, (0, 0, 0, 4, 0, 0, 0), outliers=0.01)) < costs[3]
 
 
-@pytest.mark.parametrize("settings", [{}, {"turn": True, "token_norm": True}])
+@pytest.mark.parametrize("settings", [{}, {"learned_rotation": True, "token_norm": True}])
 def test_learned_tables_are_on_their_grid_and_better_than_those_of_a_gaussian(fit, settings):
     found = quantizer(fit, (0, 1, 1, 2, 0, 0, 0), **settings)
     found.require_sound()
@@ -83,20 +83,20 @@ def test_learned_tables_are_on_their_grid_and_better_than_those_of_a_gaussian(fi
 
 def test_the_schemes_part_costs_more_than_the_limit(fit):
     found = quantizer(fit, (0, 0, 2, 2, 0, 0, 0), outliers=0.01)
-    numbers = fit.samples.heads()
-    cost = found.cost(numbers)
-    assert float((cost > found.limit).float().mean()) == pytest.approx(0.01, rel=0.1)
-    assert 0.008 < len(found.encode(numbers).outlier_values) / cost.numel() <= 0.01
+    elements = fit.samples.heads()
+    cost = found.cost(elements)
+    assert float((cost > found.outlier_threshold).float().mean()) == pytest.approx(0.01, rel=0.1)
+    assert 0.008 < len(found.encode(elements).outlier_values) / cost.numel() <= 0.01
 
 
 def test_drawn_gradients_count_as_much_as_those_of_the_text(fit):
     x, one, other = torch.randn(3, 100, 2, 32)
     found, both = TrellisFit(), TrellisFit()
-    found.see_codebook(x, one)
-    found.see_drawn(other)
-    both.see_codebook(torch.cat([x, x]), torch.cat([one, other]))
+    found.observe_codebook(x, one)
+    found.observe_drawn(other)
+    both.observe_codebook(torch.cat([x, x]), torch.cat([one, other]))
     torch.testing.assert_close(found.samples.fisher(), both.samples.fisher())
-    assert len(found.samples.numbers) == 100
+    assert len(found.samples.elements) == 100
 
 
 def test_an_additive_table_on_the_grid_is_near_its_sums():

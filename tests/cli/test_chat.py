@@ -31,15 +31,15 @@ def chat(capsys, monkeypatch):
 def test_turns_are_answered_and_the_cache_is_told_after_each(chat):
     status, out, err = chat("The password is silent harbour.\n\nThe password is\n")
     assert status == 0 and len(out.strip()) > 5
-    assert err.count("bits a number") == 2 and "no chat template" in err
+    assert err.count("bits per element") == 2 and "no chat template" in err
     held = [int(part.split()[-1]) for part in err.split(" tokens in ")[:2]]
     assert held[0] < held[1]
 
 
 def test_reset_begins_anew_and_exit_leaves(chat):
-    status, out, err = chat("Name a colour\n/reset\nName a colour\n/help\n/exit\nnever asked\n")
+    status, out, err = chat("Name a color\n/reset\nName a color\n/help\n/exit\nnever asked\n")
     first, second = [part.split()[-1] for part in err.split(" tokens in ")[:2]]
-    assert status == 0 and first == second and err.count("bits a number") == 2 and "/reset forgets" in err
+    assert status == 0 and first == second and err.count("bits per element") == 2 and "/reset forgets" in err
     answers = [line for line in out.split("\n") if line.strip()]
     assert len(answers) % 2 == 0 and answers[: len(answers) // 2] == answers[len(answers) // 2 :]
 
@@ -48,7 +48,7 @@ def test_a_gguf_file_talks_by_its_template(chat, tmp_path):
     pytest.importorskip("gguf", reason="needs `pip install 'narrowkv[gguf]'`")
     file = write_gguf(make_tiny("qwen2", layers=1), tmp_path / "tiny.gguf")
     status, _, err = chat("Hi\nAgain\n", "--temperature", "0.7", "--top-p", "0.9", "--system", "Kind", model=file)
-    assert status == 0 and "no chat template" not in err and "tiny.gguf" in err and err.count("bits a number") == 2
+    assert status == 0 and "no chat template" not in err and "tiny.gguf" in err and err.count("bits per element") == 2
 
 
 def test_nothing_said_is_no_error(chat, monkeypatch):
@@ -82,4 +82,4 @@ def test_an_interrupt_ends_the_answer_and_not_the_conversation(chat, monkeypatch
     monkeypatch.setattr(module, "_show", interrupt)
     handler = signal.getsignal(signal.SIGINT)
     status, _, err = chat("Tell me a long story\nAnd then?\n", "--max-new-tokens", "40")
-    assert status == 0 and err.count("bits a number") == 2 and signal.getsignal(signal.SIGINT) is handler
+    assert status == 0 and err.count("bits per element") == 2 and signal.getsignal(signal.SIGINT) is handler

@@ -177,4 +177,4 @@ def test_a_model_that_computes_attention_by_itself_is_served_by_the_dense_path_a
     dense = ("--calibration", tmp_path / "tables", "--backend", "dense")
     assert narrowkv("generate", folder, "--prompt", "once upon", "--max-new-tokens", 5, *dense)[0] == 0
     status, out, _ = narrowkv("eval", folder, "--text", stories_file, "--window", 64, "--limit", 1, *dense)
-    assert status == 0 and "attended to is quantised" in " ".join(out.split())
+    assert status == 0 and "attended to is quantized" in " ".join(out.split())

@@ -31,7 +31,7 @@ def test_a_plan_is_printed_and_written_and_goes_on(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("llama-7b", "--memory", "12GB"), "leaves no room"),
+        (("llama-7b", "--memory", "12GB"), "leaves no space"),
         (("llama-7b", "--gpus", "5"), "cannot share 32 KV heads"),
         (("llama-7b", "--gpus", "0"), "one GPU at least"),
         (("llama-7b", "--memory", "80XB"), "not a size such as"),

@@ -1,4 +1,4 @@
-"""`compare` and `ablate` as a user meets them: files, pictures, a run that goes on, one sentence on errors."""
+"""`compare` and `ablate` as a user meets them: files, plots, a run that goes on, one sentence on errors."""
 
 import pytest
 
@@ -27,7 +27,7 @@ def test_compare(narrowkv, folder, tmp_path):
 
 def test_ablate(narrowkv, folder, tmp_path):
     command = ("ablate", folder, "--out", tmp_path, *texts(folder), "--samples", 1, "--context", 128, "--bits", 3)
-    status, out, _ = narrowkv(*command, "--ladders", "sinks,outliers")
+    status, out, _ = narrowkv(*command, "--ablations", "sinks,outliers")
     assert status == 0 and "Attention sinks" in out and "0.25%" in out
     assert {path.name for path in tmp_path.iterdir()} == {"ablate.json", "ablate-sinks.svg", "ablate-outliers.svg"}
 
@@ -38,8 +38,8 @@ def test_ablate(narrowkv, folder, tmp_path):
         (("compare", "--recipes", "nuq3,gguf"), "no recipe 'gguf'"),
         (("compare", "--recipes", "int4"), "needs a text"),
         (("ablate",), "needs a text"),
-        (("ablate", "--ladders", "steps", "--bits", "four"), "widths such as 4,3,2"),
-        (("ablate", "--ladders", "rope"), "no ladder 'rope'"),
+        (("ablate", "--ablations", "steps", "--bits", "four"), "widths such as 4,3,2"),
+        (("ablate", "--ablations", "rope"), "no ablation 'rope'"),
     ],
     ids=lambda part: " ".join(part) if isinstance(part, tuple) else "",
 )

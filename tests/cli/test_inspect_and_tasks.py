@@ -39,8 +39,8 @@ def test_inspect(narrowkv, tmp_path):
     status, out, _ = narrowkv(f"{LOOK} --samples 2 --layer 0")
     assert status == 0 and "t99.99" in out and "keys before RoPE" in out
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    pictures = ("magnitude", "outliers", "distribution", "ranges", "fisher")
-    assert names == {"inspect.json", *(f"inspect-{name}.svg" for name in pictures)}
+    plots = ("magnitude", "outliers", "distribution", "ranges", "fisher")
+    assert names == {"inspect.json", *(f"inspect-{name}.svg" for name in plots)}
     held = json.loads((tmp_path / "out" / "inspect.json").read_text())
     assert held["settings"]["layer"] == 0 and held["command"].startswith("narrowkv inspect ")
 
@@ -63,8 +63,8 @@ def test_tasks(narrowkv, tmp_path):
         (f"{LOOK} --recipe nuq9", "9 bits"),
         ("inspect MODEL --out /proc/x --text TEXT --window 64", "Cannot write"),
         (f"{ASK} --tasks poem", "no task 'poem'"),
-        (f"{ASK} --lengths many", "--lengths takes numbers"),
-        (f"{ASK} --depths 2", "--depths takes numbers"),
+        (f"{ASK} --lengths many", "--lengths takes elements"),
+        (f"{ASK} --depths 2", "--depths takes elements"),
         (f"{ASK} --lengths 4096", "512 positions"),
         (f"{ASK} --tasks none --file BAD", "bad.jsonl, line 1"),
     ],

@@ -1,4 +1,4 @@
-"""`narrowkv report`: figures are measured once, and the page shows those of the files beside it."""
+"""`narrowkv report`: metrics are measured once, and the page shows those of the files beside it."""
 
 import pytest
 from tests.cli.test_cli import narrowkv  # noqa: F401
@@ -13,7 +13,7 @@ def test_a_report_is_made_and_made_again(narrowkv, tmp_path):  # noqa: F811
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix == ".json"}
     assert set(files) == {"plan.json", "inspect.json"}
     page = (tmp_path / "report.html").read_text()
-    assert page.index("What fits") < page.index("What is quantised")
+    assert page.index("What fits") < page.index("What is quantized")
     assert page.count("<svg") == len(list(tmp_path.glob("*.svg"))) > 4
     assert read_result(tmp_path / "inspect.json")["command"] in page.replace("&#39;", "'")
     assert narrowkv(*command)[0] == 0

@@ -66,7 +66,7 @@ SMALL = {
     "calibrate": ("--recipe", "nuq2"),
     "inspect": ("--samples", 1, "--window", 64),
     "tasks": ("--recipes", "nuq3", "--tasks", "passkey", "--lengths", 300, "--depths", 0, "--rows", 1, "--window", 64),
-    "ablate": ("--ladders", "sinks", "--bits", 3, "--context", 128, "--window", 64, "--limit", 1),
+    "ablate": ("--ablations", "sinks", "--bits", 3, "--context", 128, "--window", 64, "--limit", 1),
     "compare": ("--recipes", "nuq2", "--context", 128, "--decode-steps", 0, "--recall-distance", 0, "--limit", 1),
 }
 
@@ -127,12 +127,12 @@ def test_finished_calibrations_are_measured_and_nothing_is_learned(narrowkv, fol
     asked = ("--tasks", "passkey", "--lengths", 400, "--depths", 0, "--rows", 1, "--out", tmp_path)
     assert narrowkv("tasks", folder, "--text", folder / "one.txt", *given, *asked)[0] == 0
     assert [row["recipe"] for row in read_result(tmp_path / "tasks.json")["rows"]] == ["16 bit", "nuq3", "nuq2"]
-    ladder = ("--ladders", "outliers", "--bits", 3, "--context", 128, "--samples", 3, "--limit", 2, "--out", tmp_path)
+    ablation = ("--ablations", "outliers", "--bits", 3, "--context", 128, "--samples", 3, "--limit", 2, "--out", tmp_path)
     learned = ("--calibration-text", folder / "one.txt")
     monkeypatch.undo()
-    assert narrowkv("ablate", folder, *scored(folder), *learned, "--calibration", folder / "nuq3", *ladder)[0] == 0
-    rungs = {row["label"]: row for row in read_result(tmp_path / "ablate.json")["rows"]}
-    assert rungs["0.00%"]["tables"] and not rungs["1.00%"]["tables"]
+    assert narrowkv("ablate", folder, *scored(folder), *learned, "--calibration", folder / "nuq3", *ablation)[0] == 0
+    ablation_steps = {row["label"]: row for row in read_result(tmp_path / "ablate.json")["rows"]}
+    assert ablation_steps["0.00%"]["tables"] and not ablation_steps["1.00%"]["tables"]
 
 
 @pytest.mark.parametrize(
@@ -173,9 +173,9 @@ def _recipe(name):
 
 def test_an_ablation_refuses_what_is_no_rung(narrowkv, folder, tmp_path):
     learned = ("--calibration-text", folder / "one.txt", "--samples", 2, "--limit", 2, "--out", tmp_path / "out")
-    for given, cause in ((["nuq2"], "no rung of these ladders"), (["nuq3", "nuq3"], "Two calibrations")):
+    for given, cause in ((["nuq2"], "no step of these ablations"), (["nuq3", "nuq3"], "Two calibrations")):
         tables = [part for name in given for part in ("--calibration", folder / name)]
-        status, _, err = narrowkv("ablate", folder, *scored(folder), *learned, *tables, "--ladders", "outliers", "--bits", 3)
+        status, _, err = narrowkv("ablate", folder, *scored(folder), *learned, *tables, "--ablations", "outliers", "--bits", 3)
         assert status == 1 and cause in err and not (tmp_path / "out").exists()
 
 
@@ -268,9 +268,9 @@ def test_what_is_no_prompt_is_said(generated, tmp_path, name, cause):
 
 
 def test_a_warning_of_ours_is_one_sentence(narrowkv, folder, tmp_path, monkeypatch):
-    from narrowkv.integrations import capture
+    from narrowkv.integrations import calibrator
 
-    monkeypatch.setattr(capture, "MOST_OF_FEW", 0.0)
+    monkeypatch.setattr(calibrator, "MOST_OF_FEW", 0.0)
     options = ("--text", folder / "one.txt", "--window", 64, "--samples", 2, "--out", tmp_path / "c")
     status, out, err = narrowkv("calibrate", folder, "--recipe", "nuq3", *options)
     assert status == 0 and "saved in" in out

@@ -4,8 +4,8 @@ import pytest
 import torch
 from tests.conftest import KERNEL_DEVICE
 
-from narrowkv.codec import cuda
-from narrowkv.codec.cuda_pack import pack_into
+from narrowkv.codec.cuda import encode as cuda
+from narrowkv.codec.cuda.pack import pack_into
 from narrowkv.codec.packing import PLANES, pack_naive
 
 pytestmark = pytest.mark.skipif(cuda.kernels() is None, reason="needs Triton (`pip install triton`)")

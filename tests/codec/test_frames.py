@@ -1,4 +1,4 @@
-"""Frames of 16 tokens: one turned query meets all keys of a frame."""
+"""Frames of 16 tokens: one rotated query meets all keys of a frame."""
 
 import pytest
 import torch
@@ -18,29 +18,31 @@ def test_what_is_turned_to_the_middle_of_its_frame_scores_with_one_query(interle
     frames = Frames.of(16, rope.inverse_frequencies, interleaved)
     keys, query = torch.randn(1, 2, 40, 16).double(), torch.randn(16).double()
     first, start = 21, 1003  # place in the block, and position, of the first token
-    turned = frames.turn(keys, first)
+    rotated = frames.rotate(keys, first)
     for i in range(40):
-        middle = torch.tensor([[start + i - (first + i) % FRAME + 8]])
-        seen = rope.rotate_precisely(query.expand(1, 1, 1, -1), -middle)[0, 0, 0]  # turned back, instead of the keys forwards
+        range_zero = torch.tensor([[start + i - (first + i) % FRAME + 8]])
+        seen = rope.rotate_precisely(query.expand(1, 1, 1, -1), -range_zero)[
+            0, 0, 0
+        ]  # rotated back, instead of the keys forwards
         position = torch.tensor([[start + i]])
         expected = rope.rotate_precisely(keys[:, :, i : i + 1], position)[:, :, 0] @ query
-        torch.testing.assert_close(turned[:, :, i] @ seen[frames.channels.long()], expected)
+        torch.testing.assert_close(rotated[:, :, i] @ seen[frames.channels.long()], expected)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_turning_back_undoes_it(interleaved):
     frames, x = Frames.of(24, frequencies(7), interleaved), torch.randn(2, 3, 64, 24).double()
-    torch.testing.assert_close(frames.turn_back(frames.turn(x, 0)), x)
-    assert not torch.equal(frames.turn(x, 0), x[..., frames.channels.long()])
+    torch.testing.assert_close(frames.unrotate(frames.rotate(x, 0)), x)
+    assert not torch.equal(frames.rotate(x, 0), x[..., frames.channels.long()])
 
 
 def test_without_a_rotary_embedding_nothing_turns():
     frames, x = Frames.of(16), torch.randn(1, 1, 64, 16)
-    assert torch.equal(frames.turn(x, 0), x) and torch.equal(frames.turn_back(x), x)
+    assert torch.equal(frames.rotate(x, 0), x) and torch.equal(frames.unrotate(x), x)
 
 
 def test_a_moment_is_that_of_all_places():
     frames, x = Frames.of(16, frequencies(6), True), torch.randn(2, 50, 16).double()
-    every = torch.stack([frames.turn(x[:, i : i + 1].expand(-1, FRAME, -1), 0) for i in range(50)], 1).flatten(1, 2)
+    every = torch.stack([frames.rotate(x[:, i : i + 1].expand(-1, FRAME, -1), 0) for i in range(50)], 1).flatten(1, 2)
     expected = every.mT @ every / FRAME
-    torch.testing.assert_close(frames.turn_moment(x.mT @ x), expected)
+    torch.testing.assert_close(frames.rotate_moment(x.mT @ x), expected)

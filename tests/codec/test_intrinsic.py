@@ -27,20 +27,20 @@ def test_the_code_table_at_its_borders():
 
 
 def test_levels_are_estimated_from_the_block():
-    numbers = np.concatenate([np.full(500, 1.0), np.full(400, 4.0), np.linspace(0, 6, 100)])
-    found = IntrinsicValues.of(numbers)
+    elements = np.concatenate([np.full(500, 1.0), np.full(400, 4.0), np.linspace(0, 6, 100)])
+    found = IntrinsicValues.of(elements)
     assert (found.v_min, found.v_max) == (0, 6)
     assert found.v1 == pytest.approx(1, abs=0.1) and found.v2 == pytest.approx(4, abs=0.1)
-    preset = IntrinsicValues.of(numbers, v_min=-1, v_max=9)
+    preset = IntrinsicValues.of(elements, v_min=-1, v_max=9)
     assert (preset.v_min, preset.v_max) == (-1, 9)
 
 
 def test_two_means_are_the_best_of_all_splits():
-    numbers = np.sort(np.random.default_rng(0).normal(size=60) ** 3)
-    found = IntrinsicValues.of(numbers, how="kmeans")
-    errors = {i: numbers[:i].var() * i + numbers[i:].var() * (60 - i) for i in range(1, 60)}
+    elements = np.sort(np.random.default_rng(0).normal(size=60) ** 3)
+    found = IntrinsicValues.of(elements, how="kmeans")
+    errors = {i: elements[:i].var() * i + elements[i:].var() * (60 - i) for i in range(1, 60)}
     best = min(errors, key=errors.get)
-    assert (found.v1, found.v2) == pytest.approx((numbers[:best].mean(), numbers[best:].mean()))
+    assert (found.v1, found.v2) == pytest.approx((elements[:best].mean(), elements[best:].mean()))
 
 
 def test_blocks_without_spread_and_bad_levels():

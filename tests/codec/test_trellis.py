@@ -1,4 +1,4 @@
-"""Trellis-coded codes: the compiled search against its twin and against other paths, streams against the definition."""
+"""Trellis-coded codes: the compiled search against its reference and against other paths, streams against the definition."""
 
 import itertools
 
@@ -87,14 +87,14 @@ def test_results_do_not_depend_on_threads_or_on_how_many_rows_come_at_once():
     elements, weights = gaussian(3, 70, 80), random_weights(3, 1, 80)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    together = encode(elements, weights, counts, tables)
+    heads_per_program = encode(elements, weights, counts, tables)
     torch.set_num_threads(threads)
     singly = torch.cat([encode(elements[:, i : i + 1], weights, counts, tables) for i in range(70)], dim=1)
-    assert torch.equal(together, singly)
+    assert torch.equal(heads_per_program, singly)
 
 
 def cost(elements, weights, decoded):
-    """What trellis.h says that decoded elements cost in all."""
+    """What trellis.h says that dequantized elements cost in all."""
     distance = (elements.long() - 512 * decoded.long()).clamp(-32768, 32767).abs()
     return ((2 * distance).clamp(max=65535).square() // 65536 * weights.long() // 65536).sum(-1)
 
@@ -123,7 +123,7 @@ def test_of_all_streams_it_finds_the_cheapest():
 
 
 def test_elements_before_8_bits_reach_only_states_that_a_stream_can_reach():
-    """However dear: the first elements of the lowest rate can cost more than any cost that is told apart."""
+    """However dear: the first elements of the lowest rate can cost more than any cost that is distinguished."""
     counts = (0, 1, 0, 0, 0, 0, 0)
     high = torch.full((6, 16), 40, dtype=torch.int8)
     high[:, 0] = -40

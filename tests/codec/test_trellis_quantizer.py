@@ -8,20 +8,29 @@ import torch
 
 from narrowkv.calibration.trellis_fit import in_bytes
 from narrowkv.codec import Scheme, TrellisQuantizer, load_quantizer, trellis
+from narrowkv.codec.encode_buffer import EncodeBuffer
 from narrowkv.codec.frames import Frames
 from narrowkv.codec.gaussian_tables import STEPS, gaussian_tables
-from narrowkv.codec.room import Room
 from narrowkv.errors import RecipeError
 
 COUNTS = {16: (0, 1, 0, 1, 0, 0, 0), 80: (2, 3, 2, 1, 1, 0, 1)}
 SHAPES = [(1, 1, 63, 80), (3, 2, 64, 16), (2, 4, 1, 80)]
 
 
-def scheme(dim, *, turn=False, outliers=0.0, **settings):
-    return Scheme(3, "trellis", axis="channel", counts=COUNTS[dim], turn=turn, token_norm=turn, outliers=outliers, **settings)
+def scheme(dim, *, learned_rotation=False, outliers=0.0, **settings):
+    return Scheme(
+        3,
+        "trellis",
+        strategy="channel",
+        counts=COUNTS[dim],
+        learned_rotation=learned_rotation,
+        token_norm=learned_rotation,
+        outliers=outliers,
+        **settings,
+    )
 
 
-def tables(scheme, heads, dim, limit=40.0):
+def tables(scheme, heads, dim, outlier_threshold=40.0):
     n = scheme.outlier_places(dim)
     universal, steps = gaussian_tables(), torch.tensor(STEPS)
     matrix = torch.linalg.qr(torch.randn(heads, dim, dim)).Q[:, :n] * torch.linspace(0.2, 3, n)[:, None]
@@ -32,32 +41,32 @@ def tables(scheme, heads, dim, limit=40.0):
         "scales": 1.1 * steps,
         "weight": (torch.rand(heads, n) * 3000 + 500).bfloat16(),
     }
-    if scheme.turn:
+    if scheme.learned_rotation:
         made |= in_bytes(matrix.double())
     else:
         made["pairs"] = (torch.randn(heads, dim // 2, 2, 2) + 2 * torch.eye(2)).half()
         made["order"] = torch.stack([torch.randperm(dim)[:n] for _ in range(heads)]).byte()
     if scheme.pre_rope:
         made |= vars(Frames.of(dim, 10000.0 ** -(torch.arange(dim // 2 - 3) / dim * 2), interleaved=True))
-    return made | ({"limit": torch.tensor([limit])} if scheme.outliers else {})
+    return made | ({"outlier_threshold": torch.tensor([outlier_threshold])} if scheme.outliers else {})
 
 
-def made(shape, turn, outliers=0.0, **settings):
+def made(shape, learned_rotation, outliers=0.0, **settings):
     _, heads, _, dim = shape
-    of = scheme(dim, turn=turn, outliers=outliers, **settings)
+    of = scheme(dim, learned_rotation=learned_rotation, outliers=outliers, **settings)
     return TrellisQuantizer(of, **tables(of, heads, dim))
 
 
-def matrix_of(found):
+def head_rotation(found):
     return found.matrix_steps.float()[..., None] * found.matrix.float()
 
 
-def numbers(found, shape):
-    """Numbers whose coefficients are Gaussian, and those coefficients."""
+def drawn_elements(found, shape):
+    """Elements whose coefficients are Gaussian, and those coefficients."""
     batch, heads, tokens, dim = shape
     z = torch.randn(batch, heads, tokens, found.scheme.outlier_places(dim))
-    if found.scheme.turn:
-        return z, z @ matrix_of(found) + found.mean[:, None]
+    if found.scheme.learned_rotation:
+        return z, z @ head_rotation(found) + found.mean[:, None]
     every = torch.randn(shape)
     for head in range(heads):
         every[:, head][..., found.order[head].long()] = z[:, head]
@@ -68,19 +77,19 @@ def numbers(found, shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("turn", [False, True])
-def test_codes_are_a_stream_and_a_norm_and_decode_as_defined(shape, turn):
-    found = made(shape, turn)
+@pytest.mark.parametrize("learned_rotation", [False, True])
+def test_codes_are_a_stream_and_a_norm_and_decode_as_defined(shape, learned_rotation):
+    found = made(shape, learned_rotation)
     batch, heads, tokens, dim = shape
     rates = torch.tensor([rate for rate, count in enumerate(COUNTS[dim]) for _ in range(8 * count) if rate])
-    z, x = numbers(found, shape)
+    z, x = drawn_elements(found, shape)
     encoded = found.encode(x)
     stream = encoded.codes[..., : sum(rates) // 8].flatten(0, 1)
-    assert encoded.codes.shape == (batch, heads, tokens, sum(rates) // 8 + turn) and not encoded.ranges
+    assert encoded.codes.shape == (batch, heads, tokens, sum(rates) // 8 + learned_rotation) and not encoded.ranges
     tables_of_it = trellis.TrellisTables(found.entries[0, :, 0], found.entries[0, :, 1])
     grid = trellis.decode(stream, COUNTS[dim], tables_of_it).float().unflatten(0, (batch, heads))
     norm = torch.ones(batch, heads, tokens, 1)
-    if turn:
+    if learned_rotation:
         norm = 2 ** ((encoded.codes[..., -1:].float() - 128) / 16)
         torch.testing.assert_close(norm, z.square().mean(-1, keepdim=True).sqrt(), rtol=0.023, atol=0)
     elements = (z / norm / found.steps[rates - 1] * 512).round().short().transpose(0, 1).flatten(1, 2)
@@ -89,16 +98,16 @@ def test_codes_are_a_stream_and_a_norm_and_decode_as_defined(shape, turn):
     same = (expected == encoded.codes[..., : expected.shape[-1]]).all(-1).float().mean()
     assert same > 0.5  # coefficients computed in float32 here round otherwise now and then
     coefficients = grid * found.scales[rates - 1] * norm
-    if turn:
-        decoded = coefficients @ matrix_of(found)
+    if learned_rotation:
+        dequantized = coefficients @ head_rotation(found)
     else:
-        decoded = torch.zeros(shape)
+        dequantized = torch.zeros(shape)
         for head in range(heads):
             for i, channel in enumerate(found.order[head].tolist()):
                 for half in (0, 1):
                     pair = found.pairs[head, channel % (dim // 2), channel // (dim // 2), half].float()
-                    decoded[:, head, :, channel % (dim // 2) + half * (dim // 2)] += coefficients[:, head, :, i] * pair
-    torch.testing.assert_close(found.decode(encoded), decoded + found.mean[:, None], atol=1e-4, rtol=1e-4)
+                    dequantized[:, head, :, channel % (dim // 2) + half * (dim // 2)] += coefficients[:, head, :, i] * pair
+    torch.testing.assert_close(found.dequantize(encoded), dequantized + found.mean[:, None], atol=1e-4, rtol=1e-4)
 
 
 def places_by_hand(cost, found, fraction):
@@ -109,29 +118,29 @@ def places_by_hand(cost, found, fraction):
         used = 0
         for token in range(tokens):
             used = 0 if token % 64 == 0 else used
-            wanted = [place for place in range(n) if cost[row, head, token, place] > found.limit]
+            wanted = [place for place in range(n) if cost[row, head, token, place] > found.outlier_threshold]
             wanted.sort(key=lambda place: -cost[row, head, token, place])
             places += [((row * heads + head) * tokens + token) * n + place for place in wanted[: most - used]]
             used += min(len(wanted), most - used)
     return torch.tensor(sorted(places))
 
 
-@pytest.mark.parametrize("turn", [False, True])
-def test_what_costs_more_than_the_limit_is_exact(turn):
+@pytest.mark.parametrize("learned_rotation", [False, True])
+def test_what_costs_more_than_the_limit_is_exact(learned_rotation):
     shape = (2, 2, 200, 16)
-    plain, found = made(shape, turn), made(shape, turn, outliers=0.01)
+    plain, found = made(shape, learned_rotation), made(shape, learned_rotation, outliers=0.01)
     found = replace(found, **plain.tensors())
-    z, x = numbers(found, shape)
+    z, x = drawn_elements(found, shape)
     cost = found.cost(x)
-    found = replace(found, limit=cost.flatten().kthvalue(int(0.98 * cost.numel())).values[None])
+    found = replace(found, outlier_threshold=cost.flatten().kthvalue(int(0.98 * cost.numel())).values[None])
     encoded = found.encode(x)
     assert encoded.outlier_places == 16 and torch.equal(encoded.outlier_index, places_by_hand(cost, found, 0.01))
-    norm = 2 ** ((encoded.codes[..., -1:].float() - 128) / 16) if turn else torch.ones_like(z[..., :1])
+    norm = 2 ** ((encoded.codes[..., -1:].float() - 128) / 16) if learned_rotation else torch.ones_like(z[..., :1])
     torch.testing.assert_close(
         encoded.outlier_values.float(), (z / norm).flatten()[encoded.outlier_index], atol=1e-2, rtol=1e-2
     )
-    missed = ((found.decode(encoded) - x) ** 2).mean()
-    assert missed < ((plain.decode(plain.encode(x)) - x) ** 2).mean()
+    missed = ((found.dequantize(encoded) - x) ** 2).mean()
+    assert missed < ((plain.dequantize(plain.encode(x)) - x) ** 2).mean()
     skip = torch.arange(200)[None] < torch.tensor([[50], [200]])
     skipped = found.encode(x, skip)
     token = torch.unravel_index(skipped.outlier_index, skipped.places)
@@ -140,8 +149,8 @@ def test_what_costs_more_than_the_limit_is_exact(turn):
 
 def test_a_block_has_no_more_outliers_than_places():
     shape = (2, 2, 192, 80)
-    found = replace(made(shape, turn=False, outliers=0.01), limit=torch.tensor([1e5]))
-    _, x = numbers(found, shape)
+    found = replace(made(shape, learned_rotation=False, outliers=0.01), outlier_threshold=torch.tensor([1e5]))
+    _, x = drawn_elements(found, shape)
     x[:, :, 64:] *= 100
     index = found.encode(x).outlier_index
     of_block = torch.bincount(index // (64 * found.scheme.outlier_places(80)), minlength=12).view(2, 2, 3)
@@ -151,54 +160,63 @@ def test_a_block_has_no_more_outliers_than_places():
 
 def test_a_tail_in_pieces_keeps_what_it_keeps_in_one():
     shape = (2, 2, 60, 80)
-    found = made(shape, turn=True, outliers=0.01)
-    _, x = numbers(found, shape)
+    found = made(shape, learned_rotation=True, outliers=0.01)
+    _, x = drawn_elements(found, shape)
     x[:, :, 10:40] *= 20
-    whole = Room(found.scheme, 2, 2, 64, 80, like=x)
+    whole = EncodeBuffer(found.scheme, 2, 2, 64, 80, like=x)
     whole.outliers = found.encode_into(whole, 0, x)
-    pieces, first = Room(found.scheme, 2, 2, 64, 80, like=x), 0
+    pieces, first = EncodeBuffer(found.scheme, 2, 2, 64, 80, like=x), 0
     for count in (1, 12, 7, 40):
         pieces.outliers = found.encode_into(pieces, first, x[:, :, first : first + count])
         first += count
-    one, other = (room.encoded().first(60) for room in (whole, pieces))
+    one, other = (buffer.encoded().first(60) for buffer in (whole, pieces))
     assert len(one.outlier_index) and torch.equal(one.outlier_index, other.outlier_index)
     assert torch.equal(one.codes, other.codes) and torch.equal(one.outlier_values, other.outlier_values)
 
 
 def test_keys_in_frames_are_those_of_turned_ones():
     shape = (3, 2, 63, 80)
-    found = made(shape, turn=False, pre_rope=True)
+    found = made(shape, learned_rotation=False, pre_rope=True)
     plain = TrellisQuantizer(scheme(80), **{name: getattr(found, name) for name in tables(scheme(80), 2, 80)})
-    _, x = numbers(plain, shape)
+    _, x = drawn_elements(plain, shape)
     mean = found.mean[:, None].double()
-    turned = found.frames.turn(x.double() - mean, 0)
-    assert torch.equal(found.encode(x).codes, plain.encode((turned + mean).double()).codes)
-    decoded = plain.decode(plain.encode(turned + mean)) - found.mean[:, None]
+    rotated = found.frames.rotate(x.double() - mean, 0)
+    assert torch.equal(found.encode(x).codes, plain.encode((rotated + mean).double()).codes)
+    dequantized = plain.dequantize(plain.encode(rotated + mean)) - found.mean[:, None]
     torch.testing.assert_close(
-        found.decode(found.encode(x)), found.frames.turn_back(decoded) + found.mean[:, None], atol=1e-4, rtol=1e-4
+        found.dequantize(found.encode(x)), found.frames.unrotate(dequantized) + found.mean[:, None], atol=1e-4, rtol=1e-4
     )
 
 
-@pytest.mark.parametrize("settings", [{"turn": False}, {"turn": True}, {"turn": False, "pre_rope": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{"learned_rotation": False}, {"learned_rotation": True}, {"learned_rotation": False, "pre_rope": True}],
+    ids=str,
+)
 def test_tokens_one_by_one_have_the_codes_of_all_at_once(settings):
     shape = (2, 2, 40, 80)
     found = made(shape, outliers=0.01, **settings)
-    _, x = numbers(found, shape)
-    together, room = found.encode(x), Room(found.scheme, 2, 2, 64, 80, like=x)
+    _, x = drawn_elements(found, shape)
+    heads_per_program, buffer = found.encode(x), EncodeBuffer(found.scheme, 2, 2, 64, 80, like=x)
     for i in range(40):
-        room.outliers = found.encode_into(room, i, x[:, :, i : i + 1])
-    assert torch.equal(room.codes[:, :, :40], together.codes) and len(together.outlier_index)
+        buffer.outliers = found.encode_into(buffer, i, x[:, :, i : i + 1])
+    assert torch.equal(buffer.codes[:, :, :40], heads_per_program.codes) and len(heads_per_program.outlier_index)
     for head in (0, 1):
-        assert torch.equal(found.of_heads(head, 1).encode(x[:, head : head + 1]).codes, together.codes[:, head : head + 1])
+        assert torch.equal(
+            found.of_heads(head, 1).encode(x[:, head : head + 1]).codes, heads_per_program.codes[:, head : head + 1]
+        )
 
 
 def test_numbers_far_beyond_the_tables_are_seen():
-    found = made((1, 2, 10, 16), turn=False)
-    _, x = numbers(found, (1, 2, 10, 16))
-    assert not found.far(x).any()
-    far = found.mean[:, None] + 100 * (x - found.mean[:, None])
-    assert found.far(far).float().mean() > 0.5
-    assert torch.equal(replace(made((1, 2, 10, 16), turn=False, outliers=0.01), **found.tensors()).far(far), found.far(far))
+    found = made((1, 2, 10, 16), learned_rotation=False)
+    _, x = drawn_elements(found, (1, 2, 10, 16))
+    assert not found.out_of_range(x).any()
+    out_of_range = found.mean[:, None] + 100 * (x - found.mean[:, None])
+    assert found.out_of_range(out_of_range).float().mean() > 0.5
+    assert torch.equal(
+        replace(made((1, 2, 10, 16), learned_rotation=False, outliers=0.01), **found.tensors()).out_of_range(out_of_range),
+        found.out_of_range(out_of_range),
+    )
 
 
 @pytest.mark.parametrize(
@@ -227,17 +245,17 @@ def test_tables_that_no_calibration_finds_are_refused(name, spoilt):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"counts": (1, 2)}, "7 whole numbers"),
+        ({"counts": (1, 2)}, "7 integers"),
         ({"counts": (2, 0, 0, 0, 0, 0, 0)}, "one with codes at least"),
-        ({"counts": (0, 1, 1, 0, 0, 0, -1)}, "7 whole numbers"),
+        ({"counts": (0, 1, 1, 0, 0, 0, -1)}, "7 integers"),
         ({"bits": 0}, "more than 0"),
-        ({"axis": "token"}, "axis channel"),
-        ({"turn": True, "pre_rope": True}, "cannot be turned"),
+        ({"strategy": "token"}, "strategy channel"),
+        ({"learned_rotation": True, "pre_rope": True}, "cannot be rotated"),
         ({"datatype": "nuq", "bits": 3}, "datatype trellis"),
     ],
 )
 def test_schemes_that_contradict_themselves_are_refused(settings, message):
-    plain = {"bits": 3, "datatype": "trellis", "axis": "channel", "counts": (0, 1, 1, 0, 0, 0, 0)}
+    plain = {"bits": 3, "datatype": "trellis", "strategy": "channel", "counts": (0, 1, 1, 0, 0, 0, 0)}
     with pytest.raises(RecipeError, match=message):
         Scheme(**plain | settings)
 

@@ -1,4 +1,4 @@
-"""The ladders: what each rung is, and that rows are what measuring it alone gives."""
+"""The ablations: what each step is, and that rows are what measuring it alone gives."""
 
 import itertools
 from dataclasses import asdict, fields
@@ -12,7 +12,7 @@ from narrowkv.errors import RecipeError
 from narrowkv.evaluate import ablate as ablating
 from narrowkv.evaluate import cut_windows, measure
 from narrowkv.evaluate.ablate import AblateOptions, ablate
-from narrowkv.evaluate.ladders import LADDERS, fits, rotates
+from narrowkv.evaluate.ablations import ABLATIONS, fits, rotates
 from narrowkv.evaluate.results import ResultFile, read_result
 from narrowkv.integrations import prepare
 
@@ -21,9 +21,9 @@ LEARN_FROM = " ".join(f"A journey of {i} miles begins with a single step, in the
 OPTIONS = AblateOptions(bits=(3,), window=64, limit=1, samples=3, context=128)
 
 
-def run(model, ladders, path, options=OPTIONS, on_step=None):
+def run(model, ablations, path, options=OPTIONS, on_step=None):
     results = ResultFile(path, "ablate", "narrowkv ablate tiny", asdict(options) | {"bits": list(options.bits)})
-    ablate(model, LETTERS, ladders, TEXT, LEARN_FROM, options, results, on_step, {"mine": LEARN_FROM[::-1]})
+    ablate(model, LETTERS, ablations, TEXT, LEARN_FROM, options, results, on_step, {"mine": LEARN_FROM[::-1]})
     return read_result(path)["rows"]
 
 
@@ -33,13 +33,13 @@ def same_schemes(recipe, name, **changes):
 
 
 def test_the_ladder_leads_from_integers_to_all_of_the_method(tiny):
-    rungs = [rung.recipe for rung in LADDERS["steps"]([3], prepare(tiny()))]
+    ablation_steps = [ablation_step.recipe for ablation_step in ABLATIONS["steps"]([3], prepare(tiny()))]
     names = {0: "int3", 1: "int3-channel-postrope", 2: "int3-channel", 8: "nuq3-1%", 9: "nuq3-1%-qnorm"}
-    assert all(same_schemes(rungs[i], name) for i, name in names.items())
-    assert same_schemes(rungs[5], "nuq3", sinks=0) and same_schemes(rungs[7], "nuq3-1%", sinks=0)
-    assert [rung.keys.weighting for rung in rungs[3:6]] == ["none", "fisher", "fisher_scaled"]
-    assert rungs[6].keys.outlier_scope == rungs[6].values.outlier_scope == "matrix"
-    for before, after in itertools.pairwise(rungs):  # a step at a time
+    assert all(same_schemes(ablation_steps[i], name) for i, name in names.items())
+    assert same_schemes(ablation_steps[5], "nuq3", sinks=0) and same_schemes(ablation_steps[7], "nuq3-1%", sinks=0)
+    assert [ablation_step.keys.weighting for ablation_step in ablation_steps[3:6]] == ["none", "fisher", "fisher_scaled"]
+    assert ablation_steps[6].keys.outlier_scope == ablation_steps[6].values.outlier_scope == "matrix"
+    for before, after in itertools.pairwise(ablation_steps):  # a step at a time
         changed = {
             field.name
             for side in ("keys", "values")
@@ -51,35 +51,35 @@ def test_the_ladder_leads_from_integers_to_all_of_the_method(tiny):
 
 
 def test_a_model_without_rotary_embedding_has_no_rungs_for_it():
-    facts = prepare(make("gpt2"))
-    assert not rotates(facts) and fits(8, facts) and not fits(16, facts) and not fits(12, facts)
-    rungs = [rung for ladder in LADDERS.values() for rung in ladder([3], facts)]
-    assert not any(rung.recipe.keys.pre_rope for rung in rungs)
-    assert "keys before RoPE" not in [rung.label for rung in rungs]
+    info = prepare(make("gpt2"))
+    assert not rotates(info) and fits(8, info) and not fits(16, info) and not fits(12, info)
+    ablation_steps = [ablation_step for ablation in ABLATIONS.values() for ablation_step in ablation([3], info)]
+    assert not any(ablation_step.recipe.keys.pre_rope for ablation_step in ablation_steps)
+    assert "keys before RoPE" not in [ablation_step.label for ablation_step in ablation_steps]
 
 
 def test_every_rung_has_the_figures_of_its_recipe_alone(tiny, tmp_path):
     model, seen = tiny(), []
     rows = run(model, list(ablating.NAMES), tmp_path / "ablate.json", on_step=lambda *step: seen.append(step))
     assert seen[-1][0] == seen[-1][1] and [done for done, _ in seen] == sorted(done for done, _ in seen)
-    assert list(dict.fromkeys(row["ladder"] for row in rows)) == [*LADDERS, "texts", "times"]
+    assert list(dict.fromkeys(row["ablation"] for row in rows)) == [*ABLATIONS, "texts", "times"]
     learned = cut_windows(LETTERS, LEARN_FROM, 64, 3)
     windows = cut_windows(LETTERS, TEXT, 64, 1)
     calibration = calibrate(model, learned.split(1), "nuq3-1%")
     (expected,) = measure(model, [calibration], windows)
     alike = [row for row in rows if row.get("kld_strict") == expected.kld_strict]
-    places = {(row["ladder"], row["label"]) for row in alike}
+    places = {(row["ablation"], row["label"]) for row in alike}
     assert places >= {
         ("steps", "first token exact"),
         ("outliers", "1.00%"),
         ("sinks", "1 exact"),
-        ("parts", "both quantised"),
+        ("parts", "both quantized"),
         ("texts", "3 of calibration text"),
     }
-    few = next(row for row in rows if row["ladder"] == "texts" and row["sequences"] == 1)
+    few = next(row for row in rows if row["ablation"] == "texts" and row["sequences"] == 1)
     (of_one,) = measure(model, [calibrate(model, learned[:1], "nuq3-1%")], windows)
     assert few["kld_strict"] == of_one.kld_strict != expected.kld_strict
-    assert {row["text"] for row in rows if row["ladder"] == "texts"} == {
+    assert {row["text"] for row in rows if row["ablation"] == "texts"} == {
         "calibration text",
         "mine",
         ablating.SAME_TEXT,
@@ -87,7 +87,7 @@ def test_every_rung_has_the_figures_of_its_recipe_alone(tiny, tmp_path):
     }
     (layers,) = (row["layers"] for row in rows if row.get("side") == "layers")
     assert len(layers) == 4 and all(cell["kld_strict"] > 0 for cell in layers)
-    times = [row for row in rows if row["ladder"] == "times"]
+    times = [row for row in rows if row["ablation"] == "times"]
     assert [row["label"] for row in times] == list(ablating.TIMED) and all(row["seconds_fit"] > 0 for row in times)
 
 
@@ -109,8 +109,8 @@ def test_an_interrupted_climb_goes_on(tiny, tmp_path, monkeypatch):
     assert run(model, ["sinks"], path) == whole and len(measured) == len(whole) - 1
 
 
-@pytest.mark.parametrize(("ladders", "bits", "cause"), [(["bits"], (3,), "no ladder 'bits'"), (["steps"], (5,), "not 5")])
-def test_what_cannot_be_climbed_is_said(tiny, tmp_path, ladders, bits, cause):
+@pytest.mark.parametrize(("ablations", "bits", "cause"), [(["bits"], (3,), "no ablation 'bits'"), (["steps"], (5,), "not 5")])
+def test_what_cannot_be_climbed_is_said(tiny, tmp_path, ablations, bits, cause):
     with pytest.raises(RecipeError, match=cause):
-        run(tiny(), ladders, tmp_path / "ablate.json", AblateOptions(bits=bits, window=64))
+        run(tiny(), ablations, tmp_path / "ablate.json", AblateOptions(bits=bits, window=64))
     assert not list(tmp_path.iterdir())

@@ -47,7 +47,7 @@ def test_rows_are_what_measuring_gives(tiny, tmp_path):
         assert row[name] == getattr(expected, name)
     cache = PackedCache(model, calibration)
     model(torch.cat([windows[:1]] * 3, dim=1)[:, :150], past_key_values=cache)
-    assert row["nbytes"] == pytest.approx(cache.nbytes, rel=0.02)  # other numbers, other outliers
+    assert row["nbytes"] == pytest.approx(cache.nbytes, rel=0.02)  # other elements, other outliers
     assert dynamic["recipe"] == DYNAMIC and dynamic["nbytes"] == 2 * 2 * 2 * 150 * 16 * 4
     assert row["decode_ms"] >= row["decode_ms_least"] > 0 and row["threads"] == torch.get_num_threads()
     assert seen == [(i, 9) for i in range(1, 10)]

@@ -22,7 +22,7 @@ def opened(folder):
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
-    """The figures of a tiny model, and what its projections give: [sequences, tokens, channels] and their gradients."""
+    """The metrics of a tiny model, and what its projections give: [sequences, tokens, channels] and their gradients."""
     folder = tmp_path_factory.mktemp("inspect")
     steps = []
     inspect(make_tiny(), BATCHES, opened(folder), 1, "nuq3", on_step=lambda *step: steps.append(step))
@@ -32,8 +32,8 @@ def seen(tmp_path_factory):
 
     def keep(layer, name):
         def hook(module, inputs, output):
-            numbers, gradients = found[layer, name]
-            numbers.append(output.detach())
+            elements, gradients = found[layer, name]
+            elements.append(output.detach())
             output.register_hook(gradients.append)
 
         return hook
@@ -51,13 +51,13 @@ def seen(tmp_path_factory):
 def test_ranges_and_fisher_are_those_of_the_projections(seen):
     folder, naive = seen
     held = opened(folder)
-    for (layer, name), (numbers, gradients) in naive.items():
+    for (layer, name), (elements, gradients) in naive.items():
         row = held.find(what="layer", layer=layer, tensor=name)
-        size = numbers[:, 1:].abs().flatten()  # without the first token
+        size = elements[:, 1:].abs().flatten()  # without the first token
         assert row["t100"] == pytest.approx(size.max().item(), rel=1e-4)
         assert row["t99"] == pytest.approx(size.quantile(0.99).item(), rel=0.02)
         assert row["t99"] <= row["t99.9"] <= row["t99.99"] <= row["t100"]
-        assert row["first_token"] == pytest.approx(numbers[:, 0].abs().max().item(), rel=1e-4)
+        assert row["first_token"] == pytest.approx(elements[:, 0].abs().max().item(), rel=1e-4)
         assert row["fisher"] == pytest.approx(gradients[:, 1:].square().mean().item(), rel=1e-3)
     assert held.find(what="layer", layer=0, tensor="rotated")["t100"] > 0
 
@@ -66,12 +66,12 @@ def test_heat_maps_and_outliers_are_those_of_the_chosen_layer(seen):
     folder, naive = seen
     held = opened(folder)
     for name in ("keys", "values"):
-        numbers = naive[1, name][0].abs()
+        elements = naive[1, name][0].abs()
         heat = held.find(what="heat map", tensor=name)
         assert heat["layer"] == 1 and (heat["channels"], heat["tokens"]) == (CHANNELS, TOKENS)
-        torch.testing.assert_close(torch.tensor(heat["magnitude"]), numbers[0].T, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.tensor(heat["magnitude"]), elements[0].T, rtol=1e-4, atol=1e-4)
         row = held.find(what="outliers", tensor=name)
-        beyond = (numbers > row["beyond"] * (1 + 1e-5)).double()  # which is rounded
+        beyond = (elements > row["beyond"] * (1 + 1e-5)).double()  # which is rounded
         torch.testing.assert_close(torch.tensor(row["by_channel"]), beyond.mean((0, 1)).float(), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(torch.tensor(row["by_token"]), beyond.mean((0, 2)).float(), rtol=1e-4, atol=1e-4)
         fullest = beyond.sum((0, 1)).sort(descending=True).values[:3].sum() / beyond.sum()
@@ -99,12 +99,12 @@ def test_an_interrupted_run_goes_on_and_a_finished_one_is_not_measured_again(see
 
 def test_pictures_draw_from_the_file_alone(seen):
     first, second = sections(read_result(seen[0] / "inspect.json"))
-    assert [picture.name for picture in first.pictures + second.pictures] == [
+    assert [plot.name for plot in first.plots + second.plots] == [
         *("magnitude", "outliers", "distribution", "ranges", "fisher")
     ]
     assert "before the rotary embedding" in first.text and len(first.tables[0].rows) == 3
     assert len(second.tables[0].rows) == 3 * LAYERS
-    titles = [axes.get_title() for axes in first.pictures[0].figure.axes]
+    titles = [axes.get_title() for axes in first.plots[0].figure.axes]
     assert titles[:3] == ["keys before RoPE", "keys after RoPE", "values"]
 
 
@@ -113,7 +113,7 @@ def test_without_a_rotary_embedding_a_sentence_says_so(tmp_path, family, options
     inspect(make(family), BATCHES, opened(tmp_path), **options)
     first, _ = sections(read_result(tmp_path / "inspect.json"))
     assert "no rotary embedding" in first.text and len(first.tables[0].rows) == 2
-    assert [axes.get_title() for axes in first.pictures[0].figure.axes][:2] == ["keys", "values"]
+    assert [axes.get_title() for axes in first.plots[0].figure.axes][:2] == ["keys", "values"]
 
 
 @pytest.mark.parametrize(

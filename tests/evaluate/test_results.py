@@ -1,4 +1,4 @@
-"""Files of figures: interrupted runs go on, other settings and damage are refused."""
+"""Files of results: interrupted runs go on, other settings and damage are refused."""
 
 import json
 
@@ -30,7 +30,7 @@ def test_other_settings_and_kinds_are_refused(tmp_path):
     opened(path).add({"recipe": "int4"})
     with pytest.raises(OutputError, match="other settings"):
         opened(path, window=9)
-    with pytest.raises(FileFormatError, match="figures of compare, not of plan"):
+    with pytest.raises(FileFormatError, match="results of compare, not of plan"):
         read_result(path, "plan")
 
 

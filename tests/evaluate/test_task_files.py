@@ -1,11 +1,11 @@
-"""Files of LongBench and RULER: told apart by their fields; what is neither is refused by file and line."""
+"""Files of LongBench and RULER: distinguished by their fields; what is neither is refused by file and line."""
 
 import json
 
 import pytest
 
 from narrowkv.errors import TextError
-from narrowkv.evaluate import answers
+from narrowkv.evaluate import task_metrics
 from narrowkv.evaluate.task_files import read_questions
 
 LONGBENCH = {"context": "A text.", "input": "Who?", "answers": ["Me"], "dataset": "qasper", "length": 2, "_id": "x"}
@@ -21,11 +21,11 @@ def written(path, *rows):
 def test_both_formats_are_read(tmp_path):
     first, second = read_questions(written(tmp_path / "x.jsonl", LONGBENCH, {**LONGBENCH, "dataset": "passage_count"}))
     assert (first.line, second.line) == (1, 3) and first.prompt == "A text.\n\nQuestion: Who?\nAnswer:"
-    assert (first.metric, second.metric) == (answers.f1, answers.number) and first.accepted == ("Me",)
+    assert (first.metric, second.metric) == (task_metrics.f1, task_metrics.number) and first.accepted == ("Me",)
     (retrieved,) = read_questions(written(tmp_path / "niah" / "validation.jsonl", RULER, "{"), limit=1)
-    assert retrieved.prompt == "Who? Answer:" and retrieved.metric is answers.all_found
+    assert retrieved.prompt == "Who? Answer:" and retrieved.metric is task_metrics.all_found
     (asked,) = read_questions(written(tmp_path / "qa_1" / "validation.jsonl", RULER))
-    assert asked.metric is answers.any_found and asked.accepted == ("me", "you")
+    assert asked.metric is task_metrics.any_found and asked.accepted == ("me", "you")
 
 
 @pytest.mark.parametrize(

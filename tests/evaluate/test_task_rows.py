@@ -1,4 +1,4 @@
-"""Rows of tasks: exactly as long as asked, what is told stands where it should, and the answer follows from it."""
+"""Rows of tasks: exactly as long as asked, what is given stands where it should, and the answer follows from it."""
 
 import re
 
@@ -7,8 +7,8 @@ import torch
 from tests.letters import TEXT, make_letters
 
 from narrowkv.errors import TextError
-from narrowkv.evaluate.quality import recalled
-from narrowkv.evaluate.recall import accuracy
+from narrowkv.evaluate.perplexity import recalled
+from narrowkv.evaluate.retrieval import accuracy
 from narrowkv.evaluate.task_rows import MAKERS, make_rows
 
 TOKENIZER = make_letters("<s> $A")
@@ -17,7 +17,7 @@ LENGTH = 900
 
 
 def rows_of(task, depth=None, seed=0, length=LENGTH):
-    """Texts of three rows: told, with the question, and the answers."""
+    """Texts of three rows: given, with the question, and the answers."""
     batch = make_rows(task, TOKENIZER, FILLER, length, 3, seed, depth)
     assert batch.input_ids.shape == batch.answer_mask.shape == (3, length)
     for row, mask in zip(batch.input_ids, batch.answer_mask, strict=True):

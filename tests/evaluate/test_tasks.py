@@ -24,7 +24,7 @@ def opened(path, options=OPTIONS):
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory):
-    """A model, its tokenizer, a file of questions, and the figures."""
+    """A model, its tokenizer, a file of questions, and the metrics."""
     folder = tmp_path_factory.mktemp("tasks")
     model, tokenizer = make_tiny(), make_letters()
     file = folder / "niah.jsonl"
@@ -104,8 +104,8 @@ def test_what_cannot_be_is_one_sentence(asked, tmp_path, changes, learn_from, ca
 def test_sections_draw_from_the_file_alone(asked):
     held = read_result(asked[-1])
     passkey, flat, files = sections(held)
-    assert [picture.name for picture in passkey.pictures] == ["passkey"]
-    assert [picture.name for picture in flat.pictures] == ["lengths"]
+    assert [plot.name for plot in passkey.plots] == ["passkey"]
+    assert [plot.name for plot in flat.plots] == ["lengths"]
     assert "does not do passkey (0%)" in passkey.text  # a random model
     (table,) = passkey.tables
     assert table.columns == ["task", "length", "depth", BASELINE, *RECIPES] and len(table.rows) == 4

@@ -8,7 +8,7 @@ from tests.letters import TEXT, make_letters
 
 from narrowkv.errors import TextError
 from narrowkv.evaluate import cut_windows
-from narrowkv.evaluate.recall import passages
+from narrowkv.evaluate.retrieval import passages
 from narrowkv.evaluate.task_rows import make_rows
 from narrowkv.evaluate.windows import cut_apart, encode, prompt_tokens, start_tokens
 

@@ -36,7 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "wide": {"heads": 2, "kv_heads": 1, "head_dim": 64, "dtype": torch.bfloat16},  # which compiled code reads in its own ways
     "sliding": {"family": "mistral", "sliding_window": 24},
     "biased": {"family": "qwen2"},  # of which a bias is taken out before keys and values are quantized
-    "angles": {},  # kept with each token, since frequencies change with the length
+    "angles": {},  # stored with each token, since frequencies change with the length
 }
 # how caches came to be: sequences, tokens, padding of the first one, and what follows the prompt
 STATES = {
@@ -80,12 +80,12 @@ def model_of(name: str) -> PreTrainedModel:
 def recipe_of(name: str) -> Recipe:
     """A recipe by name, or one of those that have none."""
     if name == "window and sinks":
-        return get_recipe("nuq3-1%").with_options(window=20, sinks=3)
+        return get_recipe("nuq3-1%").with_options(residual_length=20, sinks=3)
     if name == "by matrix":
-        scheme = Scheme(3, "nuq", axis="channel", outliers=0.01, outlier_scope="matrix")
+        scheme = Scheme(3, "nuq", strategy="channel", outliers=0.01, outlier_scope="matrix")
         return Recipe(name, scheme, Scheme(3, "nuq", outliers=0.01, outlier_scope="matrix"))
     if name == "capped":
-        scheme = Scheme(4, "int", axis="token_head", outliers=0.02, outlier_cap=1)
+        scheme = Scheme(4, "int", strategy="token_head", outliers=0.02, outlier_cap=1)
         return Recipe(name, scheme, scheme, sinks=1)
     return get_recipe(name)
 
@@ -103,7 +103,7 @@ def build(folder: Path) -> None:
         for recipe in RECIPES if model in ("tiny", "wide") else FEW:
             if recipe_of(recipe).needs_calibration:
                 ids = torch.randint(2, 97, (2, 80))
-                with warnings.catch_warnings():  # nothing good can be learned from random numbers
+                with warnings.catch_warnings():  # nothing good can be learned from random elements
                     warnings.simplefilter("ignore")
                     calibrate(model_of(model), ids, recipe_of(recipe)).save_pretrained(folder / model / recipe)
             for state in STATES if recipe in FEW and model != "wide" else ("padded",):

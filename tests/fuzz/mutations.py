@@ -91,7 +91,7 @@ def _other_order(tensor: Tensor, random: Random) -> Tensor:
         flat = flat.roll(random.choice((1, -1, 7)))
     elif kind == 3:
         flat[other] = flat[at]
-    else:  # neighbours, as one that trusts their order will notice them
+    else:  # neighbors, as one that trusts their order will notice them
         at = min(at, len(flat) - 2)
         flat[[at, at + 1]] = flat[[at + 1, at]]
     return flat.view(tensor.dtype).view(tensor.shape)
@@ -140,7 +140,7 @@ def _other_names(tensors: Tensors, name: str, random: Random) -> None:
     elif kind == 2:
         tensors[name] = tensors[other]
     elif kind == 3:
-        tensors[random.choice((name + "x", name.replace("0", "1"), name.replace("keys", "values"), "layers.0.first"))] = (
+        tensors[random.choice((name + "x", name.replace("0", "1"), name.replace("keys", "values"), "layers.0.evicted"))] = (
             tensors[name]
         )
     else:
@@ -164,6 +164,8 @@ def _forge_plain(header: dict[str, Any], random: Random) -> None:
     elif kind < 0.9 and isinstance(at[name], int | float):
         at[name] = at[name] + random.choice((1, -1, 2**20, -(2**20)))
     elif isinstance(at, dict):
-        at[random.choice((*map(str, range(3)), "keys", "choices", "sinks", "window"))] = random.choice((*PLAIN, at[name]))
+        at[random.choice((*map(str, range(3)), "keys", "search_space", "sinks", "residual_length"))] = random.choice(
+            (*PLAIN, at[name])
+        )
     else:
         at.append(at[name])

@@ -62,8 +62,11 @@ def test_a_bias_that_the_adapter_adds_is_found(biased):
     for name, part in model.named_parameters():
         if "lora_B" in name and name.endswith("bias"):
             torch.nn.init.normal_(part)
-    for fact in prepare(model).attention:
-        for projection, found in ((fact.module.k_proj, fact.constants.keys), (fact.module.v_proj, fact.constants.values)):
+    for layer_info in prepare(model).attention:
+        for projection, found in (
+            (layer_info.module.k_proj, layer_info.constants.keys),
+            (layer_info.module.v_proj, layer_info.constants.values),
+        ):
             scaling = projection.scaling["default"]
             added = projection.base_layer.bias + scaling * projection.lora_B["default"].bias
             torch.testing.assert_close(found.flatten(), added.detach())

@@ -15,10 +15,10 @@ def run(model, cache, tokens=130, batch=1):
 
 def test_nbytes_is_the_sum_over_real_tensors(tiny):
     model = tiny()
-    cache = PackedCache(model, get_recipe("int4").with_options(sinks=2, window=8))
+    cache = PackedCache(model, get_recipe("int4").with_options(sinks=2, residual_length=8))
     run(model, cache, tokens=200, batch=3)
-    numbers = 2 * 2 * 3 * 2 * 16 * 200  # sides, layers, batch, kv_heads, head_dim, tokens
-    assert cache.numbers == numbers
+    elements = 2 * 2 * 3 * 2 * 16 * 200  # sides, layers, batch, kv_heads, head_dim, tokens
+    assert cache.elements == elements
     blocks, tail, window = 3, 0, 8  # 192 tokens have left the window
     per_layer_side = 3 * (
         blocks * 64 * 2 * 16 // 2  # codes
@@ -30,7 +30,7 @@ def test_nbytes_is_the_sum_over_real_tensors(tiny):
     rest = 2 * (3 * 2 * 8 + 3 * 8 + 3 * blocks * 8)
     tables = 2 * 2 * (16 + 15) * 4
     assert cache.nbytes == 2 * 2 * per_layer_side + rest + tables
-    assert cache.bits_per_element == 8 * cache.nbytes / numbers
+    assert cache.bits_per_element == 8 * cache.nbytes / elements
 
 
 def test_an_empty_cache_counts_its_tables(tiny):
@@ -78,11 +78,11 @@ def test_a_call_that_failed_leaves_the_cache_as_it_was_or_says_so(tiny):
     )
     for layer in (0, 1):
         weight = model.model.layers[layer].self_attn.v_proj.weight.data
-        kept = weight[3].clone()
+        rope_state = weight[3].clone()
         weight[3] = float("nan")
         with pytest.raises(ActivationError, match="NaN"):
             run(model, cache)
-        weight[3] = kept
+        weight[3] = rope_state
         if layer == 1:
             with pytest.raises(CacheUseError, match="half-way"):
                 run(model, cache)
@@ -196,7 +196,7 @@ def test_positions_are_kept_as_long_as_a_layer_needs_them():
     with torch.inference_mode():
         for tokens in (900, *[1] * 70):
             model(torch.randint(2, 97, (1, tokens)), past_key_values=cache)
-    assert sum(tensor.nbytes for tensor in cache.ledgers["positions"].tensors()) < 4 * 300
+    assert sum(tensor.nbytes for tensor in cache.position_buffers["positions"].tensors()) < 4 * 300
 
 
 def test_attention_weights_are_not_promised(tiny):

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 from tests.families import make
-from tests.integrations.test_disk import source_of
+from tests.integrations.test_serialization import source_of
 from transformers import DynamicCache, StaticCache
 
 from narrowkv import PackedCache
@@ -74,12 +74,12 @@ def test_generation_goes_on_as_from_a_packed_prompt(family, name):
     cache = PackedCache.from_cache(model, source, dense(model, ids[:, :-1]))
     assert cache.get_seq_length() == 150
     for ours, theirs in zip(cache.packed, expected.packed, strict=True):
-        theirs.forget()
+        theirs.evict()
         assert ours.store.first == theirs.store.first
         for one, other in zip(ours.store.read(), theirs.store.read(), strict=True):
             known = ours.store.oldest - ours.store.first
             assert_alike(one[:, :, known:], other[:, :, known:])
-    assert cache.numbers == expected.numbers
+    assert cache.elements == expected.elements
     (tokens, logits), (wanted, wanted_logits) = spoken(model, cache, ids), spoken(model, expected, ids)
     assert torch.equal(tokens, wanted)
     torch.testing.assert_close(logits, wanted_logits, atol=2e-2, rtol=1e-2)
@@ -125,10 +125,12 @@ def test_there_and_back_exactly(family, dtype):
 def test_keys_are_turned_back_and_forth_within_rounding(family, dtype):
     model = as_trained(make(family)).to(dtype)
     source = source_of(model, "narrow4")
-    window = source.recipe.with_options(window=200, choices=None)  # all tokens stay exact, before the rotary embedding
+    window = source.recipe.with_options(
+        residual_length=200, search_space=None
+    )  # all tokens stay exact, before the rotary embedding
     given = dense(model, torch.randint(2, 97, (2, 100)))
     cache = PackedCache.from_cache(model, copy.copy(source).__class__(**{**vars(source), "recipe": window}), given)
-    assert any(layer.turns_when_read for layer in cache.packed)
+    assert any(layer.rotates_on_read for layer in cache.packed)
     for one, other in zip(cache.to_dynamic().layers, given.layers, strict=True):
         torch.testing.assert_close(
             one.keys, other.keys, atol=1e-5 if dtype == torch.float32 else 0.03, rtol=2 * torch.finfo(dtype).eps
@@ -142,20 +144,22 @@ def test_a_dynamic_cache_goes_on_with_what_was_held():
     found, logits = spoken(model, cache.to_dynamic(), ids)
     wanted, wanted_logits = spoken(model, cache, ids)
     assert torch.equal(found, wanted)
-    torch.testing.assert_close(logits[0], wanted_logits[0], atol=1e-3, rtol=1e-3)  # later tokens are not quantised here
+    torch.testing.assert_close(logits[0], wanted_logits[0], atol=1e-3, rtol=1e-3)  # later tokens are not quantized here
 
 
 def test_layers_with_a_state_of_their_own_keep_it():
     model = make("qwen3_next")
     ids = torch.randint(2, 97, (2, 71))
     given = dense(model, ids[:, :-1])
-    kept = copy.deepcopy(given)
+    rope_state = copy.deepcopy(given)
     cache = PackedCache.from_cache(model, "fp16", given)
     back = cache.to_dynamic()
     wanted = spoken(model, given, ids)[0]
     for one in (cache, back):
         assert torch.equal(spoken(model, one, ids)[0], wanted)
-    assert torch.equal(PackedCache.from_cache(model, "fp16", kept).to_dynamic().layers[1].keys, kept.layers[1].keys)
+    assert torch.equal(
+        PackedCache.from_cache(model, "fp16", rope_state).to_dynamic().layers[1].keys, rope_state.layers[1].keys
+    )
 
 
 def test_a_cache_that_knows_of_no_windows_is_taken_too():
@@ -207,8 +211,8 @@ def test_what_cannot_be_taken_is_refused(tiny):
     refused("holds keys .* the model has 2 KV heads of 32; fill one by this model", to=tiny(head_dim=32))
     refused("has 2 layers, the model 1", to=tiny(layers=1))
     refused("Layer 2 of this DynamicCache is no layer of plain keys", to=tiny(layers=3))
-    refused(r"An attention mask of whole numbers \[2, 40\]", attention_mask=torch.ones(2, 39, dtype=torch.int64))
-    refused("Positions of whole numbers", position_ids=torch.ones(2, 40))
+    refused(r"An attention mask of integers \[2, 40\]", attention_mask=torch.ones(2, 39, dtype=torch.int64))
+    refused("Positions of integers", position_ids=torch.ones(2, 40))
     refused(
         "has forgotten tokens that the model's layer sees",
         cache=dense(make("mistral"), torch.randint(2, 97, (2, 40))),
@@ -216,7 +220,7 @@ def test_what_cannot_be_taken_is_refused(tiny):
     )
     short = copy.deepcopy(given)
     short.layers[1].keys, short.layers[1].values = short.layers[1].keys[:, :, 1:], short.layers[1].values[:, :, 1:]
-    refused("different sequences or numbers of tokens", cache=short)
+    refused("different sequences or elements of tokens", cache=short)
     dynamic = make("llama, dynamic")
     refused("by angles that a DynamicCache does not keep", source_of(dynamic, "nuq3-1%"), dense(dynamic, ids), dynamic)
     assert PackedCache.from_cache(dynamic, "int4", dense(dynamic, ids)).get_seq_length() == 40

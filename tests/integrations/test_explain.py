@@ -4,7 +4,7 @@ import torch
 from narrowkv import PackedCache, calibrate, explain, get_recipe
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 10, "sinks": 3}], ids=["plain", "window and sinks"])
+@pytest.mark.parametrize("options", [{}, {"residual_length": 10, "sinks": 3}], ids=["plain", "window and sinks"])
 def test_the_parts_are_the_whole(tiny, options):
     model = tiny()
     recipe = get_recipe("nuq3-1%").with_options(**options)

@@ -48,7 +48,7 @@ def test_in_every_dtype_and_with_either_attention(tiny, dtype, attention):
     assert torch.equal(greedy(model, ids, cache), expected)
     assert torch.equal(greedy(model, ids, DynamicCache()), expected)  # foreign caches go on as before
     held = cache.packed[0].store.length
-    assert cache.bits_per_element < 8 * dtype.itemsize * 1.02 * 128 / held  # room for two blocks
+    assert cache.bits_per_element < 8 * dtype.itemsize * 1.02 * 128 / held  # space for two blocks
 
 
 @pytest.mark.parametrize("family", EXTRAS)
@@ -70,7 +70,7 @@ def test_each_row_of_a_padded_batch_is_what_it_is_alone(tiny, recipe, chunk, who
     """Also with sinks and a window, in chunks: padding changes nothing. float64, so that no code falls otherwise."""
     model = tiny().double()
     # what has left an exact window depends on where a chunk ends, which is not the same for the row alone
-    source = get_recipe(recipe).with_options(sinks=3, window=0 if chunk == 30 else 5)
+    source = get_recipe(recipe).with_options(sinks=3, residual_length=0 if chunk == 30 else 5)
     long, short = torch.randint(2, 97, (1, 100)), torch.randint(2, 97, (1, 53))
     batch = torch.cat([long, torch.cat([torch.zeros(1, 47, dtype=torch.long), short], dim=1)])
     mask = torch.ones_like(batch)
@@ -108,7 +108,7 @@ def test_several_turns_on_one_cache(tiny):
         ids, expected = torch.cat([ids, turn], dim=1), torch.cat([expected, turn], dim=1)
     assert ours.get_seq_length() == theirs.get_seq_length()
     ours.reset()
-    assert ours.get_seq_length() == 0 and ours.numbers == 0
+    assert ours.get_seq_length() == 0 and ours.elements == 0
     assert torch.equal(greedy(model, turn, ours), greedy(model, turn, DynamicCache()))
 
 
@@ -195,16 +195,16 @@ def test_a_cache_that_is_not_to_be_used_is_refused(tiny, backend):
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 def test_masks_that_differ_from_row_to_row(padded, strict):
-    """Tokens of a picture see each other whole (Gemma 3): a mask function of the model's own."""
+    """Tokens of a plot see each other whole (Gemma 3): a mask function of the model's own."""
     model = make("gemma3")
     ids = torch.randint(2, 97, (2, 30))
-    pictures = torch.zeros_like(ids)
-    pictures[0, 5:12] = pictures[1, 15:28] = 1
+    plots = torch.zeros_like(ids)
+    plots[0, 5:12] = plots[1, 15:28] = 1
     mask = {"attention_mask": torch.ones_like(ids).index_fill(1, torch.arange(3), 0)} if padded else {}
     with torch.inference_mode():
-        expected = model(input_ids=ids, token_type_ids=pictures, past_key_values=DynamicCache(config=model.config), **mask)
+        expected = model(input_ids=ids, token_type_ids=plots, past_key_values=DynamicCache(config=model.config), **mask)
         cache = PackedCache(model, UNROTATED, strict=strict)
-        found = model(input_ids=ids, token_type_ids=pictures, past_key_values=cache, **mask)
+        found = model(input_ids=ids, token_type_ids=plots, past_key_values=cache, **mask)
         rows = slice(3 if padded else 0, None)
         torch.testing.assert_close(found.logits[:, rows], expected.logits[:, rows], atol=1e-3, rtol=1e-3)
 

@@ -1,4 +1,4 @@
-"""GGUF files: read into 16 bits with their chat template; damage, strange architectures and too little memory are told."""
+"""GGUF files: read into 16 bits with their chat template; damage, strange architectures and too little memory are given."""
 
 import pytest
 import torch
@@ -51,10 +51,10 @@ def test_the_named_file_is_read_and_not_one_of_that_name_where_we_stand(original
     assert (found - original.model.embed_tokens.weight).abs().max() < 0.1
 
 
-@pytest.mark.parametrize(("kept", "cause"), [(0, "damaged"), (3, "damaged"), (500, "damaged"), (-2000, "damaged")])
-def test_a_damaged_file_is_told(saved, tmp_path, kept, cause):
+@pytest.mark.parametrize(("rope_state", "cause"), [(0, "damaged"), (3, "damaged"), (500, "damaged"), (-2000, "damaged")])
+def test_a_damaged_file_is_told(saved, tmp_path, rope_state, cause):
     path = tmp_path / "cut.gguf"
-    path.write_bytes(saved.read_bytes()[:kept])
+    path.write_bytes(saved.read_bytes()[:rope_state])
     with pytest.raises(UnsupportedModelError, match=cause):
         load_model(str(path))
 

@@ -1,4 +1,4 @@
-"""Loading: what a folder or file lacks is told by its cause, with the remedy; GGUF files become models of 16 bits."""
+"""Loading: what a folder or file lacks is given by its cause, with the remedy; GGUF files become models of 16 bits."""
 
 import json
 import shutil
@@ -142,9 +142,9 @@ def several_gguf(folder):
 )
 def test_what_a_folder_lacks_is_said(folder, harm, cause, remedy):
     harm(folder)
-    with pytest.raises(UnsupportedModelError) as told:
+    with pytest.raises(UnsupportedModelError) as device_lengths:
         load_model(str(folder))
-    sentence = str(told.value)
+    sentence = str(device_lengths.value)
     assert cause in sentence and remedy in sentence and "\n" not in sentence and not sentence.endswith(":")
 
 

@@ -169,7 +169,7 @@ def test_what_a_crop_may_not_do(tiny):
     with pytest.raises(CacheUseError, match="minus the number"):
         cache.crop(3)
     assert cache.is_croppable
-    assert not PackedCache(model, get_recipe("int4").with_options(window=8)).is_croppable
+    assert not PackedCache(model, get_recipe("int4").with_options(residual_length=8)).is_croppable
     with pytest.raises(UnsupportedModelError, match="not offloaded"):
         cache.offload(0, only_non_sliding=False)
 

@@ -17,8 +17,8 @@ def test_a_decoding_step_at_long_context_holds_no_copy_of_the_past(tiny):
     for layer in cache.packed:
         for _ in range(TOKENS // 1024):
             layer.store.append(chunk, chunk)
-    for ledger in cache.ledgers.values():
-        ledger.append(torch.arange(TOKENS).expand(BATCH, -1))
+    for position_buffer in cache.position_buffers.values():
+        position_buffer.append(torch.arange(TOKENS).expand(BATCH, -1))
     weights = sum(parameter.nbytes for parameter in model.parameters())
     with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model(torch.randint(2, 97, (BATCH, 1)), past_key_values=cache)

@@ -26,7 +26,7 @@ from transformers import (
 
 from narrowkv import PackedCache, calibrate, disable, make_default
 from narrowkv.errors import NarrowKVWarning, UnsupportedModelError
-from narrowkv.evaluate.quality import measure
+from narrowkv.evaluate.perplexity import measure
 
 
 def traces(model):

@@ -1,4 +1,4 @@
-"""Models whose projections add a bias to keys and values: the probe finds it, caches take it out of what they quantise."""
+"""Models whose projections add a bias to keys and values: the probe finds it, caches take it out of what they quantize."""
 
 import copy
 from dataclasses import replace
@@ -16,7 +16,7 @@ from narrowkv.errors import CacheUseError, CalibrationError
 from narrowkv.integrations import projections
 from narrowkv.integrations.preparation import prepare
 
-SLOW = [12, 13, 14, 15, 28, 29, 30, 31]  # channels of head_dim 32 that hardly turn, while the first turns fastest
+SLOW = [12, 13, 14, 15, 28, 29, 30, 31]  # channels of head_dim 32 that hardly rotate, while the first rotates fastest
 ROPE = {"rope_type": "default", "rope_theta": 1e6}
 
 
@@ -61,8 +61,8 @@ def loss(model, cache, chunks=(150, 3, 1, 46)):
 
 def test_the_bias_is_what_the_projections_give_for_nothing():
     model = biased()
-    for fact, layer in zip(prepare(model).attention, model.model.layers, strict=True):
-        known, projections = fact.constants, (layer.self_attn.k_proj, layer.self_attn.v_proj)
+    for layer_info, layer in zip(prepare(model).attention, model.model.layers, strict=True):
+        known, projections = layer_info.constants, (layer.self_attn.k_proj, layer.self_attn.v_proj)
         for found, projection in zip((known.keys, known.values), projections, strict=True):
             torch.testing.assert_close(found.flatten(), projection.bias.data)
 
@@ -73,21 +73,23 @@ def test_fused_and_other_projections_and_embeddings_need_no_names(name):
     for key, parameter in model.named_parameters():
         if key.endswith("bias"):
             nn.init.normal_(parameter)
-    known = [fact.constants for fact in prepare(model).attention]
+    known = [layer_info.constants for layer_info in prepare(model).attention]
     assert all(part is not None and part.any() for one in known for part in (one.keys, one.values))
 
 
 def test_there_is_none_where_it_is_zero_or_a_norm_follows():
-    assert [fact.constants.keys for fact in prepare(make_tiny("qwen2")).attention] == [None, None]
+    assert [layer_info.constants.keys for layer_info in prepare(make_tiny("qwen2")).attention] == [None, None]
     config = AutoConfig.for_model("qwen3", **BASE, attention_bias=True)
     model = AutoModelForCausalLM.from_config(config).eval()
     for layer in model.model.layers:
         nn.init.normal_(layer.self_attn.k_proj.bias)
         nn.init.normal_(layer.self_attn.v_proj.bias)
         nn.init.uniform_(layer.self_attn.k_norm.weight, 0.5, 2.0)
-    for fact in prepare(model).attention:
-        assert fact.constants.keys is None and fact.constants.values is not None
-        torch.testing.assert_close(fact.constants.gain, fact.module.k_norm.weight.data.expand(2, -1), rtol=1e-4, atol=1e-4)
+    for layer_info in prepare(model).attention:
+        assert layer_info.constants.keys is None and layer_info.constants.values is not None
+        torch.testing.assert_close(
+            layer_info.constants.gain, layer_info.module.k_norm.weight.data.expand(2, -1), rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "naive"])
@@ -112,12 +114,12 @@ def test_all_backends_agree_however_the_text_is_cut(name):
 def test_exact_numbers_are_those_of_the_model(dtype):
     model = biased(dtype=dtype, layers=1)
     assert torch.equal(logits(model, PackedCache(model, "fp16")), logits(model, PackedCache(model, without_removal("fp16"))))
-    cache = PackedCache(model, get_recipe("int4").with_options(window=300))
+    cache = PackedCache(model, get_recipe("int4").with_options(residual_length=300))
     with_ours, exact = logits(model, cache, (200,)), logits(model, None, (200,))
     assert torch.equal(with_ours, exact)
-    other = PackedCache(model, without_removal("int4").with_options(window=300))
+    other = PackedCache(model, without_removal("int4").with_options(residual_length=300))
     logits(model, other, (200,))
-    for found, own in zip(cache.packed[0].store.recent.held(), other.packed[0].store.recent.held(), strict=True):
+    for found, own in zip(cache.packed[0].store.residual.held(), other.packed[0].store.residual.held(), strict=True):
         assert torch.equal(found, own)
 
 
@@ -182,7 +184,7 @@ def test_what_is_taken_out_is_counted_and_told():
     for cache in caches:
         logits(model, cache, (200,))
     tables = 4 * 2 * 2 * 32  # of keys and of values, float32
-    positions = caches[0].ledgers["positions"].tensors()[0].nbytes
+    positions = caches[0].position_buffers["positions"].tensors()[0].nbytes
     assert caches[0].nbytes == caches[1].nbytes + tables + positions
     assert explain(caches[0]).layers[0]["bias"] == tables
     assert "bias of the projections is taken out of the keys of 1 layer and the values of 1" in str(explain(caches[0]))
@@ -200,7 +202,7 @@ def test_a_refused_token_leaves_no_trace():
     with torch.no_grad(), pytest.raises(ValueError, match="NaN"):
         model(torch.full((2, 1), 5), past_key_values=cache)
     model.model.embed_tokens.weight.data[5] = before
-    assert cache.ledgers["positions"].length == cache.length == 150
+    assert cache.position_buffers["positions"].length == cache.length == 150
 
 
 def normed(**options):
@@ -225,8 +227,8 @@ def test_the_gain_of_a_norm_is_folded_into_the_query(name):
     gain = model.model.layers[0].self_attn.k_norm.weight.data.expand(2, -1)
     quantizer = cache.packed[0].store.quantizers[0]
     torch.testing.assert_close(quantizer.smooth, smoothing(gain, projections.GAIN_POWER))
-    numbers = torch.randn(2, 2, 70, 32)
-    assert torch.equal(quantizer.encode(numbers).codes, quantizer.encode_naive(numbers).codes)
+    elements = torch.randn(2, 2, 70, 32)
+    assert torch.equal(quantizer.encode(elements).codes, quantizer.encode_naive(elements).codes)
     expected = logits(model, PackedCache(model, name, backend="naive"))
     torch.testing.assert_close(logits(model, cache), expected, rtol=0, atol=2e-2)
     assert loss(model, PackedCache(model, name)) < 0.7 * loss(model, PackedCache(model, without_gain(name)))

@@ -1,4 +1,4 @@
-"""Every call that is refused leaves a cache as it was, and every use that it cannot serve is told in a sentence."""
+"""Every call that is refused leaves a cache as it was, and every use that it cannot serve is given in a sentence."""
 
 import copy
 import itertools
@@ -109,7 +109,7 @@ def test_gradients_that_would_be_wrong_are_refused(tiny):
         model(IDS[:, :3], past_key_values=cache)
 
 
-@pytest.mark.parametrize("options", [{}, {"sinks": 2, "window": 20}])
+@pytest.mark.parametrize("options", [{}, {"sinks": 2, "residual_length": 20}])
 def test_gradients_through_an_exact_cache_are_those_of_dynamic_cache(tiny, options):
     model = tiny()
     weight, found = model.model.layers[0].self_attn.k_proj.weight, []

@@ -1,4 +1,4 @@
-"""Whatever modes of torch a program is in, caches hold and give the numbers that they do without them."""
+"""Whatever modes of torch a program is in, caches hold and give the elements that they do without them."""
 
 import contextlib
 import copy
@@ -20,7 +20,7 @@ RECIPES = [
 ]
 FEW = ["fp16", "int4 with sinks", "nuq3-1%", "kivi-2-g16-r40", "hadamard-int4", "narrow3"]
 IDS = torch.arange(2 * 90).view(2, 90) * 31 % 95 + 2
-TEXT = torch.arange(2 * 60).view(2, 60) ** 2 % 89 + 3  # another than is read: numbers that a range ends with are ties
+TEXT = torch.arange(2 * 60).view(2, 60) ** 2 % 89 + 3  # another than is read: elements that a range ends with are ties
 
 
 @contextlib.contextmanager
@@ -46,7 +46,7 @@ def recipe_of(name):
     if name == "int4 with sinks":
         return get_recipe("int4").with_options(sinks=2)
     if name == "fp16 with sinks and a window":
-        return get_recipe("fp16").with_options(sinks=2, window=20)
+        return get_recipe("fp16").with_options(sinks=2, residual_length=20)
     return get_recipe(name)
 
 
@@ -164,9 +164,11 @@ def test_a_cache_follows_the_dtype_of_its_model(tiny, tmp_path):
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("name", ["fp16", "int4", "nuq3"])
 def test_a_cache_follows_frequencies_that_the_model_has_rounded(name, family, tiny):
-    """`model.to(dtype)` rounds them, unlike loading in that dtype; tokens are turned as the model turns them from then on."""
+    """`model.to(dtype)` rounds them, unlike loading in that dtype; tokens are rotated as the model rotates them from then
+    on.
+    """
     model = tiny(family)
-    if family == "qwen2":  # whose bias turns with the tokens; of whole numbers, which stay as they are
+    if family == "qwen2":  # whose bias rotates with the tokens; of integers, which stay as they are
         for layer in model.model.layers:
             layer.self_attn.k_proj.bias.data = torch.arange(32.0) % 7
     source = calibrate(model, IDS, name) if name == "nuq3" else name

@@ -14,7 +14,7 @@ IDS = torch.arange(2 * 200).view(2, 200) ** 2 % 89 + 3
 
 
 def test_names_say_the_budget():
-    budgets = {name: get_recipe(name).choices.budget for name in ("narrow2", "narrow3", "narrow4", "narrow2.7")}
+    budgets = {name: get_recipe(name).search_space.budget for name in ("narrow2", "narrow3", "narrow4", "narrow2.7")}
     assert budgets == {"narrow2": 2.05, "narrow3": 3.05, "narrow4": 4.05, "narrow2.7": 2.7}
     assert [get_recipe(name).keys.outliers for name in budgets] == [0.0, 0.0025, 0.005, 0.0025]
     for name in ("narrow5", "narrow2.", "narrow", "narrow-k4", "narrow-v2", "narrow-k5-v2", "narrow-k4-v"):
@@ -24,11 +24,11 @@ def test_names_say_the_budget():
 
 def test_keys_and_values_may_have_budgets_of_their_own(tiny):
     recipe = get_recipe("narrow-k4-v2.25")
-    assert recipe.choices.budgets == (4.05, 2.25) and (recipe.keys.outliers, recipe.values.outliers) == (0.005, 0.0)
+    assert recipe.search_space.budgets == (4.05, 2.25) and (recipe.keys.outliers, recipe.values.outliers) == (0.005, 0.0)
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
     assert get_recipe("narrow-k4-v2-postrope").keys.pre_rope is False
     assert narrow.of_budget(3.5, value_bits=2.25) == get_recipe("narrow-k3.5-v2.25")
-    assert "value_budget" not in get_recipe("narrow3").to_dict()["choices"]
+    assert "value_budget" not in get_recipe("narrow3").settings()["search_space"]
     model = tiny(heads=2, kv_heads=1, head_dim=64)
     sides = calibrate(model, IDS, recipe).provenance["allocation"]["sides"]
     for side, budget in (("keys", 4.05), ("values", 2.25)):
@@ -39,8 +39,8 @@ def test_layers_may_have_streams_of_equal_bytes(tiny, tmp_path):
     recipe = get_recipe("narrow3.3-equal")
     assert recipe == narrow.of_budget(3.3, equal_layers=True) == narrow.with_equal_layers(get_recipe("narrow3.3"))
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
-    assert get_recipe("narrow-k4-v2-postrope-equal").choices.equal_layers
-    assert not {"equal_layers"} & set(get_recipe("narrow3.3").to_dict()["choices"])
+    assert get_recipe("narrow-k4-v2-postrope-equal").search_space.equal_layers
+    assert not {"equal_layers"} & set(get_recipe("narrow3.3").settings()["search_space"])
     with pytest.raises(RecipeError, match="take a narrow one"):
         narrow.with_equal_layers(get_recipe("nuq3.9"))
     model = tiny(heads=2, kv_heads=1, head_dim=64, layers=3)
@@ -60,30 +60,34 @@ def test_layers_may_have_streams_of_equal_bytes(tiny, tmp_path):
 def test_two_budgets_are_for_rates():
     plain = get_recipe("nuq3.9").to_dict()
     with pytest.raises(RecipeError, match="are for trellis-coded"):
-        Recipe.from_dict({**plain, "choices": {**plain["choices"], "value_budget": 2.0}})
+        Recipe.from_dict({**plain, "search_space": {**plain["search_space"], "value_budget": 2.0}})
     with pytest.raises(RecipeError, match="true or false"):
-        Recipe.from_dict({**plain, "choices": {**plain["choices"], "equal_layers": 1}})
+        Recipe.from_dict({**plain, "search_space": {**plain["search_space"], "equal_layers": 1}})
     plain = get_recipe("narrow-k4-v2").to_dict()
     with pytest.raises(RecipeError, match="number of bits above 0"):
-        Recipe.from_dict({**plain, "choices": {**plain["choices"], "value_budget": -1}})
+        Recipe.from_dict({**plain, "search_space": {**plain["search_space"], "value_budget": -1}})
 
 
-def test_definitions_of_other_recipes_are_as_before():
+def test_a_definition_depends_on_what_is_set_alone():
+    assert definition(get_recipe("nuq3-1%")) == "1fdb3db07851a1a4a63aaa2defc29073b19842bf00dddb5724886ccf9d5f64e2"
+    assert definition(get_recipe("nuq3-1%")) != definition(get_recipe("nuq3-1%").with_options(sinks=2))
+    assert get_recipe("int4").settings() == {
+        "name": "int4", "keys": {"bits": 4, "datatype": "int"}, "values": {"bits": 4, "datatype": "int"}
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["turn", "axis", "codebook"])
+def test_fields_of_an_earlier_version_are_refused(name):
     plain = get_recipe("nuq3").to_dict()
-    assert not {"counts", "token_norm"} & set(plain["keys"]) and plain["keys"]["codebook"] == "layer"
-    assert definition(get_recipe("nuq3-1%")) == "9849b54647674f2ddaa6fe1c58ce7f5d4d61747988869258763b9fa5ac9a6d87"
-
-
-@pytest.mark.parametrize("sharing", ["channel", "pair", None])
-def test_recipes_of_former_codebooks_are_refused(sharing):
-    plain = get_recipe("nuq3").to_dict()
-    with pytest.raises(RecipeError, match="no longer read; calibrate again"):
-        Recipe.from_dict(plain | {"keys": plain["keys"] | {"codebook": sharing}})
+    with pytest.raises(RecipeError, match=f"A Scheme has no field {name}; `narrowkv recipes show NAME`"):
+        Recipe.from_dict(plain | {"keys": plain["keys"] | {name: "layer"}})
+    with pytest.raises(RecipeError, match="A Recipe has no field window"):
+        Recipe.from_dict(plain | {"window": 20})
 
 
 def test_rates_and_schemes_are_not_chosen_among_each_other():
     plain = get_recipe("narrow3").to_dict()
-    plain["choices"]["keys"] += (get_recipe("nuq3").to_dict()["keys"],)
+    plain["search_space"]["keys"] += (get_recipe("nuq3").to_dict()["keys"],)
     with pytest.raises(RecipeError, match="among themselves"):
         Recipe.from_dict(plain)
 

@@ -18,8 +18,8 @@ def test_every_name_gives_its_recipe_and_survives_json(name):
 
 def test_published_names_mean_what_they_say():
     recipe = get_recipe("nuq3-1%")
-    assert recipe.keys == Scheme(3, "nuq", axis="channel", pre_rope=True, outliers=0.01)
-    assert recipe.values == Scheme(3, "nuq", axis="token", outliers=0.01)
+    assert recipe.keys == Scheme(3, "nuq", strategy="channel", pre_rope=True, outliers=0.01)
+    assert recipe.values == Scheme(3, "nuq", strategy="token", outliers=0.01)
     assert recipe.sinks == 1
     assert get_recipe("nuq2-0.5%").values.outliers == 0.005
     assert get_recipe("nuq2-1%-qnorm").keys.qnorm
@@ -39,8 +39,8 @@ def test_unknown_name_lists_what_exists():
 
 
 def test_options():
-    recipe = get_recipe("nuq3-1%").with_options(sinks=5, window=32)
-    assert (recipe.sinks, recipe.window) == (5, 32)
+    recipe = get_recipe("nuq3-1%").with_options(sinks=5, residual_length=32)
+    assert (recipe.sinks, recipe.residual_length) == (5, 32)
     with pytest.raises(RecipeError, match="has no sink;"):
         recipe.with_options(sink=5)
     for wrong in (-1, True, 1.0):
@@ -58,11 +58,11 @@ def test_values_have_no_rotary_embedding():
 
 def test_levels_over_a_sliding_window_need_exact_tokens_ahead():
     recipe = get_recipe("intrinsic-2-kmeans-w3")
-    assert (recipe.keys.span, recipe.values.span, recipe.window) == (3, 3, 128)
+    assert (recipe.keys.lookahead_blocks, recipe.values.lookahead_blocks, recipe.residual_length) == (3, 3, 128)
     assert get_recipe("intrinsic-2-w1").keys == get_recipe("intrinsic-2").keys
     with pytest.raises(RecipeError, match="window of 64 is too small"):
-        recipe.with_options(window=64)
-    with pytest.raises(RecipeError, match="span"):
+        recipe.with_options(residual_length=64)
+    with pytest.raises(RecipeError, match="lookahead_blocks"):
         get_recipe("intrinsic-2-w0")
 
 
@@ -123,23 +123,29 @@ def test_learned_keys_go_with_values_that_need_no_calibration(tiny):
         assert 4 < cache.bits_per_element < 16
 
 
-@pytest.mark.parametrize("name", ["sinks", "window"])
+@pytest.mark.parametrize("name", ["sinks", "residual_length"])
 @pytest.mark.parametrize("count", [-1, 10**9, 10**30, 1.0, True, None])
 def test_counts_are_bounded(name, count):
-    with pytest.raises(RecipeError, match=f"{name} must be a whole number"):
+    with pytest.raises(RecipeError, match=f"{name} must be an integer"):
         get_recipe("int4").with_options(**{name: count})
 
 
 def test_groups_spans_caps_layers_and_budgets_are_bounded():
     plain = get_recipe("int4").to_dict()
-    for keys in ({"group": 10**30, "axis": "token_head"}, {"outliers": 0.01, "outlier_cap": 10**30}, {"span": 10**30}):
-        with pytest.raises(RecipeError, match="whole number"):
+    for keys in (
+        {"group_size": 10**30, "strategy": "token_head"},
+        {"outliers": 0.01, "outlier_cap": 10**30},
+        {"lookahead_blocks": 10**30},
+    ):
+        with pytest.raises(RecipeError, match="integer"):
             Recipe.from_dict(plain | {"keys": plain["keys"] | keys})
-    with pytest.raises(RecipeError, match="Layers have numbers"):
+    with pytest.raises(RecipeError, match="Layers are numbered"):
         Recipe.from_dict(plain | {"layers": {str(10**9): {"keys": plain["keys"], "values": plain["values"]}}})
     for budget in (0, 10**400, float("inf"), float("nan")):
         with pytest.raises(RecipeError, match="budget"):
-            Recipe.from_dict(plain | {"choices": {"budget": budget, "keys": [plain["keys"]], "values": [plain["values"]]}})
+            Recipe.from_dict(
+                plain | {"search_space": {"budget": budget, "keys": [plain["keys"]], "values": [plain["values"]]}}
+            )
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "1" * 5000, "[]", "\ud800".encode("utf-8", "surrogatepass")])

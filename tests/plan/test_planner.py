@@ -84,10 +84,10 @@ def test_long_contexts_are_foretold_from_short_ones(name, tokens, batch):
     recipe = get_recipe(name)
     shape = LayerShape(batch, 1, 80 if name != "kivi-4" else 96, torch.float16)
     quantizers = tuple(stand_in(scheme, 1, shape.head_dim) for scheme in (recipe.keys, recipe.values))
-    held = LayerBytes(quantizers, recipe.sinks, recipe.window, shape).held(tokens)
-    numbers = torch.randn(batch, 1, tokens + DECODED, shape.head_dim).half()
+    held = LayerBytes(quantizers, recipe.sinks, recipe.residual_length, shape).held(tokens)
+    elements = torch.randn(batch, 1, tokens + DECODED, shape.head_dim).half()
     assert (held.prompt, held.decoding) == stored(
-        LayerStore(*quantizers, recipe.sinks, recipe.window), numbers, numbers, tokens
+        LayerStore(*quantizers, recipe.sinks, recipe.residual_length), elements, elements, tokens
     )
 
 
@@ -101,7 +101,7 @@ def stored(store, keys, values, tokens):
 
 @pytest.mark.parametrize(("tokens", "batch"), [(63, 3), (2500, 2)])
 def test_outliers_are_counted_exactly_where_there_are_as_many_as_the_recipe_says(tokens, batch):
-    """Other numbers than those counted with, at other places, but as many beyond the thresholds in every 64 tokens."""
+    """Other elements than those counted with, at other places, but as many beyond the thresholds in every 64 tokens."""
     recipe = get_recipe("nuq3-1%")
     shape = LayerShape(batch, 2, 64, torch.float32)
     quantizers = tuple(stand_in(scheme, 2, 64) for scheme in (recipe.keys, recipe.values))
@@ -111,7 +111,7 @@ def test_outliers_are_counted_exactly_where_there_are_as_many_as_the_recipe_says
         row[torch.randperm(len(row))[:count]] = 1
     keys = torch.rand(batch, 2, 64, 64) / 4 + 2 * beyond.view(batch, 2, 64, 64)
     keys = keys.repeat(1, 1, (tokens + DECODED) // 64 + 1, 1)
-    values = torch.randn_like(keys)  # whose ranges are taken online: half at each end, whatever the numbers
+    values = torch.randn_like(keys)  # whose ranges are taken online: half at each end, whatever the elements
     held = LayerBytes(quantizers, 0, 0, shape).held(tokens)
     assert (held.prompt, held.decoding) == stored(LayerStore(*quantizers), keys, values, tokens)
 
@@ -126,7 +126,7 @@ def test_outliers_of_a_real_model_are_about_as_many(tmp_path):
 @pytest.mark.parametrize("family", ["gemma3_text", "gemma4_text", "qwen2_5_vl", "phi3, longrope", "opt", "mixtral", "lfm2"])
 def test_families(family, tmp_path):
     if family == "phi3, longrope" and transformers.__version__.startswith("5.19."):
-        pytest.skip("transformers 5.19 asks this family's positions for numbers, which there are none of without memory")
+        pytest.skip("transformers 5.19 asks this family's positions for elements, which there are none of without memory")
     model = as_trained(make(family))
     source = calibrated(model, "nuq2") if family in ("qwen2_5_vl", "phi3, longrope", "gemma4_text") else get_recipe("int3")
     recipe = source if family in ("opt", "gemma3_text", "mixtral", "lfm2") else source.recipe

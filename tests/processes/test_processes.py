@@ -30,9 +30,9 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("processes")
     model = make_tiny(**SHAPE)
     model.save_pretrained(path / "model")
-    token_head = Scheme(4, "int", axis="token_head", outliers=0.02)
-    keys = Scheme(3, "nuq", axis="channel", pre_rope=True, outliers=0.01)
-    calibrate(model, text(), Recipe("heads", keys=keys, values=Scheme(4, "nuq", axis="token_head"))).save_pretrained(
+    token_head = Scheme(4, "int", strategy="token_head", outliers=0.02)
+    keys = Scheme(3, "nuq", strategy="channel", pre_rope=True, outliers=0.01)
+    calibrate(model, text(), Recipe("heads", keys=keys, values=Scheme(4, "nuq", strategy="token_head"))).save_pretrained(
         path / "calibration"
     )
     recipe = Recipe("token and head", keys=token_head, values=token_head, sinks=2)
@@ -50,8 +50,8 @@ def test_a_model_split_over_two_processes_decodes_as_the_whole_one(folder):
             assert torch.equal(part["dynamic"], whole["dynamic"])
             assert torch.equal(part[name], whole[name]), name
             assert part[f"{name}, bytes"] < 0.7 * whole[f"{name}, bytes"]
-        for layer, numbers in enumerate(whole[f"{name}, stored"]):
-            for side, expected in enumerate(numbers):
+        for layer, elements in enumerate(whole[f"{name}, stored"]):
+            for side, expected in enumerate(elements):
                 halves = [part[f"{name}, stored"][layer][side] for part in parts]
                 torch.testing.assert_close(torch.cat(halves, dim=1)[:, :, :90], expected[:, :, :90], atol=1e-3, rtol=1e-3)
     assert all("cannot be calibrated; calibrate it whole" in part["refusal"] for part in parts)

@@ -1,4 +1,4 @@
-"""Tables and pictures of `ablate`, from rows alone."""
+"""Tables and plots of `ablate`, from rows alone."""
 
 from narrowkv.report.ablate import sections
 
@@ -13,8 +13,8 @@ def result(*rows):
     return {"rows": list(rows), "settings": settings, "environment": {"processor": "a processor"}}
 
 
-def row(ladder, loss=0.1, **place):
-    return {"ladder": ladder, "label": f"rung {place}", **place, **FIGURES, "kld_strict": loss}
+def row(ablation, loss=0.1, **place):
+    return {"ablation": ablation, "label": f"step {place}", **place, **FIGURES, "kld_strict": loss}
 
 
 def test_each_ladder_becomes_a_section():
@@ -24,21 +24,26 @@ def test_each_ladder_becomes_a_section():
         *(row("outliers", bits=3, fraction=part) for part in (0.0, 0.001)),
         *(row("sinks", bits=3, fraction=0.0, sinks=count) for count in (0, 1)),
         *(row("parts", bits=3, side=side) for side in ("keys", "values", "both")),
-        {"ladder": "parts", "side": "layers", "bits": 2, "layers": [{"layer": 0, "side": s, "kld_strict": 0.1} for s in "kv"]},
+        {
+            "ablation": "parts",
+            "side": "layers",
+            "bits": 2,
+            "layers": [{"layer": 0, "side": s, "kld_strict": 0.1} for s in "kv"],
+        },
         *(row("texts", bits=3, text=text, sequences=count) for text in ("one", "two") for count in (1, 2)),
-        {"ladder": "times", "label": "nuq3", "tokens": 9, "threads": 1}
+        {"ablation": "times", "label": "nuq3", "tokens": 9, "threads": 1}
         | dict.fromkeys(("seconds_ranges", "seconds_gradients", "seconds_fit"), 1.5),
     ]
     found = sections(result(*rows))
-    names = [picture.name for section in found for picture in section.pictures]
+    names = [plot.name for section in found for plot in section.plots]
     assert names == ["steps", "grid", "outliers", "sinks", "parts", "layers", "texts", "times"]
     for section in found:
         (table,) = section.tables
         assert all(len(table.shown(cells)) == len(table.columns) for cells in table.rows)
-        assert all(axes.get_xlabel() or axes.get_xticklabels() for axes in section.pictures[0].figure.axes)
+        assert all(axes.get_xlabel() or axes.get_xticklabels() for axes in section.plots[0].figure.axes)
     assert found[0].tables[0].rows[1][-3] == 0.30000000000000004
     assert found[-1].tables[0].rows == [["nuq3", 1.5, 1.5, 1.5, 4.5]]
-    (lines,) = (section.pictures[0].figure.axes[0].lines for section in found[:1])
+    (lines,) = (section.plots[0].figure.axes[0].lines for section in found[:1])
     assert [line.get_label() for line in lines] == ["2 bits", "3 bits"]
 
 

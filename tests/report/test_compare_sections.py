@@ -1,4 +1,4 @@
-"""The table and picture of `compare`, from rows alone."""
+"""The table and plot of `compare`, from rows alone."""
 
 import pytest
 
@@ -44,12 +44,12 @@ def test_a_section_has_all_rows_and_a_picture():
     rows = [("int4", 4.2, 0.2), ("nuq4", 4.1, 0.1), ("nuq2", 2.1, 0.4), ("fp16", 16.0, 0.0)]
     rows = [{"recipe": name, "bits_per_element": bits, "kld_strict": loss} for name, bits, loss in rows]
     (section,) = sections(result(*rows))
-    (table,), (picture,) = section.tables, section.pictures
+    (table,), (plot,) = section.tables, section.plots
     assert [row[0] for row in table.rows] == ["DynamicCache", "fp16", "nuq4", "int4", "nuq2"]
     assert table.shown(table.rows[2])[:4] == ["nuq4", "4.10", "3.00", "9.000"]
     assert table.rows[0][3] == 8.0 and table.rows[0][5] is None
     assert "machine in use where 0.5 to 2.0 processes" in section.text and "1 thread," in section.text
-    (axes,) = picture.figure.axes
+    (axes,) = plot.figure.axes
     assert [text.get_text() for text in axes.texts] == ["nuq2", "nuq4"] and axes.get_xlabel() and axes.get_ylabel()
     assert sections(result()) == []
 
@@ -58,11 +58,11 @@ def test_a_picture_shows_the_rates_of_all_layers():
     rates = {"keys": {"0": [2, 1, 1], "3": [0, 0, 4]}, "values": {"0": [1, 3, 0], "3": [2, 0, 2]}}
     row = {"recipe": "narrow2", "bits_per_element": 2.05, "kld_strict": 0.1, "rates": rates}
     _, section = sections(result(row))
-    (picture,) = section.pictures
-    keys, values, _ = picture.figure.axes
+    (plot,) = section.plots
+    keys, values, _ = plot.figure.axes
     assert keys.images[0].get_array().tolist() == [[2, 1, 0, 0], [2, 2, 2, 2]]
     assert values.images[0].get_array().tolist() == [[1, 1, 1, 0], [2, 2, 0, 0]]
-    assert picture.name == "rates-narrow2"
+    assert plot.name == "rates-narrow2"
 
 
 def test_a_layer_of_fewer_units_is_filled_up():

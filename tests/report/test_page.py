@@ -11,10 +11,10 @@ from matplotlib.image import imread
 from tests.browser import Browser
 
 from narrowkv.evaluate.results import environment
-from narrowkv.report.figures import new_figure, style_of
 from narrowkv.report.inline import inline_svg
 from narrowkv.report.page import Part, render
-from narrowkv.report.sections import Picture, Section, Table
+from narrowkv.report.plots import new_figure, style_of
+from narrowkv.report.sections import Plot, Section, Table
 
 COLUMNS = [
     "recipe",
@@ -38,7 +38,7 @@ def lines():
     figure, (axes,) = new_figure(7.5, 4)
     for i in range(3):
         axes.plot([2, 3, 4], [3 - i, 2 - i, 1 - i], label=f"recipe & {i}", **style_of(i))
-    axes.set(xlabel="bits for each number", ylabel="loss (nats)")
+    axes.set(xlabel="bits per element", ylabel="loss (nats)")
     axes.legend()
     return figure
 
@@ -56,8 +56,8 @@ def heat():
 def parts():
     result = {"kind": "compare", "command": "narrowkv compare 'a <model>'", "seed": 17, "date": "2026-11-25", "rows": []}
     result |= {"settings": {"window": 2048, "limit": None}, "environment": environment()}
-    first = Section("Loss", "A < B.\nAnd more.", [Table("What it costs", COLUMNS, ROWS)], [Picture("loss", "Less.", lines())])
-    second = Section("Where", "By depth.", [], [Picture("again", "Less.", lines()), Picture("heat", "Found & kept.", heat())])
+    first = Section("Loss", "A < B.\nAnd more.", [Table("What it costs", COLUMNS, ROWS)], [Plot("loss", "Less.", lines())])
+    second = Section("Where", "By depth.", [], [Plot("again", "Less.", lines()), Plot("heat", "Found & stored.", heat())])
     return [
         Part("compare", "Recipes", "compare.json", result, [first]),
         Part("tasks", "Tasks", "tasks.json", result | {"seed": 18}, [second]),
@@ -115,12 +115,12 @@ def test_every_table_and_picture_names_its_source(page, parts):
 
 
 def test_pictures_take_the_colours_of_the_page_except_on_colours():
-    svg = inline_svg(heat(), "p1", "Found & kept.")
+    svg = inline_svg(heat(), "p1", "Found & stored.")
     fills = {words: re.findall('fill: (.*?)[;"]', style) for style, words in re.findall(r"<text (.*?)>(\w+)</text>", svg)}
     assert fills["white"] == ["#fffffe"] and fills["black"] == ["#000001"] and fills["title"] == []
     assert "stroke: currentColor" in svg and "stroke: #000000" not in svg  # axes
     assert "stroke: color-mix(in srgb, currentColor 31%, var(--paper))" in inline_svg(lines(), "p1", "")  # grid
-    assert 'aria-label="Found &amp; kept."' in svg and "<metadata" not in svg
+    assert 'aria-label="Found &amp; stored."' in svg and "<metadata" not in svg
 
 
 def test_long_tables_are_shown_when_asked_for(parts):
@@ -152,9 +152,9 @@ def test_it_fits_and_nothing_goes_wrong(browser, page, tmp_path, width, dark):
     assert browser.trouble == []
     assert all(address.startswith(("data:", path.as_uri())) for address in browser.requested)
     browser.screenshot(tmp_path / "page.png")
-    picture = imread(io.BytesIO((tmp_path / "page.png").read_bytes()))[..., :3]
-    assert picture.shape[1] == 2 * width
-    ground, ink = (picture.mean(axis=2) > 0.5) == (not dark), picture.std()
+    plot = imread(io.BytesIO((tmp_path / "page.png").read_bytes()))[..., :3]
+    assert plot.shape[1] == 2 * width
+    ground, ink = (plot.mean(axis=2) > 0.5) == (not dark), plot.std()
     assert ground.mean() > 0.6 and ink > 0.05  # mostly paper, and something on it
 
 

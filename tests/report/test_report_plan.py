@@ -1,11 +1,11 @@
-"""Tables and picture of a plan, from its file alone."""
+"""Tables and plot of a plan, from its file alone."""
 
 from narrowkv import get_recipe
 from narrowkv.evaluate.results import ResultFile, read_result
 from narrowkv.plan import Budget, plan, read_shape
 from narrowkv.plan.planner import KIND
-from narrowkv.report.figures import save
 from narrowkv.report.plan import length, sections
+from narrowkv.report.plots import save
 
 
 def made(path, model, recipes, contexts, budget):
@@ -25,7 +25,7 @@ def test_what_fits_and_what_it_takes(tmp_path):
     assert [row[0] for row in longest.rows] == ["fp16", "int2"]
     assert longest.rows[0][2] == 1 and 16 / 2.26 < longest.rows[1][2] < 16 / 2.24  # one head of 128: a quarter of a bit on top
     assert [row[:2] for row in contexts.rows] == [["fp16", "1,000"], ["fp16", "1M"], ["int2", "1,000"], ["int2", "1M"]]
-    save(section.pictures[0].figure, tmp_path / "memory.svg")
+    save(section.plots[0].figure, tmp_path / "memory.svg")
     assert "what each GPU has" in (tmp_path / "memory.svg").read_text()
 
 
@@ -33,7 +33,7 @@ def test_without_a_limit_it_tells_what_is_needed(tmp_path):
     (section,) = sections(made(tmp_path / "plan.json", "narrowkv://demo", ["int4"], [2**15], Budget()))
     (contexts,) = section.tables
     assert contexts.columns == ["recipe", "context", "prompt MiB", "decoding MiB", "with weights MiB"]
-    held = 2 * 2**15 * 2 * 64 * 4 * (4 + 32 / 128) / 8  # codes, and a scale and a zero point for each token of 128 numbers
+    held = 2 * 2**15 * 2 * 64 * 4 * (4 + 32 / 128) / 8  # codes, and a scale and a zero point for each token of 128 elements
     assert held / 2**20 < contexts.rows[0][2] < 1.001 * held / 2**20
     assert sections({"rows": [], "settings": {}}) == []
 

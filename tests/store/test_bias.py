@@ -7,16 +7,16 @@ import torch
 
 from narrowkv.attention import Rope
 from narrowkv.codec import Scheme, quantizer_for
-from narrowkv.store import LayerStore, Ledger
+from narrowkv.store import LayerStore, PositionBuffer
 from narrowkv.store.bias import Bias
 
 SCHEMES = {
     "int4": Scheme(4, "int"),
-    "hadamard-int4": Scheme(4, "int", axis="token_head", hadamard=True),
-    "kivi-2": Scheme(2, "int", axis="channel", group=32),
+    "hadamard-int4": Scheme(4, "int", strategy="token_head", hadamard=True),
+    "kivi-2": Scheme(2, "int", strategy="channel", group_size=32),
     "int8 with outliers": Scheme(8, "int", outliers=0.02),
-    "iv": Scheme(2, "iv", axis="block", group=64),
-    "iv, window of 3": Scheme(2, "iv", axis="block", group=64, span=3),
+    "iv": Scheme(2, "iv", strategy="block", group_size=64),
+    "iv, window of 3": Scheme(2, "iv", strategy="block", group_size=64, lookahead_blocks=3),
 }
 SHAPES = [
     # batch, kv heads, head_dim, tokens
@@ -28,27 +28,27 @@ SHAPES = [
 def biased_store(scheme, shape, *, rope=True, **options):
     """A store, keys and values [batch, kv_heads, tokens, head_dim] as a model has them, and positions, which differ by row."""
     batch, heads, dim, tokens = shape
-    turning = Rope(1 / 10_000 ** (torch.arange(dim // 4) / (dim // 4)), 1.2)  # turns half of the channels, and stretches them
+    turning = Rope(1 / 10_000 ** (torch.arange(dim // 4) / (dim // 4)), 1.2)  # rotates half of the channels, and widens them
     positions = (torch.arange(tokens) - 5 * torch.arange(batch)[:, None]).clamp(min=0)
     bias = Bias(100 * torch.randn(heads, dim), 10 * torch.randn(heads, dim))
     if rope:
-        bias.rope, bias.ledger = turning, Ledger()
+        bias.rope, bias.position_buffer = turning, PositionBuffer()
     keys, values = (torch.randn(batch, heads, tokens, dim) + part[:, None] for part in bias.tensors())
     keys = turning.rotate(keys, positions) if rope else keys
     quantizers = (quantizer_for(scheme), quantizer_for(scheme))
-    store = LayerStore(*quantizers, bias=bias, **({"window": scheme.tokens_ahead} | options))
+    store = LayerStore(*quantizers, bias=bias, **({"residual_length": scheme.lookahead_tokens} | options))
     return store, keys, values, positions
 
 
 def append(store, keys, values, positions, chunks):
     for k, v, at in zip(*(x.split(chunks, -2) for x in (keys, values, positions[..., None])), strict=True):
-        if store.bias.ledger:
-            store.bias.ledger.append(at[..., 0])
+        if store.bias.position_buffer:
+            store.bias.position_buffer.append(at[..., 0])
         store.append(k, v)
 
 
 def by_formula(store, keys, values, positions):
-    """Keys and values that went through the quantizers block by block, less the bias turned to each token's position."""
+    """Keys and values that went through the quantizers block by block, less the bias rotated to each token's position."""
     found, quantizer, bias = [], store.quantizers[0], store.bias
     for start in range(0, keys.shape[2], 64):
         for x, of in ((keys[:, :, start : start + 64], bias.keys), (values[:, :, start : start + 64], bias.values)):
@@ -56,7 +56,7 @@ def by_formula(store, keys, values, positions):
             if of is bias.keys and bias.rope:
                 at = positions[:, start : start + x.shape[2]]
                 constant = bias.rope.rotate_precisely(constant.expand(-1, -1, at.shape[1], -1), at).float()
-            found.append(quantizer.decode(quantizer.encode(x - constant)) + constant)
+            found.append(quantizer.dequantize(quantizer.encode(x - constant)) + constant)
     return torch.cat(found[::2], 2), torch.cat(found[1::2], 2)
 
 
@@ -78,18 +78,18 @@ def test_every_token_loses_its_own_bias(name, shape, rope):
 @pytest.mark.parametrize("name", SCHEMES)
 def test_codes_do_not_depend_on_where_chunks_end(name, chunks):
     torch.manual_seed(1)
-    first, *numbers = biased_store(SCHEMES[name], (2, 2, 16, 200))
-    append(first, *numbers, 200)
+    first, *elements = biased_store(SCHEMES[name], (2, 2, 16, 200))
+    append(first, *elements, 200)
     torch.manual_seed(1)
-    second, *numbers = biased_store(SCHEMES[name], (2, 2, 16, 200))
-    append(second, *numbers, chunks)
+    second, *elements = biased_store(SCHEMES[name], (2, 2, 16, 200))
+    append(second, *elements, chunks)
     for one, two in zip(first.read(), second.read(), strict=True):
-        torch.testing.assert_close(one, two, rtol=0, atol=1e-4)  # a turned constant may be off by a last bit
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-4)  # a rotated constant may be off by a last bit
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_stays_exact_keeps_its_own_numbers_bit_for_bit(dtype):
-    store, keys, values, positions = biased_store(SCHEMES["int4"], (2, 2, 16, 200), sinks=3, window=40)
+    store, keys, values, positions = biased_store(SCHEMES["int4"], (2, 2, 16, 200), sinks=3, residual_length=40)
     keys, values = keys.to(dtype), values.to(dtype)
     append(store, keys, values, positions, 200)
     for found, own in zip(store.read(), (keys, values), strict=True):
@@ -99,14 +99,14 @@ def test_what_stays_exact_keeps_its_own_numbers_bit_for_bit(dtype):
 
 
 def test_a_bias_costs_no_precision():
-    plain, numbers = LayerStore(quantizer_for(SCHEMES["int4"]), quantizer_for(SCHEMES["int4"])), torch.randn(1, 2, 128, 16)
-    plain.append(numbers, numbers)
-    expected = (plain.read()[0] - numbers).norm()
+    plain, elements = LayerStore(quantizer_for(SCHEMES["int4"]), quantizer_for(SCHEMES["int4"])), torch.randn(1, 2, 128, 16)
+    plain.append(elements, elements)
+    expected = (plain.read()[0] - elements).norm()
     bias = Bias(200 * torch.randn(2, 16), 200 * torch.randn(2, 16))
     store = LayerStore(*plain.quantizers, bias=bias)
-    store.append(numbers + bias.keys[:, None], numbers + bias.values[:, None])
+    store.append(elements + bias.keys[:, None], elements + bias.values[:, None])
     for found, of in zip(store.read(), bias.tensors(), strict=True):
-        assert (found - numbers - of[:, None]).norm() <= 1.01 * expected
+        assert (found - elements - of[:, None]).norm() <= 1.01 * expected
     assert store.parts()["bias"] == bias.tensors()
 
 
@@ -116,10 +116,10 @@ def test_a_store_that_is_copied_cropped_selected_and_forgets():
     whole = store.read()
     twin, rows = copy.deepcopy(store), torch.tensor([2, 0, 2])
     twin.crop(150)
-    twin.bias.ledger.crop(150)
+    twin.bias.position_buffer.crop(150)
     twin.select(rows)
-    twin.bias.ledger.select(rows)
-    twin.forget(100)
+    twin.bias.position_buffer.select(rows)
+    twin.evict(100)
     assert twin.first == 64
     for found, before in zip(twin.read(), whole, strict=True):
         torch.testing.assert_close(found, before[rows, :, 64:150], rtol=0, atol=1e-4)

@@ -12,9 +12,15 @@ EXACT = Scheme(16, "exact")
 SCHEMES = {
     "exact": (EXACT, EXACT),
     "int4": (Scheme(4, "int"), Scheme(4, "int")),
-    "int3 sparse": (Scheme(3, "int", outliers=0.02), Scheme(3, "int", axis="token_head", outliers=0.02)),
-    "grouped": (Scheme(2, "int", axis="channel", group=32), Scheme(4, "int", axis="token_head", group=8, outliers=0.02)),
-    "symmetric": (Scheme(4, "fp", axis="token_head", group=8), Scheme(2, "int", axis="token_head", hadamard=True)),
+    "int3 sparse": (Scheme(3, "int", outliers=0.02), Scheme(3, "int", strategy="token_head", outliers=0.02)),
+    "grouped": (
+        Scheme(2, "int", strategy="channel", group_size=32),
+        Scheme(4, "int", strategy="token_head", group_size=8, outliers=0.02),
+    ),
+    "symmetric": (
+        Scheme(4, "fp", strategy="token_head", group_size=8),
+        Scheme(2, "int", strategy="token_head", hadamard=True),
+    ),
     "mixed": (EXACT, Scheme(2, "nf")),
 }
 AT_ONCE = [name for name in SCHEMES if name != "grouped"]  # every number encoded when it arrives
@@ -32,16 +38,16 @@ def fill(store, keys, values, cuts):
         start = stop
 
 
-def decoded(store, keys, values):
-    """What the quantizers make of the numbers; tokens that do not fill a group yet stay exact."""
-    whole = keys.shape[2] // store.together * store.together
-    if store.together > 1:
+def dequantized(store, keys, values):
+    """What the quantizers make of the elements; tokens that do not fill a group yet stay exact."""
+    whole = keys.shape[2] // store.tokens_per_group * store.tokens_per_group
+    if store.tokens_per_group > 1:
         coded = (
-            q.decode(q.encode(x[:, :, :whole])) if whole else x[:, :, :0]
+            q.dequantize(q.encode(x[:, :, :whole])) if whole else x[:, :, :0]
             for q, x in zip(store.quantizers, (keys, values), strict=True)
         )
         return tuple(torch.cat([part, x[:, :, whole:]], dim=2) for part, x in zip(coded, (keys, values), strict=True))
-    return tuple(q.decode(q.encode(x)) for q, x in zip(store.quantizers, (keys, values), strict=True))
+    return tuple(q.dequantize(q.encode(x)) for q, x in zip(store.quantizers, (keys, values), strict=True))
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -53,19 +59,22 @@ def test_results_do_not_depend_on_how_tokens_arrive(name, shape):
         store = make_store(name)
         fill(store, keys, values, cuts)
         assert store.length == tokens
-        for found, expected in zip(store.read(), decoded(store, keys, values), strict=True):
+        for found, expected in zip(store.read(), dequantized(store, keys, values), strict=True):
             assert torch.equal(found, expected)
 
 
 def test_levels_over_a_sliding_window_do_not_depend_on_how_tokens_arrive(monkeypatch):
     keys, values = torch.randn(2, 2, 300, 16), torch.randn(2, 2, 300, 16)
-    schemes = (Scheme(2, "iv", axis="block", group=16, span=3), Scheme(2, "iv-kmeans", axis="block", group=64, span=2))
+    schemes = (
+        Scheme(2, "iv", strategy="block", group_size=16, lookahead_blocks=3),
+        Scheme(2, "iv-kmeans", strategy="block", group_size=64, lookahead_blocks=2),
+    )
     stores = []
     for cuts, tile in (([], 2**19), ([], 1), (range(1, 300), 2**19), ([70, 71, 200], 2**19)):
         monkeypatch.setattr("narrowkv.store.sealed.TILE_NUMBERS", tile)
-        stores.append(LayerStore(*(quantizer_for(scheme) for scheme in schemes), window=64))
+        stores.append(LayerStore(*(quantizer_for(scheme) for scheme in schemes), residual_length=64))
         fill(stores[-1], keys, values, cuts)
-        assert stores[-1].recent.tokens == 64 + (300 - 64) % 64
+        assert stores[-1].residual.tokens == 64 + (300 - 64) % 64
         for found, expected in zip(stores[-1].read(), stores[0].read(), strict=True):
             assert torch.equal(found, expected)
 
@@ -96,9 +105,9 @@ def test_reading_a_prefix(stop):
 @pytest.mark.parametrize("window", [1, 30, 128])
 def test_the_newest_tokens_stay_exact(window):
     keys, values = torch.randn(2, 2, 200, 16), torch.randn(2, 2, 200, 16)
-    store = make_store("int4", window=window)
+    store = make_store("int4", residual_length=window)
     fill(store, keys, values, [5, 6, 150])
-    for found, exact, coded in zip(store.read(), (keys, values), decoded(store, keys, values), strict=True):
+    for found, exact, coded in zip(store.read(), (keys, values), dequantized(store, keys, values), strict=True):
         assert torch.equal(found[:, :, -window:], exact[:, :, -window:])
         assert torch.equal(found[:, :, :-window], coded[:, :, :-window])
 
@@ -111,7 +120,7 @@ def test_the_first_real_tokens_stay_exact_behind_any_padding(chunks, window):
     valid = torch.ones(batch, tokens, dtype=torch.bool)
     valid[1, :17] = False
     valid[2, :2] = False
-    store = make_store("int3 sparse", sinks=sinks, window=window)
+    store = make_store("int3 sparse", sinks=sinks, residual_length=window)
     start = 0
     for stop in [*chunks, tokens]:
         store.append(keys[:, :, start:stop], values[:, :, start:stop], valid[:, start:stop])
@@ -130,7 +139,7 @@ def test_beginning_late_is_as_if_all_had_come_and_gone(name, window, missing):
     keys, values = torch.randn(2, 3, 1, 200, 80)
     valid = torch.ones(3, 200, dtype=torch.bool)
     valid[1, :3], valid[2, :190] = False, False
-    whole, late = (make_store(name, sinks=2, window=window) for _ in range(2))
+    whole, late = (make_store(name, sinks=2, residual_length=window) for _ in range(2))
     whole.append(keys, values, valid)
     begin_late(late, keys[:, :, missing:], values[:, :, missing:], missing, valid)
     assert late.length == 200 and late.oldest == missing and late.first == missing // BLOCK * BLOCK
@@ -221,7 +230,7 @@ def test_nan_and_infinity_are_refused_and_leave_the_store_as_it_was(name, bad):
 @pytest.mark.parametrize("window", [0, 8])
 @pytest.mark.parametrize("place", [0, 30, 150, 299])
 def test_numbers_that_do_not_fit_16_bits_leave_nothing_of_their_append_behind(side, window, place):
-    store, x = make_store("int3 sparse", window=window), torch.randn(1, 2, 100, 8)
+    store, x = make_store("int3 sparse", residual_length=window), torch.randn(1, 2, 100, 8)
     store.append(x, x)
     before, pair = store.read(), [torch.randn(1, 2, 320, 8) for _ in range(2)]
     pair[side][0, 1, place] = torch.linspace(-1e6, 1e6, 8)
@@ -239,7 +248,7 @@ def test_what_is_forgotten_frees_its_memory_and_the_rest_stays_as_it_is(name):
     store = make_store(name, sinks=1)
     store.append(keys[:, :, :900], values[:, :, :900])
     before, whole = store.read(), sum(tensor.untyped_storage().nbytes() for tensor in store.tensors())
-    store.forget(799)
+    store.evict(799)
     assert store.first == 768 and store.length == 900
     assert next(start for start, _, _ in store.tiles()) == 768
     assert sum(tensor.untyped_storage().nbytes() for tensor in store.tensors()) < 0.3 * whole

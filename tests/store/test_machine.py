@@ -1,4 +1,4 @@
-"""Any sequence of append, crop, select, copy and read, against plain tensors: a number is quantised once in its life."""
+"""Any sequence of append, crop, select, copy and read, against plain tensors: an element is quantized once in its life."""
 
 import copy
 
@@ -15,31 +15,31 @@ SCHEMES = st.sampled_from(
     [
         Scheme(16, "exact"),
         Scheme(4, "int"),
-        Scheme(3, "nf", axis="token_head"),
+        Scheme(3, "nf", strategy="token_head"),
         Scheme(2, "int", outliers=0.02),
-        Scheme(4, "fp", axis="token_head", group=8, scale_dtype="float8"),
-        Scheme(8, "int", axis="token_head", smooth=0.5),
+        Scheme(4, "fp", strategy="token_head", group_size=8, scale_dtype="float8"),
+        Scheme(8, "int", strategy="token_head", smooth_alpha=0.5),
     ]
 )
 
 
 GROUPED = st.sampled_from(
     [
-        Scheme(2, "int", axis="channel", group=32, outliers=0.02),
-        Scheme(2, "iv", axis="block", group=64, floor=True),
-        Scheme(2, "iv-kmeans", axis="block", group=32),
-        Scheme(2, "iv-kmeans", axis="block", group=16, span=3),
+        Scheme(2, "int", strategy="channel", group_size=32, outliers=0.02),
+        Scheme(2, "iv", strategy="block", group_size=64, round_down=True),
+        Scheme(2, "iv-kmeans", strategy="block", group_size=32),
+        Scheme(2, "iv-kmeans", strategy="block", group_size=16, lookahead_blocks=3),
     ]
 )
 
 
 def made(scheme):
     """A quantizer of a scheme, with tables drawn at random where it needs any."""
-    return quantizer_for(scheme, **({"smooth": torch.rand(HEADS, DIM) + 0.1} if scheme.smooth else {}))
+    return quantizer_for(scheme, **({"smooth": torch.rand(HEADS, DIM) + 0.1} if scheme.smooth_alpha else {}))
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """The model: decoded keys and values as they were first stored, [batch, heads, tokens, dim]."""
+    """The model: dequantized keys and values as they were first stored, [batch, heads, tokens, dim]."""
 
     @initialize(keys=SCHEMES, values=SCHEMES, batch=st.integers(1, 3), seed=st.integers(0, 2**31))
     def begin(self, keys, values, batch, seed):
@@ -52,8 +52,8 @@ class StoreMachine(RuleBasedStateMachine):
         fresh = [torch.randn(len(self.model[0]), HEADS, new, DIM, generator=self.generator) for _ in range(2)]
         self.store.append(*fresh)
         for side, quantizer in enumerate(self.store.quantizers):
-            decoded = quantizer.decode(quantizer.encode(fresh[side])).float()
-            self.model[side] = torch.cat([self.model[side], decoded], dim=2)
+            dequantized = quantizer.dequantize(quantizer.encode(fresh[side])).float()
+            self.model[side] = torch.cat([self.model[side], dequantized], dim=2)
 
     @rule(drop=st.integers(0, 200))
     def crop(self, drop):
@@ -64,10 +64,10 @@ class StoreMachine(RuleBasedStateMachine):
         self.model = [side[:, :, :length] for side in self.model]
 
     @rule(share=st.floats(0, 1))
-    def forget(self, share):
+    def evict(self, share):
         before = int(share * self.store.length)
         first = self.store.first
-        self.store.forget(before)
+        self.store.evict(before)
         assert self.store.first <= max(before, first)
 
     @rule(data=st.data())
@@ -106,13 +106,13 @@ TestStoreMachine = StoreMachine.TestCase
 
 
 class GroupedMachine(StoreMachine):
-    """Groups of tokens: what leaves the window is encoded by so many, counted from the first token after the last crop."""
+    """Groups of tokens: what leaves the window is encoded by this many, counted from the first token after the last crop."""
 
     @initialize(keys=GROUPED, batch=st.integers(1, 3), seed=st.integers(0, 2**31), window=st.sampled_from([0, 40]))
     def begin(self, keys, batch, seed, window):
         self.generator = torch.Generator().manual_seed(seed)
-        values = Scheme(4, "int", axis="token_head", group=8)
-        self.store = LayerStore(made(keys), made(values), window=max(window, keys.tokens_ahead))
+        values = Scheme(4, "int", strategy="token_head", group_size=8)
+        self.store = LayerStore(made(keys), made(values), residual_length=max(window, keys.lookahead_tokens))
         self.model = [torch.zeros(batch, HEADS, 0, DIM) for _ in range(2)]
         self.exact = 0  # how many of the newest tokens are
 
@@ -121,15 +121,17 @@ class GroupedMachine(StoreMachine):
         fresh = [torch.randn(len(self.model[0]), HEADS, new, DIM, generator=self.generator) for _ in range(2)]
         self.store.append(*fresh)
         self.exact += new
-        leaving = max(self.exact - self.store.window, 0) // self.store.together * self.store.together
+        num_to_flush = (
+            max(self.exact - self.store.residual_length, 0) // self.store.tokens_per_group * self.store.tokens_per_group
+        )
         for side, quantizer in enumerate(self.store.quantizers):
             every = torch.cat([self.model[side], fresh[side]], dim=2)
             start = every.shape[2] - self.exact
-            if leaving:
-                seen = every[:, :, start : start + leaving + quantizer.scheme.tokens_ahead]
-                every[:, :, start : start + leaving] = quantizer.decode(quantizer.encode(seen))
+            if num_to_flush:
+                seen = every[:, :, start : start + num_to_flush + quantizer.scheme.lookahead_tokens]
+                every[:, :, start : start + num_to_flush] = quantizer.dequantize(quantizer.encode(seen))
             self.model[side] = every
-        self.exact -= leaving
+        self.exact -= num_to_flush
 
     @rule(drop=st.integers(0, 200))
     def crop(self, drop):

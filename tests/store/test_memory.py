@@ -13,13 +13,13 @@ HEADS, HEAD_DIM, TOKENS, CHUNK = 32, 128, 32_768, 2048
 
 
 def big_store(name):
-    """A store calibrated on numbers like those it will hold, and one chunk of such numbers."""
+    """A store calibrated on elements like those it will hold, and one chunk of such elements."""
     chunk = (torch.randn(1, HEADS, CHUNK, HEAD_DIM) * (torch.rand(HEADS, 1, HEAD_DIM) * 3 + 0.1)).half()
     recipe, quantizers = get_recipe(name), []
     for scheme in (recipe.keys, recipe.values):
         fit, samples = Fit(scheme), chunk[0].transpose(0, 1)
-        fit.see_range(samples)
-        fit.see_codebook(samples[:256], torch.ones_like(samples[:256]))
+        fit.observe_range(samples)
+        fit.observe_codebook(samples[:256], torch.ones_like(samples[:256]))
         quantizers.append(fit.quantizer((HEADS, HEAD_DIM), scheme))
     return LayerStore(quantizers[0], quantizers[1], recipe.sinks), chunk
 
@@ -95,7 +95,7 @@ def test_exact_storage_is_counted_at_its_width():
 @pytest.mark.parametrize(("name", "bits"), [("kivi-2-r0", 3.0), ("kivi-4-r0", 5.0)])
 def test_groups_cost_what_they_cost(name, bits):
     recipe = get_recipe(name)
-    store = LayerStore(*recipe.quantizers(0), recipe.sinks, recipe.window)
+    store = LayerStore(*recipe.quantizers(0), recipe.sinks, recipe.residual_length)
     x = torch.randn(1, 8, 4096, 128).half()
     store.append(x, x)
     assert bits <= 8 * held_bytes(store) / (2 * x.numel()) < bits + 0.01

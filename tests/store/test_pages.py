@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from narrowkv.codec import Encoded, Quantizer, Scheme, cuda
+from narrowkv.codec import QuantizedTensor, Quantizer, Scheme
+from narrowkv.codec.cuda import encode as cuda
 from narrowkv.store import LayerStore
 from narrowkv.store.page import Page, to_blocks
 
@@ -18,10 +19,10 @@ def encoded(batch, tokens):
 def shuffled(exact):
     """The same as a GPU leaves it: outliers in any order."""
     order = torch.randperm(len(exact.outlier_index))
-    return Encoded(exact.codes, exact.ranges, exact.outlier_index[order], exact.outlier_values[order])
+    return QuantizedTensor(exact.codes, exact.ranges, exact.outlier_index[order], exact.outlier_values[order])
 
 
-@pytest.mark.parametrize("exactly", [True, False], ids=["fitted", "with room"])
+@pytest.mark.parametrize("exactly", [True, False], ids=["fitted", "with space"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_outliers_find_their_place_in_whatever_order_they_come(batch, exactly):
     parts = [encoded(batch, tokens) for tokens in (64, 128, 64)]
@@ -50,7 +51,7 @@ def test_outliers_find_their_place_in_whatever_order_they_come(batch, exactly):
     "schemes",
     [
         (SCHEME, Scheme(16, "exact")),
-        (Scheme(2, "int", axis="channel", group=32), Scheme(4, "int", axis="token_head", group=8)),
+        (Scheme(2, "int", strategy="channel", group_size=32), Scheme(4, "int", strategy="token_head", group_size=8)),
     ],
     ids=["outliers", "groups"],
 )

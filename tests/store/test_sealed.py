@@ -18,7 +18,7 @@ def store():
     "change",
     [
         lambda store: store.append(*torch.randn(2, 2, 1, 60, 16)),
-        lambda store: store.forget(64),
+        lambda store: store.evict(64),
         lambda store: store.crop(130),
         lambda store: store.select(torch.tensor([1, 0])),
         lambda store: store.reset(),
@@ -35,5 +35,5 @@ def test_what_leaves_blocks_as_they_are_leaves_their_version(store):
     before = store.blocks.version
     store.append(*torch.randn(2, 2, 1, 3, 16))
     store.crop(195)
-    store.forget(63)
+    store.evict(63)
     assert store.blocks.version == before and store.blocks.tokens == 192

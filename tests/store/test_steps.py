@@ -1,23 +1,24 @@
-"""Tokens stored one by one as on a GPU, interpreted: the same numbers as without, and nobody waits for a count."""
+"""Tokens stored one by one as on a GPU, interpreted: the same elements as without, and nobody waits for a count."""
 
 import pytest
 import torch
 from tests.cases import KEYS, made
 
-from narrowkv.codec import Quantizer, Scheme, cuda
-from narrowkv.codec.tally import Tally
+from narrowkv.codec import Quantizer, Scheme
+from narrowkv.codec.cuda import encode as cuda
+from narrowkv.codec.outlier_counter import OutlierCounter
 from narrowkv.errors import ActivationError
 from narrowkv.store import LayerStore
 
 pytestmark = pytest.mark.skipif(cuda.kernels() is None, reason="needs Triton (`pip install triton`)")
-BY_TOKEN = Scheme(4, "nuq", axis="token", outliers=0.02)
+BY_TOKEN = Scheme(4, "nuq", strategy="token", outliers=0.02)
 CASES = {
     "nuq4-1%": ((KEYS["nuq4-1%"], BY_TOKEN), {"sinks": 2}),
     "nuq3-1%": ((KEYS["nuq3-1%"], KEYS["nuq3-1%"]), {"sinks": 1}),
     "nuq2, exact": ((KEYS["nuq2"], KEYS["exact"]), {}),
     "hadamard": ((KEYS["hadamard"], KEYS["hadamard"]), {}),
-    "kivi-2": ((KEYS["kivi-2"], KEYS["token_head groups"]), {"window": 16}),
-    "a window of single tokens": ((KEYS["nuq2"], BY_TOKEN), {"window": 5}),
+    "kivi-2": ((KEYS["kivi-2"], KEYS["token_head groups"]), {"residual_length": 16}),
+    "a window of single tokens": ((KEYS["nuq2"], BY_TOKEN), {"residual_length": 5}),
 }
 
 
@@ -42,13 +43,15 @@ def test_single_tokens_are_stored_as_many_are(name, as_on_a_gpu, monkeypatch):
     valid[1, 62:64] = False
     stepped.append(keys[:, :, :60], values[:, :, :60], valid[:, :60])
     assert stepped.sinks.seen()
-    waits, exact = [], Tally.exact
-    monkeypatch.setattr(Tally, "exact", lambda tally: waits.append(tally.promised != tally._settled) or exact(tally))
+    waits, exact = [], OutlierCounter.exact
+    monkeypatch.setattr(
+        OutlierCounter, "exact", lambda counter: waits.append(counter.promised != counter._settled) or exact(counter)
+    )
     for i in range(60, 67):
         stepped.append(keys[:, :, i : i + 1], values[:, :, i : i + 1], valid[:, i : i + 1])
-        assert not any(waits) or stepped.packed % 64 == 0 or stepped.window == 5
-        for tally in stepped.tallies():
-            tally.learn(tally.counts.tolist(), tally.promised)  # as a copy that came in time
+        assert not any(waits) or stepped.packed % 64 == 0 or stepped.residual_length == 5
+        for counter in stepped.counters():
+            counter.learn(counter.counts.tolist(), counter.promised)  # as a copy that came in time
         waits.clear()
     whole.append(keys, values, valid)
     assert stepped.length == whole.length
@@ -78,17 +81,17 @@ def test_what_is_no_number_is_told_when_the_host_learns_of_it(name, bad, as_on_a
     keys[0, 1, 31, 3] = bad
     store.append(keys[:, :, 31:32], values[:, :, 31:32])
     with pytest.raises(ActivationError, match="NaN or infinity"):
-        sum(tally.exact() for tally in store.tallies())
+        sum(counter.exact() for counter in store.counters())
 
 
 def test_counts_under_way_when_the_tail_is_sealed_are_left_alone():
-    tally = Tally(torch.device("cpu"))
-    tally.promise(5)
-    tally.counts[0] = 3
-    under_way = tally.promised
-    tally.put(0)
-    tally.promise(2)
-    tally.learn([3, 0], under_way)
-    assert tally.most == 2
-    tally.learn([1, 0], tally.promised)
-    assert tally.most == tally.exact() == 1
+    counter = OutlierCounter(torch.device("cpu"))
+    counter.promise(5)
+    counter.counts[0] = 3
+    under_way = counter.promised
+    counter.put(0)
+    counter.promise(2)
+    counter.learn([3, 0], under_way)
+    assert counter.most == 2
+    counter.learn([1, 0], counter.promised)
+    assert counter.most == counter.exact() == 1

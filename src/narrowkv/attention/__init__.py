@@ -5,10 +5,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from narrowkv.attention import cpu, cuda, naive, tiled
-from narrowkv.attention.reading import why_unread
+from narrowkv.attention import naive, tiled
+from narrowkv.attention.cpu import decode as cpu
+from narrowkv.attention.cuda import decode as cuda
+from narrowkv.attention.mask import AttentionMask
 from narrowkv.attention.rope import AnyRope, Rope, StoredRope
-from narrowkv.attention.visible import Visible
+from narrowkv.attention.support import unsupported_reason
 from narrowkv.codec import Scheme
 from narrowkv.defaults import AUTO
 
@@ -20,7 +22,7 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def chosen(
+def resolve_backend(
     backend: str,
     device: torch.device,
     dtype: torch.dtype,
@@ -37,19 +39,19 @@ def chosen(
         return backend
     fits = device.type == "cpu" or (device.type == "cuda" and cuda.runs_on(device))
     fits = fits and not (device.type == "cuda" and biased and any(part.takes_bias_out for pair in schemes for part in pair))
-    reads = dtype != torch.float64 and not any(
-        why_unread(device.type, scheme, keys, biased, stored)
+    supported = dtype != torch.float64 and not any(
+        unsupported_reason(device.type, scheme, keys, biased, stored)
         for pair in schemes
         for scheme, keys in zip(pair, (True, False), strict=True)
     )
-    return device.type if fits and reads else "torch"
+    return device.type if fits and supported else "torch"
 
 
-def described(backend: str, words: bool) -> str:
-    """A backend's name and, where it is compiled, for what: `cpu (avx512)`. words: whether codes become words of 16 bits."""
+def describe_backend(backend: str, int16: bool) -> str:
+    """A backend's name and, where it is compiled, for what: `cpu (avx512)`. int16: whether codes become int16."""
     if backend != "cpu":
         return backend
-    return f"cpu ({cpu.KERNELS[0]}{', words of 16 bits' if words else ''})"
+    return f"cpu ({cpu.KERNELS[0]}{', int16' if int16 else ''})"
 
 
-__all__ = ["AUTO", "BACKENDS", "AnyRope", "Rope", "StoredRope", "Visible", "chosen", "described"]
+__all__ = ["AUTO", "BACKENDS", "AnyRope", "AttentionMask", "Rope", "StoredRope", "describe_backend", "resolve_backend"]

@@ -1,4 +1,5 @@
-"""Attention as it is defined: decode everything, rotate, softmax. Obviously right: what the other backends are tested against.
+"""Attention as it is defined: dequantize everything, rotate, softmax. Obviously right: what the other backends are tested
+against.
 
 It computes in float32, or in float64 for queries in float64.
 """
@@ -6,8 +7,8 @@ It computes in float32, or in float64 for queries in float64.
 import torch
 from torch import Tensor
 
+from narrowkv.attention.mask import AttentionMask
 from narrowkv.attention.rope import AnyRope
-from narrowkv.attention.visible import Visible
 from narrowkv.store import LayerStore
 
 
@@ -18,8 +19,8 @@ def attend(
     past: int,
     new: tuple[Tensor, Tensor] | None,
     rope: AnyRope | None,
-    kept: Tensor | None,
-    visible: Visible,
+    rope_state: Tensor | None,
+    mask: AttentionMask,
     scaling: float,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
@@ -28,8 +29,8 @@ def attend(
 
     query: [batch, query_heads, queries, head_dim], already rotated; the last query is the last token of the sequence.
     past: tokens before this one are read from the packed form. new: exact keys (rotated) and values that follow them,
-    [batch, kv_heads, n, head_dim] each, or None. rope: rotates the stored keys, None where they were stored rotated; kept:
-    what it needs of each token that is held, [batch, past - store.first, ...]. visible: which tokens a query sees.
+    [batch, kv_heads, n, head_dim] each, or None. rope: rotates the stored keys, None where they were stored rotated;
+    rope_state: what it needs of each token that is held, [batch, past - store.first, ...]. mask: which tokens a query sees.
     scaling: factor on the scores. softcap: scores s become softcap * tanh(s / softcap). sink_logits: [query_heads], a score of
     each head that takes part in the softmax and has no value (GPT-OSS).
     Returns [batch, query_heads, queries, head_dim] float32 (or float64); a query that sees nothing yields zeros.
@@ -38,8 +39,8 @@ def attend(
     parts = []
     if past > store.first:
         keys, values = (part.to(precision) for part in store.read(past))
-        if rope is not None and kept is not None:
-            keys = rope.rotate(keys, kept)
+        if rope is not None and rope_state is not None:
+            keys = rope.rotate(keys, rope_state)
         parts.append((keys, values))
     if new:
         parts.append(new)
@@ -50,7 +51,7 @@ def attend(
     scores = query.to(precision) * scaling @ keys.transpose(2, 3)  # [batch, query_heads, queries, tokens]
     if softcap is not None:
         scores = (scores / softcap).tanh() * softcap
-    hidden = visible.hidden(key_index[len(key_index) - query.shape[2] :], key_index)
+    hidden = mask.hidden(key_index[len(key_index) - query.shape[2] :], key_index)
     scores = scores.masked_fill(hidden, -torch.inf)
     if sink_logits is not None:
         sinks = sink_logits.to(precision)[None, :, None, None].expand(*scores.shape[:-1], 1)

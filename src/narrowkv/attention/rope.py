@@ -1,4 +1,4 @@
-"""Rotary position embeddings: those that a position determines, and those whose angles are kept with each token."""
+"""Rotary position embeddings: those that a position determines, and those whose angles are stored with each token."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -9,22 +9,22 @@ from torch import Tensor
 from narrowkv.codec.frames import Frames
 
 # what models hand to their attention modules: cosine and sine [1 or batch, tokens, n], or complex [1 or batch, tokens, n]
-Tables = tuple[Tensor, Tensor] | Tensor
+CosSin = tuple[Tensor, Tensor] | Tensor
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Turn pairs of channels of x [batch, heads, tokens, head_dim] by angles [batch, tokens, rotary_dim / 2], in x's dtype.
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotate pairs of channels of x [batch, heads, tokens, head_dim] by angles [batch, tokens, rotary_dim / 2], in x's dtype.
 
     interleaved: channel 2 i pairs with channel 2 i + 1, else channel i with channel i + rotary_dim / 2. Channels beyond
     rotary_dim are left alone.
     """
     cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
     rotary = 2 * cos.shape[-1]
-    turning, rest = x[..., :rotary], x[..., rotary:]
-    first, second = turning.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else turning.chunk(2, dim=-1)
+    rotary_part, rest = x[..., :rotary], x[..., rotary:]
+    first, second = rotary_part.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else rotary_part.chunk(2, dim=-1)
     pair = (first * cos - second * sin, second * cos + first * sin)
-    turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
-    return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+    rotated = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    return torch.cat([rotated, rest], dim=-1) if rest.shape[-1] else rotated
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Rope:
     """A rotary embedding whose frequencies do not change with the length of the sequence.
 
     inverse_frequencies: [rotary_dim / 2] float32. scaling: factor on cosine and sine (yarn), 1 otherwise. interleaved: as in
-    `turn`.
+    `rotate_pairs`.
     """
 
     inverse_frequencies: Tensor
@@ -44,41 +44,41 @@ class Rope:
         """The same embedding with its frequencies on `device`."""
         return replace(self, inverse_frequencies=self.inverse_frequencies.to(device))
 
-    def keep(self, positions: Tensor | None, tables: Tables | None) -> Tensor:
-        """What is to be kept of new tokens: their positions [1 or batch, tokens]."""
+    def keep(self, positions: Tensor | None, tables: CosSin | None) -> Tensor:
+        """What is to be stored of new tokens: their positions [1 or batch, tokens]."""
         assert positions is not None
         return positions
 
-    def cos_sin(self, kept: Tensor, precise: bool = False) -> tuple[Tensor, Tensor]:
-        """kept: [batch, tokens] positions. Returns cosine and sine, [batch, tokens, rotary_dim / 2] float32.
+    def cos_sin(self, rope_state: Tensor, precise: bool = False) -> tuple[Tensor, Tensor]:
+        """rope_state: [batch, tokens] positions. Returns cosine and sine, [batch, tokens, rotary_dim / 2] float32.
 
         precise: in float64, where float32 would be off by as much as positions are large, which is how models have it.
         """
         dtype = torch.float64 if precise else torch.float32
-        angles = kept[..., None].to(dtype) * self.inverse_frequencies.to(dtype)
+        angles = rope_state[..., None].to(dtype) * self.inverse_frequencies.to(dtype)
         return angles.cos() * self.scaling, angles.sin() * self.scaling
 
-    def rotate(self, x: Tensor, kept: Tensor, precision: torch.dtype | None = None) -> Tensor:
-        """Turn x: [batch, heads, tokens, head_dim] by positions [1 or batch, tokens], as models do.
+    def rotate(self, x: Tensor, rope_state: Tensor, precision: torch.dtype | None = None) -> Tensor:
+        """Rotate x: [batch, heads, tokens, head_dim] by positions [1 or batch, tokens], as models do.
 
         In the dtype of x or, if it has more bits, in `precision`.
         """
-        return turn(_widened(x, precision), *self.cos_sin(kept), self.interleaved)
+        return rotate_pairs(_widened(x, precision), *self.cos_sin(rope_state), self.interleaved)
 
-    def rotate_precisely(self, x: Tensor, kept: Tensor) -> Tensor:
+    def rotate_precisely(self, x: Tensor, rope_state: Tensor) -> Tensor:
         """The same in float64, angles too."""
-        return turn(x.double(), *self.cos_sin(kept, precise=True), self.interleaved)
+        return rotate_pairs(x.double(), *self.cos_sin(rope_state, precise=True), self.interleaved)
 
-    def turn_back(self, x: Tensor, kept: Tensor) -> Tensor:
-        """What x was before `rotate` turned it, in float64: the sines that it used, in the dtype of x, are undone."""
-        cos, sin = (part.to(x.dtype).double() for part in self.cos_sin(kept))
+    def unrotate(self, x: Tensor, rope_state: Tensor) -> Tensor:
+        """What x was before `rotate` rotated it, in float64: the sines that it used, in the dtype of x, are undone."""
+        cos, sin = (part.to(x.dtype).double() for part in self.cos_sin(rope_state))
         size = cos.square() + sin.square()
-        return turn(x.double(), cos / size, -sin / size, self.interleaved)
+        return rotate_pairs(x.double(), cos / size, -sin / size, self.interleaved)
 
 
 @dataclass(frozen=True)
 class StoredRope:
-    """A rotary embedding whose angles no single position determines: they are kept with each token, as the model gave them.
+    """A rotary embedding whose angles no single position determines: they are stored with each token, as the model gave them.
 
     Frequencies that change with the length (dynamic, longrope), or several positions of one token (images). record: the name
     under which the cache keeps them, one for all layers that are given the same. layout: of the model's tables, each angle
@@ -93,8 +93,10 @@ class StoredRope:
         """Itself: it holds no table."""
         return self
 
-    def keep(self, positions: Tensor | None, tables: Tables | None) -> Tensor:
-        """What is to be kept of new tokens: cosines and sines [1 or batch, tokens, 2, rotary_dim / 2] in the model's dtype."""
+    def keep(self, positions: Tensor | None, tables: CosSin | None) -> Tensor:
+        """What is to be stored of new tokens: cosines and sines [1 or batch, tokens, 2, rotary_dim / 2] in the model's
+        dtype.
+        """
         if isinstance(tables, Tensor):
             return torch.view_as_real(tables).transpose(-1, -2)
         assert tables is not None
@@ -103,18 +105,18 @@ class StoredRope:
             return pair[..., : pair.shape[-1] // 2]
         return pair[..., ::2] if self.layout == "repeated" else pair
 
-    def cos_sin(self, kept: Tensor, precise: bool = False) -> tuple[Tensor, Tensor]:
-        """kept: [batch, tokens, 2, rotary_dim / 2]. Returns cosine and sine, [batch, tokens, rotary_dim / 2]."""
-        cos, sin = kept.unbind(-2)
+    def cos_sin(self, rope_state: Tensor, precise: bool = False) -> tuple[Tensor, Tensor]:
+        """rope_state: [batch, tokens, 2, rotary_dim / 2]. Returns cosine and sine, [batch, tokens, rotary_dim / 2]."""
+        cos, sin = rope_state.unbind(-2)
         return cos, sin
 
-    def rotate(self, x: Tensor, kept: Tensor, precision: torch.dtype | None = None) -> Tensor:
-        """Turn x: [batch, heads, tokens, head_dim] by what was kept of its tokens; dtypes as of `Rope.rotate`."""
-        return turn(_widened(x, precision), *self.cos_sin(kept), self.interleaved)
+    def rotate(self, x: Tensor, rope_state: Tensor, precision: torch.dtype | None = None) -> Tensor:
+        """Rotate x: [batch, heads, tokens, head_dim] by what was stored of its tokens; dtypes like those of `Rope.rotate`."""
+        return rotate_pairs(_widened(x, precision), *self.cos_sin(rope_state), self.interleaved)
 
-    def rotate_precisely(self, x: Tensor, kept: Tensor) -> Tensor:
+    def rotate_precisely(self, x: Tensor, rope_state: Tensor) -> Tensor:
         """The same in float64."""
-        return turn(x.double(), *self.cos_sin(kept), self.interleaved)
+        return rotate_pairs(x.double(), *self.cos_sin(rope_state), self.interleaved)
 
 
 def _widened(x: Tensor, precision: torch.dtype | None) -> Tensor:
@@ -125,7 +127,7 @@ AnyRope = Rope | StoredRope
 
 
 def frames_of(rope: AnyRope | None, head_dim: int) -> Frames | None:
-    """How keys before a rotary embedding, or without one, turn within a frame; None where no single position tells."""
+    """How keys before a rotary embedding, or without one, rotate within a frame; None where no single position tells."""
     if rope is None:
         return Frames.of(head_dim)
     return Frames.of(head_dim, rope.inverse_frequencies.cpu(), rope.interleaved) if isinstance(rope, Rope) else None

@@ -1,4 +1,4 @@
-"""What is learned offline: streaming statistics, the codebook fit, and the file it is kept in."""
+"""What is learned offline: streaming statistics, the codebook fit, and the file it is stored in."""
 
 from narrowkv.calibration.calibration import Calibration
 from narrowkv.calibration.fingerprint import Fingerprint

@@ -10,7 +10,7 @@ from narrowkv.calibration.samples import Samples
 from narrowkv.codec import AnyQuantizer, Scheme
 from narrowkv.defaults import REFERENCE_TOKENS
 from narrowkv.errors import RecipeError
-from narrowkv.store.page import BLOCK, PackedSide, to_blocks
+from narrowkv.store.page import BLOCK, PackedTensor, to_blocks
 
 CELLS = 2**16  # steps into which a budget is divided
 
@@ -32,40 +32,41 @@ def measure(quantizer: AnyQuantizer, samples: Samples, keys: bool, tokens: float
     """What a quantizer takes and costs, found by storing a sample as a cache would; tokens: over which
     tables are counted.
     """
-    numbers = samples.heads()[:, :, : 16 * BLOCK]
-    numbers = numbers.repeat(1, 1, -(-BLOCK // numbers.shape[2]), 1) if numbers.shape[2] < BLOCK else numbers
-    return Option(quantizer.scheme, stored_bits(quantizer, numbers, keys, tokens), samples.cost(quantizer))
+    elements = samples.heads()[:, :, : 16 * BLOCK]
+    elements = elements.repeat(1, 1, -(-BLOCK // elements.shape[2]), 1) if elements.shape[2] < BLOCK else elements
+    return Option(quantizer.scheme, stored_bits(quantizer, elements, keys, tokens), samples.cost(quantizer))
 
 
-def stored_bits(quantizer: AnyQuantizer, numbers: Tensor, keys: bool, tokens: float = REFERENCE_TOKENS) -> float:
-    """Bits that a store takes for each token of `numbers` [batch, kv_heads, tokens, head_dim], of which whole blocks are
+def stored_bits(quantizer: AnyQuantizer, elements: Tensor, keys: bool, tokens: float = REFERENCE_TOKENS) -> float:
+    """Bits that a store takes for each token of `elements` [batch, kv_heads, tokens, head_dim], of which whole blocks are
     stored; tables are counted over `tokens`.
     """
-    whole = numbers.shape[2] // BLOCK * BLOCK
-    blocks = to_blocks(quantizer.encode(numbers[:, :, :whole]))
+    whole = elements.shape[2] // BLOCK * BLOCK
+    blocks = to_blocks(quantizer.encode(elements[:, :, :whole]))
     found = 0 if blocks.outlier_index is None else len(blocks.outlier_index)
-    side = PackedSide.allocate(quantizer, whole // BLOCK, blocks, keys=keys, outlier_room=found)
+    side = PackedTensor.allocate(quantizer, whole // BLOCK, blocks, keys=keys, outlier_capacity=found)
     held = [*side.planes, *side.outliers(), *side.ranges.values()]
     tables = sum(table.nbytes for table in quantizer.tensors().values())
     return 8 * (sum(tensor.nbytes for tensor in held) / whole + tables / tokens)
 
 
-def allocate(menus: Sequence[Sequence[Option]], budget: float, numbers: int = 1, beside: float = 0.0) -> list[int]:
-    """Which option of each menu to take so that the sum of costs is least and that of bits at most `budget` for each number.
+def allocate(menus: Sequence[Sequence[Option]], budget: float, elements: int = 1, overhead: float = 0.0) -> list[int]:
+    """Which option of each menu to take so that the sum of costs is least and that of bits at most `budget` per element.
 
-    numbers: of a token, in all layers. beside: bits for each number that are taken anyway. Exact, by dynamic
+    elements: of a token, in all layers. overhead: bits per element that are taken anyway. Exact, by dynamic
     programming over the budget in 65,536 steps, to which bits are rounded up. Raises RecipeError where even the smallest
     options exceed it.
     """
-    room = (budget - beside) * numbers
+    capacity = (budget - overhead) * elements
     least = sum(min(option.bits for option in menu) for menu in menus)
-    sizes = [np.ceil(np.array([option.bits for option in menu]) * (CELLS / room)).astype(np.int64) for menu in menus]
-    if room <= 0 or sum(int(size.min()) for size in sizes) > CELLS:
+    sizes = [np.ceil(np.array([option.bits for option in menu]) * (CELLS / capacity)).astype(np.int64) for menu in menus]
+    if capacity <= 0 or sum(int(size.min()) for size in sizes) > CELLS:
         raise RecipeError(
-            f"a budget of {budget:g} bits is too small for this model, on which {least / numbers + beside:.3f} is the least; "
+            f"a budget of {budget:g} bits is too small for this model, on which {least / elements + overhead:.3f} is the "
+            f"least; "
             "allow more."
         )
-    best = np.zeros(CELLS + 1)  # least cost of the menus so far that fit into so many cells
+    best = np.zeros(CELLS + 1)  # least cost of the menus so far that fit into this many cells
     taken = []
     for menu, size in zip(menus, sizes, strict=True):
         totals = np.full((len(menu), CELLS + 1), np.inf)
@@ -74,8 +75,8 @@ def allocate(menus: Sequence[Sequence[Option]], budget: float, numbers: int = 1,
                 total[cells:] = best[: CELLS + 1 - cells] + option.cost
         taken.append(totals.argmin(0))
         best = totals.min(0)
-    picks, room = [], CELLS
+    picks, capacity = [], CELLS
     for choice, size in zip(reversed(taken), reversed(sizes), strict=True):
-        picks.append(int(choice[room]))
-        room -= int(size[picks[-1]])
+        picks.append(int(choice[capacity]))
+        capacity -= int(size[picks[-1]])
     return picks[::-1]

@@ -15,7 +15,7 @@ from narrowkv.errors import CalibrationError, FileFormatError, NarrowKVError, Re
 from narrowkv.files import PUBLIC, reason
 from narrowkv.methods import Recipe
 
-FORMAT, FORMAT_VERSION, FILE = "narrowkv-calibration", 2, "narrowkv.safetensors"
+FORMAT, FORMAT_VERSION, FILE = "narrowkv-calibration", 3, "narrowkv.safetensors"
 SIDES = ("keys", "values")
 MOST_SIZE = 2**16  # layers, heads, or channels of a head
 

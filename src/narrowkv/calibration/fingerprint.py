@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from narrowkv.calibration.processes import gathered, is_split
+from narrowkv.calibration.distributed import gathered, is_split
 from narrowkv.calibration.wrappers import decoder_of, unwrapped
 from narrowkv.errors import CalibrationError, NarrowKVWarning
 
-MATRICES, VECTORS, NUMBERS = 15, 4, 8
+MATRICES, VECTORS, SAMPLES = 15, 4, 8
 TOLERANCE = 0.02  # of a matrix's largest sample: loading in bfloat16 moves a number by 0.4%, another model by all of it
 FEW_BITS = 0.4  # of all samples' length: 4 bits move them by 0.1, 2 bits by 0.3, another model by 1.4
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Shape of the attention, and some numbers of the weights.
+    """Shape of the attention, and some elements of the weights.
 
     architecture: the model's type. layers, kv_heads, head_dim: of its attention. vocabulary: rows of the embedding.
-    weights: by name in the language model, of its embedding and of up to 15 matrices and 4 vectors, 8 numbers spread over
+    weights: by name in the language model, of its embedding and of up to 15 matrices and 4 vectors, 8 elements spread over
     each; those that are stored as floating point alone, chosen by their names, so that the same model with some weights
     quantized, or wrapped by adapters, has most of them too. few_bits: whether weights are, or
     once were, stored in few bits (GGUF, for one), and only near those that they were made from.
@@ -118,7 +118,7 @@ class Fingerprint:
         if not both:
             warnings.warn(
                 "No weight of this model is stored as the calibration knew it (quantized weights?), so whether it is the same "
-                "model cannot be told; compare answers, or calibrate this model.",
+                "model cannot be determined; compare answers, or calibrate this model.",
                 NarrowKVWarning,
                 stacklevel=4,
             )
@@ -137,7 +137,9 @@ def _picked(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _plain_weights(decoder: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and weights that are floating point numbers themselves, without what adapters of PEFT add to a name or a model."""
+    """Names and weights that are floating point elements themselves, without what adapters of PEFT add to a name or a
+    model.
+    """
     for name, part in decoder.named_parameters():
         plain = type(part) in (torch.Tensor, nn.Parameter) or is_split(part)
         if plain and part.is_floating_point() and not part.is_meta and "lora_" not in name:
@@ -146,7 +148,7 @@ def _plain_weights(decoder: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _sample(matrix: torch.Tensor) -> list[float]:
     flat = matrix.detach().flatten()
-    place = torch.linspace(0, len(flat) - 1, NUMBERS, dtype=torch.float64, device="cpu").long().to(flat.device)
+    place = torch.linspace(0, len(flat) - 1, SAMPLES, dtype=torch.float64, device="cpu").long().to(flat.device)
     return flat[place].float().tolist()
 
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from narrowkv.calibration.distributed import Group
 from narrowkv.calibration.kmeans import optimal_codebook
-from narrowkv.calibration.processes import Group
 from narrowkv.calibration.statistics import TILE_NUMBERS, CodebookHistogram, Quantiles
 from narrowkv.codec import AnyQuantizer, Quantizer, Scheme, quantizer_for
 from narrowkv.codec.datatypes import boundaries, uniform
@@ -14,7 +14,7 @@ from narrowkv.codec.ranges import require_finite, to_scale_zero
 
 
 class Fit:
-    """Learns one scheme of one tensor of one layer in two passes over the data: `see_range`, then `see_codebook`.
+    """Learns one scheme of one tensor of one layer in two passes over the data: `observe_range`, then `observe_codebook`.
 
     Sinks and padding must be left out by the caller.
     """
@@ -22,20 +22,20 @@ class Fit:
     def __init__(self, scheme: Scheme):
         self.scheme = scheme
         by_matrix = scheme.outliers > 0 and scheme.outlier_scope == "matrix"
-        self.needs_range = scheme.static or by_matrix or scheme.smooth > 0
+        self.needs_range = scheme.static or by_matrix or scheme.smooth_alpha > 0
         self.needs_codebook = scheme.datatype == "nuq"
         self.needs_gradient = self.needs_codebook and scheme.weighting != "none"
         self.quantiles = Quantiles()
         self.histogram = CodebookHistogram()
         self._ranges: Quantizer | None = None
 
-    def see_range(self, x: Tensor) -> None:
+    def observe_range(self, x: Tensor) -> None:
         """First pass. x: [tokens, kv_heads, head_dim]. Raises ActivationError on NaN and infinity."""
         require_finite("Keys or values", x)
         if self.needs_range:
             self.quantiles.add(x.flatten(1))
 
-    def see_codebook(self, x: Tensor, gradient: Tensor | None) -> None:
+    def observe_codebook(self, x: Tensor, gradient: Tensor | None) -> None:
         """Second pass, after all of the first. x: [tokens, kv_heads, head_dim]; gradient of the loss: the same shape, or
         None for weights of 1. Weights are F s^2 with F the squared gradient (KVQuant, section 3.3 and appendix E).
         """
@@ -46,15 +46,15 @@ class Fit:
         ranges = self.ranges(x.shape[1:])
         step = max(TILE_NUMBERS // (x.shape[1] * x.shape[2]), 1)
         for start in range(0, len(x), step):
-            numbers = x[start : start + step].float().transpose(0, 1)[None]  # [1, kv_heads, tokens, head_dim]
-            normalised, scale = ranges.normalise(numbers)
+            elements = x[start : start + step].float().transpose(0, 1)[None]  # [1, kv_heads, tokens, head_dim]
+            normalized, scale = ranges.normalize(elements)
             weight = None
             if self.needs_gradient and gradient is not None:
                 weight = gradient[start : start + step].float().transpose(0, 1)[None].square()
                 if self.scheme.weighting == "fisher_scaled":
                     weight *= scale**2
                 weight = weight.transpose(1, 2).flatten()  # in the order in which it lies in memory
-            self.histogram.add(normalised.transpose(1, 2).flatten(), weight)
+            self.histogram.add(normalized.transpose(1, 2).flatten(), weight)
 
     def merge_ranges(self, group: Group) -> None:
         """After the first pass: take in what the other processes of a group have seen."""
@@ -77,9 +77,9 @@ class Fit:
     def _static_tables(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """Thresholds (KVQuant, section 3.4) and, for channels, the ranges between them; or smoothing factors."""
         scheme, quantiles = self.scheme, self.quantiles
-        if scheme.smooth:
+        if scheme.smooth_alpha:
             extent = torch.maximum(quantiles.smallest.abs(), quantiles.largest.abs())
-            return {"smooth": smoothing(extent.view(shape), scheme.smooth)}
+            return {"smooth": smoothing(extent.view(shape), scheme.smooth_alpha)}
         matrix = scheme.outlier_scope == "matrix" and scheme.outliers > 0
         tail = scheme.outliers / 2
         tables: dict[str, Tensor] = {}
@@ -127,7 +127,7 @@ def smoothing(extent: Tensor, power: float) -> Tensor:
 
 
 def q_norm(codebook: Tensor, borders: Tensor, histogram: CodebookHistogram) -> Tensor:
-    """Shift and stretch the levels so that the rounded numbers keep their mean and standard deviation (KVQuant v1).
+    """Shift and scale the levels so that the rounded elements keep their mean and standard deviation (KVQuant v1).
 
     The codes are still chosen with the borders of the levels as fitted. codebook: [levels]; returns the same shape.
     """
@@ -136,5 +136,5 @@ def q_norm(codebook: Tensor, borders: Tensor, histogram: CodebookHistogram) -> T
     mean, mean_rounded = (share * histogram.centers).sum(), (share * rounded).sum()
     deviation = (share * (histogram.centers - mean) ** 2).sum().sqrt()
     deviation_rounded = (share * (rounded - mean_rounded) ** 2).sum().sqrt()
-    stretch = deviation / deviation_rounded if deviation_rounded > 0 else torch.tensor(1.0, dtype=torch.float32, device="cpu")
-    return (codebook - mean_rounded) * stretch + mean
+    scale = deviation / deviation_rounded if deviation_rounded > 0 else torch.tensor(1.0, dtype=torch.float32, device="cpu")
+    return (codebook - mean_rounded) * scale + mean

@@ -1,12 +1,12 @@
-"""How much single tokens weigh in what is learned: no token too much, and it is told where few of them dominate."""
+"""How much single tokens weigh in what is learned: no token too much, and a warning where few of them dominate."""
 
 import torch
 from torch import Tensor
 
-from narrowkv.calibration.processes import Group, reduced
+from narrowkv.calibration.distributed import Group, reduced
 
 CLIP = 0.99  # longer gradients than this part of a sequence has are shortened
-FEW = 0.01  # of the tokens, of whose share is told
+FEW = 0.01  # of the tokens, whose share is reported
 BINS, PER_OCTAVE = 2048, 4  # of squared norms; all that float32 can hold
 
 

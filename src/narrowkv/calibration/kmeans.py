@@ -13,13 +13,13 @@ NEGLIGIBLE = 1e-13  # of all weight: less would vanish in the running sums
 
 
 def optimal_codebook(points: Floats, weights: Floats, levels: int) -> Floats:
-    """The `levels` centroids that minimise sum weights * (points - nearest centroid)^2.
+    """The `levels` centroids that minimize sum weights * (points - nearest centroid)^2.
 
     points: [n] ascending. weights: [n], not negative. Returns [levels] ascending; where there are fewer distinct points
     with weight than levels, the last one repeats. Without any weight, the levels are spread evenly over the points.
     """
-    kept = weights > NEGLIGIBLE * weights.sum()
-    points, weights = points[kept], weights[kept]
+    used = weights > NEGLIGIBLE * weights.sum()
+    points, weights = points[used], weights[used]
     if len(points) == 0:
         return np.linspace(-1.0, 1.0, levels)
     if len(points) <= levels:
@@ -55,7 +55,7 @@ def _next_row(previous: Floats, cost, level: int) -> tuple[Floats, NDArray[np.in
     """Best cost with one more cluster for every last point, and where that cluster starts.
 
     All points of one depth of the recursion are solved at once: the middle of each open interval is tried against every
-    start between the solutions of its neighbours.
+    start between the solutions of its neighbors.
     """
     count = len(previous)
     best = np.full(count, np.inf)

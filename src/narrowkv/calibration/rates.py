@@ -84,22 +84,22 @@ class RateOption:
         return 8 * size / self.tokens
 
 
-def allocate_rates(menus: Sequence[Sequence[RateOption]], budget: float, beside: float = 0.0) -> list[Scheme]:
+def allocate_rates(menus: Sequence[Sequence[RateOption]], budget: float, overhead: float = 0.0) -> list[Scheme]:
     """Which option of each menu to take, with which rates, so that the sum of costs is least and that of bits within a budget.
 
-    budget: bits for each element, `beside` of them taken by something else, both of a token in all layers alike and of all
+    budget: bits for each element, `overhead` of them taken by something else, both of a token in all layers alike and of all
     that is held at 32,768 tokens, where layers with a sliding window hold fewer. One price of a bit holds for all units, so
     what is allocated lies on the convex hull of what can be. The dearest unit of each tensor has codes. Raises RecipeError
     where even the smallest allocation exceeds the budget.
     """
     highest = max(float(option.costs.max()) for menu in menus for option in menu)
     low, high = 1e-18 * highest, max(2 * highest, torch.finfo(torch.float32).tiny)
-    schemes, least = _at_price(menus, high, beside)
+    schemes, least = _at_price(menus, high, overhead)
     if least > budget:
         raise too_small(budget, least)
     for _ in range(HALVINGS):
         price = (low * high) ** 0.5
-        found, used = _at_price(menus, price, beside)
+        found, used = _at_price(menus, price, overhead)
         if used > budget:
             low = price
         else:
@@ -114,7 +114,7 @@ def too_small(budget: float, least: float) -> RecipeError:
     )
 
 
-def _at_price(menus: Sequence[Sequence[RateOption]], price: float, beside: float) -> tuple[list[Scheme], float]:
+def _at_price(menus: Sequence[Sequence[RateOption]], price: float, overhead: float) -> tuple[list[Scheme], float]:
     """What is best where a bit of each token costs `price`, and how many bits for each element that takes: of a token in all
     layers alike or of all that is held, whichever is more.
     """
@@ -127,7 +127,7 @@ def _at_price(menus: Sequence[Sequence[RateOption]], price: float, beside: float
         held += stored
     elements = [(menu[0].elements, menu[0].held) for menu in menus]
     each, all_held = sum(count for count, _ in elements), sum(count * tokens for count, tokens in elements)
-    return schemes, max(bits / each + beside, held / all_held + beside * each * REFERENCE_TOKENS / all_held)
+    return schemes, max(bits / each + overhead, held / all_held + overhead * each * REFERENCE_TOKENS / all_held)
 
 
 def _best_rates(option: RateOption, price: float) -> tuple[float, Scheme, float, float]:

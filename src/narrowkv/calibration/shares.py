@@ -9,28 +9,28 @@ from torch import Tensor
 from narrowkv.calibration.rates import RateOption, allocate_rates, squared_errors, too_small
 from narrowkv.codec import Scheme
 from narrowkv.codec.scheme import MOST_RATE, UNIT
-from narrowkv.methods.recipe import Choices
+from narrowkv.methods.recipe import SearchSpace
 
 Menu = Sequence[RateOption]
 
 
-def allocate_choices(choices: Choices, menus: Sequence[Menu], beside: float = 0.0) -> list[Scheme]:
+def allocate_budgets(search_space: SearchSpace, menus: Sequence[Menu], overhead: float = 0.0) -> list[Scheme]:
     """Which option of each menu to take, with which rates; menus are of the keys, then of the values, of each layer.
 
-    beside: as `allocate_rates` has it. Raises RecipeError where a budget is too small.
+    overhead: as `allocate_rates` has it. Raises RecipeError where a budget is too small.
     """
-    allocate = _allocate_equally if choices.equal_layers else _allocate_freely
-    if choices.value_budget is None:
-        return allocate(menus, 2, choices.budget, beside)
-    keys, values = (allocate(menus[side::2], 1, budget, beside) for side, budget in enumerate(choices.budgets))
+    allocate = _allocate_equally if search_space.equal_layers else _allocate_freely
+    if search_space.value_budget is None:
+        return allocate(menus, 2, search_space.budget, overhead)
+    keys, values = (allocate(menus[side::2], 1, budget, overhead) for side, budget in enumerate(search_space.budgets))
     return [scheme for pair in zip(keys, values, strict=True) for scheme in pair]
 
 
-def _allocate_freely(menus: Sequence[Menu], together: int, budget: float, beside: float) -> list[Scheme]:
-    return allocate_rates(menus, budget, beside)
+def _allocate_freely(menus: Sequence[Menu], together: int, budget: float, overhead: float) -> list[Scheme]:
+    return allocate_rates(menus, budget, overhead)
 
 
-def _allocate_equally(menus: Sequence[Menu], together: int, budget: float, beside: float) -> list[Scheme]:
+def _allocate_equally(menus: Sequence[Menu], together: int, budget: float, overhead: float) -> list[Scheme]:
     """The same where each layer, of which `together` menus are, has as many bytes as the others of its shape.
 
     Layers of each shape keep the budget among themselves.
@@ -41,23 +41,23 @@ def _allocate_equally(menus: Sequence[Menu], together: int, budget: float, besid
         shapes.setdefault((menu[0].kv_heads, len(menu[0].costs)), []).append(i)
     found: dict[int, list[Scheme]] = {}
     for (kv_heads, units), alike in shapes.items():
-        numbers = len(alike) * together * kv_heads * UNIT * units
-        schemes, used = equal_schemes([layers[i] for i in alike], (budget - beside) * numbers)
-        if used / numbers + beside > budget:
-            raise too_small(budget, used / numbers + beside)
+        elements = len(alike) * together * kv_heads * UNIT * units
+        schemes, used = equal_schemes([layers[i] for i in alike], (budget - overhead) * elements)
+        if used / elements + overhead > budget:
+            raise too_small(budget, used / elements + overhead)
         found |= zip(alike, schemes, strict=True)
     return [scheme for i in range(len(layers)) for scheme in found[i]]
 
 
-def equal_schemes(layers: Sequence[Sequence[Menu]], room: float) -> tuple[list[list[Scheme]], float]:
+def equal_schemes(layers: Sequence[Sequence[Menu]], capacity: float) -> tuple[list[list[Scheme]], float]:
     """Schemes for the menus of layers of one shape, with the most bytes of each token that are the same in all of them and
-    that `room` has bits for; and the bits that they take, more than there is room for only where the fewest are too many.
+    that `capacity` has bits for; and the bits that they take, more than there is space for only where the fewest are too many.
     """
     ways = [[Filling(options) for options in product(*menus)] for menus in layers]
     picks = [torch.stack([way.costs for way in each]).argmin(0) for each in ways]
     bits = [torch.stack([way.bits for way in each]).gather(0, pick[None])[0] for each, pick in zip(ways, picks, strict=True)]
     used = torch.stack(bits).sum(0)
-    fitting = (used <= room).nonzero().flatten().tolist()
+    fitting = (used <= capacity).nonzero().flatten().tolist()
     size = max([len(layers[0]), *(last + 1 for last in fitting[-1:])])  # a byte for each menu at least
     schemes = [each[int(pick[size - 1])].schemes(size) for each, pick in zip(ways, picks, strict=True)]
     return schemes, float(used[size - 1])
@@ -84,7 +84,7 @@ class Filling:
         self.costs = _flat(whole).sum() - _flat(saved)[self.order].cumsum(0)
 
     def schemes(self, size: int) -> list[Scheme]:
-        """One for each tensor, with so many bytes in all."""
+        """One for each tensor, with this many bytes in all."""
         units = [len(option.costs) for option in self.options]
         rates = torch.bincount(self.order[:size] // MOST_RATE, minlength=sum(units)).split(units)
         return [option.with_counts(part) for option, part in zip(self.options, rates, strict=True)]

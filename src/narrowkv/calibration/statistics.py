@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from narrowkv.calibration.processes import Group, reduced
+from narrowkv.calibration.distributed import Group, reduced
 
 QUANTILE_BINS = 2048
 CODEBOOK_BINS = 4096
-TILE_NUMBERS = 2**18  # numbers counted at a time, so that intermediate results stay in the processor's cache
+TILE_NUMBERS = 2**18  # elements counted at a time, so that intermediate results stay in the processor's cache
 
 
 def quantile(x: Tensor, fraction: float) -> Tensor:
@@ -31,7 +31,7 @@ class Quantiles:
     """Histograms of many channels, from which any quantile can be read to within one bin.
 
     A bin is 2^exponent wide and begins at a multiple of that; the exponent follows from a channel's range, which fits into the
-    bins. So the counts depend on the numbers alone, not on the order in which they came or on who counted them.
+    bins. So the counts depend on the elements alone, not on the order in which they came or on who counted them.
     counts: [channels, bins] int32. exponent, first: [channels] int64, width and index of a channel's first bin.
     """
 
@@ -41,7 +41,7 @@ class Quantiles:
         self.smallest = self.largest = torch.empty(0, dtype=torch.float32, device="cpu")  # [channels] float32
 
     def add(self, x: Tensor) -> None:
-        """Count numbers: x [samples, channels], any float dtype."""
+        """Count elements: x [samples, channels], any float dtype."""
         if x.shape[0] == 0:
             return
         x = x.float() if x.dtype == torch.float64 else x
@@ -77,7 +77,7 @@ class Quantiles:
     def _count(self, x: Tensor, start: int, stop: int) -> None:
         assert self.counts is not None
         offset = torch.arange(stop - start, device=x.device, dtype=torch.int64) * QUANTILE_BINS - self.first[start:stop]
-        precise = torch.float64 if offset.abs().max() > 2**22 else torch.float32  # in which all of this is whole numbers
+        precise = torch.float64 if offset.abs().max() > 2**22 else torch.float32  # in which all of this is integers
         places = x.to(precise, copy=True).mul_(torch.exp2(-self.exponent[start:stop].to(precise)))
         places = places.floor_().add_(offset).to(torch.int64)
         _count_into(self.counts[start:stop].view(-1), places.view(-1))
@@ -112,20 +112,20 @@ def _grid(smallest: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class CodebookHistogram:
-    """A fine histogram of normalised numbers in [-1, 1]: what a codebook is fitted to.
+    """A fine histogram of normalized elements in [-1, 1]: what a codebook is fitted to.
 
-    weight: [bins] float64, sums of the weights. count: [bins] float64, numbers seen: for Q-Norm, and where all weights are 0.
+    weight: [bins] float64, sums of the weights. count: [bins] float64, elements seen: for Q-Norm, and where all weights are 0.
     """
 
     def __init__(self) -> None:
         self.weight, self.count = torch.zeros(2, CODEBOOK_BINS, dtype=torch.float64, device="cpu")
 
-    def add(self, normalised: Tensor, weight: Tensor | None) -> None:
-        """Add numbers [n] float32 with their weights [n] float32 (None: 1 each); those outside [-1, 1] are left out."""
+    def add(self, normalized: Tensor, weight: Tensor | None) -> None:
+        """Add elements [n] float32 with their weights [n] float32 (None: 1 each); those outside [-1, 1] are left out."""
         last = CODEBOOK_BINS + 1  # bins 0 and `last` take what lies outside
         slope = CODEBOOK_BINS / 2 * (1 - 1e-5)  # the ends of a range are inside, whatever their rounding
-        bins = normalised.mul(slope).add_(CODEBOOK_BINS / 2 + 1).clamp_(0, last).to(torch.int64)
-        count, mass = torch.zeros(2, last + 1, device=normalised.device, dtype=torch.float32)
+        bins = normalized.mul(slope).add_(CODEBOOK_BINS / 2 + 1).clamp_(0, last).to(torch.int64)
+        count, mass = torch.zeros(2, last + 1, device=normalized.device, dtype=torch.float32)
         _count_into(count, bins)
         self.count += count[1:last].double().cpu()
         if weight is None:

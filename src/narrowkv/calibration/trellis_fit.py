@@ -42,7 +42,7 @@ class Transform:
 class TrellisFit(SampleFit):
     """Learns all trellis-coded schemes of one tensor of one layer, in the second of the passes that `Fit` has.
 
-    frames: in which keys before the rotary embedding are turned; None for values. What a token's keys and gradients are does
+    frames: in which keys before the rotary embedding are rotated; None for values. What a token's keys and gradients are does
     not depend on its place in a frame, so a token of the sample counts as one of the place at which it lies there.
     """
 
@@ -52,7 +52,7 @@ class TrellisFit(SampleFit):
         self._transforms: dict[bool, Transform] = {}
         self._quantizers: dict[Scheme, TrellisQuantizer] = {}
 
-    def see_drawn(self, gradient: Tensor) -> None:
+    def observe_drawn(self, gradient: Tensor) -> None:
         """The same tokens' gradients [tokens, kv_heads, head_dim] of the loss on tokens drawn from the model."""
         self.samples.add_gradient(gradient)
 
@@ -67,7 +67,7 @@ class TrellisFit(SampleFit):
             x, fisher = self.samples.heads()[0].double(), self.samples.fisher()
             x = x - self.mean[:, None].double()
             if self.frames is not None:
-                x, fisher = self.frames.turn(x, 0), self.frames.turn_moment(fisher)
+                x, fisher = self.frames.rotate(x, 0), self.frames.rotate_moment(fisher)
             self._transforms[whole] = transform_of(x, fisher, whole)
         return self._transforms[whole]
 
@@ -79,7 +79,7 @@ class TrellisFit(SampleFit):
 
     def _fitted(self, shape: tuple[int, ...], scheme: Scheme) -> TrellisQuantizer:
         assert scheme.counts is not None
-        found, n = self.transform(scheme.turn), scheme.outlier_places(shape[1])
+        found, n = self.transform(scheme.learned_rotation), scheme.outlier_places(shape[1])
         order = found.cost.argsort(-1)[:, shape[1] - n :]  # cheapest first
         universal = gaussian_tables()
         steps = torch.tensor(STEPS, dtype=torch.float32, device="cpu")
@@ -88,7 +88,7 @@ class TrellisFit(SampleFit):
         rates = rates_of(scheme.counts, errors.device)
         weight = cost * (SEARCH_COST / (cost * errors[rates]).median().clamp(min=torch.finfo(torch.float32).tiny))
         tables: dict[str, Tensor] = {}
-        if scheme.turn:
+        if scheme.learned_rotation:
             rows = found.matrix.gather(1, order[..., None].expand(-1, -1, shape[1]))
             tables |= in_bytes(rows)
         else:
@@ -99,7 +99,7 @@ class TrellisFit(SampleFit):
         if self.frames is not None:
             tables |= {"channels": self.frames.channels, "frequencies": self.frames.frequencies}
         if scheme.outliers:
-            tables["limit"] = torch.full((1,), torch.inf, dtype=torch.float32, device="cpu")
+            tables["outlier_threshold"] = torch.full((1,), torch.inf, dtype=torch.float32, device="cpu")
         start = TrellisQuantizer(
             scheme,
             mean=self.mean,
@@ -109,7 +109,7 @@ class TrellisFit(SampleFit):
             weight=to_16_bits(weight, torch.bfloat16, "Weights"),
             **tables,
         )
-        return with_limit(self._learned(start, errors), self.samples.heads()[:, :, :LIMIT_TOKENS])
+        return with_outlier_threshold(self._learned(start, errors), self.samples.heads()[:, :, :LIMIT_TOKENS])
 
     def _learned(self, quantizer: TrellisQuantizer, errors: Tensor) -> TrellisQuantizer:
         """The same with tables learned on the layer's own coefficients."""
@@ -122,7 +122,7 @@ class TrellisFit(SampleFit):
                 x.device
             )
             part = x[:, :, some]
-            tables = learned_tables(with_limit(quantizer, part), tables, part)
+            tables = learned_tables(with_outlier_threshold(quantizer, part), tables, part)
             entries, steps = on_grid(tables)
             quantizer = replace(
                 quantizer, entries=entries[None], steps=steps, scales=_unbiased(steps, errors, quantizer.scheme)
@@ -130,14 +130,14 @@ class TrellisFit(SampleFit):
         return quantizer
 
 
-def with_limit(quantizer: TrellisQuantizer, x: Tensor) -> TrellisQuantizer:
+def with_outlier_threshold(quantizer: TrellisQuantizer, x: Tensor) -> TrellisQuantizer:
     """The same with the cost above which coefficients are exact, so that of those of x [1, kv_heads, n, head_dim] the scheme's
     part are.
     """
     fraction = quantizer.scheme.outliers
     if not fraction:
         return quantizer
-    return replace(quantizer, limit=quantile(quantizer.cost(x).flatten(), 1 - fraction))
+    return replace(quantizer, outlier_threshold=quantile(quantizer.cost(x).flatten(), 1 - fraction))
 
 
 def in_bytes(rows: Tensor) -> dict[str, Tensor]:
@@ -151,7 +151,7 @@ def in_bytes(rows: Tensor) -> dict[str, Tensor]:
 
 
 def _unbiased(steps: Tensor, errors: Tensor, scheme: Scheme) -> Tensor:
-    """Grid steps for decoding; of values so stretched that codes are right on average, since errors of tokens add up."""
+    """Grid steps for decoding; of values so scaled that codes are right on average, since errors of tokens add up."""
     return steps / (1 - errors[1:]).float() if scheme.token_norm else steps.clone()
 
 

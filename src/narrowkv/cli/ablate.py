@@ -10,10 +10,10 @@ from narrowkv.cli.common import (
     listed,
     load_model,
     named,
+    note_mix,
     progress,
     read_calibrations,
     show_sections,
-    tell_of_mix,
     texts_to_learn,
     texts_to_score,
 )
@@ -30,19 +30,19 @@ from narrowkv.cli.options import (
     ScoredTextOption,
     WindowOption,
 )
-from narrowkv.defaults import AUTO, LADDERS, REFERENCE_TOKENS
+from narrowkv.defaults import ABLATIONS, AUTO, REFERENCE_TOKENS
 from narrowkv.errors import RecipeError, TextError
 
 
 def ablate(
     model: ModelArgument,
     out: FolderOption,
-    ladders: Annotated[str, typer.Option(help="Which, separated by commas.")] = ",".join(LADDERS),
+    ablations: Annotated[str, typer.Option(help="Which, separated by commas.")] = ",".join(ABLATIONS),
     bits: Annotated[str, typer.Option(help="Widths at which they are climbed, separated by commas.")] = "4,3,2",
     calibration: CalibrationsOption = None,
     text: ScoredTextOption = None,
     calibration_text: CalibrationTextOption = None,
-    other_text: Annotated[list[str] | None, typer.Option(help="Learn from this text too, for the ladder `texts`.")] = None,
+    other_text: Annotated[list[str] | None, typer.Option(help="Learn from this text too, for the ablation `texts`.")] = None,
     window: WindowOption = 512,
     limit: Annotated[int, typer.Option(min=1, help="Score at most this many windows.")] = 4,
     samples: SamplesOption = 16,
@@ -51,9 +51,9 @@ def ablate(
     device: DeviceOption = "cpu",
     backend: BackendOption = AUTO,
     bos: BosOption = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the random tokens in the ladder `texts`.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the random tokens in the ablation `texts`.")] = 0,
 ) -> None:
-    """Climb the ladders of KVQuant's ablations on a model: what each idea gains; a table and a picture each."""
+    """Climb the ablations of KVQuant's ablations on a model: what each idea gains; a table and a plot each."""
     from narrowkv.evaluate import ablate as ablating
     from narrowkv.evaluate.results import ResultFile, read_result
     from narrowkv.evaluate.sources import read_text, read_texts
@@ -71,9 +71,9 @@ def ablate(
     words, learn_from = read_texts(scored), read_texts(learned)
     others = {name: read_text(name) for name in other_text or ()}
     loaded, tokenizer = load_model(model, dtype, device)
-    tell_of_mix(model, calibration_text)
+    note_mix(model, calibration_text)
     with progress("climbing") as advance:
-        ablating.ablate(loaded, tokenizer, listed(ladders), words, learn_from, options, results, advance, others, finished)
+        ablating.ablate(loaded, tokenizer, listed(ablations), words, learn_from, options, results, advance, others, finished)
     show_sections(sections(read_result(path)), out, ablating.KIND)
 
 

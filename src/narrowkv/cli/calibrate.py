@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from narrowkv.cli.common import learn_windows, load_model, out, progress, tell_of_mix, texts_to_learn, windows_to_learn
+from narrowkv.cli.common import learn_windows, load_model, note_mix, out, progress, texts_to_learn, windows_to_learn
 from narrowkv.cli.options import (
     BackendOption,
     BosOption,
@@ -39,7 +39,7 @@ def calibrate(
     recipe: RecipeOption = None,
     bits: Annotated[
         float | None,
-        typer.Option(help="Choose widths for each layer so that a number takes this many bits at 32K tokens, all counted."),
+        typer.Option(help="Choose widths for each layer so that an element takes this many bits at 32K tokens, all counted."),
     ] = None,
     key_bits: Annotated[
         float | None, typer.Option(help="As --bits, for the keys alone; --value-bits is then that of the values.")
@@ -75,7 +75,7 @@ def calibrate(
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     words = read_texts(sources)
     loaded, tokenizer = load_model(model, dtype, device)
-    tell_of_mix(model, text, first)
+    note_mix(model, text, first)
     windows, unseen = cut_apart(tokenizer, words, window, samples, check, bos=bos)
     if check and not len(unseen):
         raise TextError(f"The text ends with the calibration's {len(windows)} windows; give more text, or fewer --samples.")
@@ -108,7 +108,7 @@ def chosen_recipe(recipe: str | None, bits: float | None, key_bits: float | None
 
 def measure_parts(model: Any, calibration: "Calibration", windows: "Tensor") -> dict[tuple[int, str], float]:
     """What each choice is found to cost, noted in the calibration's provenance too."""
-    from narrowkv.evaluate.parts import part_losses
+    from narrowkv.evaluate.sensitivity import part_losses
 
     with progress("checking") as advance:
         found = part_losses(model, calibration, windows, on_step=advance)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from narrowkv.cli.common import find_sources, learns, load_model, note, out, tell_of_mix, texts_to_learn, windows_to_learn
+from narrowkv.cli.common import find_sources, learns, load_model, note, note_mix, out, texts_to_learn, windows_to_learn
 from narrowkv.cli.generate import summary
 from narrowkv.cli.options import (
     BackendOption,
@@ -40,7 +40,7 @@ def chat(
     calibration_text: CalibrationTextOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of each answer.")] = 512,
     temperature: TemperatureOption = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Of sampling: the likeliest tokens of this weight.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Of sampling: the most likely tokens of this weight.")] = 1.0,
     seed: SeedOption = 0,
     window: LearnedWindowOption = None,
     samples: LearnedSamplesOption = None,
@@ -60,7 +60,7 @@ def chat(
     window, samples = windows_to_learn(sources, window, samples)
     learn_from = read_texts(sources)
     loaded, tokenizer = load_model(model, dtype, device)
-    tell_of_mix(model, calibration_text, learns(recipe, tables))
+    note_mix(model, calibration_text, learns(recipe, tables))
     (source,) = find_sources(loaded, tokenizer, recipe, tables, learn_from, window, samples, backend)
     torch.manual_seed(seed)
     talk = Conversation(loaded, tokenizer, PackedCache(loaded, source, backend=backend), system)

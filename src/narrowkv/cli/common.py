@@ -1,6 +1,6 @@
 """What the commands share: models, texts, tables, progress bars, and finding the calibrations that a recipe needs.
 
-Commands import torch, transformers and what needs them when they run, so that help and mistakes are told at once.
+Commands import torch, transformers and what needs them when they run, so that help and mistakes come at once.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from rich.table import Table
 
 from narrowkv.defaults import AUTO, DEMO, MIX, MIX_SAMPLES, MIX_WINDOW, RECIPE, SAMPLES, WINDOW
 from narrowkv.errors import RecipeError, TextError
-from narrowkv.report import figures, sections
+from narrowkv.report import plots, sections
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,7 +73,7 @@ def texts_to_learn(model: str, texts: Sequence[str] | None) -> list[str]:
     return list(texts or ["narrowkv://train" if model == DEMO else MIX])
 
 
-def tell_of_mix(model: str, texts: Sequence[str] | None, learning: bool = True) -> None:
+def note_mix(model: str, texts: Sequence[str] | None, learning: bool = True) -> None:
     """Note that tables are to be learned from the mix, where they are and no text was named."""
     if learning and not texts and model != DEMO:
         note(f"No text is given to learn from, so the built-in mix is taken ({MIX}); texts like your own may serve better.")
@@ -121,7 +121,7 @@ def learn(
 
 def learn_windows(model: Any, recipes: "list[Recipe]", windows: "Tensor", backend: str = AUTO) -> "list[Calibration]":
     """Calibrate on windows [n, tokens], with a progress bar. Under torchrun the processes share them."""
-    from narrowkv.calibration.processes import join_processes
+    from narrowkv.calibration.distributed import join_processes
     from narrowkv.integrations import calibrate_many
 
     batches = windows.split(1)
@@ -176,7 +176,7 @@ def recipes_for(names: str | None, calibrations: "Sequence[Calibration]", defaul
 
 
 def quality_table(rows: "list[Quality]", title: str) -> Table:
-    """The figures of several recipes as a table."""
+    """The metrics of several recipes as a table."""
     table = Table(title=title, title_justify="left")
     for heading in ("recipe", "bits", "kB", "of 16 bit", "ppl strict", "ppl stream", "KLD strict", "recall"):
         table.add_column(heading, justify="left" if heading == "recipe" else "right")
@@ -195,12 +195,12 @@ def quality_table(rows: "list[Quality]", title: str) -> Table:
 
 
 def quality_caption(rows: "list[Quality]") -> str:
-    """What the table's columns mean, with the figures that all rows share."""
+    """What the table's columns mean, with the metrics that all rows share."""
     first = rows[0]
     recall = "" if first.recall_fp is None else f", recall {first.recall_fp:.0%}"
     return (
-        f"{first.tokens:,} tokens in windows of {first.window}; unquantised perplexity {first.perplexity_fp:.3f}{recall}.\n"
-        "bits: allocated for each number held, everything counted. strict: every number attended to is quantised.\n"
+        f"{first.tokens:,} tokens in windows of {first.window}; unquantized perplexity {first.perplexity_fp:.3f}{recall}.\n"
+        "bits: allocated per element held, everything counted. strict: every element attended to is quantized.\n"
         f"stream: chunks of {first.stream_chunk} tokens attend exactly to themselves and to the packed past."
     )
 
@@ -211,33 +211,33 @@ def listed(names: str) -> list[str]:
 
 
 def command_line() -> str:
-    """The command as it was given, for files of figures."""
+    """The command as it was given, for files of results."""
     return shlex.join(["narrowkv", *GIVEN.get()])
 
 
 def wide_console() -> Console:
-    """Standard output, with room for tables where it is no terminal."""
+    """Standard output, with space for tables where it is no terminal."""
     return out if out.is_terminal else Console(width=WIDTH)
 
 
 def show_sections(shown: list[sections.Section], folder: Path, kind: str) -> None:
-    """Print each section's text and tables, and draw its pictures as `FOLDER/<kind>-<name>.svg`."""
+    """Print each section's text and tables, and draw its plots as `FOLDER/<kind>-<name>.svg`."""
     wide = wide_console()
     for section in shown:
         out.print(f"\n[bold]{escape(section.title)}[/bold]\n{escape(section.text)}", highlight=False)
         for table in section.tables:
             wide.print(section_table(table))
-        for picture in section.pictures:
-            path = folder / f"{kind}-{picture.name}.svg"
-            figures.save(picture.figure, path)
-            out.print(f"{escape(str(path))}: {escape(picture.caption)}", highlight=False, soft_wrap=True)
+        for plot in section.plots:
+            path = folder / f"{kind}-{plot.name}.svg"
+            plots.save(plot.figure, path)
+            out.print(f"{escape(str(path))}: {escape(plot.caption)}", highlight=False, soft_wrap=True)
 
 
 def section_table(table: sections.Table) -> Table:
-    """A section's table for the terminal: columns of numbers are aligned right."""
+    """A section's table for the terminal: columns of elements are aligned right."""
     printed = Table(title=escape(table.caption), title_justify="left", box=SIMPLE)
-    for heading, numbers in zip(table.columns, table.numbers, strict=True):
-        printed.add_column(escape(heading), justify="right" if numbers else "left")
+    for heading, numeric in zip(table.columns, table.numeric, strict=True):
+        printed.add_column(escape(heading), justify="right" if numeric else "left")
     for row in table.rows:
         printed.add_row(*(escape(cell) for cell in table.shown(row)))
     return printed

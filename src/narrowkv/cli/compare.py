@@ -9,12 +9,12 @@ from narrowkv.cli.common import (
     command_line,
     load_model,
     named,
+    note_mix,
     progress,
     read_calibrations,
     recipes_for,
     show_sections,
     still_learn,
-    tell_of_mix,
     texts_to_learn,
     texts_to_score,
 )
@@ -64,7 +64,7 @@ def compare(
     backend: BackendOption = AUTO,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the recall rows.")] = 0,
 ) -> None:
-    """Compare recipes: bits, bytes, perplexity, divergence, top-1 agreement, recall and time; a table and a picture."""
+    """Compare recipes: bits, bytes, perplexity, divergence, top-1 agreement, recall and time; a table and a plot."""
     from narrowkv.evaluate import compare as comparing
     from narrowkv.evaluate.results import ResultFile, read_result
     from narrowkv.evaluate.sources import read_texts
@@ -91,7 +91,7 @@ def compare(
     results = ResultFile(path, comparing.KIND, command_line(), settings, seed)
     words, learn_from = read_texts(scored), read_texts(learned)
     loaded, tokenizer = load_model(model, dtype, device)
-    tell_of_mix(model, calibration_text, still_learn(chosen, finished))
+    note_mix(model, calibration_text, still_learn(chosen, finished))
     with progress("comparing") as advance:
         comparing.compare(loaded, tokenizer, chosen, words, learn_from, options, results, advance, finished)
     show_sections(sections(read_result(path)), out, comparing.KIND)

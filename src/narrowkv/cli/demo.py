@@ -43,9 +43,9 @@ def demo(
 ) -> None:
     """Calibrate the built-in model, let it speak from a packed cache, and compare recipes."""
     from narrowkv.evaluate import cut_windows, measure
-    from narrowkv.evaluate.quality import at_length
-    from narrowkv.evaluate.recall import recall_batches
+    from narrowkv.evaluate.perplexity import at_length
     from narrowkv.evaluate.results import ResultFile
+    from narrowkv.evaluate.retrieval import recall_batches
     from narrowkv.evaluate.sources import read_text
     from narrowkv.methods import get_recipe
 
@@ -85,6 +85,6 @@ def speak(model: Any, tokenizer: Any, calibration: "Calibration", text: str) -> 
     cache = PackedCache(model, calibration)
     prompt = f"{FACT}\n\n{text[:BETWEEN]}\n\n{QUESTION}"
     words = continue_text(model, tokenizer, cache, prompt, 8).split(".")[0] + "."
-    out.print(f"Told: {FACT}", highlight=False)
+    out.print(f"Given: {FACT}", highlight=False)
     out.print(f"Asked, {cache.get_seq_length()} tokens later: {QUESTION}[bold]{escape(words)}[/bold]", highlight=False)
     err.print(summary(cache) + "\n", highlight=False)

@@ -10,11 +10,11 @@ from narrowkv.cli.common import (
     learns,
     load_model,
     named,
+    note_mix,
     out,
     progress,
     quality_caption,
     quality_table,
-    tell_of_mix,
     texts_to_learn,
     texts_to_score,
 )
@@ -59,8 +59,8 @@ def evaluate(
 ) -> None:
     """Measure bits, bytes, perplexity (strict and stream), divergence and recall of a recipe or of calibrations."""
     from narrowkv.evaluate import cut_windows, measure
-    from narrowkv.evaluate.quality import bits_at
-    from narrowkv.evaluate.recall import recall_batches
+    from narrowkv.evaluate.perplexity import bits_at
+    from narrowkv.evaluate.retrieval import recall_batches
     from narrowkv.evaluate.sources import read_texts
 
     scored = texts_to_score(model, text)
@@ -69,7 +69,7 @@ def evaluate(
     learned = texts_to_learn(model, calibration_text)
     words, learn_from = read_texts(scored), read_texts(learned)
     loaded, tokenizer = load_model(model, dtype, device)
-    tell_of_mix(model, calibration_text, learns(recipe, calibration or ()))
+    note_mix(model, calibration_text, learns(recipe, calibration or ()))
     windows = cut_windows(tokenizer, words, window, limit, spread=spread, bos=bos)
     batches = recall_batches(tokenizer, words, recall_distance, recall_rows, bos=bos)
     sources = find_sources(loaded, tokenizer, recipe, calibration or (), learn_from, window, samples, backend, bos)
@@ -79,7 +79,7 @@ def evaluate(
     out.print(quality_caption(rows), highlight=False)
     for row, source in zip(rows, sources if backend != DENSE else (), strict=False):
         bits = bits_at(loaded, source, windows[:1], REFERENCE_TOKENS)
-        long = f"A cache of {REFERENCE_TOKENS:,} tokens takes {bits:.3f} bits a number: tables weigh less the longer it is."
+        long = f"A cache of {REFERENCE_TOKENS:,} tokens takes {bits:.3f} bits per element: tables weigh less the longer it is."
         out.print(f"{row.recipe}: {long}" if len(rows) > 1 else long, highlight=False)
     if json_file is not None:
         write_json(json_file, [row.to_dict() for row in rows])

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from narrowkv.cli.common import err, find_sources, learns, load_model, out, tell_of_mix, texts_to_learn, windows_to_learn
+from narrowkv.cli.common import err, find_sources, learns, load_model, note_mix, out, texts_to_learn, windows_to_learn
 from narrowkv.cli.options import (
     BackendOption,
     BosOption,
@@ -60,10 +60,11 @@ def continue_text(
 
 def summary(cache: "PackedCache") -> str:
     """One line on what a cache holds and what it takes."""
-    exact = 2 * cache.numbers
+    exact = 2 * cache.elements
     return (
-        f"{cache.recipe.name}: {cache.get_seq_length()} tokens in {cache.nbytes:,} bytes ({cache.bits_per_element:.2f} bits a "
-        f"number, everything counted), {exact / cache.nbytes:.1f} times smaller than 16 bit; attention: {cache.backend}."
+        f"{cache.recipe.name}: {cache.get_seq_length()} tokens in {cache.nbytes:,} bytes ({cache.bits_per_element:.2f} bits "
+        f"per "
+        f"element, everything counted), {exact / cache.nbytes:.1f} times smaller than 16 bit; attention: {cache.backend}."
     )
 
 
@@ -102,7 +103,7 @@ def generate(
     window, samples = windows_to_learn(sources, window, samples)
     learn_from = read_texts(sources)
     loaded, tokenizer = load_model(model, dtype, device)
-    tell_of_mix(model, calibration_text, learns(recipe, tables))
+    note_mix(model, calibration_text, learns(recipe, tables))
     (source,) = find_sources(loaded, tokenizer, recipe, tables, learn_from, window, samples, backend, bos)
     cache = PackedCache(loaded, source, backend=backend)
     torch.manual_seed(seed)

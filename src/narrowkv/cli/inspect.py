@@ -1,10 +1,10 @@
-"""`narrowkv inspect`: pictures of what a model's cache holds."""
+"""`narrowkv inspect`: plots of what a model's cache holds."""
 
 from typing import Annotated
 
 import typer
 
-from narrowkv.cli.common import command_line, load_model, named, progress, show_sections, tell_of_mix, texts_to_learn
+from narrowkv.cli.common import command_line, load_model, named, note_mix, progress, show_sections, texts_to_learn
 from narrowkv.cli.options import (
     BackendOption,
     BosOption,
@@ -22,7 +22,7 @@ def inspect(
     model: ModelArgument,
     out: FolderOption,
     layer: Annotated[
-        int | None, typer.Option(help="Layer whose numbers are drawn, from 0.", show_default="the middle one")
+        int | None, typer.Option(help="Layer whose elements are drawn, from 0.", show_default="the middle one")
     ] = None,
     recipe: Annotated[str, typer.Option(help="Whose codebook is drawn.")] = INSPECTED,
     text: LearnedTextOption = None,
@@ -33,7 +33,7 @@ def inspect(
     backend: BackendOption = AUTO,
     bos: BosOption = None,
 ) -> None:
-    """Draw what is quantised: magnitudes by channel, token and layer, outliers, codebooks over their data, Fisher weight."""
+    """Draw what is quantized: magnitudes by channel, token and layer, outliers, codebooks over their data, Fisher weight."""
     from narrowkv.evaluate import cut_windows
     from narrowkv.evaluate import inspect as inspecting
     from narrowkv.evaluate.results import ResultFile, read_result
@@ -46,7 +46,7 @@ def inspect(
     results = ResultFile(path, inspecting.KIND, command_line(), {**settings, "dtype": dtype, "backend": backend, "bos": bos})
     words = read_texts(sources)
     loaded, tokenizer = load_model(model, dtype, device)
-    tell_of_mix(model, text)
+    note_mix(model, text)
     batches = cut_windows(tokenizer, words, window, samples, bos=bos).split(1)
     with progress("looking") as advance:
         inspecting.inspect(loaded, batches, results, layer, recipe, backend=backend, on_step=advance)

@@ -65,7 +65,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     except NarrowKVError as error:
         _fail(str(error))
     except OSError as error:  # standard output is full or was closed
-        _fail(f"Cannot write what was found: {error.strerror or error}; give it a place that has room.")
+        _fail(f"Cannot write what was found: {error.strerror or error}; give it a place that has space.")
 
 
 def _require_text(arguments: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from narrowkv.errors import OutputError
 
 
 def folder_to_write(given: str) -> Path:
-    """A folder that figures can be written into; raises OutputError before anything is computed for one that cannot."""
+    """A folder that metrics can be written into; raises OutputError before anything is computed for one that cannot."""
     path = Path(given)
     if not given.strip():
         raise OutputError("The folder to write into has no name; give one with --out FOLDER.")
@@ -25,7 +25,7 @@ def folder_to_write(given: str) -> Path:
 
 
 def file_to_write(given: str) -> Path:
-    """A file that figures can be written to; raises OutputError before anything is computed for one that cannot."""
+    """A file that metrics can be written to; raises OutputError before anything is computed for one that cannot."""
     path = Path(given)
     if not given.strip() or os.path.isdir(path):
         raise OutputError(f"{given!r} is not the name of a file that can be written; give one with --json FILE.")
@@ -77,7 +77,7 @@ LearnedTextOption = Annotated[
 ]
 SpreadOption = Annotated[
     int | None,
-    typer.Option(min=1, help="Spread so many windows over the text, and score the first --limit.", show_default="--limit"),
+    typer.Option(min=1, help="Spread this many windows over the text, and score the first --limit.", show_default="--limit"),
 ]
 BosOption = Annotated[
     bool | None,
@@ -108,12 +108,12 @@ FolderOption = Annotated[
         "--out",
         parser=folder_to_write,
         metavar="FOLDER",
-        help="Folder for figures and pictures; a run that was interrupted goes on.",
+        help="Folder for metrics and plots; a run that was interrupted goes on.",
     ),
 ]
 JsonOption = Annotated[
     Path | None,
-    typer.Option("--json", parser=file_to_write, metavar="FILE", help="Also write the figures to this file."),
+    typer.Option("--json", parser=file_to_write, metavar="FILE", help="Also write the metrics to this file."),
 ]
 
 

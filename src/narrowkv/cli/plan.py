@@ -23,13 +23,14 @@ def plan(
         str | None, typer.Option(help="Of each GPU, such as 80GB or 79.2GiB: then also the longest context.")
     ] = None,
     reserve: Annotated[
-        str | None, typer.Option(help="What of it is kept for activations and all else, such as 2GiB.", show_default="nothing")
+        str | None,
+        typer.Option(help="What of it is reserved for activations and all else, such as 2GiB.", show_default="nothing"),
     ] = None,
     gpus: Annotated[int, typer.Option(help="Between which the heads are split (tensor parallelism).")] = 1,
     batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
     dtype: DtypeOption = "auto",
     weight_bits: Annotated[
-        float | None, typer.Option(help="Bits of each weight where weights are quantised.", show_default="those of the dtype")
+        float | None, typer.Option(help="Bits of each weight where weights are quantized.", show_default="those of the dtype")
     ] = None,
 ) -> None:
     """Tell what a cache will take, and which context fits, without loading a weight."""
@@ -43,8 +44,8 @@ def plan(
     silence_transformers()
     chosen = [get_recipe(name) for name in listed(recipes)]
     contexts = sorted({parse_tokens(length) for length in context.split(",")})
-    room, kept = (None if size is None else parse_bytes(size) for size in (memory, reserve))
-    budget = Budget(batch, gpus, room, kept or 0, weight_bits)
+    available, reserved = (None if size is None else parse_bytes(size) for size in (memory, reserve))
+    budget = Budget(batch, gpus, available, reserved or 0, weight_bits)
     shape = read_shape(model, dtype)
     path = out / f"{KIND}.json"
     results = ResultFile(path, KIND, command_line(), shape.to_dict() | budget.to_dict() | {"contexts": contexts})

@@ -22,10 +22,10 @@ def describe(scheme: "Scheme") -> str:
     if scheme.datatype == "exact":
         return "exact"
     if scheme.datatype == "trellis":
-        parts = [f"{scheme.bits:g} bits, trellis-coded", *(["turned"] if scheme.turn else [])]
+        parts = [f"{scheme.bits:g} bits, trellis-coded", *(["rotated"] if scheme.learned_rotation else [])]
         parts += ["token norms"] if scheme.token_norm else []
     else:
-        parts = [f"{scheme.datatype}{scheme.bits}", f"per {scheme.axis.replace('_', ' and ')}"]
+        parts = [f"{scheme.datatype}{scheme.bits}", f"per {scheme.strategy.replace('_', ' and ')}"]
     parts += ["pre-RoPE"] if scheme.pre_rope else []
     parts += [f"{100 * scheme.outliers:g}% exact"] if scheme.outliers else []
     return ", ".join([*parts, "Q-Norm"] if scheme.qnorm else parts)
@@ -44,17 +44,22 @@ def list_recipes() -> None:
         recipe = get_recipe(name)
         exact = ", ".join(
             text
-            for count, text in ((recipe.sinks, f"first {recipe.sinks}"), (recipe.window, f"newest {recipe.window}"))
+            for count, text in (
+                (recipe.sinks, f"first {recipe.sinks}"),
+                (recipe.residual_length, f"newest {recipe.residual_length}"),
+            )
             if count
         )
         needed = "needed" if recipe.needs_calibration else "none"
         keys, values = describe(recipe.keys), describe(recipe.values)
-        if recipe.choices:
+        if recipe.search_space:
             keys, values = (
                 f"trellis-coded, rates by channel under {budget:g} bits"
-                if recipe.choices.by_rate
+                if recipe.search_space.by_rate
                 else f"one of {len(every)} under {budget:g} bits"
-                for every, budget in zip((recipe.choices.keys, recipe.choices.values), recipe.choices.budgets, strict=True)
+                for every, budget in zip(
+                    (recipe.search_space.keys, recipe.search_space.values), recipe.search_space.budgets, strict=True
+                )
             )
         found = [losses.get(name, {}).get(model) for model in models]
         measured = [f"{loss.encyclopedia:.3f} / {loss.code:.3f} at {loss.bits:.2f}" if loss else "-" for loss in found]

@@ -1,4 +1,4 @@
-"""`narrowkv report`: all figures of one model on one page."""
+"""`narrowkv report`: all metrics of one model on one page."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from narrowkv.cli import ablate, compare, inspect, plan, tasks
-from narrowkv.cli.common import err, listed, out, tell_of_mix, texts_to_learn, texts_to_score
+from narrowkv.cli.common import err, listed, note_mix, out, texts_to_learn, texts_to_score
 from narrowkv.cli.options import (
     BackendOption,
     CalibrationTextOption,
@@ -33,7 +33,7 @@ PAGE = "report.html"
 
 @dataclass(frozen=True)
 class Asked:
-    """What a report is asked to be of; as of the command's options."""
+    """What a report is asked to be of; like those of the command's options."""
 
     model: str
     folder: Path
@@ -79,7 +79,7 @@ def _inspect(asked: Asked) -> None:
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of figures. measure: adds what its file, `<kind>.json`, lacks; `report/<kind>.py` draws what that holds."""
+    """One kind of results. measure: adds what its file, `<kind>.json`, lacks; `report/<kind>.py` draws what that holds."""
 
     title: str
     measure: Callable[[Asked], None]
@@ -90,15 +90,15 @@ KINDS = {
     "compare": Kind("What recipes cost", _compare),
     "tasks": Kind("Long-context tasks", _tasks),
     "ablate": Kind("What each idea gains", _ablate),
-    "inspect": Kind("What is quantised", _inspect),
+    "inspect": Kind("What is quantized", _inspect),
 }
 
 
 def report(
     model: ModelArgument,
     folder: FolderOption,
-    only: Annotated[str, typer.Option(help="Which kinds of figures, separated by commas.")] = ",".join(KINDS),
-    quick: Annotated[bool, typer.Option("--quick", help="Less of everything: rougher figures, sooner.")] = False,
+    only: Annotated[str, typer.Option(help="Which kind of results, separated by commas.")] = ",".join(KINDS),
+    quick: Annotated[bool, typer.Option("--quick", help="Less of everything: rougher metrics, sooner.")] = False,
     text: ScoredTextOption = None,
     calibration_text: CalibrationTextOption = None,
     window: WindowOption = 2048,
@@ -108,7 +108,7 @@ def report(
     device: DeviceOption = "cpu",
     backend: BackendOption = AUTO,
 ) -> None:
-    """Measure a model in every way and write one page, `report.html`, beside the figures; an interrupted run goes on."""
+    """Measure a model in every way and write one page, `report.html`, beside the metrics; an interrupted run goes on."""
     from narrowkv.report.page import render
 
     chosen = _chosen(only)
@@ -116,7 +116,7 @@ def report(
     scored = texts_to_score(model, text)
     if not scored and chosen != ["plan"]:
         raise TextError("A report needs a text; give one with --text FILE.")
-    tell_of_mix(model, calibration_text, chosen != ["plan"])
+    note_mix(model, calibration_text, chosen != ["plan"])
     asked = Asked(model, folder, scored, texts_to_learn(model, calibration_text), window, memory, gpus, quick, running)
     for i, name in enumerate(chosen):
         err.print(f"[bold]{name}[/bold], {i + 1} of {len(chosen)}", highlight=False)
@@ -131,7 +131,7 @@ def _chosen(only: str) -> list[str]:
     """Kinds in the order of the page; raises ReportError where there is one that does not exist."""
     asked = listed(only)
     if unknown := [name for name in asked if name not in KINDS]:
-        raise ReportError(f"There are no figures of {unknown[0]!r}; there are {', '.join(KINDS)}.")
+        raise ReportError(f"There are no metrics of {unknown[0]!r}; there are {', '.join(KINDS)}.")
     return [name for name in KINDS if name in asked]
 
 

@@ -12,12 +12,12 @@ from narrowkv.cli.common import (
     listed,
     load_model,
     named,
+    note_mix,
     progress,
     read_calibrations,
     recipes_for,
     show_sections,
     still_learn,
-    tell_of_mix,
     texts_to_learn,
 )
 from narrowkv.cli.options import (
@@ -36,7 +36,7 @@ from narrowkv.cli.options import (
 from narrowkv.defaults import AUTO, NEW_TOKENS, TASK_DEPTHS, TASK_LENGTHS, TASK_ROWS, TASKS
 from narrowkv.errors import TextError
 
-LENGTHS, DEPTHS = (",".join(f"{number:g}" for number in numbers) for numbers in (TASK_LENGTHS, TASK_DEPTHS))
+LENGTHS, DEPTHS = (",".join(f"{number:g}" for number in parsed) for parsed in (TASK_LENGTHS, TASK_DEPTHS))
 TEXT = "narrowkv://held-out"
 RECIPES = "narrow3,narrow2,nuq2-1%,int2"
 
@@ -58,7 +58,7 @@ def tasks(
     text: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text in which things are told: a file or a data set's name; may be given again.", show_default=TEXT
+            help="Text in which facts are stated: a file or a data set's name; may be given again.", show_default=TEXT
         ),
     ] = None,
     calibration_text: CalibrationTextOption = None,
@@ -80,8 +80,8 @@ def tasks(
     chosen = recipes_for(recipes, finished, RECIPES)
     options = tasking.TaskOptions(
         tasks=() if wanted == "none" else tuple(listed(wanted)),
-        lengths=_numbers(lengths, "--lengths", int, 1, 2**31),
-        depths=_numbers(depths, "--depths", float, 0, 1),
+        lengths=_parse_list(lengths, "--lengths", int, 1, 2**31),
+        depths=_parse_list(depths, "--depths", float, 0, 1),
         rows=rows,
         window=window,
         samples=samples,
@@ -90,23 +90,29 @@ def tasks(
         backend=backend,
         bos=bos,
     )
-    told_in, learned = text or [TEXT], texts_to_learn(model, calibration_text)
-    settings = {"model": model, "dtype": dtype, "device": device, "text": named(told_in), "calibration_text": named(learned)}
+    filler_texts, learned = text or [TEXT], texts_to_learn(model, calibration_text)
+    settings = {
+        "model": model,
+        "dtype": dtype,
+        "device": device,
+        "text": named(filler_texts),
+        "calibration_text": named(learned),
+    }
     path = out / f"{tasking.KIND}.json"
     results = ResultFile(path, tasking.KIND, command_line(), settings | options.settings(), seed)
-    words, learn_from = read_texts(told_in), read_texts(learned)
+    words, learn_from = read_texts(filler_texts), read_texts(learned)
     loaded, tokenizer = load_model(model, dtype, device)
-    tell_of_mix(model, calibration_text, still_learn(chosen, finished))
-    with progress("asking") as advance:
+    note_mix(model, calibration_text, still_learn(chosen, finished))
+    with progress("query_positions") as advance:
         tasking.run_tasks(loaded, tokenizer, chosen, words, learn_from, options, results, file or (), advance, finished)
     show_sections(sections(read_result(path)), out, tasking.KIND)
 
 
-def _numbers(given: str, option: str, kind: Callable[[str], Any], least: float, most: float) -> tuple[Any, ...]:
-    """Numbers separated by commas; raises TextError where one is none, or outside its bounds."""
-    numbers: tuple[Any, ...] = ()
+def _parse_list(given: str, option: str, kind: Callable[[str], Any], least: float, most: float) -> tuple[Any, ...]:
+    """Elements separated by commas; raises TextError where one is none, or outside its bounds."""
+    parsed: tuple[Any, ...] = ()
     with contextlib.suppress(ValueError):
-        numbers = tuple(kind(part) for part in given.split(","))
-    if not numbers or not all(least <= number <= most for number in numbers):
-        raise TextError(f"{option} takes numbers from {least:,} to {most:,} separated by commas, not {given!r}.")
-    return numbers
+        parsed = tuple(kind(part) for part in given.split(","))
+    if not parsed or not all(least <= number <= most for number in parsed):
+        raise TextError(f"{option} takes elements from {least:,} to {most:,} separated by commas, not {given!r}.")
+    return parsed

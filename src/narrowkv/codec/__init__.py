@@ -4,20 +4,20 @@ from typing import Any
 
 from torch import Tensor
 
-from narrowkv.codec.blocks import BlockQuantizer
-from narrowkv.codec.encoded import Encoded
-from narrowkv.codec.quantizer import Quantizer
+from narrowkv.codec.quantized import QuantizedTensor
+from narrowkv.codec.quantizers.base import require_forms
+from narrowkv.codec.quantizers.intrinsic import IntrinsicValueQuantizer
+from narrowkv.codec.quantizers.scalar import Quantizer
+from narrowkv.codec.quantizers.trellis import TrellisQuantizer
 from narrowkv.codec.scheme import Scheme
-from narrowkv.codec.tables import require_forms
-from narrowkv.codec.trellis_quantizer import TrellisQuantizer
 
-AnyQuantizer = Quantizer | BlockQuantizer | TrellisQuantizer
+AnyQuantizer = Quantizer | IntrinsicValueQuantizer | TrellisQuantizer
 
 
 def kind_of(scheme: Scheme) -> type[AnyQuantizer]:
     """The kind of quantizer that a scheme asks for."""
-    if scheme.axis == "block":
-        return BlockQuantizer
+    if scheme.strategy == "block":
+        return IntrinsicValueQuantizer
     if scheme.datatype == "trellis":
         return TrellisQuantizer
     return Quantizer
@@ -40,8 +40,8 @@ def load_quantizer(scheme: Scheme, tables: dict[str, Tensor], kv_heads: int, hea
 
 __all__ = [
     "AnyQuantizer",
-    "BlockQuantizer",
-    "Encoded",
+    "IntrinsicValueQuantizer",
+    "QuantizedTensor",
     "Quantizer",
     "Scheme",
     "TrellisQuantizer",

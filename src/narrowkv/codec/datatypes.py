@@ -1,4 +1,4 @@
-"""Codebooks that need no calibration, all over the normalised range [-1, 1], and the boundaries between their levels."""
+"""Codebooks that need no calibration, all over the normalized range [-1, 1], and the boundaries between their levels."""
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ def normal_float(bits: int) -> Tensor:
 
 
 def floating_point(bits: int) -> Tensor:
-    """Levels of small floating-point numbers, scaled to [-1, 1]: e2m1 with 4 bits, e4m3 with 8 (the NaNs left out).
+    """Levels of small floating-point elements, scaled to [-1, 1]: e2m1 with 4 bits, e4m3 with 8 (the NaNs left out).
 
     Zero is there twice, and with 8 bits the largest too, as the codes are. Returns [2**bits] float32, ascending.
     """
@@ -37,7 +37,7 @@ def floating_point(bits: int) -> Tensor:
 
 
 def boundaries(codebook: Tensor) -> Tensor:
-    """Mid-points between neighbouring levels: a number above boundary i and not above boundary i + 1 has code i + 1.
+    """Mid-points between neighboring levels: an element above boundary i and not above boundary i + 1 has code i + 1.
 
     codebook: [..., levels] ascending. Returns [..., levels - 1].
     """

@@ -1,4 +1,4 @@
-"""A randomised Hadamard rotation of each head, which spreads outlier channels over all, so that one range fits them.
+"""A randomized Hadamard rotation of each head, which spreads outlier channels over all, so that one range fits them.
 
 QuaRot, arXiv 2404.00456; QuIP#, arXiv 2402.04396.
 """

@@ -1,8 +1,8 @@
-"""The intrinsic-value 2-bit codec in NumPy: four levels v_min, v1, v2, v_max for a block of numbers.
+"""The intrinsic-value 2-bit codec in NumPy: four levels v_min, v1, v2, v_max for a block of elements.
 
-It is told elsewhere under KIVI's name; KIVI as published is another method (methods/kivi.py). A number takes the level below
-it: 00: x < v1; 01: v1 <= x < v2; 10: v2 <= x <= v_max; 11: x > v_max, which stand for v_min, v1, v2 and v_max. Where v_max is
-the largest number there is, code 11 is never used. `nearest` repairs both: a number takes the level nearest to it.
+It is known elsewhere under KIVI's name; KIVI as published is another method (methods/kivi.py). An element takes the level
+below it: 00: x < v1; 01: v1 <= x < v2; 10: v2 <= x <= v_max; 11: x > v_max, which stand for v_min, v1, v2 and v_max. Where
+v_max is the largest element there is, code 11 is never used. `nearest` repairs both: an element takes the level nearest to it.
 """
 
 from dataclasses import dataclass
@@ -45,19 +45,19 @@ class IntrinsicValues:
         v_min: float | None = None,
         v_max: float | None = None,
     ) -> "IntrinsicValues":
-        """Estimate the levels of a block of numbers; v_min and v_max are its extremes unless preset.
+        """Estimate the levels of a block of elements; v_min and v_max are its extremes unless preset.
 
-        how: v1 and v2 are the centres of the two most frequent bins of a histogram of 64 (`frequency`), or of two clusters
+        how: v1 and v2 are the centers of the two most frequent bins of a histogram of 64 (`frequency`), or of two clusters
         found by k-means to its optimum (`kmeans`). Raises ActivationError where x is empty, NaN or infinite.
         """
-        numbers = np.asarray(x, dtype=np.float64).ravel()
-        if numbers.size == 0 or not np.isfinite(numbers).all():
-            raise ActivationError("A block must hold numbers that are neither NaN nor infinite.")
-        low = float(numbers.min()) if v_min is None else v_min
-        high = float(numbers.max()) if v_max is None else v_max
+        elements = np.asarray(x, dtype=np.float64).ravel()
+        if elements.size == 0 or not np.isfinite(elements).all():
+            raise ActivationError("A block must hold elements that are neither NaN nor infinite.")
+        low = float(elements.min()) if v_min is None else v_min
+        high = float(elements.max()) if v_max is None else v_max
         if not low < high:
             return cls(low, low, low, low)
-        inside = np.sort(numbers.clip(low, high))
+        inside = np.sort(elements.clip(low, high))
         if how == "kmeans":
             v1, v2 = _two_means(inside)
         else:
@@ -68,11 +68,11 @@ class IntrinsicValues:
 
 
 def quantize(x: ArrayLike, v1: float, v2: float, v_min: float, v_max: float, *, nearest: bool = False) -> NDArray[np.uint8]:
-    """Codes 0 to 3 of numbers of any shape; nearest: by the nearest level instead of the table 00, 01, 10, 11."""
-    numbers, levels = np.asarray(x, dtype=np.float64), IntrinsicValues(v1, v2, v_min, v_max).levels
+    """Codes 0 to 3 of elements of any shape; nearest: by the nearest level instead of the table 00, 01, 10, 11."""
+    elements, levels = np.asarray(x, dtype=np.float64), IntrinsicValues(v1, v2, v_min, v_max).levels
     if nearest:
-        return np.searchsorted((levels[1:] + levels[:-1]) / 2, numbers, side="left").astype(np.uint8)
-    return ((numbers >= v1).astype(np.uint8) + (numbers >= v2) + (numbers > v_max)).astype(np.uint8)
+        return np.searchsorted((levels[1:] + levels[:-1]) / 2, elements, side="left").astype(np.uint8)
+    return ((elements >= v1).astype(np.uint8) + (elements >= v2) + (elements > v_max)).astype(np.uint8)
 
 
 def dequantize(codes: ArrayLike, v1: float, v2: float, v_min: float, v_max: float) -> NDArray[np.float64]:
@@ -82,7 +82,7 @@ def dequantize(codes: ArrayLike, v1: float, v2: float, v_min: float, v_max: floa
 
 
 def _two_means(ascending: NDArray[np.float64]) -> tuple[float, float]:
-    """Means of the two clusters with the least squared error, which are a prefix and the rest of the sorted numbers."""
+    """Means of the two clusters with the least squared error, which are a prefix and the rest of the sorted elements."""
     count = np.arange(1, len(ascending))
     total = ascending.cumsum()
     left, right = total[:-1], total[-1] - total[:-1]

@@ -1,4 +1,4 @@
-"""Addresses of tensors, for compiled code that trusts what it is told of them."""
+"""Addresses of tensors, for compiled code that trusts what it is given of them."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 def address(tensor: Tensor | None, *dtypes: torch.dtype, shape: Sequence[int] | None = None) -> int:
-    """Where the numbers of a tensor lie, 0 for None.
+    """Where the elements of a tensor lie, 0 for None.
 
     Raises NarrowKVError unless they are of one of these dtypes, in this shape if one is given, side by side, on the CPU.
     """

@@ -1,4 +1,4 @@
-"""Pairs of channels d and d + head_dim / 2, those that the rotary embedding of most models turns together."""
+"""Pairs of channels d and d + head_dim / 2, those that the rotary embedding of most models rotates together."""
 
 from torch import Tensor
 

@@ -56,7 +56,7 @@ def encode(elements: Tensor, weights: Tensor, counts: Sequence[int], tables: Tre
     """The bit stream of least weighted squared error of each row; compiled for the CPU, `encode_naive` elsewhere.
 
     elements: [heads, rows, n] int16, in 1/512 of a grid step. weights: [heads, rows or 1, n] uint16, what a squared error
-    costs: 0 where any is free, the largest near 65535, for costs are whole numbers. counts: units of 8 elements of each rate
+    costs: 0 where any is free, the largest near 65535, for costs are integers. counts: units of 8 elements of each rate
     from 0 to 6, those of rate 0 not in n. Returns [heads, rows, bytes] uint8. Raises RecipeError where these do not fit
     together.
     """
@@ -91,10 +91,10 @@ def encode_naive(elements: Tensor, weights: Tensor, counts: Sequence[int], table
     rates, entries = rates_of(counts, elements.device).tolist(), tables.entries() * GRID_STEP
     costs = torch.full((*elements.shape[:2], STATES), UNREACHED, dtype=torch.int32, device=elements.device)
     costs[..., 0] = 0
-    number = torch.arange(STATES, dtype=torch.int32, device=elements.device)
+    index = torch.arange(STATES, dtype=torch.int32, device=elements.device)
     predecessors, bits = [], 0
     for rate, element, weight in zip(rates, elements.int().unbind(-1), weights.int().unbind(-1), strict=True):
-        groups = (costs * STATES + number).unflatten(-1, (1 << rate, -1))  # [heads, rows, predecessors, state >> rate]
+        groups = (costs * STATES + index).unflatten(-1, (1 << rate, -1))  # [heads, rows, predecessors, state >> rate]
         best = groups.amin(2)  # of equal costs the lowest predecessor
         predecessors.append(best % STATES)
         survived = best // STATES
@@ -102,7 +102,7 @@ def encode_naive(elements: Tensor, weights: Tensor, counts: Sequence[int], table
         costs = (survived + _cost(element[..., None], weight[..., None], entries[rate - 1])).clamp(max=UNREACHED)
         bits += rate
         costs[..., 1 << bits :] = UNREACHED
-    state = (costs * STATES + number).amin(-1) % STATES
+    state = (costs * STATES + index).amin(-1) % STATES
     return _follow_back(state, predecessors, rates)
 
 

@@ -1,4 +1,4 @@
-"""What recipes cost on one model and one text: a row of figures for each, written as soon as it is measured."""
+"""What recipes cost on one model and one text: a row of metrics for each, written as soon as it is measured."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from narrowkv.calibration import Calibration
 from narrowkv.defaults import REFERENCE_TOKENS, STREAM_CHUNK
 from narrowkv.evaluate.decoding import decoding, filled_dynamic, nbytes_of
 from narrowkv.evaluate.finished import finished_for, require_text, tables_checksum
-from narrowkv.evaluate.quality import Source, filled, measure, with_bytes_of
-from narrowkv.evaluate.recall import RecallBatch, recall_batches
+from narrowkv.evaluate.perplexity import Source, filled, measure, with_bytes_of
+from narrowkv.evaluate.progress import OnStep, Progress
 from narrowkv.evaluate.results import ResultFile, definition
-from narrowkv.evaluate.steps import OnStep, Steps
+from narrowkv.evaluate.retrieval import RecallBatch, recall_batches
 from narrowkv.evaluate.windows import Text, cut_windows
 from narrowkv.integrations import calibrate_many
 from narrowkv.methods import Recipe, get_recipe
@@ -27,13 +27,13 @@ DYNAMIC = "DynamicCache"  # the row of transformers' own cache, for its bytes an
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """What the figures depend on beside model, texts and recipes.
+    """What the metrics depend on beside model, texts and recipes.
 
     window: tokens per sequence. limit: windows scored at most. samples: sequences to calibrate on. context: tokens of the
     cache whose bytes are counted and over which tokens are decoded. decode_steps: tokens timed; 0 times none. stream_chunk:
     tokens per chunk when streaming. recall_distance: tokens over which recall is tested, 0 for not; recall_rows: of each kind.
-    backend: of the caches. spread: places of which the first `limit` are scored, bos: what windows begin with; both as of
-    `cut_windows`.
+    backend: of the caches. spread: places of which the first `limit` are scored, bos: what windows begin with; both like those
+    of `cut_windows`.
     """
 
     window: int = 2048
@@ -79,16 +79,16 @@ def compare(
     if learning and learn_from:
         batches = cut_windows(tokenizer, learn_from, options.window, options.samples, bos=options.bos).split(1)
     each = 2 * (len(windows) + len(recall))
-    steps = Steps(2 * len(batches) + (each + 1) * len(missing), on_step)
+    steps = Progress(2 * len(batches) + (each + 1) * len(missing), on_step)
     if results.find(recipe=DYNAMIC) is None:
         results.add(_dynamic_row(model, windows, options))
     learned = calibrate_many(model, batches, learning, backend=options.backend, on_batch=steps.part()) if learning else []
     sources = finished | {calibration.recipe.name: calibration for calibration in learned}
     for recipe in missing:
         source = sources.get(recipe.name, recipe)
-        figures = _row(model, source, windows, recall, options, steps)
+        metrics = _row(model, source, windows, recall, options, steps)
         made_from = {"definition": definition(recipe), "tables": tables.get(recipe.name)}
-        results.add({"recipe": recipe.name, **made_from, **figures})
+        results.add({"recipe": recipe.name, **made_from, **metrics})
 
 
 def _row(
@@ -97,19 +97,19 @@ def _row(
     windows: Tensor,
     recall: Sequence[RecallBatch],
     options: CompareOptions,
-    steps: Steps,
+    steps: Progress,
 ) -> dict[str, Any]:
-    """The figures of one recipe, measured alone so that its row can be kept, though the exact model runs anew for it."""
+    """The metrics of one recipe, measured alone so that its row can be stored, though the exact model runs anew for it."""
     chunk, backend = options.stream_chunk, options.backend
     (quality,) = measure(model, [source], windows, recall, stream_chunk=chunk, backend=backend, on_step=steps.part())
     cache = filled(model, source, windows[:1], options.context, backend)
     quality = with_bytes_of(quality, cache)
     timed = decoding(model, cache, windows[:1], options.decode_steps)
     steps.part()(1, 1)
-    figures = quality.to_dict()
-    del figures["recipe"]
+    metrics = quality.to_dict()
+    del metrics["recipe"]
     cached = {"context": options.context, "backend": cache.backend, "threads": torch.get_num_threads()}
-    return {**figures, **cached, "rates": _rates(source), **timed}
+    return {**metrics, **cached, "rates": _rates(source), **timed}
 
 
 def _rates(source: Source) -> dict[str, dict[str, list[int]]] | None:

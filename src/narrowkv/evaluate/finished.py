@@ -1,5 +1,6 @@
 """Finished calibrations that are given for recipes, so that nothing is learned twice."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -51,25 +52,25 @@ def recipe_of(calibration: Calibration) -> Recipe:
 
 def implements(learned: Recipe, asked: Recipe) -> bool:
     """Whether a calibration's recipe is what was asked for, its name aside; where that leaves a choice, one of the choices."""
-    if asked.choices is None:
+    if asked.search_space is None:
         return replace(learned, name=asked.name) == asked
-    chosen = learned.layers.values() if learned.choices is None else ()
-    return replace(learned, name=asked.name, layers=asked.layers, choices=asked.choices) == asked and all(
-        _without_rates(pair.keys, asked.keys) in asked.choices.keys
-        and _without_rates(pair.values, asked.values) in asked.choices.values
+    chosen = learned.layers.values() if learned.search_space is None else ()
+    return replace(learned, name=asked.name, layers=asked.layers, search_space=asked.search_space) == asked and all(
+        _without_rates(pair.keys, asked.keys) in asked.search_space.keys
+        and _without_rates(pair.values, asked.values) in asked.search_space.values
         for pair in chosen
     )
 
 
 def tables_checksum(calibration: Calibration) -> str:
-    """A checksum of all that was learned, by which rows of other tables of the same recipe are told apart."""
+    """A checksum of all that was learned, by which rows of other tables of the same recipe are distinguished."""
     parts = [
         checksum(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         for layer, pair in sorted(calibration.layers.items())
         for quantizer in pair
         for _, tensor in sorted(quantizer.tensors().items())
     ]
-    return checksum(" ".join([repr(calibration.recipe.to_dict()), *parts]).encode())
+    return checksum(" ".join([json.dumps(calibration.recipe.settings(), sort_keys=True), *parts]).encode())
 
 
 def require_text(learning: Sequence[Recipe], learn_from: object) -> None:

@@ -1,4 +1,4 @@
-"""What is quantised: how large keys and values are by channel, token and layer, and how the loss depends on them."""
+"""What is quantized: how large keys and values are by channel, token and layer, and how the loss depends on them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,15 +8,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from narrowkv.attention import AUTO
-from narrowkv.calibration.learning import NO_GRADIENT, LayerFits, Need, with_gradient
+from narrowkv.calibration.layer_fits import NO_GRADIENT, FitKey, LayerFits, with_gradient
 from narrowkv.calibration.statistics import Quantiles
 from narrowkv.codec import Quantizer
 from narrowkv.defaults import DENSE, INSPECTED
 from narrowkv.errors import CalibrationError, RecipeError, TextError, UnsupportedModelError
 from narrowkv.evaluate.results import ResultFile
-from narrowkv.integrations.capture import counted, fits_for, show_layers
-from narrowkv.integrations.preparation import facts_for
-from narrowkv.integrations.probe import AttentionFacts
+from narrowkv.integrations.calibrator import counted, fits_for, observe_layers
+from narrowkv.integrations.preparation import model_info_for
+from narrowkv.integrations.probe import AttentionLayerInfo
 from narrowkv.methods import Recipe, get_recipe
 
 KIND = "inspect"
@@ -25,11 +25,11 @@ FRACTIONS = {"t99": 0.99, "t99.9": 0.999, "t99.99": 0.9999, "t100": 1.0}
 HEAT_CHANNELS, HEAT_TOKENS = 128, 64  # cells of a heat map
 PLACES = 128  # parts into which channels and tokens are cut where outliers are counted
 BINS = 64  # of a distribution
-FULLEST = 0.1  # of the channels, or tokens, whose share of the outliers is told
+FULLEST = 0.1  # of the channels, or tokens, whose share of the outliers is reported
 
 
 class _Tensor:
-    """What is gathered of one tensor of one layer, in two passes; its first token, which is a sink, is kept apart."""
+    """What is gathered of one tensor of one layer, in two passes; its first token, which is a sink, is stored apart."""
 
     def __init__(self) -> None:
         self.magnitudes = Quantiles()
@@ -38,7 +38,7 @@ class _Tensor:
         self.heat: Tensor | None = None
         self.channels = self.tokens = torch.zeros(0, dtype=torch.float32, device="cpu")
 
-    def see_range(self, x: Tensor) -> None:
+    def observe_range(self, x: Tensor) -> None:
         """First pass: x [batch, kv_heads, tokens, head_dim]."""
         size = x.detach().float().abs()
         if self.heat is None:
@@ -48,11 +48,11 @@ class _Tensor:
         self.magnitudes.add(size[:, :, 1:].flatten()[:, None])
 
     def largest(self, fraction: float) -> float:
-        """The magnitude that so many of the numbers do not exceed."""
+        """The magnitude that this many of the elements do not exceed."""
         return self.magnitudes.quantile(fraction).item()
 
-    def see_gradient(self, x: Tensor, threshold: float) -> None:
-        """Second pass: where the numbers beyond the threshold are, and the gradient once it is known."""
+    def observe_gradient(self, x: Tensor, threshold: float) -> None:
+        """Second pass: where the elements beyond the threshold are, and the gradient once it is known."""
         beyond = x.detach().abs() > threshold
         self.channels += beyond.sum((0, 2)).flatten()
         self.tokens += torch.nn.functional.pad(beyond.sum((0, 1, 3)), (0, len(self.tokens) - x.shape[2]))
@@ -74,19 +74,20 @@ def inspect(
     backend: str = AUTO,
     on_step: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Look at what a model stores, and add what is found to a file of figures, unless it is there.
+    """Look at what a model stores, and add what is found to a file of results, unless it is there.
 
     batches: token ids [batch, tokens] int64, all of one length. layer: whose heat maps and distributions are wanted, the
     middle one by default. recipe: whose codebook is drawn over the distributions. on_step: called with (batches done, batches
     in both passes). The rows, by `what`:
 
-    - `layer`, of each layer and tensor: magnitudes t99 to t100 (so many percent of the numbers are no larger), `first_token`
+    - `layer`, of each layer and tensor: magnitudes t99 to t100 (this many percent of the elements are no larger),
+    `first_token`
       (the largest magnitude of the first token, which the others leave out), `fisher` (mean squared gradient of the window's
-      summed loss by one number; KVQuant, section 3.3);
-    - `outliers`, of the chosen layer: shares of the numbers beyond t99, by parts of the channels and of the tokens, and the
+      summed loss by one element; KVQuant, section 3.3);
+    - `outliers`, of the chosen layer: shares of the elements beyond t99, by parts of the channels and of the tokens, and the
       part of them that the fullest tenth of channels, or tokens, holds;
     - `heat map`, of the chosen layer: mean magnitudes of the first sequence, [channels, tokens] in at most 128 x 64 cells;
-    - `distribution`, of the chosen layer's keys and values, normalised: densities in 64 bins over [-1, 1] of the numbers
+    - `distribution`, of the chosen layer's keys and values, normalized: densities in 64 bins over [-1, 1] of the elements
       and of their Fisher weights, and the codebook.
 
     Raises TextError without text, UnsupportedModelError where the layer has no keys of its own, RecipeError where the recipe
@@ -95,64 +96,65 @@ def inspect(
     chosen = get_recipe(recipe)
     if not len(batches) or any(batch.shape != batches[0].shape or batch.shape[1] < 3 for batch in batches):
         raise TextError("There is nothing to look at; give sequences of one length of 3 tokens or more.")
-    facts = facts_for(model, backend, [chosen])
-    fact = _layer(facts.attention, layer)
+    info = model_info_for(model, backend, [chosen])
+    layer_info = _layer(info.attention, layer)
     if any(row["what"] == "distribution" and row["tensor"] == "values" for row in results.rows):
         return  # the last row is there, so all are
-    schemes = chosen.schemes(fact.layer)
+    schemes = chosen.schemes(layer_info.layer)
     if any(scheme.datatype != "nuq" for scheme in (schemes.keys, schemes.values)):
         raise RecipeError(f"Recipe {chosen.name} learns no codebook that a layer shares; choose one such as {INSPECTED}.")
-    fits = fits_for(fact, [chosen])
-    seen = [{name: _Tensor() for name in TENSORS if name != "rotated" or one.rope} for one in facts.attention]
+    fits = fits_for(layer_info, [chosen])
+    seen = [{name: _Tensor() for name in TENSORS if name != "rotated" or one.rope} for one in info.attention]
     thresholds: list[dict[str, float]] = []
     step = counted(on_step, 2 * len(batches))
 
-    def first_pass(place: int, *numbers: Any) -> None:
-        for name, x in zip(TENSORS, numbers, strict=False):
+    def first_pass(place: int, *elements: Any) -> None:
+        for name, x in zip(TENSORS, elements, strict=False):
             if name in seen[place]:
-                seen[place][name].see_range(x)
-        if facts.attention[place] is fact:
-            fits.see_range(*numbers)
+                seen[place][name].observe_range(x)
+        if info.attention[place] is layer_info:
+            fits.observe_range(*elements)
 
-    def second_pass(place: int, *numbers: Any) -> None:
-        for name, x in zip(TENSORS, numbers, strict=False):
+    def second_pass(place: int, *elements: Any) -> None:
+        for name, x in zip(TENSORS, elements, strict=False):
             if name in seen[place]:
-                seen[place][name].see_gradient(x, thresholds[place][name])
-        if facts.attention[place] is fact:
-            fits.see_codebook(*numbers)
+                seen[place][name].observe_gradient(x, thresholds[place][name])
+        if info.attention[place] is layer_info:
+            fits.observe_codebook(*elements)
 
-    show_layers(model, facts, batches, first_pass, dense=backend == DENSE, on_batch=step)
+    observe_layers(model, info, batches, first_pass, dense=backend == DENSE, on_batch=step)
     thresholds += [{name: tensor.largest(FRACTIONS["t99"]) for name, tensor in layer.items()} for layer in seen]
-    show_layers(model, facts, batches, second_pass, gradients=True, dense=backend == DENSE, on_batch=step)
+    observe_layers(model, info, batches, second_pass, gradients=True, dense=backend == DENSE, on_batch=step)
     if any(not tensor.count for of_layer in seen for tensor in of_layer.values()):
         raise CalibrationError(NO_GRADIENT)
     rows = []
-    for one, of_layer in zip(facts.attention, seen, strict=True):
+    for one, of_layer in zip(info.attention, seen, strict=True):
         rows += [_layer_row(one.layer, *item) for item in of_layer.items()]
-    tensors = seen[facts.attention.index(fact)]
-    rows += [_outliers_row(fact.layer, *item) for item in tensors.items()]
-    rows += [_heat_row(fact.layer, *item) for item in tensors.items()]
-    rows += [_distribution_row(fact, fits, chosen, keys) for keys in (True, False)]
+    tensors = seen[info.attention.index(layer_info)]
+    rows += [_outliers_row(layer_info.layer, *item) for item in tensors.items()]
+    rows += [_heat_row(layer_info.layer, *item) for item in tensors.items()]
+    rows += [_distribution_row(layer_info, fits, chosen, keys) for keys in (True, False)]
     for row in rows:
         if results.find(what=row["what"], layer=row["layer"], tensor=row["tensor"]) is None:
             results.add(row)
 
 
-def _layer(attention: Sequence[AttentionFacts], layer: int | None) -> AttentionFacts:
+def _layer(attention: Sequence[AttentionLayerInfo], layer: int | None) -> AttentionLayerInfo:
     if layer is None:
         return attention[len(attention) // 2]
-    for fact in attention:
-        if fact.layer == layer:
-            return fact
+    for layer_info in attention:
+        if layer_info.layer == layer:
+            return layer_info
     raise UnsupportedModelError(
-        f"Layer {layer} keeps no keys and values of its own; choose one of {', '.join(str(fact.layer) for fact in attention)}."
+        f"Layer {layer} keeps no keys and values of its own; choose one of "
+        f"{', '.join(str(layer_info.layer) for layer_info in attention)}."
     )
 
 
 def _layer_row(layer: int, name: str, tensor: _Tensor) -> dict[str, Any]:
     ranges = {label: _short(tensor.largest(fraction)) for label, fraction in FRACTIONS.items()}
-    told = {"first_token": _short(tensor.first), "fisher": _short(tensor.gradient / tensor.count)}
-    return {"what": "layer", "layer": layer, "tensor": name, **ranges, **told}
+    summary = {"first_token": _short(tensor.first), "fisher": _short(tensor.gradient / tensor.count)}
+    return {"what": "layer", "layer": layer, "tensor": name, **ranges, **summary}
 
 
 def _outliers_row(layer: int, name: str, tensor: _Tensor) -> dict[str, Any]:
@@ -176,20 +178,20 @@ def _heat_row(layer: int, name: str, tensor: _Tensor) -> dict[str, Any]:
     assert tensor.heat is not None
     channels, tokens = tensor.heat.shape
     cells = _means(_means(tensor.heat, HEAT_TOKENS).T, HEAT_CHANNELS).T
-    told = {"channels": channels, "tokens": tokens, "magnitude": [_plain(row) for row in cells]}
-    return {"what": "heat map", "layer": layer, "tensor": name, **told}
+    summary = {"channels": channels, "tokens": tokens, "magnitude": [_plain(row) for row in cells]}
+    return {"what": "heat map", "layer": layer, "tensor": name, **summary}
 
 
-def _distribution_row(fact: AttentionFacts, fits: LayerFits, recipe: Recipe, keys: bool) -> dict[str, Any]:
-    pair = recipe.schemes(fact.layer)
+def _distribution_row(layer_info: AttentionLayerInfo, fits: LayerFits, recipe: Recipe, keys: bool) -> dict[str, Any]:
+    pair = recipe.schemes(layer_info.layer)
     scheme = pair.keys if keys else pair.values
-    fit, quantizer = fits.fits[Need.of(scheme, keys, recipe.sinks)], fits.quantizer(scheme, keys, recipe.sinks)
+    fit, quantizer = fits.fits[FitKey.of(scheme, keys, recipe.sinks)], fits.quantizer(scheme, keys, recipe.sinks)
     assert isinstance(quantizer, Quantizer) and quantizer.codebook is not None
     histogram = fit.histogram  # type: ignore[union-attr]
     return {
         "what": "distribution",
-        "layer": fact.layer,
-        "tensor": ("keys" if scheme.pre_rope or fact.rope is None else "rotated") if keys else "values",
+        "layer": layer_info.layer,
+        "tensor": ("keys" if scheme.pre_rope or layer_info.rope is None else "rotated") if keys else "values",
         "bits": scheme.bits,
         "density": _plain(_density(histogram.count)),
         "weight": _plain(_density(histogram.weight)),
@@ -198,7 +200,7 @@ def _distribution_row(fact: AttentionFacts, fits: LayerFits, recipe: Recipe, key
 
 
 def _means(x: Tensor, parts: int) -> Tensor:
-    """x [..., n] with its last dimension cut into at most so many parts, almost equal, and the mean of each."""
+    """x [..., n] with its last dimension cut into at most this many parts, almost equal, and the mean of each."""
     pieces = x.tensor_split(min(parts, x.shape[-1]), dim=-1)
     return torch.stack([piece.mean(-1) for piece in pieces], -1)
 
@@ -215,10 +217,10 @@ def _density(mass: Tensor) -> Tensor:
     return share / share.sum().clamp(min=torch.finfo(torch.float64).tiny) * (BINS / 2)
 
 
-def _plain(numbers: Tensor) -> list[float]:
-    return [_short(number) for number in numbers.tolist()]
+def _plain(elements: Tensor) -> list[float]:
+    return [_short(number) for number in elements.tolist()]
 
 
 def _short(number: float) -> float:
-    """Six digits, which no picture needs more of."""
+    """Six digits, which no plot needs more of."""
     return float(f"{number:.6g}")

@@ -1,4 +1,4 @@
-"""Files of figures: each says by which command, versions and seed it was made, and goes on where it was interrupted."""
+"""Files of results: each says by which command, versions and seed it was made, and goes on where it was interrupted."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import torch
 
 from narrowkv._version import __version__
 from narrowkv.attention import BACKENDS
-from narrowkv.codec.compiled import INSTRUCTION_SETS
+from narrowkv.codec.cpu.encode import INSTRUCTION_SETS
 from narrowkv.errors import FileFormatError, OutputError
 from narrowkv.files import checksum, read_json, write_json
 from narrowkv.methods import Recipe
@@ -62,13 +62,13 @@ def environment() -> dict[str, Any]:
 
 
 class ResultFile:
-    """Rows of figures in a JSON file that is written anew, atomically, whenever a row is added.
+    """Rows of metrics in a JSON file that is written anew, atomically, whenever a row is added.
 
     rows: those of the file so far. `narrowkv report` and `make results` draw from such files alone.
     """
 
     def __init__(self, path: Path, kind: str, command: str, settings: dict[str, Any], seed: int = 0):
-        """kind: what the rows are, such as `compare`. command: as it was given. settings: all that the figures depend on; a
+        """kind: what the rows are, such as `compare`. command: as it was given. settings: all that the metrics depend on; a
         file that is there already is continued if its kind, settings and seed are these. Raises OutputError where they differ.
         """
         self.path = path
@@ -87,7 +87,7 @@ class ResultFile:
         if path.exists():
             held = read_result(path, kind)
             if (held["settings"], held["seed"]) != (settings, seed):
-                raise OutputError(f"{path} holds figures of other settings; name another file, or remove this one.")
+                raise OutputError(f"{path} holds results of other settings; name another file, or remove this one.")
             self.rows = held["rows"]
 
     def find(self, **keys: Any) -> dict[str, Any] | None:
@@ -102,9 +102,9 @@ class ResultFile:
         """
         row = self.find(**keys, recipe=name)
         if row is not None and row["definition"] != definition(recipe):
-            raise OutputError(f"{self.path} has figures of another recipe called {name}; rename one of the two.")
+            raise OutputError(f"{self.path} has results of another recipe called {name}; rename one of the two.")
         if row is not None and tables not in (None, row.get("tables")):
-            raise OutputError(f"{self.path} has figures of other tables of recipe {name}; name another folder.")
+            raise OutputError(f"{self.path} has results of other tables of recipe {name}; name another folder.")
         return row
 
     def add(self, row: dict[str, Any]) -> None:
@@ -119,12 +119,12 @@ def read_result(path: Path, kind: str | None = None) -> dict[str, Any]:
     fields = {"kind": str, "command": str, "seed": int, "date": str, "settings": dict, "environment": dict, "rows": list}
     fits = held.get("format") == FORMAT and held.get("format_version") == FORMAT_VERSION
     if not fits or any(not isinstance(held.get(name), what) for name, what in fields.items()):
-        raise FileFormatError(f"{path} is not a file of figures of this version; measure again.")
+        raise FileFormatError(f"{path} is not a file of results of this version; measure again.")
     if kind not in (None, held["kind"]):
-        raise FileFormatError(f"{path} holds figures of {held['kind']}, not of {kind}; name another file.")
+        raise FileFormatError(f"{path} holds results of {held['kind']}, not of {kind}; name another file.")
     return held
 
 
 def definition(recipe: Recipe | None) -> str | None:
-    """A checksum of all that a recipe says, by which rows of another recipe of the same name are told apart; or None."""
-    return None if recipe is None else checksum(json.dumps(recipe.to_dict(), sort_keys=True).encode())
+    """A checksum of a recipe's settings, by which rows of another recipe of the same name are distinguished; or None."""
+    return None if recipe is None else checksum(json.dumps(recipe.settings(), sort_keys=True).encode())

@@ -34,7 +34,7 @@ def read_text(name: str) -> str:
 
 
 def read_texts(names: Iterable[str]) -> list[str]:
-    """Several texts, as of `read_text`."""
+    """Several texts, like those of `read_text`."""
     return [read_text(name) for name in names]
 
 

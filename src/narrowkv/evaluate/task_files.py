@@ -1,4 +1,4 @@
-"""Files of tasks that a user has: JSON lines of LongBench or of RULER, told apart by their fields.
+"""Files of tasks that a user has: JSON lines of LongBench or of RULER, distinguished by their fields.
 
 LongBench (arXiv 2308.14508): `context`, `input` (the question), `answers` (a list), `dataset`; other fields are left alone.
 RULER (arXiv 2404.06654): `input` (the whole prompt), `outputs` (a list); where the name of the file or of its folder begins
@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from narrowkv.errors import TextError
-from narrowkv.evaluate import answers
-from narrowkv.evaluate.answers import Metric
+from narrowkv.evaluate import task_metrics
+from narrowkv.evaluate.task_metrics import Metric
 
 LONGBENCH: dict[str, Metric] = {
-    **dict.fromkeys(("narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique"), answers.f1),
-    "triviaqa": answers.first_line_f1,
-    **dict.fromkeys(("passage_retrieval_en", "passage_count"), answers.number),
+    **dict.fromkeys(("narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique"), task_metrics.f1),
+    "triviaqa": task_metrics.first_line_f1,
+    **dict.fromkeys(("passage_retrieval_en", "passage_count"), task_metrics.number),
 }
 
 
@@ -57,7 +57,7 @@ def _question(path: Path, line: int, text: str) -> Question:
         return _of_longbench(where, line, row)
     if {"input", "outputs"} <= fields:
         of_qa = any(name.startswith("qa") for name in (path.name, path.parent.name))
-        metric = answers.any_found if of_qa else answers.all_found
+        metric = task_metrics.any_found if of_qa else task_metrics.all_found
         return Question(line, _text(where, row, "input"), _texts(where, row, "outputs"), metric, cut=False)
     raise TextError(
         f"{where} has neither the fields of LongBench (context, input, answers, dataset) nor those of RULER (input, outputs)."

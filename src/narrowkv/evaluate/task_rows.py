@@ -1,4 +1,4 @@
-"""Rows of long-context tasks, made for any tokenizer: something is told within running text, and asked for at the end.
+"""Rows of long-context tasks, made for any tokenizer: something is stated within running text, and asked for at the end.
 
 The facts are those of `recall`. Variable tracking and counting ask what RULER does (Hsieh et al., arXiv 2404.06654, section
 3), in words of their own.
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from narrowkv.errors import TextError
-from narrowkv.evaluate.recall import ADJECTIVES, NAMES, NOUNS, RecallBatch, cycle, draw_facts
+from narrowkv.evaluate.retrieval import ADJECTIVES, NAMES, NOUNS, RecallBatch, cycle, draw_facts
 from narrowkv.evaluate.windows import encode, start_tokens
 
 NEEDLES = 4  # asked for in a row
@@ -21,67 +21,67 @@ CHAIN = 4  # variables of one value
 MOST_COUNTED = 9
 
 Piece = tuple[list[int], bool]  # token ids, and whether they are an answer
-Told = list[tuple[float, list[int]]]  # at which depth of the text, from 0 to 1, which paragraphs stand
-Maker = Callable[[Any, random.Random, float | None, int], tuple[Told, list[Piece]]]
+Statements = list[tuple[float, list[int]]]  # at which depth of the text, from 0 to 1, which paragraphs stand
+Maker = Callable[[Any, random.Random, float | None, int], tuple[Statements, list[Piece]]]
 
 
-def passkey(tokenizer: Any, rng: random.Random, depth: float | None, length: int) -> tuple[Told, list[Piece]]:
+def passkey(tokenizer: Any, rng: random.Random, depth: float | None, length: int) -> tuple[Statements, list[Piece]]:
     """One fact at a depth among distractors anywhere, asked for."""
     (prefix, answer, end), *others = draw_facts(tokenizer, rng)
     where = rng.random() if depth is None else depth
-    told = [(where, prefix + answer + end), *((rng.random(), _sentence(fact)) for fact in others)]
-    return told, [(prefix, False), (answer, True)]
+    statements = [(where, prefix + answer + end), *((rng.random(), _sentence(fact)) for fact in others)]
+    return statements, [(prefix, False), (answer, True)]
 
 
-def key_value(tokenizer: Any, rng: random.Random, depth: float | None, length: int) -> tuple[Told, list[Piece]]:
+def key_value(tokenizer: Any, rng: random.Random, depth: float | None, length: int) -> tuple[Statements, list[Piece]]:
     """As many facts as take half of the row, at most 26, and one of them asked for."""
     facts = draw_facts(tokenizer, rng, len(NAMES))
-    room = PAIRS_SHARE * length
-    kept: list[tuple[list[int], ...]] = []
+    free = PAIRS_SHARE * length
+    chosen: list[tuple[list[int], ...]] = []
     for fact in facts:
-        room -= sum(map(len, fact)) + len(encode(tokenizer, "\n\n"))
-        if room < 0 and kept:
+        free -= sum(map(len, fact)) + len(encode(tokenizer, "\n\n"))
+        if free < 0 and chosen:
             break
-        kept.append(fact)
-    prefix, answer, _ = rng.choice(kept)
-    return [(rng.random(), _sentence(fact)) for fact in kept], [(prefix, False), (answer, True)]
+        chosen.append(fact)
+    prefix, answer, _ = rng.choice(chosen)
+    return [(rng.random(), _sentence(fact)) for fact in chosen], [(prefix, False), (answer, True)]
 
 
-def multi_needle(tokenizer: Any, rng: random.Random, depth: float | None, length: int) -> tuple[Told, list[Piece]]:
+def multi_needle(tokenizer: Any, rng: random.Random, depth: float | None, length: int) -> tuple[Statements, list[Piece]]:
     """Four facts, all of them asked for, one after the other; all must be right."""
     facts = draw_facts(tokenizer, rng, NEEDLES)
-    told = [(rng.random(), _sentence(fact)) for fact in facts]
+    statements = [(rng.random(), _sentence(fact)) for fact in facts]
     asked: list[Piece] = []
     for prefix, answer, end in rng.sample(facts, len(facts)):
         asked += [(prefix, False), (answer, True), (end + encode(tokenizer, "\n\n"), False)]
-    return told, asked[:-1]
+    return statements, asked[:-1]
 
 
-def variables(tokenizer: Any, rng: random.Random, depth: float | None, length: int) -> tuple[Told, list[Piece]]:
+def variables(tokenizer: Any, rng: random.Random, depth: float | None, length: int) -> tuple[Statements, list[Piece]]:
     """Variables that take their value from one another; all that have one value are asked for, in the order of the chain."""
-    names, told = rng.sample(NOUNS, 2 * CHAIN), []
+    names, statements = rng.sample(NOUNS, 2 * CHAIN), []
     values = rng.sample(range(10_000, 100_000), 2)
     for value, chain in zip(values, (names[:CHAIN], names[CHAIN:]), strict=True):
         sources = [str(value), *(f"VAR {name}" for name in chain)]
         depths = sorted(rng.random() for _ in chain)
         lines = (f"VAR {name} = {source}." for name, source in zip(chain, sources, strict=False))
-        told += [(where, encode(tokenizer, line)) for where, line in zip(depths, lines, strict=True)]
+        statements += [(where, encode(tokenizer, line)) for where, line in zip(depths, lines, strict=True)]
     question = f"The variables whose value is {values[0]}, each assigned from the one before, are VAR"
-    return told, [(encode(tokenizer, question), False), (encode(tokenizer, " " + ", VAR ".join(names[:CHAIN])), True)]
+    return statements, [(encode(tokenizer, question), False), (encode(tokenizer, " " + ", VAR ".join(names[:CHAIN])), True)]
 
 
-def counting(tokenizer: Any, rng: random.Random, depth: float | None, length: int) -> tuple[Told, list[Piece]]:
+def counting(tokenizer: Any, rng: random.Random, depth: float | None, length: int) -> tuple[Statements, list[Piece]]:
     """How often was one of two things said? From 1 to 9 times, so guessing is right in a ninth of the rows."""
     things = [f"{adjective} {noun}" for adjective, noun in zip(rng.sample(ADJECTIVES, 2), rng.sample(NOUNS, 2), strict=True)]
     counts = [rng.randint(1, MOST_COUNTED) for _ in things]
     line = "Here is the {}."
-    told = [
+    statements = [
         (rng.random(), encode(tokenizer, line.format(thing)))
         for thing, count in zip(things, counts, strict=True)
         for _ in range(count)
     ]
     question = f'The number of times that "{line.format(things[0])}" was said is'
-    return told, [(encode(tokenizer, question), False), (encode(tokenizer, f" {counts[0]}"), True)]
+    return statements, [(encode(tokenizer, question), False), (encode(tokenizer, f" {counts[0]}"), True)]
 
 
 MAKERS: dict[str, Maker] = {
@@ -107,7 +107,7 @@ def make_rows(
     """Rows of one task, each of `length` tokens.
 
     filler: token ids of running text. depth: of what is asked for, from 0, the beginning, to 1, just before the question; None
-    draws it. bos: as of `start_tokens`. Raises TextError where the length leaves no room.
+    draws it. bos: like that of `start_tokens`. Raises TextError where the length leaves no space.
     """
     start = start_tokens(tokenizer, bos)
     rng = random.Random(f"{task}-{length}-{depth}-{seed}")
@@ -127,20 +127,20 @@ def _woven(
     filler: Sequence[int],
     start: list[int],
     length: int,
-    made: tuple[Told, list[Piece]],
+    made: tuple[Statements, list[Piece]],
     rng: random.Random,
 ) -> tuple[list[int], list[bool]]:
     """One row's token ids and which of them are answers: running text, with paragraphs where they belong, and the question."""
-    told, asked = made
+    statements, asked = made
     gap = encode(tokenizer, "\n\n")
-    needed = len(start) + sum(2 * len(gap) + len(paragraph) for _, paragraph in told) + len(gap)
-    room = length - needed - sum(len(ids) for ids, _ in asked)
-    if room < 0:
-        raise TextError(f"{length} tokens are too few for this task with this tokenizer; give lengths from {length - room}.")
-    text = cycle(filler, rng.randrange(len(filler)), room)
+    needed = len(start) + sum(2 * len(gap) + len(paragraph) for _, paragraph in statements) + len(gap)
+    free = length - needed - sum(len(ids) for ids, _ in asked)
+    if free < 0:
+        raise TextError(f"{length} tokens are too few for this task with this tokenizer; give lengths from {length - free}.")
+    text = cycle(filler, rng.randrange(len(filler)), free)
     ids, done = list(start), 0
-    for depth, paragraph in sorted(told, key=lambda item: item[0]):
-        stop = round(depth * room)
+    for depth, paragraph in sorted(statements, key=lambda item: item[0]):
+        stop = round(depth * free)
         ids += text[done:stop] + gap + paragraph + gap
         done = stop
     ids += text[done:] + gap

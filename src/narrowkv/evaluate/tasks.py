@@ -14,15 +14,15 @@ from narrowkv.calibration import Calibration
 from narrowkv.defaults import NEW_TOKENS, TASK_DEPTHS, TASK_LENGTHS, TASK_ROWS
 from narrowkv.errors import OutputError, TextError
 from narrowkv.evaluate.finished import finished_for, require_text, tables_checksum
-from narrowkv.evaluate.quality import Source, recalled
-from narrowkv.evaluate.recall import RecallBatch
+from narrowkv.evaluate.perplexity import Source, recalled
 from narrowkv.evaluate.results import ResultFile, definition
+from narrowkv.evaluate.retrieval import RecallBatch
 from narrowkv.evaluate.task_files import Question, read_questions
 from narrowkv.evaluate.task_rows import BY_DEPTH, MAKERS, make_rows
 from narrowkv.evaluate.windows import Text, cut_windows, encode, joined, prompt_tokens
 from narrowkv.files import checksum
 from narrowkv.integrations import PackedCache, calibrate_many
-from narrowkv.integrations.capture import counted
+from narrowkv.integrations.calibrator import counted
 from narrowkv.integrations.probe import text_config
 from narrowkv.integrations.versions import CACHE
 from narrowkv.methods import Recipe, get_recipe
@@ -33,11 +33,11 @@ BASELINE = "16 bit"  # the model with its own cache
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """What the figures depend on beside model, texts and recipes.
+    """What the metrics depend on beside model, texts and recipes.
 
     tasks: of `MAKERS`. lengths: tokens of a row. depths: from 0 to 1, of what the passkey task asks for. rows: of each task,
     length and depth. window, samples: of the calibration. new_tokens: generated for a question of a file. limit: questions of
-    each file at most. backend: of the caches. bos: what rows and windows begin with, as of `cut_windows`.
+    each file at most. backend: of the caches. bos: what rows and windows begin with, like those of `cut_windows`.
     """
 
     tasks: tuple[str, ...] = tuple(MAKERS)
@@ -52,7 +52,7 @@ class TaskOptions:
     bos: bool | None = None
 
     def settings(self) -> dict[str, Any]:
-        """Those that all figures of a file share: tasks, lengths and depths may be added later."""
+        """Those that all metrics of a file share: tasks, lengths and depths may be added later."""
         return {name: what for name, what in asdict(self).items() if name not in ("tasks", "lengths", "depths")}
 
 
@@ -61,7 +61,7 @@ class _Cell:
     """One figure to be measured for every recipe: what finds its row, what else the row tells, and what measures it."""
 
     keys: dict[str, Any]
-    told: dict[str, Any]
+    recorded: dict[str, Any]
     score: Callable[[Source | None], float]
 
 
@@ -79,18 +79,18 @@ def run_tasks(
 ) -> None:
     """Measure what `results` has no row of yet, with the model's own cache (`16 bit`) and with each recipe.
 
-    text: running text in which things are told. learn_from: the text from which recipes that need it learn; several texts
+    text: running text in which facts are stated. learn_from: the text from which recipes that need it learn; several texts
     have their share of windows each. calibrations: finished ones, whose recipes learn nothing. files: of LongBench or
     RULER, see `task_files`. on_step: called with (steps done, steps in all). Rows: task, length and depth (or
     None), recipe and its definition (a checksum), score (the mean, 0 to 1), rows (how many), measure; of files, whose length
     is a mean, the sha256 too.
 
-    The tasks are scored strictly: every number attended to has gone through the quantiser, and a row is right if each token of
-    the answer is the likeliest after those before it, which is when a greedy answer is exact. Questions of files are answered
-    as in use: the prompt attends exactly to itself, the greedy answer to the packed prompt.
+    The tasks are scored strictly: every element attended to has gone through the quantizer, and a row is right if each token
+    of the answer is the most likely after those before it, which is when a greedy answer is exact. Questions of files are
+    answered as in use: the prompt attends exactly to itself, the greedy answer to the packed prompt.
 
     Raises TextError where a text is missing or a length does not fit the task or the model, OutputError where the file has
-    figures of other questions or of another recipe of the same name, and CalibrationError where a calibration fits neither
+    metrics of other questions or of another recipe of the same name, and CalibrationError where a calibration fits neither
     model nor recipes.
     """
     chosen = [get_recipe(recipe) for recipe in recipes]
@@ -114,7 +114,7 @@ def run_tasks(
             if _is_missing(cell, name, recipe, tables.get(name), results):
                 score = cell.score(None if recipe is None else sources.get(name, recipe))
                 made_from = {"recipe": name, "definition": definition(recipe), "tables": tables.get(name)}
-                results.add({**cell.keys, **made_from, "score": score, **cell.told})
+                results.add({**cell.keys, **made_from, "score": score, **cell.recorded})
             step()
 
 
@@ -122,8 +122,8 @@ def _is_missing(cell: _Cell, name: str, recipe: Recipe | None, tables: str | Non
     row = results.find_recipe(name, recipe, tables, **cell.keys)
     if row is None:
         return True
-    if any(row.get(field) != what for field, what in cell.told.items()):
-        raise OutputError(f"{results.path} has figures of other questions for {cell.keys['task']}; name another folder.")
+    if any(row.get(field) != what for field, what in cell.recorded.items()):
+        raise OutputError(f"{results.path} has results of other questions for {cell.keys['task']}; name another folder.")
     return False
 
 
@@ -199,7 +199,7 @@ def _prompt(model: PreTrainedModel, tokenizer: Any, path: Path, question: Questi
         return ids
     if not question.cut or most < 2:
         raise TextError(
-            f"{path}, line {question.line} has {ids.shape[1]:,} tokens, but the model has room for {most:,} before an answer "
+            f"{path}, line {question.line} has {ids.shape[1]:,} tokens, but the model has space for {most:,} before an answer "
             f"of {options.new_tokens}; give shorter questions, or a model of more positions."
         )
     return torch.cat([ids[:, : most // 2], ids[:, -(most - most // 2) :]], dim=1)

@@ -22,7 +22,7 @@ HELD_OUT_TOPICS = (
     "strings",
     "try",
 )
-"""Topics kept out of training: long, mostly prose, on unrelated subjects."""
+"""Topics stored out of training: long, mostly prose, on unrelated subjects."""
 
 _SHORTEST_DISTINCTIVE_PARAGRAPH = 40
 _MIX = Path(__file__).with_name("mix")
@@ -41,7 +41,7 @@ def held_out_text() -> str:
 def training_text() -> str:
     """Return the other topics, each paragraph once, without any paragraph of the held-out ones."""
     seen = {key for key in map(_key, _paragraphs(held_out_text())) if _distinctive(key)}
-    kept: list[str] = []
+    paragraphs: list[str] = []
     for name in sorted(topics):
         if name in HELD_OUT_TOPICS:
             continue
@@ -51,8 +51,8 @@ def training_text() -> str:
                 continue
             if _distinctive(key):
                 seen.add(key)
-            kept.append(paragraph)
-    return "\n\n".join(kept)
+            paragraphs.append(paragraph)
+    return "\n\n".join(paragraphs)
 
 
 @cache
@@ -76,5 +76,5 @@ def _key(paragraph: str) -> str:
 
 
 def _distinctive(key: str) -> bool:
-    """Tell whether a paragraph is long enough to be recognised as the same one elsewhere."""
+    """Tell whether a paragraph is long enough to be recognized as the same one elsewhere."""
     return len(key) > _SHORTEST_DISTINCTIVE_PARAGRAPH

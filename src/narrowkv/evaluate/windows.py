@@ -50,7 +50,7 @@ def cut_windows(
     text: several share the windows equally. limit: windows at most, spread evenly over the text; by default as many as it has.
     spread: places over which windows are spread, of which the first `limit` are taken; by default `limit`. Place i of n is
     the first line that begins after (i + 1/2) / n of the text; where lines are too long or the text too short for that, the
-    window's middle lies there. bos: as of `start_tokens`.
+    window's middle lies there. bos: like those of `start_tokens`.
 
     Raises TextError where a text is shorter than one window, or where there are more texts than windows.
     """
@@ -79,7 +79,8 @@ def cut_windows(
 def cut_apart(
     tokenizer: Any, text: Text, window: int, first: int, second: int, *, bos: bool | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Two sets of windows of the same text that have no token in common, each spread over all of it, as of `cut_windows`.
+    """Two sets of windows of the same text that have no token in common, each spread over all of it, like those of
+    `cut_windows`.
 
     first, second: windows of each at most; where the text is too short for both, the second has fewer, or none.
     """
@@ -96,7 +97,7 @@ def _shares(total: int | None, parts: int) -> list[int | None]:
 
 
 def _pieces(tokenizer: Any, text: str, size: int, count: int | None, places: int | None) -> list[list[int]]:
-    """The first `count` pieces of `size` tokens at so many places of a text; fewer where it is too short."""
+    """The first `count` pieces of `size` tokens at this many places of a text; fewer where it is too short."""
     if size < 1:
         return []
     found = _at_lines(tokenizer, text, size, count or places, places) if places else None

@@ -1,10 +1,10 @@
 """Transformers: the cache class, the hold on a model, calibration."""
 
 from narrowkv.integrations.cache import PackedCache
-from narrowkv.integrations.capture import calibrate, calibrate_many
+from narrowkv.integrations.calibrator import calibrate, calibrate_many
+from narrowkv.integrations.decoding_graph import DecodingGraph, cuda_graph
 from narrowkv.integrations.default import disable, enable, make_default
 from narrowkv.integrations.explain import Explanation, explain
-from narrowkv.integrations.graph import DecodingGraph, cuda_graph
 from narrowkv.integrations.models import load_model
 from narrowkv.integrations.preparation import prepare
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from narrowkv.codec.room import AHEAD
+from narrowkv.codec.encode_buffer import AHEAD
 from narrowkv.errors import CacheUseError
 
 GRADIENTS = (
@@ -77,8 +77,8 @@ def _reached(whole: int, new: int, mask: Any, positions: Any) -> int:
     """
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return mask.shape[1]
-    told = whole > new and mask is None and isinstance(positions, Tensor) and positions.dim() == 2 and positions.numel() > 0
-    if told and (not positions.is_cuda or new > AHEAD):
+    counts = whole > new and mask is None and isinstance(positions, Tensor) and positions.dim() == 2 and positions.numel() > 0
+    if counts and (not positions.is_cuda or new > AHEAD):
         return min(int(positions[:, -1].max()) + 1, whole)
     return whole
 

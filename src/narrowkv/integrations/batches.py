@@ -18,7 +18,7 @@ def token_batches(given: Any, model: PreTrainedModel) -> list[Tensor]:
     """Batches of token ids [batch, tokens] int64, of at least 2 tokens that the model knows.
 
     given: token ids [n, tokens], of which each sequence becomes a batch, or an iterable of batches: tensors, arrays and lists
-    of whole numbers, or dictionaries with `input_ids`, whose padding is left out where they have an `attention_mask`.
+    of integers, or dictionaries with `input_ids`, whose padding is left out where they have an `attention_mask`.
     Raises CalibrationError for anything else.
     """
     if isinstance(given, Mapping) or _is_ids(given):
@@ -50,13 +50,13 @@ def _batches(given: Any) -> Iterator[Tensor]:
             yield from _batches({"input_ids": row} | ({} if mask is None else {"attention_mask": mask[i]}))
         return
     ids = _as_ids(given)
-    kept = torch.ones_like(ids) if mask is None else _as_tensor(mask)
-    if kept.numel() != ids.numel():
-        raise CalibrationError(f"An attention mask covers {kept.numel()} of {ids.numel()} tokens; give one for each token.")
-    if bool(kept.all()):
+    mask_ = torch.ones_like(ids) if mask is None else _as_tensor(mask)
+    if mask_.numel() != ids.numel():
+        raise CalibrationError(f"An attention mask covers {mask_.numel()} of {ids.numel()} tokens; give one for each token.")
+    if bool(mask_.all()):
         yield ids
         return
-    for row, real in zip(ids, kept.to(ids.device).bool().reshape(ids.shape), strict=True):
+    for row, real in zip(ids, mask_.to(ids.device).bool().reshape(ids.shape), strict=True):
         yield row[real][None]
 
 
@@ -65,7 +65,7 @@ def _as_ids(given: Any) -> Tensor:
         raise CalibrationError(f"A batch is {_named(given)}; give {WANTED}.")
     ids = _as_tensor(given)
     if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
-        raise CalibrationError(f"Token ids are whole numbers, and a batch holds {ids.dtype}; give {WANTED}.")
+        raise CalibrationError(f"Token ids are integers, and a batch holds {ids.dtype}; give {WANTED}.")
     ids = ids[None] if ids.dim() == 1 else ids
     if ids.dim() != 2:
         raise CalibrationError(f"A batch has the shape {tuple(ids.shape)}; give {WANTED}.")
@@ -78,7 +78,7 @@ def _as_tensor(given: Any) -> Tensor:
 
 
 def _is_ids(given: Any) -> bool:
-    """Whether this is an array, or a list of numbers or of such lists."""
+    """Whether this is an array, or a list of elements or of such lists."""
     if isinstance(given, (Tensor, np.ndarray)):
         return True
     if not isinstance(given, (list, tuple)) or not given:

@@ -12,27 +12,28 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from narrowkv.attention import AUTO, BACKENDS, StoredRope, chosen, cpu, described
-from narrowkv.attention.cuda_blocks import tables_for
+from narrowkv.attention import AUTO, BACKENDS, StoredRope, describe_backend, resolve_backend
+from narrowkv.attention.cpu import decode as cpu
+from narrowkv.attention.cuda.block_table import tables_for
 from narrowkv.calibration import Calibration, Fingerprint
-from narrowkv.calibration.processes import tensor_parallel_rank
+from narrowkv.calibration.distributed import tensor_parallel_rank
 from narrowkv.calibration.wrappers import decoder_of, unwrapped
 from narrowkv.codec import AnyQuantizer
 from narrowkv.codec.surroundings import runs_undisturbed, undisturbed
 from narrowkv.defaults import DENSE
 from narrowkv.errors import CacheUseError, FileFormatError, RecipeError
 from narrowkv.integrations.dense import DenseLayer
-from narrowkv.integrations.disk import CacheState, read_state, tensors_checksum, write_state
 from narrowkv.integrations.exchange import take_dynamic, to_dynamic
 from narrowkv.integrations.frequencies import frequencies, place_of
 from narrowkv.integrations.layer import PackedLayer
-from narrowkv.integrations.preparation import facts_for
-from narrowkv.integrations.probe import AttentionFacts, own_layers, text_config
+from narrowkv.integrations.preparation import model_info_for
+from narrowkv.integrations.probe import AttentionLayerInfo, own_layers, text_config
 from narrowkv.integrations.projections import bias_of, with_gain
 from narrowkv.integrations.running import RunningCache, dtype_of
+from narrowkv.integrations.serialization import CacheState, read_state, tensors_checksum, write_state
 from narrowkv.integrations.versions import keeps_nothing
 from narrowkv.methods import Recipe, get_recipe
-from narrowkv.store import LayerStore, Ledger
+from narrowkv.store import LayerStore, PositionBuffer
 
 
 class PackedCache(RunningCache):
@@ -42,9 +43,9 @@ class PackedCache(RunningCache):
     keep their own state beside the packed ones. source: a Calibration for this model, or a calibration-free Recipe or its
     name. strict: new tokens too are attended to as they are stored (how papers measure perplexity); otherwise a chunk attends
     to itself exactly and to the packed past. backend: which attention runs: `cpu` reads packed blocks in compiled code for up
-    to 16 tokens at a time, on a CPU, and prompts as `torch` does, which decodes tile by tile; `cuda` does both by kernels on a
-    GPU; `naive` decodes all at once; `dense` hands decoded tensors to models that compute attention by themselves; `auto` is
-    `cpu` or `cuda` where that runs and reads the recipe, else `torch`. `cache.backend` says which it is.
+    to 16 tokens at a time, on a CPU, and prompts as `torch` does, which dequantizes tile by tile; `cuda` does both by kernels
+    on a GPU; `naive` dequantizes all at once; `dense` hands dequantized tensors to models that compute attention by
+    themselves; `auto` is `cpu` or `cuda` where that runs and reads the recipe, else `torch`. `cache.backend` says which it is.
 
     Raises UnsupportedModelError, RecipeError or CalibrationError where the three do not fit together.
     """
@@ -61,65 +62,77 @@ class PackedCache(RunningCache):
             raise RecipeError(f"There is no backend {backend!r}; there is {AUTO}, {', '.join(BACKENDS)} and {DENSE}.")
         model = unwrapped(model)
         self.recipe = source.recipe if isinstance(source, Calibration) else get_recipe(source)
-        facts = facts_for(model, backend, [self.recipe])
-        biased = any(part is not None for fact in facts.attention for part in (fact.constants.keys, fact.constants.values))
-        stored = any(isinstance(fact.rope, StoredRope) for fact in facts.attention)
-        backend = chosen(backend, model.device, model.dtype, self.recipe.every_scheme(), biased, stored)
+        info = model_info_for(model, backend, [self.recipe])
+        biased = any(
+            part is not None
+            for layer_info in info.attention
+            for part in (layer_info.constants.keys, layer_info.constants.values)
+        )
+        stored = any(isinstance(layer_info.rope, StoredRope) for layer_info in info.attention)
+        backend = resolve_backend(backend, model.device, model.dtype, self.recipe.every_scheme(), biased, stored)
         self.model_dtype = dtype_of(decoder_of(model))  # when the first tokens came; until then, at the creation
         self.fingerprint = Fingerprint.of(model)
         if isinstance(source, Calibration):
             source.fingerprint.check(self.fingerprint)
-        words = backend == "cpu" and cpu.may_round(model.dtype) and self._in_words(facts.attention)
-        self.backend = described(backend, words)
+        int16 = backend == "cpu" and cpu.allows_int16(model.dtype) and self._uses_int16(info.attention)
+        self.backend = describe_backend(backend, int16)
         self.dense = backend == DENSE
         self.device = model.device
         self.strict = strict
-        self.ledgers: dict[str, Ledger] = {}
+        self.position_buffers: dict[str, PositionBuffer] = {}
         self.packed: list[PackedLayer] = []
         layers, rank = own_layers(text_config(model)), tensor_parallel_rank(model)
-        for fact in facts.attention:
+        for layer_info in info.attention:
             with undisturbed():
                 if isinstance(source, Calibration):
-                    quantizers = source.for_heads(fact.layer, fact.kv_heads, fact.head_dim, rank)
+                    quantizers = source.for_heads(layer_info.layer, layer_info.kv_heads, layer_info.head_dim, rank)
                 else:
-                    quantizers = self.recipe.quantizers(fact.layer)
-                layers[fact.layer] = self._layer(fact, quantizers, layers[fact.layer], backend, strict)
-            self.packed.append(layers[fact.layer])
+                    quantizers = self.recipe.quantizers(layer_info.layer)
+                layers[layer_info.layer] = self._layer(layer_info, quantizers, layers[layer_info.layer], backend, strict)
+            self.packed.append(layers[layer_info.layer])
         super().__init__(layers=layers)
-        self.shapes = [(fact.kv_heads, fact.head_dim) for fact in facts.attention]
+        self.shapes = [(layer_info.kv_heads, layer_info.head_dim) for layer_info in info.attention]
         self.rank = rank
         self.decoder = weakref.ref(decoder_of(model))
-        self.modules = {fact.layer: weakref.ref(fact.module) for fact in facts.attention}
+        self.modules = {layer_info.layer: weakref.ref(layer_info.module) for layer_info in info.attention}
         known = frequencies(decoder_of(model))
         self.places = [place_of(layer.rope, known) for layer in self.packed]  # where in the model their frequencies are
 
-    def _in_words(self, facts: Sequence[AttentionFacts]) -> bool:
-        """Whether words of 16 bits can be read from all layers."""
-        layers = [(self.recipe.schemes(fact.layer), fact) for fact in facts]
-        return all(cpu.in_words(schemes.keys, schemes.values, fact.head_dim, fact.rope) for schemes, fact in layers)
+    def _uses_int16(self, info: Sequence[AttentionLayerInfo]) -> bool:
+        """Whether int16 can be read from all layers."""
+        layers = [(self.recipe.schemes(layer_info.layer), layer_info) for layer_info in info]
+        return all(
+            cpu.uses_int16(schemes.keys, schemes.values, layer_info.head_dim, layer_info.rope)
+            for schemes, layer_info in layers
+        )
 
     def _layer(
-        self, fact: AttentionFacts, quantizers: tuple[AnyQuantizer, AnyQuantizer], own: Any, backend: str, strict: bool
+        self,
+        layer_info: AttentionLayerInfo,
+        quantizers: tuple[AnyQuantizer, AnyQuantizer],
+        own: Any,
+        backend: str,
+        strict: bool,
     ) -> PackedLayer:
         keys, values = quantizers
-        keys, values = (quantizer.to(self.device) for quantizer in (with_gain(keys, fact.constants), values))
+        keys, values = (quantizer.to(self.device) for quantizer in (with_gain(keys, layer_info.constants), values))
         for quantizer in (keys, values):
-            quantizer.scheme.require_head_dim(fact.head_dim)
-        rope = fact.rope.to(self.device) if fact.rope else None
-        bias = bias_of(fact.constants, rope, keys.scheme, values.scheme, self.device)
-        recorded = rope is not None and (keys.scheme.pre_rope or bias.turns)
-        ledger = self.ledgers.setdefault(rope.record, Ledger()) if rope and recorded else None
-        bias.ledger = ledger if bias.turns else None
-        store = LayerStore(keys, values, self.recipe.sinks, self.recipe.window, bias)
+            quantizer.scheme.require_head_dim(layer_info.head_dim)
+        rope = layer_info.rope.to(self.device) if layer_info.rope else None
+        bias = bias_of(layer_info.constants, rope, keys.scheme, values.scheme, self.device)
+        recorded = rope is not None and (keys.scheme.pre_rope or bias.depends_on_position)
+        position_buffer = self.position_buffers.setdefault(rope.record, PositionBuffer()) if rope and recorded else None
+        bias.position_buffer = position_buffer if bias.depends_on_position else None
+        store = LayerStore(keys, values, self.recipe.sinks, self.recipe.residual_length, bias)
         kind = DenseLayer if self.dense else PackedLayer
-        return kind(store, rope, ledger, backend, strict, getattr(own, "sliding_window", None))
+        return kind(store, rope, position_buffer, backend, strict, getattr(own, "sliding_window", None))
 
     @runs_undisturbed
     def follow(self, decoder: torch.nn.Module) -> None:
         known = frequencies(decoder)
         for layer, place in zip(self.packed, self.places, strict=True):
             if place is not None:
-                layer.turn_by(known[place][0].to(self.device))
+                layer.set_frequencies(known[place][0].to(self.device))
 
     def save(self, path: str | Path, token_ids: Tensor | None = None) -> None:
         """Write what is held to one file, still packed; token_ids [batch, tokens], if given, let `load` check the prompt.
@@ -138,7 +151,8 @@ class PackedCache(RunningCache):
         token_ids: Tensor | None = None,
         **options: Any,
     ) -> "PackedCache":
-        """A cache from a file, for the model and the calibration or recipe that it was saved with; options as of the class.
+        """A cache from a file, for the model and the calibration or recipe that it was saved with; options like those of the
+        class.
 
         Raises FileFormatError where the file is missing, damaged or of another version, CalibrationError where it belongs
         to another model, recipe or calibration, CacheUseError where it holds another prompt than token_ids.
@@ -153,7 +167,7 @@ class PackedCache(RunningCache):
 
     @runs_undisturbed
     def state(self, token_ids: Tensor | None = None) -> CacheState:
-        """What is held, still packed, as plain data; token_ids as of `save`.
+        """What is held, still packed, as plain data; token_ids like those of `save`.
 
         Raises CacheUseError while empty, where token_ids do not fit, and where layers without attention hold something.
         """
@@ -163,8 +177,8 @@ class PackedCache(RunningCache):
         self._require_attention_only()
         state = CacheState(self._origin() | {"batch": self.batch_size, "tokens": self.length})
         state.name_prompt(token_ids)
-        for name, ledger in self.ledgers.items():
-            state.add_ledger(name, ledger)
+        for name, position_buffer in self.position_buffers.items():
+            state.add_positions(name, position_buffer)
         for i, layer in zip(self.modules, self.packed, strict=True):
             state.add_layer(i, layer.store)
         return state
@@ -179,16 +193,20 @@ class PackedCache(RunningCache):
         token_ids: Tensor | None = None,
         **options: Any,
     ) -> "PackedCache":
-        """A cache with the state of another that was made for the same; token_ids, options and errors as of `load`."""
+        """A cache with the state of another that was made for the same; token_ids, options and errors like those of `load`."""
         cache = cls(model, source, **options)
         with undisturbed():
             state.require_origin(cache._origin(), token_ids)
             reader = state.reader(cache.device)
             for i, layer, shape in zip(cache.modules, cache.packed, cache.shapes, strict=True):
                 reader.take_layer(i, layer.store, shape, layer.sliding_window)
-            for name, ledger in cache.ledgers.items():
-                dims = [dim for layer, (_, dim) in zip(cache.packed, cache.shapes, strict=True) if layer.ledger is ledger]
-                reader.take_ledger(name, ledger, min(dims), cache.first_needed(ledger))
+            for name, position_buffer in cache.position_buffers.items():
+                dims = [
+                    dim
+                    for layer, (_, dim) in zip(cache.packed, cache.shapes, strict=True)
+                    if layer.position_buffer is position_buffer
+                ]
+                reader.take_positions(name, position_buffer, min(dims), cache.first_needed(position_buffer))
             reader.require_empty()
         return cache
 
@@ -228,9 +246,9 @@ class PackedCache(RunningCache):
         """A cache with what the model has read into transformers' DynamicCache, from which generation goes on.
 
         attention_mask: [batch, tokens], 0 for padding, where some of them are. position_ids: [1 or batch, tokens], where they
-        are not those that `generate` counts by the mask. options: as of the class. Keys that are stored before the rotary
-        embedding are turned back. Raises CacheUseError where the cache is of another kind or not one of this model's, or where
-        it takes angles to turn keys back that a DynamicCache does not keep; else as the class.
+        are not those that `generate` counts by the mask. options: like those of the class. Keys that are stored before the
+        rotary embedding are rotated back. Raises CacheUseError where the cache is of another kind or not one of this model's,
+        or where it takes angles to rotate keys back that a DynamicCache does not keep; else as the class.
         """
         cache = cls(model, source, **options)
         with undisturbed():
@@ -239,7 +257,8 @@ class PackedCache(RunningCache):
 
     @runs_undisturbed
     def to_dynamic(self) -> DynamicCache:
-        """What is held as transformers' DynamicCache: decoded, keys turned by the rotary embedding, in the dtypes that came.
+        """What is held as transformers' DynamicCache: dequantized, keys rotated by the rotary embedding, in the dtypes that
+        came.
 
         Raises CacheUseError where the model is gone.
         """
@@ -261,8 +280,8 @@ class PackedCache(RunningCache):
         self.layers = [layer if i in self.modules else fresh[i] for i, layer in enumerate(self.layers)]
         for layer in self.packed:
             layer.reset()
-        for ledger in self.ledgers.values():
-            ledger.reset()
+        for position_buffer in self.position_buffers.values():
+            position_buffer.reset()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PackedCache":
         """A cache of its own, which shares sealed blocks; of the model's copy, if that was made before in the same copying."""
@@ -282,7 +301,7 @@ class PackedCache(RunningCache):
 
     def tensors(self) -> list[Tensor]:
         """Everything that is held: packed blocks, scales, outliers, tails, sinks, windows, positions, tables."""
-        found = [tensor for ledger in self.ledgers.values() for tensor in ledger.tensors()]
+        found = [tensor for position_buffer in self.position_buffers.values() for tensor in position_buffer.tensors()]
         for layer in self.packed:
             found += [*layer.store.tensors(), *tables_for(layer.store)]
             found += [table for quantizer in layer.store.quantizers for table in quantizer.tensors().values()]
@@ -295,8 +314,8 @@ class PackedCache(RunningCache):
         return sum(storages.values())
 
     @property
-    def numbers(self) -> int:
-        """How many key and value numbers are held, padding included, those that sliding windows have left behind not."""
+    def elements(self) -> int:
+        """How many elements of keys and values are held, padding included, those that sliding windows have left behind not."""
         total = 0
         for layer in self.packed:
             batch, heads, dim = layer.store.shape or (0, 0, 0)
@@ -305,8 +324,8 @@ class PackedCache(RunningCache):
 
     @property
     def bits_per_element(self) -> float:
-        """Allocated bits for each number held; nan while empty."""
-        return 8 * self.nbytes / self.numbers if self.numbers else float("nan")
+        """Allocated bits per element held; nan while empty."""
+        return 8 * self.nbytes / self.elements if self.elements else float("nan")
 
     def __repr__(self) -> str:
         held = f"{self.length} tokens x {max(self.batch_size, 0)}"

@@ -12,11 +12,11 @@ from narrowkv.errors import CacheUseError, TextError, reason
 from narrowkv.integrations.cache import PackedCache
 from narrowkv.integrations.versions import CACHE
 
-USER, ASSISTANT = "\n\nUser:", "\n\nAssistant:"  # how turns are told apart where a model has no chat template
+USER, ASSISTANT = "\n\nUser:", "\n\nAssistant:"  # how turns are distinguished where a model has no chat template
 
 
 class Conversation:
-    """Turns of a user and a model, whose tokens are kept in a packed cache.
+    """Turns of a user and a model, whose tokens are stored in a packed cache.
 
     messages: what was said so far, as chat templates take it. templated: whether the tokenizer has a chat template; if not,
     turns are joined as plain text. Templates may spell earlier turns anew (without what a model thought, for example): what
@@ -46,7 +46,7 @@ class Conversation:
         stop: Callable[[], bool] = lambda: False,
         **sampling: Any,
     ) -> str:
-        """The model's answer of at most so many tokens.
+        """The model's answer of at most this many tokens.
 
         show: is given the words of the answer as they come. stop: asked after each token whether to leave off. sampling: for
         `generate`, such as do_sample and temperature. Raises TextError, and leaves all as it was, where the template refuses
@@ -54,8 +54,8 @@ class Conversation:
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = self._render(messages)
-        room = self._positions() - len(ids)
-        if room <= 0:
+        left = self._positions() - len(ids)
+        if left <= 0:
             raise TextError(
                 f"The conversation has {len(ids)} tokens, and the model {self._positions()} positions; begin a new one."
             )
@@ -69,7 +69,7 @@ class Conversation:
                     given,
                     attention_mask=torch.ones_like(given),
                     **{CACHE: self.cache},
-                    max_new_tokens=min(tokens, room),
+                    max_new_tokens=min(tokens, left),
                     pad_token_id=pad,
                     streamer=_Streamer(self.tokenizer, show, None if self.templated else USER),
                     stopping_criteria=[_Asked(stop)],
@@ -128,15 +128,15 @@ class _Streamer(TextStreamer):
 
     def __init__(self, tokenizer: Any, show: Callable[[str], None], until: str | None):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.show, self.until, self.kept = show, until, ""
+        self.show, self.until, self.pending = show, until, ""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         if self.until is None:
             return self.show(text)
-        text, found, _ = (self.kept + text).partition(self.until)
+        text, found, _ = (self.pending + text).partition(self.until)
         ready = len(text) if found or stream_end else max(len(text) - len(self.until), 0)  # the rest may begin the end
         self.show(text[:ready])
-        self.kept = text[ready:] + found
+        self.pending = text[ready:] + found
 
 
 class _Asked(StoppingCriteria):

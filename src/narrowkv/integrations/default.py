@@ -22,7 +22,7 @@ PREPARES = "_prepare_cache_for_generation"  # the method of transformers with wh
 
 @dataclass(frozen=True)
 class Default:
-    """What `make_default` was told of a model. before: what its `PREPARES` had been replaced by; hook: that of scoring."""
+    """What `make_default` was given of a model. before: what its `PREPARES` had been replaced by; hook: that of scoring."""
 
     source: Calibration | Recipe
     options: dict[str, Any]
@@ -39,8 +39,8 @@ def make_default(model: PreTrainedModel, source: Calibration | Recipe | str, *, 
     """Let plain `model.generate(...)` use a new packed cache at every call, and so pipelines and evaluation harnesses too.
 
     source: a calibration for this model, or a calibration-free recipe or its name. scoring: `model(input_ids)` without a cache
-    and without gradients also sees quantised keys and values, strictly (what a harness does for log-likelihoods);
-    `use_cache=False` still asks for the unquantised model. options: of PackedCache. A call of `generate` that asks for another
+    and without gradients also sees quantized keys and values, strictly (what a harness does for log-likelihoods);
+    `use_cache=False` still asks for the unquantized model. options: of PackedCache. A call of `generate` that asks for another
     cache (`past_key_values`, `cache_implementation`) gets that. A copy of the model, also in another process, keeps the
     default. `disable` undoes it. Raises as PackedCache does, and UnsupportedModelError for a model that does not generate.
     """
@@ -50,7 +50,7 @@ def make_default(model: PreTrainedModel, source: Calibration | Recipe | str, *, 
     PackedCache(model, source, **options)  # what does not fit together is said now, not at the first call
     with locked(model):
         for generator in generators:
-            _forget_default(generator)
+            _remove_default(generator)
             own: Any = generator
             before = vars(generator).get(PREPARES)
             hook = own.register_forward_pre_hook(score_packed, with_kwargs=True) if scoring and generator is model else None
@@ -85,7 +85,7 @@ def disable(model: PreTrainedModel) -> None:
     model = unwrapped(model)
     with locked(model):
         for module in around(model):
-            _forget_default(module)
+            _remove_default(module)
         release(model)
 
 
@@ -101,7 +101,7 @@ def _generators(model: Any) -> list[Any]:
             f"{name} does not generate; make_default wants a model that does (pass a cache to this one: past_key_values=...)."
         )
     if found == [model] and type(model).generate is not GenerationMixin.generate and not _makes_caches(model):
-        raise UnsupportedModelError(f"{name} generates in a way of its own, without asking for a cache; use DynamicCache.")
+        raise UnsupportedModelError(f"{name} generates in a way of its own, without requesting a cache; use DynamicCache.")
     return found
 
 
@@ -129,7 +129,7 @@ def _makes_caches(model: Any) -> bool:
     return False
 
 
-def _forget_default(model: Any) -> None:
+def _remove_default(model: Any) -> None:
     default: Default | None = vars(model).pop("narrowkv_default", None)
     if default is not None:
         _put_back(model, default.before)

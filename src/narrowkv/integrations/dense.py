@@ -1,8 +1,9 @@
-"""The dense path, chosen by name: the cache decodes a layer's whole past at every step and hands plain tensors to the model.
+"""The dense path, chosen by name: the cache dequantizes a layer's whole past at every step and hands plain tensors to the
+model.
 
 For models that compute attention by themselves (Falcon, GPT-J, Bloom, MPT). The cache is as small as ever, but a step costs
-the time and, for one layer at a time, the memory of the decoded past. Keys arrive after the model's rotary embedding, so
-recipes that store them before it do not fit; their `-postrope` twins do.
+the time and, for one layer at a time, the memory of the dequantized past. Keys arrive after the model's rotary embedding, so
+recipes that store them before it do not fit; their `-postrope` references do.
 """
 
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from narrowkv.codec.surroundings import undisturbed
-from narrowkv.integrations.interface import valid_tokens
+from narrowkv.integrations.hooks import valid_tokens
 from narrowkv.integrations.layer import PackedLayer
 
 
@@ -23,7 +24,7 @@ class DenseLayer(PackedLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Store new tokens [batch, kv_heads, new, head_dim]; returns keys and values of all that are held."""
         self.lazy_initialization(key_states, value_states)
-        self.forget()
+        self.evict()
         past, new = self.store.length, key_states.shape[2]
         fresh, whole = (key_states, value_states), self.strict or self.is_exact
         with undisturbed(gradients=self.is_exact):

@@ -15,9 +15,10 @@ from narrowkv.integrations.running import RunningCache, dtype_of
 from narrowkv.integrations.versions import keeps_nothing
 from narrowkv.store.late import begin_late
 
-TOGETHER = 2048  # tokens turned back at a time, in float64
+TOGETHER = 2048  # tokens rotated back at a time, in float64
 NO_ANGLES = (
-    "This model's rotary embedding turns keys by angles that a DynamicCache does not keep (they change with the length, or a "
+    "This model's rotary embedding rotates keys by angles that a DynamicCache does not keep (they change with the length, or "
+    "a "
     "token has several positions), and the recipe needs them; let the model read the prompt, or take a recipe with -postrope."
 )
 OWN = "fill one by this model."
@@ -38,14 +39,14 @@ def take_dynamic(cache: RunningCache, given: Any, mask: Tensor | None, positions
         counted = torch.ones(1, tokens, dtype=torch.bool, device=cache.device) if valid is None else valid
         positions = (counted.long().cumsum(1) - 1).clamp(min=0)
     positions = _checked(positions, "Positions", [(1, tokens), (batch, tokens)]).to(cache.device).expand(batch, -1)
-    if any(isinstance(layer.rope, StoredRope) and layer.ledger for layer in cache.packed):
+    if any(isinstance(layer.rope, StoredRope) and layer.position_buffer for layer in cache.packed):
         raise CacheUseError(NO_ANGLES)
     decoder = cache.decoder()
     assert decoder is not None
     cache.model_dtype = dtype_of(decoder)
     cache.follow(decoder)
-    for ledger in cache.ledgers.values():
-        ledger.append(positions)
+    for position_buffer in cache.position_buffers.values():
+        position_buffer.append(positions)
     for i in _others(cache):
         cache.layers[i] = copy.deepcopy(given.layers[i])
     for i, layer in zip(cache.modules, cache.packed, strict=True):
@@ -53,7 +54,7 @@ def take_dynamic(cache: RunningCache, given: Any, mask: Tensor | None, positions
 
 
 def to_dynamic(cache: RunningCache) -> DynamicCache:
-    """A DynamicCache with what a packed cache holds, decoded, keys turned, in the dtypes in which they came.
+    """A DynamicCache with what a packed cache holds, dequantized, keys rotated, in the dtypes in which they came.
 
     Raises CacheUseError where the cache's model is gone.
     """
@@ -75,11 +76,11 @@ def to_dynamic(cache: RunningCache) -> DynamicCache:
 
 
 def _decoded(layer: PackedLayer) -> tuple[Tensor, Tensor]:
-    """Keys, turned, and values of all tokens that a layer holds, [batch, kv_heads, tokens, head_dim] each."""
+    """Keys, rotated, and values of all tokens that a layer holds, [batch, kv_heads, tokens, head_dim] each."""
     store = layer.store
     keys, values = store.read()
-    if layer.turns_when_read and layer.ledger:
-        keys = layer.turn(keys, layer.ledger.read(store.first, store.length), torch.float32)
+    if layer.rotates_on_read and layer.position_buffer:
+        keys = layer.rotate(keys, layer.position_buffer.read(store.first, store.length), torch.float32)
     assert store.dtypes is not None
     return keys.to(store.dtypes[0]), values.to(store.dtypes[1])
 
@@ -88,14 +89,14 @@ def _fill(layer: PackedLayer, given: Any, valid: Tensor | None, positions: Tenso
     """Store what one layer of a DynamicCache holds. valid, positions: [batch, tokens]."""
     keys, values = given.keys.detach().to(device), given.values.detach().to(device)
     missing = positions.shape[1] - keys.shape[2]
-    if layer.turns_when_read and isinstance(layer.rope, Rope):
+    if layer.rotates_on_read and isinstance(layer.rope, Rope):
         pieces = zip(keys.split(TOGETHER, 2), positions[:, missing:].split(TOGETHER, 1), strict=True)
-        keys = torch.cat([layer.rope.turn_back(*piece).to(keys.dtype) for piece in pieces], 2)
+        keys = torch.cat([layer.rope.unrotate(*piece).to(keys.dtype) for piece in pieces], 2)
     if missing:
         begin_late(layer.store, keys, values, missing, valid)
     else:
         layer.store.append(keys, values, None if valid is None or valid.all() else valid)
-    layer.forget()
+    layer.evict()
 
 
 def _require_held(cache: RunningCache, given: Any) -> tuple[int, int]:
@@ -113,10 +114,10 @@ def _require_held(cache: RunningCache, given: Any) -> tuple[int, int]:
         if type(layers[i]) is not type(cache.layers[i]):
             kind = type(cache.layers[i]).__name__
             raise CacheUseError(f"Layer {i} of this DynamicCache is no {kind}, which the model's is; {OWN}")
-    facts = zip(cache.modules, cache.packed, cache.shapes, strict=True)
-    sizes = {_size(i, layers[i], layer, shape) for i, layer, shape in facts}
+    info = zip(cache.modules, cache.packed, cache.shapes, strict=True)
+    sizes = {_size(i, layers[i], layer, shape) for i, layer, shape in info}
     if len(sizes) > 1:
-        raise CacheUseError(f"The layers of this DynamicCache hold different sequences or numbers of tokens; {OWN}")
+        raise CacheUseError(f"The layers of this DynamicCache hold different sequences or elements of tokens; {OWN}")
     return sizes.pop()
 
 
@@ -141,8 +142,8 @@ def _size(i: int, given: Any, layer: PackedLayer, shape: tuple[int, int]) -> tup
 
 
 def _checked(given: Any, what: str, shapes: list[tuple[int, int]]) -> Tensor:
-    """A tensor of whole numbers or bools; raises CacheUseError where it is none, or of another shape."""
+    """A tensor of integers or bools; raises CacheUseError where it is none, or of another shape."""
     if not isinstance(given, Tensor) or given.is_floating_point() or tuple(given.shape) not in shapes:
         found = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
-        raise CacheUseError(f"{what} of whole numbers {list(shapes[-1])} goes with this DynamicCache, not {found}.")
+        raise CacheUseError(f"{what} of integers {list(shapes[-1])} goes with this DynamicCache, not {found}.")
     return given

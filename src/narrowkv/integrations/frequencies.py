@@ -7,12 +7,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from narrowkv.attention import AnyRope, Rope, StoredRope
-from narrowkv.attention.rope import Tables
+from narrowkv.attention.rope import CosSin
 
 STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")  # angles that positions alone determine
 
 
-def by_position(model: PreTrainedModel, positions: Tensor | None, stored: StoredRope, tables: Tables) -> Rope | None:
+def by_position(model: PreTrainedModel, positions: Tensor | None, stored: StoredRope, tables: CosSin) -> Rope | None:
     """The same embedding made of positions alone, if frequencies that the model holds and never changes give its tables.
 
     Every sine must agree for itself: embeddings of one model may differ in their slowest frequencies only.
@@ -21,9 +21,9 @@ def by_position(model: PreTrainedModel, positions: Tensor | None, stored: Stored
         return None
     if has_sections(model):
         return None
-    kept = stored.keep(None, tables)
-    expected = torch.cat(stored.cos_sin(kept), dim=-1).double()
-    tolerance = (2**-6 if kept.dtype.itemsize == 2 else 1e-3) * expected.abs() + 1e-6
+    rope_state = stored.keep(None, tables)
+    expected = torch.cat(stored.cos_sin(rope_state), dim=-1).double()
+    tolerance = (2**-6 if rope_state.dtype.itemsize == 2 else 1e-3) * expected.abs() + 1e-6
     for inverse, scaling, kind in frequencies(model):
         rope = Rope(inverse, scaling, stored.interleaved)
         if kind in STATIC_ROPE and 2 * len(inverse) == expected.shape[-1]:

@@ -11,14 +11,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from narrowkv.errors import MissingPackageError, UnsupportedModelError, reason
 
-ANYWAY = "NARROWKV_ANY_SIZE"  # an environment variable: load files for which there seems to be no room
-DECODING = 8  # bytes that a number takes while its tensor is decoded: twice, in float32
+ANYWAY = "NARROWKV_ANY_SIZE"  # an environment variable: load files for which there seems to be no space
+DECODING = 8  # bytes that an element takes while its tensor is decoded: twice, in float32
 
 
 def load_gguf(path: Path, dtype: torch.dtype, say: Callable[[str], None]) -> tuple[Any, Any, dict[str, Any]]:
     """The tokenizer of a GGUF file with its chat template, the model, and what transformers tells of its loading.
 
-    say: is told what memory the model will take, before it is loaded. Raises MissingPackageError without the packages that
+    say: is given what memory the model will take, before it is loaded. Raises MissingPackageError without the packages that
     read such files, and UnsupportedModelError where the file is damaged, its architecture is unknown to transformers, or it
     needs more memory than there is.
     """
@@ -76,11 +76,11 @@ def _check(path: Path, dtype: torch.dtype, say: Callable[[str], None]) -> str:
         )
     if not sizes or "general.architecture" not in fields:
         raise UnsupportedModelError(f"{path} has no weights of a language model; give the file that has them.")
-    kept = sum(sizes) * dtype.itemsize
-    needed, free = kept + DECODING * max(sizes), available_memory()
+    resident = sum(sizes) * dtype.itemsize
+    needed, free = resident + DECODING * max(sizes), available_memory()
     width = str(dtype).removeprefix("torch.")
     found = (
-        f"{path.name}: {path.stat().st_size / 1e9:.1f} GB in the file become {kept / 1e9:.1f} GB of memory in {width} "
+        f"{path.name}: {path.stat().st_size / 1e9:.1f} GB in the file become {resident / 1e9:.1f} GB of memory in {width} "
         f"({needed / 1e9:.1f} GB while loading)"
     )
     if needed > free and not os.environ.get(ANYWAY):
@@ -93,7 +93,7 @@ def _check(path: Path, dtype: torch.dtype, say: Callable[[str], None]) -> str:
 
 
 def _decoded() -> Any:
-    """Weights become numbers, also where kernels for packed ones could be fetched."""
+    """Weights become elements, also where kernels for packed ones could be fetched."""
     from transformers.utils.quantization_config import GgufConfig
 
     return GgufConfig(dequantize=True)

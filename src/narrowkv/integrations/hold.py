@@ -1,4 +1,5 @@
-"""`Hold`: all that is kept with a model that knows our caches, under one lock: what the probe found, our hooks, its attention.
+"""`Hold`: all that is stored with a model that knows our caches, under one lock: what the probe found, our hooks, its
+attention.
 
 It lies on the language model, so that whatever contains that model finds the same one; copies of the model, and models sent to
 another process, take it along. The model's configurations name our attention only while one of our caches is in use: whoever
@@ -29,20 +30,20 @@ not_traced: Any = functools.partial(
 
 
 class Hold:
-    """What is kept with one model.
+    """What is stored with one model.
 
-    facts, dense: what the probe found, for packed layers and for the dense path. configs: those that name the attention of the
+    info, dense: what the probe found, for packed layers and for the dense path. configs: those that name the attention of the
     language model or of what contains it, each with the name that the user has chosen. modules: those that know this hold.
-    hooks: what is removed when it ends. told_of_length: whether a warning was given.
+    hooks: what is removed when it ends. warned_of_length: whether a warning was given.
     """
 
     def __init__(self) -> None:
-        self.facts: Any = None
+        self.info: Any = None
         self.dense: Any = None
         self.configs: list[tuple[Any, str]] = []
         self.modules: list[nn.Module] = []
         self.hooks: list[Any] = []
-        self.told_of_length = False
+        self.warned_of_length = False
         self._unshare()
 
     def _unshare(self) -> None:
@@ -61,7 +62,7 @@ class Hold:
     @property
     def is_empty(self) -> bool:
         """Whether nobody would miss it."""
-        return not (self.facts or self.dense or self.modules or self.runs or self.changes)
+        return not (self.info or self.dense or self.modules or self.runs or self.changes)
 
     @not_traced
     def begin(self, module: object, packed: bool) -> None:

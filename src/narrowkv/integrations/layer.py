@@ -9,28 +9,29 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
-from narrowkv.attention import BACKENDS, AnyRope, Rope, cuda
+from narrowkv.attention import BACKENDS, AnyRope, Rope
+from narrowkv.attention.cuda import decode as cuda
 from narrowkv.codec.surroundings import undisturbed
 from narrowkv.errors import CacheUseError, UnsupportedModelError
 from narrowkv.integrations.hold import not_traced
-from narrowkv.integrations.interface import LazyMask, Step, model_attention, require_step
-from narrowkv.store import LayerStore, Ledger
+from narrowkv.integrations.hooks import LayerInputs, LazyMask, model_attention, require_inputs
+from narrowkv.store import LayerStore, PositionBuffer
 from narrowkv.store.checks import as_count, as_rows
 
 
 class PackedLayer(CacheLayerMixin):
     """One layer of a PackedCache.
 
-    rope: turns its keys, None where they are not turned. ledger: what `rope` needs of each stored token, None where neither
-    keys nor a bias are turned when they are read. sliding_window: how many of the newest tokens a query of this layer sees,
-    itself included, None for all; older ones are forgotten.
+    rope: rotates its keys, None where they are not rotated. position_buffer: what `rope` needs of each stored token, None
+    where neither keys nor a bias are rotated when they are read. sliding_window: how many of the newest tokens a query of this
+    layer sees, itself included, None for all; older ones are forgotten.
     """
 
     def __init__(
         self,
         store: LayerStore,
         rope: AnyRope | None,
-        ledger: Ledger | None,
+        position_buffer: PositionBuffer | None,
         backend: str,
         strict: bool,
         sliding_window: int | None,
@@ -38,31 +39,33 @@ class PackedLayer(CacheLayerMixin):
         super().__init__()
         self.store = store
         self.rope = rope
-        self.ledger = ledger
+        self.position_buffer = position_buffer
         self.backend = backend
         self.strict = strict
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
-        # whether numbers are stored as the model's own attention wants them: not quantised, and keys turned
+        # whether elements are stored as the model's own attention wants them: not quantized, and keys rotated
         exact = all(quantizer.scheme.datatype == "exact" for quantizer in store.quantizers)
-        self.is_exact = exact and not self.turns_when_read
+        self.is_exact = exact and not self.rotates_on_read
         # whether `crop` leaves no trace: tokens that have left an exact window cannot become exact again
-        self.is_croppable = store.window == 0 and store.together == 1
-        self.step: Step | None = None
-        self.told: Tensor | None = None  # while a CUDA graph is captured: [cuda.TOLD + 4] int32, what its kernels are told
-        self.leads = False  # whether, then, it is the first of those that share a ledger
+        self.is_croppable = store.residual_length == 0 and store.tokens_per_group == 1
+        self.inputs: LayerInputs | None = None
+        self.device_lengths: Tensor | None = (
+            None  # while a CUDA graph is captured: [cuda.NUM_LENGTHS + 4] int32, what its kernels are given
+        )
+        self.owns_positions = False  # whether, then, it is the first of those that share a position buffer
 
     @property
-    def turns_when_read(self) -> bool:
+    def rotates_on_read(self) -> bool:
         """Whether keys are stored before the rotary embedding."""
         return self.rope is not None and self.store.quantizers[0].scheme.pre_rope
 
-    def turn(self, x: Tensor, kept: Tensor | None, precision: torch.dtype | None = None) -> Tensor:
-        """Turn x: [batch, heads, new, head_dim] as the model's layer does, in no fewer bits than `precision` and x have."""
-        return x if self.rope is None or kept is None else self.rope.rotate(x, kept, precision)
+    def rotate(self, x: Tensor, rope_state: Tensor | None, precision: torch.dtype | None = None) -> Tensor:
+        """Rotate x: [batch, heads, new, head_dim] as the model's layer does, in no fewer bits than `precision` and x have."""
+        return x if self.rope is None or rope_state is None else self.rope.rotate(x, rope_state, precision)
 
-    def turn_by(self, inverse_frequencies: Tensor) -> None:
-        """Turn keys by other frequencies than so far; only while nothing is stored."""
+    def set_frequencies(self, inverse_frequencies: Tensor) -> None:
+        """Rotate keys by other frequencies than so far; only while nothing is stored."""
         assert isinstance(self.rope, Rope)
         if not torch.equal(inverse_frequencies, self.rope.inverse_frequencies):
             self.rope = replace(self.rope, inverse_frequencies=inverse_frequencies)
@@ -73,56 +76,58 @@ class PackedLayer(CacheLayerMixin):
 
     @not_traced
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Store new tokens; key_states and value_states: [batch, kv_heads, new, head_dim], keys not turned."""
-        step, self.step = require_step(self.step), None
+        """Store new tokens; key_states and value_states: [batch, kv_heads, new, head_dim], keys not rotated."""
+        inputs, self.inputs = require_inputs(self.inputs), None
         self.lazy_initialization(key_states, value_states)
-        self.forget()
+        self.evict()
         with undisturbed(gradients=self.is_exact):
-            kept = self.rope.keep(step.positions, step.tables) if self.rope else None
-            stored = key_states if self.turns_when_read else self.turn(key_states, kept, step.precision)
-            if self.told is None:
-                past = self._store(step, kept, stored, value_states)
+            rope_state = self.rope.keep(inputs.positions, inputs.tables) if self.rope else None
+            stored = key_states if self.rotates_on_read else self.rotate(key_states, rope_state, inputs.precision)
+            if self.device_lengths is None:
+                past = self._store(inputs, rope_state, stored, value_states)
             else:
-                past = self._store_captured(self.told, kept, stored, value_states)
-        handle = PackedHandle(self, kept, step.precision, past, key_states, value_states)
+                past = self._store_captured(self.device_lengths, rope_state, stored, value_states)
+        handle = PackedHandle(self, rope_state, inputs.precision, past, key_states, value_states)
         return handle, handle
 
-    def _store(self, step: Step, kept: Tensor | None, keys: Tensor, values: Tensor) -> int:
+    def _store(self, inputs: LayerInputs, rope_state: Tensor | None, keys: Tensor, values: Tensor) -> int:
         """Store new tokens; returns how many were held before."""
         past, new = self.store.length, keys.shape[2]
-        valid = step.valid(past, new)
+        valid = inputs.valid(past, new)
         self.store.fitting(keys, values)
-        with self._noted(past, kept, len(keys)):
+        with self._noted(past, rope_state, len(keys)):
             self.store.append(keys, values, valid)
         return past
 
     @contextlib.contextmanager
-    def _noted(self, past: int, kept: Tensor | None, batch: int) -> Iterator[None]:
-        """Within, the ledger knows new tokens, which follow `past` others; it forgets them again where they are refused."""
-        ledger = self.ledger if self.ledger and self.ledger.length == past else None
-        if ledger and kept is not None:
-            ledger.append(kept.expand(batch, *kept.shape[1:]))
+    def _noted(self, past: int, rope_state: Tensor | None, batch: int) -> Iterator[None]:
+        """Within, the position buffer knows new tokens, which follow `past` others; it forgets them again where they are
+        refused.
+        """
+        position_buffer = self.position_buffer if self.position_buffer and self.position_buffer.length == past else None
+        if position_buffer and rope_state is not None:
+            position_buffer.append(rope_state.expand(batch, *rope_state.shape[1:]))
         try:
             yield
         except BaseException:
-            if ledger:
-                ledger.crop(past)
+            if position_buffer:
+                position_buffer.crop(past)
             raise
 
-    def _store_captured(self, told: Tensor, kept: Tensor | None, keys: Tensor, values: Tensor) -> int:
+    def _store_captured(self, device_lengths: Tensor, rope_state: Tensor | None, keys: Tensor, values: Tensor) -> int:
         """What the device does of an `update` that the host has counted before; returns how many tokens are read as stored."""
-        if self.ledger and self.leads and kept is not None:
-            self.ledger.step(kept, told[cuda.TOLD + 2 :][:1].long())
-        bias, of_keys = self.store.bias, None
-        if bias.turns and kept is not None:
-            of_keys = bias.turned(kept)
-        self.store.write(keys, values, places=told[cuda.TOLD :], of_keys=of_keys)
+        if self.position_buffer and self.owns_positions and rope_state is not None:
+            self.position_buffer.step(rope_state, device_lengths[cuda.NUM_LENGTHS + 2 :][:1].long())
+        bias, key_bias = self.store.bias, None
+        if bias.depends_on_position and rope_state is not None:
+            key_bias = bias.rotated(rope_state)
+        self.store.write(keys, values, places=device_lengths[cuda.NUM_LENGTHS :], key_bias=key_bias)
         return self.store.length if self.strict else self.store.length - 1
 
-    def forget(self) -> None:
+    def evict(self) -> None:
         """Drop what no query from the next token on can see; what follows from the past alone, so that masks may ask first."""
-        if self.sliding_window is not None and self.told is None:
-            self.store.forget(self.store.length - self.sliding_window + 1)
+        if self.sliding_window is not None and self.device_lengths is None:
+            self.store.evict(self.store.length - self.sliding_window + 1)
 
     def get_seq_length(self) -> int:
         return self.store.length
@@ -132,7 +137,7 @@ class PackedLayer(CacheLayerMixin):
 
     @not_traced
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        self.forget()
+        self.evict()
         return self.store.length - self.store.first + query_length, self.store.first
 
     def reset(self) -> None:
@@ -165,12 +170,12 @@ class PackedLayer(CacheLayerMixin):
 class PackedHandle:
     """The new tokens of one layer and the cache that they have joined.
 
-    kept: what turns the new tokens. precision: in which the model would at least. past: tokens stored before them. keys (not
-    turned), values: [batch, kv_heads, new, head_dim].
+    rope_state: what rotates the new tokens. precision: in which the model would at least. past: tokens stored before them.
+    keys (not rotated), values: [batch, kv_heads, new, head_dim].
     """
 
     layer: PackedLayer
-    kept: Tensor | None
+    rope_state: Tensor | None
     precision: torch.dtype | None
     past: int
     keys: Tensor
@@ -182,7 +187,7 @@ class PackedHandle:
 
     @not_traced
     def attend(self, module: nn.Module, query: Tensor, mask: LazyMask, scaling: float, **kwargs: Any) -> Tensor:
-        """Attention for query [batch, query_heads, queries, head_dim] of the last new tokens, not turned.
+        """Attention for query [batch, query_heads, queries, head_dim] of the last new tokens, not rotated.
 
         Returns [batch, queries, query_heads, head_dim].
 
@@ -190,50 +195,52 @@ class PackedHandle:
         cache's backend.
         """
         layer = self.layer
-        if layer.told is None and (layer.is_exact or (self.past == 0 and not layer.strict)):
+        if layer.device_lengths is None and (layer.is_exact or (self.past == 0 and not layer.strict)):
             with undisturbed(gradients=True):
                 tensors = self._exact(query)
             output, _ = model_attention(module, *tensors, mask, scaling=scaling, **kwargs)
             return output
         with undisturbed():
-            return (self._attend if layer.told is None else self._attend_captured)(query, mask, scaling, **kwargs)
+            return (self._attend if layer.device_lengths is None else self._attend_captured)(query, mask, scaling, **kwargs)
 
     def _exact(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, keys and values as the model's own attention takes them, turned."""
-        layer, asking = self.layer, None if self.kept is None else self.kept[:, -query.shape[2] :]
-        turned = layer.turn(query, asking, self.precision)
+        """Query, keys and values as the model's own attention takes them, rotated."""
+        layer, query_positions = self.layer, None if self.rope_state is None else self.rope_state[:, -query.shape[2] :]
+        rotated = layer.rotate(query, query_positions, self.precision)
         if layer.is_exact:
-            return turned, *layer.store.read()
-        return turned, layer.turn(self.keys, self.kept, self.precision), self.values
+            return rotated, *layer.store.read()
+        return rotated, layer.rotate(self.keys, self.rope_state, self.precision), self.values
 
     def _attend(self, query: Tensor, mask: LazyMask, scaling: float, **kwargs: Any) -> Tensor:
         """Attention by the cache's backend."""
         layer = self.layer
         past = layer.store.length if layer.strict else self.past
-        kept = layer.ledger.read(layer.store.first, past) if layer.ledger and layer.turns_when_read else None
-        question, options = self._question(query, mask, scaling, past, kept, **kwargs)
-        return BACKENDS[layer.backend](question, layer.store, **options).to(query.dtype).transpose(1, 2).contiguous()
+        rope_state = (
+            layer.position_buffer.read(layer.store.first, past) if layer.position_buffer and layer.rotates_on_read else None
+        )
+        rotated_query, options = self._prepare_query(query, mask, scaling, past, rope_state, **kwargs)
+        return BACKENDS[layer.backend](rotated_query, layer.store, **options).to(query.dtype).transpose(1, 2).contiguous()
 
     def _attend_captured(self, query: Tensor, mask: LazyMask, scaling: float, **kwargs: Any) -> Tensor:
         """The same, while a CUDA graph is captured."""
         layer = self.layer
-        kept = layer.ledger.room if layer.ledger and layer.turns_when_read else None
-        question, options = self._question(query, mask, scaling, self.past, kept, **kwargs)
-        output = cuda.prepare(question, layer.store, told=layer.told, **options)()
+        rope_state = layer.position_buffer.buffer if layer.position_buffer and layer.rotates_on_read else None
+        rotated_query, options = self._prepare_query(query, mask, scaling, self.past, rope_state, **kwargs)
+        output = cuda.prepare(rotated_query, layer.store, device_lengths=layer.device_lengths, **options)()
         return output.to(query.dtype).transpose(1, 2).contiguous()
 
-    def _question(
-        self, query: Tensor, mask: LazyMask, scaling: float, past: int, kept: Tensor | None, **kwargs: Any
+    def _prepare_query(
+        self, query: Tensor, mask: LazyMask, scaling: float, past: int, rope_state: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, dict[str, Any]]:
-        """The query turned, and what backends are told beside it and the store."""
+        """The query rotated, and what backends are given beside it and the store."""
         layer, precise = self.layer, torch.promote_types(query.dtype, torch.float32)
-        asking = None if self.kept is None else self.kept[:, -query.shape[2] :]
-        return layer.turn(query.to(precise), asking).to(query.dtype), {
+        query_positions = None if self.rope_state is None else self.rope_state[:, -query.shape[2] :]
+        return layer.rotate(query.to(precise), query_positions).to(query.dtype), {
             "past": past,
-            "new": None if layer.strict else (layer.turn(self.keys.to(precise), self.kept), self.values),
-            "rope": layer.rope if layer.turns_when_read else None,
-            "kept": kept,
-            "visible": mask.visible,
+            "new": None if layer.strict else (layer.rotate(self.keys.to(precise), self.rope_state), self.values),
+            "rope": layer.rope if layer.rotates_on_read else None,
+            "rope_state": rope_state,
+            "mask": mask.attention_mask,
             "scaling": scaling,
             "softcap": kwargs.get("softcap"),
             "sink_logits": kwargs.get("s_aux"),

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
-from narrowkv.attention import Visible
+from narrowkv.attention import AttentionMask
 
 
 class LazyMask:
@@ -73,18 +73,20 @@ class LazyMask:
         return dense
 
     @functools.cached_property
-    def visible(self) -> Visible:
+    def attention_mask(self) -> AttentionMask:
         """What a query may see, plainly said where it is causal or a sliding window."""
         padding, rule = self.request["attention_mask"], self.request["mask_function"]
         if rule is causal_mask_function:
-            return Visible(padding)
+            return AttentionMask(padding)
         window = _window_of(rule)
         if window is not None:
-            return Visible(padding, window)
-        return Visible(padding, rule=self._look_up if self.request["use_vmap"] else rule, batch=self.request["batch_size"])
+            return AttentionMask(padding, window)
+        return AttentionMask(
+            padding, rule=self._look_up if self.request["use_vmap"] else rule, batch=self.request["batch_size"]
+        )
 
     def _look_up(self, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """A rule for mask functions that take single numbers only: made dense as transformers does it, then looked up."""
+        """A rule for mask functions that take single elements only: made dense as transformers does it, then looked up."""
         dense = self.dense("sdpa")
         assert dense is not None
         return dense[row, 0, query - self.request["q_offset"], key - self.request["kv_offset"]]

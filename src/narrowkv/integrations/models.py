@@ -9,9 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from narrowkv.defaults import DEMO
 from narrowkv.errors import UnsupportedModelError, reason
+from narrowkv.integrations.cpu_linear import lacks_products, multiply_in_float32
 from narrowkv.integrations.folders import check_folder, single_file
 from narrowkv.integrations.gguf import load_gguf
-from narrowkv.integrations.products import lacks_products, multiply_in_float32
 
 DTYPES: dict[str, Any] = {
     "auto": "auto",
@@ -37,7 +37,7 @@ def load_model(
     """A model in evaluation mode and its tokenizer.
 
     name: a local folder, a hub id, a file that ends in .gguf, or `narrowkv://demo`. dtype: auto, float32, bfloat16, float16 or
-    float64; auto is the model's own, and bfloat16 for GGUF. say: is told what memory a GGUF file will take. Weights are read
+    float64; auto is the model's own, and bfloat16 for GGUF. say: is given what memory a GGUF file will take. Weights are read
     from safetensors or GGUF only, and no code that comes with a model is run. On processors that have no products of 16 bits,
     linear layers multiply in float32 and round, which is ten times as fast. Raises UnsupportedModelError where loading fails.
     """

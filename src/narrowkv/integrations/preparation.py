@@ -1,4 +1,4 @@
-"""`prepare`: put the hold of interface.py on a model, once the probe has found that it can be; `release` takes it off."""
+"""`prepare`: put the hold of hooks.py on a model, once the probe has found that it can be; `release` takes it off."""
 
 import functools
 import inspect
@@ -13,7 +13,7 @@ from narrowkv.calibration.wrappers import decoder_of, unwrapped
 from narrowkv.defaults import DENSE
 from narrowkv.errors import RecipeError, UnsupportedModelError
 from narrowkv.integrations.hold import SERVED, Hold, evaluating, locked, plain_name
-from narrowkv.integrations.interface import (
+from narrowkv.integrations.hooks import (
     NarrowCache,
     after_decoder,
     after_run,
@@ -22,13 +22,13 @@ from narrowkv.integrations.interface import (
     before_run,
     witnessing,
 )
-from narrowkv.integrations.passing import PassingCache, PassingLayer
+from narrowkv.integrations.observer import ObserverCache, ObserverLayer
 from narrowkv.integrations.probe import (
     TOLERANCE,
-    AttentionFacts,
+    AttentionLayerInfo,
+    AttentionTrace,
     Layout,
-    ModelFacts,
-    Seen,
+    ModelInfo,
     own_layers,
     probe,
     text_config,
@@ -38,12 +38,13 @@ from narrowkv.integrations.versions import CACHE, cache_of, keeps_nothing
 from narrowkv.methods import Recipe
 
 BY_ITSELF = (
-    "The model computes attention by itself, not through transformers' interface; choose backend 'dense', which decodes the "
+    "The model computes attention by itself, not through transformers' interface; choose backend 'dense', which dequantizes "
+    "the "
     "cache at every step, or use DynamicCache."
 )
 
 
-def prepare(model: PreTrainedModel) -> ModelFacts:
+def prepare(model: PreTrainedModel) -> ModelInfo:
     """Make a model ready for our caches, once, and return what the probe found of its layers; anew where they have changed.
 
     Raises UnsupportedModelError where that cannot be; the model is then as it was.
@@ -55,54 +56,54 @@ def prepare(model: PreTrainedModel) -> ModelFacts:
             f"Attention implementation {chosen!r} is not supported; load the model with 'sdpa' or 'eager'."
         )
     with locked(model) as hold:
-        if hold.facts and not hold.facts.are_of(model):
+        if hold.info and not hold.info.are_of(model):
             _let_go(model, hold)
         hold.name(_configs(model))
-        if not hold.facts:
+        if not hold.info:
             try:
                 _guard(model, hold)
                 with evaluating(model), hold.in_use():
-                    facts = _find(model)
+                    info = _find(model)
             except BaseException:
                 _let_go(model, hold)
                 raise
-            hold.facts = facts
-            hold.hooks += [module.register_forward_pre_hook(before_attention, with_kwargs=True) for module in facts.modules]
+            hold.info = info
+            hold.hooks += [module.register_forward_pre_hook(before_attention, with_kwargs=True) for module in info.modules]
         _guard(model, hold)
         if hasattr(text_config(model), "original_max_position_embeddings"):
             _keep_cache(model)
-        found: ModelFacts = hold.facts
+        found: ModelInfo = hold.info
         return found
 
 
 @torch.no_grad()
-def prepare_dense(model: PreTrainedModel) -> ModelFacts:
+def prepare_dense(model: PreTrainedModel) -> ModelInfo:
     """Find the layers of a model that is to be given plain tensors; raises UnsupportedModelError where there are none."""
     model = unwrapped(model)
     with locked(model) as hold:
         if not hold.dense or not hold.dense.are_of(model):
             with evaluating(model):
                 seen, _ = watch(model)
-            hold.dense = ModelFacts([one.facts(None) for one in seen], [], Layout.of(model))
+            hold.dense = ModelInfo([one.info(None) for one in seen], [], Layout.of(model))
         _guard(model, hold)
-        found: ModelFacts = hold.dense
+        found: ModelInfo = hold.dense
         return found
 
 
-def facts_for(model: PreTrainedModel, backend: str, recipes: Sequence[Recipe]) -> ModelFacts:
+def model_info_for(model: PreTrainedModel, backend: str, recipes: Sequence[Recipe]) -> ModelInfo:
     """Make a model ready for caches of these recipes on a backend and return the facts of its layers.
 
     Raises UnsupportedModelError where the model cannot be served so, RecipeError where a recipe does not fit.
     """
-    facts = prepare_dense(model) if backend == DENSE else prepare(model)
+    info = prepare_dense(model) if backend == DENSE else prepare(model)
     for recipe in recipes:
-        recipe.require_layers([fact.layer for fact in facts.attention])
+        recipe.require_layers([layer_info.layer for layer_info in info.attention])
         if backend == DENSE and any(keys.pre_rope for keys, _ in recipe.every_scheme()):
             raise RecipeError(
                 f"Recipe {recipe.name} stores keys before the rotary embedding, which the dense path never sees; choose "
                 f"{recipe.name}-postrope, or another backend."
             )
-    return facts
+    return info
 
 
 def _guard(model: PreTrainedModel, hold: Hold) -> None:
@@ -139,7 +140,7 @@ def _configs(model: PreTrainedModel) -> list[Any]:
     return [config for config in found if hasattr(config, "_attn_implementation")]
 
 
-def _find(model: PreTrainedModel) -> ModelFacts:
+def _find(model: PreTrainedModel) -> ModelInfo:
     """Probe the model, see whose attention comes through our function, and try every module with handles for tensors."""
     with witnessing() as witnessed:
         attention, seen = probe(model)
@@ -154,16 +155,16 @@ def _find(model: PreTrainedModel) -> ModelFacts:
         raise UnsupportedModelError(
             "Some attention modules of this model bypass the cache in an unknown way; use DynamicCache."
         )
-    for fact, one in zip(attention, seen, strict=True):
-        _try_handles(fact, one)
-    return ModelFacts(attention, readers, layout)
+    for layer_info, one in zip(attention, seen, strict=True):
+        _try_handles(layer_info, one)
+    return ModelInfo(attention, readers, layout)
 
 
 @torch.no_grad()
-def _try_handles(fact: AttentionFacts, seen: Seen) -> None:
+def _try_handles(layer_info: AttentionLayerInfo, seen: AttentionTrace) -> None:
     """Run one module again with handles in place of tensors; raises UnsupportedModelError where its output differs."""
     name = next(name for name, part in seen.kwargs.items() if isinstance(part, Cache))
-    cache = PassingCache([PassingLayer(fact.rope) for _ in range(fact.layer + 1)])
+    cache = ObserverCache([ObserverLayer(layer_info.rope) for _ in range(layer_info.layer + 1)])
     hook = seen.module.register_forward_pre_hook(before_attention, with_kwargs=True)
     try:
         output = seen.module(*seen.args, **{**seen.kwargs, name: cache})
@@ -174,7 +175,7 @@ def _try_handles(fact: AttentionFacts, seen: Seen) -> None:
     found, expected = (part[0] if isinstance(part, tuple) else part for part in (output, seen.output))
     if (found - expected).float().abs().max() > TOLERANCE * expected.float().abs().max():
         raise UnsupportedModelError(
-            f"Layer {fact.layer} computes something else when its keys are rotated from outside; use DynamicCache."
+            f"Layer {layer_info.layer} computes something else when its keys are rotated from outside; use DynamicCache."
         )
 
 
@@ -225,4 +226,4 @@ def _let_go(model: PreTrainedModel, hold: Hold) -> None:
         if isinstance(vars(module).get("prepare_inputs_for_generation"), KeepCache):
             del vars(module)["prepare_inputs_for_generation"]
     vars(decoder_of(model))["narrowkv_hold"] = hold  # while it is locked
-    hold.facts, hold.hooks, hold.modules, hold.configs = None, [], [], []
+    hold.info, hold.hooks, hold.modules, hold.configs = None, [], [], []

@@ -1,7 +1,7 @@
 """The probe: run a model on a few tokens to find its attention modules and how each of them rotates its keys.
 
 Nothing is known of a family beforehand. Every attention module is run twice on the same input, once with the model's own
-rotary embedding and once with the identity in its place; from the two results the rotation is recognised, or the model is
+rotary embedding and once with the identity in its place; from the two results the rotation is recognized, or the model is
 refused with the reason.
 """
 
@@ -16,7 +16,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from narrowkv.attention import AnyRope, StoredRope
-from narrowkv.attention.rope import Tables
+from narrowkv.attention.rope import CosSin
 from narrowkv.calibration.wrappers import decoder_of
 from narrowkv.codec.ranges import require_finite
 from narrowkv.errors import NarrowKVError, UnsupportedModelError
@@ -31,7 +31,7 @@ LAYOUTS: tuple[Any, ...] = ("halves", "repeated", "once")
 
 
 @dataclass(frozen=True)
-class AttentionFacts:
+class AttentionLayerInfo:
     """One attention module that keeps keys and values: its layer, kv_heads, head_dim, how it rotates keys (None: not), and
     what all its keys and values have in common.
     """
@@ -75,10 +75,10 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class ModelFacts:
+class ModelInfo:
     """attention: the modules that keep keys and values, by layer. readers: those that use another layer's. layout: as seen."""
 
-    attention: list[AttentionFacts]
+    attention: list[AttentionLayerInfo]
     readers: list[nn.Module]
     layout: Layout
 
@@ -93,7 +93,7 @@ class ModelFacts:
 
 
 @dataclass
-class Seen:
+class AttentionTrace:
     """What the probe sees of one attention module: what it was given, stored and returned."""
 
     module: nn.Module
@@ -107,11 +107,11 @@ class Seen:
     def layer(self) -> int:
         return int(self.module.layer_idx)  # type: ignore[arg-type]
 
-    def facts(self, rope: AnyRope | None, constants: Constants = NOTHING_KNOWN) -> AttentionFacts:
+    def info(self, rope: AnyRope | None, constants: Constants = NOTHING_KNOWN) -> AttentionLayerInfo:
         """What is known of the module, given how it rotates keys."""
-        return AttentionFacts(self.module, self.layer, self.keys[0].shape[1], self.keys[0].shape[3], rope, constants)
+        return AttentionLayerInfo(self.module, self.layer, self.keys[0].shape[1], self.keys[0].shape[3], rope, constants)
 
-    def run(self, running: list["Seen"], factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    def run(self, running: list["AttentionTrace"], factor: float = 1.0) -> tuple[Tensor, Tensor]:
         """Keys and values [1, kv_heads, tokens, head_dim] of the hidden states times a factor, without rotary embedding."""
         args, kwargs, tables = self.args, dict(self.kwargs), self.kwargs.get("position_embeddings")
         if tables is not None:
@@ -145,7 +145,7 @@ class EmptyLayer(CacheLayerMixin):
 class _ProbeLayer(EmptyLayer):
     """Notes the keys and values of the module that is running."""
 
-    def __init__(self, running: list[Seen], updated: dict[int, Seen]):
+    def __init__(self, running: list[AttentionTrace], updated: dict[int, AttentionTrace]):
         super().__init__()
         self.running, self.updated = running, updated
 
@@ -177,7 +177,7 @@ def keeps_keys(layer: Any) -> bool:
 
 
 @torch.no_grad()
-def probe(model: PreTrainedModel) -> tuple[list[AttentionFacts], list[Seen]]:
+def probe(model: PreTrainedModel) -> tuple[list[AttentionLayerInfo], list[AttentionTrace]]:
     """Facts of every attention module that keeps keys, by layer, and what was seen of each.
 
     Raises UnsupportedModelError where one of them cannot be served.
@@ -185,21 +185,21 @@ def probe(model: PreTrainedModel) -> tuple[list[AttentionFacts], list[Seen]]:
     seen, running = watch(model)
     tables = {id(one.kwargs.get("position_embeddings")): one.kwargs.get("position_embeddings") for one in seen}
     names = {key: f"angles{i}" for i, key in enumerate(tables)}  # layers that are given the same tables share their record
-    facts = []
+    info = []
     for one in seen:
         rope = _rope(model, one, running, names[id(one.kwargs.get("position_embeddings"))])
-        facts.append(one.facts(rope, constants_of(one.module, functools.partial(one.run, running))))
-    return facts, seen
+        info.append(one.info(rope, constants_of(one.module, functools.partial(one.run, running))))
+    return info, seen
 
 
-def watch(model: PreTrainedModel) -> tuple[list[Seen], list[Seen]]:
+def watch(model: PreTrainedModel) -> tuple[list[AttentionTrace], list[AttentionTrace]]:
     """Run the model once on a few tokens: what its attention modules were given and stored.
 
     Returns those that stored keys and values, by layer, and the list that such a module must stand in last to be run again.
     Raises UnsupportedModelError where the model does not store as a packed cache understands it.
     """
     _require_one_device(model)
-    layers, running, updated = own_layers(text_config(model)), list[Seen](), dict[int, Seen]()
+    layers, running, updated = own_layers(text_config(model)), list[AttentionTrace](), dict[int, AttentionTrace]()
     expected = {i for i, layer in enumerate(layers) if keeps_keys(layer)}
     present = {vars(module)["layer_idx"] for module in decoder_of(model).modules() if "layer_idx" in vars(module)}
     expected = expected & present or expected  # layers may have been removed
@@ -208,7 +208,7 @@ def watch(model: PreTrainedModel) -> tuple[list[Seen], list[Seen]]:
 
     def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if threading.get_ident() == thread:  # others may use the model meanwhile
-            running.append(Seen(module, args, kwargs))
+            running.append(AttentionTrace(module, args, kwargs))
 
     def leave(module: nn.Module, args: tuple, output: Any) -> None:
         if threading.get_ident() == thread:
@@ -261,7 +261,7 @@ def _require_one_device(model: PreTrainedModel) -> None:
         )
 
 
-def _require_shapes(seen: Seen) -> None:
+def _require_shapes(seen: AttentionTrace) -> None:
     keys, values, layer = seen.keys[0], seen.values[0], seen.layer
     if not keys.is_meta:
         require_finite("On a few tokens, keys", keys)
@@ -277,12 +277,12 @@ def _require_shapes(seen: Seen) -> None:
         )
 
 
-def identity(tables: Tables) -> Tables:
+def identity(tables: CosSin) -> CosSin:
     """Tables of a rotary embedding that leaves everything as it is."""
     return torch.ones_like(tables) if isinstance(tables, Tensor) else (torch.ones_like(tables[0]), torch.zeros_like(tables[1]))
 
 
-def _rope(model: PreTrainedModel, seen: Seen, running: list[Seen], name: str) -> AnyRope | None:
+def _rope(model: PreTrainedModel, seen: AttentionTrace, running: list[AttentionTrace], name: str) -> AnyRope | None:
     """How a module rotates its keys, found by running it with the identity in place of the rotary embedding."""
     tables = seen.kwargs.get("position_embeddings")
     if tables is None:
@@ -296,14 +296,15 @@ def _rope(model: PreTrainedModel, seen: Seen, running: list[Seen], name: str) ->
             if _makes(rope, rope.keep(None, tables), unrotated, rotated):
                 return by_position(model, seen.kwargs.get("position_ids"), rope, tables) or rope
     raise UnsupportedModelError(
-        f"Layer {seen.layer} rotates its keys in a way that is not known; choose backend 'dense', which decodes the cache at "
+        f"Layer {seen.layer} rotates its keys in a way that is not known; choose backend 'dense', which dequantizes the "
+        f"cache at "
         "every step, or use DynamicCache."
     )
 
 
-def _makes(rope: AnyRope, kept: Tensor, unrotated: Tensor, rotated: Tensor) -> bool:
+def _makes(rope: AnyRope, rope_state: Tensor, unrotated: Tensor, rotated: Tensor) -> bool:
     """Whether an embedding makes `rotated` of `unrotated`, both [1, kv_heads, tokens, head_dim]."""
-    if 2 * rope.cos_sin(kept)[0].shape[-1] > unrotated.shape[-1]:
+    if 2 * rope.cos_sin(rope_state)[0].shape[-1] > unrotated.shape[-1]:
         return False
-    difference = (rope.rotate(unrotated.float(), kept) - rotated.float()).abs().max()
+    difference = (rope.rotate(unrotated.float(), rope_state) - rotated.float()).abs().max()
     return bool(difference <= TOLERANCE * rotated.float().abs().max())

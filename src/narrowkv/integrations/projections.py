@@ -15,7 +15,7 @@ from narrowkv.calibration.fit import smoothing
 from narrowkv.codec import AnyQuantizer, Quantizer, Scheme
 from narrowkv.store.bias import Bias
 
-TOLERANCE = 2e-2  # of the largest number: bfloat16 rounds
+TOLERANCE = 2e-2  # of the largest element: bfloat16 rounds
 GAIN_POWER = 0.5  # of a norm's gain, by which keys are divided: 1 makes small channels of Gemma 3 too coarse
 
 
@@ -87,7 +87,7 @@ def _vectors_of(x: Tensor, module: nn.Module) -> tuple[int, int]:
 
 
 def _bias(whole: Tensor, half: Tensor, nothing: Tensor) -> Tensor | None:
-    """What is added to all tokens alike; None where it is nothing, or where numbers are no multiple of the input beside it.
+    """What is added to all tokens alike; None where it is nothing, or where elements are no multiple of the input beside it.
 
     Of the whole input, of half of it and of zeros: [1, kv_heads, tokens, head_dim] each.
     """
@@ -130,7 +130,7 @@ def _gain(module: nn.Module, run: Run, keys: Tensor) -> Tensor | None:
 
 
 def _as_keys(x: Tensor, keys: Tensor, same: bool = True) -> Tensor | None:
-    """x laid out as keys [1, kv_heads, tokens, head_dim]; None where it would not be the same numbers."""
+    """x laid out as keys [1, kv_heads, tokens, head_dim]; None where it would not be the same elements."""
     _, heads, tokens, dim = keys.shape
     laid = x if x.shape == keys.shape else x.reshape(1, tokens, heads, dim).transpose(1, 2)
     return laid if not same or torch.equal(laid, keys) else None
@@ -145,9 +145,9 @@ def with_gain(quantizer: AnyQuantizer, constants: Constants) -> AnyQuantizer:
 
 
 def bias_of(constants: Constants, rope: AnyRope | None, keys: Scheme, values: Scheme, device: torch.device) -> Bias:
-    """What a store takes out of the keys and values of a layer, by their schemes; its ledger is yet to be given."""
+    """What a store takes out of the keys and values of a layer, by their schemes; its position buffer is yet to be given."""
     after = rope is not None and not keys.pre_rope
-    of_keys = constants.keys if keys.takes_bias_out else None
+    key_bias = constants.keys if keys.takes_bias_out else None
     of_values = constants.values if values.takes_bias_out else None
-    of_keys, of_values = (None if part is None else part.to(device) for part in (of_keys, of_values))
-    return Bias(of_keys, of_values, rope if after else None)
+    key_bias, of_values = (None if part is None else part.to(device) for part in (key_bias, of_values))
+    return Bias(key_bias, of_values, rope if after else None)

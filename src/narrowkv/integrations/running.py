@@ -10,31 +10,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from narrowkv.codec.outlier_counter import CountReadback, OutlierCounter
 from narrowkv.codec.surroundings import runs_undisturbed
-from narrowkv.codec.tally import News, Tally
 from narrowkv.errors import CacheUseError, NarrowKVError, NarrowKVWarning, UnsupportedModelError
 from narrowkv.integrations.admission import GRADIENTS, ThreadHold, require_fit, wants_gradients
 from narrowkv.integrations.dense import DenseLayer
-from narrowkv.integrations.interface import ANOTHER_MODEL, TWO_DIMENSIONS, NarrowCache, Step
+from narrowkv.integrations.hooks import ANOTHER_MODEL, TWO_DIMENSIONS, LayerInputs, NarrowCache
 from narrowkv.integrations.layer import PackedLayer, not_traced
-from narrowkv.store import Ledger
+from narrowkv.store import PositionBuffer
 from narrowkv.store.checks import as_count, as_rows
 
-SATURATED = 1e-2  # part of a layer's numbers above which it is told
+SATURATED = 1e-2  # part of a layer's elements above which a warning is given
 
 
 class RunningCache(NarrowCache):
     """Base of PackedCache.
 
     packed: the layers that keep keys and values. modules: their attention modules, by layer; decoder: the language model.
-    ledgers: what is kept of each token once for all layers. strict: whether new tokens too are attended to as they are stored.
-    shapes: kv_heads and head_dim of the packed layers.
+    position_buffers: what is stored of each token once for all layers. strict: whether new tokens too are attended to as they
+    are stored. shapes: kv_heads and head_dim of the packed layers.
     """
 
     packed: list[PackedLayer]
     modules: dict[int, weakref.ref[nn.Module]]
     decoder: weakref.ref[nn.Module]
-    ledgers: dict[str, Ledger]
+    position_buffers: dict[str, PositionBuffer]
     strict: bool
     device: torch.device
     shapes: list[tuple[int, int]]
@@ -43,7 +43,7 @@ class RunningCache(NarrowCache):
     def __init__(self, layers: list[Any]):
         super().__init__(layers=layers)
         self.captured = False  # while the model runs to be captured in a CUDA graph
-        self.told_of_saturation = False
+        self.warned_of_saturation = False
         self.settle()
 
     def settle(self) -> None:
@@ -52,8 +52,8 @@ class RunningCache(NarrowCache):
         self.before = 0  # tokens held when the model began to run
         self.running = False  # while the model runs
         self.broken = False  # after a run that has failed half-way
-        self.owes_gradients = False  # whether what is held came from numbers that gradients were to flow through
-        self.news = News()
+        self.owes_gradients = False  # whether what is held came from elements that gradients were to flow through
+        self.readback = CountReadback()
 
     @property
     def length(self) -> int:
@@ -68,10 +68,10 @@ class RunningCache(NarrowCache):
 
     @property
     def is_exact(self) -> bool:
-        """Whether nothing is quantised, so that gradients flow as they do without a packed cache."""
+        """Whether nothing is quantized, so that gradients flow as they do without a packed cache."""
         return all(layer.is_exact for layer in self.packed)
 
-    def begin(self, module: Any, step: Step) -> None:
+    def begin(self, module: Any, step: LayerInputs) -> None:
         """Called before each attention module runs; raises CacheUseError if it is another model's."""
         layer = int(module.layer_idx)
         if layer not in self.modules:  # a reader of another layer's keys
@@ -95,8 +95,8 @@ class RunningCache(NarrowCache):
         except NarrowKVError:
             self.hold.leave()
             raise
-        for ledger in self.ledgers.values():
-            ledger.forget(self.first_needed(ledger))
+        for position_buffer in self.position_buffers.values():
+            position_buffer.evict(self.first_needed(position_buffer))
         for layer in self.packed:
             if isinstance(layer, DenseLayer):
                 layer.padding = None if mask is None else mask.bool()
@@ -110,7 +110,7 @@ class RunningCache(NarrowCache):
         raise NotImplementedError
 
     def _require_ready(self, decoder: nn.Module, tokens: Tensor | None, mask: Any, positions: Any) -> None:
-        if self.running:  # interrupted, so that nobody has told us of its end
+        if self.running:  # interrupted, so that nobody has announced its end
             self.running, self.broken = False, not self._is_as_before()
         if self.broken:
             raise CacheUseError("An earlier call failed half-way; call cache.reset() and start again.")
@@ -125,10 +125,10 @@ class RunningCache(NarrowCache):
             require_fit(tokens, mask, positions, held=held, batch_size=self.batch_size, shared=shared)
         if self.length == 0:
             self.owes_gradients = wanted
-        self.news.receive()
+        self.readback.receive()
 
     def _require_right_gradients(self, wanted: bool) -> None:
-        """Raise UnsupportedModelError where gradients that flow would be wrong: packed numbers have none.
+        """Raise UnsupportedModelError where gradients that flow would be wrong: packed elements have none.
 
         A first chunk attends to itself exactly, so its gradients are right, but not those of what follows.
         """
@@ -143,8 +143,8 @@ class RunningCache(NarrowCache):
             self.running = False
             self.broken = failed and not self.captured and not self._is_as_before()
             if not failed and not self.captured:
-                self.news.send(self.tallies())
-                self._tell_of_saturation()
+                self.readback.send(self.counters())
+                self._warn_of_saturation()
         self.hold.leave()
 
     def _is_as_before(self) -> bool:
@@ -153,17 +153,17 @@ class RunningCache(NarrowCache):
 
     @property
     def saturated(self) -> float:
-        """The part of the numbers seen that lie beyond the ranges and codebooks learned for them, by their width or more.
+        """The part of the elements seen that lie beyond the ranges and codebooks learned for them, by their width or more.
 
         0 for recipes that learn none; counted on a CPU, of tokens that come together (prompts, not single steps).
         """
-        far, seen = (sum(getattr(layer.store.saturation, name) for layer in self.packed) for name in ("far", "seen"))
+        far, seen = (sum(getattr(layer.store.saturation, name) for layer in self.packed) for name in ("out_of_range", "seen"))
         return far / seen if seen else 0.0
 
-    def _tell_of_saturation(self) -> None:
+    def _warn_of_saturation(self) -> None:
         worst = max(layer.store.saturation.fraction for layer in self.packed)
-        if worst > SATURATED and not self.told_of_saturation:
-            self.told_of_saturation = True
+        if worst > SATURATED and not self.warned_of_saturation:
+            self.warned_of_saturation = True
             warnings.warn(
                 f"{worst:.1%} of a layer's keys and values lie far beyond what its calibration has seen, and are stored wrong "
                 "(cache.saturated counts them); calibrate on text like this, or choose a recipe with outliers.",
@@ -195,8 +195,8 @@ class RunningCache(NarrowCache):
                     raise CacheUseError(f"Layer {i} keeps no record of its past and cannot be cropped ({error}).") from error
         for layer in self.packed:
             layer.crop(tokens_to_remove)
-        for ledger in self.ledgers.values():
-            ledger.crop(self.length)
+        for position_buffer in self.position_buffers.values():
+            position_buffer.crop(self.length)
 
     @runs_undisturbed
     def reorder_cache(self, beam_idx: Any) -> None:
@@ -209,27 +209,27 @@ class RunningCache(NarrowCache):
             return
         rows = as_rows(beam_idx, self.batch_size)
         super().reorder_cache(rows.to(self.device))  # type: ignore[arg-type]
-        for ledger in self.ledgers.values():
-            ledger.select(rows)
+        for position_buffer in self.position_buffers.values():
+            position_buffer.select(rows)
 
     def batch_select_indices(self, indices: Any) -> None:
         """Keep the sequences named by `indices`, repeats allowed, or those that bools keep; raises as `reorder_cache`."""
         self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each sequence, neighbours together; raises CacheUseError where `repeats` is no whole number from 1."""
+        """Repeat each sequence, neighbors together; raises CacheUseError where `repeats` is no integer from 1."""
         repeats = as_count(repeats, "How often sequences are repeated")
         if repeats < 1:
             raise CacheUseError(f"Sequences are repeated once or more, not {repeats} times.")
         self.reorder_cache([row for row in range(self.batch_size) for _ in range(repeats)])
 
-    def first_needed(self, ledger: Ledger) -> int:
+    def first_needed(self, position_buffer: PositionBuffer) -> int:
         """The oldest token whose entry some layer still reads."""
-        return min(layer.store.first for layer in self.packed if layer.ledger is ledger)
+        return min(layer.store.first for layer in self.packed if layer.position_buffer is position_buffer)
 
-    def tallies(self) -> list[Tally]:
+    def counters(self) -> list[OutlierCounter]:
         """Where a GPU counts what its layers find."""
-        return [tally for layer in self.packed for tally in layer.store.tallies()]
+        return [counter for layer in self.packed for counter in layer.store.counters()]
 
 
 def dtype_of(decoder: nn.Module) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""The exact recipe: the model's own dtype, nothing quantised. It tests the plumbing and is the baseline of tables."""
+"""The exact recipe: the model's own dtype, nothing quantized. It tests the plumbing and is the baseline of tables."""
 
 from narrowkv.codec import Scheme
 from narrowkv.methods.recipe import Recipe

@@ -1,4 +1,4 @@
-"""`hadamard-intB`: integers per token and head after a randomised Hadamard rotation, as vLLM and llama.cpp do.
+"""`hadamard-intB`: integers per token and head after a randomized Hadamard rotation, as vLLM and llama.cpp do.
 
 The rotation (QuaRot, arXiv 2404.00456) spreads outlier channels over the whole head. Keys are rotated after the rotary
 embedding.
@@ -17,5 +17,5 @@ def recipe(name: str) -> Recipe | None:
     match = re.fullmatch(r"hadamard-int(\d+)", name)
     if match is None:
         return None
-    scheme = Scheme(int(match[1]), "int", axis="token_head", hadamard=True)
+    scheme = Scheme(int(match[1]), "int", strategy="token_head", hadamard=True)
     return Recipe(name, keys=scheme, values=scheme)

@@ -1,10 +1,10 @@
 """`intrinsic-2`, `intrinsic-2-nearest`, either with `-kmeans`, any with `-wN`: the 2-bit codec by intrinsic values.
 
 Four levels v_min, v1, v2, v_max (`codec.intrinsic`) for each KV head of a block of 64 tokens, held in 16 bits each; v1 and v2
-are the centres of the two most frequent bins of a histogram of 64, or with `-kmeans` of two clusters. As published, a number
-takes the level below it, so that next to nothing takes v_max, the largest number there is; with `-nearest` it takes the
+are the centers of the two most frequent bins of a histogram of 64, or with `-kmeans` of two clusters. As published, a number
+takes the level below it, so that next to nothing takes v_max, the largest element there is; with `-nearest` it takes the
 nearest. The levels are those of the block itself, or with `-wN` of a sliding window of N blocks that moves on with each:
-itself and the N - 1 after it. Tokens whose window is not complete, the newest 64 N - 1 at most, are exact. Keys are quantised
+itself and the N - 1 after it. Tokens whose window is not complete, the newest 64 N - 1 at most, are exact. Keys are quantized
 after the rotary embedding.
 """
 
@@ -23,5 +23,7 @@ def recipe(name: str) -> Recipe | None:
     if match is None:
         return None
     datatype: Datatype = "iv-kmeans" if match[2] else "iv"
-    scheme = Scheme(2, datatype, axis="block", group=64, floor=match[1] is None, span=int(match[3] or 1))
-    return Recipe(name, keys=scheme, values=scheme, window=scheme.tokens_ahead)
+    scheme = Scheme(
+        2, datatype, strategy="block", group_size=64, round_down=match[1] is None, lookahead_blocks=int(match[3] or 1)
+    )
+    return Recipe(name, keys=scheme, values=scheme, residual_length=scheme.lookahead_tokens)

@@ -2,8 +2,8 @@
 
 Asymmetric integers without calibration. Keys as they come out of the rotary embedding, per channel in groups of 32
 consecutive tokens; values per token in groups of 32 channels; the newest 128 tokens exact. A scale and a zero point of 16 bits
-for 32 numbers make 2 bits 3 and 4 bits 5, plus the residual. The published code lets keys leave the residual 128 at a time and
-values one at a time; here both leave by groups, so that between R and R + G - 1 of the newest tokens are exact.
+for 32 elements make 2 bits 3 and 4 bits 5, plus the residual. The published code lets keys leave the residual 128 at a time
+and values one at a time; here both leave by groups, so that between R and R + G - 1 of the newest tokens are exact.
 """
 
 import re
@@ -20,6 +20,6 @@ def recipe(name: str) -> Recipe | None:
     if match is None:
         return None
     bits, group, residual = int(match[1]), int(match[2] or 32), int(match[3] or 128)
-    keys = Scheme(bits, "int", axis="channel", group=group)
-    values = Scheme(bits, "int", axis="token_head", group=group)
-    return Recipe(name, keys=keys, values=values, window=residual)
+    keys = Scheme(bits, "int", strategy="channel", group_size=group)
+    values = Scheme(bits, "int", strategy="token_head", group_size=group)
+    return Recipe(name, keys=keys, values=values, residual_length=residual)

@@ -1,8 +1,8 @@
 """KVQuant (Hooper et al., arXiv 2401.18079): `nuqB`, `nuqB-P%`, and either with `-qnorm` or `-postrope`.
 
 Keys per channel before the rotary embedding with static ranges, values per token with online ranges, a Fisher-weighted
-codebook per layer for each, P percent of the numbers of each vector kept exact, and the first token exact. With `-postrope`
-keys are quantised as they come out of the rotary embedding (the paper's ablation; all that the dense path can do).
+codebook per layer for each, P percent of the elements of each vector left exact, and the first token exact. With `-postrope`
+keys are quantized as they come out of the rotary embedding (the paper's ablation; all that the dense path can do).
 `nuqB.F`, with a point, is mixed precision: bits, outliers, and ranges by token or by token and head are chosen for the keys
 and the values of each layer under a budget of B.F bits for the whole, everything counted at 32,768 tokens.
 """
@@ -11,8 +11,8 @@ import itertools
 import re
 
 from narrowkv.codec import Scheme
-from narrowkv.codec.scheme import Axis
-from narrowkv.methods.recipe import Choices, Recipe
+from narrowkv.codec.scheme import Strategy
+from narrowkv.methods.recipe import Recipe, SearchSpace
 
 NAMES = ("nuq4-1%", "nuq3-1%", "nuq2-1%", "nuq2-1%-qnorm", "nuq4", "nuq3", "nuq2")
 
@@ -26,18 +26,21 @@ def recipe(name: str) -> Recipe | None:
     if match is None:
         return None
     bits, outliers, qnorm = int(match[1]), float(match[2] or 0) / 100, match[3] is not None
-    keys = Scheme(bits, "nuq", axis="channel", pre_rope=match[4] is None, outliers=outliers, qnorm=qnorm)
-    values = Scheme(bits, "nuq", axis="token", outliers=outliers, qnorm=qnorm)
+    keys = Scheme(bits, "nuq", strategy="channel", pre_rope=match[4] is None, outliers=outliers, qnorm=qnorm)
+    values = Scheme(bits, "nuq", strategy="token", outliers=outliers, qnorm=qnorm)
     return Recipe(name, keys=keys, values=values, sinks=1)
 
 
 def _mixed(name: str, budget: float) -> Recipe:
     """The recipe that chooses among KVQuant's schemes."""
-    axes: tuple[Axis, ...] = ("token", "token_head")
+    strategies: tuple[Strategy, ...] = ("token", "token_head")
     widths, fractions = (2, 3, 4), (0.0, 0.005, 0.01)
     keys = [
-        Scheme(bits, "nuq", axis="channel", pre_rope=True, outliers=part)
+        Scheme(bits, "nuq", strategy="channel", pre_rope=True, outliers=part)
         for bits, part in itertools.product(widths, fractions)
     ]
-    values = [Scheme(bits, "nuq", axis=axis, outliers=part) for bits, part, axis in itertools.product(widths, fractions, axes)]
-    return Recipe(name, keys=keys[0], values=values[0], sinks=1, choices=Choices(budget, tuple(keys), tuple(values)))
+    values = [
+        Scheme(bits, "nuq", strategy=strategy, outliers=part)
+        for bits, part, strategy in itertools.product(widths, fractions, strategies)
+    ]
+    return Recipe(name, keys=keys[0], values=values[0], sinks=1, search_space=SearchSpace(budget, tuple(keys), tuple(values)))

@@ -1,4 +1,4 @@
-"""What recipes were measured to lose on real models; the figures are written by `make results`."""
+"""What recipes were measured to lose on real models; the metrics are written by `make results`."""
 
 import json
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
-"""Recipe: how a whole cache is quantised. Plain data, validated, printable, with a published name."""
+"""Recipe: how a whole cache is quantized. Plain data, validated, printable, with a published name."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,7 @@ from narrowkv.codec import AnyQuantizer, Scheme, quantizer_for
 from narrowkv.errors import RecipeError
 from narrowkv.files import reason
 
-MOST_SINKS, MOST_WINDOW, MOST_LAYERS, MOST_BITS = 1024, 2**20, 4096, 64
-
-
-# so that figures and caches from before stay valid: fields named only where they are set, and what schemes say besides
-FORMER = {"codebook": "layer"}
-LATER = ("counts", "token_norm", "value_budget", "equal_layers")
+MOST_SINKS, MAX_RESIDUAL, MOST_LAYERS, MOST_BITS = 1024, 2**20, 4096, 64
 
 
 @dataclass(frozen=True)
@@ -27,13 +22,13 @@ class LayerSchemes:
 
 
 @dataclass(frozen=True)
-class Choices:
+class SearchSpace:
     """Schemes among which calibration chooses, for the keys and for the values of each layer apart.
 
-    budget: bits for each number that the whole cache may take at 32,768 tokens, tables included. Those schemes are chosen that
+    budget: bits per element that the whole cache may take at 32,768 tokens, tables included. Those schemes are chosen that
     cost the least loss under it. value_budget: of the values alone; `budget` is then that of the keys.
     equal_layers: whether keys and values together take as many bytes of a token in all layers of one shape. Raises RecipeError
-    where a budget is no number above 0, or of more bits than a number can have, or there is nothing to choose.
+    where a budget is no number above 0, or of more bits than an element can have, or there is nothing to choose.
     """
 
     budget: float
@@ -72,9 +67,9 @@ class Choices:
 class Recipe:
     """One scheme for keys and one for values, and what stays exact.
 
-    sinks: the first real tokens of each sequence, kept exact (KVQuant, section 3.5). window: the newest tokens, kept
-    exact until they leave it, at least as many as a scheme's span looks ahead. layers: schemes of single layers that differ
-    from the rest. choices: what calibration chooses from, which then fills `layers`.
+    sinks: the first real tokens of each sequence, left exact (KVQuant, section 3.5). residual_length: the newest tokens,
+    stored exact until they leave it, at least as many as a scheme's span looks ahead. layers: schemes of single layers that
+    differ from the rest. search_space: what calibration chooses from, which then fills `layers`.
     Raises RecipeError where the settings contradict each other.
     """
 
@@ -82,31 +77,33 @@ class Recipe:
     keys: Scheme
     values: Scheme
     sinks: int = 0
-    window: int = 0
+    residual_length: int = 0
     layers: dict[int, LayerSchemes] = field(default_factory=dict)
-    choices: Choices | None = None
+    search_space: SearchSpace | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise RecipeError(f"A recipe's name is text, not {self.name!r:.40}.")
-        for name, most in (("sinks", MOST_SINKS), ("window", MOST_WINDOW)):
+        for name, most in (("sinks", MOST_SINKS), ("residual_length", MAX_RESIDUAL)):
             count = getattr(self, name)
             if type(count) is not int or not 0 <= count <= most:
-                raise RecipeError(f"{name} must be a whole number of tokens from 0 to {most:,}, not {count!r:.40}.")
+                raise RecipeError(f"{name} must be an integer from 0 to {most:,}, not {count!r:.40}.")
         if any(type(layer) is not int or not 0 <= layer < MOST_LAYERS for layer in self.layers):
-            raise RecipeError(f"Layers have numbers from 0 to {MOST_LAYERS - 1}; name those of the model.")
+            raise RecipeError(f"Layers are numbered from 0 to {MOST_LAYERS - 1}; name those of the model.")
         if any(values.pre_rope for _, values in self.every_scheme()):
             raise RecipeError("Values have no rotary embedding; pre_rope is for keys.")
-        ahead = max(scheme.tokens_ahead for pair in self.every_scheme() for scheme in pair)
-        if self.window < ahead:
-            raise RecipeError(f"A window of {self.window} is too small where levels look {ahead} tokens ahead; keep as many.")
+        ahead = max(scheme.lookahead_tokens for pair in self.every_scheme() for scheme in pair)
+        if self.residual_length < ahead:
+            raise RecipeError(
+                f"A window of {self.residual_length} is too small where levels look {ahead} tokens ahead; keep as many."
+            )
 
     def every_scheme(self) -> list[tuple[Scheme, Scheme]]:
         """Pairs of schemes for keys and values, among them each that this recipe names."""
         pairs = [(self.keys, self.values), *((pair.keys, pair.values) for pair in self.layers.values())]
-        if self.choices:
-            pairs += [(scheme, self.values) for scheme in self.choices.keys]
-            pairs += [(self.keys, scheme) for scheme in self.choices.values]
+        if self.search_space:
+            pairs += [(scheme, self.values) for scheme in self.search_space.keys]
+            pairs += [(self.keys, scheme) for scheme in self.search_space.values]
         return pairs
 
     def schemes(self, layer: int) -> LayerSchemes:
@@ -124,7 +121,7 @@ class Recipe:
     @property
     def needs_calibration(self) -> bool:
         """Whether any part is learned offline."""
-        return bool(self.choices) or any(scheme.needs_calibration for pair in self.every_scheme() for scheme in pair)
+        return bool(self.search_space) or any(scheme.needs_calibration for pair in self.every_scheme() for scheme in pair)
 
     def quantizers(self, layer: int) -> tuple[AnyQuantizer, AnyQuantizer]:
         """Quantizers for keys and values of a calibration-free recipe; raises RecipeError where calibration is needed."""
@@ -137,7 +134,7 @@ class Recipe:
         return quantizer_for(pair.keys), quantizer_for(pair.values)
 
     def with_options(self, **changes: Any) -> "Recipe":
-        """A copy with fields replaced, for instance `with_options(sinks=5, window=32)`."""
+        """A copy with fields replaced, for instance `with_options(sinks=5, residual_length=32)`."""
         unknown = set(changes) - {f.name for f in fields(self)}
         if unknown:
             raise RecipeError(
@@ -147,25 +144,33 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads back; keys of `layers` become text, as JSON wants them."""
-        plain: dict[str, Any] = asdict(self, dict_factory=_plain)
+        plain: dict[str, Any] = asdict(self)
         plain["layers"] = {str(layer): schemes for layer, schemes in plain["layers"].items()}
         return plain
+
+    def settings(self) -> dict[str, Any]:
+        """Plain data of what differs from the defaults, which stays the same where a later version has more fields."""
+        found: dict[str, Any] = _settings(self)
+        return found
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "Recipe":
         """Inverse of `to_dict`; raises RecipeError on unknown, missing or wrong fields."""
         try:
+            _known(plain, cls)
             layers = {
                 int(layer): LayerSchemes(_scheme(pair["keys"]), _scheme(pair["values"]))
                 for layer, pair in plain.get("layers", {}).items()
             }
-            choices = None
-            if plain.get("choices") is not None:
-                sides = {side: tuple(_scheme(scheme) for scheme in plain["choices"][side]) for side in ("keys", "values")}
-                choices = Choices(**{**plain["choices"], **sides})
-            rest = {name: setting for name, setting in plain.items() if name not in ("keys", "values", "layers", "choices")}
+            search_space = None
+            if plain.get("search_space") is not None:
+                sides = {side: tuple(_scheme(scheme) for scheme in plain["search_space"][side]) for side in ("keys", "values")}
+                search_space = SearchSpace(**_known({**plain["search_space"], **sides}, SearchSpace))
+            rest = {
+                name: setting for name, setting in plain.items() if name not in ("keys", "values", "layers", "search_space")
+            }
             keys, values = _scheme(plain["keys"]), _scheme(plain["values"])
-            return cls(keys=keys, values=values, layers=layers, choices=choices, **rest)
+            return cls(keys=keys, values=values, layers=layers, search_space=search_space, **rest)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             if isinstance(error, RecipeError):
                 raise
@@ -183,17 +188,29 @@ class Recipe:
         return cls.from_dict(plain)
 
 
-def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    plain: dict[str, Any] = {}
-    for name, value in items:
-        plain |= FORMER if name == "turn" else {}  # where it stood: checksums of plain data go by the order too
-        plain |= {} if name in LATER and value in (None, False) else {name: value}
-    return plain
+def _settings(value: Any) -> Any:
+    """A dataclass as plain data without the fields that have their defaults."""
+    if is_dataclass(value) and not isinstance(value, type):
+        shown = [
+            (part.name, getattr(value, part.name))
+            for part in fields(value)
+            if part.default is MISSING or getattr(value, part.name) != part.default
+        ]
+        return {name: _settings(setting) for name, setting in shown if setting != {}}
+    if isinstance(value, dict):
+        return {str(name): _settings(setting) for name, setting in value.items()}
+    return [_settings(part) for part in value] if isinstance(value, tuple) else value
 
 
 def _scheme(plain: dict[str, Any]) -> Scheme:
-    if plain.get("codebook", "layer") != "layer":
+    return Scheme(**_known(plain, Scheme))
+
+
+def _known(plain: dict[str, Any], kind: type) -> dict[str, Any]:
+    """Plain data, all of whose fields a dataclass has; raises RecipeError for others, such as those of an earlier version."""
+    unknown = sorted(set(plain) - {part.name for part in fields(kind)})
+    if unknown:
         raise RecipeError(
-            "Codebooks of channels and of pairs are no longer read; calibrate again by a recipe such as narrow3."
+            f"A {kind.__name__} has no field {', '.join(unknown)[:80]}; `narrowkv recipes show NAME` prints a valid recipe."
         )
-    return Scheme(**{name: setting for name, setting in plain.items() if name not in FORMER})
+    return plain

@@ -1,16 +1,16 @@
 """Round-to-nearest baselines: `intB` (asymmetric integer, the zero point in floating point), `nfB` (QLoRA's NormalFloat),
 `fp4` (e2m1, a scale for every 32 channels) and `fp8` (e4m3, a scale for each token in each head).
 
-They need no calibration, and keys are quantised after the rotary embedding: with one range per token that is better than
+They need no calibration, and keys are quantized after the rotary embedding: with one range per token that is better than
 before it (KVQuant, section 3.2). `intB` and `nfB` take the range of a token over all its heads, with `-head` in each head for
-itself. With `-channel`, keys are quantised per channel before the rotary embedding, with ranges from calibration
+itself. With `-channel`, keys are quantized per channel before the rotary embedding, with ranges from calibration
 (`-channel-postrope`: after it). `-gG` on `fp4` and `-head` makes groups of G channels.
 """
 
 import re
 
 from narrowkv.codec import Scheme
-from narrowkv.codec.scheme import Axis, Datatype
+from narrowkv.codec.scheme import Datatype, Strategy
 from narrowkv.methods.recipe import Recipe
 
 DATATYPES: dict[str, Datatype] = {"int": "int", "nf": "nf", "fp": "fp"}
@@ -30,7 +30,7 @@ def recipe(name: str) -> Recipe | None:
     if (rotated and kind != "-channel") or (group and not by_head) or (datatype == "fp" and kind):
         return None
     size = int(group) if group else (32 if (datatype, bits) == ("fp", 4) else None)
-    axis: Axis = "token_head" if by_head else "token"
-    values = Scheme(bits, datatype, axis=axis, group=size)
-    keys = Scheme(bits, datatype, axis="channel", pre_rope=rotated is None) if kind == "-channel" else values
+    strategy: Strategy = "token_head" if by_head else "token"
+    values = Scheme(bits, datatype, strategy=strategy, group_size=size)
+    keys = Scheme(bits, datatype, strategy="channel", pre_rope=rotated is None) if kind == "-channel" else values
     return Recipe(name, keys=keys, values=values)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from narrowkv.codec import AnyQuantizer, Encoded, Scheme, TrellisQuantizer, quantizer_for
+from narrowkv.codec import AnyQuantizer, QuantizedTensor, Scheme, TrellisQuantizer, quantizer_for
 from narrowkv.codec.scheme import BLOCK
 from narrowkv.integrations.projections import ConstantKinds, Constants, bias_of, with_gain
-from narrowkv.store import LayerStore, Ledger
+from narrowkv.store import LayerStore, PositionBuffer
 from narrowkv.store.page import GROWTH, Page
 
 Quantizers = tuple[AnyQuantizer, AnyQuantizer]
@@ -26,8 +26,8 @@ DECODED = BLOCK + 1  # tokens after which decoding has sealed a block and opened
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One layer's part of a cache: batch, KV heads of one device, head_dim, dtype of the numbers, its sliding window, and what
-    projections and a norm do to all keys and values alike.
+    """One layer's part of a cache: batch, KV heads of one device, head_dim, dtype of the elements, its sliding window, and
+    what projections and a norm do to all keys and values alike.
     """
 
     batch: int
@@ -47,7 +47,7 @@ class Held:
 
     @property
     def most(self) -> int:
-        """What must find room: a window that slides holds more while a prompt is read than later."""
+        """What must find capacity: a window that slides holds more while a prompt is read than later."""
         return max(self.prompt, self.decoding)
 
     def __add__(self, other: "Held") -> "Held":
@@ -64,7 +64,7 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
 
 
 def stand_in(scheme: Scheme, kv_heads: int, head_dim: int) -> AnyQuantizer:
-    """A quantizer with tables of the shapes that calibration learns, by which numbers of magnitude 1 are outliers."""
+    """A quantizer with tables of the shapes that calibration learns, by which elements of magnitude 1 are outliers."""
     if not scheme.needs_calibration:
         return quantizer_for(scheme)
     if scheme.datatype == "trellis":
@@ -78,7 +78,7 @@ def stand_in(scheme: Scheme, kv_heads: int, head_dim: int) -> AnyQuantizer:
     if scheme.outliers and (scheme.static or scheme.outlier_scope == "matrix"):
         limits = by_channel if scheme.outlier_scope == "vector" else torch.ones(1, 1, dtype=torch.float32, device="cpu")
         tables |= {"lower": -limits / 2, "upper": limits / 2}
-    if scheme.smooth:
+    if scheme.smooth_alpha:
         tables["smooth"] = by_channel
     return quantizer_for(scheme, **tables)
 
@@ -90,11 +90,11 @@ def _trellis_stand_in(scheme: Scheme, kv_heads: int, head_dim: int) -> TrellisQu
         for name, (shape, dtype) in TrellisQuantizer.forms(scheme, kv_heads, head_dim).items()
     }
     n = scheme.outlier_places(head_dim)
-    for name in ("steps", "scales", "weight", *(("matrix_steps",) if scheme.turn else ())):
+    for name in ("steps", "scales", "weight", *(("matrix_steps",) if scheme.learned_rotation else ())):
         tables[name].fill_(1)
-    if "limit" in tables:
-        tables["limit"].fill_(0.5)
-    if scheme.turn:
+    if "outlier_threshold" in tables:
+        tables["outlier_threshold"].fill_(0.5)
+    if scheme.learned_rotation:
         tables["matrix"] += torch.eye(n, head_dim, dtype=torch.int8, device="cpu")
     else:
         tables["order"] += torch.arange(n, dtype=tables["order"].dtype, device="cpu")
@@ -105,13 +105,13 @@ def _trellis_stand_in(scheme: Scheme, kv_heads: int, head_dim: int) -> TrellisQu
 
 
 def typical_block(quantizer: AnyQuantizer, shape: LayerShape) -> Tensor:
-    """64 tokens [batch, kv_heads, 64, head_dim] of which as many numbers are outliers as the scheme asks for.
+    """64 tokens [batch, kv_heads, 64, head_dim] of which as many elements are outliers as the scheme asks for.
 
-    Where thresholds are learned, that is the fraction itself, to the nearest whole number in a block, spread evenly. Where
-    they are taken online, no two numbers at the ends of a vector are equal, so that as many are outliers as can be.
+    Where thresholds are learned, that is the fraction itself, to the nearest integer in a block, spread evenly. Where
+    they are taken online, no two elements at the ends of a vector are equal, so that as many are outliers as can be.
     """
     scheme, (heads, dim) = quantizer.scheme, (shape.kv_heads, shape.head_dim)
-    if getattr(quantizer, "lower", None) is not None or getattr(quantizer, "limit", None) is not None:
+    if getattr(quantizer, "lower", None) is not None or getattr(quantizer, "outlier_threshold", None) is not None:
         codes = scheme.outlier_places(dim)
         total = BLOCK * heads * codes
         count = round(scheme.outliers * total)
@@ -122,18 +122,18 @@ def typical_block(quantizer: AnyQuantizer, shape: LayerShape) -> Tensor:
     else:
         rank = torch.arange(heads * dim, dtype=torch.int64, device="cpu")
         from_end = torch.minimum(rank, heads * dim - 1 - rank)
-        step = 1.5 * torch.finfo(shape.dtype).eps  # so that neighbours differ in 16 bits too
+        step = 1.5 * torch.finfo(shape.dtype).eps  # so that neighbors differ in 16 bits too
         token = torch.exp(-step * from_end) * torch.where(rank < heads * dim // 2, -1.0, 1.0)
         block = token.view(dim, heads).T[:, None].expand(-1, BLOCK, -1)
     return block.to(shape.dtype).expand(shape.batch, -1, -1, -1)
 
 
 class _Filling:
-    """A real store, and the record of what turns its keys, that take tokens as a layer of a cache does."""
+    """A real store, and the record of what rotates its keys, that take tokens as a layer of a cache does."""
 
     def __init__(self, layer: "LayerBytes", record: Tensor | None):
         self.store = layer.store()
-        self.ledger = Ledger()
+        self.position_buffer = PositionBuffer()
         self.blocks = layer.blocks
         self.sliding_window = layer.shape.sliding_window
         self.record = record
@@ -151,20 +151,20 @@ class _Filling:
     def take(self, count: int) -> None:
         start = self.store.length % BLOCK
         if self.sliding_window is not None:
-            self.ledger.forget(self.store.first)
-            self.store.forget(self.store.length - self.sliding_window + 1)
+            self.position_buffer.evict(self.store.first)
+            self.store.evict(self.store.length - self.sliding_window + 1)
         times = -(-(start + count) // BLOCK)
         keys, values = (block.repeat(1, 1, times, 1)[:, :, start : start + count] for block in self.blocks)
         self.store.append(keys, values)
         if self.record is not None:
-            self.ledger.append(self.record.expand(-1, count, *self.record.shape[2:]))
+            self.position_buffer.append(self.record.expand(-1, count, *self.record.shape[2:]))
 
 
 class LayerBytes:
     """Counts what one layer takes at any length."""
 
     def __init__(self, quantizers: Quantizers, sinks: int, window: int, shape: LayerShape):
-        """quantizers, sinks, window: as of LayerStore."""
+        """quantizers, sinks, window: like those of LayerStore."""
         known, (keys, values) = _stand_in_constants(shape), quantizers
         self.quantizers = (with_gain(keys, known), values)
         self.bias = bias_of(known, None, keys.scheme, values.scheme, torch.device("cpu"))
@@ -172,7 +172,7 @@ class LayerBytes:
         self.shape = shape
         self.blocks = [typical_block(quantizer, shape) for quantizer in quantizers]
         store = self.store()
-        exact = sinks + window + store.together + max(store.ahead)
+        exact = sinks + window + store.tokens_per_group + max(store.lookahead)
         self.settled = (-(-exact // BLOCK) + 1) * BLOCK  # tokens after which a block takes as much as the one before
 
     def store(self) -> LayerStore:
@@ -185,7 +185,7 @@ class LayerBytes:
         return nbytes(table for quantizer in self.quantizers for table in quantizer.tensors().values())
 
     def held(self, tokens: int) -> Held:
-        """What is allocated behind a prompt of so many tokens."""
+        """What is allocated behind a prompt of this many tokens."""
         if self.shape.sliding_window is not None:
             return self._stored(self._steady(tokens))[0]
         if tokens < 2 * GROWTH * BLOCK + self.settled:  # pages to grow hold one block yet
@@ -196,27 +196,27 @@ class LayerBytes:
         return short + Held(more * self._block, more * self._block - pages + nbytes(page.tensors()))
 
     def records(self, tokens: int, record: Tensor) -> Held:
-        """Bytes of what is kept of each token to turn its keys: such as `record` [batch, 1, ...]."""
+        """Bytes of what is stored of each token to rotate its keys: such as `record` [batch, 1, ...]."""
         if self.shape.sliding_window is not None:
             return self._stored(self._steady(tokens), record)[1]
-        ledger, record = Ledger(), record.to("meta")
-        ledger.append(record.expand(-1, tokens, *record.shape[2:]))
-        prompt = nbytes(ledger.tensors())
+        position_buffer, record = PositionBuffer(), record.to("meta")
+        position_buffer.append(record.expand(-1, tokens, *record.shape[2:]))
+        prompt = nbytes(position_buffer.tensors())
         for _ in range(DECODED):
-            ledger.append(record)
-        return Held(prompt, nbytes(ledger.tensors()))
+            position_buffer.append(record)
+        return Held(prompt, nbytes(position_buffer.tensors()))
 
     def _stored(self, tokens: int, record: Tensor | None = None) -> tuple[Held, Held]:
-        """Bytes of a store that has really taken so many tokens, and of the record beside it."""
+        """Bytes of a store that has really taken this many tokens, and of the record beside it."""
         filling = _Filling(self, record)
         counts = []
         for go_on in (lambda: filling.read(tokens), filling.decode):
             go_on()
-            counts += [nbytes(filling.store.tensors()), nbytes(filling.ledger.tensors())]
+            counts += [nbytes(filling.store.tensors()), nbytes(filling.position_buffer.tensors())]
         return Held(counts[0], counts[2]), Held(counts[1], counts[3])
 
     def _steady(self, tokens: int) -> int:
-        """The shortest prompt that leaves a sliding window as one of so many tokens does."""
+        """The shortest prompt that leaves a sliding window as one of this many tokens does."""
         least = self.settled + (self.shape.sliding_window or 0) + 2 * CHUNK
         return tokens - max(tokens - least, 0) // CHUNK * CHUNK
 
@@ -231,7 +231,7 @@ class LayerBytes:
         return counts[1] - counts[0]
 
     @functools.lru_cache(maxsize=BLOCK)  # noqa: B019
-    def _settled(self, rest: int) -> tuple[Held, int, tuple[Encoded, Encoded], int]:
+    def _settled(self, rest: int) -> tuple[Held, int, tuple[QuantizedTensor, QuantizedTensor], int]:
         """A short prompt: bytes, blocks, the first of those that decoding seals, and bytes of the pages that these lie in."""
         filling = _Filling(self, None)
         store = filling.store
@@ -253,8 +253,8 @@ def _stand_in_constants(shape: LayerShape) -> Constants:
     return Constants(keys, values, gain if kinds.gain else None)
 
 
-def _on_meta(encoded: Encoded) -> Encoded:
+def _on_meta(encoded: QuantizedTensor) -> QuantizedTensor:
     """The same shapes and dtypes without memory behind them."""
     index, values = (None if part is None else part.to("meta") for part in (encoded.outlier_index, encoded.outlier_values))
     ranges = {name: part.to("meta") for name, part in encoded.ranges.items()}
-    return Encoded(encoded.codes.to("meta"), ranges, index, values)
+    return QuantizedTensor(encoded.codes.to("meta"), ranges, index, values)

@@ -20,7 +20,7 @@ from narrowkv.integrations.folders import single_file
 from narrowkv.integrations.frequencies import STATIC_ROPE, frequencies, has_sections
 from narrowkv.integrations.gguf import gguf_config
 from narrowkv.integrations.models import DTYPES, model_folder
-from narrowkv.integrations.probe import Seen, keeps_keys, own_layers, text_config, watch
+from narrowkv.integrations.probe import AttentionTrace, keeps_keys, own_layers, text_config, watch
 from narrowkv.integrations.projections import ConstantKinds, constant_kinds
 from narrowkv.integrations.versions import keeps_nothing
 
@@ -48,9 +48,9 @@ SHAPES: dict[str, dict[str, Any]] = {  # as published
 class AttentionShape:
     """One layer that keeps keys and values.
 
-    constants: what its projections add and its norm scales. record: the name of what is kept of each token, once for all
-    layers of that name, where keys or their bias are turned when they are read: `positions`, or tables of so many `angles`;
-    None where the model never turns its keys.
+    constants: what its projections add and its norm scales. record: the name of what is stored of each token, once for all
+    layers of that name, where keys or their bias are rotated when they are read: `positions`, or tables of this many `angles`;
+    None where the model never rotates its keys.
     """
 
     layer: int
@@ -64,7 +64,7 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """dtype: of weights and activations. weights, split_weights: numbers in all, and those that tensor parallelism divides,
+    """dtype: of weights and activations. weights, split_weights: elements in all, and those that tensor parallelism divides,
     the others being in every device. others: layers that keep a state of their own.
     """
 
@@ -103,8 +103,8 @@ class ModelShape:
 
     def weight_bytes(self, devices: int, bits: float | None = None) -> int:
         """Bytes of weights in each device; bits: of each weight, those of the dtype by default."""
-        numbers = self.weights - self.split_weights + -(-self.split_weights // devices)
-        return round(numbers * (8 * self.dtype.itemsize if bits is None else bits) / 8)
+        elements = self.weights - self.split_weights + -(-self.split_weights // devices)
+        return round(elements * (8 * self.dtype.itemsize if bits is None else bits) / 8)
 
 
 def read_shape(name: str, dtype: str = "auto") -> ModelShape:
@@ -162,7 +162,7 @@ def _on_meta(config: Any) -> PreTrainedModel:
 
 
 def _split_weights(model: PreTrainedModel) -> int:
-    """How many numbers transformers divides between devices, by the model's own plan."""
+    """How many elements transformers divides between devices, by the model's own plan."""
     plan: dict[str, str] = getattr(model, "tp_plan", None) or {}
     patterns = [name for name, style in plan.items() if not style.startswith("replicated")]
     return sum(
@@ -172,8 +172,8 @@ def _split_weights(model: PreTrainedModel) -> int:
     )
 
 
-def _layers(model: PreTrainedModel, seen: list[Seen], running: list[Seen]) -> Iterator[AttentionShape]:
-    """What is known of attention modules; of their rotary embeddings, what can be without numbers."""
+def _layers(model: PreTrainedModel, seen: list[AttentionTrace], running: list[AttentionTrace]) -> Iterator[AttentionShape]:
+    """What is known of attention modules; of their rotary embeddings, what can be without elements."""
     own = own_layers(text_config(model))
     names: dict[int, str] = {}
     for one in seen:

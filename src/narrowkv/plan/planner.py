@@ -1,4 +1,4 @@
-"""The plan: what recipes take at given contexts, and the longest context that each leaves room for."""
+"""The plan: what recipes take at given contexts, and the longest context that each leaves space for."""
 
 import functools
 from collections import Counter
@@ -9,15 +9,15 @@ from typing import Any
 import torch
 
 from narrowkv.calibration.allocation import Option, allocate, stored_bits
-from narrowkv.calibration.choice import beside_bits
 from narrowkv.calibration.rates import RateOption, held_tokens, mean_held
-from narrowkv.calibration.shares import allocate_choices
+from narrowkv.calibration.search import beside_bits
+from narrowkv.calibration.shares import allocate_budgets
 from narrowkv.codec import Scheme
 from narrowkv.codec.scheme import BLOCK, UNIT
 from narrowkv.errors import BudgetError, RecipeError
 from narrowkv.evaluate.results import ResultFile, definition
 from narrowkv.methods import LayerSchemes, Recipe
-from narrowkv.methods.recipe import Choices
+from narrowkv.methods.recipe import SearchSpace
 from narrowkv.plan.layers import CHUNK, Held, LayerBytes, LayerShape, stand_in, typical_block
 from narrowkv.plan.models import ModelShape
 
@@ -29,7 +29,7 @@ MOST_TOKENS = 2**40  # a context that is called unlimited
 @dataclass(frozen=True)
 class Budget:
     """batch: sequences at a time. devices: under tensor parallelism. memory: bytes of each device; None for no limit.
-    reserve: bytes of it that are kept for activations and all else. weight_bits: of each weight; None for the dtype's.
+    reserve: bytes of it that are reserved for activations and all else. weight_bits: of each weight; None for the dtype's.
 
     Raises BudgetError where there is no sequence or no device.
     """
@@ -55,42 +55,42 @@ def evenly_chosen(recipe: Recipe, shape: ModelShape) -> Recipe:
     """A recipe that leaves the choice of schemes to calibration, with a choice that fills its budget as if all layers were
     as sensitive; calibration's own choice takes at most the same budget.
     """
-    if recipe.choices is None:
+    if recipe.search_space is None:
         return recipe
-    numbers = sum(2 * layer.kv_heads * layer.head_dim for layer in shape.layers)
-    choose = _even_rates if recipe.choices.by_rate else _even_choice
+    elements = sum(2 * layer.kv_heads * layer.head_dim for layer in shape.layers)
+    choose = _even_rates if recipe.search_space.by_rate else _even_choice
     try:
-        schemes = choose(recipe.choices, shape, numbers, beside_bits(len(shape.layers), numbers))
+        schemes = choose(recipe.search_space, shape, elements, beside_bits(len(shape.layers), elements))
     except RecipeError as error:
         raise RecipeError(f"Recipe {recipe.name}: {error}") from error
     pairs = zip(schemes[::2], schemes[1::2], strict=True)
     layers = {layer.layer: LayerSchemes(*pair) for layer, pair in zip(shape.layers, pairs, strict=True)}
-    return replace(recipe, layers=layers, choices=None)
+    return replace(recipe, layers=layers, search_space=None)
 
 
-def _even_choice(choices: Choices, shape: ModelShape, numbers: int, beside: float) -> list[Scheme]:
+def _even_choice(search_space: SearchSpace, shape: ModelShape, elements: int, overhead: float) -> list[Scheme]:
     """A scheme for the keys, then for the values, of each layer."""
     menus, tokens = [], _table_tokens(shape)
     for layer in shape.layers:
         one = LayerShape(1, layer.kv_heads, layer.head_dim, shape.dtype)
-        for schemes, keys in ((choices.keys, True), (choices.values, False)):
+        for schemes, keys in ((search_space.keys, True), (search_space.values, False)):
             menus.append([_option(scheme, one, keys, tokens) for scheme in schemes])
-    picks = allocate(menus, choices.budget, numbers, beside)
+    picks = allocate(menus, search_space.budget, elements, overhead)
     return [menu[pick].scheme for menu, pick in zip(menus, picks, strict=True)]
 
 
-def _even_rates(choices: Choices, shape: ModelShape, numbers: int, beside: float) -> list[Scheme]:
+def _even_rates(search_space: SearchSpace, shape: ModelShape, elements: int, overhead: float) -> list[Scheme]:
     """The same with rates, as if what units cost fell alike from the dearest to the cheapest in all tensors."""
     menus, tokens = [], _table_tokens(shape)
     for layer in shape.layers:
-        for scheme in (*choices.keys, *choices.values):
+        for scheme in (*search_space.keys, *search_space.values):
             scheme.require_head_dim(layer.head_dim)
         held = held_tokens(layer.sliding_window)
         units = layer.head_dim // UNIT
         costs = 4.0 ** (-SPAN * torch.arange(units, dtype=torch.float64, device="cpu") / units)
-        for schemes in (choices.keys, choices.values):
+        for schemes in (search_space.keys, search_space.values):
             menus.append([RateOption(scheme, layer.kv_heads, costs, tokens, held) for scheme in schemes])
-    return allocate_choices(choices, menus, beside)
+    return allocate_budgets(search_space, menus, overhead)
 
 
 def _table_tokens(shape: ModelShape) -> float:
@@ -99,7 +99,7 @@ def _table_tokens(shape: ModelShape) -> float:
 
 @functools.cache
 def _option(scheme: Scheme, shape: LayerShape, keys: bool, tokens: float) -> Option:
-    """What a scheme takes; its cost is that of rounding to so many bits. tokens: over which tables count."""
+    """What a scheme takes; its cost is that of rounding to this many bits. tokens: over which tables count."""
     quantizer = stand_in(scheme, shape.kv_heads, shape.head_dim)
     bits = stored_bits(quantizer, typical_block(quantizer, shape), keys, tokens)
     cost = 4 ** (-bits / (shape.kv_heads * shape.head_dim))
@@ -125,7 +125,7 @@ class CacheBytes:
                 for scheme in (schemes.keys, schemes.values):
                     scheme.require_head_dim(layer.head_dim)
                 pair = (stand_in(scheme, one.kv_heads, one.head_dim) for scheme in (schemes.keys, schemes.values))
-                meters[schemes, one] = LayerBytes((next(pair), next(pair)), recipe.sinks, recipe.window, one)
+                meters[schemes, one] = LayerBytes((next(pair), next(pair)), recipe.sinks, recipe.residual_length, one)
             kinds[schemes, one] += 1
             if layer.record is not None and (schemes.keys.pre_rope or meters[schemes, one].bias.keys is not None):
                 self._keep(layer.record, layer.angles, meters[schemes, one])
@@ -133,7 +133,7 @@ class CacheBytes:
         self.tables = sum(meter.tables * count for meter, count in self.layers)
 
     def _keep(self, record: str, angles: int, meter: LayerBytes) -> None:
-        """What is kept of each token once for several layers stays until none of them needs it."""
+        """What is stored of each token once for several layers stays until none of them needs it."""
         batch, dtype = meter.shape.batch, meter.shape.dtype
         entry = (
             torch.zeros(batch, 1, 2, angles, dtype=dtype, device="cpu")
@@ -145,7 +145,7 @@ class CacheBytes:
             self.records[record] = (meter, entry)
 
     def held(self, tokens: int) -> Held:
-        """All that is allocated behind a prompt of so many tokens."""
+        """All that is allocated behind a prompt of this many tokens."""
         total = Held(self.tables, self.tables)
         for meter, count in self.layers:
             total += meter.held(tokens) * count
@@ -153,20 +153,20 @@ class CacheBytes:
             total += meter.records(tokens, entry)
         return total
 
-    def longest(self, room: int) -> int | None:
-        """The longest prompt, in whole blocks (chunks where windows slide), from which decoding can go on in so many bytes.
+    def longest(self, capacity: int) -> int | None:
+        """The longest prompt, in whole blocks (chunks where windows slide), from which decoding can go on in this many bytes.
 
-        None where there is no end, since only windows are kept.
+        None where there is no end, since only windows are stored.
         """
         step = CHUNK if any(meter.shape.sliding_window is not None for meter, _ in self.layers) else BLOCK
         low, high = 0, 64
-        while self.held(high * step).most <= room:
+        while self.held(high * step).most <= capacity:
             low, high = high, 2 * high
             if high * step > MOST_TOKENS:
                 return None
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if self.held(middle * step).most <= room else (low, middle)
+            low, high = (middle, high) if self.held(middle * step).most <= capacity else (low, middle)
         return low * step
 
 
@@ -184,20 +184,21 @@ def plan(
 ) -> None:
     """Add a row for each recipe: bytes for each device at these contexts, and the longest context under the budget.
 
-    on_step: called with (recipes done, recipes in all). Raises BudgetError where not even the weights find room, OutputError
+    on_step: called with (recipes done, recipes in all). Raises BudgetError where not even the weights fit, OutputError
     where results has a row of another recipe of the same name.
     """
     weights = shape.weight_bytes(budget.devices, budget.weight_bits)
-    room = None if budget.memory is None else budget.memory - budget.reserve - weights
-    if room is not None and room <= 0:
+    capacity = None if budget.memory is None else budget.memory - budget.reserve - weights
+    if capacity is not None and capacity <= 0:
         raise BudgetError(
-            f"The weights of {shape.name} take {weights / 2**30:.1f} GiB of each GPU's {(weights + room) / 2**30:.1f} GiB, "
-            "which leaves no room for a cache; plan for more memory, more GPUs, or fewer bits a weight."
+            f"The weights of {shape.name} take {weights / 2**30:.1f} GiB of each GPU's {(weights + capacity) / 2**30:.1f} "
+            f"GiB, "
+            "which leaves no space for a cache; plan for more memory, more GPUs, or fewer bits a weight."
         )
     for done, recipe in enumerate(recipes):
         if results.find_recipe(recipe.name, recipe) is None:
             cache = CacheBytes(shape, recipe, budget.batch, budget.devices)
-            longest = None if room is None else cache.longest(room)
+            longest = None if capacity is None else cache.longest(capacity)
             results.add(
                 {
                     "recipe": recipe.name,
@@ -206,17 +207,17 @@ def plan(
                     "tables": cache.tables,
                     "limited": longest is not None,
                     "longest": longest,
-                    "contexts": [_at(cache, tokens, room) for tokens in contexts],
-                    "curve": [_at(cache, tokens, room) for tokens in _doublings(max([*contexts, longest or 0]))],
+                    "contexts": [_at(cache, tokens, capacity) for tokens in contexts],
+                    "curve": [_at(cache, tokens, capacity) for tokens in _doublings(max([*contexts, longest or 0]))],
                 }
             )
         if on_step:
             on_step(done + 1, len(recipes))
 
 
-def _at(cache: CacheBytes, tokens: int, room: int | None) -> dict[str, int | str | None]:
+def _at(cache: CacheBytes, tokens: int, capacity: int | None) -> dict[str, int | str | None]:
     held = cache.held(tokens)
-    fits = None if room is None else "yes" if held.most <= room else "prompt only" if held.prompt <= room else "no"
+    fits = None if capacity is None else "yes" if held.most <= capacity else "prompt only" if held.prompt <= capacity else "no"
     return {"tokens": tokens, "prompt": held.prompt, "decoding": held.decoding, "fits": fits}
 
 

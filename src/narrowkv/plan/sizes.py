@@ -5,7 +5,7 @@ import re
 from narrowkv.errors import BudgetError
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-COUNTS = {"": 1, "K": 2**10, "M": 2**20}  # as context lengths are told: 128K is 131,072
+COUNTS = {"": 1, "K": 2**10, "M": 2**20}  # as context lengths are written: 128K is 131,072
 
 
 def parse_bytes(text: str) -> int:

@@ -1,1 +1,1 @@
-"""Pictures and pages drawn from files of figures."""
+"""Plots and pages drawn from files of results."""

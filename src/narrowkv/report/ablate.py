@@ -1,10 +1,10 @@
-"""Tables and pictures of `ablate`: one section for each ladder."""
+"""Tables and plots of `ablate`: one section for each ablation."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from narrowkv.report.figures import COLOURS, log_axis, new_figure, style_of
-from narrowkv.report.sections import Picture, Section, Table
+from narrowkv.report.plots import COLORS, log_axis, new_figure, style_of
+from narrowkv.report.sections import Plot, Section, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,10 +23,10 @@ FIGURES = {  # entry of a row: heading, digits
 
 
 def sections(result: dict[str, Any]) -> list[Section]:
-    """From what `read_result` returns of a file that `ablate` wrote: a section for each ladder that has rows."""
+    """From what `read_result` returns of a file that `ablate` wrote: a section for each ablation that has rows."""
     found = []
-    for ladder, make in MAKERS.items():
-        rows = [row for row in result["rows"] if row["ladder"] == ladder]
+    for ablation, make in MAKERS.items():
+        rows = [row for row in result["rows"] if row["ablation"] == ablation]
         if rows:
             found += make(rows, result)
     return found
@@ -39,7 +39,7 @@ def _steps(rows: list[Row], result: dict[str, Any]) -> list[Section]:
     labels = {row["step"]: row["label"] for row in rows}
     axes.set_xticks(sorted(labels), [labels[step] for step in sorted(labels)], rotation=35, ha="right")
     axes.legend(frameon=False)
-    text = f"{_told(rows, result)} KVQuant's ladder: each step is added to those above it."
+    text = f"{_setup(rows, result)} KVQuant's ablation: each step is added to those above it."
     return [_section("The method, step by step", text, rows, ["bits", "label"], "steps", "What each step gains.", figure)]
 
 
@@ -56,10 +56,10 @@ def _grid(rows: list[Row], result: dict[str, Any]) -> list[Section]:
         axes.set(xlabel=LOSS, title=f"{bits} bits")
         log_axis(axes.xaxis)
     panels[0].invert_yaxis()
-    panels[0].set_ylabel("which numbers share a range")
+    panels[0].set_ylabel("which elements share a range")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     text = (
-        f"{_told(rows, result)} Integers for the keys alone or for the values alone: the other side is exact, and counts in "
+        f"{_setup(rows, result)} Integers for the keys alone or for the values alone: the other side is exact, and counts in "
         "the allocated bits. Ranges of a channel come from calibration, all others are taken online."
     )
     caption = "Left is better: keys want ranges by channel, before the rotary embedding most; values differ less."
@@ -70,12 +70,13 @@ def _outliers(rows: list[Row], result: dict[str, Any]) -> list[Section]:
     figure, (axes,) = new_figure(6, 4)
     for i, (bits, line) in enumerate(_by(rows, "bits").items()):
         _line(axes, i, [100 * row["fraction"] for row in line], line, f"{bits} bits")
-    axes.set_xlabel("outliers kept exact (% of the numbers)")
+    axes.set_xlabel("outliers left exact (% of the elements)")
     figure.legend(loc="outside right upper", frameon=False)
     caption = "How much each further outlier gains."
     text = (
-        f"{_told(rows, result)} KVQuant with a part of its numbers exact. Values keep a whole number of outliers for each "
-        "token, so that on a model with few numbers a token a small part may come to none: the allocated bits tell."
+        f"{_setup(rows, result)} KVQuant with a part of its elements exact. Values keep an integer number of outliers for "
+        f"each "
+        "token, so that on a model with few elements a token a small part may come to none: the allocated bits tell."
     )
     return [_section("Outliers", text, rows, ["bits", "label"], "outliers", caption, figure)]
 
@@ -87,10 +88,10 @@ def _sinks(rows: list[Row], result: dict[str, Any]) -> list[Section]:
             label, dashes = f"{bits} bits, {fraction:.0%} outliers", "-" if fraction else "--"
             _line(axes, i, [row["sinks"] for row in line], line, label, linestyle=dashes)
     axes.set_xticks(sorted({row["sinks"] for row in rows}))
-    axes.set_xlabel("first tokens kept exact")
+    axes.set_xlabel("first tokens left exact")
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     caption = "What exact first tokens gain, with and without outliers."
-    return [_section("Attention sinks", _told(rows, result), rows, ["bits", "fraction", "sinks"], "sinks", caption, figure)]
+    return [_section("Attention sinks", _setup(rows, result), rows, ["bits", "fraction", "sinks"], "sinks", caption, figure)]
 
 
 def _parts(rows: list[Row], result: dict[str, Any]) -> list[Section]:
@@ -102,9 +103,9 @@ def _parts(rows: list[Row], result: dict[str, Any]) -> list[Section]:
             _line(axes, i, [row["bits"] for row in line], line, side)
         axes.set_xticks(sorted({row["bits"] for row in whole}))
         axes.set_xlabel("bits of the codes")
-        axes.legend(frameon=False, title="quantised")
+        axes.legend(frameon=False, title="quantized")
         caption = "What keys alone and values alone cost."
-        text = f"{_told(whole, result)} KVQuant with 1% of outliers for one side; the other is exact."
+        text = f"{_setup(whole, result)} KVQuant with 1% of outliers for one side; the other is exact."
         found.append(_section("Keys and values", text, whole, ["bits", "side"], "parts", caption, figure))
     for row in rows:
         if row["side"] == "layers":
@@ -117,7 +118,7 @@ def _layers(row: Row, result: dict[str, Any]) -> Section:
     figure, (axes,) = new_figure(6, 4)
     for i, (side, line) in enumerate(_by(cells, "side").items()):
         places = [j + 0.4 * i - 0.2 for j in range(len(line))]
-        axes.bar(places, [cell["kld_strict"] for cell in line], 0.4, color=COLOURS[i], label=side)
+        axes.bar(places, [cell["kld_strict"] for cell in line], 0.4, color=COLORS[i], label=side)
         axes.set_xticks(range(len(line)), [str(cell["layer"]) for cell in line])
     axes.set(xlabel="layer", ylabel=LOSS)
     axes.legend(frameon=False)
@@ -125,7 +126,7 @@ def _layers(row: Row, result: dict[str, Any]) -> Section:
         "", ["layer", "side", "KLD strict"], [[c["layer"], c["side"], c["kld_strict"]] for c in cells], {"KLD strict": 4}
     )
     text = f"{result['settings']['model']}: KVQuant with 1% of outliers at {row['bits']} bits for one part, all else exact."
-    return Section("Each layer alone", text, [table], [Picture("layers", "Where quantising costs most.", figure)])
+    return Section("Each layer alone", text, [table], [Plot("layers", "Where quantizing costs most.", figure)])
 
 
 def _texts(rows: list[Row], result: dict[str, Any]) -> list[Section]:
@@ -143,7 +144,7 @@ def _texts(rows: list[Row], result: dict[str, Any]) -> list[Section]:
     panels[0].set_ylabel(LOSS)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     caption = "How little the loss depends on the text that was learned from, and on how much of it."
-    text_ = f"{_told(rows, result)} KVQuant with 1% of outliers, learned from fewer sequences and from other texts."
+    text_ = f"{_setup(rows, result)} KVQuant with 1% of outliers, learned from fewer sequences and from other texts."
     return [_section("Calibration texts", text_, rows, ["bits", "text", "sequences"], "texts", caption, figure)]
 
 
@@ -151,9 +152,9 @@ def _times(rows: list[Row], result: dict[str, Any]) -> list[Section]:
     parts = {"seconds_ranges": "first pass: ranges", "seconds_gradients": "second pass: gradients", "seconds_fit": "fit"}
     figure, (axes,) = new_figure(6.5, 0.6 + 0.5 * len(rows))
     left = [0.0] * len(rows)
-    for colour, (name, label) in zip(COLOURS, parts.items(), strict=False):
+    for color, (name, label) in zip(COLORS, parts.items(), strict=False):
         seconds = [row[name] for row in rows]
-        axes.barh([row["label"] for row in rows], seconds, left=left, color=colour, label=label)
+        axes.barh([row["label"] for row in rows], seconds, left=left, color=color, label=label)
         left = [start + more for start, more in zip(left, seconds, strict=True)]
     axes.invert_yaxis()
     axes.set_xlabel("seconds")
@@ -166,8 +167,8 @@ def _times(rows: list[Row], result: dict[str, Any]) -> list[Section]:
     )
     cells = [[row["label"], *(row[name] for name in parts), total] for row, total in zip(rows, left, strict=True)]
     table = Table("Seconds", ["recipe", *parts.values(), "all"], cells)
-    picture = Picture("times", "Where calibration spends its time.", figure)
-    return [Section("What calibration takes", text, [table], [picture])]
+    plot = Plot("times", "Where calibration spends its time.", figure)
+    return [Section("What calibration takes", text, [table], [plot])]
 
 
 MAKERS: dict[str, Callable[[list[Row], dict[str, Any]], list[Section]]] = {
@@ -181,22 +182,22 @@ MAKERS: dict[str, Callable[[list[Row], dict[str, Any]], list[Section]]] = {
 }
 
 
-def _told(rows: list[Row], result: dict[str, Any]) -> str:
+def _setup(rows: list[Row], result: dict[str, Any]) -> str:
     """Which model, text and tokens all rows share."""
     settings, row = result["settings"], rows[0]
     return (
         f"{settings['model']} on {settings['text']}: {row['tokens']:,} tokens in windows of {row['window']}, perplexity "
-        f"{row['perplexity_fp']:.3f} without quantisation. Allocated bits: of a cache of {settings['context']:,} tokens."
+        f"{row['perplexity_fp']:.3f} without quantization. Allocated bits: of a cache of {settings['context']:,} tokens."
     )
 
 
 def _section(title: str, text: str, rows: list[Row], by: list[str], name: str, caption: str, figure: "Figure") -> Section:
-    """A ladder as one table, arranged by entries of its rows, and one picture."""
-    headings = [{"label": "rung", "bits": "bits of codes"}.get(entry, entry) for entry in by]
+    """A ablation as one table, arranged by entries of its rows, and one plot."""
+    headings = [{"label": "ablation_step", "bits": "bits of codes"}.get(entry, entry) for entry in by]
     columns = [*headings, *(heading for heading, _ in FIGURES.values())]
     cells = [[row[entry] for entry in (*by, *FIGURES)] for row in rows]
     table = Table(caption, columns, cells, dict(FIGURES.values()) | {"fraction": 3})
-    return Section(title, text, [table], [Picture(name, caption, figure)])
+    return Section(title, text, [table], [Plot(name, caption, figure)])
 
 
 def _by(rows: list[Row], entry: str) -> dict[Any, list[Row]]:

@@ -1,12 +1,12 @@
-"""The table and the picture of `compare`: what recipes cost at how many bits."""
+"""The table and the plot of `compare`: what recipes cost at how many bits."""
 
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from narrowkv.evaluate.compare import DYNAMIC
-from narrowkv.report.figures import log_axis, new_figure, style_of
-from narrowkv.report.sections import Picture, Section, Table
+from narrowkv.report.plots import log_axis, new_figure, style_of
+from narrowkv.report.sections import Plot, Section, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,8 +37,8 @@ def sections(result: dict[str, Any]) -> list[Section]:
     if not rows:
         return []
     names = ", ".join(name for name, _, _ in pareto([_point(row) for row in rows if row["kld_strict"] > 0]))
-    picture = Picture("pareto", f"Nothing measured here loses less at as few bits as: {names}.", _drawn(rows))
-    found = [Section("What recipes cost", _text(rows, result), [_table(rows, result)], [picture])]
+    plot = Plot("pareto", f"Nothing measured here loses less at as few bits as: {names}.", _drawn(rows))
+    found = [Section("What recipes cost", _text(rows, result), [_table(rows, result)], [plot])]
     allocated = [row for row in rows if row.get("rates")]
     return found + ([Section("Where the bits went", RATES, [], [_rates(row) for row in allocated])] if allocated else [])
 
@@ -53,7 +53,7 @@ def pareto(points: Sequence[Point]) -> list[Point]:
 
 
 def draw_pareto(axes: "Axes", points: Sequence[Point]) -> None:
-    """Loss over bits: a colour and marker for each family of recipes (names that differ in bits), the best ones joined.
+    """Loss over bits: a color and marker for each family of recipes (names that differ in bits), the best ones joined.
 
     Recipes that lose nothing are left out, for want of a place on a logarithmic axis.
     """
@@ -89,12 +89,12 @@ def _point(row: Row) -> Point:
 def _drawn(rows: list[Row]) -> "Figure":
     figure, (axes,) = new_figure(7.5, 5)
     draw_pareto(axes, [_point(row) for row in rows])
-    axes.set_xlabel(f"allocated bits for each number, in a cache of {rows[0]['context']:,} tokens")
+    axes.set_xlabel(f"allocated bits per element, in a cache of {rows[0]['context']:,} tokens")
     figure.legend(loc="outside right upper", fontsize=8, frameon=False, title="B: bits of the codes", title_fontsize=8)
     return figure
 
 
-def _rates(row: Row) -> Picture:
+def _rates(row: Row) -> Plot:
     """The bits of every unit of every layer: a row of cells for each layer, one panel each for keys and values."""
     layers = list(row["rates"]["keys"])
     units = max(sum(counts) for side in row["rates"].values() for counts in side.values())
@@ -111,7 +111,7 @@ def _rates(row: Row) -> Picture:
     panels[0].set_ylabel("layer")
     assert image is not None
     figure.colorbar(image, ax=panels, label="bits", pad=0.02)
-    return Picture(f"rates-{row['recipe']}", f"Bits of coefficients under {row['recipe']}.", figure)
+    return Plot(f"rates-{row['recipe']}", f"Bits of coefficients under {row['recipe']}.", figure)
 
 
 def dearest_first(counts: Sequence[int], units: int) -> list[int]:
@@ -138,8 +138,8 @@ def _text(rows: list[Row], result: dict[str, Any]) -> str:
     recall = "" if first["recall_fp"] is None else f", recall {first['recall_fp']:.0%}"
     text = (
         f"{settings['model']} on {settings['text']}: {first['tokens']:,} tokens in windows of {first['window']}, perplexity "
-        f"{first['perplexity_fp']:.3f} without quantisation{recall}. bits, MB: allocated by a cache of {first['context']:,} "
-        "tokens, everything counted. strict: every number attended to is quantised; KLD (nats), top-1 (the likeliest next "
+        f"{first['perplexity_fp']:.3f} without quantization{recall}. bits, MB: allocated by a cache of {first['context']:,} "
+        "tokens, everything counted. strict: every element attended to is quantized; KLD (nats), top-1 (the most likely next "
         f"token stays the same) and recall are strict too. stream: chunks of {first['stream_chunk']} tokens attend exactly to "
         "themselves and to the packed past."
     )

@@ -1,20 +1,21 @@
-"""Pictures as part of a page: scalable, with ids of their own, in the page's colours by day and by night."""
+"""Plots as part of a page: scalable, with ids of their own, in the page's colors by day and by night."""
 
 import html
 import io
 import re
 from typing import TYPE_CHECKING, Any
 
-from narrowkv.report.figures import STYLE
+from narrowkv.report.plots import STYLE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 def inline_svg(figure: "Figure", prefix: str, label: str) -> str:
-    """A figure as an `svg` element of HTML. prefix: of its ids, to be told from those of others. label: what it shows.
+    """A figure as an `svg` element of HTML. prefix: of its ids, to be distinguished from those of others. label: what it
+    shows.
 
-    Greys become mixtures of the page's ink (`currentColor`) and `--paper`, except for text written on colours.
+    Grays become mixtures of the page's ink (`currentColor`) and `--paper`, except for text written on colors.
     """
     svg = _drawn(figure)
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.DOTALL)
@@ -26,13 +27,13 @@ def inline_svg(figure: "Figure", prefix: str, label: str) -> str:
 
 
 def _drawn(figure: "Figure") -> str:
-    """SVG without a background, in which only greys that are to change are written as such."""
+    """SVG without a background, in which only grays that are to change are written as such."""
     import matplotlib
     from matplotlib.collections import QuadMesh
     from matplotlib.colors import to_rgb
 
-    coloured = [axes for axes in figure.axes if axes.images or axes.findobj(QuadMesh)]
-    for text in [text for axes in coloured for text in axes.texts]:
+    colored = [axes for axes in figure.axes if axes.images or axes.findobj(QuadMesh)]
+    for text in [text for axes in colored for text in axes.texts]:
         red, green, blue = to_rgb(text.get_color())
         text.set_color((red, green, blue + (1 / 255 if blue < 0.5 else -1 / 255)))
     for mesh in figure.findobj(QuadMesh):
@@ -45,5 +46,5 @@ def _drawn(figure: "Figure") -> str:
 
 def _mixed(found: re.Match[str]) -> str:
     ink = round(100 - int(found[2], 16) / 2.55)
-    colour = {0: "var(--paper)", 100: "currentColor"}.get(ink, f"color-mix(in srgb, currentColor {ink}%, var(--paper))")
-    return f"{found[1]}: {colour}"
+    color = {0: "var(--paper)", 100: "currentColor"}.get(ink, f"color-mix(in srgb, currentColor {ink}%, var(--paper))")
+    return f"{found[1]}: {color}"

@@ -1,4 +1,4 @@
-"""The page of a report: one HTML file that needs nothing else, of sections and of what made their figures."""
+"""The page of a report: one HTML file that needs nothing else, of sections and of what made their metrics."""
 
 import base64
 import hashlib
@@ -18,7 +18,7 @@ VERSIONS = ("narrowkv", "torch", "transformers", "python")
 
 @dataclass(frozen=True)
 class Part:
-    """What one file of figures gives. file: its name, beside the page. result: what `read_result` returns of it."""
+    """What one file of results gives. file: its name, beside the page. result: what `read_result` returns of it."""
 
     kind: str
     title: str
@@ -27,7 +27,7 @@ class Part:
     sections: list[Section]
 
     def facts(self) -> dict[str, str]:
-        """What made the figures, in words."""
+        """What made the metrics, in words."""
         environment = self.result["environment"]
         return {
             "Date": self.result["date"],
@@ -40,7 +40,7 @@ class Part:
 def render(model: str, parts: Sequence[Part]) -> str:
     """The page as HTML. It loads nothing and sends nothing, which its Content-Security-Policy has the browser enforce.
 
-    Every table and picture names its file, and the command, versions and seed that made it.
+    Every table and plot names its file, and the command, versions and seed that made it.
     """
     templates = Environment(
         loader=PackageLoader("narrowkv", "report"),
@@ -69,13 +69,13 @@ def _source(templates: Environment, name: str) -> str:
 
 
 def _numbered() -> Callable[[Any], str]:
-    """Draws pictures, each with ids of its own."""
+    """Draws plots, each with ids of its own."""
     count = 0
 
-    def draw(picture: Any) -> str:
+    def draw(plot: Any) -> str:
         nonlocal count
         count += 1
-        return inline_svg(picture.figure, f"p{count}", picture.caption)
+        return inline_svg(plot.figure, f"p{count}", plot.caption)
 
     return draw
 
@@ -91,6 +91,6 @@ def _distinct(parts: Sequence[Part]) -> dict[str, list[str]]:
 
 def _machine(environment: dict[str, Any]) -> str:
     cores, threads = environment["cores"], environment["threads"]
-    told = f"{environment['processor']}, {cores} {'core' if cores == 1 else 'cores'}"
-    told += f", {threads} {'thread' if threads == 1 else 'threads'}"
-    return f"{told}, {environment['gpu']}" if environment["gpu"] else told
+    notes = f"{environment['processor']}, {cores} {'core' if cores == 1 else 'cores'}"
+    notes += f", {threads} {'thread' if threads == 1 else 'threads'}"
+    return f"{notes}, {environment['gpu']}" if environment["gpu"] else notes

@@ -1,9 +1,9 @@
-"""The tables and the picture of `plan`: bytes in each device over the context, and what fits."""
+"""The tables and the plot of `plan`: bytes in each device over the context, and what fits."""
 
 from typing import Any
 
-from narrowkv.report.figures import new_figure, style_of
-from narrowkv.report.sections import Cell, Picture, Section, Table
+from narrowkv.report.plots import new_figure, style_of
+from narrowkv.report.sections import Cell, Plot, Section, Table
 
 GIB = 2**30
 Unit = tuple[int, str]
@@ -19,11 +19,11 @@ def sections(result: dict[str, Any]) -> list[Section]:
     tables = [_contexts(rows, settings, unit)]
     if settings["memory"] is not None:
         tables.insert(0, _longest(rows, settings))
-    return [Section(f"What fits: {settings['model']}", _text(rows, settings), tables, [_picture(rows, settings, unit)])]
+    return [Section(f"What fits: {settings['model']}", _text(rows, settings), tables, [_plot(rows, settings, unit)])]
 
 
 def length(tokens: int) -> str:
-    """Tokens as lengths are told: 128K, 1M; others in full."""
+    """Tokens as lengths are notes: 128K, 1M; others in full."""
     for unit, name in ((2**20, "M"), (2**10, "K")):
         if tokens % unit == 0 and tokens >= unit:
             return f"{tokens // unit:,}{name}"
@@ -32,13 +32,13 @@ def length(tokens: int) -> str:
 
 def _text(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
     devices, layers = settings["devices"], settings["layers"]
-    told = [
+    notes = [
         f"{kind['count']} of {kind['kv_heads']} KV heads x {kind['head_dim']}"
         + (f" in a sliding window of {kind['sliding_window']:,}" if kind["sliding_window"] else "")
         for kind in layers
     ]
     parts = [
-        f"Layers: {', '.join(told)}"
+        f"Layers: {', '.join(notes)}"
         + (
             f"; {settings['other_layers']} more keep a state of their own, which is not counted."
             if settings["other_layers"]
@@ -60,7 +60,7 @@ def _text(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
         )
     parts.append(
         "prompt: allocated once a prompt of that length was read. decoding: allocated from the first block of new tokens on, "
-        "with room for a sixteenth more. The larger must fit. Activations come on top (--reserve)."
+        "with space for a sixteenth more. The larger must fit. Activations come on top (--reserve)."
     )
     return " ".join(parts)
 
@@ -71,7 +71,7 @@ def _longest(rows: list[dict[str, Any]], settings: dict[str, Any]) -> Table:
     for row in rows:
         times = row["longest"] / base if base and row["longest"] is not None else None
         table.append([row["recipe"], row["longest"] if row["limited"] else "no limit", times])
-    reserve = f", of which {settings['reserve'] / GIB:.1f} GiB kept" if settings["reserve"] else ""
+    reserve = f", of which {settings['reserve'] / GIB:.1f} GiB stored" if settings["reserve"] else ""
     caption = f"Longest context for each sequence in {settings['memory'] / GIB:.1f} GiB a GPU{reserve}"
     return Table(caption, ["recipe", "tokens", "times fp16"], table, {"times fp16": 1})
 
@@ -96,8 +96,8 @@ def _contexts(rows: list[dict[str, Any]], settings: dict[str, Any], unit: Unit) 
     return Table("Cache in each GPU", columns, table)
 
 
-def _picture(rows: list[dict[str, Any]], settings: dict[str, Any], unit: Unit) -> Picture:
-    """Where the lines cross the limit; the largest recipe first in the legend, as it is in the picture."""
+def _plot(rows: list[dict[str, Any]], settings: dict[str, Any], unit: Unit) -> Plot:
+    """Where the lines cross the limit; the largest recipe first in the legend, as it is in the plot."""
     size, name = unit
     figure, (axes,) = new_figure(7.5, 4.5)
     axes.set_xscale("log", base=2)
@@ -130,4 +130,4 @@ def _picture(rows: list[dict[str, Any]], settings: dict[str, Any], unit: Unit) -
     gpus = "1 GPU" if settings["devices"] == 1 else f"{settings['devices']} GPUs"
     axes.set_title(f"{settings['model']}, batch {settings['batch']}, {gpus}: memory over context")
     axes.legend(fontsize=9, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    return Picture("memory", caption, figure)
+    return Plot("memory", caption, figure)

@@ -1,4 +1,4 @@
-"""What a report is made of: sections of text, tables and pictures, which every kind of figures makes from its file."""
+"""What a report is made of: sections of text, tables and plots, which every kind of results makes from its file."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -10,8 +10,8 @@ Cell = str | float | int | None
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture with one message. name: of its file, without ending. caption: what is to be seen in it."""
+class Plot:
+    """One plot with one message. name: of its file, without ending. caption: what is to be seen in it."""
 
     name: str
     caption: str
@@ -20,7 +20,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Table:
-    """columns: headings with units. rows: numbers stay numbers, to be sorted. digits: after the point, by column."""
+    """columns: headings with units. rows: elements stay elements, to be sorted. digits: after the point, by column."""
 
     caption: str
     columns: list[str]
@@ -28,8 +28,8 @@ class Table:
     digits: dict[str, int] = field(default_factory=dict)
 
     @property
-    def numbers(self) -> list[bool]:
-        """Which columns hold numbers alone, and so are aligned right."""
+    def numeric(self) -> list[bool]:
+        """Which columns hold elements alone, and so are aligned right."""
         return [all(not isinstance(row[i], str) for row in self.rows) for i in range(len(self.columns))]
 
     def shown(self, row: list[Cell]) -> list[str]:
@@ -44,7 +44,7 @@ class Section:
     title: str
     text: str
     tables: list[Table] = field(default_factory=list)
-    pictures: list[Picture] = field(default_factory=list)
+    plots: list[Plot] = field(default_factory=list)
 
 
 def _shown(cell: Cell, digits: int) -> str:

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from narrowkv.evaluate.task_rows import BY_DEPTH
 from narrowkv.evaluate.tasks import BASELINE
-from narrowkv.report.figures import new_figure, style_of
-from narrowkv.report.sections import Picture, Section, Table
+from narrowkv.report.plots import new_figure, style_of
+from narrowkv.report.sections import Plot, Section, Table
 
 if TYPE_CHECKING:
     from narrowkv.report.sections import Cell
@@ -14,22 +14,22 @@ if TYPE_CHECKING:
 CAN = 0.5  # of the rows that the 16-bit cache answers, below which the model is said not to do a task
 Scores = dict[tuple[str, int, float | None], dict[str, float]]  # by task, length and depth, then by recipe
 STRICT = (
-    "A row counts if its whole answer is what the model would say greedily, every number attended to being quantised "
+    "A row counts if its whole answer is what the model would say greedily, every element attended to being quantized "
     "(strict). "
 )
 
 
 def sections(result: dict[str, Any]) -> list[Section]:
-    """Tables and pictures of what `narrowkv tasks` has written so far."""
+    """Tables and plots of what `narrowkv tasks` has written so far."""
     rows: list[dict[str, Any]] = result["rows"]
     own = [row for row in rows if "sha256" not in row]
     files = [row for row in rows if "sha256" in row]
     found = []
     deep, flat = _scores(own, True), _scores(own, False)
     if deep:
-        text = "A password is told at a depth of a text and asked for at its end, among three others. " + STRICT
-        pictures = [_heat_maps(task, deep) for task in dict.fromkeys(task for task, _, _ in deep)]
-        found.append(Section("Passkey by depth and length", text + _cannot(deep), [_table(deep, True)], pictures))
+        text = "A password is stated at a depth of a text and asked for at its end, among three others. " + STRICT
+        plots = [_heat_maps(task, deep) for task in dict.fromkeys(task for task, _, _ in deep)]
+        found.append(Section("Passkey by depth and length", text + _cannot(deep), [_table(deep, True)], plots))
     if flat:
         found.append(Section("Tasks by length", STRICT + _cannot(flat), [_table(flat, False)], [_lines(flat)]))
     if files:
@@ -64,7 +64,7 @@ def _cannot(scores: Scores) -> str:
     failed = [f"{task} ({mean:.0%})" for task, mean in _baselines(scores).items() if mean < CAN]
     if not failed:
         return ""
-    return f"The model itself, with 16 bits, does not do {', '.join(failed)}: those figures say nothing about recipes."
+    return f"The model itself, with 16 bits, does not do {', '.join(failed)}: those metrics say nothing about recipes."
 
 
 def _table(scores: Scores, by_depth: bool) -> Table:
@@ -81,7 +81,7 @@ def _percent(score: float | None) -> float | None:
     return None if score is None else 100 * score
 
 
-def _heat_maps(task: str, scores: Scores) -> Picture:
+def _heat_maps(task: str, scores: Scores) -> Plot:
     recipes = _recipes(scores)
     lengths = sorted({length for name, length, _ in scores if name == task})
     depths = sorted({depth for name, _, depth in scores if name == task and depth is not None})
@@ -97,8 +97,8 @@ def _heat_maps(task: str, scores: Scores) -> Picture:
         for i, line in enumerate(cells):
             for j, score in enumerate(line):
                 if score == score:
-                    colour = "black" if score > 0.55 else "white"
-                    axes.text(j, i, f"{100 * score:.0f}", ha="center", va="center", color=colour, fontsize=9)
+                    color = "black" if score > 0.55 else "white"
+                    axes.text(j, i, f"{100 * score:.0f}", ha="center", va="center", color=color, fontsize=9)
         axes.set_title(recipe)
         axes.grid(False)
         axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
@@ -114,11 +114,11 @@ def _heat_maps(task: str, scores: Scores) -> Picture:
     assert image is not None
     bar = figure.colorbar(image, ax=panels, label="rows answered, %", ticks=[0, 0.25, 0.5, 0.75, 1])
     bar.ax.set_yticklabels(["0", "25", "50", "75", "100"])
-    caption = f"{task}: share of rows answered, by how deep in how long a text the answer was told."
-    return Picture(task, caption, figure)
+    caption = f"{task}: share of rows answered, by how deep in how long a text the answer was stated."
+    return Plot(task, caption, figure)
 
 
-def _lines(scores: Scores) -> Picture:
+def _lines(scores: Scores) -> Plot:
     recipes, baselines, tasks = _recipes(scores), _baselines(scores), list(dict.fromkeys(task for task, _, _ in scores))
     columns = min(len(tasks), 2)
     figure, panels = new_figure(
@@ -144,7 +144,7 @@ def _lines(scores: Scores) -> Picture:
             axes.set_ylabel("rows answered, %")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(recipes), 6), frameon=False)
-    return Picture("lengths", "Share of rows answered by length of the text, for each task and recipe.", figure)
+    return Plot("lengths", "Share of rows answered by length of the text, for each task and recipe.", figure)
 
 
 def _about_files(rows: list[dict[str, Any]]) -> str:

@@ -1,8 +1,8 @@
 """Packed storage: pages, blocks, tail, sinks."""
 
-from narrowkv.store.addresses import addresses
+from narrowkv.store.block_table import addresses
 from narrowkv.store.layer import LayerStore
-from narrowkv.store.ledger import Ledger
 from narrowkv.store.page import BLOCK
+from narrowkv.store.positions import PositionBuffer
 
-__all__ = ["BLOCK", "LayerStore", "Ledger", "addresses"]
+__all__ = ["BLOCK", "LayerStore", "PositionBuffer", "addresses"]

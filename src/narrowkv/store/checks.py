@@ -12,20 +12,20 @@ from narrowkv.errors import CacheUseError
 def as_rows(rows: Any, batch: int) -> Tensor:
     """Rows of a batch as [n] int64 on the CPU.
 
-    rows: whole numbers, those below 0 counted from the end, or one bool for each row of the batch (True keeps it); a tensor,
+    rows: integers, those below 0 counted from the end, or one bool for each row of the batch (True keeps it); a tensor,
     an array, a list or a single number. Raises CacheUseError where they do not name rows of the batch.
     """
     try:
         found = torch.as_tensor(rows, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
-        raise CacheUseError(f"Rows are whole numbers, or a bool for each of the {batch}, not {rows!r}.") from error
+        raise CacheUseError(f"Rows are integers, or a bool for each of the {batch}, not {rows!r}.") from error
     found = found.detach().flatten() if found.dim() < 2 else found
     if found.dim() == 1 and found.dtype == torch.bool:
         if len(found) != batch:
             raise CacheUseError(f"A mask over rows needs one bool for each of the {batch}, not {len(found)}.")
         found = found.nonzero().flatten()
     if found.dim() != 1 or found.is_floating_point() or found.is_complex() or not len(found):
-        raise CacheUseError(f"Rows are one or more whole numbers, or a bool for each of the {batch}, not {rows!r}.")
+        raise CacheUseError(f"Rows are one or more integers, or a bool for each of the {batch}, not {rows!r}.")
     found = found.to(torch.int64)
     if bool(((found < -batch) | (found >= batch)).any()):
         raise CacheUseError(
@@ -35,8 +35,8 @@ def as_rows(rows: Any, batch: int) -> Tensor:
 
 
 def as_count(number: Any, what: str) -> int:
-    """A whole number of any make; raises CacheUseError on others. what: of what it is the number."""
+    """An integer of any make; raises CacheUseError on others. what: of what it is the number."""
     try:
         return operator.index(number)
     except TypeError as error:
-        raise CacheUseError(f"{what} is a whole number, not {number!r}.") from error
+        raise CacheUseError(f"{what} is an integer, not {number!r}.") from error

@@ -1,45 +1,47 @@
-"""LayerStore: the keys and values of one layer for one batch: sealed blocks, an open tail, sinks and an exact window."""
+"""LayerStore: the keys and values of one layer for one batch: sealed blocks, an open tail, sinks and an exact residual."""
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from narrowkv.codec import AnyQuantizer, cuda
+from narrowkv.codec import AnyQuantizer
+from narrowkv.codec.cuda import encode as cuda
+from narrowkv.codec.encode_buffer import AHEAD
+from narrowkv.codec.outlier_counter import OutlierCounter
 from narrowkv.codec.ranges import require_finite
-from narrowkv.codec.room import AHEAD
-from narrowkv.codec.tally import Tally
 from narrowkv.errors import ActivationError, CacheUseError
-from narrowkv.store.bias import Bias, Numbers
+from narrowkv.store.bias import Bias, Elements
 from narrowkv.store.page import BLOCK, Dtypes, Page, Shape
+from narrowkv.store.residual import ResidualWindow
 from narrowkv.store.saturation import Saturation
 from narrowkv.store.sealed import SealedBlocks, tile_tokens
 from narrowkv.store.sinks import Sinks
 from narrowkv.store.tail import Tail
-from narrowkv.store.window import Window
 
 
 class LayerStore:
     """Append-only packed storage of keys and values [batch, kv_heads, tokens, head_dim].
 
-    sinks: the first real tokens of each sequence stay exact. window: the newest tokens stay exact (and a few more where
-    several tokens are encoded together); the rest is encoded as soon as it leaves the window, one block at a time sealed.
-    bias: what is taken out of numbers while they are encoded; its ledger knows new tokens before they come. A number is
-    quantised once; `select` and `crop` move or drop codes and never touch them.
-
-    A few tokens are stored on a GPU without waiting for it. Then what the host does (`make_room`, `advance`, `seal`) looks at
-    no number; what the device does (`write`) can be captured in a CUDA graph.
+    sinks: the first real tokens of each sequence stay exact. residual_length: so do the newest (and a few more where several
+    are encoded together). bias: subtracted from elements as they are encoded. An element is quantized once; `select` and
+    `crop`
+    move or drop codes. A GPU stores a few tokens without being waited for: the host (`prepare_step`, `advance`, `seal`) looks
+    at
+    no element, and what the device does (`write`) can be captured in a CUDA graph.
     """
 
-    def __init__(self, keys: AnyQuantizer, values: AnyQuantizer, sinks: int = 0, window: int = 0, bias: Bias | None = None):
+    def __init__(
+        self, keys: AnyQuantizer, values: AnyQuantizer, sinks: int = 0, residual_length: int = 0, bias: Bias | None = None
+    ):
         self.quantizers = (keys, values)
         self.bias = bias or Bias()
-        self.window = window
+        self.residual_length = residual_length
         self.schemes = (keys.scheme, values.scheme)
-        self.ahead = [scheme.tokens_ahead for scheme in self.schemes]
-        # tokens leave the window by so many, being encoded together
-        self.together = max(scheme.tokens_together for scheme in self.schemes)
-        self.windowed = window > 0 or self.together > 1  # whether new tokens stay exact at first
+        self.lookahead = [scheme.lookahead_tokens for scheme in self.schemes]
+        # tokens leave the residual by this many, being encoded together
+        self.tokens_per_group = max(scheme.tokens_per_group for scheme in self.schemes)
+        self.has_residual = residual_length > 0 or self.tokens_per_group > 1  # whether new tokens stay exact at first
         self.blocks = SealedBlocks(self.quantizers)
         self.sinks = Sinks(sinks)
         self.reset()
@@ -50,9 +52,9 @@ class LayerStore:
         self.sinks.reset()
         self.saturation = Saturation()
         self.first = 0  # tokens forgotten, all of them before those held
-        self.missing = 0  # first tokens whose numbers never came; others stand for those among them that are held
+        self.missing = 0  # first tokens whose elements never came; others stand for those among them that are held
         self.tail: Tail | None = None
-        self.recent = Window(self.window + self.together - 1)
+        self.residual = ResidualWindow(self.residual_length + self.tokens_per_group - 1)
         self.shape: Shape | None = None
         self.dtypes: Dtypes | None = None  # of the keys and the values that came, and of exact ones
         self.steps = False  # whether a GPU may store few tokens without being waited for
@@ -64,7 +66,7 @@ class LayerStore:
     @property
     def length(self) -> int:
         """Tokens of the sequence so far, padding and forgotten ones included."""
-        return self.first + self.packed + self.recent.tokens
+        return self.first + self.packed + self.residual.tokens
 
     @property
     def oldest(self) -> int:
@@ -84,7 +86,7 @@ class LayerStore:
             "scales": [part for side in sides for part in side.ranges.values()],
             "outliers": [part for side in sides for part in side.outliers()],
             "tail": self.tail.tensors() if self.tail else [],
-            "window": self.recent.tensors(),
+            "window": self.residual.tensors(),
             "sinks": self.sinks.tensors(),
             "slots": [column.slots for column in self.blocks.columns],
             "bias": self.bias.tensors(),
@@ -119,7 +121,7 @@ class LayerStore:
         """
         shape, dtypes = self.fitting(keys, values)
         skip = None if valid is None else ~valid
-        if self.steps and self.make_room(keys, values):
+        if self.steps and self.prepare_step(keys, values):
             self.write(keys, values, skip)
             self.advance(keys.shape[2])
             return self.seal()
@@ -132,7 +134,7 @@ class LayerStore:
         if self.shape is None:
             self.begin(shape, dtypes, keys.device)
         try:
-            if self.windowed:
+            if self.has_residual:
                 self._shift(self._leaving(keys.shape[2]), keys, values, skip)
             else:
                 self._encode(keys, values, skip, keys.shape[2])
@@ -142,18 +144,18 @@ class LayerStore:
         if places is not None:
             self.sinks.take(keys, values, before, places)
 
-    def _shift(self, leaving: int, keys: Tensor, values: Tensor, skip: Tensor | None) -> None:
+    def _shift(self, num_to_flush: int, keys: Tensor, values: Tensor, skip: Tensor | None) -> None:
         """Take new tokens into the exact window, and encode the oldest of all, which leave it."""
-        if leaving:
-            self._encode(*self.recent.oldest(leaving + max(self.ahead), keys, values, skip), leaving)
-        self.recent.shift(leaving, keys, values, skip)
+        if num_to_flush:
+            self._encode(*self.residual.oldest(num_to_flush + max(self.lookahead), keys, values, skip), num_to_flush)
+        self.residual.shift(num_to_flush, keys, values, skip)
 
     def _leaving(self, new: int) -> int:
-        """How many tokens leave the exact window when so many come."""
-        return max(self.recent.tokens + new - self.window, 0) // self.together * self.together
+        """How many tokens leave the exact window when this many come."""
+        return max(self.residual.tokens + new - self.residual_length, 0) // self.tokens_per_group * self.tokens_per_group
 
     def _encode(self, keys: Tensor, values: Tensor, skip: Tensor | None, new: int) -> None:
-        """Quantise the first `new` tokens: what fills the tail, whole blocks by tiles, a new tail; a refusal leaves none."""
+        """Quantize the first `new` tokens: what fills the tail, whole blocks by tiles, a new tail; a refusal leaves none."""
         before = self.packed
         to_seal = ((self.tail.tokens if self.tail else 0) + new) // BLOCK
         page: Page | None = None
@@ -163,7 +165,7 @@ class LayerStore:
                 held, left = self.tail.tokens if self.tail else 0, new - start
                 whole = 0 if held or left < BLOCK else min(tile_tokens(keys), left // BLOCK * BLOCK)
                 stop = start + (whole or min(BLOCK - held, left))
-                parts = self._to_encode(keys, values, skip, start, stop)
+                parts = self._unbiased(keys, values, skip, start, stop)
                 if whole:
                     pair = (self.quantizers[0].encode(*parts[0]), self.quantizers[1].encode(*parts[1]))
                     page = self.blocks.seal(pair, page, to_seal)
@@ -180,18 +182,18 @@ class LayerStore:
             if page:
                 page.commit()
 
-    def _to_encode(self, keys: Tensor, values: Tensor, skip: Tensor | None, start: int, stop: int) -> tuple[Numbers, Numbers]:
+    def _unbiased(self, keys: Tensor, values: Tensor, skip: Tensor | None, start: int, stop: int) -> tuple[Elements, Elements]:
         """The tokens from `start` to before `stop`, and those that are looked at ahead of them, without their bias."""
         cuts = [
-            (part[:, :, start : stop + ahead], None if skip is None else skip[:, start : stop + ahead])
-            for part, ahead in zip((keys, values), self.ahead, strict=True)
+            (part[:, :, start : stop + lookahead], None if skip is None else skip[:, start : stop + lookahead])
+            for part, lookahead in zip((keys, values), self.lookahead, strict=True)
         ]
         parts = (cuts[0], cuts[1])
         if self.bias.keys is not None or self.bias.values is not None:
-            of_keys = self.bias.of_keys(self.first + self.packed, parts[0][0].shape[2])
-            parts = self.bias.taken_out(*parts, of_keys, self.schemes)
+            key_bias = self.bias.key_bias(self.first + self.packed, parts[0][0].shape[2])
+            parts = self.bias.subtract(*parts, key_bias, self.schemes)
         if stop - start > 1:
-            self.saturation.see(self.quantizers, parts)
+            self.saturation.observe(self.quantizers, parts)
         return parts
 
     def _seal_tail(self, page: Page | None = None, columns: int = 1) -> Page:
@@ -204,23 +206,23 @@ class LayerStore:
             self.tail = None
         return sealed
 
-    def make_room(self, keys: Tensor, values: Tensor) -> bool:
-        """Whether new tokens, such as these, can be stored by a GPU that nobody waits for; if so, they find room.
+    def prepare_step(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether new tokens, such as these, can be stored by a GPU that nobody waits for; if so, they fit.
 
         Those that leave the window for them are encoded before.
         """
         new = keys.shape[2]
         if new > AHEAD or not self.steps or not self.sinks.seen():
             return False
-        if not self.windowed:
+        if not self.has_residual:
             self.tail = self.tail or Tail(self.quantizers, keys, values)
-            return self.tail.make_room(new)
-        leaving = self._leaving(new)
-        if leaving + max(self.ahead) > self.recent.tokens:
+            return self.tail.prepare_step(new)
+        num_to_flush = self._leaving(new)
+        if num_to_flush + max(self.lookahead) > self.residual.tokens:
             return False
-        if leaving:
-            self._shift(leaving, keys[:, :, :0], values[:, :, :0], None)
-        self.recent.make_room(new, keys, values)
+        if num_to_flush:
+            self._shift(num_to_flush, keys[:, :, :0], values[:, :, :0], None)
+        self.residual.prepare_step(new, keys, values)
         return True
 
     def write(
@@ -229,24 +231,24 @@ class LayerStore:
         values: Tensor,
         skip: Tensor | None = None,
         places: Tensor | None = None,
-        of_keys: Tensor | None = None,
+        key_bias: Tensor | None = None,
     ) -> None:
-        """Store new tokens where `make_room` found room: behind those held, or at `places` [2] int32, in tail and window.
+        """Store new tokens where `prepare_step` found buffer: behind those held, or at `places` [2] int32, in tail and window.
 
-        skip: [batch, new], if places are not given. of_keys: what is taken out of keys, where only the device knows where they
-        are.
+        skip: [batch, new], if places are not given. key_bias: what is taken out of keys, where only the device knows where
+        they are.
         """
-        if self.windowed:
-            self.recent.step(keys, values, skip, places)
+        if self.has_residual:
+            self.residual.step(keys, values, skip, places)
         elif self.tail:
             if places is None:
-                of_keys = self.bias.of_keys(self.first + self.packed, keys.shape[2])
-            self.tail.step(*self.bias.taken_out((keys, skip), (values, skip), of_keys, self.schemes), places)
+                key_bias = self.bias.key_bias(self.first + self.packed, keys.shape[2])
+            self.tail.step(*self.bias.subtract((keys, skip), (values, skip), key_bias, self.schemes), places)
 
     def advance(self, new: int) -> None:
         """Count tokens that were, or will be, written."""
-        if self.windowed:
-            self.recent.tokens += new
+        if self.has_residual:
+            self.residual.tokens += new
         elif self.tail:
             self.tail.tokens += new
 
@@ -255,10 +257,10 @@ class LayerStore:
         if self.tail and self.tail.is_full:
             self._seal_tail().commit()
 
-    def tallies(self) -> list[Tally]:
+    def counters(self) -> list[OutlierCounter]:
         """Where a GPU counts what it finds."""
-        found = [room.tally for room in self.tail.rooms] if self.tail else []
-        return [tally for tally in (*found, self.recent.tally) if tally is not None]
+        found = [buffer.counter for buffer in self.tail.buffers] if self.tail else []
+        return [counter for counter in (*found, self.residual.counter) if counter is not None]
 
     def tiles(self, stop: int | None = None, *, unsealed: bool = False) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Decode the tokens held before `stop` (all by default), or of those the `unsealed` alone, piece by piece.
@@ -280,17 +282,17 @@ class LayerStore:
     def _pieces(self, stop: int, unsealed: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """Of blocks, tail and window, free to be changed."""
         start = self.first
-        for pair in () if unsealed else self.blocks.decode(stop - self.first):
-            yield self.bias.put_back(pair, start)
+        for pair in () if unsealed else self.blocks.dequantize(stop - self.first):
+            yield self.bias.restore(pair, start)
             start += pair[0].shape[2]
         if self.tail and self.tail.tokens:
-            yield self.bias.put_back(self.tail.decode(), self.first + self.blocks.tokens)
-        if self.recent.tokens:
-            keys, values, _ = self.recent.held()
+            yield self.bias.restore(self.tail.dequantize(), self.first + self.blocks.tokens)
+        if self.residual.tokens:
+            keys, values, _ = self.residual.held()
             yield keys.clone(), values.clone()
 
     def read(self, stop: int | None = None) -> tuple[Tensor, Tensor]:
-        """The tokens held before `stop`, decoded at once: keys, values [batch, kv_heads, stop - first, head_dim]."""
+        """The tokens held before `stop`, dequantized at once: keys, values [batch, kv_heads, stop - first, head_dim]."""
         pieces = [(keys, values) for _, keys, values in self.tiles(stop)]
         if not pieces:
             raise CacheUseError("There is nothing to read: the cache holds no token yet.")
@@ -303,12 +305,12 @@ class LayerStore:
         self.blocks.select(rows)
         if self.tail:
             self.tail.select(rows)
-        self.recent.select(rows)
+        self.residual.select(rows)
         self.sinks.select(rows)
         if self.shape:
             self.shape = (len(rows), *self.shape[1:])
 
-    def forget(self, before: int) -> None:
+    def evict(self, before: int) -> None:
         """Let go of whole blocks of tokens older than the token `before`; whoever calls knows that none will be read."""
         self.first += self.blocks.evict(before - self.first)
 
@@ -329,20 +331,20 @@ class LayerStore:
         if length == 0 and self.oldest:
             return self.reset()
         drop = max(self.length - length, 0)
-        exact = min(drop, self.recent.tokens)
-        self.recent.crop(self.recent.tokens - exact)
+        exact = min(drop, self.residual.tokens)
+        self.residual.crop(self.residual.tokens - exact)
         self._drop(drop - exact)
         self.sinks.crop(length)
 
     def _drop(self, drop: int) -> None:
-        """Drop so many of the newest encoded tokens."""
+        """Drop this many of the newest encoded tokens."""
         if self.tail and drop:
             keep = max(self.tail.tokens - drop, 0)
             drop -= self.tail.tokens - keep
             self.tail.crop(keep)
-            if keep % self.together:  # a group cannot be cut, but a block may count fewer tokens
+            if keep % self.tokens_per_group:  # a group cannot be cut, but a block may count fewer tokens
                 self.blocks.seal(self.tail.block(), None, 1, keep).commit()
-            if keep % self.together or not keep:
+            if keep % self.tokens_per_group or not keep:
                 self.tail = None
         if drop:
             self.blocks.drop(drop)

@@ -1,6 +1,6 @@
 """Pages of packed blocks. A block is 64 tokens of one sequence; it is written once and never changes.
 
-A page has room for some blocks, its slots. Pages are allocated as a sequence grows and never moved, so appending copies
+A page has space for some blocks, its slots. Pages are allocated as a sequence grows and never moved, so appending copies
 nothing that is already stored.
 """
 
@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from narrowkv.codec import AnyQuantizer, Encoded, Scheme, cuda
-from narrowkv.codec.cuda_pack import pack_into
+from narrowkv.codec import AnyQuantizer, QuantizedTensor, Scheme
+from narrowkv.codec.cuda import encode as cuda
+from narrowkv.codec.cuda.pack import pack_into
 from narrowkv.codec.packing import PLANES, pack, plane_bytes, unpack
 from narrowkv.codec.scheme import BLOCK
 
@@ -22,11 +23,11 @@ GROWTH = 16  # while decoding, a new page holds one more sixteenth of what is st
 
 
 def is_channel_major(scheme: Scheme, keys: bool) -> bool:
-    """Whether neighbouring codes are neighbouring tokens: of a channel of keys, or of a byte of streams."""
+    """Whether neighboring codes are neighboring tokens: of a channel of keys, or of a byte of streams."""
     return keys or scheme.datatype == "trellis"
 
 
-def to_blocks(encoded: Encoded) -> Encoded:
+def to_blocks(encoded: QuantizedTensor) -> QuantizedTensor:
     """Cut tokens into blocks: [batch, kv_heads, n * 64, head_dim] -> [n * batch, kv_heads, 64, head_dim], block-major.
 
     Outliers are sorted. A GPU is not waited for.
@@ -40,29 +41,30 @@ def to_blocks(encoded: Encoded) -> Encoded:
 
     codes, ranges = cut(encoded.codes), {name: cut(part) for name, part in encoded.ranges.items()}
     if encoded.outlier_index is None or encoded.outlier_values is None:
-        return Encoded(codes, ranges)
+        return QuantizedTensor(codes, ranges)
     index, size = encoded.outlier_index, BLOCK * places
     if count > 1:
         row_and_head, block = index // size // count, index // size % count
         index = (block * batch * heads + row_and_head) * size + index % size
     index, order = index.sort()
-    return Encoded(codes, ranges, index, encoded.outlier_values[order], encoded.outlier_places)
+    return QuantizedTensor(codes, ranges, index, encoded.outlier_values[order], encoded.outlier_places)
 
 
 def from_blocks(blocks: Tensor, batch: int) -> Tensor:
-    """Inverse of `to_blocks` for decoded numbers: [n * batch, kv_heads, 64, d] -> [batch, kv_heads, n * 64, d]."""
+    """Inverse of `to_blocks` for dequantized elements: [n * batch, kv_heads, 64, d] -> [batch, kv_heads, n * 64, d]."""
     return blocks.unflatten(0, (-1, batch)).permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
-class PackedSide:
+class PackedTensor:
     """The keys, or the values, of a page.
 
-    planes: channel-major [slots, kv_heads, codes, bytes of 64 codes], so that neighbouring codes are neighbouring tokens of
+    planes: channel-major [slots, kv_heads, codes, bytes of 64 codes], so that neighboring codes are neighboring tokens of
         a channel; or token-major [slots, kv_heads, 64, bytes of the codes of a token]. One tensor per plane of bits. Exact
-        numbers lie as they come: [slots, kv_heads, 64, head_dim].
+        elements lie as they come: [slots, kv_heads, 64, head_dim].
     ranges: [slots, ...] what is held of online ranges, by name, as `Scheme.range_forms` has it for 64 tokens.
-    outlier_values, outlier_index: [room] 16-bit value and index token * places + place, sorted by slot, head, token, place (a
-        code, or what `Encoded.places` says); those of slot s and head h begin at outlier_offsets[s * kv_heads + h].
+    outlier_values, outlier_index: [capacity] 16-bit value and index token * places + place, sorted by slot, head, token, place
+    (a
+        code, or what `QuantizedTensor.places` says); those of slot s and head h begin at outlier_offsets[s * kv_heads + h].
     outliers_used: how many there are.
     """
 
@@ -91,8 +93,10 @@ class PackedSide:
         self._pending: list[tuple[Tensor, Tensor]] = []
 
     @classmethod
-    def allocate(cls, quantizer: AnyQuantizer, slots: int, like: Encoded, *, keys: bool, outlier_room: int) -> "PackedSide":
-        """Memory for `slots` blocks such as those of `like`, not yet written, and for `outlier_room` outliers."""
+    def allocate(
+        cls, quantizer: AnyQuantizer, slots: int, like: QuantizedTensor, *, keys: bool, outlier_capacity: int
+    ) -> "PackedTensor":
+        """Memory for `slots` blocks such as those of `like`, not yet written, and for `outlier_capacity` outliers."""
         heads, dim = like.codes.shape[1], like.codes.shape[3]
         device, bits = like.codes.device, quantizer.scheme.code_bits
         channel_major = is_channel_major(quantizer.scheme, keys)
@@ -110,8 +114,8 @@ class PackedSide:
         outliers = None
         if like.outlier_values is not None:
             outliers = (
-                torch.empty(outlier_room, dtype=like.outlier_values.dtype, device=device),
-                torch.empty(outlier_room, dtype=torch.int16, device=device),
+                torch.empty(outlier_capacity, dtype=like.outlier_values.dtype, device=device),
+                torch.empty(outlier_capacity, dtype=torch.int16, device=device),
                 torch.zeros(slots * heads + 1, dtype=torch.int32, device=device),
             )
         side = cls((heads, BLOCK, like.places[3]), bits, channel_major, planes, ranges, outliers)
@@ -123,8 +127,9 @@ class PackedSide:
         parts = (self.outlier_values, self.outlier_index, self.outlier_offsets)
         return [part for part in parts if part is not None]
 
-    def put(self, slot: int, blocks: Encoded) -> None:
-        """Write blocks [n, kv_heads, 64, head_dim], as of `to_blocks`, into slots slot..slot+n; outliers wait for `commit`.
+    def put(self, slot: int, blocks: QuantizedTensor) -> None:
+        """Write blocks [n, kv_heads, 64, head_dim], like those of `to_blocks`, into slots slot..slot+n; outliers wait for
+        `commit`.
 
         Nothing here, nor in `commit`, waits for a GPU.
         """
@@ -151,7 +156,7 @@ class PackedSide:
             plane.copy_(packed)
 
     def commit(self) -> None:
-        """Move the outliers of all `put` since the last commit to their place; a page made without room is fitted."""
+        """Move the outliers of all `put` since the last commit to their place; a page made without space is fitted."""
         if not self._pending:
             return
         index, values = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
@@ -164,7 +169,7 @@ class PackedSide:
             self.outlier_index[start : self.outliers_used] = index
             self.outlier_values[start : self.outliers_used] = values
 
-    def take(self, slots: Tensor) -> Encoded:
+    def take(self, slots: Tensor) -> QuantizedTensor:
         """The blocks in `slots` [n] int64, as codes [n, kv_heads, 64, head_dim]."""
         planes = [plane[slots] for plane in self.planes]
         codes = planes[0] if self.bits == 16 else unpack(planes, self.bits)
@@ -172,7 +177,7 @@ class PackedSide:
             codes = codes.transpose(2, 3).contiguous()
         ranges = {name: part[slots] for name, part in self.ranges.items()}
         if self.outlier_offsets is None or self.outlier_index is None or self.outlier_values is None:
-            return Encoded(codes, ranges)
+            return QuantizedTensor(codes, ranges)
         heads, tokens, places = self.shape
         offsets = self.outlier_offsets.long()
         begin = offsets[:-1].view(-1, heads)[slots].flatten()
@@ -182,13 +187,13 @@ class PackedSide:
             torch.arange(len(group), device=count.device, dtype=torch.int64) + (begin - (count.cumsum(0) - count))[group]
         )
         index = group * (tokens * places) + self.outlier_index[position].long()
-        return Encoded(codes, ranges, index, self.outlier_values[position], places)
+        return QuantizedTensor(codes, ranges, index, self.outlier_values[position], places)
 
 
 class Page:
     """Slots for blocks of keys and of values, filled from the front."""
 
-    def __init__(self, slots: int, keys: PackedSide, values: PackedSide):
+    def __init__(self, slots: int, keys: PackedTensor, values: PackedTensor):
         self.slots = slots
         self.used = 0
         self.keys = keys
@@ -196,25 +201,38 @@ class Page:
 
     @classmethod
     def allocate(
-        cls, quantizers: tuple[AnyQuantizer, AnyQuantizer], slots: int, keys: Encoded, values: Encoded, *, exactly: bool
+        cls,
+        quantizers: tuple[AnyQuantizer, AnyQuantizer],
+        slots: int,
+        keys: QuantizedTensor,
+        values: QuantizedTensor,
+        *,
+        exactly: bool,
     ) -> "Page":
         """Memory for `slots` blocks such as those of keys and values, not yet written; for about as many outliers as they have
-        too, unless exactly those are to find room that come before the first `commit`.
+        too, unless exactly those are to fit that come before the first `commit`.
         """
         sides = []
         for quantizer, blocks in zip(quantizers, (keys, values), strict=True):
             found = len(blocks.outlier_index) if blocks.outlier_index is not None else 0
-            outlier_room = 0 if exactly else (found + found // 8 + 1) * slots // keys.codes.shape[0]
-            sides.append(PackedSide.allocate(quantizer, slots, blocks, keys=blocks is keys, outlier_room=outlier_room))
+            outlier_capacity = 0 if exactly else (found + found // 8 + 1) * slots // keys.codes.shape[0]
+            sides.append(
+                PackedTensor.allocate(quantizer, slots, blocks, keys=blocks is keys, outlier_capacity=outlier_capacity)
+            )
         return cls(slots, sides[0], sides[1])
 
     @classmethod
     def to_grow(
-        cls, quantizers: tuple[AnyQuantizer, AnyQuantizer], columns: int, batch: int, keys: Encoded, values: Encoded
+        cls,
+        quantizers: tuple[AnyQuantizer, AnyQuantizer],
+        columns: int,
+        batch: int,
+        keys: QuantizedTensor,
+        values: QuantizedTensor,
     ) -> "Page":
-        """Memory for columns that come singly behind so many others; keys and values are the first."""
-        room = max(columns // GROWTH, 1)
-        return cls.allocate(quantizers, room * batch, keys, values, exactly=room == 1)
+        """Memory for columns that come singly behind this many others; keys and values are the first."""
+        capacity = max(columns // GROWTH, 1)
+        return cls.allocate(quantizers, capacity * batch, keys, values, exactly=capacity == 1)
 
     @property
     def device(self) -> torch.device:
@@ -230,8 +248,8 @@ class Page:
         self.slots = self.used
         return self
 
-    def fits(self, keys: Encoded, values: Encoded) -> bool:
-        """Whether these blocks find free slots and room for their outliers."""
+    def fits(self, keys: QuantizedTensor, values: QuantizedTensor) -> bool:
+        """Whether these blocks find free slots and space for their outliers."""
         free = self.slots - self.used >= keys.codes.shape[0]
         return free and all(
             side.outlier_values is None
@@ -240,7 +258,7 @@ class Page:
             for side, blocks in ((self.keys, keys), (self.values, values))
         )
 
-    def put(self, keys: Encoded, values: Encoded) -> range:
+    def put(self, keys: QuantizedTensor, values: QuantizedTensor) -> range:
         """Write blocks of keys and values into the next slots and tell which."""
         start = self.used
         self.keys.put(start, keys)
@@ -254,7 +272,7 @@ class Page:
 
 
 @dataclass(frozen=True, eq=False)
-class Column:
+class BlockTableEntry:
     """One block of every sequence: where it lies, and how many of its tokens count; known by its serial number."""
 
     page: Page
@@ -263,7 +281,7 @@ class Column:
     serial: int = field(init=False, default_factory=itertools.count().__next__)
 
 
-def gather(quantizers: tuple[AnyQuantizer, AnyQuantizer], columns: list[Column]) -> Page:
+def gather(quantizers: tuple[AnyQuantizer, AnyQuantizer], columns: list[BlockTableEntry]) -> Page:
     """The blocks of all columns, one column after the other, in a page without free slots. Codes are moved, not touched."""
     page: Page | None = None
     for column in columns:
@@ -271,7 +289,7 @@ def gather(quantizers: tuple[AnyQuantizer, AnyQuantizer], columns: list[Column])
         if page is None:
             slots = sum(len(column.slots) for column in columns)
             sides = [
-                PackedSide.allocate(quantizer, slots, like, keys=keys, outlier_room=0)
+                PackedTensor.allocate(quantizer, slots, like, keys=keys, outlier_capacity=0)
                 for quantizer, like, keys in zip(quantizers, blocks, (True, False), strict=True)
             ]
             page = Page(slots, sides[0], sides[1])
@@ -281,7 +299,7 @@ def gather(quantizers: tuple[AnyQuantizer, AnyQuantizer], columns: list[Column])
     return page
 
 
-def move_together(quantizers: tuple[AnyQuantizer, AnyQuantizer], columns: list[Column]) -> list[Column]:
+def compact(quantizers: tuple[AnyQuantizer, AnyQuantizer], columns: list[BlockTableEntry]) -> list[BlockTableEntry]:
     """The same columns in a page of their own, so that those that they lay in can go."""
     page = gather(quantizers, columns)
     slots = torch.arange(page.slots, dtype=torch.int64, device="cpu").view(len(columns), -1)

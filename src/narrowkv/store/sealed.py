@@ -7,22 +7,23 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from narrowkv.codec import AnyQuantizer, Encoded
-from narrowkv.store.page import BLOCK, Column, Page, from_blocks, move_together, to_blocks
+from narrowkv.codec import AnyQuantizer, QuantizedTensor
+from narrowkv.store.page import BLOCK, BlockTableEntry, Page, compact, from_blocks, to_blocks
 
-# numbers encoded or decoded at a time, which bounds the memory of intermediate results; on a GPU, where each launch costs time
+# elements encoded or dequantized at a time, which bounds the memory of intermediate results; on a GPU, where each launch costs
+# time
 TILE_NUMBERS, GPU_TILE_NUMBERS = 2**19, 2**23
 MOST_BLOCKS = 512  # encoded at a time: a GPU launches fewer than 65,536 programs along tokens
 
 
-def _tile_numbers(device: torch.device) -> int:
-    """How many numbers are encoded or decoded at a time."""
+def _tile_elements(device: torch.device) -> int:
+    """How many elements are encoded or dequantized at a time."""
     return GPU_TILE_NUMBERS if device.type == "cuda" else TILE_NUMBERS
 
 
 def tile_tokens(keys: Tensor) -> int:
     """How many tokens [batch, kv_heads, tokens, head_dim], whole blocks of them, are encoded at a time."""
-    return min(max(_tile_numbers(keys.device) // keys[:, :, 0].numel() // BLOCK, 1), MOST_BLOCKS) * BLOCK
+    return min(max(_tile_elements(keys.device) // keys[:, :, 0].numel() // BLOCK, 1), MOST_BLOCKS) * BLOCK
 
 
 class SealedBlocks:
@@ -37,7 +38,7 @@ class SealedBlocks:
         self.version = 0
         self.hold([])
 
-    def hold(self, columns: list[Column]) -> None:
+    def hold(self, columns: list[BlockTableEntry]) -> None:
         """Hold these instead of what was held."""
         self.columns = columns
         self.tokens = sum(column.count for column in columns)
@@ -49,7 +50,7 @@ class SealedBlocks:
         pages = {id(page): page for page in (*(column.page for column in self.columns), self.growing) if page}
         return list(pages.values())
 
-    def seal(self, pair: tuple[Encoded, Encoded], page: Page | None, columns: int, count: int = BLOCK) -> Page:
+    def seal(self, pair: tuple[QuantizedTensor, QuantizedTensor], page: Page | None, columns: int, count: int = BLOCK) -> Page:
         """Pack whole blocks, of which the first `count` tokens count, into `page`; without one, into one for `columns`.
 
         Their outliers wait for `Page.commit`.
@@ -58,13 +59,13 @@ class SealedBlocks:
         keys, values = (to_blocks(part) for part in pair)
         page = page or self._page(columns, batch, keys, values)
         slots = torch.tensor(page.put(keys, values), dtype=torch.int64, device="cpu").view(-1, batch)
-        self.columns += [Column(page, column.clone(), count) for column in slots]
+        self.columns += [BlockTableEntry(page, column.clone(), count) for column in slots]
         self.tokens += count * len(slots)
         self.version += 1
         return page
 
-    def _page(self, columns: int, batch: int, keys: Encoded, values: Encoded) -> Page:
-        """A page for `columns` columns, of which these are the first: just large enough, or with room to grow for singles."""
+    def _page(self, columns: int, batch: int, keys: QuantizedTensor, values: QuantizedTensor) -> Page:
+        """A page for `columns` columns, of which these are the first: just large enough, or with space to grow for singles."""
         if columns > 1:
             return Page.allocate(self.quantizers, columns * batch, keys, values, exactly=True)
         if not self.growing or not self.growing.fits(keys, values):
@@ -85,12 +86,12 @@ class SealedBlocks:
         if self.growing and all(column.page is not self.growing for column in self.columns):
             self.growing = None
         run = list(takewhile(lambda column: column.page is self.columns[0].page, self.columns))
-        if run and 2 * len(run) * len(run[0].slots) <= run[0].page.slots:  # a page mostly forgotten is not kept for the rest
-            self.columns[: len(run)] = move_together(self.quantizers, run)
+        if run and 2 * len(run) * len(run[0].slots) <= run[0].page.slots:  # a page mostly forgotten is not stored for the rest
+            self.columns[: len(run)] = compact(self.quantizers, run)
         return tokens
 
     def drop(self, tokens: int) -> None:
-        """Drop so many of the newest tokens; a block that is cut keeps its codes and counts fewer."""
+        """Drop this many of the newest tokens; a block that is cut keeps its codes and counts fewer."""
         while tokens and self.columns:
             last = self.columns.pop()
             taken = min(last.count, tokens)
@@ -106,7 +107,7 @@ class SealedBlocks:
         self.columns = [replace(column, slots=column.slots[rows]) for column in self.columns]
         self.version += 1
 
-    def decode(self, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def dequantize(self, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
         """What the codes stand for, some blocks at a time, until the token `stop` of those held was there.
 
         Yields keys and values [batch, kv_heads, tokens, head_dim].
@@ -117,19 +118,21 @@ class SealedBlocks:
             slots, page = torch.cat([column.slots for column in run]), run[0].page
             tokens = (len(run) - 1) * BLOCK + run[-1].count
             keys, values = (
-                from_blocks(quantizer.decode(side.take(slots)), len(run[0].slots))[:, :, :tokens]
+                from_blocks(quantizer.dequantize(side.take(slots)), len(run[0].slots))[:, :, :tokens]
                 for quantizer, side in zip(self.quantizers, (page.keys, page.values), strict=True)
             )
             yield keys, values
             start += tokens
             i += len(run)
 
-    def _run(self, first: int, tokens: int) -> list[Column]:
-        """Columns from the one of that number on that are decoded at once: of one page, of about so many tokens at most."""
+    def _run(self, first: int, tokens: int) -> list[BlockTableEntry]:
+        """Columns from the one of that number on that are dequantized at once: of one page, of about this many tokens at
+        most.
+        """
         run = [self.columns[first]]
         page = run[0].page
         heads, _, dim = page.keys.shape
-        limit = max(_tile_numbers(page.device) // (BLOCK * len(run[0].slots) * heads * dim), 1)
+        limit = max(_tile_elements(page.device) // (BLOCK * len(run[0].slots) * heads * dim), 1)
         for following in self.columns[first + 1 : first + limit]:
             if following.page is not page or run[-1].count < BLOCK or len(run) * BLOCK >= tokens:
                 break

@@ -7,9 +7,9 @@ Places = tuple[Tensor, Tensor, Tensor]
 
 
 class Sinks:
-    """So many tokens of each sequence (`count`), as they come to be seen.
+    """This many tokens of each sequence (`count`), as they come to be seen.
 
-    numbers: keys and values [batch, kv_heads, count, head_dim]. index: [batch, count] int64, which token of the sequence each
+    elements: keys and values [batch, kv_heads, count, head_dim]. index: [batch, count] int64, which token of the sequence each
     is, -1 where not yet seen. Both None before the first tokens.
     """
 
@@ -19,13 +19,13 @@ class Sinks:
 
     def reset(self) -> None:
         """Forget all."""
-        self.numbers: tuple[Tensor, Tensor] | None = None
+        self.elements: tuple[Tensor, Tensor] | None = None
         self.index: Tensor | None = None
         self.found = self.count == 0  # whether all are known to have been seen
 
     def tensors(self) -> list[Tensor]:
         """All tensors that are held."""
-        return [*(self.numbers or ()), *([] if self.index is None else [self.index])]
+        return [*(self.elements or ()), *([] if self.index is None else [self.index])]
 
     def seen(self) -> bool:
         """Whether no more will come."""
@@ -52,17 +52,17 @@ class Sinks:
         if self.index is None:
             self.index = torch.full((batch, self.count), -1, dtype=torch.int64, device=keys.device)
             blank = (batch, heads, self.count, dim)
-            self.numbers = (keys.new_zeros(blank), values.new_zeros(blank))
-        assert self.numbers is not None
+            self.elements = (keys.new_zeros(blank), values.new_zeros(blank))
+        assert self.elements is not None
         row, token, place = places
         self.index[row, place] = token + before
-        for held, numbers in zip(self.numbers, (keys, values), strict=True):
-            held[row, :, place] = numbers[row, :, token]
+        for held, elements in zip(self.elements, (keys, values), strict=True):
+            held[row, :, place] = elements[row, :, token]
 
     def put(self, start: int, pair: tuple[Tensor, Tensor]) -> None:
-        """Put sinks in place among decoded tokens; start, pair: as of `put_sinks`."""
-        if self.index is not None and self.numbers is not None:
-            put_sinks(start, pair, self.index, self.numbers)
+        """Put sinks in place among dequantized tokens; start, pair: like those of `put_sinks`."""
+        if self.index is not None and self.elements is not None:
+            put_sinks(start, pair, self.index, self.elements)
 
     def crop(self, length: int) -> None:
         """Forget those among the tokens from `length` on."""
@@ -72,18 +72,18 @@ class Sinks:
 
     def select(self, rows: Tensor) -> None:
         """Keep the sequences named by `rows` [n] int64, in that order, repeats allowed."""
-        if self.numbers is not None and self.index is not None:
-            self.numbers = (self.numbers[0][rows], self.numbers[1][rows])
+        if self.elements is not None and self.index is not None:
+            self.elements = (self.elements[0][rows], self.elements[1][rows])
             self.index = self.index[rows]
 
 
 def put_sinks(start: int, pair: tuple[Tensor, Tensor], index: Tensor, held: tuple[Tensor, Tensor]) -> None:
-    """Put sinks in place among decoded tokens, the first of which is the token `start`.
+    """Put sinks in place among dequantized tokens, the first of which is the token `start`.
 
     pair: keys and values [batch, kv_heads, tokens, head_dim]. index: [batch, sinks]; held: [batch, kv_heads, sinks, head_dim].
     """
     inside = (index >= start) & (index < start + pair[0].shape[2])
     row, place = inside.nonzero(as_tuple=True)
     token = index[row, place] - start
-    for numbers, exact in zip(pair, held, strict=True):
-        numbers[row, :, token] = exact[row, :, place].to(numbers.dtype)
+    for elements, exact in zip(pair, held, strict=True):
+        elements[row, :, token] = exact[row, :, place].to(elements.dtype)

@@ -1,0 +1,279 @@
+"""Attention of a few queries on a CPU, compiled: reads packed blocks in place, a tile in the nearest cache at a time.
+
+The open tail is dequantized beside them, and what is exact (attention sinks, the window, new tokens) goes as one piece. All is
+computed in float32, or in int16.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+import narrowkv._kernels as _kernels
+from narrowkv.attention import tiled
+from narrowkv.attention.cpu.int16 import SUPPORTED, supports
+from narrowkv.attention.cpu.streams import Streams, StreamValues, steps_to_anchors
+from narrowkv.attention.cpu.tables import packed_tensor_args, rope_tables, rotary_layout
+from narrowkv.attention.head_transform import bias_scores, head_rotation, rotate_query, rotate_value_bias, unrotate_output
+from narrowkv.attention.mask import AttentionMask
+from narrowkv.attention.rope import AnyRope, Rope
+from narrowkv.attention.support import require_supported
+from narrowkv.codec import Scheme
+from narrowkv.codec.cpu.encode import KINDS
+from narrowkv.codec.memory import HALVES, address
+from narrowkv.errors import UnsupportedModelError
+from narrowkv.store import LayerStore, addresses
+
+PIECES = 64  # about this many pieces of work for any number of threads, so that sums do not depend on it
+SHORTEST_PIECE, LONGEST_PIECE = 8, 64  # blocks
+KERNELS = [name for name in ("avx512", "avx2") if name in _kernels.instruction_sets()] + ["generic"]
+MOST_HEAD_DIM = 512  # that kernels have space for
+INT16 = "int16"  # the kernel that multiplies int16
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """The sealed blocks of a store, as the kernel reads them."""
+
+    version: int  # of `SealedBlocks`
+    table: Tensor  # [columns, batch, 2, 8] int64 addresses
+    starts: Tensor  # [columns + 1] int64
+    sides: tuple[_kernels.PackedTensor, _kernels.PackedTensor]
+    head_rotations: tuple[Tensor | None, Tensor | None]  # by which keys, and values, are rotated
+    value_bias: Tensor | None  # as the codes see it
+    uses_int16: bool  # whether INT16 reads them
+    stream_values: StreamValues | None
+    anchors: Tensor | None  # of keys in streams, by `steps_to_anchors`
+
+    def rope_state_of(self, rope_state: Tensor | None, tokens: int) -> Tensor | None:
+        """What the rotary embedding needs of each token in blocks and tail."""
+        if rope_state is None:
+            return None
+        return rope_state[:, :tokens] if self.anchors is None else rope_state[:, :tokens] + self.anchors[:tokens]
+
+    def channels(self, store: LayerStore, sums: Tensor, totals: Tensor | None) -> Tensor:
+        """Sums of values as their codes see them, rotated back. totals: of weights, where values are streams."""
+        if self.stream_values is None or totals is None:
+            return unrotate_output(store.quantizers[1], self.head_rotations[1], sums)
+        return self.stream_values.channels(sums, totals)
+
+
+_BLOCKS: WeakKeyDictionary[LayerStore, _Blocks] = WeakKeyDictionary()
+_SINKS: WeakKeyDictionary[LayerStore, tuple[AnyRope, Tensor, Tensor, Tensor]] = WeakKeyDictionary()  # as `_sinks` keeps them
+
+
+def attend(
+    query: Tensor,
+    store: LayerStore,
+    *,
+    past: int,
+    new: tuple[Tensor, Tensor] | None,
+    rope: AnyRope | None,
+    rope_state: Tensor | None,
+    mask: AttentionMask,
+    scaling: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    kernel: str | None = None,
+) -> Tensor:
+    """Attention of the newest queries over the packed cache; parameters and result like those of `naive.attend`.
+
+    kernel: one of KERNELS, which compute in float32, or INT16; by default INT16, if it reads such a cache, for queries of 16
+    bits and where `torch.set_float32_matmul_precision` lets products of float32 be rounded. Caches without a sealed block,
+    more than 16 queries (so prompts are read), heads of more than 512 channels, and queries in float64 go to `tiled.attend`.
+    Raises UnsupportedModelError off the CPU, for elements stored in float64, and for keys rotated by Hadamard before the
+    rotary embedding.
+    """
+    if query.device.type != "cpu":
+        raise UnsupportedModelError(f"Backend cpu reads memory of the CPU, not of {query.device}; choose backend torch.")
+    require_supported("cpu", store, rope)
+    rotated = rope if rope_state is not None else None
+    sealed = min(store.blocks.tokens, past - store.first)
+    beyond = query.shape[2] > tiled.FEW_QUERIES or query.dtype == torch.float64 or query.shape[3] > MOST_HEAD_DIM
+    if beyond or sealed <= 0:
+        options: dict[str, Any] = {"mask": mask, "scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
+        return tiled.attend(query, store, past=past, new=new, rope=rope, rope_state=rope_state, **options)
+    blocks = _blocks(store, rotated)
+    if kernel is None:
+        kernel = INT16 if allows_int16(query.dtype) and blocks.uses_int16 else KERNELS[0]
+    query = query.float().contiguous()
+    tail = min(store.tail.tokens, past - store.first - sealed) if store.tail else 0
+    keys, values, tokens = _exact(store, past, sealed + tail, new, rotated, rope_state)
+    output = query.new_empty(2, *query.shape)
+    totals = None if blocks.stream_values is None else query.new_empty(query.shape[:3])
+    packed_query = rotate_query(store.quantizers[0], blocks.head_rotations[0], query)
+    rope_tables_ = rope_tables(rotated, blocks.rope_state_of(rope_state, sealed + tail), query.shape[0])
+    if rope_tables_.angles is not None and kernel == INT16:
+        kernel = KERNELS[0]
+    length = past + (new[0].shape[2] if new else 0)
+    hidden = _hidden(mask, store, sealed + tail, length, query.shape[2], tokens)
+    sinks = None if store.sinks.index is None else (store.sinks.index - store.first).contiguous()
+    sink_logits = None if sink_logits is None else sink_logits.float().contiguous()
+    heads = keys.shape[1]
+    key_offsets = bias_scores(query, store.bias, store.first, sealed + tail, scaling)
+    _kernels.attend(
+        kernel=kernel,
+        threads=torch.get_num_threads(),
+        chunk=min(max(len(blocks.table) * len(query) * heads // PIECES, SHORTEST_PIECE), LONGEST_PIECE) // 4 * 4,
+        shape=[len(query), query.shape[1], heads, query.shape[2], query.shape[3]],
+        blocks=len(blocks.table),
+        tokens=sealed,
+        tail=tail,
+        dense=keys.shape[2],
+        output=address(output, torch.float32),
+        totals=address(totals, torch.float32),
+        packed_query=address(packed_query, torch.float32, shape=query.shape),
+        dense_query=address(query, torch.float32),
+        dense_keys=address(keys, torch.float32),
+        dense_values=address(values, torch.float32, shape=keys.shape),
+        keys=blocks.sides[0],
+        values=blocks.sides[1],
+        keys_tail=_tail(store, 0),
+        values_tail=_tail(store, 1),
+        rotation=rope_tables_.rotation,
+        positions=0
+        if rope_tables_.positions is None
+        else address(rope_tables_.positions[0], torch.int32),  # rows are strides apart
+        position_stride=0 if rope_tables_.positions is None else rope_tables_.positions.stride(0),
+        angles=address(rope_tables_.angles, torch.float32),
+        table=address(blocks.table, torch.int64),
+        starts=address(blocks.starts, torch.int64, shape=[len(blocks.table) + 1]),
+        hidden=address(hidden, torch.bool),
+        hidden_batch=0 if hidden is None else len(hidden),
+        sink_index=address(sinks, torch.int64),
+        sinks=0 if sinks is None else sinks.shape[1],
+        sink_logits=address(sink_logits, torch.float32, shape=[query.shape[1]]),
+        key_offsets=address(key_offsets, torch.float32),
+        value_bias=address(blocks.value_bias, torch.float32),
+        scaling=scaling,
+        softcap=softcap or 0.0,
+    )
+    return blocks.channels(store, output[0], totals) + output[1]
+
+
+def _tail(store: LayerStore, side: int) -> list[int]:
+    """Addresses of what the tail holds of one side, and how many outliers."""
+    if store.tail is None:
+        return [0] * 6
+    buffer = store.tail.buffers[side]
+    codes = address(buffer.codes, *((torch.uint8,) if buffer.scheme.bits < 16 else KINDS))
+    ranges = (address(buffer.ranges.get(name), torch.float16) for name in ("scale", "zero"))
+    return [
+        codes,
+        *ranges,
+        address(buffer.outlier_values, *HALVES),
+        address(buffer.outlier_index, torch.int64),
+        buffer.outliers,
+    ]
+
+
+def allows_int16(dtype: torch.dtype) -> bool:
+    """Whether products of such queries may be rounded: they have 16 bits, or torch may round those of float32."""
+    return dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
+
+
+def uses_int16(keys: Scheme, values: Scheme, head_dim: int, rope: AnyRope | None) -> bool:
+    """Whether INT16 reads such a cache; rope: of its keys."""
+    rotated = rope if keys.pre_rope else None
+    if rotated is not None and not isinstance(rotated, Rope):
+        return False
+    if "trellis" in (keys.datatype, values.datatype):
+        return SUPPORTED and keys.datatype == values.datatype
+    return supports(keys, True, head_dim, rotary_layout(rotated)) and supports(values, False, head_dim, (0, False))
+
+
+def _blocks(store: LayerStore, rope: AnyRope | None) -> _Blocks:
+    """The store's blocks; made again only where columns have come, gone or changed. rope: of keys stored before it."""
+    known = _BLOCKS.get(store)
+    if known is None or known.version != store.blocks.version:
+        columns = store.blocks.columns
+        page = columns[0].page
+        keys, values = store.quantizers
+        streams = Streams.of(store, rope)
+        sides = (
+            packed_tensor_args(keys, page.keys, True, rope, streams.keys),
+            packed_tensor_args(values, page.values, False, None, streams.values.streams if streams.values else None),
+        )
+        counts = [column.count for column in columns]
+        starts = torch.tensor([0, *counts], dtype=torch.int64, device="cpu").cumsum(0)
+        head_rotations = (head_rotation(store.quantizers[0]), head_rotation(store.quantizers[1]))
+        known = _BLOCKS[store] = _Blocks(
+            version=store.blocks.version,
+            table=addresses(columns),
+            starts=starts,
+            sides=sides,
+            head_rotations=head_rotations,
+            value_bias=rotate_value_bias(store.quantizers[1], head_rotations[1], store.bias.values),
+            uses_int16=all(side.uses_int16 for side in sides) and (streams.keys is None) == (streams.values is None),
+            stream_values=streams.values,
+            anchors=None if streams.keys is None else steps_to_anchors(starts),
+        )
+    return known
+
+
+def _exact(
+    store: LayerStore,
+    past: int,
+    packed: int,
+    new: tuple[Tensor, Tensor] | None,
+    rope: AnyRope | None,
+    rope_state: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens that are read neither from blocks nor from the tail: sinks, what is in the exact window, new ones.
+
+    packed: how many tokens blocks and tail hold. Returns keys (rotated) and values, [batch, kv_heads, n, head_dim] float32
+    each, and where they stand, [batch or 1, n] int64 from the first token held on; -1 for a sink that is not to be seen here.
+    """
+    parts: list[tuple[Tensor, Tensor]] = []
+    tokens = []
+    if store.sinks.elements is not None and store.sinks.index is not None:
+        at = store.sinks.index - store.first
+        at = at.masked_fill((at < 0) | (at >= packed), -1)
+        parts.append(_sinks(store, at, rope, rope_state))
+        tokens.append(at)
+    stop = past - store.first
+    if stop > packed:
+        keys, values, _ = store.residual.held()
+        keys, values = (part[:, :, : stop - packed].float() for part in (keys, values))
+        if rope is not None and rope_state is not None:
+            keys = rope.rotate(keys, rope_state[:, packed:stop])
+        parts.append((keys, values))
+    if new:
+        parts.append((new[0].float(), new[1].float()))
+    if not parts:
+        assert store.shape is not None
+        parts.append((torch.zeros(store.shape[0], store.shape[1], 0, store.shape[2], dtype=torch.float32, device="cpu"),) * 2)
+    joined = [torch.cat(side, dim=2).contiguous() for side in zip(*parts, strict=True)]
+    last = packed + joined[0].shape[2] - (store.sinks.count if tokens else 0)
+    tokens.append(torch.arange(packed, last, dtype=torch.int64, device="cpu").expand(len(tokens[0]) if tokens else 1, -1))
+    return joined[0], joined[1], torch.cat(tokens, dim=1)
+
+
+def _sinks(store: LayerStore, at: Tensor, rope: AnyRope | None, rope_state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys (rotated) and values of sinks, float32; rotated again only where they, or their places, have changed."""
+    assert store.sinks.elements is not None
+    keys, values = store.sinks.elements
+    if rope is None or rope_state is None:
+        return keys.float(), values.float()
+    entries = rope_state.expand(len(at), *rope_state.shape[1:])[
+        torch.arange(len(at), dtype=torch.int64, device="cpu")[:, None], at
+    ]
+    known = _SINKS.get(store)
+    if known is None or known[0] is not rope or not torch.equal(keys, known[1]) or not torch.equal(entries, known[2]):
+        known = _SINKS[store] = (rope, keys.clone(), entries, rope.rotate(keys.float(), entries))
+    return known[3], values.float()
+
+
+def _hidden(mask: AttentionMask, store: LayerStore, packed: int, length: int, queries: int, tokens: Tensor) -> Tensor | None:
+    """What each query does not see: [batch or 1, queries, packed + exact tokens] bool, None where all see everything."""
+    plain = mask.rule is None and mask.padding is None and mask.sliding_window is None
+    if plain and queries == 1 and not bool((tokens < 0).any()):
+        return None
+    index = torch.arange(store.first, length, dtype=torch.int64, device="cpu")
+    hidden = mask.hidden(index[len(index) - queries :], index)[:, 0]  # [batch or 1, queries, all tokens]
+    rows = max(len(hidden), len(tokens))
+    hidden, tokens = hidden.expand(rows, -1, -1), tokens.expand(rows, -1)
+    exact = hidden.gather(2, tokens.clamp(min=0)[:, None].expand(-1, queries, -1)) | (tokens < 0)[:, None]
+    return torch.cat([hidden[..., :packed], exact], dim=2)

@@ -1,0 +1,158 @@
+"""What the compiled attention of `cpu` needs beside blocks: codebooks laid out for it, and angles."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+import narrowkv._kernels as _kernels
+from narrowkv.attention.cpu.int16 import int16_angles, int16_codebook
+from narrowkv.attention.rope import AnyRope, Rope
+from narrowkv.codec import AnyQuantizer, Quantizer
+from narrowkv.codec.cpu.encode import KINDS
+from narrowkv.errors import UnsupportedModelError
+from narrowkv.store import BLOCK
+from narrowkv.store.page import PackedTensor, is_channel_major
+
+FEWEST_LEVELS, MOST_LEVELS = 16, 256  # of a codebook as the kernel reads it: one register, or what a byte counts to
+
+TILE = 32  # tokens that the kernel rotates at once
+FARTHEST = 2**20  # position that tables are made for, however few tokens there are
+
+NO_ROTATION = _kernels.Rotation()
+_ROTATIONS = WeakIdKeyDictionary()  # by a rope's frequencies: up to which position, scaling and pairing, and the tables
+
+
+def packed_tensor_args(
+    quantizer: AnyQuantizer, side: PackedTensor, keys: bool, rope: AnyRope | None, streams: _kernels.Streams | None
+) -> _kernels.PackedTensor:
+    """What all blocks of keys, or of values, have in common. rope: of keys that are stored before it."""
+    heads, _, codes = side.shape
+    scheme = quantizer.scheme
+    if streams is not None:
+        _require_rows(side, scheme.codes(codes))
+    table, scale, zero = None, None, None
+    channel_major = is_channel_major(scheme, keys)
+    ranges = list(side.ranges["scale"].shape[1:]) if "scale" in side.ranges else [1, 1, 1]
+    if scheme.datatype != "exact" and streams is None:
+        assert isinstance(quantizer, Quantizer)
+        assert quantizer.codebook is not None
+        table = quantizer.codebook.float()
+        if scheme.static and channel_major:
+            assert quantizer.scale is not None and quantizer.zero is not None
+            table = table * quantizer.scale[..., None] + quantizer.zero[..., None]
+        elif scheme.static:
+            assert quantizer.scale is not None and quantizer.zero is not None
+            scale, zero = quantizer.scale.contiguous(), quantizer.zero.contiguous()
+            ranges = [heads, 1, codes]
+    uses_int16 = None
+    if table is not None and (rope is None or isinstance(rope, Rope)):
+        uses_int16 = int16_codebook(table, scheme, keys, codes, rotary_layout(rope))
+    return _kernels.PackedTensor(
+        bits=side.bits,
+        codes=codes,
+        channel_major=channel_major,
+        table=None if table is None else _padded(table),
+        fixed=scheme.static and channel_major,
+        scale=scale,
+        zero=zero,
+        ranges=ranges,
+        exact=_kind(side.planes[0].dtype if side.bits == 16 else torch.float16),
+        outlier=_kind(torch.float16 if side.outlier_values is None else side.outlier_values.dtype),
+        int16=None if uses_int16 is None else uses_int16.table.view(torch.uint8),
+        unit=None if uses_int16 is None else uses_int16.unit,
+        most=0 if uses_int16 is None else uses_int16.most,
+        streams=streams,
+    )
+
+
+def _require_rows(side: PackedTensor, rows: int) -> None:
+    """Raise UnsupportedModelError unless a head of a block is this many rows of a byte of each token."""
+    if side.planes[0].shape[1:] != (side.shape[0], rows, BLOCK):
+        raise UnsupportedModelError(
+            f"Blocks of trellis-coded streams are {list(side.planes[0].shape[1:])}, not {[side.shape[0], rows, BLOCK]}, which "
+            "backend cpu reads; choose backend torch."
+        )
+
+
+def rotary_layout(rope: Rope | None) -> tuple[int, bool]:
+    """How many pairs of channels a rotary embedding rotates, and whether they are neighbors."""
+    return (len(rope.inverse_frequencies), rope.interleaved) if rope else (0, False)
+
+
+def _kind(dtype: torch.dtype) -> int:
+    if dtype not in KINDS:
+        raise UnsupportedModelError(f"Backend cpu does not read elements stored in {dtype}; choose backend torch.")
+    return KINDS[dtype]
+
+
+def _padded(table: Tensor) -> Tensor:
+    """Codebooks [..., levels], each as long as the kernel reads it."""
+    levels = table.shape[-1]
+    width = MOST_LEVELS if levels > FEWEST_LEVELS else FEWEST_LEVELS
+    return torch.nn.functional.pad(table, (0, width - levels)).contiguous()
+
+
+@dataclass(frozen=True)
+class RopeTables:
+    """The rotary embedding of stored keys: tables of it, and of each token in blocks and tail its position [batch, tokens]
+    int32, or, where frequencies change with the position, cosines and sines [batch, tokens, 2, pairs].
+    """
+
+    rotation: _kernels.Rotation
+    positions: Tensor | None = None
+    angles: Tensor | None = None
+
+
+def rope_tables(rope: AnyRope | None, rope_state: Tensor | None, batch: int) -> RopeTables:
+    """rope_state: what the rotary embedding needs of each token in blocks and tail, [1 or batch, tokens, ...]."""
+    if rope is None or rope_state is None:
+        return RopeTables(NO_ROTATION)
+    rope_state = rope_state.expand(batch, *rope_state.shape[1:])
+    if not isinstance(rope, Rope) or not _tabled(rope_state):
+        angles = torch.stack(rope.cos_sin(rope_state), dim=2).float().contiguous()
+        return RopeTables(_kernels.Rotation(pairs=angles.shape[-1], interleaved=rope.interleaved), angles=angles)
+    positions = (
+        rope_state
+        if rope_state.dtype == torch.int32 and rope_state.stride(1) == 1
+        else rope_state.to(torch.int32).contiguous()
+    )
+    return RopeTables(_rotation(rope, int(rope_state.max())), positions)
+
+
+def _tabled(positions: Tensor) -> bool:
+    """Whether tables are as good for these positions: they take memory for all up to the largest, wherever tokens stand."""
+    least, most = torch.aminmax(positions)
+    return int(least) >= 0 and int(most) < max(FARTHEST, 8 * positions.numel())
+
+
+def _rotation(rope: Rope, position: int) -> _kernels.Rotation:
+    """Tables for positions up to one, and some more."""
+    known = _ROTATIONS.get(rope.inverse_frequencies)
+    if known is None or position >= known[0] or (rope.scaling, rope.interleaved) != known[1]:
+        near, steps, far = _angles(rope.inverse_frequencies, position)
+        tables = {"near": near, "steps": steps, "far": far, **int16_angles(steps)}
+        made = _kernels.Rotation(pairs=near.shape[0], interleaved=rope.interleaved, scaling=rope.scaling, **tables)
+        known = _ROTATIONS[rope.inverse_frequencies] = (len(far) * BLOCK, (rope.scaling, rope.interleaved), made)
+    return known[2]
+
+
+def _angles(frequencies: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Cosines and sines of multiples of the frequencies [pairs], from which those of all positions up to one are put together.
+
+    Returns those of 0 to 31, [pairs, 2, 32], of 0 to 63, [64, 2, pairs], and of 0, 64, 128, ..., [n, 2, pairs], float32. Taken
+    in float64: a position times a frequency, rounded to float32 as models do, is off by as much as the position is large.
+    """
+    count = 2 * (position // BLOCK + 1)  # twice as many as are needed now
+    steps, far = (
+        torch.stack([angles.cos(), angles.sin()], dim=1).float()
+        for angles in (
+            steps[:, None] * frequencies.double()
+            for steps in (
+                torch.arange(BLOCK, dtype=torch.int64, device="cpu"),
+                torch.arange(count, dtype=torch.int64, device="cpu") * BLOCK,
+            )
+        )
+    )
+    return steps.permute(2, 1, 0)[..., :TILE].contiguous(), steps, far

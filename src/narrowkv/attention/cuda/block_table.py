@@ -1,0 +1,257 @@
+"""What kernels on a GPU are given of a store: forms of its sides, tables, and where its blocks lie, stored from call to
+call.
+"""
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from narrowkv.attention.cuda.codebooks import CodebookSet, codebooks_of, folds
+from narrowkv.attention.cuda.kernels.layout import PackedLayout, power_of_2
+from narrowkv.attention.head_transform import head_rotation
+from narrowkv.attention.rope import AnyRope, Rope
+from narrowkv.codec import AnyQuantizer
+from narrowkv.codec.packing import PLANES
+from narrowkv.errors import UnsupportedModelError
+from narrowkv.store import BLOCK, LayerStore, addresses
+from narrowkv.store.page import BlockTableEntry, is_channel_major
+
+KINDS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+GROWTH, LEAST_GROWTH = 8, 16  # columns find space for one more eighth, or this many more
+FEWEST_NONZEROS, MOST_NONZEROS = 128, 512
+
+_KNOWN: WeakKeyDictionary[LayerStore, "BlockTable"] = WeakKeyDictionary()
+_ANGLES = WeakIdKeyDictionary()  # by a rope's frequencies: what `angles` reads
+
+
+@dataclass
+class BlockTable:
+    """A store's sides and sealed blocks. Memory of a given capacity stays where it is while columns come.
+
+    table: [capacity, batch, 2, 8] int64; starts: [capacity + 1] int32; bases: [capacity, batch] int32 position of each block's
+    first token, if the others follow it. ends: serial elements of the first and last of `sure` columns, which tell whether it
+    is still them.
+    """
+
+    layouts: tuple[PackedLayout, PackedLayout]
+    tables: tuple[CodebookSet, CodebookSet]
+    head_rotations: tuple[Tensor | None, Tensor | None]
+    rotated: tuple[bool, bool]  # whether queries are rotated before, sums after
+    table: Tensor
+    starts: Tensor
+    bases: Tensor
+    near: Tensor | None
+    cycles: Tensor | None
+    rope_mode: str
+    ends: tuple[int, int] = (-1, -1)
+    count: int = 0
+    sure: int = 0  # of them, those of which the position of every token was known
+
+    @property
+    def capacity(self) -> int:
+        return len(self.table)
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of channels that rotate, where positions tell how far."""
+        return 0 if self.cycles is None else len(self.cycles)
+
+    def shared(self) -> dict[str, Tensor | None]:
+        """Its tensors, as `launch.SharedArgs` names them."""
+        some = self.count > 0
+        return {
+            "blocks": self.table if some else None,
+            "starts": self.starts,
+            "bases": self.bases,
+            "near": self.near,
+            "cycles": self.cycles,
+        }
+
+
+def block_table_of(store: LayerStore, rope: AnyRope | None, rope_state: Tensor | None, padding: Tensor | None) -> BlockTable:
+    """The store's blocks; only new columns are looked at, unless the first are others than before.
+
+    rope_state: of `rope`, by which stored keys are rotated. padding: [batch, tokens] bool, False where hidden.
+    """
+    known, columns = _KNOWN.get(store), store.blocks.columns
+    assert store.shape is not None
+    if known is None or (known.rope_mode == "none") != (rope_state is None) or known.table.shape[1] != store.shape[0]:
+        known = _KNOWN[store] = _made(store, rope, rope_state)
+    elif known.sure > len(columns) or known.ends != _ends(columns[: known.sure]):  # others, in the same memory
+        known.ends, known.sure, known.rope_mode = (-1, -1), 0, _rope_mode(known.cycles, rope_state)
+    known.count = known.sure
+    if known.count < len(columns):
+        _add(known, store, rope_state, padding)
+    return known
+
+
+def _ends(columns: list[BlockTableEntry]) -> tuple[int, int]:
+    """What tells runs of columns apart: a column that has changed has a new number, and none is changed between others."""
+    return (columns[0].serial, columns[-1].serial) if columns else (-1, -1)
+
+
+def _made(store: LayerStore, rope: AnyRope | None, rope_state: Tensor | None) -> BlockTable:
+    """Without a column yet."""
+    assert store.shape is not None
+    batch, heads, dim = store.shape
+    device = _device(store)
+    kinds = _kind(store, 0), _kind(store, 1)
+    near, cycles = _angles(rope) if isinstance(rope, Rope) and rope_state is not None else (None, None)
+    head_rotations = [head_rotation(quantizer) for quantizer in store.quantizers]
+    rotated = [
+        quantizer.scheme.hadamard or matrix is not None
+        for quantizer, matrix in zip(store.quantizers, head_rotations, strict=True)
+    ]
+    return BlockTable(
+        layouts=layouts_of(store.quantizers, heads, dim, kinds),
+        tables=(codebooks_of(store.quantizers[0], True), codebooks_of(store.quantizers[1], False)),
+        head_rotations=(head_rotations[0], head_rotations[1]),
+        rotated=(rotated[0], rotated[1]),
+        table=torch.zeros(0, batch, 2, 8, dtype=torch.int64, device=device),
+        starts=torch.zeros(1, dtype=torch.int32, device=device),
+        bases=torch.zeros(0, batch, dtype=torch.int32, device=device),
+        near=near,
+        cycles=cycles,
+        rope_mode=_rope_mode(cycles, rope_state),
+    )
+
+
+def _rope_mode(cycles: Tensor | None, rope_state: Tensor | None) -> str:
+    """How keys are rotated as far as is known before any is looked at."""
+    return "none" if rope_state is None else "near" if cycles is not None else "given"
+
+
+def tables_for(store: LayerStore) -> list[Tensor]:
+    """What is allocated for kernels to find the blocks of a store."""
+    known = _KNOWN.get(store)
+    return [] if known is None else [known.table, known.starts, known.bases]
+
+
+def _add(known: BlockTable, store: LayerStore, rope_state: Tensor | None, padding: Tensor | None) -> None:
+    """Enter the columns that are not yet there, but for those after the last token of which something is stored."""
+    new = store.blocks.columns[known.count :]
+    counts = torch.tensor([column.count for column in new], dtype=torch.int64, device="cpu")
+    ends = counts.cumsum(0) + (int(known.starts[known.count]) if known.count else 0)
+    if rope_state is not None:
+        reached = int((ends - counts < rope_state.shape[1]).sum())
+        new, counts, ends = new[:reached], counts[:reached], ends[:reached]
+    if not new:
+        return
+    first, count = known.count, known.count + len(new)
+    if count > known.capacity:
+        more = count + max(count // GROWTH, LEAST_GROWTH) - known.capacity
+        known.table, known.starts, known.bases = (
+            torch.cat([part, part.new_zeros(more, *part.shape[1:])]) for part in (known.table, known.starts, known.bases)
+        )
+    known.table[first:count] = addresses(new).to(known.table.device)
+    known.starts[first + 1 : count + 1] = ends.to(known.starts.device)
+    if known.rope_mode == "near" and rope_state is not None:
+        known.bases[first:count], follow = _bases(rope_state, padding, store.first, (ends - counts).tolist(), ends.tolist())
+        known.rope_mode = "near" if follow else "positions"
+    known.count = count
+    known.sure = count if rope_state is None else first + int((ends <= rope_state.shape[1]).sum())
+    known.ends = _ends(store.blocks.columns[: known.sure])
+
+
+def _bases(rope_state: Tensor, padding: Tensor | None, first: int, starts: list[int], ends: list[int]) -> tuple[Tensor, bool]:
+    """Positions of blocks' first tokens, [blocks, 1 or batch], counted back from their last, before which there may be
+    padding; and whether those of all tokens that are seen follow each other.
+    """
+    ends = [min(end, rope_state.shape[1]) for end in ends]
+    begin, lengths = (
+        torch.tensor(starts, device=rope_state.device, dtype=torch.int64),
+        torch.tensor(ends, device=rope_state.device, dtype=torch.int64),
+    )
+    bases = rope_state[:, lengths - 1] - (lengths - 1 - begin)
+    block = torch.repeat_interleave(lengths - begin)
+    tokens = torch.arange(starts[0], ends[-1], device=rope_state.device, dtype=torch.int64)
+    strange = rope_state[:, starts[0] : ends[-1]] != bases[:, block] + tokens - begin[block]
+    if padding is not None:
+        strange = strange & padding[:, first + starts[0] : first + ends[-1]]
+    return bases.T, not bool(strange.any())
+
+
+def _device(store: LayerStore) -> torch.device:
+    return store.tensors()[0].device
+
+
+def _ordered(quantizer: AnyQuantizer, keys: bool) -> bool:
+    """Whether columns of its tiles are tokens, which then lie in the order of its planes."""
+    return quantizer.scheme.bits != 16 and is_channel_major(quantizer.scheme, keys)
+
+
+def layouts_of(
+    quantizers: tuple[AnyQuantizer, AnyQuantizer], heads: int, dim: int, kinds: tuple[str, str]
+) -> tuple[PackedLayout, PackedLayout]:
+    """The forms of keys and values. kinds: of exact elements."""
+    sides = list(zip(quantizers, (True, False), kinds, strict=True))
+    planes = [PLANES[quantizer.scheme.code_bits][0] for quantizer, keys, _ in sides if _ordered(quantizer, keys)]
+    order = max(planes, default=8)  # one for both, where their columns are tokens
+    first, second = (_layout(quantizer, keys, heads, dim, order, kind) for quantizer, keys, kind in sides)
+    return first, second
+
+
+def _layout(quantizer: AnyQuantizer, keys: bool, heads: int, dim: int, order: int, kind: str) -> PackedLayout:
+    scheme = quantizer.scheme
+    channel_major = is_channel_major(scheme, keys)
+    exact = scheme.bits == 16
+    wide = 4
+    if not channel_major:
+        order = 8 if exact else PLANES[scheme.code_bits][0]
+        planes = (8,) if exact else PLANES[scheme.code_bits]
+        wide = 4 if all(dim * plane % 32 == 0 for plane in planes) and not exact else 1
+    layouts = scheme.range_forms(heads, BLOCK, dim)
+    own = folds(quantizer, channel_major)
+    shape, ranges = (1, 1, 1), "none"
+    if layouts:
+        shape, ranges = layouts["scale"][0], "held"
+    elif scheme.static and not own:
+        shape, ranges = (heads, 1, dim), "fixed"
+    expected = scheme.outliers * BLOCK * dim
+    return PackedLayout(
+        bits=16 if exact else scheme.code_bits,
+        dim=dim,
+        heads=heads,
+        channel_major=channel_major,
+        order=order,
+        wide=wide,
+        own=own,
+        even=scheme.datatype == "int" and scheme.bits == 8,
+        ranges=ranges,
+        range_heads=shape[0],
+        range_tokens=shape[1],
+        range_channels=shape[2],
+        zero=not scheme.symmetric,
+        nonzeros=min(max(power_of_2(int(1.25 * expected)), FEWEST_NONZEROS), MOST_NONZEROS) if expected else 0,
+        kind=kind,
+    )
+
+
+def _kind(store: LayerStore, side: int) -> str:
+    """Of exact elements: all of them, or outliers. Raises UnsupportedModelError where kernels do not read it."""
+    exact = store.quantizers[side].scheme.bits == 16
+    if store.tail:
+        capacity = store.tail.buffers[side]
+        found = capacity.codes if exact else capacity.outlier_values
+    else:
+        page = store.blocks.columns[0].page if store.blocks.columns else None
+        packed = None if page is None else (page.keys, page.values)[side]
+        found = None if packed is None else packed.planes[0] if exact else packed.outlier_values
+    dtype = torch.float16 if found is None else found.dtype
+    if dtype not in KINDS:
+        raise UnsupportedModelError(f"Backend cuda does not read elements stored in {dtype}; choose backend torch.")
+    return KINDS[dtype]
+
+
+def _angles(rope: Rope) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the positions 0 to 63, [2, pairs, 64] float32, and frequencies in cycles, [pairs] float64."""
+    frequencies = rope.inverse_frequencies
+    known = _ANGLES.get(frequencies)
+    if known is None:
+        angles = frequencies.double()[:, None] * torch.arange(BLOCK, device=frequencies.device, dtype=torch.int64)
+        near = torch.stack([angles.cos(), angles.sin()]).float().contiguous()
+        known = _ANGLES[frequencies] = (near, frequencies.double() / (2 * torch.pi))
+    return known

@@ -1,0 +1,253 @@
+"""Attention of a few queries on a GPU, by kernels written in Triton: reads packed blocks in place, merges what programs found.
+
+The open tail is dequantized beside them, and what is exact (attention sinks, the window, new tokens) goes as it is. Products
+are in 16 bits for queries in 16 bits, else in float32; sums are in float32.
+"""
+
+import functools
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from narrowkv.attention import tiled
+from narrowkv.attention.cuda import prefill
+from narrowkv.attention.cuda.arguments import packed_tensor_args
+from narrowkv.attention.cuda.block_table import BlockTable, block_table_of
+from narrowkv.attention.cuda.kernels.layout import KernelConfig, power_of_2
+from narrowkv.attention.head_transform import rotate_query, unrotate_output
+from narrowkv.attention.mask import AttentionMask
+from narrowkv.attention.rope import AnyRope, Rope
+from narrowkv.attention.support import require_supported
+from narrowkv.codec import AnyQuantizer
+from narrowkv.codec.cuda.encode import to_device_async
+from narrowkv.errors import UnsupportedModelError
+from narrowkv.store import LayerStore
+
+NUM_LENGTHS = 12  # elements of `lengths`
+MOST_HEAD_DIM = 256
+FEWEST_ROWS, MOST_ROWS = 8, 32  # queries that share a dequantized tile, half as many in float32: more are spilled
+PROGRAMS = 4  # for each multiprocessor
+FEWEST_BLOCKS, MOST_SPLITS = 4, 128  # of a program; of a sequence's blocks
+
+
+def attend(
+    query: Tensor,
+    store: LayerStore,
+    *,
+    past: int,
+    new: tuple[Tensor, Tensor] | None,
+    rope: AnyRope | None,
+    rope_state: Tensor | None,
+    mask: AttentionMask,
+    scaling: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """Attention of the newest queries over the packed cache; parameters and result like those of `naive.attend`.
+
+    More than 16 queries (so prompts are read) go to `prefill.attend`, queries in float64 to `tiled.attend`. Raises
+    UnsupportedModelError where Triton or the GPU is missing, for elements stored in float64, for heads of more than 256
+    channels, and for keys rotated by Hadamard before the rotary embedding.
+    """
+    _require(query, store, rope)
+    options: dict[str, Any] = {"mask": mask, "scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
+    if query.dtype == torch.float64:
+        return tiled.attend(query, store, past=past, new=new, rope=rope, rope_state=rope_state, **options)
+    if query.shape[2] > tiled.FEW_QUERIES:
+        return prefill.attend(
+            query, store, past=past, new=new, rope=rope, rope_state=rope_state, read=_rope_state(rope, rope_state), **options
+        )
+    return prepare(query, store, past=past, new=new, rope=rope, rope_state=rope_state, **options)()
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """One call of attention, all set: calling it launches kernels, and nothing else, so that a CUDA graph may capture it."""
+
+    launch: Any
+    query: Tensor
+    lengths: Tensor
+    parts: tuple[Any, Any, Any]
+    plan: Any
+    elements: tuple[float, float, float]
+    quantizers: tuple[AnyQuantizer, AnyQuantizer]
+    blocks: BlockTable
+
+    def __call__(self) -> Tensor:
+        """[batch, query_heads, queries, head_dim] float32."""
+        query, (keys, values), blocks = self.query, self.quantizers, self.blocks
+        packed = rotate_query(keys, blocks.head_rotations[0], query.float()) if blocks.rotated[0] else query
+        found: Tensor = self.launch.attend(packed, query, self.lengths, self.parts, self.plan, *self.elements)
+        return unrotate_output(values, blocks.head_rotations[1], found[0]) + found[1] if self.plan.apart else found[0]
+
+
+def prepare(
+    query: Tensor,
+    store: LayerStore,
+    *,
+    past: int,
+    new: tuple[Tensor, Tensor] | None,
+    rope: AnyRope | None,
+    rope_state: Tensor | None,
+    mask: AttentionMask,
+    scaling: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    device_lengths: Tensor | None = None,
+) -> DecodePlan:
+    """`attend` of up to 16 queries, but for its kernels; what they read must stay where it is until they have run.
+
+    device_lengths: `lengths` on the device, if a CUDA graph is captured; `rope_state` is then of all for which there is space.
+    Raises UnsupportedModelError where a rule hides tokens from a captured step.
+    """
+    launch = _require(query, store, rope)
+    rope = rope if rope_state is not None else None
+    rope_state = _rope_state(rope, rope_state)
+    blocks = block_table_of(store, rope, rope_state, mask.padding)
+    length = past + (new[0].shape[2] if new else 0)
+    if device_lengths is None:
+        device_lengths = to_device_async(lengths(store, blocks, past, length, query.shape[2]), query.device)
+    elif mask.rule is not None:
+        raise UnsupportedModelError("A mask by rule cannot be captured in a CUDA graph; decode without one.")
+    case = _case(query, store, blocks, rope, rope_state, mask, softcap)
+    shared = launch.SharedArgs(
+        **blocks.shared(),
+        rope_state=rope_state,
+        padding=mask.padding.view(torch.uint8) if case.padding and mask.padding is not None else None,
+        hidden=_hidden(mask, query, store.first, length) if case.hidden else None,
+        sink_index=store.sinks.index,
+        sink_logits=sink_logits,
+    )
+    splits = _splits(query, store, blocks, case)
+    plan = launch.LaunchConfig(*blocks.layouts, case, splits, blocks.rotated[1], query.dtype != torch.float32)
+    sides = [launch.PackedTensorArgs(**packed_tensor_args(store, blocks, i, new[i] if new else None)) for i in range(2)]
+    return DecodePlan(
+        launch=launch,
+        query=query.contiguous(),
+        lengths=device_lengths,
+        parts=(sides[0], sides[1], shared),
+        plan=plan,
+        elements=(scaling, softcap or 0.0, rope.scaling if isinstance(rope, Rope) else 1.0),
+        quantizers=store.quantizers,
+        blocks=blocks,
+    )
+
+
+@functools.cache
+def _launch() -> ModuleType | None:
+    """The module that launches kernels; None without Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("narrowkv.attention.cuda.launch")
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether kernels run on a device: a GPU that Triton compiles for, or any memory where it interprets them."""
+    launch = _launch()
+    return launch is not None and (device.type == "cuda" or bool(launch.INTERPRETED))
+
+
+def _require(query: Tensor, store: LayerStore, rope: AnyRope | None) -> Any:
+    """The module that launches kernels; raises UnsupportedModelError where they do not read a cache of such keys."""
+    if _launch() is None:
+        raise UnsupportedModelError("Backend cuda needs Triton; install it (`pip install triton`), or choose backend torch.")
+    if not runs_on(query.device):
+        raise UnsupportedModelError(f"Backend cuda reads memory of a GPU, not of {query.device}; choose backend torch.")
+    require_supported("cuda", store, rope)
+    if store.bias.tensors():
+        raise UnsupportedModelError("Backend cuda does not put back what projections add to keys; choose backend torch.")
+    dim = query.shape[3]
+    if dim > MOST_HEAD_DIM or dim % 8:
+        raise UnsupportedModelError(
+            f"Backend cuda reads heads of up to {MOST_HEAD_DIM} channels, a multiple of 8, not of {dim}; choose backend torch."
+        )
+    return _launch()
+
+
+def _rope_state(rope: AnyRope | None, rope_state: Tensor | None) -> Tensor | None:
+    """What is stored of each token, as kernels read it: positions [1 or batch, tokens] int32, or angles of a token
+    together.
+    """
+    if rope is None or rope_state is None:
+        return None
+    if rope_state.stride(0) == 0:
+        rope_state = rope_state[:1]
+    if isinstance(rope, Rope):
+        rope_state = rope_state if rope_state.dtype == torch.int32 else rope_state.to(torch.int32)
+    return rope_state if rope_state[0].is_contiguous() else rope_state.contiguous()
+
+
+def _case(
+    query: Tensor,
+    store: LayerStore,
+    blocks: BlockTable,
+    rope: AnyRope | None,
+    rope_state: Tensor | None,
+    mask: AttentionMask,
+    softcap: float | None,
+) -> KernelConfig:
+    assert store.shape is not None
+    rows = query.shape[1] // store.shape[1] * query.shape[2]
+    hidden = mask.rule is not None
+    pairs = 0 if rope is None or rope_state is None else blocks.pairs or rope_state.shape[-1]
+    exact = torch.get_float32_matmul_precision() == "highest" and query.dtype == torch.float32
+    return KernelConfig(
+        rows=rows,
+        capacity=min(max(power_of_2(rows), FEWEST_ROWS), MOST_ROWS // (1 if query.dtype.itemsize == 2 else 2)),
+        queries=query.shape[2],
+        dim=query.shape[3],
+        pairs=pairs,
+        interleaved=rope is not None and rope.interleaved,
+        rope_mode=blocks.rope_mode,
+        sinks=0 if store.sinks.index is None else store.sinks.index.shape[1],
+        softcap=softcap is not None,
+        padding=mask.padding is not None and not hidden,
+        window=0 if hidden else mask.sliding_window or 0,
+        hidden=hidden,
+        precision="ieee" if exact else "tf32",
+    )
+
+
+def _hidden(mask: AttentionMask, query: Tensor, first: int, length: int) -> Tensor:
+    """What each query does not see, by the rule: [batch or 1, queries, tokens held] uint8."""
+    index = torch.arange(first, length, device=query.device, dtype=torch.int64)
+    return mask.hidden(index[len(index) - query.shape[2] :], index)[:, 0].contiguous().view(torch.uint8)
+
+
+def _splits(query: Tensor, store: LayerStore, blocks: BlockTable, case: KernelConfig) -> int:
+    """How many programs share the blocks of a head: enough to keep a GPU busy, by how many blocks there is capacity for."""
+    assert store.shape is not None
+    programs = PROGRAMS * _multiprocessors(query.device)
+    others = query.shape[0] * store.shape[1] * -(-case.rows // case.capacity)
+    return max(min(-(-programs // others), blocks.capacity // FEWEST_BLOCKS, MOST_SPLITS), 1)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def blocks_for(store: LayerStore, rope: AnyRope | None, rope_state: Tensor | None, padding: Tensor | None) -> BlockTable:
+    """The store's blocks as the next step reads them; rope_state, padding: like those of `attend`, which looks at new ones
+    alone.
+    """
+    rope = rope if rope_state is not None else None
+    return block_table_of(store, rope, _rope_state(rope, rope_state), padding)
+
+
+def lengths(store: LayerStore, blocks: BlockTable, past: int, length: int, queries: int, rope_state: int = 0) -> list[int]:
+    """How much of everything counts, in the order of `launch`; rope_state: what of `rope_state` is of the first token held."""
+    held = past - store.first
+    sealed = min(store.blocks.tokens, held)
+    tail = min(store.tail.tokens, held - sealed) if store.tail else 0
+    packed = sealed + tail
+    sinks = 0 if store.sinks.index is None else store.sinks.count
+    counts = [blocks.count, sealed, store.first, length - queries, tail, sinks, held - packed, length - past]
+    return [*counts, sealed, packed, held, rope_state]

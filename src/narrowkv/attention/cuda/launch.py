@@ -1,0 +1,275 @@
+"""The step of attention on a GPU as one operator of torch, `narrowkv::attend_packed`: which kernels it launches, on what.
+
+Shapes of all tensors, and so the grid, follow from capacities; how much of them counts is read on the device, from `lengths`.
+So a CUDA graph that has captured the operator may be replayed as long as the store writes into the same memory.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from narrowkv.attention.cuda.kernels.attend_dense import attend_dense, merge
+from narrowkv.attention.cuda.kernels.attend_packed import attend_blocks
+from narrowkv.attention.cuda.kernels.dequantize_tail import TOKENS, dequantize_tail
+from narrowkv.attention.cuda.kernels.layout import DenseSegments, KernelConfig, PackedLayout, power_of_2
+from narrowkv.store import BLOCK
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}  # of exact tokens
+
+# places in `lengths`, int32: columns, sealed tokens that count, first token held, first query, tokens elsewhere, where those
+# begin, and what of `rope_state` belongs to the first token held
+COLUMNS, SEALED, FIRST, QUERY, TAIL, SINKS, WINDOW, NEW, TAIL_START, WINDOW_START, NEW_START, ROPE_STATE = range(12)
+
+
+@dataclass(frozen=True)
+class PackedTensorArgs:
+    """Keys, or values: tables of `tl_tiles`; what the tail holds; exact tokens. None where there is no such thing."""
+
+    table: Tensor | None = None  # [heads, head_dim, levels] or [levels] float32
+    bytes: Tensor | None = None  # like those of `block_table.Tables`, int32
+    scale: Tensor | None = None  # [heads, head_dim] float32, fixed ones
+    zero: Tensor | None = None
+    tail: Tensor | None = None  # [batch, heads, 64, head_dim] uint8, or exact
+    tail_scale: Tensor | None = None
+    tail_zero: Tensor | None = None
+    tail_outliers: Tensor | None = None
+    tail_index: Tensor | None = None
+    tail_count: Tensor | None = None  # [1 or more] int32, first of them how many outliers count
+    sinks: Tensor | None = None  # [batch, heads, n, head_dim]
+    window: Tensor | None = None
+    new: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SharedArgs:
+    """What keys and values have in common; shapes like those of `attend_blocks`."""
+
+    blocks: Tensor | None = None  # [columns, batch, 2, 8] int64
+    starts: Tensor | None = None  # [columns + 1] int32
+    bases: Tensor | None = None  # [columns, batch] int32
+    near: Tensor | None = None  # [2, pairs, 64] float32
+    cycles: Tensor | None = None  # [pairs] float64
+    rope_state: Tensor | None = None  # [1 or batch, tokens] int32, or [1 or batch, tokens, 2, pairs]
+    padding: Tensor | None = None  # [batch, tokens] uint8
+    hidden: Tensor | None = None  # [1 or batch, queries, tokens] uint8
+    sink_index: Tensor | None = None  # [batch, sinks] int64
+    sink_logits: Tensor | None = None  # [query_heads]
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """What is known before the elements are: forms of both sides, the case, how many programs share a sequence's blocks.
+
+    apart: what was read from codes and what was exact are summed apart, for the former's sum is rotated yet. rounded: elements
+    are read from codes in 16 bits.
+    """
+
+    keys: PackedLayout
+    values: PackedLayout
+    case: KernelConfig
+    splits: int
+    apart: bool
+    rounded: bool
+
+
+_PLANS: list[LaunchConfig] = []
+_INDEX: dict[LaunchConfig, int] = {}
+
+
+def number_of(plan: LaunchConfig) -> int:
+    """The number by which the operator knows a plan."""
+    if plan not in _INDEX:
+        _INDEX[plan] = len(_PLANS)
+        _PLANS.append(plan)
+    return _INDEX[plan]
+
+
+def attend(
+    packed_query: Tensor,
+    query: Tensor,
+    lengths: Tensor,
+    parts: tuple[PackedTensorArgs, PackedTensorArgs, SharedArgs],
+    plan: LaunchConfig,
+    *elements: float,
+) -> Tensor:
+    """[2 if apart else 1, batch, query_heads, queries, head_dim] float32: sums of what was packed and of what was exact.
+
+    packed_query: as codes of keys see it, else as `query`: [batch, query_heads, queries, head_dim]. elements: scaling,
+    softcap, and the factor of the rotary embedding.
+    """
+    element = number_of(plan)
+    found: Tensor = torch.ops.narrowkv.attend_packed(packed_query, query, lengths, tensors_of(parts), element, *elements)
+    return found
+
+
+def tensors_of(parts: tuple[PackedTensorArgs, PackedTensorArgs, SharedArgs]) -> list[Tensor | None]:
+    """All of them in one list, as the operator takes them."""
+    return [getattr(part, field.name) for part in parts for field in fields(part)]
+
+
+@torch.library.custom_op("narrowkv::attend_packed", mutates_args=())
+def attend_packed(
+    packed_query: Tensor,
+    query: Tensor,
+    lengths: Tensor,
+    tensors: list[Tensor | None],
+    plan: int,
+    scaling: float,
+    softcap: float,
+    rope_scale: float,
+) -> Tensor:
+    """`attend`, its parts in one list."""
+    size = len(fields(PackedTensorArgs))
+    sides = PackedTensorArgs(*tensors[:size]), PackedTensorArgs(*tensors[size : 2 * size])
+    step = _Launch(
+        packed_query, query, lengths, sides, SharedArgs(*tensors[2 * size :]), _PLANS[plan], (scaling, softcap, rope_scale)
+    )
+    with torch.cuda.device_of(query):
+        return step.run()
+
+
+@attend_packed.register_fake
+def _(packed_query, query, lengths, tensors, plan, scaling, softcap, rope_scale):
+    return query.new_empty(1 + _PLANS[plan].apart, *query.shape, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """The launches of one call."""
+
+    packed_query: Tensor
+    query: Tensor
+    lengths: Tensor
+    sides: tuple[PackedTensorArgs, PackedTensorArgs]
+    shared: SharedArgs
+    plan: LaunchConfig
+    elements: tuple[float, float, float]
+
+    def run(self) -> Tensor:
+        case, keys, shared = self.plan.case, self.sides[0], self.shared
+        batch, query_heads = self.query.shape[:2]
+        heads = self.plan.keys.heads
+        tail = self.tail_elements()
+        parts = {"tail": tail[0], "sinks": keys.sinks, "window": keys.window, "new": keys.new}
+        present = [name for name, part in parts.items() if part is not None]
+        splits = 0 if shared.blocks is None else self.plan.splits
+        slots = splits + len(present)
+        sums = self.query.new_empty(batch * heads, slots, case.rows, case.dim, dtype=torch.float32)
+        running_max = sums.new_empty(batch * heads, slots, case.rows, 2)
+        if splits:
+            self.launch_packed(sums, running_max, splits)
+        if present:
+            self.launch_dense(tail, present, sums, running_max, splits)
+        output = sums.new_empty(1 + self.plan.apart, *self.query.shape)
+        rows = batch * query_heads * case.queries
+        merge[(rows,)](
+            sums, running_max, _or(shared.sink_logits, running_max), output, rows, slots, splits + (tail[0] is not None),
+            case.rows,
+            case.queries, case.dim, SLOTS=power_of_2(slots), WIDE=case.wide,
+            SINKS=0 if shared.sink_logits is None else query_heads, APART=self.plan.apart, num_warps=2 * WARPS,
+        )  # fmt: skip
+        return output
+
+    @property
+    def _layouts(self) -> tuple[PackedLayout, PackedLayout]:
+        return self.plan.keys, self.plan.values
+
+    def launch_packed(self, sums: Tensor, running_max: Tensor, splits: int) -> None:
+        shared, lengths, plan = self.shared, self.lengths, self.plan
+        assert shared.blocks is not None
+        tables = [_or(part, lengths) for side in self.sides for part in (side.table, side.bytes, side.scale, side.zero)]
+        programs = splits * len(sums) * self.chunks
+        dtype = torch.float16 if plan.rounded else torch.float32
+        tiles = sums.new_empty(programs * (plan.keys.tile + plan.values.tile), dtype=dtype)
+        attend_blocks[(splits, len(sums), self.chunks)](
+            self.packed_query, shared.blocks, shared.starts, _or(shared.bases, lengths), lengths, sums, running_max, tiles,
+            *tables,
+            _or(shared.near, lengths), _or(shared.cycles, lengths), *self.mask_args, _or(shared.sink_index, lengths),
+            shared.blocks.shape[1], sums.shape[1], splits, *self.strides, *self.elements,
+            K=plan.keys, V=plan.values, C=plan.case, ELEMENT=ELEMENTS[dtype],
+            num_warps=WARPS if plan.rounded else 2 * WARPS, num_stages=stages_of(plan.keys, plan.values, plan.rounded),
+        )  # fmt: skip
+
+    def launch_dense(
+        self, tail: list[Tensor | None], present: list[str], sums: Tensor, running_max: Tensor, slot: int
+    ) -> None:
+        case, shared, lengths, (keys, values) = self.plan.case, self.shared, self.lengths, self.sides
+        new = replace(case, rope_mode="none", pairs=0, sinks=0)
+        tail_case = replace(case, rope_mode="positions" if case.rope_mode == "near" else case.rope_mode)
+        parts = [(tail[0], tail[1]), (keys.sinks, values.sinks), (keys.window, values.window), (keys.new, values.new)]
+        strides = [
+            0 if part is None else part.stride(1)
+            for part in (tail[0], keys.sinks, keys.window, values.window, keys.new, values.new)
+        ]
+        index = _or(shared.sink_index, lengths)
+        attend_dense[(len(sums), self.chunks, len(present))](
+            self.packed_query, self.query, *(_or(part, lengths) for pair in parts for part in pair), lengths, sums,
+            running_max,
+            _or(shared.cycles, lengths), *self.mask_args, index,
+            self.plan.keys.heads, sums.shape[1], slot, index.shape[-1], *self.strides, *strides, *self.elements,
+            L=DenseSegments(*(present.index(name) if name in present else -1 for name in ("tail", "sinks", "window", "new"))),
+            TAIL=tail_case, OLD=replace(tail_case, sinks=0), NEW=new, ELEMENT=ELEMENTS[self.query.dtype],
+            num_warps=2 * WARPS, num_stages=1,
+        )  # fmt: skip
+
+    def tail_elements(self) -> list[Tensor | None]:
+        """Keys and values of the tail [batch, heads, 64, head_dim], not rotated; those that are exact as they lie."""
+        found: list[Tensor | None] = [side.tail for side in self.sides]
+        tail = found[0]
+        coded = [layout.bits < 16 for layout in self._layouts]
+        if tail is None or not any(coded):
+            return found
+        arguments: list[Tensor] = []
+        for i, (layout, side) in enumerate(zip(self._layouts, self.sides, strict=True)):
+            if coded[i]:
+                found[i] = self.query.new_empty(len(tail), layout.heads, BLOCK, layout.dim, dtype=torch.float32)
+            scale, zero = (side.tail_scale, side.tail_zero) if layout.ranges == "held" else (side.scale, side.zero)
+            lists = (side.tail, side.table, scale, zero, side.tail_index, side.tail_outliers, side.tail_count, found[i])
+            arguments += [_or(part, self.lengths) for part in lists]
+        keys, values = self._layouts
+        dequantize_tail[(len(tail) * keys.heads, BLOCK // TOKENS.value, 2)](*arguments, K=keys, V=values)
+        return found
+
+    @property
+    def chunks(self) -> int:
+        return triton.cdiv(self.plan.case.rows, self.plan.case.capacity)
+
+    @property
+    def mask_args(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What is stored of tokens, padding, and what is hidden."""
+        shared, other = self.shared, self.lengths
+        return _or(shared.rope_state, other), _or(shared.padding, other), _or(shared.hidden, other)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Of what is stored, padding and what is hidden, from one sequence to the next; and the sliding window."""
+        rope_state, padding, hidden = self.shared.rope_state, self.shared.padding, self.shared.hidden
+        return (
+            0 if rope_state is None or len(rope_state) == 1 else rope_state.stride(0),
+            0 if padding is None else padding.stride(0),
+            1 if hidden is None else len(hidden),
+            0 if hidden is None else hidden.shape[2],
+            self.plan.case.window,
+        )
+
+
+WARPS = 4
+
+
+def stages_of(keys: PackedLayout, values: PackedLayout, rounded: bool) -> int:
+    """How many blocks are under way at once. rounded: whether elements are read in 16 bits, else each is loaded.
+
+    Loaded elements would lie in shared memory, each once for every stage; and no load may overtake what a block's outliers
+    write.
+    """
+    read_once = all(layout.by_bytes or layout.bits == 16 for layout in (keys, values))
+    return 3 if rounded and read_once and not keys.nonzeros + values.nonzeros else 1
+
+
+def _or(part: Tensor | None, other: Tensor) -> Tensor:
+    """A pointer for what is not there and never read."""
+    return other if part is None else part

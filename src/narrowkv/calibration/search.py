@@ -1,0 +1,108 @@
+"""The quantizers of all layers; for recipes that leave schemes open, the choice of them under a budget for the whole cache."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from narrowkv.calibration.allocation import Option, allocate
+from narrowkv.calibration.layer_fits import LayerFits
+from narrowkv.calibration.rates import mean_held
+from narrowkv.calibration.shares import allocate_budgets
+from narrowkv.codec import AnyQuantizer
+from narrowkv.codec.scheme import BLOCK
+from narrowkv.errors import RecipeError
+from narrowkv.methods import LayerSchemes, Recipe
+
+POSITION_BITS = 32  # of each token, for keys that are rotated when read
+SLOT_BITS = 64 / BLOCK  # of each token in each layer: where its block lies
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Quantizers of all layers; recipe: with the schemes of each layer where they were chosen; report: plain data on that."""
+
+    recipe: Recipe
+    layers: dict[int, tuple[AnyQuantizer, AnyQuantizer]]
+    report: dict[str, Any]
+
+
+def learn(recipe: Recipe, layers: Mapping[int, LayerFits]) -> Learned:
+    """Finish one recipe. Raises RecipeError where its budget is too small."""
+    recipe, report = _choose(recipe, layers) if recipe.search_space else (recipe, {})
+    finished: dict[int, tuple[AnyQuantizer, AnyQuantizer]] = {}
+    for layer, fits in layers.items():
+        pair = recipe.schemes(layer)
+        keys, values = fits.quantizer(pair.keys, True, recipe.sinks), fits.quantizer(pair.values, False, recipe.sinks)
+        finished[layer] = (keys, values)
+    return Learned(recipe, finished, report)
+
+
+def beside_bits(layers: int, elements: int) -> float:
+    """Bits for each of the `elements` of a token in all layers that no choice of schemes changes."""
+    return (POSITION_BITS + SLOT_BITS * layers) / elements
+
+
+def _choose(recipe: Recipe, layers: Mapping[int, LayerFits]) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe with a scheme for each layer, and what that is predicted to take and to cost."""
+    assert recipe.search_space
+    elements = sum(2 * fits.elements for fits in layers.values())
+    overhead = beside_bits(len(layers), elements)
+    try:
+        options = (_options_by_rate if recipe.search_space.by_rate else _options)(recipe, layers, elements, overhead)
+    except RecipeError as error:
+        raise RecipeError(f"Recipe {recipe.name}: {error}") from error
+    pairs = dict(zip(layers, zip(options[::2], options[1::2], strict=True), strict=True))
+    chosen = {layer: LayerSchemes(keys.scheme, values.scheme) for layer, (keys, values) in pairs.items()}
+    report: dict[str, Any] = {
+        "budget": sum(recipe.search_space.budgets) / 2,
+        "bits": sum(option.bits for option in options) / elements + overhead,
+        "predicted_loss": sum(option.cost for option in options),
+        "layers": {
+            str(layer): {
+                side: {"bits": option.bits / layers[layer].elements, "predicted_loss": option.cost}
+                for side, option in zip(("keys", "values"), pair, strict=True)
+            }
+            for layer, pair in pairs.items()
+        },
+    }
+    if recipe.search_space.value_budget is not None:
+        report["sides"] = {
+            side: {"budget": budget, "bits": 2 * sum(option.bits for option in options[i::2]) / elements + overhead}
+            for i, (side, budget) in enumerate(zip(("keys", "values"), recipe.search_space.budgets, strict=True))
+        }
+    if recipe.search_space.equal_layers:
+        report["stream_bytes"] = {str(layer): _stream_bytes(pair, layers[layer].shape) for layer, pair in chosen.items()}
+    return replace(recipe, layers=chosen, search_space=None), report
+
+
+def _stream_bytes(pair: LayerSchemes, shape: tuple[int, int]) -> int:
+    """Bytes of a token's streams, keys and values, in one layer of a shape: kv_heads, head_dim."""
+    heads, dim = shape
+    return heads * (pair.keys.codes(dim) + pair.values.codes(dim))
+
+
+def _options(recipe: Recipe, layers: Mapping[int, LayerFits], elements: int, overhead: float) -> list[Option]:
+    """One of the schemes for the keys, then for the values, of each layer."""
+    assert recipe.search_space
+    menus, tokens = [], _table_tokens(layers)
+    for fits in layers.values():
+        for schemes, keys in ((recipe.search_space.keys, True), (recipe.search_space.values, False)):
+            menus.append(fits.menu(schemes, keys, recipe.sinks, tokens))
+    picks = allocate(menus, recipe.search_space.budget, elements, overhead)
+    return [menu[pick] for menu, pick in zip(menus, picks, strict=True)]
+
+
+def _table_tokens(layers: Mapping[int, LayerFits]) -> float:
+    return mean_held((fits.held, fits.elements) for fits in layers.values())
+
+
+def _options_by_rate(recipe: Recipe, layers: Mapping[int, LayerFits], elements: int, overhead: float) -> list[Option]:
+    """The same where rates are to be allocated."""
+    assert recipe.search_space
+    sides, menus, tokens = [], [], _table_tokens(layers)
+    for fits in layers.values():
+        for schemes, keys in ((recipe.search_space.keys, True), (recipe.search_space.values, False)):
+            menus.append(fits.rate_menu(schemes, keys, recipe.sinks, tokens))
+            sides.append((fits, keys))
+    chosen = allocate_budgets(recipe.search_space, menus, overhead)
+    return [fits.measured(scheme, keys, recipe.sinks, tokens) for scheme, (fits, keys) in zip(chosen, sides, strict=True)]

@@ -1,0 +1,125 @@
+"""EncodeBuffer: memory for the codes of some tokens, which are written in place as they come."""
+
+import torch
+from torch import Tensor
+
+from narrowkv.codec.outlier_counter import OutlierCounter
+from narrowkv.codec.quantized import QuantizedTensor, ravel
+from narrowkv.codec.scheme import Scheme
+
+AHEAD = 2  # tokens that a GPU may encode before the host learns how many outliers they had
+
+
+class EncodeBuffer:
+    """Encoded tokens and space for more.
+
+    codes: [batch, kv_heads, tokens, codes of a head]; ranges: as `QuantizedTensor` has them; zeros where nothing was written
+    yet. outlier_index: [capacity] int64, places in the flattened codes, in order of arrival; outlier_values: [capacity] in 16
+    bits; the
+        first `outliers` of them count. Or None.
+    counter: counts outliers on a GPU, where tokens are encoded one by one; else None.
+    """
+
+    def __init__(
+        self, scheme: Scheme, batch: int, kv_heads: int, tokens: int, head_dim: int, like: Tensor, most: int | None = None
+    ):
+        """like: elements to be encoded, whose device and dtype count. most: outliers of one token, if a GPU counts them."""
+        dtype, device = like.dtype, like.device
+        codes, self._places = scheme.codes(head_dim), scheme.outlier_places(head_dim)
+        shape = (batch, kv_heads, tokens, codes)
+        self.scheme = scheme
+        self.codes = torch.zeros(shape, dtype=dtype if scheme.bits == 16 else torch.uint8, device=device)
+        self.ranges = {
+            name: torch.zeros(batch, *form, dtype=held, device=device)
+            for name, (form, held) in scheme.range_forms(kv_heads, tokens, codes).items()
+        }
+        self.counter = None if most is None else OutlierCounter(device)
+        self._outliers = 0
+        self.outlier_index: Tensor | None = None
+        self.outlier_values: Tensor | None = None
+        if scheme.outliers:
+            stored = dtype if dtype.itemsize == 2 else torch.float16
+            self.outlier_index = torch.zeros(0, dtype=torch.int64, device=device)
+            self.outlier_values = torch.zeros(0, dtype=stored, device=device)
+            places = batch * kv_heads * tokens * self._places
+            self.reserve(int(1.125 * scheme.outliers * places) + 1 + AHEAD * (most or 0))
+
+    @property
+    def tokens(self) -> int:
+        return self.codes.shape[2]
+
+    @property
+    def outliers(self) -> int:
+        """How many outliers count; waits for a GPU that may have found some. Raises ActivationError as
+        `OutlierCounter.learn`.
+        """
+        return self._outliers if self.counter is None else self.counter.exact()
+
+    @outliers.setter
+    def outliers(self, outliers: int) -> None:
+        if self.counter is not None:
+            self.counter.put(outliers)
+        self._outliers = outliers
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors that are held."""
+        counts = [] if self.counter is None else [self.counter.counts]
+        return [*QuantizedTensor(self.codes, self.ranges, self.outlier_index, self.outlier_values).tensors(), *counts]
+
+    def encoded(self) -> QuantizedTensor:
+        """All that was written, without a copy; outliers in order of arrival."""
+        if self.outlier_index is None or self.outlier_values is None:
+            return QuantizedTensor(self.codes, self.ranges)
+        index, values = self.outlier_index[: self.outliers], self.outlier_values[: self.outliers]
+        return QuantizedTensor(self.codes, self.ranges, index, values, self._places)
+
+    def reserve(self, outliers: int) -> None:
+        """Make sure that this many more outliers fit."""
+        assert self.outlier_index is not None and self.outlier_values is not None
+        missing = self.outliers + outliers - len(self.outlier_index)
+        if missing > 0:
+            more = max(missing, len(self.outlier_index))
+            self.outlier_index, self.outlier_values = (
+                torch.cat([part, part.new_zeros(more, *part.shape[1:])]) for part in (self.outlier_index, self.outlier_values)
+            )
+
+    def promise(self, most: int) -> None:
+        """Make sure that as many outliers fit as kernels may now find; waits where that is not sure."""
+        assert self.counter is not None
+        if self.outlier_index is not None and self.counter.most + most > len(self.outlier_index):
+            self.reserve(most)
+        self.counter.promise(max(most, 1))  # where there are none, what does not fit is counted yet
+
+    def put(self, first: int, encoded: QuantizedTensor) -> int:
+        """Write tokens from the token `first` on; returns how many outliers are then held, and lets the caller count them."""
+        stop = first + encoded.tokens
+        self.codes[:, :, first:stop] = encoded.codes
+        for name, part in self.ranges.items():
+            heads_per_program = self.tokens // part.shape[2]
+            part[:, :, first // heads_per_program : stop // heads_per_program] = encoded.ranges[name]
+        if encoded.outlier_index is None or encoded.outlier_values is None:
+            return 0
+        self.reserve(len(encoded.outlier_index))
+        assert self.outlier_index is not None and self.outlier_values is not None
+        row, head, token, place = torch.unravel_index(encoded.outlier_index, encoded.places)
+        held = self.outliers + len(encoded.outlier_index)
+        self.outlier_index[self.outliers : held] = ravel((row, head, token + first, place), self.encoded().places)
+        self.outlier_values[self.outliers : held] = encoded.outlier_values
+        return held
+
+    def crop(self, tokens: int) -> None:
+        """Forget outliers of the token `tokens` and later ones; their codes may be written over."""
+        if self.outlier_index is None or self.outlier_values is None:
+            return
+        index = self.outlier_index[: self.outliers]
+        keep = index // self._places % self.tokens < tokens
+        self.outliers = int(keep.sum())
+        self.outlier_index[: self.outliers] = index[keep]
+        self.outlier_values[: self.outliers] = self.outlier_values[: len(keep)][keep]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the batch rows named by `rows` [n] int64, in that order, repeats allowed."""
+        picked = self.encoded().rows(rows)
+        self.codes, self.ranges = picked.codes, picked.ranges
+        self.outlier_index, self.outlier_values = picked.outlier_index, picked.outlier_values
+        self.outliers = 0 if picked.outlier_index is None else len(picked.outlier_index)

@@ -1,0 +1,1 @@
+"""Quantizers: a scheme with its tables, which encodes and dequantizes one tensor."""

@@ -1,0 +1,176 @@
+"""The compiled attention against the naive reference in float64: every form of block, odd shapes, adversarial elements."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.cases import KEYS, VALUES, assert_alike_on_threads, case, hide
+
+from narrowkv.attention import naive
+from narrowkv.attention.cpu import decode as cpu
+from narrowkv.attention.cpu.int16 import SUPPORTED
+from narrowkv.errors import UnsupportedModelError
+
+SHAPES = [
+    # batch, query heads, kv heads, head_dim, tokens, new
+    pytest.param((1, 1, 1, 80, 65, 1), id="one head, 65 tokens"),
+    pytest.param((3, 6, 2, 8, 130, 1), id="batch 3, groups of 3, head_dim 8"),
+    pytest.param((1, 4, 1, 128, 700, 5), id="one KV head, 700 tokens, five queries"),
+]
+
+
+def check(query, store, options, kernel=cpu.KERNELS[0], tolerance=1e-5):
+    tolerance = 2e-3 if kernel == cpu.INT16 else tolerance
+    found = cpu.attend(query, store, kernel=kernel, **options)
+    expected = naive.attend(query.double(), store, **options)
+    assert found.dtype == torch.float32 and found.isfinite().all()
+    assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("kernel", cpu.KERNELS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("keys", KEYS)
+def test_every_form_of_keys(keys, shape, kernel):
+    check(*case(KEYS[keys], VALUES["token"], shape), kernel)
+
+
+@pytest.mark.parametrize("kernel", cpu.KERNELS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("values", VALUES)
+def test_every_form_of_values(values, shape, kernel):
+    check(*case(KEYS["nuq4-1%"], VALUES[values], shape), kernel)
+
+
+@pytest.mark.parametrize("kernel", cpu.KERNELS)
+@pytest.mark.parametrize("rope", ["interleaved", "partial", "stored"])
+def test_every_rotary_embedding(rope, kernel):
+    check(*case(KEYS["nuq3-1%"], VALUES["nuq2"], (2, 4, 2, 32, 200, 2), rope=rope), kernel)
+
+
+@pytest.mark.parametrize("kernel", cpu.KERNELS)
+@pytest.mark.parametrize("length", [64, 96, 256])
+def test_every_length_of_a_row_of_codes(length, kernel):
+    for name in ("nuq3-1%", "nuq2", "kivi-2"):
+        check(*case(KEYS[name], VALUES["token_head groups"], (1, 2, 1, length, 140, 1)), kernel)
+        check(*case(KEYS["token"], VALUES[name], (1, 2, 1, length, 140, 1)), kernel)
+
+
+@pytest.mark.parametrize("group", [1, 2, 5, 16])
+def test_groups_of_query_heads(group):
+    check(*case(KEYS["nuq4-1%"], VALUES["kivi-4-g8"], (2, 2 * group, 2, 16, 150, 3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["exact", "nuq4-1%"])
+def test_numbers_kept_in_16_bits(name, dtype):
+    check(*case(KEYS[name], VALUES[name], (2, 4, 2, 80, 150, 1), dtype=dtype))
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("rule", [None, lambda b, h, q, k: (k <= q) & (k // 48 == q // 48), lambda b, h, q, k: k <= q + b])
+def test_whatever_hides_tokens(rule, window, softcap):
+    query, store, options = case(KEYS["nuq4-1%"], VALUES["token"], (3, 6, 2, 24, 300, 7), sinks=3, padded=[0, 150, 290])
+    hide(query, store, options, rule, window, softcap)
+    check(query, store, options)
+
+
+def test_a_query_that_sees_nothing_yields_zeros():
+    query, store, options = case(KEYS["nuq2"], VALUES["token"], (2, 2, 1, 16, 100, 1), padded=[0, 100])
+    found = cpu.attend(query, store, **options)
+    assert found[0].any() and not found[1].any()
+
+
+@pytest.mark.parametrize("elements", ["one huge", "all equal", "small and large"])
+def test_adversarial_numbers(elements):
+    def draw(*shape):
+        x = torch.randn(shape)
+        if elements == "all equal":
+            return torch.ones(shape)
+        if elements == "one huge":
+            x[:, :, shape[2] // 3] *= 300
+            return x
+        return x * 10.0 ** torch.linspace(-4, 3, shape[3])
+
+    for keys in ("nuq4-1%", "token", "kivi-2"):
+        check(*case(KEYS[keys], VALUES["token"], (1, 4, 2, 32, 300, 1), elements=draw))
+
+
+def test_a_cache_as_it_grows_is_cropped_selected_and_strict():
+    keys, values = KEYS["nuq3-1%"], VALUES["kivi-2"]
+    query, store, options = case(keys, values, (3, 4, 2, 16, 330, 1), sinks=2, window=40)
+    check(query, store, options)
+    check(query, store, options | {"past": 330, "new": None, "rope_state": torch.arange(330).expand(3, -1)})
+    store.crop(201)
+    options |= {"past": 201, "new": None, "rope_state": torch.arange(201).expand(3, -1)}
+    check(query, store, options)
+    store.select(torch.tensor([2, 0, 2]))
+    check(query, store, options)
+    store.append(torch.randn(3, 2, 100, 16), torch.randn(3, 2, 100, 16))
+    check(query, store, options | {"past": 301, "rope_state": torch.arange(301).expand(3, -1)})
+
+
+def test_the_result_does_not_depend_on_the_number_of_threads():
+    query, store, options = case(KEYS["nuq4-1%"], VALUES["nuq3-1%"], (1, 4, 1, 64, 900, 1))
+    assert_alike_on_threads(lambda: cpu.attend(query, store, **options))
+
+
+def test_what_it_does_not_do():
+    query, store, options = case(replace(KEYS["hadamard"], pre_rope=True), VALUES["token"], (1, 1, 1, 16, 70, 1))
+    with pytest.raises(UnsupportedModelError, match="Hadamard"):
+        cpu.attend(query, store, **options)
+    query, store, options = case(KEYS["nuq2"], VALUES["token"], (1, 1, 1, 16, 70, 1))
+    assert cpu.attend(query.double(), store, **options).dtype == torch.float64
+    with pytest.raises(ValueError, match="kernel"):
+        cpu.attend(query, store, kernel="none", **options)
+
+
+SCHEMES = st.sampled_from(sorted(KEYS))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    keys=SCHEMES,
+    values=SCHEMES,
+    shape=st.tuples(
+        st.integers(1, 3), st.integers(1, 3), st.integers(1, 2), st.sampled_from([8, 16, 40, 64]), st.integers(65, 260)
+    ),
+    new=st.integers(0, 1) | st.integers(2, 16),
+    sinks=st.integers(0, 5),
+    window=st.sampled_from([0, 33]),
+    kernel=st.sampled_from(cpu.KERNELS),
+    seed=st.integers(0, 2**31),
+)
+def test_any_recipe_and_shape(keys, values, shape, new, sinks, window, kernel, seed):
+    torch.manual_seed(seed)
+    batch, group, heads, dim, total = shape
+    query, store, options = case(
+        KEYS[keys], VALUES[values], (batch, group * heads, heads, dim, total, max(new, 1)), sinks=sinks, window=window
+    )
+    check(query, store, options, kernel)
+
+
+@pytest.mark.parametrize("kernel", [*cpu.KERNELS, *([cpu.INT16] if SUPPORTED else [])])
+def test_no_forged_number_leads_beyond_what_is_held(kernel):
+    """What a loader would refuse: the sanitizers see whether anything is read or written outside."""
+    query, store, options = case(KEYS["nuq3-1%"], VALUES["token"], (1, 2, 1, 64, 150, 1))
+    for side in (store.blocks.columns[0].page.keys, store.blocks.columns[0].page.values):
+        side.outlier_index.copy_(side.outlier_index.flip(0))
+        side.outlier_index[::3] = -1
+    for buffer in store.tail.buffers:
+        buffer.codes.fill_(255)
+        buffer.outlier_index[: buffer.outliers : 2] = 2**40
+    assert cpu.attend(query, store, kernel=kernel, **options).isfinite().all()
+
+
+@pytest.mark.parametrize("first", [-500, 2**31 - 200])
+def test_positions_that_no_table_is_made_for(first):
+    query, store, options = case(KEYS["nuq3-1%"], VALUES["nuq3-1%"], (2, 2, 1, 64, 150, 1))
+    check(query, store, {**options, "rope_state": options["rope_state"] + first}, tolerance=1e-4)
+
+
+def test_heads_larger_than_the_kernel_has_room_for():
+    check(*case(KEYS["nuq3-1%"], VALUES["token"], (1, 2, 1, 512, 140, 1)))
+    check(*case(KEYS["nuq2"], VALUES["nuq2"], (1, 2, 1, 520, 140, 1)))

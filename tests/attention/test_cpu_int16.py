@@ -1,0 +1,118 @@
+"""The kernel that multiplies int16, against the naive reference in float64: a relative error of at most 2e-3."""
+
+import pytest
+import torch
+from tests.cases import KEYS, VALUES, case
+
+from narrowkv.attention import AttentionMask, Rope, describe_backend, naive
+from narrowkv.attention.cpu import decode as cpu
+from narrowkv.attention.cpu import int16
+from narrowkv.codec import Scheme
+
+pytestmark = pytest.mark.skipif(not int16.SUPPORTED, reason="needs AVX-512 with VBMI and VNNI")
+READ_KEYS = [name for name in KEYS if name not in ("int8", "kivi-4-g8", "token", "exact")]
+READ_VALUES = {
+    "nuq4-1%": Scheme(4, "nuq", strategy="token", outliers=0.01),
+    "nuq3": Scheme(3, "nuq", strategy="token_head"),
+    "nuq2-1%": Scheme(2, "nuq", strategy="token", outliers=0.01),
+    "kivi-2": Scheme(2, "int", strategy="token_head", group_size=32),
+    "kivi-3-2%": Scheme(3, "int", strategy="token_head", group_size=64, outliers=0.02),
+    **{name: VALUES[name] for name in VALUES if name.startswith(("fp4", "hadamard"))},
+}
+SHAPES = [
+    pytest.param((1, 1, 1, 128, 65, 1), id="one head, 65 tokens"),
+    pytest.param((3, 6, 2, 64, 131, 1), id="batch 3, groups of 3, head_dim 64"),
+    pytest.param((1, 5, 1, 256, 700, 5), id="one KV head, 700 tokens, five queries, head_dim 256"),
+]
+
+
+def check(query, store, options):
+    assert cpu._blocks(store, options["rope"]).uses_int16
+    found = cpu.attend(query, store, kernel=cpu.INT16, **options)
+    expected = naive.attend(query.double(), store, **options)
+    assert found.isfinite().all() and (found - expected).norm() <= 2e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("keys", READ_KEYS)
+def test_every_form_of_keys(keys, shape):
+    check(*case(KEYS[keys], VALUES["token"], shape))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("values", READ_VALUES)
+def test_every_form_of_values(values, shape):
+    check(*case(KEYS["nuq4-1%"], READ_VALUES[values], shape))
+
+
+@pytest.mark.parametrize("rope", ["interleaved", "partial"])
+def test_pairs_of_channels_that_are_not_halves(rope):
+    check(*case(KEYS["nuq3-1%"], READ_VALUES["nuq3"], (2, 4, 2, 64, 200, 2), rope=rope))
+
+
+@pytest.mark.parametrize("group", [1, 2, 7, 16])
+def test_groups_of_query_heads(group):
+    check(*case(KEYS["nuq4-1%"], READ_VALUES["nuq2-1%"], (2, 2 * group, 2, 64, 150, 3)))
+    check(*case(KEYS["kivi-2"], READ_VALUES["kivi-2"], (2, 2 * group, 2, 64, 150, 3)))
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_whatever_hides_tokens(window):
+    query, store, options = case(KEYS["nuq4-1%"], VALUES["token"], (3, 6, 2, 64, 300, 7), sinks=3, padded=[0, 150, 290])
+    options["mask"] = AttentionMask(options["mask"].padding, window, batch=3)
+    check(query, store, options | {"softcap": 2.0, "sink_logits": torch.randn(6)})
+
+
+@pytest.mark.parametrize("name", ["nuq4-1%", "kivi-2"])
+@pytest.mark.parametrize("scale", [1e-3, 30.0])
+def test_outliers_far_beyond_the_largest_level(name, scale):
+    def elements(*shape):
+        x = scale * torch.randn(shape)
+        x[..., 17, 3] *= 300
+        x[..., 90, 5] *= -50
+        return x
+
+    check(*case(KEYS[name], READ_VALUES[name], (2, 4, 2, 64, 200, 1), elements=elements))
+
+
+@pytest.mark.parametrize("elements", ["one huge logit", "all equal"])
+def test_adversarial_numbers(elements):
+    query, store, options = case(KEYS["nuq4-1%"], READ_VALUES["nuq4-1%"], (1, 4, 2, 64, 300, 1))
+    if elements == "one huge logit":  # of the last token but 200
+        query = 3 * options["rope"].rotate(store.read()[0][:, :, :-1], options["rope_state"])[
+            :, :, -200, None
+        ].repeat_interleave(2, 1)
+    else:
+        query = torch.zeros_like(query)
+    check(query, store, options)
+
+
+def test_it_is_chosen_for_16_bits_and_where_products_may_be_rounded():
+    query, store, options = case(KEYS["nuq4-1%"], READ_VALUES["nuq3"], (1, 4, 2, 64, 200, 1))
+    exact = cpu.attend(query, store, kernel=cpu.KERNELS[0], **options)
+    words = cpu.attend(query, store, kernel=cpu.INT16, **options)
+    assert torch.equal(cpu.attend(query, store, **options), exact) and not torch.equal(exact, words)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert torch.equal(cpu.attend(query, store, **options), words)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    rounded = query.bfloat16()
+    torch.testing.assert_close(cpu.attend(rounded, store, **options), cpu.attend(rounded, store, kernel=cpu.INT16, **options))
+
+
+def test_what_it_does_not_read_is_computed_in_float32():
+    query, store, options = case(KEYS["int8"], READ_VALUES["nuq3"], (1, 4, 2, 64, 200, 1))
+    assert torch.equal(
+        cpu.attend(query, store, kernel=None, **options), cpu.attend(query, store, kernel=cpu.KERNELS[0], **options)
+    )
+    with pytest.raises(ValueError, match="no kernel int16"):
+        cpu.attend(query, store, kernel=cpu.INT16, **options)
+
+
+def test_a_cache_says_whether_it_is_read_in_words():
+    scheme, rope = Scheme(3, "nuq", strategy="token"), Rope(torch.ones(32))
+    assert cpu.uses_int16(KEYS["nuq3-1%"], scheme, 64, rope)
+    assert not cpu.uses_int16(KEYS["int8"], scheme, 64, rope) and not cpu.uses_int16(KEYS["nuq3-1%"], scheme, 80, rope)
+    assert cpu.uses_int16(KEYS["nuq3-1%"], scheme, 64, Rope(torch.ones(16)))  # half of the channels rotate
+    assert describe_backend("cpu", True).endswith(", int16)") and describe_backend("torch", False) == "torch"

@@ -1,0 +1,322 @@
+"""The compiled attention over trellis-coded streams against the naive reference in float64."""
+
+import pytest
+import torch
+from tests.cases import KEYS, VALUES, PreciseRope, assert_alike_on_threads, frequencies, hide, made
+
+from narrowkv import _kernels
+from narrowkv.attention import AUTO, AttentionMask, Rope, StoredRope, naive, resolve_backend
+from narrowkv.attention.cpu import decode as cpu
+from narrowkv.attention.cpu.int16 import SUPPORTED
+from narrowkv.attention.cuda import decode as cuda
+from narrowkv.calibration.trellis_fit import in_bytes
+from narrowkv.codec import Scheme, TrellisQuantizer
+from narrowkv.codec.frames import Frames, place_dtype
+from narrowkv.codec.gaussian_tables import STEPS, gaussian_tables
+from narrowkv.errors import UnsupportedModelError
+from narrowkv.store import LayerStore
+
+COUNTS = {16: (0, 1, 0, 1, 0, 0, 0), 80: (2, 3, 2, 1, 1, 0, 1), 64: (1, 1, 1, 1, 1, 1, 2), 512: (60, 1, 0, 1, 1, 0, 1)}
+SHAPES = [
+    # batch, query heads, kv heads, head_dim, tokens, new
+    pytest.param((1, 1, 1, 80, 64, 1), id="one head, 63 tokens in blocks"),
+    pytest.param((3, 6, 2, 16, 130, 1), id="batch 3, groups of 3, head_dim 16"),
+    pytest.param((1, 4, 1, 64, 700, 5), id="one KV head, 700 tokens, five queries"),
+]
+ROPES = {
+    "half": lambda dim: PreciseRope(frequencies(dim // 2)),
+    "interleaved": lambda dim: PreciseRope(frequencies(dim // 2), 1.3, interleaved=True),
+    "partial": lambda dim: PreciseRope(frequencies(dim // 4), 0.7),
+    "none": lambda dim: None,
+}
+
+
+def quantizer(heads, dim, *, keys, learned_rotation=False, outliers=0.0, rope=None):
+    """Tables drawn at random; without `keys` those of values, which have norms."""
+    counts = COUNTS[dim]
+    scheme = Scheme(
+        3,
+        "trellis",
+        strategy="channel",
+        counts=counts,
+        pre_rope=keys,
+        learned_rotation=learned_rotation,
+        token_norm=not keys,
+        outliers=outliers,
+    )
+    n, universal = scheme.outlier_places(dim), gaussian_tables()
+    tables = {
+        "mean": (torch.randn(heads, dim) / 2).half(),
+        "entries": torch.stack([universal.high, universal.low], dim=1)[None],
+        "steps": torch.tensor(STEPS),
+        "scales": 1.1 * torch.tensor(STEPS),
+        "weight": (torch.rand(heads, n) * 3000 + 500).bfloat16(),
+        "outlier_threshold": torch.tensor([1500.0]) if outliers else None,
+    }
+    if learned_rotation:
+        tables |= in_bytes(torch.linalg.qr(torch.randn(heads, dim, dim).double()).Q[:, :n])
+    else:
+        tables["pairs"] = (0.3 * torch.randn(heads, dim // 2, 2, 2) + torch.eye(2)).half()
+        tables["order"] = torch.stack([torch.randperm(dim)[:n] for _ in range(heads)]).to(place_dtype(dim))
+    if keys:
+        tables |= vars(Frames.of(dim) if rope is None else Frames.of(dim, rope.inverse_frequencies, rope.interleaved))
+    return TrellisQuantizer(scheme, **tables)
+
+
+def case(
+    shape,
+    *,
+    learned_rotation=False,
+    outliers=0.02,
+    rope="half",
+    padded=None,
+    keys=None,
+    values=None,
+    sinks=1,
+    window=0,
+    dtype=torch.float32,
+):
+    """A store of streams and the arguments of attention over it: (query, store, options); keys, values: other schemes."""
+    batch, heads, kv_heads, dim, total, new = shape
+    turning = ROPES[rope](dim)
+    quantizers = (
+        made(keys, kv_heads, dim) if keys else quantizer(kv_heads, dim, keys=True, outliers=outliers, rope=turning),
+        made(values, kv_heads, dim)
+        if values
+        else quantizer(kv_heads, dim, keys=False, learned_rotation=learned_rotation, outliers=outliers),
+    )
+    k, v = (torch.randn(batch, kv_heads, total, dim).to(dtype) for _ in range(2))
+    valid = None if padded is None else torch.arange(total) >= torch.tensor(padded)[:, None]
+    past = total - new
+    rope_state = (torch.arange(total) if valid is None else valid.cumsum(1) - 1).clamp(min=0).expand(batch, -1)
+    store = LayerStore(*quantizers, sinks=sinks, residual_length=window)
+    store.append(k, v, valid)
+    turned = k.double() if turning is None else turning.rotate(k.double(), rope_state)
+    options = {
+        "past": past,
+        "new": (turned[:, :, past:], v[:, :, past:]),
+        "rope": turning,
+        "rope_state": None if turning is None else rope_state[:, store.first : past],
+        "mask": AttentionMask(valid),
+        "scaling": dim**-0.5,
+    }
+    return torch.randn(batch, heads, new, dim), store, options
+
+
+def check(query, store, options, kernel=cpu.KERNELS[0], tolerance=2e-6):
+    tolerance = max(tolerance, WITHIN.get(kernel, 0.0))
+    found = cpu.attend(query, store, kernel=kernel, **options)
+    expected = naive.attend(query.double(), store, **options)
+    assert found.dtype == torch.float32 and found.isfinite().all()
+    assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+IN_WORDS = [cpu.INT16] if SUPPORTED else []
+FORMS = [*cpu.KERNELS, *IN_WORDS]
+WITHIN = {cpu.INT16: 2e-3}  # else float32 is as exact as can be
+
+
+@pytest.mark.parametrize("kernel", FORMS)
+@pytest.mark.parametrize("learned_rotation", [False, True])
+@pytest.mark.parametrize("outliers", [0.0, 0.02])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_streams_of_any_form(shape, outliers, learned_rotation, kernel):
+    query, store, options = case(shape, learned_rotation=learned_rotation, outliers=outliers)
+    if outliers:
+        assert all(len(side.outlier_index) for page in store.blocks.pages() for side in (page.keys, page.values))
+    check(query, store, options, kernel)
+
+
+@pytest.mark.parametrize("kernel", FORMS)
+@pytest.mark.parametrize("rope", ROPES)
+def test_every_rotary_embedding(rope, kernel):
+    check(*case((2, 4, 2, 64, 200, 2), rope=rope), kernel)
+
+
+@pytest.mark.parametrize("kernel", cpu.KERNELS)
+def test_streams_beside_other_codes(kernel):
+    check(*case((2, 4, 2, 80, 200, 1), keys=KEYS["nuq4-1%"]), kernel)
+    check(*case((2, 4, 2, 80, 200, 1), values=VALUES["token"]), kernel)
+
+
+@pytest.mark.parametrize("kernel", cpu.KERNELS)
+def test_each_code_is_decoded_as_torch_decodes_it(kernel):
+    """One query for each coefficient of one token, which alone is seen: its value comes out as it is."""
+    query, store, options = case((1, 1, 1, 64, 129, 1), learned_rotation=True, outliers=0.0, rope="none")
+    values = store.read(128)[1]
+    for token in range(128):
+        options["mask"] = AttentionMask(rule=lambda b, h, q, k, token=token: k == token)
+        found = cpu.attend(query, store, kernel=kernel, **options)
+        torch.testing.assert_close(found[0, 0, 0], values[0, 0, token], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", [cpu.KERNELS[0], *IN_WORDS])
+@pytest.mark.parametrize("group", [1, 2, 3, 5, 7, 16])
+def test_groups_of_query_heads(group, kernel):
+    check(*case((2, 2 * group, 2, 16, 150, 3)), kernel)
+
+
+@pytest.mark.parametrize("kernel", FORMS)
+@pytest.mark.parametrize("first", [0, 3, 2**21, 2**31 - 500, -500])
+def test_positions_that_do_not_follow_each_other(first, kernel):
+    query, store, options = case((2, 4, 2, 64, 200, 1))
+    rope_state = options["rope_state"].clone()
+    rope_state[1, 21:70] += 5
+    rope_state[1, 100:] = rope_state[1, 100:].flip(0)
+    check(
+        query,
+        store,
+        options | {"rope_state": rope_state + first},
+        kernel,
+        tolerance=1e-4 if first < 0 or first > 2**20 else 2e-6,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_outliers_kept_in_16_bits(dtype):
+    check(*case((2, 4, 2, 80, 150, 1), dtype=dtype))
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("rule", [None, lambda b, h, q, k: (k <= q) & (k // 48 == q // 48), lambda b, h, q, k: k <= q + b])
+def test_whatever_hides_tokens(rule, window, softcap):
+    query, store, options = case((3, 6, 2, 16, 300, 7), sinks=3, padded=[0, 150, 290])
+    hide(query, store, options, rule, window, softcap)
+    check(query, store, options)
+
+
+def test_a_query_that_sees_nothing_yields_zeros():
+    query, store, options = case((2, 2, 1, 16, 100, 1), padded=[0, 100])
+    found = cpu.attend(query, store, **options)
+    assert found[0].any() and not found[1].any()
+
+
+def test_a_cache_as_it_grows_is_cropped_and_selected():
+    query, store, options = case((3, 4, 2, 16, 330, 1), sinks=2, window=40)
+    check(query, store, options)
+    store.crop(201)
+    options |= {"past": 201, "new": None, "rope_state": torch.arange(201).expand(3, -1)}
+    check(query, store, options)
+    store.select(torch.tensor([2, 0, 2]))
+    check(query, store, options)
+    for tokens in (3, 100):
+        store.append(torch.randn(3, 2, tokens, 16), torch.randn(3, 2, tokens, 16))
+        length = options["past"] + tokens
+        options |= {"past": length, "rope_state": torch.arange(length).expand(3, -1)}
+        check(query, store, options)
+
+
+def test_the_result_does_not_depend_on_the_number_of_threads():
+    query, store, options = case((1, 4, 1, 64, 900, 1))
+    assert_alike_on_threads(lambda: cpu.attend(query, store, **options))
+
+
+@pytest.mark.parametrize("kernel", FORMS)
+def test_no_forged_number_leads_beyond_what_is_held(kernel):
+    """What a loader would refuse: the sanitizers see whether anything is read or written outside."""
+    query, store, options = case((1, 2, 1, 64, 150, 1))
+    for side in (store.blocks.columns[0].page.keys, store.blocks.columns[0].page.values):
+        side.outlier_index.copy_(side.outlier_index.flip(0))
+        side.outlier_index[::3] = -1
+        side.planes[0][::2].fill_(255)
+    for buffer in store.tail.buffers:
+        buffer.codes.fill_(255)
+        buffer.outlier_index[: buffer.outliers : 2] = 2**40
+    cpu.attend(query, store, kernel=kernel, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "forged"),
+    [
+        ("counts", [0, 1, 0, 1, 0, -1]),
+        ("counts", [0, 1, 0, 1, 0, 9]),
+        ("counts", [1, 1]),
+        ("high", torch.zeros(5, 16, dtype=torch.int8)),
+        ("low", torch.zeros(6, 8, dtype=torch.int8)),
+        ("finer", torch.ones(15)),
+        ("places", torch.full((2, 16), 16, dtype=torch.int32)),
+        ("places", torch.full((2, 16), -1, dtype=torch.int32)),
+        ("places", torch.zeros(2, 8, dtype=torch.int32)),
+        ("channels", torch.full((16,), 16, dtype=torch.int32)),
+        ("channels", torch.zeros(15, dtype=torch.int32)),
+        ("channels", None),
+        ("query_rotations", torch.zeros(2, 2, 2, 2, 7)),
+        ("query_rotations", None),
+        ("offsets", torch.zeros(2, 16, 15)),
+        ("offsets", None),
+        ("int16_scales", None),
+        ("int16_maxima", torch.ones(2, 15, dtype=torch.int32)),
+        ("int16_offsets", torch.zeros(2, 8, 16, dtype=torch.int16)),
+    ],
+)
+def test_tables_smaller_than_what_is_read_of_them_are_refused(name, forged):
+    sound = {
+        "counts": [0, 1, 0, 1, 0, 0],
+        "norms": False,
+        "high": torch.zeros(6, 16, dtype=torch.int8),
+        "low": torch.zeros(6, 16, dtype=torch.int8),
+        "finer": torch.ones(16),
+        "places": torch.zeros(2, 16, dtype=torch.int32),
+        "channels": torch.zeros(16, dtype=torch.int32),
+        "query_rotations": torch.zeros(2, 2, 2, 2, 8),
+        "offsets": torch.zeros(2, 16, 16),
+    }
+    uses_int16 = {
+        "uses_int16": True,
+        "int16_scales": torch.ones(2, 16, dtype=torch.int32),
+        "int16_maxima": torch.ones(2, 16, dtype=torch.int32),
+        "int16_offsets": torch.zeros(2, 8, 16, 2, dtype=torch.int16),
+    }
+    _kernels.Streams(**sound)
+    if name in uses_int16:
+        sound |= uses_int16
+        _kernels.Streams(**sound)
+    with pytest.raises(ValueError, match=r"streams|tables|offsets|query|rotations"):
+        _kernels.Streams(**sound | {name: forged})
+
+
+def test_blocks_of_other_streams_are_refused():
+    query, store, options = case((1, 2, 1, 64, 150, 1))
+    page = store.blocks.columns[0].page
+    page.values.planes[0] = page.values.planes[0][:, :, 1:]
+    with pytest.raises(UnsupportedModelError, match="Blocks of trellis-coded streams"):
+        cpu.attend(query, store, **options)
+
+
+@pytest.mark.parametrize("kernel", [cpu.KERNELS[0], *IN_WORDS])
+def test_heads_of_512_channels(kernel):
+    check(*case((1, 2, 1, 512, 140, 1)), kernel)
+
+
+@pytest.mark.skipif(not SUPPORTED, reason="needs AVX-512 with VBMI, VNNI and GFNI")
+def test_words_are_chosen_for_16_bits_and_for_streams_on_both_sides():
+    query, store, options = case((1, 4, 2, 64, 200, 1))
+    rounded = query.bfloat16()
+    words = cpu.attend(rounded.float(), store, kernel=cpu.INT16, **options)
+    assert torch.equal(cpu.attend(rounded, store, **options), words)
+    assert not torch.equal(cpu.attend(rounded.float(), store, **options), words)
+    schemes = [found.scheme for found in store.quantizers]
+    assert cpu.uses_int16(*schemes, 64, options["rope"]) and not cpu.uses_int16(
+        schemes[0], VALUES["token"], 64, options["rope"]
+    )
+    query, store, options = case((1, 4, 2, 80, 200, 1), values=VALUES["token"])
+    with pytest.raises(ValueError, match="no kernel int16"):
+        cpu.attend(query, store, kernel=cpu.INT16, **options)
+
+
+def test_what_it_does_not_read_is_refused_and_not_chosen():
+    query, store, options = case((1, 2, 1, 64, 150, 1))
+    schemes = tuple(found.scheme for found in store.quantizers)
+    processor = torch.device("cpu")
+    assert resolve_backend(AUTO, processor, torch.float32, [schemes]) == "cpu"
+    assert resolve_backend(AUTO, processor, torch.float32, [schemes], stored=True) == "torch"
+    assert resolve_backend(AUTO, processor, torch.float32, [(schemes[1], schemes[1])]) == "torch"
+    stored = StoredRope("angles0", "once")
+    angles = torch.rand(1, 149, 2, 32)
+    with pytest.raises(UnsupportedModelError, match="stored with each token; choose backend torch"):
+        cpu.attend(query, store, **options | {"rope": stored, "rope_state": angles})
+    with pytest.raises(UnsupportedModelError, match="another rotary embedding"):
+        cpu.attend(query, store, **options | {"rope": Rope(frequencies(32) / 2)})
+    with pytest.raises(UnsupportedModelError, match="does not read trellis-coded streams yet"):
+        cuda.attend(query, store, **options)

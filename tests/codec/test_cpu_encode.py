@@ -1,0 +1,141 @@
+"""The compiled encoder against its reference in plain torch: the same codes, ranges and outliers, to the bit."""
+
+import copy
+
+import pytest
+import torch
+
+from narrowkv.codec import Quantizer, Scheme
+from narrowkv.codec.cpu.encode import all_finite
+from narrowkv.codec.encode_buffer import EncodeBuffer
+from narrowkv.errors import ActivationError
+
+SHAPES = [(1, 1, 64, 80), (3, 2, 128, 16), (1, 8, 64, 128)]
+SCHEMES = {
+    "token": Scheme(4, "int"),
+    "token, 1%": Scheme(3, "nf", outliers=0.01),
+    "head, 2%": Scheme(2, "int", strategy="token_head", outliers=0.02),
+    "channels in groups": Scheme(2, "int", strategy="token_head", group_size=8),
+    "channels in groups, 2%": Scheme(4, "nf", strategy="token_head", group_size=16, outliers=0.02),
+    "tokens in groups": Scheme(2, "int", strategy="channel", group_size=32, outliers=0.02),
+    "static": Scheme(3, "int", strategy="channel"),
+    "static, 1%": Scheme(4, "nf", strategy="channel", outliers=0.01),
+}
+
+
+def made(scheme, heads, dim):
+    tables = {}
+    if scheme.static:
+        tables = {"scale": torch.rand(heads, dim), "zero": torch.randn(heads, dim)}
+        tables["scale"][0, 0] = 0
+        if scheme.outliers:
+            tables |= {"lower": -2 - torch.rand(heads, dim), "upper": 2 + torch.rand(heads, dim)}
+    return Quantizer(scheme, **tables)
+
+
+def drawn(shape, dtype):
+    """Elements of all sizes, with ties."""
+    return (torch.randn(shape) * 10 ** torch.randint(-4, 3, (*shape[:2], 1, shape[3]))).to(dtype)
+
+
+def require_same(found, expected):
+    assert found.ranges.keys() == expected.ranges.keys()
+    for ours, theirs in zip(found.tensors(), expected.tensors(), strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("skipped", [False, True])
+def test_the_compiled_form_is_the_plain_one(name, shape, dtype, skipped):
+    quantizer = made(SCHEMES[name], *shape[1::2])
+    assert quantizer._encoder is not None
+    for tokens in (shape[2], *((1, 63) if quantizer.scheme.tokens_per_group == 1 else (32,))):
+        x = drawn(shape, dtype)[:, :, :tokens]
+        skip = torch.rand(shape[0], tokens) < 0.3 if skipped else None
+        require_same(quantizer.encode(x, skip), quantizer.encode_naive(x, skip))
+        rotated = x.transpose(1, 2).contiguous().transpose(1, 2)  # as a model's projection leaves it
+        require_same(quantizer.encode(rotated, skip), quantizer.encode_naive(x, skip))
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 2.5, 6e-8, 65504.0])
+def test_constant_numbers_and_the_ends_of_float16(value):
+    for scheme in SCHEMES.values():
+        x, quantizer = torch.full((1, 2, 64, 32), value), made(scheme, 2, 32)
+        for elements in (x, x * torch.tensor([1.0, -1.0]).repeat(16)):
+            require_same(quantizer.encode(elements), quantizer.encode_naive(elements))
+
+
+def test_whole_groups_that_are_skipped_have_an_empty_range():
+    quantizer, x = made(SCHEMES["tokens in groups"], 2, 16), torch.randn(2, 2, 64, 16)
+    skip = torch.zeros(2, 64, dtype=torch.bool)
+    skip[0, :40] = True
+    require_same(quantizer.encode(x, skip), quantizer.encode_naive(x, skip))
+    assert (quantizer.encode(x, skip).ranges["scale"][0, :, 0] == 0).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_change_nothing(threads):
+    x, before = torch.randn(2, 4, 256, 64), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for scheme in SCHEMES.values():
+            quantizer = made(scheme, 4, 64)
+            require_same(quantizer.encode(x), quantizer.encode_naive(x))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_tokens_written_to_a_room_one_by_one_are_those_encoded_at_once(name):
+    quantizer, x = made(SCHEMES[name], 3, 32), drawn((2, 3, 64, 32), torch.float32)
+    expected = quantizer.encode_naive(x)
+    buffer, step = EncodeBuffer(quantizer.scheme, 2, 3, 64, 32, like=x), quantizer.scheme.tokens_per_group
+    for first in range(0, 64, step):
+        buffer.outliers = quantizer.encode_into(buffer, first, x[:, :, first : first + step])
+    found = buffer.encoded()
+    if found.outlier_index is not None:
+        found.outlier_index, order = found.outlier_index.sort()
+        found.outlier_values = found.outlier_values[order]
+    require_same(found, expected)
+
+
+def test_a_room_that_is_too_small_for_outliers_grows():
+    quantizer = made(SCHEMES["static, 1%"], 2, 16)
+    x = torch.full((1, 2, 64, 16), 9.0)
+    require_same(quantizer.encode(x), quantizer.encode_naive(x))
+    assert len(quantizer.encode(x).outlier_index) == x.numel()
+
+
+def test_what_does_not_fit_is_refused_and_nothing_is_counted():
+    quantizer, x = made(SCHEMES["static, 1%"], 1, 16), torch.zeros(1, 1, 1, 16)
+    buffer = EncodeBuffer(quantizer.scheme, 1, 1, 64, 16, like=x)
+    with pytest.raises(ActivationError, match="Outliers exceed the range of float16"):
+        quantizer.encode_into(buffer, 0, x + 1e6)
+    assert buffer.outliers == 0
+    with pytest.raises(ActivationError, match="Ranges exceed"):
+        made(SCHEMES["token"], 1, 16).encode(torch.linspace(-1e6, 1e6, 16).view(1, 1, 1, 16))
+
+
+def test_a_quantizer_that_has_encoded_can_be_copied_and_split():
+    quantizer, x = made(SCHEMES["static, 1%"], 4, 16), torch.randn(1, 4, 5, 16)
+    expected = quantizer.encode(x)
+    require_same(copy.deepcopy(quantizer).encode(x), expected)
+    part = quantizer.of_heads(1, 2)
+    require_same(part.encode(x[:, 1:3]), part.encode_naive(x[:, 1:3]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 80), (3, 2, 63, 16)], ids=str)
+def test_one_number_that_is_not_finite_is_found(dtype, shape):
+    x = torch.randn(shape, dtype=dtype) * torch.finfo(dtype).max / 10
+    x = x.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
+    assert all_finite(x)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        for place in ((0, 0, 0, 0), tuple(size - 1 for size in shape)):
+            broken = x.clone()
+            broken[place] = bad
+            assert not all_finite(broken)
+            assert not all_finite(broken.transpose(1, 2).contiguous().transpose(1, 2))
