@@ -1,4 +1,4 @@
-"""Tables of the pages are those of the files of results, and the site builds without a warning and needs no network."""
+"""Tables of the pages are those of the files of figures, and the site builds without a warning and needs no network."""
 
 import re
 import shutil
@@ -22,17 +22,20 @@ def writer(monkeypatch, tmp_path):
         shutil.copy(ROOT / page, tmp_path / page)
     monkeypatch.setattr(write_results, "ROOT", tmp_path)
     monkeypatch.setattr(write_results, "DOCS", tmp_path / "docs")
+    monkeypatch.setattr(write_results, "MEASURED", tmp_path / "measured.json")
     yield write_results
     sys.modules.pop("write_results")
 
 
 def test_pages_are_up_to_date(writer, tmp_path):
-    for write in (writer.write_real, writer.write_accuracy, writer.write_demo, writer.write_plan):
+    measured = writer.MEASURED
+    for write in (writer.write_real, writer.write_accuracy, writer.write_measured, writer.write_demo, writer.write_plan):
         write()
+    assert measured.read_text() == (ROOT / "src" / "narrowkv" / "methods" / "measured.json").read_text()
     for page in PAGES:
         assert (tmp_path / page).read_text() == (ROOT / page).read_text(), f"run `make results`: {page} differs"
-    for plot in ("real.svg", "demo.svg", "planner.svg"):
-        assert (tmp_path / "docs" / plot).read_text().rstrip().endswith("</svg>")
+    for picture in ("real.svg", "demo.svg", "planner.svg"):
+        assert (tmp_path / "docs" / picture).read_text().rstrip().endswith("</svg>")
 
 
 def test_a_page_without_marks_is_left_alone(writer, tmp_path):

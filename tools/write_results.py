@@ -1,18 +1,21 @@
-"""Write the tables and plots of README.md and docs from the files of results in results/: `make results`.
+"""Write the tables and pictures of README.md and docs from the files of figures in results/: `make results`.
 
 Every figure there was measured by the command in its file, which also has versions, hardware and date.
 """
 
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from narrowkv.evaluate.results import read_result
+from narrowkv.files import write_json
+from narrowkv.report.figures import COLOURS, MARKERS, log_axis, new_figure, save
 from narrowkv.report.plan import length
 from narrowkv.report.plan import sections as plan_sections
-from narrowkv.report.plots import COLORS, MARKERS, log_axis, new_figure, save
 
 ROOT = Path(__file__).parents[1]
 RESULTS, DOCS = ROOT / "results", ROOT / "docs"
+MEASURED = ROOT / "src" / "narrowkv" / "methods" / "measured.json"
 FAMILIES = {  # recipes, and where their labels stand in points
     "ours": ("narrow4", "narrow3", "narrow2", (8, 4)),
     "KVQuant, 1% outliers": ("nuq4-1%", "nuq3-1%", "nuq2-1%", (8, 4)),
@@ -26,8 +29,8 @@ REAL_FAMILIES = {
     "KIVI": ("kivi-4", "kivi-2", (8, -12)),
     "one range for a token": ("nvfp4", "hadamard-int4", "int4", (8, 4)),
 }
-AGAINST = {"narrow4": "nuq4-1%", "narrow3": "nuq3-1%", "narrow2": "nuq2-1%"}
-TEXTS, TABLES = ("encyclopedia", "code"), ("mix", "encyclopedia", "code")
+AGAINST = {f"narrow{bits}{more}": f"nuq{bits}-1%" for more in ("", ".55") for bits in (4, 3, 2)}
+TEXTS, WINDOWS = ("encyclopedia", "code"), (512, 2048)
 PLANNED = ("llama-7b", "llama-13b", "llama-30b", "llama-65b")
 
 
@@ -48,46 +51,42 @@ def markdown(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def source(result: dict[str, Any]) -> str:
-    """Where metrics come from: the command, the hardware, the date."""
+    """Where figures come from: the command, the hardware, the date."""
     found = result["environment"]
     return f"`{result['command']}` on {found['cores']} cores of an {found['processor']}, {result['date']}."
 
 
 def draw_families(axes: Any, families: dict[str, Any], rows: dict[str, dict[str, Any]], title: str) -> None:
     """KL divergence over allocated bits, a line for each kind of recipe."""
-    for (label, (*names, offset)), color, marker in zip(families.items(), COLORS, MARKERS, strict=False):
+    for (label, (*names, offset)), colour, marker in zip(families.items(), COLOURS, MARKERS, strict=False):
         bits = [rows[name]["bits_per_element"] for name in names]
         divergence = [rows[name]["kld_strict"] for name in names]
-        axes.plot(bits, divergence, marker=marker, color=color, label=label, markersize=8)
+        axes.plot(bits, divergence, marker=marker, color=colour, label=label, markersize=8)
         for name, x, y in zip(names, bits, divergence, strict=True):
-            axes.annotate(name, (x, y), textcoords="offset points", xytext=offset, fontsize=9, color=color)
+            axes.annotate(name, (x, y), textcoords="offset points", xytext=offset, fontsize=9, color=colour)
     log_axis(axes.yaxis)
-    axes.set_xlabel("allocated bits per element, everything counted")
+    axes.set_xlabel("allocated bits for each number, everything counted")
     axes.set_ylabel("KL divergence from 16 bit (nats, strict)")
     axes.set_title(title)
     axes.margins(x=0.12)
     axes.legend(frameon=False)
 
 
-def real(name: str, tables: str, text: str) -> dict[str, Any]:
-    """What `benchmarks.real_models` has found of one model, for tables and a text of some kind."""
-    return read_result(measured(name, tables, text), "compare")
+def real(name: str) -> dict[str, Any]:
+    """What `benchmarks.real_models` has found of one model."""
+    return read_result(RESULTS / "real" / f"{name}.json", "real-models")
 
 
-def measured(name: str, tables: str, text: str = "code") -> Path:
-    """The file of that."""
-    return RESULTS / "real" / f"{name}-{tables}-{text}.json"
-
-
-def rows_of(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Its rows by recipe, without that of transformers' own cache."""
-    return {row["recipe"]: row for row in result["rows"] if "kld_strict" in row}
+def rows_of(result: dict[str, Any], tables: str, text: str, window: int = 512) -> dict[str, dict[str, Any]]:
+    """Its rows by recipe, for tables and a text of some kind and windows of some length."""
+    wanted = {"tables": tables, "text": text, "window": window}
+    return {row["recipe"]: row for row in result["rows"] if wanted.items() <= row.items()}
 
 
 def write_real() -> None:
     """README's table and docs/real.svg: tables of the built-in mix, both texts scored."""
-    found = [[real(name, "mix", text) for text in TEXTS] for name in REAL.values()]
-    rows = [[rows_of(result) for result in results] for results in found]
+    found = [real(name) for name in REAL.values()]
+    rows = [[rows_of(result, "mix", text) for text in TEXTS] for result in found]
     figure, panels = new_figure(7 * len(REAL), 4, columns=len(REAL))
     for axes, title, (scored, _) in zip(panels, REAL, rows, strict=True):
         draw_families(axes, REAL_FAMILIES, scored, f"{title}: lower is better")
@@ -96,14 +95,13 @@ def write_real() -> None:
         f"{model}: {what}" if what == "bits" else what for model in REAL for what in ("bits", "KLD", "on code", "perplexity")
     ]
     cells = []
-    for recipe in [name for name in rows[0][1] if all(name in code for _, code in rows)]:  # scored on both texts, by all
+    for recipe in rows[0][0]:
         cells.append([f"`{recipe}`"])
         for scored, code in rows:
-            figures = scored[recipe]["bits_per_element"], scored[recipe]["kld_strict"], code[recipe]["kld_strict"]
             cells[-1] += [
-                f"{figures[0]:.2f}",
-                f"{figures[1]:.4f}",
-                f"{figures[2]:.4f}",
+                f"{scored[recipe]['bits_per_element']:.2f}",
+                f"{scored[recipe]['kld_strict']:.4f}",
+                f"{code[recipe]['kld_strict']:.4f}",
                 f"{scored[recipe]['perplexity_strict']:.2f}",
             ]
     exact = ", ".join(
@@ -112,47 +110,104 @@ def write_real() -> None:
     first = next(iter(rows[0][0].values()))
     tokens = f"{first['tokens']:,} tokens of WikiText-2 in windows of {first['window']}, as many of source code"
     kinds = "tables of the built-in mix"
-    origin = " ".join(source(results[0]) for results in found)
+    origin = " ".join(source(result) for result in found)
     caption = f"Strict, in float32: {tokens}; {kinds}. Perplexity in 16 bits {exact}. {origin}\n"
     replace_block(ROOT / "README.md", "real", f"{markdown(['recipe', *heads], cells)}\n{caption}")
 
 
 def write_accuracy() -> None:
-    """The tables of real models in docs/accuracy.md: ours against KVQuant, and tables of one kind of text against a mix."""
-    parts = []
-    columns = ["", *(f"{model}, {text}" for model in REAL for text in TEXTS), *(f"bits, {model}" for model in REAL)]
-    mixed = {(name, text): rows_of(real(name, "mix", text)) for name in REAL.values() for text in TEXTS}
+    """The tables of real models in docs/accuracy.md: ours against KVQuant, tables of one kind of text, and every recipe."""
+    found = {model: real(name) for model, name in REAL.items()}
+    parts = [part for part in (_against_table(found), _off_domain_table(found)) if part]
+    for model, result in found.items():
+        mixed = {(text, window): rows_of(result, "mix", text, window) for window in WINDOWS for text in TEXTS}
+        cells = [
+            [
+                f"`{recipe}`",
+                f"{row['bits_per_element']:.2f}",
+                *(f"{rows[recipe]['kld_strict']:.4f}" if recipe in rows else "-" for rows in mixed.values()),
+                *(f"{mixed[text, WINDOWS[0]][recipe]['perplexity_strict']:.2f}" for text in TEXTS),
+            ]
+            for recipe, row in mixed[TEXTS[0], WINDOWS[0]].items()
+        ]
+        exact = [f"{next(iter(mixed[text, WINDOWS[0]].values()))['perplexity_fp']:.2f}" for text in TEXTS]
+        heads = ["recipe", "bits", *(f"{text}, {window:,}" for text, window in mixed), "perplexity", "on code"]
+        about = f"{model}: divergence with tables of the mix, by text and tokens of a window; perplexity in 16 bits {exact[0]}"
+        parts.append(f"{about}, on code {exact[1]}.\n\n{markdown(heads, cells)}")
+    origin = " ".join(source(result) for result in found.values()) + "\n"
+    replace_block(DOCS / "accuracy.md", "real", "\n".join([*parts, origin]))
+
+
+def _against_table(found: dict[str, dict[str, Any]]) -> str:
+    """Divergence of ours over KVQuant's, and the bits of both."""
     lines = []
     for ours, theirs in AGAINST.items():
-        ratios = [rows[ours]["kld_strict"] / rows[theirs]["kld_strict"] for rows in mixed.values()]
-        bits = [
-            tuple(mixed[name, TEXTS[0]][recipe]["bits_per_element"] for recipe in (ours, theirs)) for name in REAL.values()
-        ]
-        lines.append(
-            [f"`{ours}` against `{theirs}`", *(f"{ratio:.2f}" for ratio in ratios), *(f"{a:.2f} / {b:.2f}" for a, b in bits)]
-        )
-    parts.append(markdown(columns, lines))
-    kinds = [tables for tables in TABLES if all(measured(name, tables).exists() for name in REAL.values())]
+        pairs = [(rows_of(result, "mix", text), text) for result in found.values() for text in TEXTS]
+        ratios = [rows[ours]["kld_strict"] / rows[theirs]["kld_strict"] for rows, _ in pairs]
+        bits = [[rows[recipe]["bits_per_element"] for recipe in (ours, theirs)] for rows, text in pairs if text == TEXTS[0]]
+        shown = [f"{ratio:.2f}" for ratio in (*ratios, geometric_mean(ratios))]
+        lines.append([f"`{ours}` against `{theirs}`", *shown, *(f"{a:.2f} / {b:.2f}" for a, b in bits)])
     heads = [
-        "recipe",
-        "bits",
-        *(f"{text}: KLD, tables of {tables}" for text in TEXTS for tables in kinds),
-        "perplexity",
-        "on code",
+        "",
+        *(f"{model}, {text}" for model in REAL for text in TEXTS),
+        "geometric mean",
+        *(f"bits, {model}" for model in REAL),
     ]
+    return markdown(heads, lines)
+
+
+def _off_domain_table(found: dict[str, dict[str, Any]]) -> str:
+    """Off domain ours over KVQuant's, and of ours tables of the mix and of the other kind of text over the text's own kind.
+
+    Of the models that were measured with tables of one kind of text.
+    """
+    lines = []
+    found = {
+        model: result
+        for model, result in found.items()
+        if all(rows_of(result, tables, text) for tables in TEXTS for text in TEXTS)
+    }
+    if not found:
+        return ""
+    for ours, theirs in {ours: theirs for ours, theirs in AGAINST.items() if "." in ours}.items():
+        losses = {
+            (recipe, tables, text, model): rows_of(result, tables, text)[recipe]["kld_strict"]
+            for model, result in found.items()
+            for text in TEXTS
+            for tables in ("mix", *TEXTS)
+            for recipe in (ours, theirs)
+        }
+
+        def ratio(first: tuple[str, str], second: tuple[str, str], losses: dict[Any, float] = losses) -> str:
+            """Geometric mean over models and texts; each a recipe and whether its tables are the mix's, own or other."""
+            parts = []
+            for model in found:
+                for text, other in (TEXTS, TEXTS[::-1]):
+                    kinds = {"mix": "mix", "own": text, "other": other}
+                    a, b = (losses[recipe, kinds[kind], text, model] for recipe, kind in (first, second))
+                    parts.append(a / b)
+            return f"{geometric_mean(parts):.2f}"
+
+        cells = [
+            ratio((ours, "other"), (theirs, "other")),
+            ratio((ours, "mix"), (ours, "own")),
+            ratio((ours, "other"), (ours, "own")),
+            ratio((theirs, "other"), (theirs, "own")),
+        ]
+        lines.append([f"`{ours}`, `{theirs}`", *cells])
+    heads = ["", "ours over theirs, both off domain", "ours: mix over own", "ours: other over own", "theirs: other over own"]
+    return f"Geometric means over both texts of {' and '.join(found)}:\n\n{markdown(heads, lines)}"
+
+
+def write_measured() -> None:
+    """What `narrowkv recipes list` tells of losses: bits and divergence by model, on both texts."""
+    losses: dict[str, dict[str, list[float]]] = {}
     for model, name in REAL.items():
-        found = {(text, tables): rows_of(real(name, tables, text)) for text in TEXTS for tables in kinds}
-        cells = []
-        for recipe in mixed[name, TEXTS[1]]:
-            row = mixed[name, TEXTS[0]][recipe]
-            divergence = [rows.get(recipe, {}).get("kld_strict") for rows in found.values()]
-            losses = ["-" if loss is None else f"{loss:.4f}" for loss in divergence]
-            perplexities = [f"{mixed[name, text][recipe]['perplexity_strict']:.2f}" for text in TEXTS]
-            cells.append([f"`{recipe}`", f"{row['bits_per_element']:.2f}", *losses, *perplexities])
-        exact = [f"{next(iter(mixed[name, text].values()))['perplexity_fp']:.2f}" for text in TEXTS]
-        parts.append(f"{model}; perplexity in 16 bits {exact[0]}, on code {exact[1]}:\n\n{markdown(heads, cells)}")
-    origin = " ".join(source(real(name, "mix", TEXTS[0])) for name in REAL.values()) + "\n"
-    replace_block(DOCS / "accuracy.md", "real", "\n".join([*parts, origin]))
+        scored, code = (rows_of(real(name), "mix", text) for text in TEXTS)
+        for recipe, row in scored.items():
+            figures = [row["bits_per_element"], row["kld_strict"], code[recipe]["kld_strict"]]
+            losses.setdefault(recipe, {})[model] = [round(figure, 4) for figure in figures]
+    write_json(MEASURED, losses)
 
 
 def write_demo() -> None:
@@ -178,14 +233,14 @@ def write_demo() -> None:
     ]
     first = rows[0]
     caption = (
-        f"The built-in model, {first['tokens']:,} tokens in windows of {first['window']}; unquantized perplexity "
+        f"The built-in model, {first['tokens']:,} tokens in windows of {first['window']}; unquantised perplexity "
         f"{first['perplexity_fp']:.2f}, recall {first['recall_fp']:.0%}. {source(result)}\n"
     )
     replace_block(DOCS / "results.md", "demo", f"{markdown(columns, cells)}\n{caption}")
 
 
 def write_plan() -> None:
-    """The grid of docs/planner.md and its plot."""
+    """The grid of docs/planner.md and its picture."""
     results = [read_result(RESULTS / name / "plan.json", "plan") for name in PLANNED]
     contexts = [at["tokens"] for at in results[0]["rows"][0]["contexts"]]
     columns = ["recipe", *(f"{name.removeprefix('llama-').upper()} {length(n)}" for name in PLANNED for n in contexts)]
@@ -196,11 +251,12 @@ def write_plan() -> None:
     commands = f"`narrowkv plan` of each shape with the options of {source(results[0])}"
     replace_block(DOCS / "planner.md", "plan", f"{markdown(columns, cells)}\n{commands}\n")
     (section,) = plan_sections(read_result(RESULTS / "llama-7b-80GiB" / "plan.json", "plan"))
-    save(section.plots[0].figure, DOCS / "planner.svg")
+    save(section.pictures[0].figure, DOCS / "planner.svg")
 
 
 if __name__ == "__main__":
     write_real()
     write_accuracy()
+    write_measured()
     write_demo()
     write_plan()

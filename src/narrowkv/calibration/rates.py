@@ -127,7 +127,7 @@ def _at_price(menus: Sequence[Sequence[RateOption]], price: float, overhead: flo
         held += stored
     elements = [(menu[0].elements, menu[0].held) for menu in menus]
     each, all_held = sum(count for count, _ in elements), sum(count * tokens for count, tokens in elements)
-    return schemes, max(bits / each + overhead, held / all_held + overhead * each * REFERENCE_TOKENS / all_held)
+    return schemes, max(bits / each + overhead, held / all_held + overhead)
 
 
 def _best_rates(option: RateOption, price: float) -> tuple[float, Scheme, float, float]:
