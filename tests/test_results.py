@@ -1,4 +1,4 @@
-"""Tables of the pages are those of the files of figures, and the site builds without a warning and needs no network."""
+"""Tables of the pages are those of the files of results, and the site builds without a warning and needs no network."""
 
 import re
 import shutil
@@ -34,8 +34,8 @@ def test_pages_are_up_to_date(writer, tmp_path):
     assert measured.read_text() == (ROOT / "src" / "narrowkv" / "methods" / "measured.json").read_text()
     for page in PAGES:
         assert (tmp_path / page).read_text() == (ROOT / page).read_text(), f"run `make results`: {page} differs"
-    for picture in ("real.svg", "demo.svg", "planner.svg"):
-        assert (tmp_path / "docs" / picture).read_text().rstrip().endswith("</svg>")
+    for plot in ("real.svg", "demo.svg", "planner.svg"):
+        assert (tmp_path / "docs" / plot).read_text().rstrip().endswith("</svg>")
 
 
 def test_a_page_without_marks_is_left_alone(writer, tmp_path):

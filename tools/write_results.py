@@ -1,4 +1,4 @@
-"""Write the tables and pictures of README.md and docs from the files of figures in results/: `make results`.
+"""Write the tables and plots of README.md and docs from the files of results in results/: `make results`.
 
 Every figure there was measured by the command in its file, which also has versions, hardware and date.
 """
@@ -9,9 +9,9 @@ from typing import Any
 
 from narrowkv.evaluate.results import read_result
 from narrowkv.files import write_json
-from narrowkv.report.figures import COLOURS, MARKERS, log_axis, new_figure, save
 from narrowkv.report.plan import length
 from narrowkv.report.plan import sections as plan_sections
+from narrowkv.report.plots import COLORS, MARKERS, log_axis, new_figure, save
 
 ROOT = Path(__file__).parents[1]
 RESULTS, DOCS = ROOT / "results", ROOT / "docs"
@@ -51,21 +51,21 @@ def markdown(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def source(result: dict[str, Any]) -> str:
-    """Where figures come from: the command, the hardware, the date."""
+    """Where metrics come from: the command, the hardware, the date."""
     found = result["environment"]
     return f"`{result['command']}` on {found['cores']} cores of an {found['processor']}, {result['date']}."
 
 
 def draw_families(axes: Any, families: dict[str, Any], rows: dict[str, dict[str, Any]], title: str) -> None:
     """KL divergence over allocated bits, a line for each kind of recipe."""
-    for (label, (*names, offset)), colour, marker in zip(families.items(), COLOURS, MARKERS, strict=False):
+    for (label, (*names, offset)), color, marker in zip(families.items(), COLORS, MARKERS, strict=False):
         bits = [rows[name]["bits_per_element"] for name in names]
         divergence = [rows[name]["kld_strict"] for name in names]
-        axes.plot(bits, divergence, marker=marker, color=colour, label=label, markersize=8)
+        axes.plot(bits, divergence, marker=marker, color=color, label=label, markersize=8)
         for name, x, y in zip(names, bits, divergence, strict=True):
-            axes.annotate(name, (x, y), textcoords="offset points", xytext=offset, fontsize=9, color=colour)
+            axes.annotate(name, (x, y), textcoords="offset points", xytext=offset, fontsize=9, color=color)
     log_axis(axes.yaxis)
-    axes.set_xlabel("allocated bits for each number, everything counted")
+    axes.set_xlabel("allocated bits per element, everything counted")
     axes.set_ylabel("KL divergence from 16 bit (nats, strict)")
     axes.set_title(title)
     axes.margins(x=0.12)
@@ -233,14 +233,14 @@ def write_demo() -> None:
     ]
     first = rows[0]
     caption = (
-        f"The built-in model, {first['tokens']:,} tokens in windows of {first['window']}; unquantised perplexity "
+        f"The built-in model, {first['tokens']:,} tokens in windows of {first['window']}; unquantized perplexity "
         f"{first['perplexity_fp']:.2f}, recall {first['recall_fp']:.0%}. {source(result)}\n"
     )
     replace_block(DOCS / "results.md", "demo", f"{markdown(columns, cells)}\n{caption}")
 
 
 def write_plan() -> None:
-    """The grid of docs/planner.md and its picture."""
+    """The grid of docs/planner.md and its plot."""
     results = [read_result(RESULTS / name / "plan.json", "plan") for name in PLANNED]
     contexts = [at["tokens"] for at in results[0]["rows"][0]["contexts"]]
     columns = ["recipe", *(f"{name.removeprefix('llama-').upper()} {length(n)}" for name in PLANNED for n in contexts)]
@@ -251,7 +251,7 @@ def write_plan() -> None:
     commands = f"`narrowkv plan` of each shape with the options of {source(results[0])}"
     replace_block(DOCS / "planner.md", "plan", f"{markdown(columns, cells)}\n{commands}\n")
     (section,) = plan_sections(read_result(RESULTS / "llama-7b-80GiB" / "plan.json", "plan"))
-    save(section.pictures[0].figure, DOCS / "planner.svg")
+    save(section.plots[0].figure, DOCS / "planner.svg")
 
 
 if __name__ == "__main__":
