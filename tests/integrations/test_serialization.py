@@ -89,6 +89,12 @@ def test_a_state_is_its_own_and_goes_into_any_number_of_caches(tiny, name):
         again.crop(-again.length + 1)
 
 
+def test_a_state_names_only_settings_that_differ_from_the_defaults(tiny):
+    """So a field that a later version adds makes no saved cache unloadable."""
+    recipe = read_prompt(tiny(), "int4")[0].state().header["recipe"]
+    assert recipe == {"name": "int4", "keys": {"bits": 4, "datatype": "int"}, "values": {"bits": 4, "datatype": "int"}}
+
+
 def test_a_file_of_something_else_is_refused_with_the_reason(tiny, tmp_path):
     model, path = tiny(), tmp_path / "c"
     cache, ids = read_prompt(model, "int4")

@@ -215,7 +215,7 @@ class PackedCache(RunningCache):
         quantizers = [quantizer for layer in self.packed for quantizer in layer.store.quantizers]
         biases = [part for layer in self.packed for part in layer.store.bias.tensors()]
         return {
-            "recipe": json.loads(json.dumps(self.recipe.to_dict())),  # lists, as a file has them
+            "recipe": json.loads(json.dumps(self.recipe.settings())),  # lists, as a file has them
             "tables_sha256": tensors_checksum(table for one in quantizers for table in one.tensors().values()),
             "bias_sha256": tensors_checksum(biases) if biases else None,
             "fingerprint": asdict(self.fingerprint),
