@@ -224,5 +224,5 @@ class SchemeOfTomorrow(Scheme):
 def test_an_encoder_takes_no_scheme_with_a_field_that_it_does_not_know(device, monkeypatch):
     monkeypatch.setattr(cuda, "runs_on", lambda where: device == "cuda")
     known, unknown = (Quantizer(SchemeOfTomorrow(4, "int", clipped=clipped)) for clipped in (0.0, 0.5))
-    x = torch.randn(1, 2, 5, 16)
-    assert known._encoder_for(x) is not None and unknown._encoder_for(x) is None
+    where = torch.device(device)
+    assert not known.encodes_in_torch(where) and unknown.encodes_in_torch(where)

@@ -47,6 +47,8 @@ def test_it_says_what_it_is(tiny):
     assert repr(cache).startswith("PackedCache(int4, 70 tokens x 1, ")
     assert cache.backend in ("cpu (avx512)", "cpu (avx2)", "cpu (generic)")
     assert PackedCache(model, "int4", backend="torch").backend == "torch"
+    assert PackedCache(model, "hadamard-int4").backend.endswith("), keys and values encoded in torch")
+    assert "torch" not in PackedCache(model, "fp16", backend="cpu").backend
     assert PackedCache(model, "nvfp4").backend == "torch"  # which the compiled kernel does not read
     assert cache.batch_size == 1
 

@@ -25,7 +25,7 @@ def as_on_a_gpu(monkeypatch):
     """Single tokens go by interpreted kernels, and many at once by plain torch."""
     replaying = pytest.importorskip("tests.replaying")
     monkeypatch.setattr(cuda, "runs_on", lambda device: True)
-    monkeypatch.setattr(Quantizer, "_encoder_for", lambda quantizer, x: None)
+    monkeypatch.setattr(Quantizer, "_encoder_on", lambda quantizer, device: None)
     monkeypatch.setattr(decoding_graph, "capture", replaying.capture)
 
 

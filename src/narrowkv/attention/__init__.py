@@ -1,6 +1,6 @@
 """Attention over the packed cache: one function, one file per backend."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -47,11 +47,15 @@ def resolve_backend(
     return device.type if fits and supported else "torch"
 
 
-def describe_backend(backend: str, int16: bool) -> str:
-    """A backend's name and, where it is compiled, for what: `cpu (avx512)`. int16: whether codes become int16."""
+def describe_backend(backend: str, int16: bool, in_torch: Sequence[str] = ()) -> str:
+    """A backend's name and, where it is compiled, for what: `cpu (avx512)`.
+
+    int16: whether codes become int16. in_torch: what is encoded in plain torch, of keys and values.
+    """
+    slow = f", {' and '.join(in_torch)} encoded in torch" if in_torch and backend in ("cpu", "cuda") else ""
     if backend != "cpu":
-        return backend
-    return f"cpu ({cpu.KERNELS[0]}{', int16' if int16 else ''})"
+        return f"{backend}{slow}"
+    return f"cpu ({cpu.KERNELS[0]}{', int16' if int16 else ''}){slow}"
 
 
 __all__ = ["AUTO", "BACKENDS", "AnyRope", "AttentionMask", "Rope", "StoredRope", "describe_backend", "resolve_backend"]

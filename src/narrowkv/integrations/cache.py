@@ -75,7 +75,6 @@ class PackedCache(RunningCache):
         if isinstance(source, Calibration):
             source.fingerprint.check(self.fingerprint)
         int16 = backend == "cpu" and cpu.allows_int16(model.dtype) and self._uses_int16(info.attention)
-        self.backend = describe_backend(backend, int16)
         self.dense = backend == DENSE
         self.device = model.device
         self.strict = strict
@@ -91,12 +90,19 @@ class PackedCache(RunningCache):
                 layers[layer_info.layer] = self._layer(layer_info, quantizers, layers[layer_info.layer], backend, strict)
             self.packed.append(layers[layer_info.layer])
         super().__init__(layers=layers)
+        self.backend = describe_backend(backend, int16, self._encoded_in_torch())
         self.shapes = [(layer_info.kv_heads, layer_info.head_dim) for layer_info in info.attention]
         self.rank = rank
         self.decoder = weakref.ref(decoder_of(model))
         self.modules = {layer_info.layer: weakref.ref(layer_info.module) for layer_info in info.attention}
         known = frequencies(decoder_of(model))
         self.places = [place_of(layer.rope, known) for layer in self.packed]  # where in the model their frequencies are
+
+    def _encoded_in_torch(self) -> list[str]:
+        """What no kernel encodes in some layer, of keys and values."""
+        sides = zip(*(layer.store.quantizers for layer in self.packed), strict=True)
+        slow = (any(quantizer.encodes_in_torch(self.device) for quantizer in side) for side in sides)
+        return [name for name, found in zip(("keys", "values"), slow, strict=True) if found]
 
     def _uses_int16(self, info: Sequence[AttentionLayerInfo]) -> bool:
         """Whether int16 can be read from all layers."""

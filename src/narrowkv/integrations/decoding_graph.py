@@ -97,7 +97,7 @@ class DecodingGraph:
         require_packed(cache)
         if cache.decoder() is not decoder_of(model):
             raise CacheUseError(ANOTHER_MODEL)
-        if cache.backend != "cuda":
+        if any(layer.backend != "cuda" for layer in cache.packed):
             raise UnsupportedModelError(
                 f"A CUDA graph needs a cache with backend cuda, not {cache.backend}; decode without one."
             )

@@ -49,6 +49,10 @@ class BaseQuantizer:
     def _require_order(self) -> None:
         """Raise RecipeError where elements are out of the order that encoders trust."""
 
+    def encodes_in_torch(self, device: torch.device) -> bool:
+        """Whether nothing faster than plain torch encodes elements on a device."""
+        return True
+
     def encode(self, x: Tensor, skip: Tensor | None = None) -> QuantizedTensor:
         """Quantize elements, once and for all; see `Quantizer.encode`."""
         raise NotImplementedError

@@ -104,7 +104,7 @@ class Quantizer(BaseQuantizer):
         bool, tokens whose elements are never read from the codes (padding, attention sinks): no outliers are spent on them.
         Raises ActivationError where a range or an outlier does not fit 16 bits.
         """
-        encoder = self._encoder_for(x)
+        encoder = self._encoder_on(x.device)
         if encoder is not None:
             batch, heads, tokens, dim = x.shape
             buffer = EncodeBuffer(self.scheme, batch, heads, tokens, dim, like=x)
@@ -115,7 +115,7 @@ class Quantizer(BaseQuantizer):
         return self.encode_naive(x, skip)
 
     def encode_into(self, buffer: EncodeBuffer, first: int, x: Tensor, skip: Tensor | None = None) -> int:
-        encoder = self._encoder_for(x)
+        encoder = self._encoder_on(x.device)
         held = (
             None
             if encoder is None
@@ -206,11 +206,14 @@ class Quantizer(BaseQuantizer):
             return None
         return GroupEncoder(scheme, self.boundaries.contiguous())
 
-    def _encoder_for(self, x: Tensor) -> Encoder | cuda.Encoder | GroupEncoder | None:
-        """Whatever encodes elements that lie where x does, faster than plain torch."""
-        if cuda.runs_on(x.device):
+    def encodes_in_torch(self, device: torch.device) -> bool:
+        return self.scheme.datatype != "exact" and self._encoder_on(device) is None
+
+    def _encoder_on(self, device: torch.device) -> Encoder | cuda.Encoder | GroupEncoder | None:
+        """Whatever encodes elements on a device faster than plain torch."""
+        if cuda.runs_on(device):
             return self._cuda_encoder or self._group_encoder
-        return self._encoder if x.is_cpu else None
+        return self._encoder if device.type == "cpu" else None
 
     def token_encoder(self) -> cuda.TokenEncoder | None:
         return cuda.IdentityEncoder() if self.scheme.datatype == "exact" else self._cuda_encoder

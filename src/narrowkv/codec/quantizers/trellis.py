@@ -147,6 +147,9 @@ class TrellisQuantizer(BaseQuantizer):
         by_token[rows] = found[0].transpose(0, 1)
         return by_token.transpose(1, 2).contiguous()
 
+    def encodes_in_torch(self, device: torch.device) -> bool:
+        return device.type != "cpu"
+
     def search(self, coefficients: Tensor, weight: Tensor | None = None) -> Tensor:
         """Streams [batch, kv_heads, tokens, bytes] uint8 of coefficients [batch, kv_heads, tokens, n] float32.
 
