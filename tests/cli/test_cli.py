@@ -60,7 +60,7 @@ def test_calibrate_then_generate_and_evaluate(narrowkv, tmp_path, stories_file, 
         "generate", folder, "--prompt", "Once upon a time", "--calibration", target, "--max-new-tokens", 30
     )
     assert status == 0 and len(out.strip()) > 10
-    assert "nuq3-1%" in err and "bits a" in err and "attention: cpu (" in " ".join(err.split())
+    assert "nuq3-1%" in err and "bits per element" in err and "attention: cpu (" in " ".join(err.split())
     report = tmp_path / "report.json"
     options = ("--text", stories_file, "--window", 256, "--limit", 2, "--json", report)
     status, out, _ = narrowkv("eval", folder, "--calibration", target, *options)
