@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[32_768, 2048])
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
-    parser.add_argument("--kernel", search_space=[cpu.INT16, *cpu.KERNELS], help="in place of the one that would be chosen")
+    parser.add_argument("--kernel", choices=[cpu.INT16, *cpu.KERNELS], help="in place of the one that would be chosen")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--avx2", action="store_true", help="our kernel for AVX2, against torch with AVX2 alone and as it is")
     arguments = parser.parse_args()

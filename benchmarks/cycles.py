@@ -65,8 +65,8 @@ def table(rows: list[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--instructions", nargs="+", search_space=INSTRUCTIONS, default=available())
-    parser.add_argument("--programs", nargs="+", search_space=[source.stem for source in SOURCES])
+    parser.add_argument("--instructions", nargs="+", choices=INSTRUCTIONS, default=available())
+    parser.add_argument("--programs", nargs="+", choices=[source.stem for source in SOURCES])
     arguments = parser.parse_args()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -202,7 +202,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("results"))
     parser.add_argument("--minutes", type=float, default=8.5)
-    parser.add_argument("--parts", nargs="+", search_space=list(SHARES), default=list(SHARES))
+    parser.add_argument("--parts", nargs="+", choices=list(SHARES), default=list(SHARES))
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
     until = time.time() + 60 * arguments.minutes

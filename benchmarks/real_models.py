@@ -94,7 +94,8 @@ def jobs(options: argparse.Namespace) -> list[tuple[str, int, int, list[str]]]:
     """What is measured together, the dearest last: kind of tables, tokens of a window, how many windows, recipes."""
     equal, learned = ([name for name in options.recipes if name in some] for some in (AT_EQUAL_BITS, LEARNED))
     short = [(tables, WINDOW, options.windows, options.recipes if tables == "mix" else equal) for tables in options.tables]
-    return short + [("mix", LONG_WINDOW, options.long, learned)] * ("mix" in options.tables and options.long > 0)
+    long = [("mix", LONG_WINDOW, options.long, learned)] if "mix" in options.tables and options.long else []
+    return short + long
 
 
 def run(name: str, options: argparse.Namespace) -> None:
@@ -159,7 +160,7 @@ def main() -> None:
     parser.add_argument("models", nargs="+", help="folders of models, or hub ids")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
-    parser.add_argument("--tables", nargs="+", search_space=TABLES, default=TABLES, help="which text they are learned from")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES, help="which text they are learned from")
     parser.add_argument("--windows", type=int, default=8, help="of 512 tokens, scored of each text")
     parser.add_argument("--long", type=int, default=2, help="windows of 2,048 tokens, scored of each text")
     parser.add_argument("--calibrations", type=Path, help="folder where tables are stored")

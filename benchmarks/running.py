@@ -24,9 +24,9 @@ def options(description: str | None, recipes: Iterable[str], repeats: int) -> ar
 
 
 def parse_with_clock(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """What was asked for, --threads, one element, and --clock among it; sets the threads and the seed."""
+    """What was asked for, --threads (a whole one) and --clock among it; sets the threads and the seed."""
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--clock", search_space=CLOCKS, default="wall", help="processor: for a machine in use")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: for a machine in use")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
