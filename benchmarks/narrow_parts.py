@@ -17,6 +17,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from benchmarks.peer_methods.base import lloyd_max
 from benchmarks.real_models import SPREAD, WINDOW, load
 from narrowkv import calibrate_many, get_recipe
 from narrowkv.calibration import rates, search, shares, trellis_fit
@@ -54,23 +55,13 @@ def scalar_tables() -> tuple[TrellisTables, tuple[float, ...]]:
     """Tables that look at an element's own bits alone: the levels of Lloyd and Max, and their grid steps."""
     high, low = torch.zeros(6, NIBBLE), torch.zeros(6, NIBBLE)
     for rate in range(1, 7):
-        levels = gaussian_levels(2 ** min(rate, 4)) if rate <= 4 else even_levels(rate)
+        levels = lloyd_max(rate) if rate <= 4 else even_levels(rate)
         low[rate - 1] = levels[torch.arange(NIBBLE) % len(levels)][:NIBBLE]
         if rate > 4:
             step = float(levels[1] - levels[0])
             high[rate - 1] = NIBBLE * step * (torch.arange(NIBBLE) % 2 ** (rate - 4))
     entries, steps = trellis_fit.on_grid(torch.stack([high, low], 1))
     return TrellisTables(entries[:, 0], entries[:, 1]), tuple(steps.tolist())
-
-
-def gaussian_levels(count: int) -> Tensor:
-    """Of least squared error for a unit Gaussian."""
-    x = torch.special.ndtri((torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000)
-    levels = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)
-    for _ in range(500):
-        nearest = torch.bucketize(x, (levels[1:] + levels[:-1]) / 2)
-        levels = torch.bincount(nearest, x, count) / torch.bincount(nearest, minlength=count)
-    return levels.float()
 
 
 def even_levels(rate: int) -> Tensor:

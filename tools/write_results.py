@@ -169,34 +169,32 @@ def _off_domain_table(found: dict[str, dict[str, Any]]) -> str:
     }
     if not found:
         return ""
-    for ours, theirs in {ours: theirs for ours, theirs in AGAINST.items() if "." in ours}.items():
-        losses = {
-            (recipe, tables, text, model): rows_of(result, tables, text)[recipe]["kld_strict"]
-            for model, result in found.items()
-            for text in TEXTS
-            for tables in ("mix", *TEXTS)
-            for recipe in (ours, theirs)
-        }
-
-        def ratio(first: tuple[str, str], second: tuple[str, str], losses: dict[Any, float] = losses) -> str:
-            """Geometric mean over models and texts; each a recipe and whether its tables are the mix's, own or other."""
-            parts = []
-            for model in found:
-                for text, other in (TEXTS, TEXTS[::-1]):
-                    kinds = {"mix": "mix", "own": text, "other": other}
-                    a, b = (losses[recipe, kinds[kind], text, model] for recipe, kind in (first, second))
-                    parts.append(a / b)
-            return f"{geometric_mean(parts):.2f}"
-
-        cells = [
-            ratio((ours, "other"), (theirs, "other")),
-            ratio((ours, "mix"), (ours, "own")),
-            ratio((ours, "other"), (ours, "own")),
-            ratio((theirs, "other"), (theirs, "own")),
-        ]
-        lines.append([f"`{ours}`, `{theirs}`", *cells])
+    for ours, theirs in AGAINST.items():
+        if "." not in ours:  # with equal bits alone
+            continue
+        pairs = (
+            ((ours, "other"), (theirs, "other")),
+            ((ours, "mix"), (ours, "own")),
+            ((ours, "other"), (ours, "own")),
+            ((theirs, "other"), (theirs, "own")),
+        )
+        lines.append([f"`{ours}`, `{theirs}`", *(_mean_ratio(found, *pair) for pair in pairs)])
     heads = ["", "ours over theirs, both off domain", "ours: mix over own", "ours: other over own", "theirs: other over own"]
     return f"Geometric means over both texts of {' and '.join(found)}:\n\n{markdown(heads, lines)}"
+
+
+def _mean_ratio(found: dict[str, dict[str, Any]], first: tuple[str, str], second: tuple[str, str]) -> str:
+    """Divergence of one over another, the geometric mean over models and texts.
+
+    first, second: a recipe, and whether its tables are those of the mix, of the text's own kind or of the other kind.
+    """
+    ratios = []
+    for result in found.values():
+        for text, other in (TEXTS, TEXTS[::-1]):
+            kinds = {"mix": "mix", "own": text, "other": other}
+            a, b = (rows_of(result, kinds[kind], text)[recipe]["kld_strict"] for recipe, kind in (first, second))
+            ratios.append(a / b)
+    return f"{geometric_mean(ratios):.2f}"
 
 
 def write_measured() -> None:
