@@ -35,10 +35,14 @@ class Encoder:
         zero: Tensor | None,
         lower: Tensor | None,
         upper: Tensor | None,
+        smooth: Tensor | None = None,
     ):
+        """smooth: [kv_heads, head_dim], what elements are divided by first."""
+
         def table(part: Tensor | None) -> Tensor | None:
             return None if part is None else part.float().contiguous()
 
+        self.smooth = smooth
         self.codec = _kernels.Codec(
             sharing=0 if scheme.static else ("token", "token_head", "channel").index(scheme.strategy) + 1,
             group=scheme.group_size or 0,
@@ -59,6 +63,8 @@ class Encoder:
 
         Returns how many outliers the buffer then holds, which the caller lets it count; None where one does not fit 16 bits.
         """
+        if self.smooth is not None:
+            x = x.float() / self.smooth[:, None]
         x = x if x.is_cpu and x.dtype in KINDS else x.cpu().float()
         x = x if x.stride(3) == 1 else x.contiguous()
         skip = None if skip is None else skip.contiguous()  # held as long as its address is used

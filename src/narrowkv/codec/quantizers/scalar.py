@@ -108,7 +108,7 @@ class Quantizer(BaseQuantizer):
         if encoder is not None:
             batch, heads, tokens, dim = x.shape
             buffer = EncodeBuffer(self.scheme, batch, heads, tokens, dim, like=x)
-            held = encoder.write(buffer, 0, self._smoothed(x) if x.is_cpu else x, skip)
+            held = encoder.write(buffer, 0, x, skip)
             if held is not None:
                 buffer.outliers = held
                 return buffer.encoded()
@@ -116,16 +116,12 @@ class Quantizer(BaseQuantizer):
 
     def encode_into(self, buffer: EncodeBuffer, first: int, x: Tensor, skip: Tensor | None = None) -> int:
         encoder = self._encoder_on(x.device)
-        held = (
-            None
-            if encoder is None
-            else encoder.write(buffer, first, x if self.smooth is None or not x.is_cpu else self._smoothed(x), skip)
-        )
+        held = None if encoder is None else encoder.write(buffer, first, x, skip)
         return super().encode_into(buffer, first, x, skip) if held is None else held
 
     def out_of_range(self, x: Tensor) -> Tensor | None:
-        allowed = self.scheme.outliers > 0 and self.scheme.outlier_cap is None
-        if self.scale is None or self.zero is None or allowed:
+        exact = self.scheme.outliers > 0 and self.scheme.outlier_cap is None
+        if self.scale is None or self.zero is None or exact:
             return None
         reach = self.scale.clamp(min=float(self.scale.mean()) / 100)  # a channel that was constant may move a little
         return (x.float() - self.zero[:, None]).abs() > 3 * reach[:, None]
@@ -172,13 +168,13 @@ class Quantizer(BaseQuantizer):
 
     @functools.cached_property
     def _encoder(self) -> Encoder | None:
-        """The compiled form of `encode`, once elements are smoothed; None where it does not do what the scheme asks for."""
+        """The compiled form of `encode`; None where it does not do what the scheme asks for."""
         scheme = self.scheme
         if self.boundaries is None or not self._has_few_levels(Encoder.SUPPORTS):
             return None
         if scheme.strategy == "channel" and self._selects:
             return None
-        return Encoder(scheme, self.boundaries, self.scale, self.zero, self.lower, self.upper)
+        return Encoder(scheme, self.boundaries, self.scale, self.zero, self.lower, self.upper, self.smooth)
 
     @functools.cached_property
     def _cuda_encoder(self) -> cuda.Encoder | None:
@@ -220,11 +216,8 @@ class Quantizer(BaseQuantizer):
 
     def _rotated(self, x: Tensor) -> Tensor:
         """Elements as the codes see them, float32."""
-        elements = self._smoothed(x).float()
+        elements = x.float() if self.smooth is None else x.float() / self.smooth[:, None]
         return hadamard.rotate(elements) if self.scheme.hadamard else elements.contiguous()
-
-    def _smoothed(self, x: Tensor) -> Tensor:
-        return x if self.smooth is None else x.float() / self.smooth[:, None]
 
     def normalize(self, elements: Tensor) -> tuple[Tensor, Tensor]:
         """Elements as a codebook sees them, outside [-1, 1] where they are outliers, and the scale they were divided by.
@@ -293,8 +286,8 @@ def keep_outliers(encoded: QuantizedTensor, exact: Tensor, outside: Tensor, skip
     if skip is not None:
         outside = outside & ~skip[:, None, :, None]
     encoded.outlier_index = outside.flatten().nonzero().squeeze(1)
-    allowed = dtype if dtype.itemsize == 2 else torch.float16
-    encoded.outlier_values = to_16_bits(exact[encoded.outlier_index], allowed, "Outliers")
+    stored_as = dtype if dtype.itemsize == 2 else torch.float16
+    encoded.outlier_values = to_16_bits(exact[encoded.outlier_index], stored_as, "Outliers")
 
 
 def within_cap(distance: Tensor, outside: Tensor, cap: int) -> Tensor:
@@ -303,9 +296,9 @@ def within_cap(distance: Tensor, outside: Tensor, cap: int) -> Tensor:
     """
     distance = distance.masked_fill(~outside, -1).transpose(1, 2)  # [batch, tokens, kv_heads, codes]
     per_token = distance.flatten(2)
-    allowed = torch.zeros_like(per_token, dtype=torch.bool)
-    allowed.scatter_(-1, per_token.topk(min(cap, per_token.shape[-1])).indices, True)
-    return allowed.unflatten(-1, distance.shape[2:]).transpose(1, 2)
+    farthest = torch.zeros_like(per_token, dtype=torch.bool)
+    farthest.scatter_(-1, per_token.topk(min(cap, per_token.shape[-1])).indices, True)
+    return farthest.unflatten(-1, distance.shape[2:]).transpose(1, 2)
 
 
 def _scale_zero(ranges: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
