@@ -4,6 +4,7 @@ Packages that are installed add methods by the entry point group `narrowkv.recip
 """
 
 import functools
+from collections.abc import Iterable, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -57,13 +58,17 @@ def get_recipe(name: "str | Path | Recipe") -> Recipe:
     if not isinstance(name, str | Path):
         raise RecipeError(f"A recipe is wanted, or the name of one ({', '.join(recipe_names()[:3])}, ...), not {name!r:.80}.")
     name = str(name)
-    for some in (lambda: METHODS, methods_of_others):  # names of ours are never another package's
-        for method in some():
-            found: Recipe | None = method.recipe(name)
-            if found is not None:
-                return found
+    found = _named(name, METHODS) or _named(name, methods_of_others())  # names of ours are never another package's
+    if found is not None:
+        return found
     if Path(name).suffix == ".json":
         return Recipe.from_file(name)
     raise RecipeError(
         f"There is no recipe {name!r}; there are {', '.join(recipe_names())} (nuq takes any percentage up to 2%)."
     )
+
+
+def _named(name: str, methods: Iterable[ModuleType]) -> Recipe | None:
+    """The recipe that the first of some methods has under this name."""
+    found: Iterator[Recipe | None] = (method.recipe(name) for method in methods)
+    return next((recipe for recipe in found if recipe is not None), None)
