@@ -15,7 +15,7 @@ from narrowkv.integrations.preparation import prepare  # noqa: E402
 HEAD = """# Models
 
 When its first cache is made, a model is run on 12 tokens to find its attention modules and how each rotates its keys; every
-module is then run again with our handles in place of tensors, and must compute the same. No list of names is stored. These
+module is then run again with our handles in place of tensors, and must compute the same. There is no list of names. These
 architectures are tested with tiny random models (`tests/integrations/test_families.py`; trained checkpoints were not at hand):
 with the exact recipe, are the tokens those of `DynamicCache`? "padded" is a batch of 3 with 9, 0 and 53 tokens of left
 padding, "beam" 3 beams on that batch. Tested for each besides: logits with keys stored before the rotary embedding and rotated

@@ -233,7 +233,7 @@ class LayerStore:
         places: Tensor | None = None,
         key_bias: Tensor | None = None,
     ) -> None:
-        """Store new tokens where `prepare_step` found buffer: behind those held, or at `places` [2] int32, in tail and window.
+        """Store new tokens where `prepare_step` made space: behind those held, or at `places` [2] int32, in tail and window.
 
         skip: [batch, new], if places are not given. key_bias: what is taken out of keys, where only the device knows where
         they are.

@@ -102,8 +102,7 @@ class SealedBlocks:
         self.version += 1
 
     def select(self, rows: Tensor) -> None:
-        """Keep the sequences named by `rows` [n] int64, in that order, repeats allowed; blocks are shared."""
-        rows = rows.cpu()
+        """Keep the sequences named by `rows` [n] int64 on the CPU, in that order, repeats allowed; blocks are shared."""
         self.columns = [replace(column, slots=column.slots[rows]) for column in self.columns]
         self.version += 1
 
