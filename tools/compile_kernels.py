@@ -43,13 +43,13 @@ ARCHITECTURES = (80, 90, 100)
 RECIPES = ("nuq4-1%", "nuq3-1%", "nuq2-1%", "nuq4", "nuq3", "nuq2", "kivi-4", "kivi-2")
 TYPES = {
     "query": "*bf16", "table": "*i64", "starts": "*i32", "bases": "*i32", "lengths": "*i32", "sums": "*fp32",
-    "peaks": "*fp32", "tiles": "*fp16",
+    "running_max": "*fp32", "tiles": "*fp16",
     "key_table": "*fp32", "key_bytes": "*i32", "key_scale": "*fp32", "key_zero": "*fp32",
     "value_table": "*fp32", "value_bytes": "*i32", "value_scale": "*fp32", "value_zero": "*fp32",
-    "near": "*fp32", "turns": "*fp64", "rope_state": "*i32", "padding": "*u8", "hidden": "*u8", "sink_index": "*i64",
-    "scaling": "fp32", "softcap": "fp32", "stretch": "fp32",
+    "near": "*fp32", "cycles": "*fp64", "rope_state": "*i32", "padding": "*u8", "hidden": "*u8", "sink_index": "*i64",
+    "scaling": "fp32", "softcap": "fp32", "rope_scale": "fp32",
 }  # fmt: skip
-STRIDES = ("x_batch", "x_head", "x_token", "room", "block_stride", "head_stride", "row_stride", "code_stride")
+STRIDES = ("x_batch", "x_head", "x_token", "capacity", "block_stride", "head_stride", "row_stride", "code_stride")
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -94,7 +94,7 @@ def case_of(recipe: str) -> tuple[Any, Any, KernelConfig]:
 def compiled(recipe: str, architecture: int, exact: bool = False) -> Compiled:
     """Compile the kernel over blocks for one recipe and look at the result. exact: for queries in float32."""
     keys, values, case = case_of(recipe)
-    constants = {"K": keys, "V": values, "C": case, "NUMBER": tl.float32 if exact else tl.float16}
+    constants = {"K": keys, "V": values, "C": case, "ELEMENT": tl.float32 if exact else tl.float16}
     types = TYPES | ({"query": "*fp32", "tiles": "*fp32"} if exact else {})
     return looked_at(f"{recipe}, float32" if exact else recipe, attend_blocks, constants, types, architecture)
 
@@ -102,9 +102,9 @@ def compiled(recipe: str, architecture: int, exact: bool = False) -> Compiled:
 def of_prompts(recipe: str, architecture: int) -> Iterator[Compiled]:
     """The kernels that decode blocks for prompts."""
     keys, values, case = case_of(recipe)
-    types = TYPES | {"keys": "*bf16", "values": "*bf16", "numbers": "*bf16", "scale": "*fp32", "zero": "*fp32"}
+    types = TYPES | {"keys": "*bf16", "values": "*bf16", "elements": "*bf16", "scale": "*fp32", "zero": "*fp32"}
     types |= {"table": "*i64", "levels": "*fp32", "level_bytes": "*i32"}
-    plain = {"K": replace(keys, nonzeros=0), "NUMBER": tl.float16}
+    plain = {"K": replace(keys, nonzeros=0), "ELEMENT": tl.float16}
     apart = replace(case, rope_mode="none") if keys.nonzeros else case
     yield looked_at(f"decode keys, {recipe}", dequantize_keys, plain | {"C": apart}, types, architecture)
     yield looked_at(
@@ -121,13 +121,13 @@ def others(architecture: int) -> Iterator[Compiled]:
         yield compiled(recipe, architecture, exact=True)
     for recipe in ("nuq4-1%", "kivi-2"):
         yield from of_prompts(recipe, architecture)
-    pointers = {"mean": "*fp32", "log_total": "*fp32", "more": "*bf16", "log_more": "*fp32"}
+    pointers = {"mean": "*fp32", "lse": "*fp32", "more": "*bf16", "more_lse": "*fp32"}
     yield looked_at("join pieces", merge_split, {"WIDE": HEAD_DIM}, pointers, architecture)
     keys, values, case = case_of("nuq3-1%")
     loose = replace(case, rope_mode="positions")
     exact = {f"{kind}_{side}": "*bf16" for kind in ("sink", "window", "new") for side in ("keys", "values")}
     types = TYPES | exact | {"packed_query": "*bf16", "tail_keys": "*fp32", "tail_values": "*fp32"}
-    parts = {"TAIL": loose, "OLD": loose, "NEW": case, "L": DenseSegments(0, 1, 2, 3), "NUMBER": tl.bfloat16}
+    parts = {"TAIL": loose, "OLD": loose, "NEW": case, "L": DenseSegments(0, 1, 2, 3), "ELEMENT": tl.bfloat16}
     yield looked_at("loose", attend_dense, parts, types, architecture)
     types |= {"sink_logits": "*fp32", "output": "*fp32"}
     yield looked_at("merge", merge, {"SLOTS": 128, "WIDE": 128, "SINKS": 32, "APART": True}, types, architecture)
@@ -135,12 +135,12 @@ def others(architecture: int) -> Iterator[Compiled]:
     types |= {f"{side}_{part}": kind for side in ("key", "value") for part, kind in of_side.items()}
     types |= {"keys": "*fp32", "values": "*fp32"}
     yield looked_at("tail", dequantize_tail, {"K": keys, "V": values}, types, architecture)
-    types |= {"codes": "*u8", "scale": "*fp16", "zero": "*fp16", "index": "*i64", "values": "*bf16", "numbers": "*fp32"}
+    types |= {"codes": "*u8", "scale": "*fp16", "zero": "*fp16", "index": "*i64", "values": "*bf16", "elements": "*fp32"}
     tables = dict.fromkeys(("boundaries", "fixed_scale", "fixed_zero", "lower", "upper"), "*fp32")
     types |= tables | {"x": "*bf16", "skip": "*u8", "counts": "*i32", "places": "*i32"}
     shape = {"DIM": 128, "OUTLIERS": True, "SKIPS": True, "PLACED": True, "BOUNDARIES": 15}
     for name, heads, fixed, tail in (("keys", 8, True, 0), ("values", 8, False, 5), ("values of 32 heads", 32, False, 20)):
-        choice = {"HEADS": heads, "TOGETHER": heads, "WIDE": 128 * heads, "FIXED": fixed, "TAIL": tail}
+        choice = {"HEADS": heads, "HEADS_PER_PROGRAM": heads, "WIDE": 128 * heads, "FIXED": fixed, "TAIL": tail}
         yield looked_at(f"encode {name}", encode_tokens, shape | choice, types, architecture)
     shape = {"HEADS": 8, "DIM": 128, "GROUP": 32, "SKIPS": False, "BOUNDARIES": 3}
     yield looked_at("encode groups of tokens", encode_token_groups, shape | {"WIDE": 128}, types, architecture)
@@ -151,7 +151,7 @@ def others(architecture: int) -> Iterator[Compiled]:
     for name, length, along in (("pack keys", 64, "row_stride"), ("pack values", 128, "code_stride")):
         planes = {"LENGTH": length, "WIDE": length, "ROWS": 32, "LOW": 2, "HIGH": 1, along: 1}
         yield looked_at(name, pack_codes, planes, types, architecture)
-    types |= {"room": "*bf16"}
+    types |= {"buffer": "*bf16"}
     yield looked_at("put tokens", put_tokens, {"HEADS": 8, "DIM": 128, "WIDE": 128, "PLACED": True}, types, architecture)
 
 
@@ -163,12 +163,12 @@ def looked_at(name: str, kernel: Any, constants: dict[str, Any], types: dict[str
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in whole}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     twice = kernel in (attend_dense, merge, rotate_keys) or constants.get("WIDE", 0) > 2048
-    twice = twice or constants.get("NUMBER") == tl.float32
+    twice = twice or constants.get("ELEMENT") == tl.float32
     options = {"num_warps": 2 * WARPS if twice else WARPS}
     if kernel is attend_dense:
         options["num_stages"] = 1
     if kernel is attend_blocks:
-        options["num_stages"] = stages_of(constants["K"], constants["V"], constants["NUMBER"] == tl.float16)
+        options["num_stages"] = stages_of(constants["K"], constants["V"], constants["ELEMENT"] == tl.float16)
     made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])

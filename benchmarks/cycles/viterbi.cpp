@@ -73,7 +73,7 @@ void time_encoding(const std::string& name, const std::vector<int>& rates, std::
     };
     const auto table = [&](int i) { return problem.tables[problem.rates[i]]; };
     const auto predecessor = [&](int i, int state, int lost) { return lost << (window - problem.rates[i]) | state >> problem.rates[i]; };
-    const Row row{"Viterbi", std::to_string(1 << window) + " states, " + std::to_string(together) + " tokens taking rotates", name, 0};
+    const Row row{"Viterbi", std::to_string(1 << window) + " states, " + std::to_string(together) + " tokens taking turns", name, 0};
     time_heads(row, encode_all, [&](const int16_t* x) { return encode_plainly(problem, x, 1 << window, table, predecessor); });
 }
 
@@ -93,7 +93,7 @@ void time_split(const std::string& name, const std::vector<int>& rates, std::mt1
         });
         return from;
     };
-    const Row row{"Viterbi", "two streams, " + std::to_string(together) + " tokens taking rotates", name, 0};
+    const Row row{"Viterbi", "two streams, " + std::to_string(together) + " tokens taking turns", name, 0};
     time_heads(row, encode_all, [&](const int16_t* x) { return encode_plainly(problem, x, 256, table, predecessor); });
 }
 

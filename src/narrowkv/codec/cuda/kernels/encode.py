@@ -10,7 +10,7 @@ from narrowkv.codec.cuda.kernels.ranges import code_of, inner_range
 def encode_tokens(
     x, skip, codes, scale, zero, index, values, counts, places,
     boundaries, fixed_scale, fixed_zero, lower, upper,
-    first, buffer, free, x_batch, x_head, x_token, skip_batch,
+    first, capacity, free, x_batch, x_head, x_token, skip_batch,
     HEADS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, HEADS_PER_PROGRAM: tl.constexpr, FIXED: tl.constexpr,
     TAIL: tl.constexpr, OUTLIERS: tl.constexpr, SKIPS: tl.constexpr, PLACED: tl.constexpr, BOUNDARIES: tl.constexpr,
 ):  # fmt: skip
@@ -34,7 +34,7 @@ def encode_tokens(
     at = x + row.to(tl.int64) * x_batch + own.to(tl.int64) * x_head + token.to(tl.int64) * x_token + channel
     element = tl.load(at, mask=live, other=0.0).to(tl.float32)
     overflow = tl.sum((live & no_number(element)).to(tl.int32), 0)
-    place = ((row * HEADS + own) * buffer + first + token) * DIM + channel  # in the flattened codes
+    place = ((row * HEADS + own) * capacity + first + token) * DIM + channel  # in the flattened codes
     of_channel = own * DIM + channel
     if FIXED:
         range_scale = tl.load(fixed_scale + of_channel, mask=live, other=0.0)
@@ -42,7 +42,7 @@ def encode_tokens(
     else:
         low, high = inner_range(element.to(x.dtype.element_ty), live, TAIL)
         held_scale, held_zero = ((high - low) / 2).to(tl.float16), ((high + low) / 2).to(tl.float16)
-        of_token = (row if HEADS_PER_PROGRAM == HEADS else row * HEADS + head) * buffer + first + token
+        of_token = (row if HEADS_PER_PROGRAM == HEADS else row * HEADS + head) * capacity + first + token
         tl.store(scale + of_token, held_scale)
         tl.store(zero + of_token, held_zero)
         range_scale, range_zero = held_scale.to(tl.float32), held_zero.to(tl.float32)

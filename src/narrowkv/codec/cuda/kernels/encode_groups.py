@@ -8,7 +8,7 @@ from narrowkv.codec.cuda.kernels.ranges import code_of
 
 @triton.jit(do_not_specialize=["first"])
 def encode_token_groups(
-    x, skip, codes, scale, zero, counts, boundaries, first, buffer, x_batch, x_head, x_token, skip_batch,
+    x, skip, codes, scale, zero, counts, boundaries, first, capacity, x_batch, x_head, x_token, skip_batch,
     HEADS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr, SKIPS: tl.constexpr,
     BOUNDARIES: tl.constexpr,
 ):  # fmt: skip
@@ -28,7 +28,7 @@ def encode_token_groups(
     if SKIPS:
         left_out = tl.load(skip + row * skip_batch + token) != 0
         lows, highs = tl.where(left_out, float("inf"), element), tl.where(left_out, float("-inf"), element)
-    of_head = (row * HEADS + head).to(tl.int64) * buffer
+    of_head = (row * HEADS + head).to(tl.int64) * capacity
     of_group = (of_head // GROUP + first // GROUP + group) * DIM + channel
     range_scale, range_zero = held_range(
         tl.min(lows, 0)[None, :], tl.max(highs, 0)[None, :], live, scale, zero, counts, of_group
@@ -39,7 +39,7 @@ def encode_token_groups(
 
 @triton.jit(do_not_specialize=["first"])
 def encode_channel_groups(
-    x, codes, scale, zero, counts, boundaries, first, buffer, x_batch, x_head, x_token,
+    x, codes, scale, zero, counts, boundaries, first, capacity, x_batch, x_head, x_token,
     HEADS: tl.constexpr, DIM: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr,
     BOUNDARIES: tl.constexpr,
 ):  # fmt: skip
@@ -57,7 +57,7 @@ def encode_channel_groups(
     element = tl.load(at, mask=live, other=0.0).to(tl.float32)
     low = tl.min(tl.where(live, element, float("inf")), 1)[:, None]
     high = tl.max(tl.where(live, element, float("-inf")), 1)[:, None]
-    of_token = (row * HEADS + head).to(tl.int64) * buffer + first + token
+    of_token = (row * HEADS + head).to(tl.int64) * capacity + first + token
     of_group = of_token * (DIM // GROUP) + group % (DIM // GROUP)
     range_scale, range_zero = held_range(low, high, held, scale, zero, counts, of_group)
     code = code_of(element, range_scale, range_zero, boundaries, BOUNDARIES)
