@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from narrowkv import calibrate, calibrate_many, get_recipe
 from narrowkv.errors import ActivationError, CalibrationError, NarrowKVWarning, RecipeError
-from narrowkv.integrations.calibrator import fits_for, observe_layers, observer_cache
+from narrowkv.integrations.calibrator import draw_tokens, fits_for, observe_layers, observer_cache
 from narrowkv.integrations.preparation import model_info_for, prepare
 
 
@@ -262,3 +262,11 @@ def test_calibrating_in_16_bits(tiny, dtype):
     assert all(
         torch.isfinite(table).all() for pair in calibration.layers.values() for q in pair for table in q.tensors().values()
     )
+
+
+def test_tokens_are_drawn_as_often_as_the_model_predicts_them():
+    probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2, 0.0])
+    drawn = draw_tokens(probabilities.expand(20_000, 5), torch.arange(20_000))
+    assert torch.allclose(drawn.bincount(minlength=5) / 20_000, probabilities, atol=0.015)
+    certain = torch.eye(5)[:, [3, 4, 0, 1, 2]]
+    assert draw_tokens(certain, torch.arange(5)).tolist() == certain.argmax(1).tolist()
