@@ -20,11 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.drawn import HEAD_DIM, KV_HEADS, QUERY_HEADS, fill, rotary
+from benchmarks.drawn import HEAD_DIM, KV_HEADS, QUERY_HEADS, attention_inputs, fill
 from benchmarks.running import medians, options, write
-from narrowkv.attention import AttentionMask
 from narrowkv.attention.cpu import decode as cpu
-from narrowkv.store import LayerStore
 
 RECIPES = ("nuq4-1%", "nuq3-1%", "nuq2-1%", "kivi-2", "narrow2", "narrow3")
 BANDWIDTH_BYTES = 2**28
@@ -32,27 +30,15 @@ BANDWIDTH_BYTES = 2**28
 AVX2_ALONE = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 
-def query_positions(store: LayerStore, past: int, new: tuple[Tensor, ...]) -> dict[str, Any]:
-    """What `attend` is given beside queries and store: of `past` tokens held, and keys and values of new ones."""
-    pre_rope = store.quantizers[0].scheme.pre_rope
-    return {
-        "past": past,
-        "new": new,
-        "rope": rotary() if pre_rope else None,
-        "rope_state": torch.arange(past, dtype=torch.int32)[None] if pre_rope else None,
-        "mask": AttentionMask(),
-        "scaling": HEAD_DIM**-0.5,
-    }
-
-
 def ours(name: str, tokens: int, batch: int = 1, kernel: str | None = None) -> tuple[Callable[[], Tensor], int]:
     """One step of decoding as the cache calls it, and the bytes that it reads."""
     store = fill(name, tokens, batch)
-    options = query_positions(store, tokens, tuple(torch.randn(2, batch, KV_HEADS, 1, HEAD_DIM)))
+    keys, values = torch.randn(2, batch, KV_HEADS, 1, HEAD_DIM)
     query = torch.randn(batch, QUERY_HEADS, 1, HEAD_DIM, dtype=torch.bfloat16)
+    inputs = attention_inputs(store, query, (keys, values))
     held = store.parts()
     read = sum(part.nbytes for kind in ("codes", "scales", "outliers") for part in held[kind])
-    return lambda: cpu.attend(query, store, kernel=kernel, **options), read
+    return lambda: cpu.attend(inputs, store, kernel), read
 
 
 def torch_forms(tokens: int, batch: int, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from narrowkv import get_recipe
-from narrowkv.attention import Rope
+from narrowkv.attention import AttentionInputs, AttentionMask, Rope
 from narrowkv.calibration.trellis_fit import in_bytes
 from narrowkv.codec import AnyQuantizer, QuantizedTensor, Quantizer, Scheme, TrellisQuantizer
 from narrowkv.codec.frames import Frames
@@ -100,3 +100,18 @@ def fill(name: str, tokens: int, batch: int = 1) -> LayerStore:
             chunk = torch.randn(2, batch, KV_HEADS, min(4096, tokens - start), HEAD_DIM)
             store.append(chunk[0], chunk[1])
     return store
+
+
+def attention_inputs(store: LayerStore, query: Tensor, new: tuple[Tensor, Tensor]) -> AttentionInputs:
+    """Attention of a query to all tokens that are held, and to new keys and values."""
+    pre_rope = store.quantizers[0].scheme.pre_rope
+    positions = torch.arange(store.length, dtype=torch.int32, device=query.device)[None]
+    return AttentionInputs(
+        query=query,
+        past=store.length,
+        new=new,
+        rope=rotary().to(query.device) if pre_rope else None,
+        rope_state=positions if pre_rope else None,
+        mask=AttentionMask(),
+        scaling=HEAD_DIM**-0.5,
+    )

@@ -45,9 +45,7 @@ def measured(recipe: str, tokens: int, layers: int, device: torch.device) -> dic
     stores = [filled(recipe, tokens, 1, KV_HEADS, device, torch.bfloat16) for _ in range(layers)]
     held = sum(bytes_of(store) for store in stores) + POSITION_BYTES * tokens
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
-    calls = [
-        cuda.prepare(query, store, **some) for store in stores for query, some in [drawn_step(store, HEADS, 1, device, dtype)]
-    ]
+    calls = [cuda.prepare(drawn_step(store, HEADS, 1, device, dtype), store) for store in stores]
     time = milliseconds(calls, device) * layers
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     return {

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.util
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from benchmarks.drawn import HEAD_DIM
+from benchmarks.drawn import HEAD_DIM, attention_inputs
 from benchmarks.gpu_clock import copies, milliseconds
 from benchmarks.gpu_store import another, bytes_of, filled
-from narrowkv.attention import BACKENDS, AttentionMask, Rope, tiled
+from narrowkv.attention import AttentionInputs, AttentionMask, naive, tiled
 from narrowkv.attention.cuda import decode as cuda
 from narrowkv.attention.cuda import prefill
 from narrowkv.codec.outlier_counter import CountReadback
@@ -28,34 +29,13 @@ PREFILL = 2048
 FUSED = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)  # torch's, each by itself
 
 
-def rope_on(device: torch.device) -> Rope:
-    return Rope(1 / 10_000 ** (torch.arange(HEAD_DIM // 2, device=device) / (HEAD_DIM // 2)))
-
-
-def query_positions(store: LayerStore, new: tuple[Tensor, Tensor], device: torch.device) -> dict[str, Any]:
-    """What `attend` is given beside queries and store."""
-    pre_rope = store.quantizers[0].scheme.pre_rope
-    rope_state = torch.arange(store.length, dtype=torch.int32, device=device)[None]
-    return {
-        "past": store.length,
-        "new": new,
-        "rope": rope_on(device) if pre_rope else None,
-        "rope_state": rope_state if pre_rope else None,
-        "mask": AttentionMask(),
-        "scaling": HEAD_DIM**-0.5,
-    }
-
-
-def drawn_step(
-    store: LayerStore, heads: int, queries: int, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, dict[str, Any]]:
-    """A query and the options of attention, with new tokens for each query."""
+def drawn_step(store: LayerStore, heads: int, queries: int, device: torch.device, dtype: torch.dtype) -> AttentionInputs:
+    """Attention of some queries, with a new token for each."""
     assert store.shape is not None
     batch, kv_heads, dim = store.shape
     new = torch.randn(2, batch, kv_heads, queries, dim, device=device, dtype=dtype)
-    return torch.randn(batch, heads, queries, dim, device=device, dtype=dtype), query_positions(
-        store, (new[0], new[1]), device
-    )
+    query = torch.randn(batch, heads, queries, dim, device=device, dtype=dtype)
+    return attention_inputs(store, query, (new[0], new[1]))
 
 
 def correctness(name: str, tokens: int, batch: int, heads: tuple[int, int], queries: int, device: torch.device) -> Row:
@@ -67,19 +47,19 @@ def correctness(name: str, tokens: int, batch: int, heads: tuple[int, int], quer
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         if dtype == torch.bfloat16 and device.type != "cuda":
             continue  # the interpreter has none
-        query, options = drawn_step(store, heads[0], queries, device, dtype)
-        shown = [options["mask"]]
+        inputs = drawn_step(store, heads[0], queries, device, dtype)
+        shown = [inputs.mask]
         if queries > tiled.FEW_QUERIES:  # prompts take another operator where a mask says what is seen
             index = torch.arange(store.length + queries, device=device)
             shown.append(AttentionMask(index >= 40 * torch.arange(batch, device=device)[:, None], tokens // 2))
-        errors = torch.tensor([_error(query, store, options | {"mask": some}) for some in shown])
+        errors = torch.tensor([_error(replace(inputs, mask=some), store) for some in shown])
         row[str(dtype).removeprefix("torch.")] = errors.amax().item()  # NaN if one is
     return row
 
 
-def _error(query: Tensor, store: LayerStore, options: dict[str, Any]) -> float:
-    expected = BACKENDS["naive"](query.double(), store, **options)
-    return float((cuda.attend(query, store, **options) - expected).norm() / expected.norm())
+def _error(inputs: AttentionInputs, store: LayerStore) -> float:
+    expected = naive.attend(inputs.with_query(inputs.query.double()), store)
+    return float((cuda.attend(inputs, store) - expected).norm() / expected.norm())
 
 
 def decoding(name: str, tokens: int, batch: int, heads: tuple[int, int], device: torch.device, copied: float) -> Row:
@@ -88,11 +68,7 @@ def decoding(name: str, tokens: int, batch: int, heads: tuple[int, int], device:
     size = bytes_of(store)
     stores = [store, *(another(store) for _ in range(copies(size, device) - 1))]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
-    calls = [
-        cuda.prepare(query, one, **options)
-        for one in stores
-        for query, options in [drawn_step(one, heads[0], 1, device, dtype)]
-    ]
+    calls = [cuda.prepare(drawn_step(one, heads[0], 1, device, dtype), one) for one in stores]
     time = milliseconds(calls, device)
     return {
         "recipe": name, "tokens": tokens, "batch": batch, "heads": list(heads), "milliseconds": time, "bytes": size,
@@ -170,18 +146,17 @@ def prompts(name: str, tokens: int, heads: tuple[int, int], device: torch.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
     store = filled(name, tokens, 1, heads[1], device, dtype)
     new = min(PREFILL, tokens)
-    query, options = drawn_step(store, heads[0], new, device, dtype)
+    inputs = drawn_step(store, heads[0], new, device, dtype)
     keys, values = torch.randn(2, 1, heads[1], tokens + new, HEAD_DIM, device=device, dtype=dtype)
-    sdpa = functools.partial(torch.nn.functional.scaled_dot_product_attention, query, keys, values, enable_gqa=True)
+    sdpa = functools.partial(torch.nn.functional.scaled_dot_product_attention, inputs.query, keys, values, enable_gqa=True)
     mask = torch.ones(new, tokens + new, dtype=torch.bool, device=device).tril(tokens)
-    exact = options | {"new": (keys[:, :, tokens:], values[:, :, tokens:]), "softcap": None, "sink_logits": None}
+    exact = tiled.with_products_dtype(replace(inputs, new=(keys[:, :, tokens:], values[:, :, tokens:])))
     held = [(0, keys[:, :, :tokens], values[:, :, :tokens])]
-    exact = {name: part for name, part in exact.items() if name not in ("rope", "rope_state")}
     found = _milliseconds_of(
         {
-            "ours": lambda: cuda.attend(query, store, **options),
-            "decoding": lambda: list(map(len, prefill.pieces(store, tokens, *_rope_mode(options), None, dtype))),
-            "the same of 16 bits": lambda: tiled.attend_pieces(query, held, **exact),
+            "ours": lambda: cuda.attend(inputs, store),
+            "decoding": lambda: list(map(len, prefill.pieces(inputs, store))),
+            "the same of 16 bits": lambda: tiled.attend_pieces(exact, held),
             "sdpa, causal from the last": lambda: sdpa(attn_mask=causal_lower_right(new, tokens + new)),
             "sdpa, mask": lambda: sdpa(attn_mask=mask),
         },
@@ -196,21 +171,16 @@ def whole_prompts(name: str, new: int, heads: tuple[int, int], device: torch.dev
     store = filled(name, BLOCK, 1, heads[1], device, dtype)
     keys, values = torch.randn(2, 1, heads[1], new, HEAD_DIM, device=device, dtype=dtype)
     query = torch.randn(1, heads[0], new, HEAD_DIM, device=device, dtype=dtype)
-    options = query_positions(store, (keys, values), device)
+    inputs = replace(attention_inputs(store, query, (keys, values)), past=0, rope_state=None)
     sdpa = functools.partial(torch.nn.functional.scaled_dot_product_attention, query, keys, values, enable_gqa=True)
 
     def ours() -> None:
         store.reset()
-        cuda.attend(query, store, **options | {"past": 0, "rope_state": None})
+        cuda.attend(inputs, store)
         store.append(keys, values)
 
     found = _milliseconds_of({"ours": ours, "sdpa": lambda: sdpa(is_causal=True)}, device)
     return {"recipe": name, "tokens": 0, "new": new, "heads": list(heads), **_against_sdpa(found)}
-
-
-def _rope_mode(options: dict[str, Any]) -> tuple[Rope | None, Tensor | None, Tensor | None]:
-    """What `prefill.pieces` is given of positions."""
-    return options["rope"], options["rope_state"], options["rope_state"]
 
 
 def _milliseconds_of(layouts: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:

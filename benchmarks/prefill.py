@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.attention import query_positions
-from benchmarks.drawn import HEAD_DIM, KV_HEADS, QUERY_HEADS, fill
+from benchmarks.drawn import HEAD_DIM, KV_HEADS, QUERY_HEADS, attention_inputs, fill
 from benchmarks.running import CLOCKS, Clock, medians, options, parse_with_clock, write
 from narrowkv.attention.cpu import decode as cpu
 
@@ -35,13 +34,13 @@ def ours(name: str, past: int, new: int, dtype: torch.dtype) -> Callable[[], Ten
     """One chunk as the cache reads it, into a copy that shares the blocks of the past."""
     before = fill(name, past)
     query, keys, values = draw(new, dtype)
-    device_lengths = query_positions(before, past, (keys, values))
+    inputs = attention_inputs(before, query, (keys, values))
 
     def run() -> Tensor:
         store = copy.deepcopy(before)
         store.append(keys, values)
         if past:
-            return cpu.attend(query, store, **device_lengths)
+            return cpu.attend(inputs, store)
         return sdpa(query, keys, values, is_causal=True, enable_gqa=True)
 
     return run

@@ -1,10 +1,10 @@
-"""Packed stores of random elements, by recipe, with the arguments of attention over them."""
+"""Packed stores of random elements, by recipe, with the inputs of attention over them."""
 
 from dataclasses import replace
 
 import torch
 
-from narrowkv.attention import AttentionMask, Rope, StoredRope
+from narrowkv.attention import AttentionInputs, AttentionMask, Rope, StoredRope, naive
 from narrowkv.codec import Quantizer, Scheme
 from narrowkv.store import LayerStore, PositionBuffer
 from narrowkv.store.bias import Bias
@@ -49,29 +49,13 @@ def frequencies(pairs):
     return 1 / 10_000 ** (torch.arange(pairs) / pairs)
 
 
-def case(
-    keys,
-    values,
-    shape,
-    *,
-    sinks=1,
-    window=0,
-    rope="half",
-    padded=None,
-    dtype=torch.float32,
-    elements=torch.randn,
-    biased=False,
-):
-    """A store of random elements and the arguments of attention over it: (query, store, options).
+def case(keys, values, shape, *, rope="half", padded=None, biased=False, **options):
+    """A store of random elements and the inputs of attention over it: (inputs, store).
 
-    biased: keys and values have a large constant, which the store takes out.
+    biased: keys and values have a large constant, which the store takes out. options: of `filled`.
     """
-    batch, heads, kv_heads, dim, total, new = shape
+    _, _, kv_heads, dim, total, _ = shape
     quantizers = made(keys, kv_heads, dim), made(values, kv_heads, dim)
-    k, v = (elements(batch, kv_heads, total, dim).to(dtype) for _ in range(2))
-    valid = None if padded is None else torch.arange(total) >= torch.tensor(padded)[:, None]
-    past = total - new
-    positions = (torch.arange(total) if valid is None else valid.cumsum(1) - 1).clamp(min=0).expand(batch, -1)
     kinds = {
         "half": PreciseRope(frequencies(dim // 2)),
         "interleaved": PreciseRope(frequencies(dim // 2), 1.3, interleaved=True),
@@ -79,25 +63,44 @@ def case(
         "stored": StoredRope("angles0", "once"),
     }
     turning = kinds[rope]
-    rope_state = positions
+    valid, rope_state = positions(shape, padded)
     if rope == "stored":
-        angles = torch.rand(batch, total, dim // 2)
+        angles = torch.rand(shape[0], total, dim // 2)
         rope_state = turning.keep(None, (angles.cos(), angles.sin()))
-    bias = Bias()
-    if biased:
-        bias = bias_for(keys, values, kv_heads, dim, turning, rope_state)
+    bias = bias_for(keys, values, kv_heads, dim, turning, rope_state) if biased else None
+    return filled(quantizers, shape, turning, rope_state, valid, bias=bias, **options)
+
+
+def positions(shape, padded):
+    """Which tokens count [batch, tokens], None for all, and where in their sequences they are. padded: before the first."""
+    batch, total = shape[0], shape[4]
+    valid = None if padded is None else torch.arange(total) >= torch.tensor(padded)[:, None]
+    found = torch.arange(total) if valid is None else valid.cumsum(1) - 1
+    return valid, found.clamp(min=0).expand(batch, -1)
+
+
+def filled(
+    quantizers, shape, rope, rope_state, valid, *, sinks=1, window=0, dtype=torch.float32, elements=torch.randn, bias=None
+):
+    """A store of random elements and the inputs of attention over it: (inputs, store). rope, rope_state: of all keys."""
+    batch, heads, kv_heads, dim, total, new = shape
+    past, rotated = total - new, rope is not None and quantizers[0].scheme.pre_rope
+    k, v = (elements(batch, kv_heads, total, dim).to(dtype) for _ in range(2))
+    if bias is not None:
         k, v = k + bias.key_bias(0, total), v + bias.values[:, None]
     store = LayerStore(*quantizers, sinks=sinks, residual_length=window, bias=bias)
     store.append(k, v, valid)
-    options = {
-        "past": past,
-        "new": (turning.rotate(k.double(), rope_state)[:, :, past:], v[:, :, past:]),
-        "rope": turning if keys.pre_rope else None,
-        "rope_state": rope_state[:, store.first : past] if keys.pre_rope else None,
-        "mask": AttentionMask(valid),
-        "scaling": dim**-0.5,
-    }
-    return torch.randn(batch, heads, new, dim), store, options
+    exact = k.double() if rope is None else rope.rotate(k.double(), rope_state)
+    inputs = AttentionInputs(
+        query=torch.randn(batch, heads, new, dim),
+        past=past,
+        new=(exact[:, :, past:], v[:, :, past:]),
+        rope=rope if rotated else None,
+        rope_state=rope_state[:, store.first : past] if rotated else None,
+        mask=AttentionMask(valid),
+        scaling=dim**-0.5,
+    )
+    return inputs, store
 
 
 def bias_for(keys, values, kv_heads, dim, rope, rope_state):
@@ -109,14 +112,30 @@ def bias_for(keys, values, kv_heads, dim, rope, rope_state):
     return Bias(key_bias, of_values, rope, position_buffer)
 
 
-def hide(query, store, options, rule, window, softcap):
-    """Hide tokens of a case by a rule of the mask and a window, which the store forgets by; add a softcap and sink logits."""
-    options["mask"] = AttentionMask(options["mask"].padding, window, rule, batch=len(query))
-    options |= {"softcap": softcap, "sink_logits": torch.randn(query.shape[1])}
+def hide(inputs, store, rule, window, softcap):
+    """Attention with tokens hidden by a rule of the mask and a window, which the store forgets by; with a softcap and sink
+    logits.
+    """
+    batch, heads = inputs.query.shape[:2]
+    rope_state = inputs.rope_state
     if window:
         first = store.first
-        store.evict(options["past"] - window + 1)
-        options["rope_state"] = options["rope_state"][:, store.first - first :]
+        store.evict(inputs.past - window + 1)
+        rope_state = rope_state[:, store.first - first :]
+    return replace(
+        inputs,
+        mask=AttentionMask(inputs.mask.padding, window, rule, batch=batch),
+        rope_state=rope_state,
+        softcap=softcap,
+        sink_logits=torch.randn(heads),
+    )
+
+
+def assert_attends(attend, inputs, store, tolerance):
+    """A backend finds what the naive reference computes in float64, up to a part of its size."""
+    found, expected = attend(inputs, store), naive.attend(inputs.with_query(inputs.query.double()), store)
+    assert found.dtype == torch.float32 and found.isfinite().all()
+    assert (found - expected).norm() <= tolerance * expected.norm()
 
 
 def assert_alike_on_threads(run):

@@ -9,8 +9,7 @@ import torch
 from examples.minimal import Cache, pack, unpack
 
 from narrowkv import get_recipe
-from narrowkv.attention import Rope, tiled
-from narrowkv.attention.mask import AttentionMask
+from narrowkv.attention import AttentionInputs, AttentionMask, Rope, tiled
 from narrowkv.codec import Quantizer
 from narrowkv.store import LayerStore
 
@@ -38,9 +37,8 @@ def test_it_attends_as_the_backend_torch_does(chunks, head_dim):
     for ours, theirs in zip(cache.read(), stored, strict=True):
         assert torch.equal(ours, theirs)
     positions = torch.arange(tokens).expand(3, -1)
-    expected = tiled.attend(
-        rope.rotate(query, positions[:, -5:]),
-        store,
+    inputs = AttentionInputs(
+        query=rope.rotate(query, positions[:, -5:]),
         past=tokens,
         new=None,
         rope=rope,
@@ -48,7 +46,7 @@ def test_it_attends_as_the_backend_torch_does(chunks, head_dim):
         mask=AttentionMask(),
         scaling=head_dim**-0.5,
     )
-    torch.testing.assert_close(cache.attend(query), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(cache.attend(query), tiled.attend(inputs, store), atol=1e-5, rtol=1e-5)
 
 
 def test_packing_and_unpacking():

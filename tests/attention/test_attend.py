@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from narrowkv.attention import AttentionMask, Rope, StoredRope, naive, tiled
+from narrowkv.attention import AttentionInputs, AttentionMask, Rope, StoredRope, naive, tiled
 from narrowkv.codec import Quantizer, Scheme
 from narrowkv.store import LayerStore
 
@@ -66,9 +66,8 @@ def test_attention_over_what_is_stored(attend, batch, heads, kv_heads, dim, past
     if window:
         mask = mask & (at > at[past:, None] - window)
         store.evict(past - window + 1)
-    found = attend(
-        query,
-        store,
+    inputs = AttentionInputs(
+        query=query,
         past=total if strict else past,
         new=None if strict else (rope.rotate(keys[:, :, past:], positions[:, past:]), values[:, :, past:]),
         rope=rope,
@@ -76,6 +75,7 @@ def test_attention_over_what_is_stored(attend, batch, heads, kv_heads, dim, past
         mask=AttentionMask(padding if padded else None, window),
         scaling=dim**-0.5,
     )
+    found = attend(inputs, store)
     expected = reference(query, stored_keys, stored_values, mask, dim**-0.5)
     seeing = mask.any(-1).expand(batch, heads, new)
     torch.testing.assert_close(found[seeing], expected[seeing], atol=1e-4, rtol=1e-4)
@@ -102,18 +102,18 @@ def test_what_the_tiled_attention_adds_up_is_what_the_naive_computes(monkeypatch
     rope_state = rope.keep(None, (angles.cos(), angles.sin()))
     padding = torch.ones(batch, past + new, dtype=torch.bool)
     padding[1, :4] = False
-    arguments = {
-        "past": past,
-        "new": (rope.rotate(keys, rope_state)[:, :, past:], values[:, :, past:]),
-        "rope": rope,
-        "rope_state": rope_state[:, :past],
-        "mask": AttentionMask(padding, rule=rule),
-        "scaling": 0.3,
-        "softcap": softcap,
-        "sink_logits": torch.randn(6) if sinks else None,
-    }
-    query = torch.randn(batch, 6, new, dim, dtype=torch.float64)
-    torch.testing.assert_close(tiled.attend(query, store, **arguments), naive.attend(query, store, **arguments))
+    inputs = AttentionInputs(
+        query=torch.randn(batch, 6, new, dim, dtype=torch.float64),
+        past=past,
+        new=(rope.rotate(keys, rope_state)[:, :, past:], values[:, :, past:]),
+        rope=rope,
+        rope_state=rope_state[:, :past],
+        mask=AttentionMask(padding, rule=rule),
+        scaling=0.3,
+        softcap=softcap,
+        sink_logits=torch.randn(6) if sinks else None,
+    )
+    torch.testing.assert_close(tiled.attend(inputs, store), naive.attend(inputs, store))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -122,16 +122,16 @@ def test_many_queries_in_16_bits_are_as_exact_as_attention_in_16_bits(dtype):
     keys, values = torch.randn(2, 1, 2, past + new, dim, dtype=dtype)
     store = LayerStore(*map(Quantizer, PAIRS))
     store.append(keys[:, :, :past], values[:, :, :past])
-    arguments = {
-        "past": past,
-        "new": (keys[:, :, past:], values[:, :, past:]),
-        "rope": Rope(frequencies(dim)),
-        "rope_state": torch.arange(past)[None],
-        "mask": AttentionMask(),
-        "scaling": dim**-0.5,
-    }
-    query = torch.randn(1, 8, new, dim, dtype=dtype)
-    found, expected = tiled.attend(query, store, **arguments), naive.attend(query, store, **arguments)
+    inputs = AttentionInputs(
+        query=torch.randn(1, 8, new, dim, dtype=dtype),
+        past=past,
+        new=(keys[:, :, past:], values[:, :, past:]),
+        rope=Rope(frequencies(dim)),
+        rope_state=torch.arange(past)[None],
+        mask=AttentionMask(),
+        scaling=dim**-0.5,
+    )
+    found, expected = tiled.attend(inputs, store), naive.attend(inputs, store)
     assert found.dtype == torch.float32
     assert (found - expected).norm() < 5e-3 * expected.norm()
 

@@ -1,14 +1,14 @@
 """The compiled attention against the naive reference in float64: every form of block, odd shapes, adversarial elements."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.cases import KEYS, VALUES, assert_alike_on_threads, case, hide
+from tests.cases import KEYS, VALUES, assert_alike_on_threads, assert_attends, case, hide
 
-from narrowkv.attention import naive
 from narrowkv.attention.cpu import decode as cpu
 from narrowkv.attention.cpu.int16 import SUPPORTED
 from narrowkv.errors import UnsupportedModelError
@@ -21,12 +21,9 @@ SHAPES = [
 ]
 
 
-def check(query, store, options, kernel=cpu.KERNELS[0], tolerance=1e-5):
+def check(inputs, store, kernel=cpu.KERNELS[0], tolerance=1e-5):
     tolerance = 2e-3 if kernel == cpu.INT16 else tolerance
-    found = cpu.attend(query, store, kernel=kernel, **options)
-    expected = naive.attend(query.double(), store, **options)
-    assert found.dtype == torch.float32 and found.isfinite().all()
-    assert (found - expected).norm() <= tolerance * expected.norm()
+    assert_attends(partial(cpu.attend, kernel=kernel), inputs, store, tolerance)
 
 
 @pytest.mark.parametrize("kernel", cpu.KERNELS)
@@ -72,14 +69,14 @@ def test_numbers_kept_in_16_bits(name, dtype):
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("rule", [None, lambda b, h, q, k: (k <= q) & (k // 48 == q // 48), lambda b, h, q, k: k <= q + b])
 def test_whatever_hides_tokens(rule, window, softcap):
-    query, store, options = case(KEYS["nuq4-1%"], VALUES["token"], (3, 6, 2, 24, 300, 7), sinks=3, padded=[0, 150, 290])
-    hide(query, store, options, rule, window, softcap)
-    check(query, store, options)
+    inputs, store = case(KEYS["nuq4-1%"], VALUES["token"], (3, 6, 2, 24, 300, 7), sinks=3, padded=[0, 150, 290])
+    inputs = hide(inputs, store, rule, window, softcap)
+    check(inputs, store)
 
 
 def test_a_query_that_sees_nothing_yields_zeros():
-    query, store, options = case(KEYS["nuq2"], VALUES["token"], (2, 2, 1, 16, 100, 1), padded=[0, 100])
-    found = cpu.attend(query, store, **options)
+    inputs, store = case(KEYS["nuq2"], VALUES["token"], (2, 2, 1, 16, 100, 1), padded=[0, 100])
+    found = cpu.attend(inputs, store)
     assert found[0].any() and not found[1].any()
 
 
@@ -100,31 +97,31 @@ def test_adversarial_numbers(elements):
 
 def test_a_cache_as_it_grows_is_cropped_selected_and_strict():
     keys, values = KEYS["nuq3-1%"], VALUES["kivi-2"]
-    query, store, options = case(keys, values, (3, 4, 2, 16, 330, 1), sinks=2, window=40)
-    check(query, store, options)
-    check(query, store, options | {"past": 330, "new": None, "rope_state": torch.arange(330).expand(3, -1)})
+    inputs, store = case(keys, values, (3, 4, 2, 16, 330, 1), sinks=2, window=40)
+    check(inputs, store)
+    check(replace(inputs, past=330, new=None, rope_state=torch.arange(330).expand(3, -1)), store)
     store.crop(201)
-    options |= {"past": 201, "new": None, "rope_state": torch.arange(201).expand(3, -1)}
-    check(query, store, options)
+    inputs = replace(inputs, past=201, new=None, rope_state=torch.arange(201).expand(3, -1))
+    check(inputs, store)
     store.select(torch.tensor([2, 0, 2]))
-    check(query, store, options)
+    check(inputs, store)
     store.append(torch.randn(3, 2, 100, 16), torch.randn(3, 2, 100, 16))
-    check(query, store, options | {"past": 301, "rope_state": torch.arange(301).expand(3, -1)})
+    check(replace(inputs, past=301, rope_state=torch.arange(301).expand(3, -1)), store)
 
 
 def test_the_result_does_not_depend_on_the_number_of_threads():
-    query, store, options = case(KEYS["nuq4-1%"], VALUES["nuq3-1%"], (1, 4, 1, 64, 900, 1))
-    assert_alike_on_threads(lambda: cpu.attend(query, store, **options))
+    inputs, store = case(KEYS["nuq4-1%"], VALUES["nuq3-1%"], (1, 4, 1, 64, 900, 1))
+    assert_alike_on_threads(lambda: cpu.attend(inputs, store))
 
 
 def test_what_it_does_not_do():
-    query, store, options = case(replace(KEYS["hadamard"], pre_rope=True), VALUES["token"], (1, 1, 1, 16, 70, 1))
+    inputs, store = case(replace(KEYS["hadamard"], pre_rope=True), VALUES["token"], (1, 1, 1, 16, 70, 1))
     with pytest.raises(UnsupportedModelError, match="Hadamard"):
-        cpu.attend(query, store, **options)
-    query, store, options = case(KEYS["nuq2"], VALUES["token"], (1, 1, 1, 16, 70, 1))
-    assert cpu.attend(query.double(), store, **options).dtype == torch.float64
+        cpu.attend(inputs, store)
+    inputs, store = case(KEYS["nuq2"], VALUES["token"], (1, 1, 1, 16, 70, 1))
+    assert cpu.attend(inputs.with_query(inputs.query.double()), store).dtype == torch.float64
     with pytest.raises(ValueError, match="kernel"):
-        cpu.attend(query, store, kernel="none", **options)
+        cpu.attend(inputs, store, kernel="none")
 
 
 SCHEMES = st.sampled_from(sorted(KEYS))
@@ -146,29 +143,29 @@ SCHEMES = st.sampled_from(sorted(KEYS))
 def test_any_recipe_and_shape(keys, values, shape, new, sinks, window, kernel, seed):
     torch.manual_seed(seed)
     batch, group, heads, dim, total = shape
-    query, store, options = case(
+    inputs, store = case(
         KEYS[keys], VALUES[values], (batch, group * heads, heads, dim, total, max(new, 1)), sinks=sinks, window=window
     )
-    check(query, store, options, kernel)
+    check(inputs, store, kernel)
 
 
 @pytest.mark.parametrize("kernel", [*cpu.KERNELS, *([cpu.INT16] if SUPPORTED else [])])
 def test_no_forged_number_leads_beyond_what_is_held(kernel):
     """What a loader would refuse: the sanitizers see whether anything is read or written outside."""
-    query, store, options = case(KEYS["nuq3-1%"], VALUES["token"], (1, 2, 1, 64, 150, 1))
+    inputs, store = case(KEYS["nuq3-1%"], VALUES["token"], (1, 2, 1, 64, 150, 1))
     for side in (store.blocks.columns[0].page.keys, store.blocks.columns[0].page.values):
         side.outlier_index.copy_(side.outlier_index.flip(0))
         side.outlier_index[::3] = -1
     for buffer in store.tail.buffers:
         buffer.codes.fill_(255)
         buffer.outlier_index[: buffer.outliers : 2] = 2**40
-    assert cpu.attend(query, store, kernel=kernel, **options).isfinite().all()
+    assert cpu.attend(inputs, store, kernel=kernel).isfinite().all()
 
 
 @pytest.mark.parametrize("first", [-500, 2**31 - 200])
 def test_positions_that_no_table_is_made_for(first):
-    query, store, options = case(KEYS["nuq3-1%"], VALUES["nuq3-1%"], (2, 2, 1, 64, 150, 1))
-    check(query, store, {**options, "rope_state": options["rope_state"] + first}, tolerance=1e-4)
+    inputs, store = case(KEYS["nuq3-1%"], VALUES["nuq3-1%"], (2, 2, 1, 64, 150, 1))
+    check(replace(inputs, rope_state=inputs.rope_state + first), store, tolerance=1e-4)
 
 
 def test_heads_larger_than_the_kernel_has_room_for():

@@ -1,10 +1,13 @@
 """The kernel that multiplies int16, against the naive reference in float64: a relative error of at most 2e-3."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
-from tests.cases import KEYS, VALUES, case
+from tests.cases import KEYS, VALUES, assert_attends, case
 
-from narrowkv.attention import AttentionMask, Rope, describe_backend, naive
+from narrowkv.attention import AttentionMask, Rope, describe_backend
 from narrowkv.attention.cpu import decode as cpu
 from narrowkv.attention.cpu import int16
 from narrowkv.codec import Scheme
@@ -26,11 +29,9 @@ SHAPES = [
 ]
 
 
-def check(query, store, options):
-    assert cpu._blocks(store, options["rope"]).uses_int16
-    found = cpu.attend(query, store, kernel=cpu.INT16, **options)
-    expected = naive.attend(query.double(), store, **options)
-    assert found.isfinite().all() and (found - expected).norm() <= 2e-3 * expected.norm()
+def check(inputs, store):
+    assert cpu._blocks(store, inputs.rope).uses_int16
+    assert_attends(partial(cpu.attend, kernel=cpu.INT16), inputs, store, 2e-3)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -58,9 +59,9 @@ def test_groups_of_query_heads(group):
 
 @pytest.mark.parametrize("window", [None, 40])
 def test_whatever_hides_tokens(window):
-    query, store, options = case(KEYS["nuq4-1%"], VALUES["token"], (3, 6, 2, 64, 300, 7), sinks=3, padded=[0, 150, 290])
-    options["mask"] = AttentionMask(options["mask"].padding, window, batch=3)
-    check(query, store, options | {"softcap": 2.0, "sink_logits": torch.randn(6)})
+    inputs, store = case(KEYS["nuq4-1%"], VALUES["token"], (3, 6, 2, 64, 300, 7), sinks=3, padded=[0, 150, 290])
+    inputs = replace(inputs, mask=AttentionMask(inputs.mask.padding, window, batch=3))
+    check(replace(inputs, softcap=2.0, sink_logits=torch.randn(6)), store)
 
 
 @pytest.mark.parametrize("name", ["nuq4-1%", "kivi-2"])
@@ -77,37 +78,34 @@ def test_outliers_far_beyond_the_largest_level(name, scale):
 
 @pytest.mark.parametrize("elements", ["one huge logit", "all equal"])
 def test_adversarial_numbers(elements):
-    query, store, options = case(KEYS["nuq4-1%"], READ_VALUES["nuq4-1%"], (1, 4, 2, 64, 300, 1))
+    inputs, store = case(KEYS["nuq4-1%"], READ_VALUES["nuq4-1%"], (1, 4, 2, 64, 300, 1))
     if elements == "one huge logit":  # of the last token but 200
-        query = 3 * options["rope"].rotate(store.read()[0][:, :, :-1], options["rope_state"])[
-            :, :, -200, None
-        ].repeat_interleave(2, 1)
+        keys = inputs.rope.rotate(store.read()[0][:, :, :-1], inputs.rope_state)
+        query = 3 * keys[:, :, -200, None].repeat_interleave(2, 1)
     else:
-        query = torch.zeros_like(query)
-    check(query, store, options)
+        query = torch.zeros_like(inputs.query)
+    check(inputs.with_query(query), store)
 
 
 def test_it_is_chosen_for_16_bits_and_where_products_may_be_rounded():
-    query, store, options = case(KEYS["nuq4-1%"], READ_VALUES["nuq3"], (1, 4, 2, 64, 200, 1))
-    exact = cpu.attend(query, store, kernel=cpu.KERNELS[0], **options)
-    words = cpu.attend(query, store, kernel=cpu.INT16, **options)
-    assert torch.equal(cpu.attend(query, store, **options), exact) and not torch.equal(exact, words)
+    inputs, store = case(KEYS["nuq4-1%"], READ_VALUES["nuq3"], (1, 4, 2, 64, 200, 1))
+    exact = cpu.attend(inputs, store, kernel=cpu.KERNELS[0])
+    words = cpu.attend(inputs, store, kernel=cpu.INT16)
+    assert torch.equal(cpu.attend(inputs, store), exact) and not torch.equal(exact, words)
     torch.set_float32_matmul_precision("medium")
     try:
-        assert torch.equal(cpu.attend(query, store, **options), words)
+        assert torch.equal(cpu.attend(inputs, store), words)
     finally:
         torch.set_float32_matmul_precision("highest")
-    rounded = query.bfloat16()
-    torch.testing.assert_close(cpu.attend(rounded, store, **options), cpu.attend(rounded, store, kernel=cpu.INT16, **options))
+    rounded = inputs.with_query(inputs.query.bfloat16())
+    torch.testing.assert_close(cpu.attend(rounded, store), cpu.attend(rounded, store, kernel=cpu.INT16))
 
 
 def test_what_it_does_not_read_is_computed_in_float32():
-    query, store, options = case(KEYS["int8"], READ_VALUES["nuq3"], (1, 4, 2, 64, 200, 1))
-    assert torch.equal(
-        cpu.attend(query, store, kernel=None, **options), cpu.attend(query, store, kernel=cpu.KERNELS[0], **options)
-    )
+    inputs, store = case(KEYS["int8"], READ_VALUES["nuq3"], (1, 4, 2, 64, 200, 1))
+    assert torch.equal(cpu.attend(inputs, store, kernel=None), cpu.attend(inputs, store, kernel=cpu.KERNELS[0]))
     with pytest.raises(ValueError, match="no kernel int16"):
-        cpu.attend(query, store, kernel=cpu.INT16, **options)
+        cpu.attend(inputs, store, kernel=cpu.INT16)
 
 
 def test_a_cache_says_whether_it_is_read_in_words():

@@ -1,11 +1,25 @@
 """The compiled attention over trellis-coded streams against the naive reference in float64."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
-from tests.cases import KEYS, VALUES, PreciseRope, assert_alike_on_threads, frequencies, hide, made
+from tests.cases import (
+    KEYS,
+    VALUES,
+    PreciseRope,
+    assert_alike_on_threads,
+    assert_attends,
+    filled,
+    frequencies,
+    hide,
+    made,
+    positions,
+)
 
 from narrowkv import _kernels
-from narrowkv.attention import AUTO, AttentionMask, Rope, StoredRope, naive, resolve_backend
+from narrowkv.attention import AUTO, AttentionMask, Rope, StoredRope, resolve_backend
 from narrowkv.attention.cpu import decode as cpu
 from narrowkv.attention.cpu.int16 import SUPPORTED
 from narrowkv.attention.cuda import decode as cuda
@@ -14,7 +28,6 @@ from narrowkv.codec import Scheme, TrellisQuantizer
 from narrowkv.codec.frames import Frames, place_dtype
 from narrowkv.codec.gaussian_tables import STEPS, gaussian_tables
 from narrowkv.errors import UnsupportedModelError
-from narrowkv.store import LayerStore
 
 COUNTS = {16: (0, 1, 0, 1, 0, 0, 0), 80: (2, 3, 2, 1, 1, 0, 1), 64: (1, 1, 1, 1, 1, 1, 2), 512: (60, 1, 0, 1, 1, 0, 1)}
 SHAPES = [
@@ -63,21 +76,9 @@ def quantizer(heads, dim, *, keys, learned_rotation=False, outliers=0.0, rope=No
     return TrellisQuantizer(scheme, **tables)
 
 
-def case(
-    shape,
-    *,
-    learned_rotation=False,
-    outliers=0.02,
-    rope="half",
-    padded=None,
-    keys=None,
-    values=None,
-    sinks=1,
-    window=0,
-    dtype=torch.float32,
-):
-    """A store of streams and the arguments of attention over it: (query, store, options); keys, values: other schemes."""
-    batch, heads, kv_heads, dim, total, new = shape
+def case(shape, *, learned_rotation=False, outliers=0.02, rope="half", padded=None, keys=None, values=None, **options):
+    """A store of streams and the inputs of attention over it: (inputs, store); keys, values: other schemes."""
+    _, _, kv_heads, dim, _, _ = shape
     turning = ROPES[rope](dim)
     quantizers = (
         made(keys, kv_heads, dim) if keys else quantizer(kv_heads, dim, keys=True, outliers=outliers, rope=turning),
@@ -85,30 +86,12 @@ def case(
         if values
         else quantizer(kv_heads, dim, keys=False, learned_rotation=learned_rotation, outliers=outliers),
     )
-    k, v = (torch.randn(batch, kv_heads, total, dim).to(dtype) for _ in range(2))
-    valid = None if padded is None else torch.arange(total) >= torch.tensor(padded)[:, None]
-    past = total - new
-    rope_state = (torch.arange(total) if valid is None else valid.cumsum(1) - 1).clamp(min=0).expand(batch, -1)
-    store = LayerStore(*quantizers, sinks=sinks, residual_length=window)
-    store.append(k, v, valid)
-    turned = k.double() if turning is None else turning.rotate(k.double(), rope_state)
-    options = {
-        "past": past,
-        "new": (turned[:, :, past:], v[:, :, past:]),
-        "rope": turning,
-        "rope_state": None if turning is None else rope_state[:, store.first : past],
-        "mask": AttentionMask(valid),
-        "scaling": dim**-0.5,
-    }
-    return torch.randn(batch, heads, new, dim), store, options
+    valid, rope_state = positions(shape, padded)
+    return filled(quantizers, shape, turning, rope_state, valid, **options)
 
 
-def check(query, store, options, kernel=cpu.KERNELS[0], tolerance=2e-6):
-    tolerance = max(tolerance, WITHIN.get(kernel, 0.0))
-    found = cpu.attend(query, store, kernel=kernel, **options)
-    expected = naive.attend(query.double(), store, **options)
-    assert found.dtype == torch.float32 and found.isfinite().all()
-    assert (found - expected).norm() <= tolerance * expected.norm()
+def check(inputs, store, kernel=cpu.KERNELS[0], tolerance=2e-6):
+    assert_attends(partial(cpu.attend, kernel=kernel), inputs, store, max(tolerance, WITHIN.get(kernel, 0.0)))
 
 
 IN_WORDS = [cpu.INT16] if SUPPORTED else []
@@ -121,10 +104,10 @@ WITHIN = {cpu.INT16: 2e-3}  # else float32 is as exact as can be
 @pytest.mark.parametrize("outliers", [0.0, 0.02])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_streams_of_any_form(shape, outliers, learned_rotation, kernel):
-    query, store, options = case(shape, learned_rotation=learned_rotation, outliers=outliers)
+    inputs, store = case(shape, learned_rotation=learned_rotation, outliers=outliers)
     if outliers:
         assert all(len(side.outlier_index) for page in store.blocks.pages() for side in (page.keys, page.values))
-    check(query, store, options, kernel)
+    check(inputs, store, kernel)
 
 
 @pytest.mark.parametrize("kernel", FORMS)
@@ -142,11 +125,11 @@ def test_streams_beside_other_codes(kernel):
 @pytest.mark.parametrize("kernel", cpu.KERNELS)
 def test_each_code_is_decoded_as_torch_decodes_it(kernel):
     """One query for each coefficient of one token, which alone is seen: its value comes out as it is."""
-    query, store, options = case((1, 1, 1, 64, 129, 1), learned_rotation=True, outliers=0.0, rope="none")
+    inputs, store = case((1, 1, 1, 64, 129, 1), learned_rotation=True, outliers=0.0, rope="none")
     values = store.read(128)[1]
     for token in range(128):
-        options["mask"] = AttentionMask(rule=lambda b, h, q, k, token=token: k == token)
-        found = cpu.attend(query, store, kernel=kernel, **options)
+        inputs = replace(inputs, mask=AttentionMask(rule=lambda b, h, q, k, token=token: k == token))
+        found = cpu.attend(inputs, store, kernel=kernel)
         torch.testing.assert_close(found[0, 0, 0], values[0, 0, token], atol=2e-5, rtol=1e-5)
 
 
@@ -159,14 +142,13 @@ def test_groups_of_query_heads(group, kernel):
 @pytest.mark.parametrize("kernel", FORMS)
 @pytest.mark.parametrize("first", [0, 3, 2**21, 2**31 - 500, -500])
 def test_positions_that_do_not_follow_each_other(first, kernel):
-    query, store, options = case((2, 4, 2, 64, 200, 1))
-    rope_state = options["rope_state"].clone()
+    inputs, store = case((2, 4, 2, 64, 200, 1))
+    rope_state = inputs.rope_state.clone()
     rope_state[1, 21:70] += 5
     rope_state[1, 100:] = rope_state[1, 100:].flip(0)
     check(
-        query,
+        replace(inputs, rope_state=rope_state + first),
         store,
-        options | {"rope_state": rope_state + first},
         kernel,
         tolerance=1e-4 if first < 0 or first > 2**20 else 2e-6,
     )
@@ -181,41 +163,41 @@ def test_outliers_kept_in_16_bits(dtype):
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("rule", [None, lambda b, h, q, k: (k <= q) & (k // 48 == q // 48), lambda b, h, q, k: k <= q + b])
 def test_whatever_hides_tokens(rule, window, softcap):
-    query, store, options = case((3, 6, 2, 16, 300, 7), sinks=3, padded=[0, 150, 290])
-    hide(query, store, options, rule, window, softcap)
-    check(query, store, options)
+    inputs, store = case((3, 6, 2, 16, 300, 7), sinks=3, padded=[0, 150, 290])
+    inputs = hide(inputs, store, rule, window, softcap)
+    check(inputs, store)
 
 
 def test_a_query_that_sees_nothing_yields_zeros():
-    query, store, options = case((2, 2, 1, 16, 100, 1), padded=[0, 100])
-    found = cpu.attend(query, store, **options)
+    inputs, store = case((2, 2, 1, 16, 100, 1), padded=[0, 100])
+    found = cpu.attend(inputs, store)
     assert found[0].any() and not found[1].any()
 
 
 def test_a_cache_as_it_grows_is_cropped_and_selected():
-    query, store, options = case((3, 4, 2, 16, 330, 1), sinks=2, window=40)
-    check(query, store, options)
+    inputs, store = case((3, 4, 2, 16, 330, 1), sinks=2, window=40)
+    check(inputs, store)
     store.crop(201)
-    options |= {"past": 201, "new": None, "rope_state": torch.arange(201).expand(3, -1)}
-    check(query, store, options)
+    inputs = replace(inputs, past=201, new=None, rope_state=torch.arange(201).expand(3, -1))
+    check(inputs, store)
     store.select(torch.tensor([2, 0, 2]))
-    check(query, store, options)
+    check(inputs, store)
     for tokens in (3, 100):
         store.append(torch.randn(3, 2, tokens, 16), torch.randn(3, 2, tokens, 16))
-        length = options["past"] + tokens
-        options |= {"past": length, "rope_state": torch.arange(length).expand(3, -1)}
-        check(query, store, options)
+        length = inputs.past + tokens
+        inputs = replace(inputs, past=length, rope_state=torch.arange(length).expand(3, -1))
+        check(inputs, store)
 
 
 def test_the_result_does_not_depend_on_the_number_of_threads():
-    query, store, options = case((1, 4, 1, 64, 900, 1))
-    assert_alike_on_threads(lambda: cpu.attend(query, store, **options))
+    inputs, store = case((1, 4, 1, 64, 900, 1))
+    assert_alike_on_threads(lambda: cpu.attend(inputs, store))
 
 
 @pytest.mark.parametrize("kernel", FORMS)
 def test_no_forged_number_leads_beyond_what_is_held(kernel):
     """What a loader would refuse: the sanitizers see whether anything is read or written outside."""
-    query, store, options = case((1, 2, 1, 64, 150, 1))
+    inputs, store = case((1, 2, 1, 64, 150, 1))
     for side in (store.blocks.columns[0].page.keys, store.blocks.columns[0].page.values):
         side.outlier_index.copy_(side.outlier_index.flip(0))
         side.outlier_index[::3] = -1
@@ -223,7 +205,7 @@ def test_no_forged_number_leads_beyond_what_is_held(kernel):
     for buffer in store.tail.buffers:
         buffer.codes.fill_(255)
         buffer.outlier_index[: buffer.outliers : 2] = 2**40
-    cpu.attend(query, store, kernel=kernel, **options)
+    cpu.attend(inputs, store, kernel=kernel)
 
 
 @pytest.mark.parametrize(
@@ -277,11 +259,11 @@ def test_tables_smaller_than_what_is_read_of_them_are_refused(name, forged):
 
 
 def test_blocks_of_other_streams_are_refused():
-    query, store, options = case((1, 2, 1, 64, 150, 1))
+    inputs, store = case((1, 2, 1, 64, 150, 1))
     page = store.blocks.columns[0].page
     page.values.planes[0] = page.values.planes[0][:, :, 1:]
     with pytest.raises(UnsupportedModelError, match="Blocks of trellis-coded streams"):
-        cpu.attend(query, store, **options)
+        cpu.attend(inputs, store)
 
 
 @pytest.mark.parametrize("kernel", [cpu.KERNELS[0], *IN_WORDS])
@@ -291,22 +273,21 @@ def test_heads_of_512_channels(kernel):
 
 @pytest.mark.skipif(not SUPPORTED, reason="needs AVX-512 with VBMI, VNNI and GFNI")
 def test_words_are_chosen_for_16_bits_and_for_streams_on_both_sides():
-    query, store, options = case((1, 4, 2, 64, 200, 1))
-    rounded = query.bfloat16()
-    words = cpu.attend(rounded.float(), store, kernel=cpu.INT16, **options)
-    assert torch.equal(cpu.attend(rounded, store, **options), words)
-    assert not torch.equal(cpu.attend(rounded.float(), store, **options), words)
+    inputs, store = case((1, 4, 2, 64, 200, 1))
+    rounded = inputs.with_query(inputs.query.bfloat16())
+    exact = rounded.with_query(rounded.query.float())
+    words = cpu.attend(exact, store, kernel=cpu.INT16)
+    assert torch.equal(cpu.attend(rounded, store), words)
+    assert not torch.equal(cpu.attend(exact, store), words)
     schemes = [found.scheme for found in store.quantizers]
-    assert cpu.uses_int16(*schemes, 64, options["rope"]) and not cpu.uses_int16(
-        schemes[0], VALUES["token"], 64, options["rope"]
-    )
-    query, store, options = case((1, 4, 2, 80, 200, 1), values=VALUES["token"])
+    assert cpu.uses_int16(*schemes, 64, inputs.rope) and not cpu.uses_int16(schemes[0], VALUES["token"], 64, inputs.rope)
+    inputs, store = case((1, 4, 2, 80, 200, 1), values=VALUES["token"])
     with pytest.raises(ValueError, match="no kernel int16"):
-        cpu.attend(query, store, kernel=cpu.INT16, **options)
+        cpu.attend(inputs, store, kernel=cpu.INT16)
 
 
 def test_what_it_does_not_read_is_refused_and_not_chosen():
-    query, store, options = case((1, 2, 1, 64, 150, 1))
+    inputs, store = case((1, 2, 1, 64, 150, 1))
     schemes = tuple(found.scheme for found in store.quantizers)
     processor = torch.device("cpu")
     assert resolve_backend(AUTO, processor, torch.float32, [schemes]) == "cpu"
@@ -315,8 +296,8 @@ def test_what_it_does_not_read_is_refused_and_not_chosen():
     stored = StoredRope("angles0", "once")
     angles = torch.rand(1, 149, 2, 32)
     with pytest.raises(UnsupportedModelError, match="stored with each token; choose backend torch"):
-        cpu.attend(query, store, **options | {"rope": stored, "rope_state": angles})
+        cpu.attend(replace(inputs, rope=stored, rope_state=angles), store)
     with pytest.raises(UnsupportedModelError, match="another rotary embedding"):
-        cpu.attend(query, store, **options | {"rope": Rope(frequencies(32) / 2)})
+        cpu.attend(replace(inputs, rope=Rope(frequencies(32) / 2)), store)
     with pytest.raises(UnsupportedModelError, match="does not read trellis-coded streams yet"):
-        cuda.attend(query, store, **options)
+        cuda.attend(inputs, store)

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.cases import KEYS, VALUES, case, hide, made
+from tests.cases import KEYS, VALUES, assert_attends, case, hide, made
 
-from narrowkv.attention import AUTO, naive, resolve_backend
+from narrowkv.attention import AUTO, resolve_backend
 from narrowkv.attention.cuda import codebooks
 from narrowkv.attention.cuda import decode as cuda
 from narrowkv.codec import Scheme
@@ -21,12 +21,8 @@ BY_TOKEN = Scheme(4, "nuq", strategy="token", outliers=0.02)
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 3e-3}
 
 
-def check(query, store, options, dtype=torch.float32):
-    query = query.to(dtype)
-    found = cuda.attend(query, store, **options)
-    expected = naive.attend(query.double(), store, **options)
-    assert found.dtype == torch.float32 and found.isfinite().all()
-    assert (found - expected).norm() <= TOLERANCES[dtype] * expected.norm()
+def check(inputs, store, dtype=torch.float32):
+    assert_attends(cuda.attend, inputs.with_query(inputs.query.to(dtype)), store, TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -70,21 +66,21 @@ def test_numbers_of_their_own_dtype(dtype):
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("rule", [None, lambda b, h, q, k: (k <= q) & (k // 48 == q // 48)])
 def test_whatever_hides_tokens(rule, window, softcap):
-    query, store, options = case(KEYS["nuq4-1%"], BY_TOKEN, (3, 2, 1, 16, 150, 7), sinks=3, padded=[0, 70, 140])
-    hide(query, store, options, rule, window, softcap)
-    check(query, store, options)
+    inputs, store = case(KEYS["nuq4-1%"], BY_TOKEN, (3, 2, 1, 16, 150, 7), sinks=3, padded=[0, 70, 140])
+    inputs = hide(inputs, store, rule, window, softcap)
+    check(inputs, store)
 
 
 def test_a_query_that_sees_nothing_yields_zeros():
-    query, store, options = case(KEYS["nuq2"], VALUES["token"], (2, 2, 1, 16, 70, 1), padded=[0, 70])
-    found = cuda.attend(query, store, **options)
+    inputs, store = case(KEYS["nuq2"], VALUES["token"], (2, 2, 1, 16, 70, 1), padded=[0, 70])
+    found = cuda.attend(inputs, store)
     assert found[0].any() and not found[1].any()
 
 
 def test_positions_that_do_not_follow_each_other():
-    query, store, options = case(KEYS["nuq4-1%"], BY_TOKEN, (1, 2, 1, 16, 135, 1))
-    options["rope_state"] = options["rope_state"] // 3 + 1_000_000
-    check(query, store, options)
+    inputs, store = case(KEYS["nuq4-1%"], BY_TOKEN, (1, 2, 1, 16, 135, 1))
+    inputs = replace(inputs, rope_state=inputs.rope_state // 3 + 1_000_000)
+    check(inputs, store)
 
 
 @pytest.mark.parametrize("total", [3, 64, 200])
@@ -121,10 +117,10 @@ def drawn_near_but_for_one_token(*shape):
 @pytest.mark.parametrize(("elements", "least"), [(drawn_far, 512), (drawn_near_but_for_one_token, 24), (torch.zeros, 0)])
 def test_outliers_wherever_they_crowd(elements, least, keys, dtype):
     """Many more than a round takes; all of one token; zeros."""
-    query, store, options = case(KEYS[keys], VALUES["nuq3-1%"], (1, 2, 1, 24, 66, 1), elements=elements)
+    inputs, store = case(KEYS[keys], VALUES["nuq3-1%"], (1, 2, 1, 24, 66, 1), elements=elements)
     (column,) = store.blocks.columns
     assert column.page.values.outlier_offsets[-1] >= least
-    check(query / 16, store, options, dtype)  # of elements this large, rounded, scores would differ by more
+    check(inputs.with_query(inputs.query / 16), store, dtype)  # of elements this large, rounded, scores would differ by more
 
 
 def test_numbers_that_16_bits_do_not_hold():
@@ -133,51 +129,51 @@ def test_numbers_that_16_bits_do_not_hold():
     with pytest.raises(UnsupportedModelError, match="50,048"):
         codebooks.codebooks_of(far, True)
     for keys, values in (("exact", "token"), ("nuq4-1%", "exact"), ("token", "nuq4-1%")):
-        query, store, options = case(KEYS[keys], VALUES[values], (1, 2, 1, 16, 66, 1), elements=drawn_huge)
-        assert cuda.attend(query.half(), store, **options).isnan().all()
+        inputs, store = case(KEYS[keys], VALUES[values], (1, 2, 1, 16, 66, 1), elements=drawn_huge)
+        assert cuda.attend(inputs.with_query(inputs.query.half()), store).isnan().all()
 
 
 def test_a_cache_as_it_grows_is_cropped_and_selected():
-    query, store, options = case(KEYS["nuq2"], VALUES["kivi-2"], (2, 2, 1, 16, 180, 1), sinks=2, window=40)
-    check(query, store, options | {"past": 180, "new": None, "rope_state": torch.arange(180).expand(2, -1)})  # strict
+    inputs, store = case(KEYS["nuq2"], VALUES["kivi-2"], (2, 2, 1, 16, 180, 1), sinks=2, window=40)
+    check(replace(inputs, past=180, new=None, rope_state=torch.arange(180).expand(2, -1)), store)  # strict
     store.crop(101)
-    options |= {"past": 101, "new": None, "rope_state": torch.arange(101).expand(2, -1)}
-    check(query, store, options)
+    inputs = replace(inputs, past=101, new=None, rope_state=torch.arange(101).expand(2, -1))
+    check(inputs, store)
     store.select(torch.tensor([1, 1]))
     store.append(torch.randn(2, 1, 70, 16), torch.randn(2, 1, 70, 16))
-    check(query, store, options | {"past": 171, "rope_state": torch.arange(171).expand(2, -1)})
+    check(replace(inputs, past=171, rope_state=torch.arange(171).expand(2, -1)), store)
 
 
 def test_the_result_does_not_depend_on_how_blocks_are_shared_out(monkeypatch):
-    query, store, options = case(KEYS["nuq4-1%"], BY_TOKEN, (1, 2, 1, 16, 260, 1))
+    inputs, store = case(KEYS["nuq4-1%"], BY_TOKEN, (1, 2, 1, 16, 260, 1))
     monkeypatch.setattr(cuda, "FEWEST_BLOCKS", 1)
     for programs in (1, 3):
         monkeypatch.setattr(cuda, "PROGRAMS", programs)
-        check(query, store, options)
+        check(inputs, store)
 
 
 def test_the_operator_tells_torch_what_it_returns():
     from narrowkv.attention.cuda import launch
 
-    query, store, options = case(KEYS["nuq2"], VALUES["hadamard"], (1, 2, 1, 16, 70, 1))
-    call = cuda.prepare(query, store, **options)
+    inputs, store = case(KEYS["nuq2"], VALUES["hadamard"], (1, 2, 1, 16, 70, 1))
+    call = cuda.prepare(inputs, store)
     tensors, plan = launch.tensors_of(call.parts), launch.number_of(call.plan)
     torch.library.opcheck(
         torch.ops.narrowkv.attend_packed,
-        (query, query, call.lengths, tensors, plan, *call.elements),
+        (call.query, call.query, call.lengths, tensors, plan, *call.elements),
         test_utils=("test_schema", "test_faketensor"),
     )
 
 
 def test_what_it_does_not_do():
-    query, store, options = case(replace(KEYS["hadamard"], pre_rope=True), VALUES["token"], (1, 1, 1, 16, 70, 1))
+    inputs, store = case(replace(KEYS["hadamard"], pre_rope=True), VALUES["token"], (1, 1, 1, 16, 70, 1))
     with pytest.raises(UnsupportedModelError, match="Hadamard"):
-        cuda.attend(query, store, **options)
-    query, store, options = case(KEYS["int8"], VALUES["int8"], (1, 1, 1, 264, 70, 1))
+        cuda.attend(inputs, store)
+    inputs, store = case(KEYS["int8"], VALUES["int8"], (1, 1, 1, 264, 70, 1))
     with pytest.raises(UnsupportedModelError, match="264"):
-        cuda.attend(query, store, **options)
-    query, store, options = case(KEYS["nuq2"], VALUES["token"], (1, 1, 1, 16, 70, 1))
-    assert cuda.attend(query.double(), store, **options).dtype == torch.float64
+        cuda.attend(inputs, store)
+    inputs, store = case(KEYS["nuq2"], VALUES["token"], (1, 1, 1, 16, 70, 1))
+    assert cuda.attend(inputs.with_query(inputs.query.double()), store).dtype == torch.float64
 
 
 def test_it_is_chosen_for_a_gpu_where_it_reads_the_recipe(monkeypatch):

@@ -2,11 +2,13 @@
 cases).
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
-from tests.cases import KEYS, VALUES, case, hide
+from tests.cases import KEYS, VALUES, assert_attends, case, hide
 
-from narrowkv.attention import naive, online_softmax, tiled
+from narrowkv.attention import online_softmax, tiled
 from narrowkv.attention.cuda import decode as cuda
 from narrowkv.attention.cuda import prefill
 from narrowkv.codec import Scheme
@@ -19,12 +21,8 @@ TOLERANCES = {torch.float32: 1e-5, torch.float16: 3e-3}
 NEW = 18
 
 
-def check(query, store, options, dtype=torch.float32):
-    query = query.to(dtype)
-    found = cuda.attend(query, store, **options)
-    expected = naive.attend(query.double(), store, **options)
-    assert found.dtype == torch.float32 and found.isfinite().all()
-    assert (found - expected).norm() <= TOLERANCES[dtype] * expected.norm()
+def check(inputs, store, dtype=torch.float32):
+    assert_attends(cuda.attend, inputs.with_query(inputs.query.to(dtype)), store, TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("keys", KEYS)
@@ -52,15 +50,15 @@ def test_every_rotary_embedding(keys, rope):
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("rule", [None, lambda b, h, q, k: (k <= q) & (k // 48 == q // 48)])
 def test_whatever_hides_tokens(rule, window, softcap):
-    query, store, options = case(KEYS["nuq4-1%"], BY_TOKEN, (3, 2, 1, 16, 130 + NEW, NEW), sinks=3, padded=[0, 70, 140])
-    hide(query, store, options, rule, window, softcap)
-    check(query, store, options)
+    inputs, store = case(KEYS["nuq4-1%"], BY_TOKEN, (3, 2, 1, 16, 130 + NEW, NEW), sinks=3, padded=[0, 70, 140])
+    inputs = hide(inputs, store, rule, window, softcap)
+    check(inputs, store)
 
 
 def test_positions_that_do_not_follow_each_other():
-    query, store, options = case(KEYS["nuq4-1%"], BY_TOKEN, (1, 2, 1, 16, 135 + NEW, NEW))
-    options["rope_state"] = options["rope_state"] // 3 + 1_000_000
-    check(query, store, options)
+    inputs, store = case(KEYS["nuq4-1%"], BY_TOKEN, (1, 2, 1, 16, 135 + NEW, NEW))
+    inputs = replace(inputs, rope_state=inputs.rope_state // 3 + 1_000_000)
+    check(inputs, store)
 
 
 @pytest.mark.parametrize("total", [NEW + 3, 64 + NEW, 200])
@@ -69,20 +67,20 @@ def test_any_length_and_none_in_blocks(total):
 
 
 def test_a_prompt_before_which_nothing_is_stored():
-    query, store, options = case(KEYS["nuq2"], VALUES["token"], (2, 2, 1, 24, NEW, NEW))
+    inputs, store = case(KEYS["nuq2"], VALUES["token"], (2, 2, 1, 24, NEW, NEW))
     store.reset()
-    check(query, store, options, torch.float16)
+    check(inputs, store, torch.float16)
 
 
 def test_a_cache_as_it_grows_is_cropped_and_selected():
-    query, store, options = case(KEYS["nuq2"], VALUES["kivi-2"], (2, 2, 1, 16, 180, NEW), sinks=2, window=40)
-    check(query, store, options | {"past": 180, "new": None, "rope_state": torch.arange(180).expand(2, -1)})  # strict
+    inputs, store = case(KEYS["nuq2"], VALUES["kivi-2"], (2, 2, 1, 16, 180, NEW), sinks=2, window=40)
+    check(replace(inputs, past=180, new=None, rope_state=torch.arange(180).expand(2, -1)), store)  # strict
     store.crop(101)
-    options |= {"past": 101, "new": None, "rope_state": torch.arange(101).expand(2, -1)}
-    check(query, store, options)
+    inputs = replace(inputs, past=101, new=None, rope_state=torch.arange(101).expand(2, -1))
+    check(inputs, store)
     store.select(torch.tensor([1, 1]))
     store.append(torch.randn(2, 1, 70, 16), torch.randn(2, 1, 70, 16))
-    check(query, store, options | {"past": 171, "rope_state": torch.arange(171).expand(2, -1)})
+    check(replace(inputs, past=171, rope_state=torch.arange(171).expand(2, -1)), store)
 
 
 @pytest.mark.parametrize("most", [64, 128])

@@ -2,9 +2,11 @@
 GPU.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
-from tests.cases import KEYS, VALUES, case
+from tests.cases import KEYS, VALUES, assert_attends, case
 
 from narrowkv.attention import AttentionMask, naive, sdpa, tiled
 
@@ -65,19 +67,15 @@ def called(monkeypatch):
     return names
 
 
-def check(query, store, options):
-    query = query.half()
-    found = tiled.attend(query, store, **options)
-    expected = naive.attend(query.double(), store, **options)
-    assert found.dtype == torch.float32 and found.isfinite().all()
-    assert (found - expected).norm() <= 3e-3 * expected.norm()
+def check(inputs, store):
+    assert_attends(tiled.attend, inputs.with_query(inputs.query.half()), store, 3e-3)
 
 
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 80, 63, 21), (3, 6, 2, 16, 200, 40), (1, 4, 4, 24, 50, 50)])
 def test_a_plain_prompt_takes_flash_attention_and_no_mask(called, shape, sinks):
-    query, store, options = case(KEYS["nuq4-1%"], VALUES["kivi-2"], shape)
-    check(query, store, options | {"mask": AttentionMask(), "sink_logits": torch.randn(shape[1]) if sinks else None})
+    inputs, store = case(KEYS["nuq4-1%"], VALUES["kivi-2"], shape)
+    check(replace(inputs, mask=AttentionMask(), sink_logits=torch.randn(shape[1]) if sinks else None), store)
     assert set(called) == {"_scaled_dot_product_flash_attention"}
 
 
@@ -95,14 +93,14 @@ def test_where_a_mask_is_needed_the_other_operator_is_taken(called, monkeypatch,
     if small:
         monkeypatch.setattr(tiled, "FUSED_SLICE", 19)
         monkeypatch.setattr(tiled, "QUERY_SLICE", 10)
-    query, store, options = case(KEYS["nuq2"], VALUES["token"], (3, 4, 2, 16, 200, 45), padded=[0, 70, 190])
-    check(query, store, options | {"mask": mask(options["mask"].padding)})
+    inputs, store = case(KEYS["nuq2"], VALUES["token"], (3, 4, 2, 16, 200, 45), padded=[0, 70, 190])
+    check(replace(inputs, mask=mask(inputs.mask.padding)), store)
     assert "_scaled_dot_product_efficient_attention" in called
 
 
 def test_a_query_that_sees_nothing_yields_zeros(called):
-    query, store, options = case(KEYS["nuq2"], VALUES["token"], (2, 2, 1, 16, 70, 20), padded=[0, 70])
-    found = tiled.attend(query.half(), store, **options)
+    inputs, store = case(KEYS["nuq2"], VALUES["token"], (2, 2, 1, 16, 70, 20), padded=[0, 70])
+    found = tiled.attend(inputs.with_query(inputs.query.half()), store)
     assert found[0].any() and not found[1].any()
 
 
@@ -112,10 +110,11 @@ def test_heads_too_long_for_flash_attention(called):
 
 
 def test_what_no_operator_computes_is_computed_with_scores_held(called):
-    query, store, options = case(KEYS["nuq2"], VALUES["token"], (1, 2, 1, 16, 70, 20))
+    inputs, store = case(KEYS["nuq2"], VALUES["token"], (1, 2, 1, 16, 70, 20))
     for dtype, softcap in ((torch.float32, None), (torch.float16, 2.0)):
-        found = tiled.attend(query.to(dtype), store, **options, softcap=softcap)
-        expected = naive.attend(query.to(dtype).double(), store, **options, softcap=softcap)
+        query = inputs.query.to(dtype)
+        some = replace(inputs, query=query, softcap=softcap)
+        found, expected = tiled.attend(some, store), naive.attend(some.with_query(query.double()), store)
         torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-4)
     assert not called
 

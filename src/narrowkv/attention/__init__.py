@@ -8,13 +8,15 @@ from torch import Tensor
 from narrowkv.attention import naive, tiled
 from narrowkv.attention.cpu import decode as cpu
 from narrowkv.attention.cuda import decode as cuda
+from narrowkv.attention.inputs import AttentionInputs
 from narrowkv.attention.mask import AttentionMask
 from narrowkv.attention.rope import AnyRope, Rope, StoredRope
 from narrowkv.attention.support import unsupported_reason
 from narrowkv.codec import Scheme
 from narrowkv.defaults import AUTO
+from narrowkv.store import LayerStore
 
-BACKENDS: dict[str, Callable[..., Tensor]] = {
+BACKENDS: dict[str, Callable[[AttentionInputs, LayerStore], Tensor]] = {
     "cpu": cpu.attend,
     "cuda": cuda.attend,
     "torch": tiled.attend,
@@ -58,4 +60,14 @@ def describe_backend(backend: str, int16: bool, in_torch: Sequence[str] = ()) ->
     return f"cpu ({cpu.KERNELS[0]}{', int16' if int16 else ''}){slow}"
 
 
-__all__ = ["AUTO", "BACKENDS", "AnyRope", "AttentionMask", "Rope", "StoredRope", "describe_backend", "resolve_backend"]
+__all__ = [
+    "AUTO",
+    "BACKENDS",
+    "AnyRope",
+    "AttentionInputs",
+    "AttentionMask",
+    "Rope",
+    "StoredRope",
+    "describe_backend",
+    "resolve_backend",
+]

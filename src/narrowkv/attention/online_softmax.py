@@ -6,33 +6,23 @@ import torch
 from torch import Tensor
 
 from narrowkv.attention import sdpa
+from narrowkv.attention.inputs import AttentionInputs
 from narrowkv.attention.mask import AttentionMask
 
 
 class OnlineSoftmax:
     """The largest score so far, the sum of weights and the weighted sum of values, in the dtype of the queries."""
 
-    def __init__(
-        self,
-        query: Tensor,
-        query_positions: range,
-        mask: AttentionMask,
-        scaling: float,
-        softcap: float | None,
-        sink_logits: Tensor | None,
-    ):
-        """query: [batch, query_heads, queries, head_dim] float32 or float64. query_positions: where in the sequence they are.
-        The rest like those of `naive.attend`.
-        """
-        self.query = query * scaling
-        self.query_positions = query_positions
-        self.mask = mask
-        self.softcap = softcap
-        self.running_max = query.new_full((*query.shape[:3], 1), -torch.inf)
+    def __init__(self, inputs: AttentionInputs, some: slice):
+        """Of some of the queries, which are in float32 or float64."""
+        self.query = inputs.query[:, :, some] * inputs.scaling
+        self.query_positions = inputs.query_positions[some]
+        self.mask, self.softcap, sink_logits = inputs.mask, inputs.softcap, inputs.sink_logits
+        self.running_max = self.query.new_full((*self.query.shape[:3], 1), -torch.inf)
         self.denominator = torch.zeros_like(self.running_max)
-        self.accumulator = torch.zeros_like(query)
+        self.accumulator = torch.zeros_like(self.query)
         if sink_logits is not None:
-            self.running_max = sink_logits.to(query.dtype)[None, :, None, None].expand_as(self.running_max)
+            self.running_max = sink_logits.to(self.query.dtype)[None, :, None, None].expand_as(self.running_max)
             self.denominator = torch.ones_like(self.running_max)
 
     def update(self, keys: Tensor, values: Tensor, tokens: range) -> None:
@@ -65,24 +55,12 @@ class SdpaAccumulator:
     are in float32 at least.
     """
 
-    def __init__(
-        self,
-        query: Tensor,
-        query_positions: range,
-        mask: AttentionMask,
-        scaling: float,
-        sink_logits: Tensor | None,
-        merge: Callable[[Tensor, Tensor, Tensor, Tensor], None],
-    ):
-        """query: [batch, query_heads, queries, head_dim]. query_positions: where in the sequence they are. merge:
-        `merge_states`, or what does the same. The rest like those of `naive.attend`.
-        """
-        self.query = query
-        self.query_positions = query_positions
-        self.mask = mask
-        self.scaling = scaling
-        self.merge = merge
-        precision = torch.promote_types(query.dtype, torch.float32)
+    def __init__(self, inputs: AttentionInputs, some: slice, merge: Callable[[Tensor, Tensor, Tensor, Tensor], None]):
+        """Of some of the queries. merge: `merge_states`, or what does the same."""
+        self.query = query = inputs.query[:, :, some]
+        self.query_positions = inputs.query_positions[some]
+        self.mask, self.scaling, self.merge = inputs.mask, inputs.scaling, merge
+        precision, sink_logits = inputs.precision, inputs.sink_logits
         self.mean = torch.zeros(query.shape, dtype=precision, device=query.device)
         self.lse = self.mean.new_full(query.shape[:3], -torch.inf)
         if sink_logits is not None:

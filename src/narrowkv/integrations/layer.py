@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
-from narrowkv.attention import BACKENDS, AnyRope, Rope
+from narrowkv.attention import BACKENDS, AnyRope, AttentionInputs, Rope
 from narrowkv.attention.cuda import decode as cuda
 from narrowkv.codec.surroundings import undisturbed
 from narrowkv.errors import CacheUseError, UnsupportedModelError
@@ -201,7 +201,12 @@ class PackedHandle:
             output, _ = model_attention(module, *tensors, mask, scaling=scaling, **kwargs)
             return output
         with undisturbed():
-            return (self._attend if layer.device_lengths is None else self._attend_captured)(query, mask, scaling, **kwargs)
+            inputs = self._inputs(query, mask, scaling, **kwargs)
+            if layer.device_lengths is None:
+                output = BACKENDS[layer.backend](inputs, layer.store)
+            else:
+                output = cuda.prepare(inputs, layer.store, layer.device_lengths)()
+            return output.to(query.dtype).transpose(1, 2).contiguous()
 
     def _exact(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, keys and values as the model's own attention takes them, rotated."""
@@ -211,37 +216,23 @@ class PackedHandle:
             return rotated, *layer.store.read()
         return rotated, layer.rotate(self.keys, self.rope_state, self.precision), self.values
 
-    def _attend(self, query: Tensor, mask: LazyMask, scaling: float, **kwargs: Any) -> Tensor:
-        """Attention by the cache's backend."""
-        layer = self.layer
-        past = layer.store.length if layer.strict else self.past
-        rope_state = (
-            layer.position_buffer.read(layer.store.first, past) if layer.position_buffer and layer.rotates_on_read else None
-        )
-        rotated_query, options = self._prepare_query(query, mask, scaling, past, rope_state, **kwargs)
-        return BACKENDS[layer.backend](rotated_query, layer.store, **options).to(query.dtype).transpose(1, 2).contiguous()
-
-    def _attend_captured(self, query: Tensor, mask: LazyMask, scaling: float, **kwargs: Any) -> Tensor:
-        """The same, while a CUDA graph is captured."""
-        layer = self.layer
-        rope_state = layer.position_buffer.buffer if layer.position_buffer and layer.rotates_on_read else None
-        rotated_query, options = self._prepare_query(query, mask, scaling, self.past, rope_state, **kwargs)
-        output = cuda.prepare(rotated_query, layer.store, device_lengths=layer.device_lengths, **options)()
-        return output.to(query.dtype).transpose(1, 2).contiguous()
-
-    def _prepare_query(
-        self, query: Tensor, mask: LazyMask, scaling: float, past: int, rope_state: Tensor | None, **kwargs: Any
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """The query rotated, and what backends are given beside it and the store."""
+    def _inputs(self, query: Tensor, mask: LazyMask, scaling: float, **kwargs: Any) -> AttentionInputs:
+        """What the cache's backend is given: the query rotated, new tokens unless they too are read as stored."""
         layer, precise = self.layer, torch.promote_types(query.dtype, torch.float32)
+        past, buffer = layer.store.length if layer.strict else self.past, layer.position_buffer
         query_positions = None if self.rope_state is None else self.rope_state[:, -query.shape[2] :]
-        return layer.rotate(query.to(precise), query_positions).to(query.dtype), {
-            "past": past,
-            "new": None if layer.strict else (layer.rotate(self.keys.to(precise), self.rope_state), self.values),
-            "rope": layer.rope if layer.rotates_on_read else None,
-            "rope_state": rope_state,
-            "mask": mask.attention_mask,
-            "scaling": scaling,
-            "softcap": kwargs.get("softcap"),
-            "sink_logits": kwargs.get("s_aux"),
-        }
+        rope, rope_state = layer.rope if layer.rotates_on_read else None, None
+        if rope and buffer:
+            captured = layer.device_lengths is not None
+            rope_state = buffer.buffer if captured else buffer.read(layer.store.first, past)
+        return AttentionInputs(
+            query=layer.rotate(query.to(precise), query_positions).to(query.dtype),
+            past=past,
+            new=None if layer.strict else (layer.rotate(self.keys.to(precise), self.rope_state), self.values),
+            rope=rope,
+            rope_state=rope_state,
+            mask=mask.attention_mask,
+            scaling=scaling,
+            softcap=kwargs.get("softcap"),
+            sink_logits=kwargs.get("s_aux"),
+        )

@@ -5,7 +5,6 @@ computed in float32, or in int16.
 """
 
 from dataclasses import dataclass
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,7 +16,7 @@ from narrowkv.attention.cpu.int16 import SUPPORTED, supports
 from narrowkv.attention.cpu.streams import Streams, StreamValues, steps_to_anchors
 from narrowkv.attention.cpu.tables import packed_tensor_args, rope_tables, rotary_layout
 from narrowkv.attention.head_transform import bias_scores, head_rotation, rotate_query, rotate_value_bias, unrotate_output
-from narrowkv.attention.mask import AttentionMask
+from narrowkv.attention.inputs import AttentionInputs
 from narrowkv.attention.rope import AnyRope, Rope
 from narrowkv.attention.support import require_supported
 from narrowkv.codec import Scheme
@@ -64,21 +63,8 @@ _BLOCKS: WeakKeyDictionary[LayerStore, _Blocks] = WeakKeyDictionary()
 _SINKS: WeakKeyDictionary[LayerStore, tuple[AnyRope, Tensor, Tensor, Tensor]] = WeakKeyDictionary()  # as `_sinks` keeps them
 
 
-def attend(
-    query: Tensor,
-    store: LayerStore,
-    *,
-    past: int,
-    new: tuple[Tensor, Tensor] | None,
-    rope: AnyRope | None,
-    rope_state: Tensor | None,
-    mask: AttentionMask,
-    scaling: float,
-    softcap: float | None = None,
-    sink_logits: Tensor | None = None,
-    kernel: str | None = None,
-) -> Tensor:
-    """Attention of the newest queries over the packed cache; parameters and result like those of `naive.attend`.
+def attend(inputs: AttentionInputs, store: LayerStore, kernel: str | None = None) -> Tensor:
+    """Attention of the newest queries over the packed cache; result like that of `naive.attend`.
 
     kernel: one of KERNELS, which compute in float32, or INT16; by default INT16, if it reads such a cache, for queries of 16
     bits and where `torch.set_float32_matmul_precision` lets products of float32 be rounded. Caches without a sealed block,
@@ -86,29 +72,28 @@ def attend(
     Raises UnsupportedModelError off the CPU, for elements stored in float64, and for keys rotated by Hadamard before the
     rotary embedding.
     """
+    query, scaling, sink_logits = inputs.query, inputs.scaling, inputs.sink_logits
     if query.device.type != "cpu":
         raise UnsupportedModelError(f"Backend cpu reads memory of the CPU, not of {query.device}; choose backend torch.")
-    require_supported("cpu", store, rope)
-    rotated = rope if rope_state is not None else None
-    sealed = min(store.blocks.tokens, past - store.first)
+    require_supported("cpu", store, inputs.rope)
+    sealed = min(store.blocks.tokens, inputs.past - store.first)
     beyond = query.shape[2] > tiled.FEW_QUERIES or query.dtype == torch.float64 or query.shape[3] > MOST_HEAD_DIM
     if beyond or sealed <= 0:
-        options: dict[str, Any] = {"mask": mask, "scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
-        return tiled.attend(query, store, past=past, new=new, rope=rope, rope_state=rope_state, **options)
-    blocks = _blocks(store, rotated)
+        return tiled.attend(inputs, store)
+    rope = inputs.rope if inputs.rope_state is not None else None
+    blocks = _blocks(store, rope)
     if kernel is None:
         kernel = INT16 if allows_int16(query.dtype) and blocks.uses_int16 else KERNELS[0]
     query = query.float().contiguous()
-    tail = min(store.tail.tokens, past - store.first - sealed) if store.tail else 0
-    keys, values, tokens = _exact(store, past, sealed + tail, new, rotated, rope_state)
+    tail = min(store.tail.tokens, inputs.past - store.first - sealed) if store.tail else 0
+    keys, values, tokens = _exact(inputs, store, sealed + tail)
     output = query.new_empty(2, *query.shape)
     totals = None if blocks.stream_values is None else query.new_empty(query.shape[:3])
     packed_query = rotate_query(store.quantizers[0], blocks.head_rotations[0], query)
-    rope_tables_ = rope_tables(rotated, blocks.rope_state_of(rope_state, sealed + tail), query.shape[0])
+    rope_tables_ = rope_tables(rope, blocks.rope_state_of(inputs.rope_state, sealed + tail), query.shape[0])
     if rope_tables_.angles is not None and kernel == INT16:
         kernel = KERNELS[0]
-    length = past + (new[0].shape[2] if new else 0)
-    hidden = _hidden(mask, store, sealed + tail, length, query.shape[2], tokens)
+    hidden = _hidden(inputs, store, sealed + tail, tokens)
     sinks = None if store.sinks.index is None else (store.sinks.index - store.first).contiguous()
     sink_logits = None if sink_logits is None else sink_logits.float().contiguous()
     heads = keys.shape[1]
@@ -148,7 +133,7 @@ def attend(
         key_offsets=address(key_offsets, torch.float32),
         value_bias=address(blocks.value_bias, torch.float32),
         scaling=scaling,
-        softcap=softcap or 0.0,
+        softcap=inputs.softcap or 0.0,
     )
     return blocks.channels(store, output[0], totals) + output[1]
 
@@ -213,14 +198,7 @@ def _blocks(store: LayerStore, rope: AnyRope | None) -> _Blocks:
     return known
 
 
-def _exact(
-    store: LayerStore,
-    past: int,
-    packed: int,
-    new: tuple[Tensor, Tensor] | None,
-    rope: AnyRope | None,
-    rope_state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _exact(inputs: AttentionInputs, store: LayerStore, packed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens that are read neither from blocks nor from the tail: sinks, what is in the exact window, new ones.
 
     packed: how many tokens blocks and tail hold. Returns keys (rotated) and values, [batch, kv_heads, n, head_dim] float32
@@ -231,17 +209,14 @@ def _exact(
     if store.sinks.elements is not None and store.sinks.index is not None:
         at = store.sinks.index - store.first
         at = at.masked_fill((at < 0) | (at >= packed), -1)
-        parts.append(_sinks(store, at, rope, rope_state))
+        parts.append(_sinks(inputs, store, at))
         tokens.append(at)
-    stop = past - store.first
-    if stop > packed:
+    window = inputs.past - store.first - packed
+    if window > 0:
         keys, values, _ = store.residual.held()
-        keys, values = (part[:, :, : stop - packed].float() for part in (keys, values))
-        if rope is not None and rope_state is not None:
-            keys = rope.rotate(keys, rope_state[:, packed:stop])
-        parts.append((keys, values))
-    if new:
-        parts.append((new[0].float(), new[1].float()))
+        parts.append((inputs.rotate(keys[:, :, :window].float(), packed), values[:, :, :window].float()))
+    if inputs.new:
+        parts.append((inputs.new[0].float(), inputs.new[1].float()))
     if not parts:
         assert store.shape is not None
         parts.append((torch.zeros(store.shape[0], store.shape[1], 0, store.shape[2], dtype=torch.float32, device="cpu"),) * 2)
@@ -251,28 +226,27 @@ def _exact(
     return joined[0], joined[1], torch.cat(tokens, dim=1)
 
 
-def _sinks(store: LayerStore, at: Tensor, rope: AnyRope | None, rope_state: Tensor | None) -> tuple[Tensor, Tensor]:
+def _sinks(inputs: AttentionInputs, store: LayerStore, at: Tensor) -> tuple[Tensor, Tensor]:
     """Keys (rotated) and values of sinks, float32; rotated again only where they, or their places, have changed."""
     assert store.sinks.elements is not None
     keys, values = store.sinks.elements
-    if rope is None or rope_state is None:
+    rope = inputs.rope
+    if rope is None or inputs.rope_state is None:
         return keys.float(), values.float()
-    entries = rope_state.expand(len(at), *rope_state.shape[1:])[
-        torch.arange(len(at), dtype=torch.int64, device="cpu")[:, None], at
-    ]
+    rope_state = inputs.rope_state_at(at)
     known = _SINKS.get(store)
-    if known is None or known[0] is not rope or not torch.equal(keys, known[1]) or not torch.equal(entries, known[2]):
-        known = _SINKS[store] = (rope, keys.clone(), entries, rope.rotate(keys.float(), entries))
+    if known is None or known[0] is not rope or not torch.equal(keys, known[1]) or not torch.equal(rope_state, known[2]):
+        known = _SINKS[store] = (rope, keys.clone(), rope_state, rope.rotate(keys.float(), rope_state))
     return known[3], values.float()
 
 
-def _hidden(mask: AttentionMask, store: LayerStore, packed: int, length: int, queries: int, tokens: Tensor) -> Tensor | None:
+def _hidden(inputs: AttentionInputs, store: LayerStore, packed: int, tokens: Tensor) -> Tensor | None:
     """What each query does not see: [batch or 1, queries, packed + exact tokens] bool, None where all see everything."""
+    mask, queries = inputs.mask, inputs.query.shape[2]
     plain = mask.rule is None and mask.padding is None and mask.sliding_window is None
     if plain and queries == 1 and not bool((tokens < 0).any()):
         return None
-    index = torch.arange(store.first, length, dtype=torch.int64, device="cpu")
-    hidden = mask.hidden(index[len(index) - queries :], index)[:, 0]  # [batch or 1, queries, all tokens]
+    hidden = inputs.hidden(store.first)[:, 0]  # [batch or 1, queries, all tokens]
     rows = max(len(hidden), len(tokens))
     hidden, tokens = hidden.expand(rows, -1, -1), tokens.expand(rows, -1)
     exact = hidden.gather(2, tokens.clamp(min=0)[:, None].expand(-1, queries, -1)) | (tokens < 0)[:, None]

@@ -3,6 +3,7 @@ call.
 """
 
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from narrowkv.attention.cuda.codebooks import CodebookSet, codebooks_of, folds
 from narrowkv.attention.cuda.kernels.layout import PackedLayout, power_of_2
 from narrowkv.attention.head_transform import head_rotation
+from narrowkv.attention.inputs import AttentionInputs
 from narrowkv.attention.rope import AnyRope, Rope
 from narrowkv.codec import AnyQuantizer
 from narrowkv.codec.packing import PLANES
@@ -59,6 +61,16 @@ class BlockTable:
         """Pairs of channels that rotate, where positions tell how far."""
         return 0 if self.cycles is None else len(self.cycles)
 
+    def rope_config(self, inputs: AttentionInputs) -> dict[str, Any]:
+        """Channels of keys, and which of them rotate how, as `KernelConfig` names them."""
+        rope, rope_state = inputs.rope, inputs.rope_state
+        return {
+            "dim": inputs.query.shape[3],
+            "pairs": 0 if rope is None or rope_state is None else self.pairs or rope_state.shape[-1],
+            "interleaved": rope is not None and rope_state is not None and rope.interleaved,
+            "rope_mode": self.rope_mode,
+        }
+
     def shared(self) -> dict[str, Tensor | None]:
         """Its tensors, as `launch.SharedArgs` names them."""
         some = self.count > 0
@@ -69,6 +81,19 @@ class BlockTable:
             "near": self.near,
             "cycles": self.cycles,
         }
+
+
+def kernel_rope_state(rope: AnyRope | None, rope_state: Tensor | None) -> Tensor | None:
+    """What is stored of each token, as kernels read it: positions [1 or batch, tokens] int32, or angles of a token
+    together.
+    """
+    if rope is None or rope_state is None:
+        return None
+    if rope_state.stride(0) == 0:
+        rope_state = rope_state[:1]
+    if isinstance(rope, Rope):
+        rope_state = rope_state if rope_state.dtype == torch.int32 else rope_state.to(torch.int32)
+    return rope_state if rope_state[0].is_contiguous() else rope_state.contiguous()
 
 
 def block_table_of(store: LayerStore, rope: AnyRope | None, rope_state: Tensor | None, padding: Tensor | None) -> BlockTable:

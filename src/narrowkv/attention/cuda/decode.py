@@ -17,10 +17,10 @@ from torch import Tensor
 from narrowkv.attention import tiled
 from narrowkv.attention.cuda import prefill
 from narrowkv.attention.cuda.arguments import packed_tensor_args
-from narrowkv.attention.cuda.block_table import BlockTable, block_table_of
+from narrowkv.attention.cuda.block_table import BlockTable, block_table_of, kernel_rope_state
 from narrowkv.attention.cuda.kernels.layout import KernelConfig, power_of_2
 from narrowkv.attention.head_transform import rotate_query, unrotate_output
-from narrowkv.attention.mask import AttentionMask
+from narrowkv.attention.inputs import AttentionInputs
 from narrowkv.attention.rope import AnyRope, Rope
 from narrowkv.attention.support import require_supported
 from narrowkv.codec import AnyQuantizer
@@ -35,34 +35,19 @@ PROGRAMS = 4  # for each multiprocessor
 FEWEST_BLOCKS, MOST_SPLITS = 4, 128  # of a program; of a sequence's blocks
 
 
-def attend(
-    query: Tensor,
-    store: LayerStore,
-    *,
-    past: int,
-    new: tuple[Tensor, Tensor] | None,
-    rope: AnyRope | None,
-    rope_state: Tensor | None,
-    mask: AttentionMask,
-    scaling: float,
-    softcap: float | None = None,
-    sink_logits: Tensor | None = None,
-) -> Tensor:
-    """Attention of the newest queries over the packed cache; parameters and result like those of `naive.attend`.
+def attend(inputs: AttentionInputs, store: LayerStore) -> Tensor:
+    """Attention of the newest queries over the packed cache; result like that of `naive.attend`.
 
     More than 16 queries (so prompts are read) go to `prefill.attend`, queries in float64 to `tiled.attend`. Raises
     UnsupportedModelError where Triton or the GPU is missing, for elements stored in float64, for heads of more than 256
     channels, and for keys rotated by Hadamard before the rotary embedding.
     """
-    _require(query, store, rope)
-    options: dict[str, Any] = {"mask": mask, "scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
-    if query.dtype == torch.float64:
-        return tiled.attend(query, store, past=past, new=new, rope=rope, rope_state=rope_state, **options)
-    if query.shape[2] > tiled.FEW_QUERIES:
-        return prefill.attend(
-            query, store, past=past, new=new, rope=rope, rope_state=rope_state, read=_rope_state(rope, rope_state), **options
-        )
-    return prepare(query, store, past=past, new=new, rope=rope, rope_state=rope_state, **options)()
+    _require(inputs, store)
+    if inputs.query.dtype == torch.float64:
+        return tiled.attend(inputs, store)
+    if inputs.queries > tiled.FEW_QUERIES:
+        return prefill.attend(inputs, store)
+    return prepare(inputs, store)()
 
 
 @dataclass(frozen=True)
@@ -86,42 +71,29 @@ class DecodePlan:
         return unrotate_output(values, blocks.head_rotations[1], found[0]) + found[1] if self.plan.apart else found[0]
 
 
-def prepare(
-    query: Tensor,
-    store: LayerStore,
-    *,
-    past: int,
-    new: tuple[Tensor, Tensor] | None,
-    rope: AnyRope | None,
-    rope_state: Tensor | None,
-    mask: AttentionMask,
-    scaling: float,
-    softcap: float | None = None,
-    sink_logits: Tensor | None = None,
-    device_lengths: Tensor | None = None,
-) -> DecodePlan:
+def prepare(inputs: AttentionInputs, store: LayerStore, device_lengths: Tensor | None = None) -> DecodePlan:
     """`attend` of up to 16 queries, but for its kernels; what they read must stay where it is until they have run.
 
     device_lengths: `lengths` on the device, if a CUDA graph is captured; `rope_state` is then of all for which there is space.
     Raises UnsupportedModelError where a rule hides tokens from a captured step.
     """
-    launch = _require(query, store, rope)
-    rope = rope if rope_state is not None else None
-    rope_state = _rope_state(rope, rope_state)
+    launch = _require(inputs, store)
+    query, new, mask = inputs.query, inputs.new, inputs.mask
+    rope = inputs.rope if inputs.rope_state is not None else None
+    rope_state = kernel_rope_state(rope, inputs.rope_state)
     blocks = block_table_of(store, rope, rope_state, mask.padding)
-    length = past + (new[0].shape[2] if new else 0)
     if device_lengths is None:
-        device_lengths = to_device_async(lengths(store, blocks, past, length, query.shape[2]), query.device)
+        device_lengths = to_device_async(lengths(store, blocks, inputs.past, inputs.length, inputs.queries), query.device)
     elif mask.rule is not None:
         raise UnsupportedModelError("A mask by rule cannot be captured in a CUDA graph; decode without one.")
-    case = _case(query, store, blocks, rope, rope_state, mask, softcap)
+    case = _case(inputs, store, blocks)
     shared = launch.SharedArgs(
         **blocks.shared(),
         rope_state=rope_state,
         padding=mask.padding.view(torch.uint8) if case.padding and mask.padding is not None else None,
-        hidden=_hidden(mask, query, store.first, length) if case.hidden else None,
+        hidden=inputs.hidden(store.first)[:, 0].contiguous().view(torch.uint8) if case.hidden else None,
         sink_index=store.sinks.index,
-        sink_logits=sink_logits,
+        sink_logits=inputs.sink_logits,
     )
     splits = _splits(query, store, blocks, case)
     plan = launch.LaunchConfig(*blocks.layouts, case, splits, blocks.rotated[1], query.dtype != torch.float32)
@@ -132,7 +104,7 @@ def prepare(
         lengths=device_lengths,
         parts=(sides[0], sides[1], shared),
         plan=plan,
-        elements=(scaling, softcap or 0.0, rope.scaling if isinstance(rope, Rope) else 1.0),
+        elements=(inputs.scaling, inputs.softcap or 0.0, rope.scaling if isinstance(rope, Rope) else 1.0),
         quantizers=store.quantizers,
         blocks=blocks,
     )
@@ -152,16 +124,16 @@ def runs_on(device: torch.device) -> bool:
     return launch is not None and (device.type == "cuda" or bool(launch.INTERPRETED))
 
 
-def _require(query: Tensor, store: LayerStore, rope: AnyRope | None) -> Any:
+def _require(inputs: AttentionInputs, store: LayerStore) -> Any:
     """The module that launches kernels; raises UnsupportedModelError where they do not read a cache of such keys."""
     if _launch() is None:
         raise UnsupportedModelError("Backend cuda needs Triton; install it (`pip install triton`), or choose backend torch.")
-    if not runs_on(query.device):
-        raise UnsupportedModelError(f"Backend cuda reads memory of a GPU, not of {query.device}; choose backend torch.")
-    require_supported("cuda", store, rope)
+    if not runs_on(inputs.query.device):
+        raise UnsupportedModelError(f"Backend cuda reads memory of a GPU, not of {inputs.query.device}; choose backend torch.")
+    require_supported("cuda", store, inputs.rope)
     if store.bias.tensors():
         raise UnsupportedModelError("Backend cuda does not put back what projections add to keys; choose backend torch.")
-    dim = query.shape[3]
+    dim = inputs.query.shape[3]
     if dim > MOST_HEAD_DIM or dim % 8:
         raise UnsupportedModelError(
             f"Backend cuda reads heads of up to {MOST_HEAD_DIM} channels, a multiple of 8, not of {dim}; choose backend torch."
@@ -169,54 +141,24 @@ def _require(query: Tensor, store: LayerStore, rope: AnyRope | None) -> Any:
     return _launch()
 
 
-def _rope_state(rope: AnyRope | None, rope_state: Tensor | None) -> Tensor | None:
-    """What is stored of each token, as kernels read it: positions [1 or batch, tokens] int32, or angles of a token
-    together.
-    """
-    if rope is None or rope_state is None:
-        return None
-    if rope_state.stride(0) == 0:
-        rope_state = rope_state[:1]
-    if isinstance(rope, Rope):
-        rope_state = rope_state if rope_state.dtype == torch.int32 else rope_state.to(torch.int32)
-    return rope_state if rope_state[0].is_contiguous() else rope_state.contiguous()
-
-
-def _case(
-    query: Tensor,
-    store: LayerStore,
-    blocks: BlockTable,
-    rope: AnyRope | None,
-    rope_state: Tensor | None,
-    mask: AttentionMask,
-    softcap: float | None,
-) -> KernelConfig:
+def _case(inputs: AttentionInputs, store: LayerStore, blocks: BlockTable) -> KernelConfig:
     assert store.shape is not None
-    rows = query.shape[1] // store.shape[1] * query.shape[2]
+    query, mask = inputs.query, inputs.mask
+    rows = query.shape[1] // store.shape[1] * inputs.queries
     hidden = mask.rule is not None
-    pairs = 0 if rope is None or rope_state is None else blocks.pairs or rope_state.shape[-1]
     exact = torch.get_float32_matmul_precision() == "highest" and query.dtype == torch.float32
     return KernelConfig(
         rows=rows,
         capacity=min(max(power_of_2(rows), FEWEST_ROWS), MOST_ROWS // (1 if query.dtype.itemsize == 2 else 2)),
-        queries=query.shape[2],
-        dim=query.shape[3],
-        pairs=pairs,
-        interleaved=rope is not None and rope.interleaved,
-        rope_mode=blocks.rope_mode,
+        queries=inputs.queries,
         sinks=0 if store.sinks.index is None else store.sinks.index.shape[1],
-        softcap=softcap is not None,
+        softcap=inputs.softcap is not None,
         padding=mask.padding is not None and not hidden,
         window=0 if hidden else mask.sliding_window or 0,
         hidden=hidden,
         precision="ieee" if exact else "tf32",
+        **blocks.rope_config(inputs),
     )
-
-
-def _hidden(mask: AttentionMask, query: Tensor, first: int, length: int) -> Tensor:
-    """What each query does not see, by the rule: [batch or 1, queries, tokens held] uint8."""
-    index = torch.arange(first, length, device=query.device, dtype=torch.int64)
-    return mask.hidden(index[len(index) - query.shape[2] :], index)[:, 0].contiguous().view(torch.uint8)
 
 
 def _splits(query: Tensor, store: LayerStore, blocks: BlockTable, case: KernelConfig) -> int:
@@ -239,7 +181,7 @@ def blocks_for(store: LayerStore, rope: AnyRope | None, rope_state: Tensor | Non
     alone.
     """
     rope = rope if rope_state is not None else None
-    return block_table_of(store, rope, _rope_state(rope, rope_state), padding)
+    return block_table_of(store, rope, kernel_rope_state(rope, rope_state), padding)
 
 
 def lengths(store: LayerStore, blocks: BlockTable, past: int, length: int, queries: int, rope_state: int = 0) -> list[int]:
