@@ -87,10 +87,10 @@ class RateOption:
 def allocate_rates(menus: Sequence[Sequence[RateOption]], budget: float, overhead: float = 0.0) -> list[Scheme]:
     """Which option of each menu to take, with which rates, so that the sum of costs is least and that of bits within a budget.
 
-    budget: bits for each element, `overhead` of them taken by something else, both of a token in all layers alike and of all
-    that is held at 32,768 tokens, where layers with a sliding window hold fewer. One price of a bit holds for all units, so
-    what is allocated lies on the convex hull of what can be. The dearest unit of each tensor has codes. Raises RecipeError
-    where even the smallest allocation exceeds the budget.
+    budget: bits for each element of all that is stored at 32,768 tokens, where layers with a sliding window store fewer;
+    `overhead` of them are taken by something else. One price of a token's bit holds for all units, so what is allocated lies
+    on the convex hull of what can be, and layers with a window are not spoiled because they store little at last. The dearest
+    unit of each tensor has codes. Raises RecipeError where even the smallest allocation exceeds the budget.
     """
     highest = max(float(option.costs.max()) for menu in menus for option in menu)
     low, high = 1e-18 * highest, max(2 * highest, torch.finfo(torch.float32).tiny)
@@ -115,29 +115,22 @@ def too_small(budget: float, least: float) -> RecipeError:
 
 
 def _at_price(menus: Sequence[Sequence[RateOption]], price: float, overhead: float) -> tuple[list[Scheme], float]:
-    """What is best where a bit of each token costs `price`, and how many bits for each element that takes: of a token in all
-    layers alike or of all that is held, whichever is more.
-    """
-    schemes, bits, held = [], 0.0, 0.0
+    """What is best where a bit of each token costs `price`, and what that takes of each element that is stored."""
+    schemes, stored = [], 0.0
     for menu in menus:
-        found = [_best_rates(option, price) for option in menu]
-        _, scheme, used, stored = min(found, key=lambda part: part[0])
+        _, scheme, used = min((_best_rates(option, price) for option in menu), key=lambda part: part[0])
         schemes.append(scheme)
-        bits += used
-        held += stored
-    elements = [(menu[0].elements, menu[0].held) for menu in menus]
-    each, all_held = sum(count for count, _ in elements), sum(count * tokens for count, tokens in elements)
-    return schemes, max(bits / each + overhead, held / all_held + overhead)
+        stored += used
+    return schemes, stored / sum(menu[0].elements * menu[0].held for menu in menus) + overhead
 
 
-def _best_rates(option: RateOption, price: float) -> tuple[float, Scheme, float, float]:
-    """Cost with the price of its bits, the scheme with its rates, its bits of each token, and those of all that is held."""
+def _best_rates(option: RateOption, price: float) -> tuple[float, Scheme, float]:
+    """Cost with the price of its bits, the scheme with its rates, and the bits of all that is stored at 32,768 tokens."""
     bits, fixed = option.bits()
     errors = squared_errors()
     costs = option.costs.cpu().double()[:, None] * errors
     priced = costs + price * bits
     priced[0, 0] = torch.inf
     rates = priced.argmin(1)
-    used = float(bits[rates].sum()) + fixed
     cost = float(priced.gather(1, rates[:, None]).sum()) + price * fixed
-    return cost, option.with_counts(rates), used, option.held_bits(rates, used)
+    return cost, option.with_counts(rates), option.held_bits(rates, float(bits[rates].sum()) + fixed)
