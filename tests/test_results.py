@@ -29,8 +29,8 @@ def writer(monkeypatch, tmp_path):
 
 def test_pages_are_up_to_date(writer, tmp_path):
     measured = writer.MEASURED
-    for write in (writer.write_real, writer.write_accuracy, writer.write_measured, writer.write_demo, writer.write_plan):
-        write()
+    for write in ("real", "summary", "accuracy", "measured", "demo", "plan"):
+        getattr(writer, f"write_{write}")()
     assert measured.read_text() == (ROOT / "src" / "narrowkv" / "methods" / "measured.json").read_text()
     for page in PAGES:
         assert (tmp_path / page).read_text() == (ROOT / page).read_text(), f"run `make results`: {page} differs"

@@ -14,25 +14,29 @@ from narrowkv.integrations.preparation import prepare  # noqa: E402
 
 HEAD = """# Models
 
-When its first cache is made, a model is run on 12 tokens to find its attention modules and how each rotates its keys; every
-module is then run again with our handles in place of tensors, and must compute the same. There is no list of names. These
-architectures are tested with tiny random models (`tests/integrations/test_families.py`; trained checkpoints were not at hand):
-with the exact recipe, are the tokens those of `DynamicCache`? "padded" is a batch of 3 with 9, 0 and 53 tokens of left
-padding, "beam" 3 beams on that batch. Tested for each besides: logits with keys stored before the rotary embedding and rotated
-when read, and calibrated caches of 4 and 2 bits. A dash: transformers 5.23 cannot do that for this architecture itself.
-`python tools/list_models.py` writes this page.
+There is no list of supported names. When its first cache is created, a model is run on 12 tokens to find its attention modules and their
+rotary embeddings. Each module is then run again through NarrowKV's hooks, and its output must be the same.
+
+These architectures are tested with tiny random models (`tests/integrations/test_families.py`), since trained checkpoints were not available.
+The table says whether the exact recipe generates the same tokens as `DynamicCache`:
+
+- "padded" is a batch of 3 with 9, 0 and 53 tokens of left padding;
+- "beam" uses 3 beams on that batch;
+- a dash means that transformers 5.23 does not support this mode for the architecture.
+
+Two more properties are tested for each architecture: the logits with keys stored before the rotary embedding and rotated when read, and calibrated
+caches of 4 and 2 bits. `python tools/list_models.py` writes this page.
 
 """
 DENSE_HEAD = """
-## On the dense path
-These compute attention by themselves, so the packed path is refused and says so. With `backend="dense"`, chosen by name, the
-cache is as small as ever, but hands dequantized tensors to the model at every step. Keys are quantized after the rotary
-embedding (`nuq3-1%-postrope`).
+## With the dense backend
+These models compute attention themselves, so the default backends refuse them with the reason. With `backend="dense"`, the cache has the same
+size, but passes dequantized tensors to the model at every step. Keys are quantized after the rotary embedding (`nuq3-1%-postrope`).
 
 """
 CLOSING = """
 ## Refused
-When the cache is made, with a sentence that contains these words:
+These are refused when the cache is created, with an error that contains the words below:
 
 """
 

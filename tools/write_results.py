@@ -115,6 +115,21 @@ def write_real() -> None:
     replace_block(ROOT / "README.md", "real", f"{markdown(['recipe', *heads], cells)}\n{caption}")
 
 
+def write_summary() -> None:
+    """README's first table: the cache of one shape at 128K tokens, and the perplexity of real models, by recipe."""
+    plans = {row["recipe"]: row for row in read_result(RESULTS / PLANNED[0] / "plan.json", "plan")["rows"]}
+    scored = [rows_of(real(name), "mix", TEXTS[0]) for name in REAL.values()]
+    cells = []
+    for recipe in ("fp16", *FAMILIES["ours"][:3]):
+        (at,) = (at for at in plans[recipe]["contexts"] if at["tokens"] == 2**17)
+        key = "perplexity_fp" if recipe == "fp16" else "perplexity_strict"
+        perplexity = [f"{rows.get(recipe, next(iter(rows.values())))[key]:.2f}" for rows in scored]
+        cells.append([f"`{recipe}`", f"{at['prompt'] / 2**30:.1f} GiB", *perplexity])
+    heads = ["recipe", "cache of LLaMA-7B at 128K tokens", *(f"perplexity of {model}" for model in REAL)]
+    caption = "Bytes as `narrowkv plan` counts them. Perplexity is strict (see Accuracy), on WikiText-2 in windows of 512 tokens."
+    replace_block(ROOT / "README.md", "summary", f"{markdown(heads, cells)}\n{caption}\n")
+
+
 def write_accuracy() -> None:
     """The tables of real models in docs/accuracy.md: ours against KVQuant, tables of one kind of text, and every recipe."""
     found = {model: real(name) for model, name in REAL.items()}
@@ -254,6 +269,7 @@ def write_plan() -> None:
 
 if __name__ == "__main__":
     write_real()
+    write_summary()
     write_accuracy()
     write_measured()
     write_demo()
