@@ -14,24 +14,26 @@ from narrowkv.integrations.preparation import prepare  # noqa: E402
 
 HEAD = """# Models
 
-There is no list of supported names. When its first cache is created, a model is run on 12 tokens to find its attention modules and their
-rotary embeddings. Each module is then run again through NarrowKV's hooks, and its output must be the same.
+There is no list of supported names. When its first cache is created, a model is run on 12 tokens to find its attention
+modules and their rotary embeddings. Each module is then run again through NarrowKV's hooks, and its output must be the
+same.
 
-These architectures are tested with tiny random models (`tests/integrations/test_families.py`), since trained checkpoints were not available.
-The table says whether the exact recipe generates the same tokens as `DynamicCache`:
+These architectures are tested with tiny random models (`tests/integrations/test_families.py`), since trained
+checkpoints were not available. The table says whether the exact recipe generates the same tokens as `DynamicCache`:
 
 - "padded" is a batch of 3 with 9, 0 and 53 tokens of left padding;
 - "beam" uses 3 beams on that batch;
 - a dash means that transformers 5.23 does not support this mode for the architecture.
 
-Two more properties are tested for each architecture: the logits with keys stored before the rotary embedding and rotated when read, and calibrated
-caches of 4 and 2 bits. `python tools/list_models.py` writes this page.
+Two more properties are tested for each architecture: the logits with keys stored before the rotary embedding and
+rotated when read, and calibrated caches of 4 and 2 bits. `python tools/list_models.py` writes this page.
 
 """
 DENSE_HEAD = """
 ## With the dense backend
-These models compute attention themselves, so the default backends refuse them with the reason. With `backend="dense"`, the cache has the same
-size, but passes dequantized tensors to the model at every step. Keys are quantized after the rotary embedding (`nuq3-1%-postrope`).
+These models compute attention themselves, so the default backends refuse them with the reason. With `backend="dense"`,
+the cache has the same size, but passes dequantized tensors to the model at every step. Keys are quantized after the
+rotary embedding (`nuq3-1%-postrope`).
 
 """
 CLOSING = """

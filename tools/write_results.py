@@ -126,7 +126,9 @@ def write_summary() -> None:
         perplexity = [f"{rows.get(recipe, next(iter(rows.values())))[key]:.2f}" for rows in scored]
         cells.append([f"`{recipe}`", f"{at['prompt'] / 2**30:.1f} GiB", *perplexity])
     heads = ["recipe", "cache of LLaMA-7B at 128K tokens", *(f"perplexity of {model}" for model in REAL)]
-    caption = "Bytes as `narrowkv plan` counts them. Perplexity is strict (see Accuracy), on WikiText-2 in windows of 512 tokens."
+    caption = (
+        "Bytes as `narrowkv plan` counts them. Perplexity is strict (see Accuracy), on WikiText-2 in windows of 512 tokens."
+    )
     replace_block(ROOT / "README.md", "summary", f"{markdown(heads, cells)}\n{caption}\n")
 
 
