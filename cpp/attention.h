@@ -14,7 +14,7 @@ constexpr int kRopeTokens = 32;  // tokens of a tile of keys: with their angles 
 constexpr int kFrame = 16;  // tokens of a frame: codec/frames.py
 constexpr int kMostRate = 6, kUnit = 8;  // of streams: bits of a coefficient, coefficients of one rate
 
-enum class DType : int { half, bfloat, single };  // how exact elements are held
+enum class DType : int { half, bfloat, single };  // how exact elements are stored
 
 // What all trellis-coded streams of one side have in common. Of keys, a query as coefficients see it has head_dim places, half
 // of them for the first elements of pairs of channels and half for the second ones; pairs that rotate come first.

@@ -24,7 +24,7 @@ inline int tile_stride(bool channel_major, int head_dim, int tokens) {
 }
 
 // What is decoded: one head of a block. tables: its codebooks, as look-ups read them, or the one of all. next: the block whose
-// codes are asked for on the way, a row with every row, since only a few lines of memory can be under way at once.
+// codes are prefetched on the way, a row with every row, since only a few lines of memory can be under way at once.
 struct Source {
     const PackedTensor& side;
     const Block& block;
@@ -111,7 +111,7 @@ void decode_codes(const Source& source, Part part, float* buffer, float* tile) {
     }
 }
 
-// Ask for the outliers of one head of a block that will be read next, once it is known where they lie.
+// Prefetch the outliers of one head of a block that will be read next, once it is known where they lie.
 inline void prefetch_outliers(const PackedTensor& side, const Block& block, int head) {
     if (!block.outlier_offsets) return;
     for (int i = block.outlier_offsets[head]; i < block.outlier_offsets[head + 1]; i += 16) {
@@ -120,7 +120,7 @@ inline void prefetch_outliers(const PackedTensor& side, const Block& block, int 
     }
 }
 
-// Ask for what the next block holds beside codes, and for where the outliers of the one after it lie.
+// Prefetch what the next block stores besides codes, and where the outliers of the one after it lie.
 inline void prefetch_beside(const PackedTensor& side, const Block& next, const Block& after, int head) {
     const int count = side.range_tokens * side.range_channels, first = side.range_heads > 1 ? head * count : 0;
     for (int i = 0; next.scale && i < count; i += 32) {
@@ -151,7 +151,7 @@ void put_outliers(Source& source, Part part, float* tile) {
     source.outlier = i;
 }
 
-// Elements of tokens that are held as they are, [tokens][head_dim], into a tile.
+// Elements of tokens that are stored as they are, [tokens][head_dim], into a tile.
 inline void copy_exact(const void* elements, DType kind, Part part, int count, int head_dim, bool channel_major, float* tile) {
     const int stride = tile_stride(channel_major, head_dim, part.tokens);
     for (int token = 0; token < count; ++token) {

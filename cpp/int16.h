@@ -122,7 +122,7 @@ inline __m512i look_up_int16(__m512i codes, const uint8_t* table) {
     return _mm512_permutexvar_epi16(codes, _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)table)));
 }
 
-// Memory that will be read next, asked for little by little: a burst would wait for the few lines that can be on their way.
+// Memory that will be read next, prefetched little by little: a burst would wait for the few lines that can be on their way.
 constexpr int kSteps = 8;  // taken together where registers would have to be put by
 
 class Prefetcher {
@@ -134,7 +134,7 @@ class Prefetcher {
             add(block.planes[plane], head, side.codes * kBlock * kPlanes[side.bits][plane] / 8);
         }
     }
-    // In how many steps all is to be asked for.
+    // In how many steps all is to be prefetched.
     void spread(int steps) { rate = (lines << 16) / steps + 1; }
     void step(int steps) {
         for (due += steps * rate; due >= 1 << 16 && at < count; due -= 1 << 16) {

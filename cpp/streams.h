@@ -84,7 +84,7 @@ inline void by_units(const Streams& streams, const Part& part) {
     });
 }
 
-// A head of a block: [coded][64]. next: that of the block that will be read next, asked for on the way.
+// A head of a block: [coded][64]. next: that of the block that will be read next, prefetched on the way.
 inline void decode_streams(const Streams& streams, const uint8_t* codes, const uint8_t* next, int8_t* tile) {
     by_units(streams, [&](auto k, int row, int unit) NARROWKV_INLINE {
         decode_unit<k>(streams, codes, row, AsTheyLie(), tile + unit * kUnit * kBlock);

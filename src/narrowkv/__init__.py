@@ -1,4 +1,8 @@
-"""NarrowKV keeps a language model's key/value cache in 2, 3 or 4 bits instead of 16."""
+"""NarrowKV quantizes the key/value cache of a language model to 2, 3 or 4 bits per element instead of 16.
+
+Start with `PackedCache(model, "int4")`, or with `calibrate(model, batches, "narrow3")` and `PackedCache(model, calibration)`,
+and pass the cache to `model.generate(..., past_key_values=cache)`.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -50,12 +54,12 @@ _ELSEWHERE = {
     "Scheme": "codec",
     "get_recipe": "methods",
     "recipe_names": "methods",
-}  # all others are the package's hold on transformers, `integrations`
+}  # all others are in `integrations`
 _PACKAGES = ("attention", "calibration", "codec", "errors", "evaluate", "integrations", "methods", "plan", "report", "store")
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, or a package of ours, imported when it is first asked for: torch and transformers take seconds."""
+    """A public name or subpackage, imported on first use, since torch and transformers take seconds to import."""
     if name in _PACKAGES:
         return import_module(f"narrowkv.{name}")
     if name not in __all__:

@@ -1,3 +1,3 @@
-"""The version of this package, below everything that asks for it."""
+"""The version of this package, below everything that imports it."""
 
 __version__ = "0.1.0"

@@ -6,7 +6,7 @@ class NarrowKVError(Exception):
 
 
 class NarrowKVWarning(UserWarning):
-    """What was asked for was done, but its result is not what it could be: one sentence with the cause and the remedy."""
+    """The request was carried out, but the result may be poor: one sentence with the cause and the remedy."""
 
 
 class RecipeError(NarrowKVError, ValueError):
@@ -22,11 +22,11 @@ class FileFormatError(NarrowKVError, ValueError):
 
 
 class UnsupportedModelError(NarrowKVError, ValueError):
-    """A model, or a way of calling it, that the packed cache cannot serve."""
+    """A model, or a way of calling it, that the packed cache does not support."""
 
 
 class CacheUseError(NarrowKVError, RuntimeError):
-    """A cache used in a way that does not fit what it holds."""
+    """A cache used in a way that does not match its contents."""
 
 
 class ActivationError(NarrowKVError, ValueError):
@@ -34,11 +34,11 @@ class ActivationError(NarrowKVError, ValueError):
 
 
 class BudgetError(NarrowKVError, ValueError):
-    """Memory, devices or a context that cannot be planned for."""
+    """Memory, devices or a context for which no plan exists."""
 
 
 class TextError(NarrowKVError, ValueError):
-    """A text that is missing, empty or too short for what was asked."""
+    """A text that is missing, empty or too short."""
 
 
 class OutputError(NarrowKVError, OSError):
@@ -46,15 +46,15 @@ class OutputError(NarrowKVError, OSError):
 
 
 class MissingPackageError(NarrowKVError, ImportError):
-    """A package that is not installed, which only what was asked for needs."""
+    """An optional package that is needed here but not installed."""
 
 
 class ReportError(NarrowKVError, ValueError):
-    """A report that cannot be made of what was asked for."""
+    """A report that cannot be written from what was requested."""
 
 
 def reason(error: BaseException) -> str:
-    """What somebody else's error says, in one line: with what follows where its first line ends in a colon."""
+    """The message of another package's error in one line, with the next lines if it ends in a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     text = lines[0]
     for line in lines[1:3]:

@@ -55,7 +55,7 @@ def write_json(path: Path, content: Any) -> None:
     try:
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     except ValueError as error:
-        raise OutputError(f"Cannot write {path}: a figure is NaN or infinite, which JSON cannot hold.") from error
+        raise OutputError(f"Cannot write {path}: a figure is NaN or infinite, which JSON cannot store.") from error
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
@@ -95,7 +95,7 @@ def checksum(content: bytes) -> str:
 
 def _require_name(path: Path) -> None:
     if "\0" in str(path):
-        raise OSError(errno.EINVAL, "a file's name cannot hold a NUL character")
+        raise OSError(errno.EINVAL, "a file's name cannot have a NUL character")
 
 
 def _replaceable(path: Path) -> bool:
@@ -142,7 +142,7 @@ def _folder_beside(target: Path) -> Iterator[Path]:
 
 
 def _remove_stale(folder: Path) -> None:
-    """Remove what writers left that were killed: nobody holds its lock."""
+    """Remove folders of writers that were killed, whose locks are free."""
     names: list[str] = []
     with contextlib.suppress(OSError):  # who may write here need not be allowed to look
         names = os.listdir(folder)

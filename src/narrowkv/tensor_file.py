@@ -1,4 +1,4 @@
-"""Safetensors files that tell what they hold: a JSON object in the metadata, and checksums of it and of every tensor."""
+"""Safetensors files that describe themselves: JSON in the metadata, and checksums of it and of every tensor."""
 
 import json
 from pathlib import Path
@@ -57,7 +57,7 @@ def read(path: Path, format: str, version: int) -> tuple[dict[str, Any], dict[st
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, RecursionError) as error:
         if isinstance(error, FileFormatError):
             raise
-        raise FileFormatError(f"{path} holds what NarrowKV never writes ({reason(error)}); make it anew.") from error
+        raise FileFormatError(f"{path} has contents that NarrowKV never writes ({reason(error)}); make it anew.") from error
     for name, tensor in tensors.items():
         if tensor_checksum(tensor) != expected[name]:
             raise FileFormatError(f"Tensor {name} of {path} was altered (checksum differs); make it anew or copy it again.")
@@ -73,4 +73,4 @@ def tensor_checksum(tensor: Tensor) -> str:
 def require_finite(name: str, tensor: Tensor) -> None:
     """Raise FileFormatError, which begins with the tensor's name, where one is NaN or infinite."""
     if tensor.is_floating_point() and not bool((tensor if tensor.itemsize > 1 else tensor.float()).isfinite().all()):
-        raise FileFormatError(f"tensor {name} holds NaN or infinity")
+        raise FileFormatError(f"tensor {name} has NaN or infinity")

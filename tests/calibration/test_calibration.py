@@ -180,7 +180,7 @@ def test_counts_in_a_forged_recipe_are_bounded(calibration, tmp_path, name, coun
 def test_what_is_no_calibration_is_told_with_the_cause(calibration, tmp_path):
     with pytest.raises(FileFormatError, match="no folder"):
         Calibration.from_pretrained("no-such-folder-and-no-such/hub-id")
-    with pytest.raises(FileFormatError, match=f"holds no {FILE}"):
+    with pytest.raises(FileFormatError, match=f"has no {FILE}"):
         Calibration.from_pretrained(tmp_path)
     (tmp_path / FILE).mkdir()
     with pytest.raises(FileFormatError, match="Is a directory"):

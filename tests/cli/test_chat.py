@@ -39,7 +39,7 @@ def test_turns_are_answered_and_the_cache_is_told_after_each(chat):
 def test_reset_begins_anew_and_exit_leaves(chat):
     status, out, err = chat("Name a color\n/reset\nName a color\n/help\n/exit\nnever asked\n")
     first, second = [part.split()[-1] for part in err.split(" tokens in ")[:2]]
-    assert status == 0 and first == second and err.count("bits per element") == 2 and "/reset forgets" in err
+    assert status == 0 and first == second and err.count("bits per element") == 2 and "/reset clears" in err
     answers = [line for line in out.split("\n") if line.strip()]
     assert len(answers) % 2 == 0 and answers[: len(answers) // 2] == answers[len(answers) // 2 :]
 

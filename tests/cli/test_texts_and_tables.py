@@ -76,7 +76,7 @@ def test_the_mix_is_learned_from_where_no_text_is_given(narrowkv, folder, tmp_pa
     scored = ("--text", folder / "one.txt", "--window", 64) if command in ("compare", "ablate") else ()
     samples = () if command in ("calibrate", "inspect") else ("--samples", 2)
     status, _, err = narrowkv(command, folder, *SMALL[command], *scored, *samples, "--out", tmp_path)
-    assert status == 0 and "the built-in mix is taken (narrowkv://mix)" in err
+    assert status == 0 and "the built-in mix is used (narrowkv://mix)" in err
     if command == "calibrate":
         learned = Calibration.from_pretrained(tmp_path)
         assert learned.provenance["sequences"] == 32 and learned.provenance["tokens"] == 32 * 512
@@ -140,7 +140,7 @@ def test_finished_calibrations_are_measured_and_nothing_is_learned(narrowkv, fol
     [
         (("nuq3", "nuq3"), "Two calibrations are given for recipe nuq3"),
         (("of-other",), "another model"),
-        (("nuq3", "--recipes", "int4"), "nuq3, which is not among those asked for (int4)"),
+        (("nuq3", "--recipes", "int4"), "nuq3, which is not among those requested (int4)"),
         (("nuq3", "--recipes", "MINE"), "of another recipe of that name"),
         (("nowhere",), "no folder"),
     ],
@@ -274,4 +274,4 @@ def test_a_warning_of_ours_is_one_sentence(narrowkv, folder, tmp_path, monkeypat
     options = ("--text", folder / "one.txt", "--window", 64, "--samples", 2, "--out", tmp_path / "c")
     status, out, err = narrowkv("calibrate", folder, "--recipe", "nuq3", *options)
     assert status == 0 and "saved in" in out
-    assert err.startswith("Warning: One token in a hundred holds more than half") and "capture.py" not in err
+    assert err.startswith("Warning: One token in a hundred has more than half") and "capture.py" not in err

@@ -41,7 +41,7 @@ def packed(model, source, ids, **given):
 
 
 def spoken(model, cache, ids, **given):
-    """Greedy tokens and their logits behind `ids`, of which the cache holds all but the last."""
+    """Greedy tokens and their logits after `ids`, of which the cache has all but the last."""
     options = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, "output_logits": True}
     with torch.inference_mode():
         found = model.generate(ids, past_key_values=cache, return_dict_in_generate=True, **options, **given)
@@ -187,7 +187,7 @@ def test_tokens_that_never_came_are_not_gone_back_to(tmp_path):
     cache.save(tmp_path / "cache.safetensors", ids)
     loaded = PackedCache.load(tmp_path / "cache.safetensors", model, "int4", token_ids=ids)
     for one in (cache, loaded):
-        with pytest.raises(CacheUseError, match="has forgotten its first 77 tokens"):
+        with pytest.raises(CacheUseError, match="has evicted its first 77 tokens"):
             one.crop(-1)
     more = torch.randint(2, 97, (2, 70))
     with torch.inference_mode():
@@ -214,13 +214,13 @@ def test_what_cannot_be_taken_is_refused(tiny):
     refused(r"An attention mask of integers \[2, 40\]", attention_mask=torch.ones(2, 39, dtype=torch.int64))
     refused("Positions of integers", position_ids=torch.ones(2, 40))
     refused(
-        "has forgotten tokens that the model's layer sees",
+        "has evicted tokens that the model's layer sees",
         cache=dense(make("mistral"), torch.randint(2, 97, (2, 40))),
         to=make("llama"),
     )
     short = copy.deepcopy(given)
     short.layers[1].keys, short.layers[1].values = short.layers[1].keys[:, :, 1:], short.layers[1].values[:, :, 1:]
-    refused("different sequences or elements of tokens", cache=short)
+    refused("differ in their sequences or tokens", cache=short)
     dynamic = make("llama, dynamic")
     refused("by angles that a DynamicCache does not keep", source_of(dynamic, "nuq3-1%"), dense(dynamic, ids), dynamic)
     assert PackedCache.from_cache(dynamic, "int4", dense(dynamic, ids)).get_seq_length() == 40

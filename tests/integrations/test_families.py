@@ -87,7 +87,7 @@ def test_sliding_layers_keep_what_the_window_needs(family, recipe):
     assert sliding.length == 700 and sliding.length - sliding.first < 24 + 2 * 64
     nbytes = [sum(tensor.untyped_storage().nbytes() for tensor in store.tensors()) for store in (sliding, whole)]
     assert nbytes[0] < 0.5 * nbytes[1]
-    with pytest.raises(CacheUseError, match="sliding-window layer has forgotten"):
+    with pytest.raises(CacheUseError, match="sliding-window layer has evicted"):
         cache.crop(-500)
     assert cache.get_seq_length() == 700  # nothing was cropped
     cache.crop(-1)

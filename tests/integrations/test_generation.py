@@ -162,7 +162,7 @@ def test_a_changed_batch_is_refused(tiny):
     cache = PackedCache(model, "int4")
     with torch.inference_mode():
         model(torch.randint(2, 97, (2, 5)), past_key_values=cache)
-        with pytest.raises(CacheUseError, match=r"holds batch 2.*batch 3"):
+        with pytest.raises(CacheUseError, match=r"has batch 2.*batch 3"):
             model(torch.randint(2, 97, (3, 1)), past_key_values=cache)
 
 

@@ -189,7 +189,7 @@ def test_what_is_taken_out_is_counted_and_told():
     assert explain(caches[0]).layers[0]["bias"] == tables
     assert "bias of the projections is taken out of the keys of 1 layer and the values of 1" in str(explain(caches[0]))
     assert "bias of the projections" not in str(explain(caches[1]))
-    with pytest.raises(CacheUseError, match="A packed cache is wanted, not a Qwen2ForCausalLM"):
+    with pytest.raises(CacheUseError, match="Expected a PackedCache, not a Qwen2ForCausalLM"):
         explain(model)
 
 

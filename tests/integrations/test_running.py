@@ -76,7 +76,7 @@ def test_a_prompt_that_does_not_go_on_from_the_cache(tiny):
     for tokens, masked in itertools.product((30, 79, 80), (False, True)):
         cache = prompt(model)
         options["attention_mask"] = (torch.arange(tokens) >= masked).long().expand(2, -1)
-        with pytest.raises(CacheUseError, match=f"holds 80 tokens and the prompt has {tokens}.*whole conversation.*reset"):
+        with pytest.raises(CacheUseError, match=f"has 80 tokens and the prompt has {tokens}.*whole conversation.*reset"):
             model.generate(IDS[:, :tokens], past_key_values=cache, **options)
         cache.reset()
         model.generate(IDS[:, :tokens], past_key_values=cache, **options)

@@ -288,7 +288,7 @@ def test_a_forger_cannot_say_that_needed_tokens_never_came(tmp_path, family, mis
     cache, _ = read_prompt(model, "int4", batch=1, tokens=131)
     cache.save(path)
     altered(path, {}, {"layers.0.missing": torch.tensor(missing)})
-    with pytest.raises(FileFormatError, match=r"layer 0 has forgotten tokens that it needs|tensor missing holds elements"):
+    with pytest.raises(FileFormatError, match=r"layer 0 has evicted tokens that it needs|tensor missing has elements"):
         PackedCache.load(path, model, "int4")
 
 

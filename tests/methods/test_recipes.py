@@ -60,7 +60,7 @@ def test_levels_over_a_sliding_window_need_exact_tokens_ahead():
     recipe = get_recipe("intrinsic-2-kmeans-w3")
     assert (recipe.keys.lookahead_blocks, recipe.values.lookahead_blocks, recipe.residual_length) == (3, 3, 128)
     assert get_recipe("intrinsic-2-w1").keys == get_recipe("intrinsic-2").keys
-    with pytest.raises(RecipeError, match="window of 64 is too small"):
+    with pytest.raises(RecipeError, match="residual_length 64 is too small"):
         recipe.with_options(residual_length=64)
     with pytest.raises(RecipeError, match="lookahead_blocks"):
         get_recipe("intrinsic-2-w0")
@@ -160,7 +160,7 @@ def test_a_file_that_holds_no_recipe_is_told(tmp_path, content):
 
 @pytest.mark.parametrize("given", [4, None, ["int4"], {"name": "int4"}])
 def test_what_is_no_recipe_is_named(given):
-    with pytest.raises(RecipeError, match="A recipe is wanted, or the name of one"):
+    with pytest.raises(RecipeError, match="Expected a recipe or its name"):
         get_recipe(given)
 
 

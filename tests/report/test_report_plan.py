@@ -20,7 +20,7 @@ def test_what_fits_and_what_it_takes(tmp_path):
     result = made(tmp_path / "plan.json", "llama-3-8b", ["fp16", "int2"], [1000, 2**20], budget)
     (section,) = sections(result)
     longest, contexts = section.tables
-    assert "8, so each is held 2 times" in section.text and "8 KV heads x 128" in section.text
+    assert "8, so each is stored 2 times" in section.text and "8 KV heads x 128" in section.text
     assert longest.columns == ["recipe", "tokens", "times fp16"]
     assert [row[0] for row in longest.rows] == ["fp16", "int2"]
     assert longest.rows[0][2] == 1 and 16 / 2.26 < longest.rows[1][2] < 16 / 2.24  # one head of 128: a quarter of a bit on top

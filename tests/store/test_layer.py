@@ -146,7 +146,7 @@ def test_beginning_late_is_as_if_all_had_come_and_gone(name, window, missing):
     assert torch.equal(late.sinks.index, whole.sinks.index)
     for found, expected in zip(late.read(), whole.read(), strict=True):
         assert torch.equal(found[:, :, missing - late.first :], expected[:, :, missing:])
-    with pytest.raises(CacheUseError, match=f"has forgotten its first {missing} tokens"):
+    with pytest.raises(CacheUseError, match=f"has evicted its first {missing} tokens"):
         late.require_croppable(100, missing - 1)
     late.require_croppable(200, missing)
 
@@ -258,7 +258,7 @@ def test_what_is_forgotten_frees_its_memory_and_the_rest_stays_as_it_is(name):
     store.crop(850)
     for found, old in zip(store.read(), before, strict=True):
         assert torch.equal(found, old[:, :, 768:850])
-    with pytest.raises(CacheUseError, match="forgotten its first 768"):
+    with pytest.raises(CacheUseError, match="evicted its first 768"):
         store.crop(700)
     store.crop(0)
     assert store.length == 0 and store.first == 0

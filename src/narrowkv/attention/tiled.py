@@ -1,9 +1,9 @@
-"""Attention in plain torch, tile by tile: dequantize a piece of the cache, attend to it, forget it. Runs on any device.
+"""Attention in plain torch, tile by tile: dequantize a tile of the cache, attend to it, discard it. Runs on any device.
 
 The softmax is carried from tile to tile (online_softmax.py), so that the memory needed does not grow with the length of the
 cache. Computes in float32, or in float64 for queries in float64; products of many queries in 16 bits stay in 16 bits where
 torch has a fused attention for them (sdpa.py): on a CPU, and on a GPU. There, queries in 32 bits, and scores with a softcap,
-are computed piece by piece with scores that are held (`softmax.OnlineSoftmax`).
+are computed split by split with materialized scores (`OnlineSoftmax`).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +20,9 @@ from narrowkv.store import LayerStore
 FEW_QUERIES = 16  # up to this many are computed exactly: dequantizing is what takes time there
 QUERY_SLICE = 128  # queries at a time, which bounds the memory of the scores
 KEY_SLICE = 512  # exact keys at a time
-FUSED_SLICE = 2048  # of both, where scores are not held; as many stored keys, for each piece ends with a pass over all results
+FUSED_SLICE = (
+    2048  # of both, where scores are not materialized; as many stored keys, for each piece ends with a pass over all results
+)
 
 
 def attend(inputs: AttentionInputs, store: LayerStore) -> Tensor:

@@ -19,8 +19,8 @@ CELLS = 2**16  # steps into which a budget is divided
 class Option:
     """One way to keep the keys, or the values, of one layer.
 
-    bits: what it takes for each token, tables included, over as many tokens as layers hold of 32,768 on average. cost: loss
-        predicted, in nats for each token of text.
+    bits: what it takes for each token, tables included, over the number of tokens, of 32,768, that layers store on average.
+    cost: loss predicted, in nats for each token of text.
     """
 
     scheme: Scheme

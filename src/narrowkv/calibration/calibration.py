@@ -1,4 +1,4 @@
-"""Calibration: what was learned offline for one model under one recipe, in memory and on disk."""
+"""Calibration: the tables learned offline for one model and recipe, in memory and on disk."""
 
 import tempfile
 from dataclasses import asdict, dataclass, field
@@ -22,11 +22,11 @@ MOST_SIZE = 2**16  # layers, heads, or channels of a head
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Quantizers for the keys and the values of every layer.
+    """Quantizers for the keys and values of every layer, learned from one model.
 
-    recipe: what they implement. fingerprint: of the model they were learned from. layers: (keys, values) of each attention
-    layer by its number. shapes: kv_heads and head_dim of each such layer.
-    provenance: tokens seen and the like, plain data for people.
+    recipe: the recipe that they implement. fingerprint: identifies the model. layers: quantizers (keys, values) of each
+    attention layer by its index. shapes: kv_heads and head_dim of each such layer. provenance: number of tokens and other
+    facts on how it was made, as plain data.
     """
 
     recipe: Recipe
@@ -36,7 +36,7 @@ class Calibration:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __eq__(self, other: object) -> bool:
-        """Whether both hold the same tables for the same model, wherever they come from."""
+        """Whether both have the same tables for the same model, whatever their provenance."""
         if not isinstance(other, Calibration):
             return NotImplemented
         alike = (self.recipe, self.fingerprint, self.shapes) == (other.recipe, other.fingerprint, other.shapes)
@@ -50,15 +50,15 @@ class Calibration:
     __hash__ = None  # type: ignore[assignment]
 
     def quantizers(self, layer: int) -> tuple[AnyQuantizer, AnyQuantizer]:
-        """Quantizers for the keys and values of one layer; raises CalibrationError where it was not calibrated."""
+        """Quantizers for the keys and values of one layer; raises CalibrationError if it was not calibrated."""
         if layer not in self.layers:
             raise CalibrationError(f"This calibration has no tables for layer {layer}; calibrate this model again.")
         return self.layers[layer]
 
     def for_heads(self, layer: int, kv_heads: int, head_dim: int, rank: int) -> tuple[AnyQuantizer, AnyQuantizer]:
-        """Quantizers of one layer for process `rank` of several that hold `kv_heads` of its heads each.
+        """Quantizers of one layer for process `rank` of several, each of which has `kv_heads` of its heads.
 
-        Raises CalibrationError where the layer's heads are of another size, or cannot be divided so.
+        Raises CalibrationError if the layer's heads have another size or cannot be divided like this.
         """
         pair, (whole, dim) = self.quantizers(layer), self.shapes[layer]
         if dim != head_dim:
@@ -76,7 +76,7 @@ class Calibration:
         return keys, values
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `narrowkv.safetensors` into a folder, atomically; raises OutputError where that fails."""
+        """Write `narrowkv.safetensors` into a folder, atomically; raises OutputError if that fails."""
         tensors = {
             f"layers.{i}.{side}.{name}": tensor
             for i, pair in self.layers.items()
@@ -95,22 +95,22 @@ class Calibration:
 
     @classmethod
     def from_pretrained(cls, name: str | Path, model: nn.Module | None = None) -> "Calibration":
-        """Read a calibration from a local folder or, where there is none of that name, from the Hugging Face hub.
+        """Read a calibration from a local folder or, if there is none with that name, from the Hugging Face hub.
 
-        Raises FileFormatError where the file is missing, damaged or of another version, CalibrationError where `model` is
-        given and is not the one it was made for (making a cache checks this again).
+        Raises FileFormatError if the file is missing, damaged or of another version, CalibrationError if `model` is given and
+        is not the one that was calibrated (creating a cache checks this again).
         """
         folder = Path(name)
         if not folder.exists():
             folder = hub.download(str(name), FILE)
         path = folder / FILE
         if folder.is_dir() and not path.exists():
-            raise FileFormatError(f"{folder} holds no {FILE}; name a folder that `save_pretrained` wrote.")
+            raise FileFormatError(f"{folder} has no {FILE}; name a folder that `save_pretrained` wrote.")
         header, tensors = tensor_file.read(path, FORMAT, FORMAT_VERSION)
         try:
             loaded = cls._assemble(header, tensors)
         except (KeyError, TypeError, ValueError, AttributeError, NarrowKVError) as error:
-            raise FileFormatError(f"{path} holds no usable calibration ({reason(error)}); calibrate again.") from error
+            raise FileFormatError(f"{path} has no usable calibration ({reason(error)}); calibrate again.") from error
         if model is not None:
             loaded.fingerprint.check(Fingerprint.of(model))
         return loaded

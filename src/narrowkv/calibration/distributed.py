@@ -1,4 +1,4 @@
-"""More than one process: sums over a group of torch.distributed, and this process's place among those that share a model."""
+"""More than one process: sums over a group of torch.distributed, and this process's rank among those that share a model."""
 
 import os
 from typing import Any
@@ -44,7 +44,7 @@ def collected(x: Tensor, group: Group) -> list[Tensor]:
 
 
 def gathered(parameter: Tensor) -> Tensor:
-    """A weight as a whole, also where processes hold a part of it each."""
+    """A whole weight, also if each process has a part of it."""
     split: Any = parameter
     whole: Tensor = split.full_tensor() if is_split(split) else parameter
     return whole
@@ -56,7 +56,7 @@ def is_split(parameter: Any) -> bool:
 
 
 def tensor_parallel_rank(model: torch.nn.Module) -> int:
-    """Which part of the heads this process holds: 0 where the model is not split."""
+    """Index of this process's part of the heads: 0 if the model is not split."""
     split: Any = next((parameter for parameter in model.parameters() if is_split(parameter)), None)
     if split is None:
         return 0

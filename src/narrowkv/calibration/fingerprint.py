@@ -1,4 +1,4 @@
-"""Fingerprint of a model: tells whether a calibration was made for it, whatever dtype it is loaded in."""
+"""Fingerprint of a model: identifies the model of a calibration, whatever dtype it is loaded in."""
 
 import hashlib
 import warnings
@@ -39,8 +39,8 @@ class Fingerprint:
 
     @classmethod
     def of(cls, model: Any) -> "Fingerprint":
-        """Fingerprint of a loaded transformers model. Where that is split over processes, all of them must ask together the
-        first time, since weights are gathered; then it is remembered.
+        """Fingerprint of a loaded transformers model. If the model is split over processes, all of them must call this
+        together the first time, since weights are gathered; then it is cached.
         """
         model = unwrapped(model)
         known: Fingerprint | None = vars(model).get("narrowkv_fingerprint")

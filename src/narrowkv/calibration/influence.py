@@ -7,11 +7,11 @@ from narrowkv.calibration.distributed import Group, reduced
 
 CLIP = 0.99  # longer gradients than this part of a sequence has are shortened
 FEW = 0.01  # of the tokens, whose share is reported
-BINS, PER_OCTAVE = 2048, 4  # of squared norms; all that float32 can hold
+BINS, PER_OCTAVE = 2048, 4  # of squared norms; the whole range of float32
 
 
 class Influence:
-    """Limits each token's gradient and counts what part of the Fisher information the strongest tokens hold.
+    """Limits each token's gradient and measures the share of the Fisher information in the strongest tokens.
 
     The limit is that of the token's own sequence, so what is learned depends neither on the order of sequences nor on who saw
     them, and memory does not grow. count, mass: [bins] float64, tokens and their squared gradients by the size of these.
@@ -35,11 +35,11 @@ class Influence:
         self.mass.scatter_add_(0, bins, squared)
 
     def merge(self, group: Group) -> None:
-        """Add what the other processes of a group have counted; all of them then hold the same."""
+        """Add what the other processes of a group have counted; all of them then have the same."""
         self.count, self.mass = (reduced(part, "SUM", group) for part in (self.count, self.mass))
 
     def share_of_few(self) -> float:
-        """The part of the Fisher information that the strongest hundredth of the tokens holds, from 0 to 1."""
+        """The share of the Fisher information in the strongest hundredth of the tokens, from 0 to 1."""
         count, mass = self.count.flip(0), self.mass.flip(0)
         before = count.cumsum(0) - count
         taken = ((FEW * count.sum() - before) / count.clamp(min=1)).clamp(0, 1)  # of a bin's tokens

@@ -1,4 +1,4 @@
-"""What recipes ask of one layer's data, and the quantizers that come of it."""
+"""The statistics that recipes need of one layer, and the quantizers that are fitted to them."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -55,7 +55,7 @@ class LayerFits:
     """All that is learned from one layer for some recipes. shape: kv_heads, head_dim.
 
     biases: what caches take out of keys stored before the rotary embedding, and of those stored after it, with values.
-    sliding_window: how many tokens the layer holds at most. frames: in which keys of streams may be rotated.
+    sliding_window: the most tokens that the layer stores. frames: in which keys of streams may be rotated.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class LayerFits:
             influence.merge(group)
 
     def dominated(self) -> dict[str, float]:
-        """The part of the Fisher information that a hundredth of the tokens holds, at most, of `keys` and of `values`."""
+        """The largest share of the Fisher information in a hundredth of the tokens, for `keys` and for `values`."""
         found = {True: 0.0, False: 0.0}
         for (keys, *_), influence in self.influences.items():
             found[keys] = max(found[keys], influence.share_of_few())

@@ -24,7 +24,7 @@ def held_tokens(sliding_window: int | None) -> int:
 
 
 def mean_held(layers: Iterable[tuple[int, int]]) -> float:
-    """How many tokens layers hold on average, by the elements of a token: what their tables are counted over.
+    """How many tokens layers store on average, by the elements of a token: what their tables are counted over.
 
     layers: of each, the tokens and the elements.
     """
@@ -42,7 +42,7 @@ class RateOption:
     """One way to keep the keys, or the values, of one layer, of which the rates are to be allocated.
 
     scheme: without counts. kv_heads: of the layer. costs: [units] float64, of leaving a unit out in all heads, dearest first.
-    tokens: over which tables are counted, as many as all layers hold on average. held: by this layer, of 32,768.
+    tokens: over which tables are counted, as many as layers store on average. held: stored by this layer, of 32,768.
     """
 
     scheme: Scheme
@@ -74,7 +74,7 @@ class RateOption:
         return rates * UNIT * heads + (rates > 0) * with_codes, fixed + heads * OFFSET_BITS * (self.scheme.outliers > 0)
 
     def held_bits(self, rates: Tensor, bits: float) -> float:
-        """What is held at 32,768 tokens with these rates, which take `bits` of each token."""
+        """What is stored at 32,768 tokens with these rates, which take `bits` of each token."""
         tables = self._table_bits(rates)
         return (bits - tables) * self.held + tables * self.tokens
 

@@ -8,15 +8,15 @@ from narrowkv.codec import AnyQuantizer
 from narrowkv.codec.ranges import require_finite, to_16_bits
 
 CAPACITY = 10240  # tokens stored
-LEARNING = 0.8  # of which this many are learned from; the rest tell what a quantizer costs
+LEARNING = 0.8  # of which this many are learned from; the rest measure the loss of a quantizer
 
 
 class Samples:
     """A uniform sample of tokens and the second moment of the loss's gradient; memory does not grow with the stream.
 
-    Those tokens are stored whose elements, sequence and place in it hash to the smallest values, so the sample depends on the
-    sequences alone, not on their order or on who saw them. (Elements alone would not do: in the first layer they follow from
-    the word, and some words would never be sampled.)
+    Those tokens are stored whose elements, sequence and position in it hash to the smallest values, so the sample depends on
+    the sequences alone, not on their order or on who saw them. (Elements alone would not do: in the first layer they follow
+    from the word, and some words would never be sampled.)
 
     elements: [n, kv_heads, head_dim] float16. moment: [kv_heads, head_dim, head_dim] float64, the sum of gradient x gradient
     over `gradients` of them: the Fisher information of a head (KVQuant, section 3.3, off its diagonal too).
@@ -31,7 +31,7 @@ class Samples:
     def add(self, x: Tensor, gradient: Tensor | None) -> None:
         """x: [tokens, kv_heads, head_dim] of one sequence; gradient of the loss: the same shape, or None for weights of 1.
 
-        Raises ActivationError on NaN, infinity and elements that float16 cannot hold.
+        Raises ActivationError on NaN, infinity and elements beyond the range of float16.
         """
         require_finite("Keys or values", x)
         if self.elements is None:
@@ -52,7 +52,7 @@ class Samples:
         self.gradients += len(gradient)
 
     def merge(self, group: Group) -> None:
-        """Take in what the other processes of a group have seen; all of them then hold the same."""
+        """Take in what the other processes of a group have seen; all of them then have the same."""
         assert self.elements is not None
         parts = (torch.cat(collected(part.contiguous(), group)) for part in (self.elements, self.hashes))
         self._keep(*parts)

@@ -66,7 +66,7 @@ def equal_schemes(layers: Sequence[Sequence[Menu]], capacity: float) -> tuple[li
 class Filling:
     """Tensors of one layer whose units get bits where these save most, a byte of each head at a time.
 
-    bits: what is held of each token with 1, 2, ... bytes. costs: the loss then. Both [units x 6] float64.
+    bits: stored for each token with 1, 2, ... bytes. costs: the loss then. Both [units x 6] float64.
     """
 
     def __init__(self, options: Sequence[RateOption]):

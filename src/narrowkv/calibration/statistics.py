@@ -57,7 +57,7 @@ class Quantiles:
             self._count(x[:, start:stop], start, stop)
 
     def merge(self, group: Group) -> None:
-        """Add what the other processes of a group have counted; all of them then hold the same."""
+        """Add what the other processes of a group have counted; all of them then have the same."""
         assert self.counts is not None
         self._widen(reduced(self.smallest, "MIN", group), reduced(self.largest, "MAX", group))
         self.counts = reduced(self.counts, "SUM", group)
@@ -135,7 +135,7 @@ class CodebookHistogram:
         self.weight += mass[1:last].double().cpu()
 
     def merge(self, group: Group) -> None:
-        """Add what the other processes of a group have seen; all of them then hold the same."""
+        """Add what the other processes of a group have seen; all of them then have the same."""
         self.weight, self.count = (reduced(part, "SUM", group) for part in (self.weight, self.count))
 
     @property

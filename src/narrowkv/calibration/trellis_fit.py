@@ -43,7 +43,7 @@ class TrellisFit(SampleFit):
     """Learns all trellis-coded schemes of one tensor of one layer, in the second of the passes that `Fit` has.
 
     frames: in which keys before the rotary embedding are rotated; None for values. What a token's keys and gradients are does
-    not depend on its place in a frame, so a token of the sample counts as one of the place at which it lies there.
+    not depend on its offset in a frame, so a token of the sample counts for the offset that it has there.
     """
 
     def __init__(self, frames: Frames | None = None) -> None:

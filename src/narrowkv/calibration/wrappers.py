@@ -25,7 +25,7 @@ def unwrapped(model: Any) -> Any:
     text = model.config.get_text_config(decoder=True)
     if getattr(model.config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is an encoder-decoder, which keeps keys of its input beside those of its answer; only "
+            f"{type(model).__name__} is an encoder-decoder, which stores keys of both its input and its answer; only "
             "models without an encoder are served, so use this one with transformers' own cache."
         )
     return model

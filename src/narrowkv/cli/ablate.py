@@ -1,4 +1,4 @@
-"""`narrowkv ablate`: what each idea of the method gains on a model, one at a time."""
+"""`narrowkv ablate`: what each part of the method contributes on a model."""
 
 from dataclasses import asdict
 from typing import Annotated
@@ -37,23 +37,25 @@ from narrowkv.errors import RecipeError, TextError
 def ablate(
     model: ModelArgument,
     out: FolderOption,
-    ablations: Annotated[str, typer.Option(help="Which, separated by commas.")] = ",".join(ABLATIONS),
-    bits: Annotated[str, typer.Option(help="Widths at which they are climbed, separated by commas.")] = "4,3,2",
+    ablations: Annotated[str, typer.Option(help="Ablations to run, separated by commas.")] = ",".join(ABLATIONS),
+    bits: Annotated[str, typer.Option(help="Widths in bits, separated by commas.")] = "4,3,2",
     calibration: CalibrationsOption = None,
     text: ScoredTextOption = None,
     calibration_text: CalibrationTextOption = None,
-    other_text: Annotated[list[str] | None, typer.Option(help="Learn from this text too, for the ablation `texts`.")] = None,
+    other_text: Annotated[
+        list[str] | None, typer.Option(help="Another text to calibrate on, for the ablation `texts`.")
+    ] = None,
     window: WindowOption = 512,
-    limit: Annotated[int, typer.Option(min=1, help="Score at most this many windows.")] = 4,
+    limit: Annotated[int, typer.Option(min=1, help="Number of windows to score at most.")] = 4,
     samples: SamplesOption = 16,
     context: Annotated[int, typer.Option(min=1, help="Tokens of the cache whose bits are counted.")] = REFERENCE_TOKENS,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     backend: BackendOption = AUTO,
     bos: BosOption = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the random tokens in the ablation `texts`.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the random tokens in the ablation `texts`.")] = 0,
 ) -> None:
-    """Climb the ablations of KVQuant's ablations on a model: what each idea gains; a table and a plot each."""
+    """Run KVQuant's ablations on a model: what each part of the method contributes, with a table and a plot for each."""
     from narrowkv.evaluate import ablate as ablating
     from narrowkv.evaluate.results import ResultFile, read_result
     from narrowkv.evaluate.sources import read_text, read_texts

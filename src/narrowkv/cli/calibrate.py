@@ -39,17 +39,17 @@ def calibrate(
     recipe: RecipeOption = None,
     bits: Annotated[
         float | None,
-        typer.Option(help="Choose widths for each layer so that an element takes this many bits at 32K tokens, all counted."),
+        typer.Option(help="Budget in bits per element at 32K tokens, everything counted; calibration allocates it to layers."),
     ] = None,
-    key_bits: Annotated[
-        float | None, typer.Option(help="As --bits, for the keys alone; --value-bits is then that of the values.")
-    ] = None,
-    value_bits: Annotated[float | None, typer.Option(help="As --bits, for the values alone, with --key-bits.")] = None,
+    key_bits: Annotated[float | None, typer.Option(help="Like --bits for the keys only; requires --value-bits.")] = None,
+    value_bits: Annotated[float | None, typer.Option(help="Like --bits for the values only; requires --key-bits.")] = None,
     equal_layers: Annotated[
         bool,
-        typer.Option("--equal-layers", help="Give all layers as many bytes of a token, for pages of one size (narrow only)."),
+        typer.Option(
+            "--equal-layers", help="Use the same number of bytes per token in all layers, for pages of one size (narrow only)."
+        ),
     ] = False,
-    check: Annotated[int, typer.Option(min=0, help="Measure what each choice costs on this many further windows.")] = 0,
+    check: Annotated[int, typer.Option(min=0, help="Measure the loss of each choice on this many further windows.")] = 0,
     text: LearnedTextOption = None,
     window: LearnedWindowOption = None,
     samples: LearnedSamplesOption = None,
@@ -94,7 +94,7 @@ def calibrate(
 
 
 def chosen_recipe(recipe: str | None, bits: float | None, key_bits: float | None, value_bits: float | None) -> "Recipe":
-    """The recipe that options ask for; raises RecipeError where they ask for several, or for half a one."""
+    """The recipe that options specify; raises RecipeError if they specify several, or only a part of one."""
     from narrowkv.methods import get_recipe, narrow
 
     if (key_bits is None) != (value_bits is None):
@@ -107,7 +107,7 @@ def chosen_recipe(recipe: str | None, bits: float | None, key_bits: float | None
 
 
 def measure_parts(model: Any, calibration: "Calibration", windows: "Tensor") -> dict[tuple[int, str], float]:
-    """What each choice is found to cost, noted in the calibration's provenance too."""
+    """The measured loss of each choice, which is also written to the calibration's provenance."""
     from narrowkv.evaluate.sensitivity import part_losses
 
     with progress("checking") as advance:
@@ -118,7 +118,7 @@ def measure_parts(model: Any, calibration: "Calibration", windows: "Tensor") -> 
 
 
 def allocation_table(calibration: "Calibration", found: dict[tuple[int, str], float]) -> Table:
-    """The bits chosen for each layer and the loss that they are predicted, and were found, to cost."""
+    """The bits of each layer, with the predicted and the measured loss."""
     allocation = calibration.provenance["allocation"]
     sides = allocation.get("sides", {"keys and values": allocation})
     each = sorted(set(allocation.get("stream_bytes", {}).values()))

@@ -1,4 +1,4 @@
-"""`narrowkv chat`: talk with a model whose memory of the conversation is packed."""
+"""`narrowkv chat`: a conversation with a model on one packed cache."""
 
 import contextlib
 import signal
@@ -29,18 +29,20 @@ from narrowkv.errors import TextError
 if TYPE_CHECKING:
     from narrowkv.integrations.conversation import Conversation
 
-HELP = "/reset forgets what was said, /exit leaves (as Ctrl-D does), Ctrl-C stops an answer."
+HELP = "/reset clears the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer."
 
 
 def chat(
     model: ModelArgument,
-    system: Annotated[str | None, typer.Option(help="An instruction that comes before all turns.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     recipe: RecipeOption = None,
     calibration: CalibrationOption = None,
     calibration_text: CalibrationTextOption = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of each answer.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer at most.")] = 512,
     temperature: TemperatureOption = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Of sampling: the most likely tokens of this weight.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Sample from the most likely tokens with this total probability.")
+    ] = 1.0,
     seed: SeedOption = 0,
     window: LearnedWindowOption = None,
     samples: LearnedSamplesOption = None,
@@ -48,7 +50,7 @@ def chat(
     device: DeviceOption = "cpu",
     backend: BackendOption = AUTO,
 ) -> None:
-    """Talk with a model in several turns on one packed cache; reads turns from standard input too, one a line."""
+    """Chat with a model on one packed cache; turns can also come from standard input, one per line."""
     import torch
 
     from narrowkv.evaluate.sources import read_texts
@@ -65,7 +67,7 @@ def chat(
     torch.manual_seed(seed)
     talk = Conversation(loaded, tokenizer, PackedCache(loaded, source, backend=backend), system)
     if not talk.templated:
-        note("The model has no chat template: turns are joined as plain text, which suits models that only continue texts.")
+        note("The model has no chat template: turns are joined as plain text, which suits base models.")
     if at_terminal():
         note(HELP)
     sampling: dict[str, Any] = {"do_sample": False}
@@ -81,26 +83,26 @@ def chat(
 
 
 def at_terminal() -> bool:
-    """Whether somebody types the turns."""
+    """Whether the turns are typed at a terminal."""
     return sys.stdin is not None and sys.stdin.isatty()
 
 
 def turns() -> Iterator[str]:
-    """What the user says, until the end of standard input or /exit; on a terminal after a prompt, and lines can be edited."""
-    asks = at_terminal()
+    """Turns of the user, until the end of standard input or /exit; at a terminal with a prompt and line editing."""
+    interactive = at_terminal()
     if sys.stdin is None:  # it was closed
         return
-    if asks:
+    if interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (input() uses it)
     while True:
         try:
-            turn = input("> " if asks else "").strip()
+            turn = input("> " if interactive else "").strip()
             turn.encode()
         except UnicodeError as error:
-            raise TextError("Standard input holds bytes that are not UTF-8 text; write it in UTF-8.") from error
+            raise TextError("Standard input has bytes that are not UTF-8 text; write it in UTF-8.") from error
         except (EOFError, KeyboardInterrupt):
-            if asks:
+            if interactive:
                 out.print()
             return
         if turn == "/exit":
@@ -110,29 +112,29 @@ def turns() -> Iterator[str]:
 
 
 def answer(talk: "Conversation", turn: str, tokens: int, sampling: dict[str, Any]) -> None:
-    """Print an answer as it comes, and what the cache takes after it; Ctrl-C ends the answer, not the conversation."""
-    asked = False
+    """Print an answer as it is generated, then the size of the cache; Ctrl-C ends the answer, not the conversation."""
+    interrupted = False
 
-    def ask(*signal_and_frame: object) -> None:
-        nonlocal asked
-        if asked:  # once more: at once
+    def interrupt(*signal_and_frame: object) -> None:
+        nonlocal interrupted
+        if interrupted:  # a second time: stop immediately
             raise KeyboardInterrupt
-        asked = True
+        interrupted = True
 
-    before = signal.signal(signal.SIGINT, ask)
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
-        talk.ask(turn, tokens, _show, lambda: asked, **sampling)
+        talk.ask(turn, tokens, _show, lambda: interrupted, **sampling)
     except TextError as error:
         if not at_terminal():
             raise
         note(str(error))
     except KeyboardInterrupt:
-        note("Stopped; this turn is forgotten.")
+        note("Stopped; this turn was removed.")
     finally:
         signal.signal(signal.SIGINT, before)
     out.print()
     if talk.read_anew:
-        note("The chat template spelled earlier turns anew and this cache cannot go back: all was read again.")
+        note("The chat template changed earlier turns and this cache cannot be cropped, so the conversation was read again.")
     note(summary(talk.cache))
 
 

@@ -51,7 +51,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any
 
 
 def note(sentence: str) -> None:
-    """A remark on standard error, apart from what was asked for."""
+    """Print a remark on standard error."""
     err.print(escape(sentence), style="dim", highlight=False, soft_wrap=True)
 
 
@@ -64,23 +64,23 @@ def silence_transformers() -> None:
 
 
 def texts_to_score(model: str, texts: Sequence[str] | None) -> list[str]:
-    """The texts that were named, or for the built-in model what it was not trained on."""
+    """The given texts, or for the built-in model the text that it was not trained on."""
     return list(texts or (["narrowkv://held-out"] if model == DEMO else []))
 
 
 def texts_to_learn(model: str, texts: Sequence[str] | None) -> list[str]:
-    """The texts that were named, or for the built-in model what it was trained on, or else the mix."""
+    """The given texts, or for the built-in model its training text, or else the mix."""
     return list(texts or ["narrowkv://train" if model == DEMO else MIX])
 
 
 def note_mix(model: str, texts: Sequence[str] | None, learning: bool = True) -> None:
-    """Note that tables are to be learned from the mix, where they are and no text was named."""
+    """Note that tables will be learned from the mix, if no text was given."""
     if learning and not texts and model != DEMO:
-        note(f"No text is given to learn from, so the built-in mix is taken ({MIX}); texts like your own may serve better.")
+        note(f"No calibration text is given, so the built-in mix is used ({MIX}); your own texts may be better.")
 
 
 def windows_to_learn(texts: Sequence[str], window: int | None, samples: int | None) -> tuple[int, int]:
-    """Tokens of a sequence, and sequences: those that were asked for, or else such as the mix fills, or as are usual."""
+    """Tokens per sequence and number of sequences: as given, or else the defaults for the mix or for other texts."""
     usual = (MIX_WINDOW, MIX_SAMPLES) if list(texts) == [MIX] else (WINDOW, SAMPLES)
     return window or usual[0], samples or usual[1]
 
@@ -200,7 +200,7 @@ def quality_caption(rows: "list[Quality]") -> str:
     recall = "" if first.recall_fp is None else f", recall {first.recall_fp:.0%}"
     return (
         f"{first.tokens:,} tokens in windows of {first.window}; unquantized perplexity {first.perplexity_fp:.3f}{recall}.\n"
-        "bits: allocated per element held, everything counted. strict: every element attended to is quantized.\n"
+        "bits: allocated per stored element, everything counted. strict: every element attended to is quantized.\n"
         f"stream: chunks of {first.stream_chunk} tokens attend exactly to themselves and to the packed past."
     )
 

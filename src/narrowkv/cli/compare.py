@@ -48,21 +48,21 @@ def compare(
     text: ScoredTextOption = None,
     calibration_text: CalibrationTextOption = None,
     window: WindowOption = 2048,
-    limit: Annotated[int | None, typer.Option(min=1, help="Score at most this many windows.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of windows to score at most.")] = None,
     spread: SpreadOption = None,
     bos: BosOption = None,
     samples: SamplesOption = 16,
     context: Annotated[
-        int, typer.Option(min=1, help="Tokens whose bytes are counted, and over which is decoded.")
+        int, typer.Option(min=1, help="Tokens of the cache whose bytes are counted and whose decoding is timed.")
     ] = REFERENCE_TOKENS,
-    decode_steps: Annotated[int, typer.Option(min=0, help="Tokens timed; 0 times none.")] = 16,
-    stream_chunk: Annotated[int, typer.Option(min=1, help="Tokens per chunk when streaming.")] = STREAM_CHUNK,
-    recall_distance: Annotated[int, typer.Option(min=0, help="Tokens over which recall is tested; 0 for not.")] = 512,
+    decode_steps: Annotated[int, typer.Option(min=0, help="Tokens to time; 0 skips timing.")] = 16,
+    stream_chunk: Annotated[int, typer.Option(min=1, help="Tokens per chunk in stream mode.")] = STREAM_CHUNK,
+    recall_distance: Annotated[int, typer.Option(min=0, help="Tokens over which recall is tested; 0 skips it.")] = 512,
     recall_rows: Annotated[int, typer.Option(min=1)] = 32,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     backend: BackendOption = AUTO,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the recall rows.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the recall rows.")] = 0,
 ) -> None:
     """Compare recipes: bits, bytes, perplexity, divergence, top-1 agreement, recall and time; a table and a plot."""
     from narrowkv.evaluate import compare as comparing

@@ -1,4 +1,4 @@
-"""`narrowkv demo`: a real model generates from a packed cache, and a table says what each recipe costs."""
+"""`narrowkv demo`: the built-in model generates from a packed cache, and a table shows the loss of each recipe."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,7 +41,7 @@ def demo(
     recall_distance: Annotated[int, typer.Option(min=128, max=2000)] = 512,
     recall_rows: Annotated[int, typer.Option(min=1)] = 64,
 ) -> None:
-    """Calibrate the built-in model, let it speak from a packed cache, and compare recipes."""
+    """Calibrate the built-in model, generate from a packed cache, and compare recipes."""
     from narrowkv.evaluate import cut_windows, measure
     from narrowkv.evaluate.perplexity import at_length
     from narrowkv.evaluate.results import ResultFile
@@ -79,7 +79,7 @@ def demo(
 
 
 def speak(model: Any, tokenizer: Any, calibration: "Calibration", text: str) -> None:
-    """Tell the model a fact, let it read something else, ask for the fact, and print what its packed cache took."""
+    """State a fact, let the model read other text, query the fact, and print the size of its packed cache."""
     from narrowkv.integrations import PackedCache
 
     cache = PackedCache(model, calibration)

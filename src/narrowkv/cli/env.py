@@ -8,7 +8,7 @@ from narrowkv.files import write_json
 
 
 def env(json_file: JsonOption = None) -> None:
-    """Print versions and hardware, for reports."""
+    """Print versions and hardware, for bug reports."""
     from narrowkv.evaluate.results import environment
 
     found = environment()

@@ -1,4 +1,4 @@
-"""`narrowkv eval`: what recipes cost on a model and a text."""
+"""`narrowkv eval`: the loss of recipes on a model and a text."""
 
 from typing import Annotated
 
@@ -46,11 +46,11 @@ def evaluate(
     text: ScoredTextOption = None,
     window: WindowOption = 2048,
     samples: SamplesOption = 16,
-    limit: Annotated[int | None, typer.Option(min=1, help="Score at most this many windows.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of windows to score at most.")] = None,
     spread: SpreadOption = None,
     bos: BosOption = None,
-    stream_chunk: Annotated[int, typer.Option(min=1, help="Tokens per chunk when streaming.")] = STREAM_CHUNK,
-    recall_distance: Annotated[int, typer.Option(min=0, help="Also test recall over this many tokens; 0 does not.")] = 0,
+    stream_chunk: Annotated[int, typer.Option(min=1, help="Tokens per chunk in stream mode.")] = STREAM_CHUNK,
+    recall_distance: Annotated[int, typer.Option(min=0, help="Tokens over which recall is tested; 0 skips it.")] = 0,
     recall_rows: Annotated[int, typer.Option(min=1)] = 32,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",

@@ -59,7 +59,7 @@ def continue_text(
 
 
 def summary(cache: "PackedCache") -> str:
-    """One line on what a cache holds and what it takes."""
+    """One line on the contents and the size of a cache."""
     exact = 2 * cache.elements
     return (
         f"{cache.recipe.name}: {cache.get_seq_length()} tokens in {cache.nbytes:,} bytes ({cache.bits_per_element:.2f} bits "
@@ -87,7 +87,7 @@ def generate(
     backend: BackendOption = AUTO,
     bos: BosOption = None,
 ) -> None:
-    """Continue a prompt; the model's cache is packed by the recipe."""
+    """Continue a prompt with a packed cache."""
     import torch
 
     from narrowkv.evaluate.sources import read_prompt, read_texts

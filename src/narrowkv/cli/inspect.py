@@ -1,4 +1,4 @@
-"""`narrowkv inspect`: plots of what a model's cache holds."""
+"""`narrowkv inspect`: plots of a model's keys and values."""
 
 from typing import Annotated
 
@@ -22,18 +22,18 @@ def inspect(
     model: ModelArgument,
     out: FolderOption,
     layer: Annotated[
-        int | None, typer.Option(help="Layer whose elements are drawn, from 0.", show_default="the middle one")
+        int | None, typer.Option(help="Index of the layer whose elements are drawn, from 0.", show_default="the middle one")
     ] = None,
-    recipe: Annotated[str, typer.Option(help="Whose codebook is drawn.")] = INSPECTED,
+    recipe: Annotated[str, typer.Option(help="Recipe whose codebook is drawn.")] = INSPECTED,
     text: LearnedTextOption = None,
     window: WindowOption = 2048,
-    samples: Annotated[int, typer.Option(min=1, help="Sequences to look at.")] = 4,
+    samples: Annotated[int, typer.Option(min=1, help="Number of sequences.")] = 4,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     backend: BackendOption = AUTO,
     bos: BosOption = None,
 ) -> None:
-    """Draw what is quantized: magnitudes by channel, token and layer, outliers, codebooks over their data, Fisher weight."""
+    """Plot keys and values: magnitudes by channel, token and layer, outliers, codebooks with their data, Fisher weight."""
     from narrowkv.evaluate import cut_windows
     from narrowkv.evaluate import inspect as inspecting
     from narrowkv.evaluate.results import ResultFile, read_result

@@ -39,11 +39,11 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def main(version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True)) -> None:
-    """Keep a language model's key/value cache in 2, 3 or 4 bits instead of 16."""
+    """Quantize a language model's key/value cache to 2, 3 or 4 bits instead of 16."""
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **shown: Any) -> None:
-    """Ours is one sentence without the place in the code; others are shown as they always are."""
+    """Print warnings of ours as one sentence without the source line, and others as usual."""
     if issubclass(category, NarrowKVWarning):
         err.print(f"[bold yellow]Warning:[/bold yellow] {escape(str(message))}", highlight=False, soft_wrap=True)
     else:
@@ -65,7 +65,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     except NarrowKVError as error:
         _fail(str(error))
     except OSError as error:  # standard output is full or was closed
-        _fail(f"Cannot write what was found: {error.strerror or error}; give it a place that has space.")
+        _fail(f"Cannot write what was found: {error.strerror or error}; choose a disk with free space.")
 
 
 def _require_text(arguments: Sequence[str]) -> None:
@@ -74,7 +74,7 @@ def _require_text(arguments: Sequence[str]) -> None:
         try:
             argument.encode()
         except UnicodeEncodeError as error:
-            raise TextError(f"The argument {argument!r} holds bytes that are not UTF-8 text; write it in UTF-8.") from error
+            raise TextError(f"The argument {argument!r} has bytes that are not UTF-8 text; write it in UTF-8.") from error
 
 
 def _fail(sentence: str) -> None:

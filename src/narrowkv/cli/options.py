@@ -1,4 +1,4 @@
-"""Options that several commands have, and what is asked of a file or folder before anything is computed for it."""
+"""Options that several commands share, and checks of output files and folders before anything is computed."""
 
 import contextlib
 import math
@@ -14,7 +14,7 @@ from narrowkv.errors import OutputError
 
 
 def folder_to_write(given: str) -> Path:
-    """A folder that metrics can be written into; raises OutputError before anything is computed for one that cannot."""
+    """A folder that can be written to; raises OutputError otherwise, before anything is computed."""
     path = Path(given)
     if not given.strip():
         raise OutputError("The folder to write into has no name; give one with --out FOLDER.")
@@ -25,7 +25,7 @@ def folder_to_write(given: str) -> Path:
 
 
 def file_to_write(given: str) -> Path:
-    """A file that metrics can be written to; raises OutputError before anything is computed for one that cannot."""
+    """A file that can be written; raises OutputError otherwise, before anything is computed."""
     path = Path(given)
     if not given.strip() or os.path.isdir(path):
         raise OutputError(f"{given!r} is not the name of a file that can be written; give one with --json FILE.")
@@ -34,7 +34,7 @@ def file_to_write(given: str) -> Path:
 
 
 def _try_writing(folder: Path, target: Path) -> None:
-    """Open a file that is never seen in the folder, or in that in which it would be made."""
+    """Open an unnamed file in the folder, or in the nearest one that exists."""
     try:
         with contextlib.suppress(FileNotFoundError):
             os.lstat(target)  # names may be too long
@@ -54,12 +54,12 @@ RecipeOption = Annotated[
 CalibrationOption = Annotated[Path | None, typer.Option(help="A folder that `narrowkv calibrate` wrote.")]
 CalibrationsOption = Annotated[
     list[Path] | None,
-    typer.Option("--calibration", help="A folder that `narrowkv calibrate` wrote; may be given again, one for each recipe."),
+    typer.Option("--calibration", help="A folder that `narrowkv calibrate` wrote; repeat for several recipes."),
 ]
 CalibrationTextOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="Text to calibrate on first, where there is no calibration: a file or a data set; several share --samples.",
+        help="Text to calibrate on if there is no calibration: a file or a data set; several share --samples.",
         show_default=MIX,
     ),
 ]
@@ -71,18 +71,20 @@ LearnedTextOption = Annotated[
     list[str] | None,
     typer.Option(
         "--text",
-        help="A text file or a data set's name; several, of which a mix is best, share the windows.",
+        help="A text file or a data set's name; several share the windows, and a mix is best.",
         show_default=MIX,
     ),
 ]
 SpreadOption = Annotated[
     int | None,
-    typer.Option(min=1, help="Spread this many windows over the text, and score the first --limit.", show_default="--limit"),
+    typer.Option(
+        min=1, help="Spread this many windows over the text and score the first --limit of them.", show_default="--limit"
+    ),
 ]
 BosOption = Annotated[
     bool | None,
     typer.Option(
-        "--bos/--no-bos", help="Begin windows with the beginning-of-text token.", show_default="as the tokenizer does"
+        "--bos/--no-bos", help="Start windows with the beginning-of-text token.", show_default="as the tokenizer does"
     ),
 ]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
@@ -90,7 +92,7 @@ DeviceOption = Annotated[str, typer.Option(help="cpu or cuda.")]
 BackendOption = Annotated[
     str,
     typer.Option(
-        help="Which attention runs: auto, cpu (compiled), torch, naive, or dense for models that compute it by themselves."
+        help="Attention backend: auto, cpu, cuda, torch, naive, or dense for models that compute attention themselves."
     ),
 ]
 WindowOption = Annotated[int, typer.Option(min=2, help="Tokens per sequence.")]
@@ -108,7 +110,7 @@ FolderOption = Annotated[
         "--out",
         parser=folder_to_write,
         metavar="FOLDER",
-        help="Folder for metrics and plots; a run that was interrupted goes on.",
+        help="Folder for metrics and plots; an interrupted run is resumed.",
     ),
 ]
 JsonOption = Annotated[
@@ -123,5 +125,5 @@ def _finite(value: float) -> float:
     return value
 
 
-TemperatureOption = Annotated[float, typer.Option(min=0.0, callback=_finite, help="0 is greedy.")]
-SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of all that is random.")]
+TemperatureOption = Annotated[float, typer.Option(min=0.0, callback=_finite, help="Sampling temperature; 0 is greedy.")]
+SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Random seed.")]

@@ -1,4 +1,4 @@
-"""`narrowkv plan`: what will fit, from a model's configuration alone."""
+"""`narrowkv plan`: the memory of a cache and the longest context, from a model's configuration alone."""
 
 from typing import Annotated
 
@@ -20,20 +20,20 @@ def plan(
     recipes: Annotated[str, typer.Option(help="Names of recipes or JSON files, separated by commas.")] = RECIPES,
     context: Annotated[str, typer.Option(help="Lengths such as 131072, 128K or 1M, separated by commas.")] = "32K,128K,1M",
     memory: Annotated[
-        str | None, typer.Option(help="Of each GPU, such as 80GB or 79.2GiB: then also the longest context.")
+        str | None, typer.Option(help="Memory of each GPU, such as 80GB or 79.2GiB; adds the longest context.")
     ] = None,
     reserve: Annotated[
         str | None,
-        typer.Option(help="What of it is reserved for activations and all else, such as 2GiB.", show_default="nothing"),
+        typer.Option(help="Memory reserved for activations and everything else, such as 2GiB.", show_default="nothing"),
     ] = None,
-    gpus: Annotated[int, typer.Option(help="Between which the heads are split (tensor parallelism).")] = 1,
-    batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
+    gpus: Annotated[int, typer.Option(help="Number of GPUs that share the heads (tensor parallelism).")] = 1,
+    batch: Annotated[int, typer.Option(help="Batch size.")] = 1,
     dtype: DtypeOption = "auto",
     weight_bits: Annotated[
-        float | None, typer.Option(help="Bits of each weight where weights are quantized.", show_default="those of the dtype")
+        float | None, typer.Option(help="Bits per weight, if weights are quantized.", show_default="those of the dtype")
     ] = None,
 ) -> None:
-    """Tell what a cache will take, and which context fits, without loading a weight."""
+    """Compute the memory of a cache and the context that fits, without loading weights."""
     from narrowkv.evaluate.results import ResultFile, read_result
     from narrowkv.methods import get_recipe
     from narrowkv.plan import Budget, parse_bytes, parse_tokens, read_shape

@@ -1,4 +1,4 @@
-"""`narrowkv recipes`: what recipes there are, and what one of them says."""
+"""`narrowkv recipes`: list all recipes, or show one."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def describe(scheme: "Scheme") -> str:
 
 @app.command("list")
 def list_recipes() -> None:
-    """All named recipes, with their schemes and what they were measured to lose on real models."""
+    """List all recipes with their schemes and their measured loss on real models."""
     from narrowkv.methods import get_recipe, recipe_names
     from narrowkv.methods.measured import measured_losses
 
@@ -76,10 +76,10 @@ def show(
     name: Annotated[str, typer.Argument(help="A recipe's name or a JSON file.")],
     json_file: Annotated[
         Path | None,
-        typer.Option("--json", parser=file_to_write, metavar="FILE", help="Write the recipe to this file, to be edited."),
+        typer.Option("--json", parser=file_to_write, metavar="FILE", help="Write the recipe to this file, for editing."),
     ] = None,
 ) -> None:
-    """One recipe in full, as JSON."""
+    """Show one recipe in full, as JSON."""
     from narrowkv.methods import get_recipe
 
     plain = get_recipe(name).to_dict()

@@ -32,8 +32,8 @@ PAGE = "report.html"
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a report is asked to be of; like those of the command's options."""
+class Options:
+    """The options of a report; like those of the command."""
 
     model: str
     folder: Path
@@ -50,39 +50,43 @@ class Asked:
         return {"text": self.text, "calibration_text": self.calibration_text, **self.running}
 
 
-def _plan(asked: Asked) -> None:
-    plan.plan(asked.model, asked.folder, memory=asked.memory, gpus=asked.gpus, dtype=asked.running["dtype"])
+def _plan(options: Options) -> None:
+    plan.plan(options.model, options.folder, memory=options.memory, gpus=options.gpus, dtype=options.running["dtype"])
 
 
-def _compare(asked: Asked) -> None:
+def _compare(options: Options) -> None:
     less: dict[str, Any] = {"limit": 2, "samples": 8}
-    if asked.quick:
+    if options.quick:
         less = {"limit": 1, "samples": 4, "decode_steps": 4, "recall_rows": 8}
-    compare.compare(asked.model, asked.folder, window=asked.window, **less, **asked.texts)
+    compare.compare(options.model, options.folder, window=options.window, **less, **options.texts)
 
 
-def _tasks(asked: Asked) -> None:
-    lengths = ",".join(str(asked.window // part) for part in ((4, 1) if asked.quick else (4, 2, 1)))
-    less: dict[str, Any] = {"rows": 4, "samples": 4, "recipes": "narrow3,narrow2,int2"} if asked.quick else {"samples": 8}
-    tasks.tasks(asked.model, asked.folder, window=asked.window, lengths=lengths, **less, **asked.texts)
+def _tasks(options: Options) -> None:
+    lengths = ",".join(str(options.window // part) for part in ((4, 1) if options.quick else (4, 2, 1)))
+    less: dict[str, Any] = {"rows": 4, "samples": 4, "recipes": "narrow3,narrow2,int2"} if options.quick else {"samples": 8}
+    tasks.tasks(options.model, options.folder, window=options.window, lengths=lengths, **less, **options.texts)
 
 
-def _ablate(asked: Asked) -> None:
-    less: dict[str, Any] = {"bits": "3", "limit": 2, "samples": 4} if asked.quick else {}
-    ablate.ablate(asked.model, asked.folder, window=min(asked.window, 512), **less, **asked.texts)
+def _ablate(options: Options) -> None:
+    less: dict[str, Any] = {"bits": "3", "limit": 2, "samples": 4} if options.quick else {}
+    ablate.ablate(options.model, options.folder, window=min(options.window, 512), **less, **options.texts)
 
 
-def _inspect(asked: Asked) -> None:
-    looked_at: dict[str, Any] = {"text": asked.calibration_text, "window": asked.window, "samples": 1 if asked.quick else 4}
-    inspect.inspect(asked.model, asked.folder, **looked_at, **asked.running)
+def _inspect(options: Options) -> None:
+    looked_at: dict[str, Any] = {
+        "text": options.calibration_text,
+        "window": options.window,
+        "samples": 1 if options.quick else 4,
+    }
+    inspect.inspect(options.model, options.folder, **looked_at, **options.running)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of results. measure: adds what its file, `<kind>.json`, lacks; `report/<kind>.py` draws what that holds."""
+    """One kind of results. measure: adds what its file, `<kind>.json`, lacks; `report/<kind>.py` draws its contents."""
 
     title: str
-    measure: Callable[[Asked], None]
+    measure: Callable[[Options], None]
 
 
 KINDS = {
@@ -97,18 +101,18 @@ KINDS = {
 def report(
     model: ModelArgument,
     folder: FolderOption,
-    only: Annotated[str, typer.Option(help="Which kind of results, separated by commas.")] = ",".join(KINDS),
-    quick: Annotated[bool, typer.Option("--quick", help="Less of everything: rougher metrics, sooner.")] = False,
+    only: Annotated[str, typer.Option(help="Kinds of results, separated by commas.")] = ",".join(KINDS),
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer samples: less exact metrics, sooner.")] = False,
     text: ScoredTextOption = None,
     calibration_text: CalibrationTextOption = None,
     window: WindowOption = 2048,
-    memory: Annotated[str, typer.Option(help="Of each GPU, for the plan.")] = "80GB",
-    gpus: Annotated[int, typer.Option(min=1, help="For the plan.")] = 1,
+    memory: Annotated[str, typer.Option(help="Memory of each GPU, for the plan.")] = "80GB",
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs, for the plan.")] = 1,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     backend: BackendOption = AUTO,
 ) -> None:
-    """Measure a model in every way and write one page, `report.html`, beside the metrics; an interrupted run goes on."""
+    """Run all measurements on a model and write one page, `report.html`, next to the metrics; resumes interrupted runs."""
     from narrowkv.report.page import render
 
     chosen = _chosen(only)
@@ -117,10 +121,10 @@ def report(
     if not scored and chosen != ["plan"]:
         raise TextError("A report needs a text; give one with --text FILE.")
     note_mix(model, calibration_text, chosen != ["plan"])
-    asked = Asked(model, folder, scored, texts_to_learn(model, calibration_text), window, memory, gpus, quick, running)
+    options = Options(model, folder, scored, texts_to_learn(model, calibration_text), window, memory, gpus, quick, running)
     for i, name in enumerate(chosen):
         err.print(f"[bold]{name}[/bold], {i + 1} of {len(chosen)}", highlight=False)
-        KINDS[name].measure(asked)
+        KINDS[name].measure(options)
     page = folder / PAGE
     written = render(model, [_part(folder, name) for name in chosen])
     write_atomically(page, lambda temporary: temporary.write_text(written, encoding="utf-8"))
@@ -129,10 +133,10 @@ def report(
 
 def _chosen(only: str) -> list[str]:
     """Kinds in the order of the page; raises ReportError where there is one that does not exist."""
-    asked = listed(only)
-    if unknown := [name for name in asked if name not in KINDS]:
+    names = listed(only)
+    if unknown := [name for name in names if name not in KINDS]:
         raise ReportError(f"There are no metrics of {unknown[0]!r}; there are {', '.join(KINDS)}.")
-    return [name for name in KINDS if name in asked]
+    return [name for name in KINDS if name in names]
 
 
 def _part(folder: Path, name: str) -> "Part":

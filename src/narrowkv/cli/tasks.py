@@ -1,4 +1,4 @@
-"""`narrowkv tasks`: long-context tasks, for several recipes beside the 16-bit cache."""
+"""`narrowkv tasks`: long-context tasks, for several recipes and the 16-bit cache."""
 
 import contextlib
 from collections.abc import Callable
@@ -48,17 +48,19 @@ def tasks(
         str | None, typer.Option(help="Names of recipes or JSON files, separated by commas.", show_default=RECIPES)
     ] = None,
     calibration: CalibrationsOption = None,
-    wanted: Annotated[str, typer.Option("--tasks", help=f"Of {', '.join(TASKS)}; `none` for files alone.")] = ",".join(TASKS),
-    lengths: Annotated[str, typer.Option(help="Tokens of the rows.")] = LENGTHS,
-    depths: Annotated[str, typer.Option(help="Of the passkey, 0 to 1.")] = DEPTHS,
+    wanted: Annotated[str, typer.Option("--tasks", help=f"Tasks among {', '.join(TASKS)}; `none` for files only.")] = ",".join(
+        TASKS
+    ),
+    lengths: Annotated[str, typer.Option(help="Lengths of the rows in tokens, separated by commas.")] = LENGTHS,
+    depths: Annotated[str, typer.Option(help="Depths of the passkey from 0 to 1, separated by commas.")] = DEPTHS,
     rows: Annotated[int, typer.Option(min=1, help="Rows of each task, length and depth.")] = TASK_ROWS,
-    file: Annotated[list[Path] | None, typer.Option(help="JSON lines of LongBench or RULER; may be given again.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each file at most.")] = None,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Generated for a question of a file.")] = NEW_TOKENS,
+    file: Annotated[list[Path] | None, typer.Option(help="JSON lines of LongBench or RULER; can be repeated.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of questions of each file at most.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated for a question of a file.")] = NEW_TOKENS,
     text: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text in which facts are stated: a file or a data set's name; may be given again.", show_default=TEXT
+            help="Text into which facts are inserted: a file or a data set's name; can be repeated.", show_default=TEXT
         ),
     ] = None,
     calibration_text: CalibrationTextOption = None,
@@ -70,7 +72,7 @@ def tasks(
     bos: BosOption = None,
     seed: SeedOption = 0,
 ) -> None:
-    """Passkey by depth and length, key-value recall, several needles, variable tracking, counting; and your own files."""
+    """Run long-context tasks: passkey by depth and length, key-value recall, needles, variable tracking, counting, files."""
     from narrowkv.evaluate import tasks as tasking
     from narrowkv.evaluate.results import ResultFile, read_result
     from narrowkv.evaluate.sources import read_texts
@@ -109,7 +111,7 @@ def tasks(
 
 
 def _parse_list(given: str, option: str, kind: Callable[[str], Any], least: float, most: float) -> tuple[Any, ...]:
-    """Elements separated by commas; raises TextError where one is none, or outside its bounds."""
+    """Elements separated by commas; raises TextError if one is invalid or out of bounds."""
     parsed: tuple[Any, ...] = ()
     with contextlib.suppress(ValueError):
         parsed = tuple(kind(part) for part in given.split(","))

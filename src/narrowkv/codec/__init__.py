@@ -15,7 +15,7 @@ AnyQuantizer = Quantizer | IntrinsicValueQuantizer | TrellisQuantizer
 
 
 def kind_of(scheme: Scheme) -> type[AnyQuantizer]:
-    """The kind of quantizer that a scheme asks for."""
+    """The class of quantizer of a scheme."""
     if scheme.strategy == "block":
         return IntrinsicValueQuantizer
     if scheme.datatype == "trellis":
@@ -24,7 +24,7 @@ def kind_of(scheme: Scheme) -> type[AnyQuantizer]:
 
 
 def quantizer_for(scheme: Scheme, **tables: Any) -> AnyQuantizer:
-    """The quantizer that a scheme asks for, with its tables; raises RecipeError where these do not fit it."""
+    """The quantizer of a scheme with its tables; raises RecipeError if these do not fit the scheme."""
     return kind_of(scheme)(scheme, **tables)
 
 

@@ -14,8 +14,8 @@ class EncodeBuffer:
     """Encoded tokens and space for more.
 
     codes: [batch, kv_heads, tokens, codes of a head]; ranges: as `QuantizedTensor` has them; zeros where nothing was written
-    yet. outlier_index: [capacity] int64, places in the flattened codes, in order of arrival; outlier_values: [capacity] in 16
-    bits; the
+    yet. outlier_index: [capacity] int64, positions in the flattened codes, in order of arrival; outlier_values: [capacity] in
+    16 bits; the
         first `outliers` of them count. Or None.
     counter: counts outliers on a GPU, where tokens are encoded one by one; else None.
     """
@@ -62,7 +62,7 @@ class EncodeBuffer:
         self._outliers = outliers
 
     def tensors(self) -> list[Tensor]:
-        """All tensors that are held."""
+        """All stored tensors."""
         counts = [] if self.counter is None else [self.counter.counts]
         return [*QuantizedTensor(self.codes, self.ranges, self.outlier_index, self.outlier_values).tensors(), *counts]
 
@@ -91,7 +91,7 @@ class EncodeBuffer:
         self.counter.promise(max(most, 1))  # where there are none, what does not fit is counted yet
 
     def put(self, first: int, encoded: QuantizedTensor) -> int:
-        """Write tokens from the token `first` on; returns how many outliers are then held, and lets the caller count them."""
+        """Write tokens from the token `first` on; returns the outliers then stored, which the caller lets it count."""
         stop = first + encoded.tokens
         self.codes[:, :, first:stop] = encoded.codes
         for name, part in self.ranges.items():
@@ -108,7 +108,7 @@ class EncodeBuffer:
         return held
 
     def crop(self, tokens: int) -> None:
-        """Forget outliers of the token `tokens` and later ones; their codes may be written over."""
+        """Remove outliers of the token `tokens` and later ones; their codes may be written over."""
         if self.outlier_index is None or self.outlier_values is None:
             return
         index = self.outlier_index[: self.outliers]

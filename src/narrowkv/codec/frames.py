@@ -1,7 +1,7 @@
 """Frames: keys stored before the rotary embedding are rotated to the middle of their frame of 16 tokens.
 
-Where positions follow each other, as they mostly do, one query, rotated to that place, then meets all keys of a frame: nothing
-is rotated for each token when a cache is read.
+Where positions follow each other, as they mostly do, one query, rotated to that position, then meets all keys of a frame:
+nothing is rotated for each token when a cache is read.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ MIDDLE = FRAME // 2  # the token of a frame that is not rotated
 
 
 def place_dtype(head_dim: int) -> torch.dtype:
-    """In what places of a head's channels are stored."""
+    """The order in which a head's channels are stored."""
     return torch.uint8 if head_dim <= 256 else torch.int16
 
 
@@ -42,7 +42,7 @@ class Frames:
         return cls(channels, torch.nn.functional.pad(inverse.float(), (0, head_dim // 2 - pairs)))
 
     def rotate(self, x: Tensor, first: int) -> Tensor:
-        """Channels [..., tokens, head_dim] float64 of tokens from a block's token `first` on, in their places and rotated."""
+        """Channels [..., tokens, head_dim] float64 of tokens from a block's token `first` on, in stored order and rotated."""
         at = torch.arange(first, first + x.shape[-2], dtype=torch.int64, device=x.device) % FRAME - MIDDLE
         return self._rotated(x[..., self.channels.long()], at)
 
@@ -52,7 +52,7 @@ class Frames:
         return self._rotated(x, -at)[..., self.channels.long().argsort()]
 
     def rotate_moment(self, moment: Tensor) -> Tensor:
-        """Mean of second moments [kv_heads, head_dim, head_dim] float64 of what is as likely at any place of a frame."""
+        """Mean of second moments [kv_heads, head_dim, head_dim] float64 of what is equally likely at any offset in a frame."""
         one_side = moment[..., self.channels.long()].mT[..., self.channels.long()]
         mean = torch.zeros_like(one_side)
         for place in range(FRAME):

@@ -52,7 +52,7 @@ class IntrinsicValues:
         """
         elements = np.asarray(x, dtype=np.float64).ravel()
         if elements.size == 0 or not np.isfinite(elements).all():
-            raise ActivationError("A block must hold elements that are neither NaN nor infinite.")
+            raise ActivationError("A block must have elements that are neither NaN nor infinite.")
         low = float(elements.min()) if v_min is None else v_min
         high = float(elements.max()) if v_max is None else v_max
         if not low < high:

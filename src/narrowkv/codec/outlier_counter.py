@@ -76,10 +76,10 @@ class CountReadback:
 
     def send(self, counters: Iterable[OutlierCounter]) -> None:
         """Send off what is counted once all that was launched has run."""
-        asked = [(counter, counter.promised) for counter in counters]
-        if not asked or len(self.under_way) == MOST_UNDER_WAY:
+        pending = [(counter, counter.promised) for counter in counters]
+        if not pending or len(self.under_way) == MOST_UNDER_WAY:
             return
-        counts, arrived = torch.stack([counter.counts for counter, _ in asked]), None
+        counts, arrived = torch.stack([counter.counts for counter, _ in pending]), None
         if counts.is_cuda:
             with torch.cuda.device_of(counts):
                 counts = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True, device="cpu").copy_(
@@ -87,18 +87,18 @@ class CountReadback:
                 )
                 arrived = torch.cuda.Event()
                 arrived.record()
-        self.under_way.append((asked, counts, arrived))
+        self.under_way.append((pending, counts, arrived))
 
     def receive(self) -> None:
         """Let the host learn what has come. Raises ActivationError as `OutlierCounter.learn`."""
         while self.under_way and (self.under_way[0][2] is None or self.under_way[0][2].query()):
-            asked, counts, _ = self.under_way.popleft()
-            for (counter, promised), found in zip(asked, counts.tolist(), strict=True):
+            pending, counts, _ = self.under_way.popleft()
+            for (counter, promised), found in zip(pending, counts.tolist(), strict=True):
                 counter.learn(found, promised)
 
     def settle(self, counters: Iterable[OutlierCounter]) -> None:
         """Wait once, and let the host learn all."""
-        asked = list(counters)
-        if asked:
-            for counter, found in zip(asked, torch.stack([counter.counts for counter in asked]).tolist(), strict=True):
+        pending = list(counters)
+        if pending:
+            for counter, found in zip(pending, torch.stack([counter.counts for counter in pending]).tolist(), strict=True):
                 counter.learn(found, counter.promised)

@@ -1,6 +1,6 @@
 """Pack small integers into bytes, as planes of 1, 2, 4 or 8 bits.
 
-A width is a sum of planes: 3 bits are a plane of 2 beside a plane of 1, so no code straddles a byte. Within a row of n codes,
+A width is a sum of planes: 3 bits are a plane of 2 and a plane of 1, so no code straddles a byte. Within a row of n codes,
 code i lies in byte `i % (n / per_byte)`, at bit `plane * (i // (n / per_byte))`: neighboring codes lie in neighboring bytes
 at the same shift, so a SIMD register of bytes yields neighboring codes with one shift and one mask.
 """

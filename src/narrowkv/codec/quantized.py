@@ -12,7 +12,7 @@ class QuantizedTensor:
     """Elements [batch, kv_heads, tokens, head_dim] in codes; every operation here moves codes, none re-quantizes.
 
     codes: [batch, kv_heads, tokens, head_dim], uint8, or the exact elements themselves in the model's dtype.
-    ranges: what is held of online ranges, by name, as `Scheme.range_forms` has it: `scale` and, unless it is symmetric,
+    ranges: stored online ranges, by name, as `Scheme.range_forms` has it: `scale` and, unless it is symmetric,
         `zero`: [batch, 1 or kv_heads, tokens or groups, 1, groups or head_dim].
     outlier_index: [n] int64, ascending positions in the flattened codes; outlier_values: [n] in 16 bits. Or None.
     outlier_places: of a token in one head, where these are not the codes (`Scheme.outlier_places`); None where they are.
@@ -26,7 +26,7 @@ class QuantizedTensor:
 
     @property
     def places(self) -> tuple[int, int, int, int]:
-        """The shape that `outlier_index` counts in: batch, kv_heads, tokens, places of a token in one head."""
+        """The shape that `outlier_index` counts in: batch, kv_heads, tokens, coefficients of a token in one head."""
         batch, heads, tokens, codes = self.codes.shape
         return batch, heads, tokens, codes if self.outlier_places is None else self.outlier_places
 
@@ -35,7 +35,7 @@ class QuantizedTensor:
         return self.codes.shape[2]
 
     def tensors(self) -> list[Tensor]:
-        """All tensors that are held."""
+        """All stored tensors."""
         parts = (self.codes, *self.ranges.values(), self.outlier_index, self.outlier_values)
         return [part for part in parts if part is not None]
 

@@ -52,7 +52,7 @@ class Scheme:
     learned_rotation: with `trellis`, codes are those of the head after a rotation learned offline, which takes correlations
     out; reading
         rotates back.
-    scale_dtype: in which online scales are held: `float16`, or `float8` (e4m3, for datatype `fp`), as multiples of a
+    scale_dtype: in which online scales are stored: `float16`, or `float8` (e4m3, for datatype `fp`), as multiples of a
         bfloat16 scale that each token has over all its KV heads.
     smooth_alpha: elements are divided by a factor for each pair of channels before they are quantized, their largest magnitude
     to
@@ -247,7 +247,7 @@ class Scheme:
         return (self.lookahead_blocks - 1) * self.tokens_per_group
 
     def range_forms(self, kv_heads: int, tokens: int, head_dim: int) -> dict[str, RangeForm]:
-        """What is held of online ranges, by name: shape without the batch, for whole groups of tokens, and dtype."""
+        """Stored online ranges, by name: shape without the batch, for whole groups of tokens, and dtype."""
         if self.datatype == "exact" or self.static:
             return {}
         if self.strategy == "block":

@@ -1,4 +1,4 @@
-"""Surroundings: whatever modes of torch a caller is in, what is computed and held here does not depend on them."""
+"""Surroundings: whatever modes of torch a caller is in, what is computed and stored here does not depend on them."""
 
 import contextlib
 import functools

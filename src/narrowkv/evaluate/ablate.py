@@ -35,7 +35,7 @@ Learned = dict[str, Calibration]
 
 @dataclass(frozen=True)
 class AblateOptions:
-    """What the metrics depend on beside model and texts.
+    """Settings of the metrics, besides model and texts.
 
     bits: widths at which ablations are climbed. window: tokens per sequence. limit: windows scored at most. samples: sequences
     to calibrate on. context: tokens of the cache whose bits are counted. backend: of the caches. bos: what windows begin
@@ -63,7 +63,7 @@ def ablate(
     others: Mapping[str, str] | None = None,
     calibrations: Sequence[Calibration] = (),
 ) -> None:
-    """Climb ablations (of NAMES) and add those rows that `results` does not have yet.
+    """Run ablations (of NAMES) and add those rows that `results` does not have yet.
 
     text: to score. learn_from: to calibrate on; several texts have their share of windows each. others: further texts to
     calibrate on for the ablation `texts`, by name. calibrations: finished ones, of recipes that are steps here. Raises

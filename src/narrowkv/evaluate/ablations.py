@@ -21,7 +21,7 @@ OWN_TEXT = "calibration text"
 
 @dataclass(frozen=True)
 class AblationStep:
-    """One recipe of a ablation. label: for people. place: by what table and plot arrange it, plain data.
+    """One recipe of an ablation. label: its name. place: keys by which table and plot arrange it, plain data.
 
     text, sequences: from which it learns, if it learns; None: as many as there are.
     """
@@ -173,7 +173,7 @@ def _both(keys: Scheme, values: Scheme, sinks: int = 0, **changes: Any) -> Recip
 
 
 def _recipe(keys: Scheme, values: Scheme, sinks: int = 0) -> Recipe:
-    """A recipe named by what tells it from others."""
+    """A recipe named by what distinguishes it from others."""
     return Recipe(f"{_name(keys)} {_name(values)} sinks {sinks}", keys=keys, values=values, sinks=sinks)
 
 

@@ -27,13 +27,13 @@ DYNAMIC = "DynamicCache"  # the row of transformers' own cache, for its bytes an
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """What the metrics depend on beside model, texts and recipes.
+    """Settings of the metrics, besides model, texts and recipes.
 
     window: tokens per sequence. limit: windows scored at most. samples: sequences to calibrate on. context: tokens of the
     cache whose bytes are counted and over which tokens are decoded. decode_steps: tokens timed; 0 times none. stream_chunk:
     tokens per chunk when streaming. recall_distance: tokens over which recall is tested, 0 for not; recall_rows: of each kind.
-    backend: of the caches. spread: places of which the first `limit` are scored, bos: what windows begin with; both like those
-    of `cut_windows`.
+    backend: of the caches. spread: windows of which the first `limit` are scored, bos: what windows begin with; both like
+    those of `cut_windows`.
     """
 
     window: int = 2048

@@ -22,7 +22,7 @@ def decoding(model: PreTrainedModel, cache: Any, ids: Tensor, steps: int) -> dic
 
     cache: a filled one of any kind, which grows by these tokens. ids: [1, n] int64, whose last token is given each time.
     Returns plain data: decode_ms and decode_ms_least, that of the fastest (None where there are no steps), decode_steps, and
-    load, how many processes wanted to run on this machine meanwhile, as far as the system tells: times are longer then.
+    load, how many processes wanted to run on this machine meanwhile, if the system reports it: times are longer then.
     Raises UnsupportedModelError where the model cannot count so far.
     """
     seconds = []
@@ -61,10 +61,10 @@ def filled_dynamic(model: PreTrainedModel, ids: Tensor, tokens: int) -> DynamicC
 
 
 def nbytes_of(cache: DynamicCache) -> int:
-    """Bytes of the keys and values that transformers' own cache holds."""
+    """Bytes of the keys and values in transformers' own cache."""
     return sum(part.nbytes for layer in attention_layers(cache) for part in (layer.keys, layer.values))
 
 
 def attention_layers(cache: DynamicCache) -> list[Any]:
-    """Those layers of it that hold keys and values."""
+    """Its layers with keys and values."""
     return [layer for layer in cache.layers if keeps_keys(layer)]

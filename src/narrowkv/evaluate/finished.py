@@ -27,13 +27,13 @@ def finished_for(
         name = calibration.recipe.name
         if name in found:
             raise CalibrationError(f"Two calibrations are given for recipe {name}; give one for each recipe.")
-        asked = next((recipe for recipe in recipes if recipe.name == name), None)
-        if asked is None:
+        wanted = next((recipe for recipe in recipes if recipe.name == name), None)
+        if wanted is None:
             raise CalibrationError(
-                f"A calibration is given for recipe {name}, which is not among those asked for "
-                f"({', '.join(recipe.name for recipe in recipes) or 'none'}); ask for it too, or leave its calibration out."
+                f"A calibration is given for recipe {name}, which is not among those requested "
+                f"({', '.join(recipe.name for recipe in recipes) or 'none'}); request it too, or leave its calibration out."
             )
-        if not implements(calibration.recipe, asked):
+        if not implements(calibration.recipe, wanted):
             raise CalibrationError(f"The calibration given for {name} is of another recipe of that name; calibrate again.")
         assert fingerprint is not None
         calibration.fingerprint.check(fingerprint)
@@ -42,7 +42,7 @@ def finished_for(
 
 
 def recipe_of(calibration: Calibration) -> Recipe:
-    """The recipe that was asked for when a calibration was made: the named one, if it is that."""
+    """The recipe that was requested when a calibration was made: the named one, if it is that."""
     try:
         named = get_recipe(calibration.recipe.name)
     except RecipeError:
@@ -50,14 +50,14 @@ def recipe_of(calibration: Calibration) -> Recipe:
     return named if implements(calibration.recipe, named) else calibration.recipe
 
 
-def implements(learned: Recipe, asked: Recipe) -> bool:
-    """Whether a calibration's recipe is what was asked for, its name aside; where that leaves a choice, one of the choices."""
-    if asked.search_space is None:
-        return replace(learned, name=asked.name) == asked
+def implements(learned: Recipe, wanted: Recipe) -> bool:
+    """Whether a calibration's recipe implements the requested one, whatever its name and its choice in a search space."""
+    if wanted.search_space is None:
+        return replace(learned, name=wanted.name) == wanted
     chosen = learned.layers.values() if learned.search_space is None else ()
-    return replace(learned, name=asked.name, layers=asked.layers, search_space=asked.search_space) == asked and all(
-        _without_rates(pair.keys, asked.keys) in asked.search_space.keys
-        and _without_rates(pair.values, asked.values) in asked.search_space.values
+    return replace(learned, name=wanted.name, layers=wanted.layers, search_space=wanted.search_space) == wanted and all(
+        _without_rates(pair.keys, wanted.keys) in wanted.search_space.keys
+        and _without_rates(pair.values, wanted.values) in wanted.search_space.values
         for pair in chosen
     )
 
@@ -82,6 +82,6 @@ def require_text(learning: Sequence[Recipe], learn_from: object) -> None:
         )
 
 
-def _without_rates(scheme: Scheme, asked: Scheme) -> Scheme:
-    """A scheme as it was before calibration allocated its rates, if that is what was asked for."""
-    return scheme if scheme.counts is None else replace(scheme, counts=None, bits=asked.bits)
+def _without_rates(scheme: Scheme, wanted: Scheme) -> Scheme:
+    """A scheme as it was before calibration allocated its rates, if that is what was requested."""
+    return scheme if scheme.counts is None else replace(scheme, counts=None, bits=wanted.bits)

@@ -85,7 +85,7 @@ def inspect(
       (the largest magnitude of the first token, which the others leave out), `fisher` (mean squared gradient of the window's
       summed loss by one element; KVQuant, section 3.3);
     - `outliers`, of the chosen layer: shares of the elements beyond t99, by parts of the channels and of the tokens, and the
-      part of them that the fullest tenth of channels, or tokens, holds;
+      share of them in the fullest tenth of channels, or tokens;
     - `heat map`, of the chosen layer: mean magnitudes of the first sequence, [channels, tokens] in at most 128 x 64 cells;
     - `distribution`, of the chosen layer's keys and values, normalized: densities in 64 bins over [-1, 1] of the elements
       and of their Fisher weights, and the codebook.
@@ -201,12 +201,12 @@ def _distribution_row(layer_info: AttentionLayerInfo, fits: LayerFits, recipe: R
 
 def _means(x: Tensor, parts: int) -> Tensor:
     """x [..., n] with its last dimension cut into at most this many parts, almost equal, and the mean of each."""
-    pieces = x.tensor_split(min(parts, x.shape[-1]), dim=-1)
-    return torch.stack([piece.mean(-1) for piece in pieces], -1)
+    chunks = x.tensor_split(min(parts, x.shape[-1]), dim=-1)
+    return torch.stack([piece.mean(-1) for piece in chunks], -1)
 
 
 def _in_fullest(counts: Tensor) -> float:
-    """The share of all that is counted in the fullest tenth of the places."""
+    """The share of the total count in the fullest tenth of the entries."""
     fullest = counts.sort(descending=True).values[: max(round(FULLEST * len(counts)), 1)]
     return (fullest.sum() / counts.sum().clamp(min=1)).item()
 

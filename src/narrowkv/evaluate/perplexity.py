@@ -1,7 +1,7 @@
-"""What a recipe costs: perplexity, divergence and recall beside the 16-bit model, and the bytes that were allocated.
+"""Loss of a recipe: perplexity, divergence and recall compared with the 16-bit model, and allocated bytes.
 
-Two ways of counting, always both named. strict: every element attended to has gone through the quantizer, inside the prompt
-too. stream: the text is read in chunks, each chunk attends exactly to itself and to the packed past, as in use.
+There are two modes. strict: every element attended to has gone through the quantizer, inside the prompt too. stream: the text
+is read in chunks, and each chunk attends exactly to itself and to the packed past, as in normal use.
 """
 
 import math
@@ -33,14 +33,14 @@ LOGIT_ROWS = 4  # tokens compared at a time: what is computed of a wide vocabula
 
 @dataclass(frozen=True)
 class Quality:
-    """One row of a table.
+    """Metrics of one recipe.
 
-    bits_per_element, nbytes: allocated by a cache that holds one window; nbytes_fp16: what 16 bits per element would take.
-    perplexity_strict, perplexity_stream, perplexity_fp: the last without quantization. kld_strict, kld_strict_p99: mean over
-    tokens of KL(16-bit || quantized), in nats, and its 99th percentile. top1: share of tokens after which the most likely next
-    one is what it is without quantization, strict. recall, recall_fp: share of recall rows answered without error, strict;
-    None where there were none. tokens: scored. window: tokens per sequence. stream_chunk: tokens per chunk when streaming;
-    None where nothing was streamed, and perplexity_stream is NaN.
+    bits_per_element, nbytes: allocated by a cache of one window; nbytes_fp16: the bytes of 16 bits per element.
+    perplexity_strict, perplexity_stream, perplexity_fp: in both modes and without quantization. kld_strict, kld_strict_p99:
+    mean over tokens of KL(16-bit || quantized), in nats, and its 99th percentile. top1: share of tokens whose most likely next
+    token is the same as without quantization, strict. recall, recall_fp: share of recall rows answered without error, strict;
+    None without recall rows. tokens: number of scored tokens. window: tokens per sequence. stream_chunk: tokens per chunk of
+    the stream mode; None if it was not measured, and perplexity_stream is NaN.
     """
 
     recipe: str
@@ -198,7 +198,7 @@ def with_bytes_of(row: Quality, cache: PackedCache) -> Quality:
 
 @runs_undisturbed
 def filled(model: PreTrainedModel, source: Source, ids: Tensor, tokens: int, backend: str = AUTO) -> PackedCache:
-    """A cache that holds `tokens` tokens of one sequence, whose bytes are those of any text of that length.
+    """A cache of `tokens` tokens of one sequence, whose bytes are those of any text of that length.
 
     ids: [1, n] int64; what the model stores for them is stored again and again, without running the model that long. Layers
     with a sliding window let go of what has left it.

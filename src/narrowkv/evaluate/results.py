@@ -21,7 +21,7 @@ FORMAT, FORMAT_VERSION = "narrowkv-result", 1
 
 
 def processor() -> str:
-    """The processor's name, as far as the system tells."""
+    """The processor's name, if the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -30,7 +30,7 @@ def processor() -> str:
 
 
 def openmp() -> list[str]:
-    """The OpenMP runtimes that are loaded, by folder and name, as the system tells: one, where the kernels share torch's."""
+    """The loaded OpenMP runtimes by folder and name, if the system reports them: one if the kernels share torch's."""
     try:
         lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -87,7 +87,7 @@ class ResultFile:
         if path.exists():
             held = read_result(path, kind)
             if (held["settings"], held["seed"]) != (settings, seed):
-                raise OutputError(f"{path} holds results of other settings; name another file, or remove this one.")
+                raise OutputError(f"{path} has results of other settings; name another file, or remove this one.")
             self.rows = held["rows"]
 
     def find(self, **keys: Any) -> dict[str, Any] | None:
@@ -97,7 +97,7 @@ class ResultFile:
     def find_recipe(self, name: str, recipe: Recipe | None, tables: str | None = None, **keys: Any) -> dict[str, Any] | None:
         """The row of a recipe that has these entries; raises OutputError where it is another recipe's of the same name.
 
-        Rows hold `recipe`, the name, its `definition`, and the checksum of `tables` that were given. recipe: None for the
+        Rows have `recipe`, the name, its `definition`, and the checksum of `tables` that were given. recipe: None for the
         model's own cache. tables: those that are given now, if any, of which the row must be.
         """
         row = self.find(**keys, recipe=name)
@@ -114,14 +114,14 @@ class ResultFile:
 
 
 def read_result(path: Path, kind: str | None = None) -> dict[str, Any]:
-    """What a ResultFile has written; raises FileFormatError for anything else, or another kind than is asked for."""
+    """What a ResultFile has written; raises FileFormatError for anything else, or another kind than requested."""
     held = read_json(path)
     fields = {"kind": str, "command": str, "seed": int, "date": str, "settings": dict, "environment": dict, "rows": list}
     fits = held.get("format") == FORMAT and held.get("format_version") == FORMAT_VERSION
     if not fits or any(not isinstance(held.get(name), what) for name, what in fields.items()):
         raise FileFormatError(f"{path} is not a file of results of this version; measure again.")
     if kind not in (None, held["kind"]):
-        raise FileFormatError(f"{path} holds results of {held['kind']}, not of {kind}; name another file.")
+        raise FileFormatError(f"{path} has results of {held['kind']}, not of {kind}; name another file.")
     return held
 
 

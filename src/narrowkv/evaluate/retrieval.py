@@ -1,7 +1,7 @@
 """Recall tests: does a model still find, far back in its context, what it was given?
 
 Two kinds of rows are generated for any Hugging Face tokenizer: ``facts`` states a few facts within
-running text and asks for one of them at the end; ``passages`` shows the beginning of an earlier
+running text and queries one of them at the end; ``passages`` shows the beginning of an earlier
 passage again, to be continued.  ``accuracy`` scores a model's logits on either.
 """
 
@@ -127,7 +127,7 @@ def facts(tokenizer: Any, filler: Sequence[int], distance: int, count: int, seed
     """Build rows that state facts within running text and end in the answer about one of them.
 
     ``distance`` is the number of tokens from the first token of the answer where it is stated to
-    its first token at the end.  Every fact is a paragraph of its own; the asked one and its
+    its first token at the end.  Every fact is a paragraph of its own; the queried one and its
     distractors differ in names and answers.  ``bos`` is like that of ``start_tokens``.  Returns ids
     [count, length] int64 and mask [count, length] bool.  Raises ValueError if ``filler`` is empty,
     ``count`` is below 1 or ``distance`` leaves no space for the distractors.
@@ -141,20 +141,20 @@ def facts(tokenizer: Any, filler: Sequence[int], distance: int, count: int, seed
     length = lead + distance
     rows = []
     for row in drawn:
-        asked, *distractors = ((gap + prefix, answer, end + gap) for prefix, answer, end in row)
-        before = length - distance - len(asked[0]) - len(asked[1])
-        free = distance - len(asked[1]) - len(asked[2]) - len(asked[0])
+        queried, *distractors = ((gap + prefix, answer, end + gap) for prefix, answer, end in row)
+        before = length - distance - len(queried[0]) - len(queried[1])
+        free = distance - len(queried[1]) - len(queried[2]) - len(queried[0])
         free -= sum(len(piece) for fact in distractors for piece in fact)
         if free < 0:
             raise ValueError(f"distance {distance} is too small: this tokenizer's facts need {distance - free}")
         text = cycle(filler, rng.randrange(len(filler)), before - len(start) + free)
         cuts = sorted(rng.randint(0, free) for _ in distractors)
-        ids = start + text[: before - len(start)] + asked[0] + asked[1] + asked[2]
+        ids = start + text[: before - len(start)] + queried[0] + queried[1] + queried[2]
         text = text[before - len(start) :]
         for fact, begin, stop in zip(distractors, [0, *cuts], cuts, strict=False):
             ids += text[begin:stop] + fact[0] + fact[1] + fact[2]
-        ids += text[cuts[-1] :] + asked[0] + asked[1]
-        rows.append((ids, len(asked[1])))
+        ids += text[cuts[-1] :] + queried[0] + queried[1]
+        rows.append((ids, len(queried[1])))
     return _batch(rows)
 
 

@@ -53,7 +53,7 @@ def read_prompt(name: str) -> str:
 
 
 def _read(name: str) -> str:
-    """What a file, a pipe or standard input holds, without the byte order mark with which some editors begin a file."""
+    """The text of a file, a pipe or standard input, without the byte order mark with which some editors begin a file."""
     try:
         source: int | str = 0 if name == STANDARD_INPUT else name
         with open(source, encoding="utf-8-sig", closefd=name != STANDARD_INPUT) as file:

@@ -1,6 +1,6 @@
-"""Rows of long-context tasks, made for any tokenizer: something is stated within running text, and asked for at the end.
+"""Rows of long-context tasks, made for any tokenizer: something is stated within running text, and queried at the end.
 
-The facts are those of `recall`. Variable tracking and counting ask what RULER does (Hsieh et al., arXiv 2404.06654, section
+The facts are those of `recall`. Variable tracking and counting are those of RULER (Hsieh et al., arXiv 2404.06654, section
 3), in words of their own.
 """
 
@@ -15,7 +15,7 @@ from narrowkv.errors import TextError
 from narrowkv.evaluate.retrieval import ADJECTIVES, NAMES, NOUNS, RecallBatch, cycle, draw_facts
 from narrowkv.evaluate.windows import encode, start_tokens
 
-NEEDLES = 4  # asked for in a row
+NEEDLES = 4  # queried in a row
 PAIRS_SHARE = 0.5  # of a row's tokens that pairs of names and passwords take, where all of them are filler to one another
 CHAIN = 4  # variables of one value
 MOST_COUNTED = 9
@@ -26,7 +26,7 @@ Maker = Callable[[Any, random.Random, float | None, int], tuple[Statements, list
 
 
 def passkey(tokenizer: Any, rng: random.Random, depth: float | None, length: int) -> tuple[Statements, list[Piece]]:
-    """One fact at a depth among distractors anywhere, asked for."""
+    """One fact at a depth among distractors anywhere, and its query."""
     (prefix, answer, end), *others = draw_facts(tokenizer, rng)
     where = rng.random() if depth is None else depth
     statements = [(where, prefix + answer + end), *((rng.random(), _sentence(fact)) for fact in others)]
@@ -34,7 +34,7 @@ def passkey(tokenizer: Any, rng: random.Random, depth: float | None, length: int
 
 
 def key_value(tokenizer: Any, rng: random.Random, depth: float | None, length: int) -> tuple[Statements, list[Piece]]:
-    """As many facts as take half of the row, at most 26, and one of them asked for."""
+    """As many facts as take half of the row, at most 26, and one of them queried."""
     facts = draw_facts(tokenizer, rng, len(NAMES))
     free = PAIRS_SHARE * length
     chosen: list[tuple[list[int], ...]] = []
@@ -48,17 +48,17 @@ def key_value(tokenizer: Any, rng: random.Random, depth: float | None, length: i
 
 
 def multi_needle(tokenizer: Any, rng: random.Random, depth: float | None, length: int) -> tuple[Statements, list[Piece]]:
-    """Four facts, all of them asked for, one after the other; all must be right."""
+    """Four facts, all of them queried, one after the other; all must be right."""
     facts = draw_facts(tokenizer, rng, NEEDLES)
     statements = [(rng.random(), _sentence(fact)) for fact in facts]
-    asked: list[Piece] = []
+    query: list[Piece] = []
     for prefix, answer, end in rng.sample(facts, len(facts)):
-        asked += [(prefix, False), (answer, True), (end + encode(tokenizer, "\n\n"), False)]
-    return statements, asked[:-1]
+        query += [(prefix, False), (answer, True), (end + encode(tokenizer, "\n\n"), False)]
+    return statements, query[:-1]
 
 
 def variables(tokenizer: Any, rng: random.Random, depth: float | None, length: int) -> tuple[Statements, list[Piece]]:
-    """Variables that take their value from one another; all that have one value are asked for, in the order of the chain."""
+    """Variables that take their value from one another; all that have one value are queried, in the order of the chain."""
     names, statements = rng.sample(NOUNS, 2 * CHAIN), []
     values = rng.sample(range(10_000, 100_000), 2)
     for value, chain in zip(values, (names[:CHAIN], names[CHAIN:]), strict=True):
@@ -91,7 +91,7 @@ MAKERS: dict[str, Maker] = {
     "variables": variables,
     "counting": counting,
 }
-BY_DEPTH = ("passkey",)  # tasks whose rows are asked at every depth; the others draw theirs
+BY_DEPTH = ("passkey",)  # tasks whose rows are made at every depth; the others draw theirs
 
 
 def make_rows(
@@ -106,7 +106,7 @@ def make_rows(
 ) -> RecallBatch:
     """Rows of one task, each of `length` tokens.
 
-    filler: token ids of running text. depth: of what is asked for, from 0, the beginning, to 1, just before the question; None
+    filler: token ids of running text. depth: of the queried fact, from 0, the beginning, to 1, just before the question; None
     draws it. bos: like that of `start_tokens`. Raises TextError where the length leaves no space.
     """
     start = start_tokens(tokenizer, bos)
@@ -131,10 +131,10 @@ def _woven(
     rng: random.Random,
 ) -> tuple[list[int], list[bool]]:
     """One row's token ids and which of them are answers: running text, with paragraphs where they belong, and the question."""
-    statements, asked = made
+    statements, query = made
     gap = encode(tokenizer, "\n\n")
     needed = len(start) + sum(2 * len(gap) + len(paragraph) for _, paragraph in statements) + len(gap)
-    free = length - needed - sum(len(ids) for ids, _ in asked)
+    free = length - needed - sum(len(ids) for ids, _ in query)
     if free < 0:
         raise TextError(f"{length} tokens are too few for this task with this tokenizer; give lengths from {length - free}.")
     text = cycle(filler, rng.randrange(len(filler)), free)
@@ -145,7 +145,7 @@ def _woven(
         done = stop
     ids += text[done:] + gap
     answers = [False] * len(ids)
-    for piece, is_answer in asked:
+    for piece, is_answer in query:
         ids += piece
         answers += [is_answer] * len(piece)
     return ids, answers

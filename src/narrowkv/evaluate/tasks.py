@@ -1,4 +1,4 @@
-"""Long-context tasks: what recipes answer beside the 16-bit cache, by task, length and depth."""
+"""Long-context tasks: answers of recipes compared with the 16-bit cache, by task, length and depth."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -33,9 +33,9 @@ BASELINE = "16 bit"  # the model with its own cache
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """What the metrics depend on beside model, texts and recipes.
+    """Settings of the metrics, besides model, texts and recipes.
 
-    tasks: of `MAKERS`. lengths: tokens of a row. depths: from 0 to 1, of what the passkey task asks for. rows: of each task,
+    tasks: of `MAKERS`. lengths: tokens of a row. depths: from 0 to 1, of the passkey. rows: of each task,
     length and depth. window, samples: of the calibration. new_tokens: generated for a question of a file. limit: questions of
     each file at most. backend: of the caches. bos: what rows and windows begin with, like those of `cut_windows`.
     """
@@ -58,7 +58,7 @@ class TaskOptions:
 
 @dataclass(frozen=True)
 class _Cell:
-    """One figure to be measured for every recipe: what finds its row, what else the row tells, and what measures it."""
+    """One figure to be measured for every recipe: the key of its row, its other fields, and the function that measures it."""
 
     keys: dict[str, Any]
     recorded: dict[str, Any]

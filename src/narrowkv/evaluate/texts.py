@@ -66,7 +66,7 @@ def mixed_text() -> str:
 
 
 def _paragraphs(text: str) -> list[str]:
-    """Split text on blank lines, dropping empty pieces."""
+    """Split text on blank lines, dropping empty paragraphs."""
     return [piece for piece in _BLANK_LINES.split(text.strip()) if piece.strip()]
 
 
@@ -76,5 +76,5 @@ def _key(paragraph: str) -> str:
 
 
 def _distinctive(key: str) -> bool:
-    """Tell whether a paragraph is long enough to be recognized as the same one elsewhere."""
+    """Whether a paragraph is long enough to be recognized as the same one elsewhere."""
     return len(key) > _SHORTEST_DISTINCTIVE_PARAGRAPH

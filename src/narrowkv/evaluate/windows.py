@@ -45,34 +45,34 @@ def joined(text: Text) -> str:
 def cut_windows(
     tokenizer: Any, text: Text, window: int, limit: int | None = None, *, spread: int | None = None, bos: bool | None = None
 ) -> Tensor:
-    """Token ids [n, window] int64 of pieces of text that do not overlap, each after the `start_tokens` of the tokenizer.
+    """Cut non-overlapping windows of text: token ids [n, window] int64, each after the `start_tokens` of the tokenizer.
 
-    text: several share the windows equally. limit: windows at most, spread evenly over the text; by default as many as it has.
-    spread: places over which windows are spread, of which the first `limit` are taken; by default `limit`. Place i of n is
-    the first line that begins after (i + 1/2) / n of the text; where lines are too long or the text too short for that, the
-    window's middle lies there. bos: like those of `start_tokens`.
+    text: one, or several, which share the windows equally. limit: the most windows, spread evenly over the text; by default
+    all that it has. spread: number of positions over which windows are spread, of which the first `limit` are used; by default
+    `limit`. Position i of n is the first line that begins after (i + 1/2) / n of the text; if lines are too long or the text
+    is too short, the window is centered there. bos: like those of `start_tokens`.
 
-    Raises TextError where a text is shorter than one window, or where there are more texts than windows.
+    Raises TextError if a text is shorter than one window, or if there are more texts than windows.
     """
     texts = [text] if isinstance(text, str) else list(text)
     if limit is not None and (spread or limit) < limit:
-        raise TextError(f"{limit} windows cannot be taken from {spread} places; give --spread {limit} or more.")
+        raise TextError(f"{limit} windows cannot be taken from {spread} positions; give --spread {limit} or more.")
     if not texts:
         raise TextError("There is no text to cut windows from; give one or more.")
     if limit is not None and limit < len(texts):
-        raise TextError(f"{len(texts)} texts share the windows, so {limit} are too few; ask for {len(texts)} or more.")
+        raise TextError(f"{len(texts)} texts share the windows, so {limit} are too few; set at least {len(texts)}.")
     start = start_tokens(tokenizer, bos)
     counts, places = _shares(limit, len(texts)), _shares(spread or limit, len(texts))
     rows: list[list[int]] = []
     for i, (part, *share) in enumerate(zip(texts, counts, places, strict=True), 1):
-        pieces = _pieces(tokenizer, part, window - len(start), *share)
-        if not pieces:
+        chunks = _chunks(tokenizer, part, window - len(start), *share)
+        if not chunks:
             name = "The text" if len(texts) == 1 else f"Text {i} of {len(texts)}"
             raise TextError(
                 f"{name} has {len(encode(tokenizer, part))} tokens, one window needs {max(window - len(start), 1)}; give a "
                 "longer text or a smaller --window."
             )
-        rows += [start + piece for piece in pieces]
+        rows += [start + chunk for chunk in chunks]
     return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 
@@ -96,8 +96,8 @@ def _shares(total: int | None, parts: int) -> list[int | None]:
     return [None if total is None else total // parts + (i < total % parts) for i in range(parts)]
 
 
-def _pieces(tokenizer: Any, text: str, size: int, count: int | None, places: int | None) -> list[list[int]]:
-    """The first `count` pieces of `size` tokens at this many places of a text; fewer where it is too short."""
+def _chunks(tokenizer: Any, text: str, size: int, count: int | None, places: int | None) -> list[list[int]]:
+    """The first `count` chunks of `size` tokens at evenly spread positions of a text; fewer if it is too short."""
     if size < 1:
         return []
     found = _at_lines(tokenizer, text, size, count or places, places) if places else None
@@ -110,15 +110,15 @@ def _pieces(tokenizer: Any, text: str, size: int, count: int | None, places: int
 
 
 def _at_lines(tokenizer: Any, text: str, size: int, count: int | None, places: int) -> list[list[int]] | None:
-    """Pieces that begin with a line, none reaching into the next; None where the text has no such pieces."""
+    """Chunks that begin with a line and do not overlap; None if the text has none."""
     starts = [text.find("\n", len(text) * (2 * i + 1) // (2 * places)) + 1 for i in range(places)]
-    pieces = []
+    chunks = []
     for start, end in zip(starts[:count], [*starts[1:], len(text)], strict=False):
         ids = _first_tokens(tokenizer, text[start:end], size) if start else []
         if len(ids) < size:
             return None
-        pieces.append(ids)
-    return pieces
+        chunks.append(ids)
+    return chunks
 
 
 def _first_tokens(tokenizer: Any, text: str, size: int) -> list[int]:

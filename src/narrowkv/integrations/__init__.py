@@ -1,4 +1,4 @@
-"""Transformers: the cache class, the hold on a model, calibration."""
+"""Transformers: the cache class, hooks, calibration."""
 
 from narrowkv.integrations.cache import PackedCache
 from narrowkv.integrations.calibrator import calibrate, calibrate_many

@@ -1,4 +1,4 @@
-"""What is asked of a call before a cache takes anything of it, so that a refusal leaves the cache as it was."""
+"""Checks of a call before a cache changes, so that a refused call leaves the cache as it was."""
 
 import threading
 from typing import Any
@@ -14,7 +14,7 @@ GRADIENTS = (
     "torch.inference_mode(), or use recipe fp16."
 )
 IN_USE = (
-    "This cache is in use by another thread; give each thread a cache of its own (copy.deepcopy(cache) shares what it holds)."
+    "This cache is in use by another thread; give each thread a cache of its own (copy.deepcopy(cache) shares its blocks)."
 )
 
 
@@ -53,7 +53,7 @@ class ThreadHold:
 
 
 def require_fit(tokens: Tensor, mask: Any, positions: Any, *, held: int, batch_size: int, shared: bool) -> None:
-    """Raise CacheUseError where new tokens, ids or embeddings [batch, new, ...], do not go on from what a cache holds.
+    """Raise CacheUseError where new tokens, ids or embeddings [batch, new, ...], do not continue the cache's tokens.
 
     mask, positions: the attention mask and the positions that come with them. held, batch_size: tokens and sequences of the
     cache; shared: whether another thread used it last.
@@ -66,7 +66,7 @@ def require_fit(tokens: Tensor, mask: Any, positions: Any, *, held: int, batch_s
         raise CacheUseError(_does_not_go_on(held, reached if reached < held + new else None, shared))
     if held and batch != batch_size:
         raise CacheUseError(
-            f"This cache holds batch {batch_size}, but got batch {batch}; call cache.reset() or make a new cache."
+            f"This cache has batch {batch_size}, but got batch {batch}; call cache.reset() or make a new cache."
         )
 
 
@@ -89,9 +89,7 @@ def _does_not_go_on(held: int, given: int | None, shared: bool) -> str:
     who = "This cache is in use by another thread, or was: it" if shared else "This cache"
     prompt = "none beyond them" if given is None else given
     remedy = "give each thread a cache of its own, " if shared else ""
-    return (
-        f"{who} holds {held} tokens and the prompt has {prompt}: {remedy}pass the whole conversation, or call cache.reset()."
-    )
+    return f"{who} has {held} tokens and the prompt has {prompt}: {remedy}pass the whole conversation, or call cache.reset()."
 
 
 def wants_gradients(decoder: nn.Module, tokens: Tensor | None) -> bool:

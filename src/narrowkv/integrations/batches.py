@@ -65,7 +65,7 @@ def _as_ids(given: Any) -> Tensor:
         raise CalibrationError(f"A batch is {_named(given)}; give {WANTED}.")
     ids = _as_tensor(given)
     if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
-        raise CalibrationError(f"Token ids are integers, and a batch holds {ids.dtype}; give {WANTED}.")
+        raise CalibrationError(f"Token ids are integers, and a batch has {ids.dtype}; give {WANTED}.")
     ids = ids[None] if ids.dim() == 1 else ids
     if ids.dim() != 2:
         raise CalibrationError(f"A batch has the shape {tuple(ids.shape)}; give {WANTED}.")
@@ -92,7 +92,7 @@ def _require_known(data: Sequence[Tensor], model: PreTrainedModel) -> None:
     """Raise CalibrationError for token ids that the model has no embedding of."""
     try:
         embedding: Any = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # some models do not tell
+    except (AttributeError, NotImplementedError):  # some models do not say
         return
     words = getattr(embedding, "num_embeddings", None) or len(embedding.weight)
     for batch in data:

@@ -1,4 +1,4 @@
-"""PackedCache: a drop-in `past_key_values` for transformers that stores keys and values packed."""
+"""PackedCache: a drop-in `past_key_values` for transformers that stores quantized keys and values."""
 
 import copy
 import json
@@ -37,17 +37,19 @@ from narrowkv.store import LayerStore, PositionBuffer
 
 
 class PackedCache(RunningCache):
-    """The keys and values of one batch of running sequences, stored in few bits.
+    """Quantized keys and values of one batch of sequences, for use as `past_key_values`.
 
-    model: a transformers model, which is made ready for the cache on the way; layers without attention (linear, convolution)
-    keep their own state beside the packed ones. source: a Calibration for this model, or a calibration-free Recipe or its
-    name. strict: new tokens too are attended to as they are stored (how papers measure perplexity); otherwise a chunk attends
-    to itself exactly and to the packed past. backend: which attention runs: `cpu` reads packed blocks in compiled code for up
-    to 16 tokens at a time, on a CPU, and prompts as `torch` does, which dequantizes tile by tile; `cuda` does both by kernels
-    on a GPU; `naive` dequantizes all at once; `dense` hands dequantized tensors to models that compute attention by
-    themselves; `auto` is `cpu` or `cuda` where that runs and reads the recipe, else `torch`. `cache.backend` says which it is.
+    model: a transformers model. Creating a cache sets hooks on its attention modules. Layers without attention (linear,
+    convolution) store their own state in the cache. source: a Calibration of this model, or a recipe that needs none, or its
+    name. strict: attend to new tokens as they are stored, as papers measure perplexity; by default a chunk attends exactly to
+    itself and to the packed past.
 
-    Raises UnsupportedModelError, RecipeError or CalibrationError where the three do not fit together.
+    backend: the attention implementation. `cpu`: compiled kernels that read packed blocks, for up to 16 tokens at a time, and
+    `torch` for prefill. `cuda`: Triton kernels. `torch`: dequantizes tile by tile. `naive`: dequantizes all tokens at once.
+    `dense`: passes dequantized tensors to models that compute attention themselves. `auto`: `cpu` or `cuda` if it supports
+    device and recipe, otherwise `torch`. `cache.backend` names the choice.
+
+    Raises UnsupportedModelError, RecipeError or CalibrationError if model, source and backend do not go together.
     """
 
     def __init__(
@@ -99,13 +101,13 @@ class PackedCache(RunningCache):
         self.places = [place_of(layer.rope, known) for layer in self.packed]  # where in the model their frequencies are
 
     def _encoded_in_torch(self) -> list[str]:
-        """What no kernel encodes in some layer, of keys and values."""
+        """Which of keys and values are encoded in plain torch, in any layer."""
         sides = zip(*(layer.store.quantizers for layer in self.packed), strict=True)
         slow = (any(quantizer.encodes_in_torch(self.device) for quantizer in side) for side in sides)
         return [name for name, found in zip(("keys", "values"), slow, strict=True) if found]
 
     def _uses_int16(self, info: Sequence[AttentionLayerInfo]) -> bool:
-        """Whether int16 can be read from all layers."""
+        """Whether the int16 kernels support all layers."""
         layers = [(self.recipe.schemes(layer_info.layer), layer_info) for layer_info in info]
         return all(
             cpu.uses_int16(schemes.keys, schemes.values, layer_info.head_dim, layer_info.rope)
@@ -141,9 +143,10 @@ class PackedCache(RunningCache):
                 layer.set_frequencies(known[place][0].to(self.device))
 
     def save(self, path: str | Path, token_ids: Tensor | None = None) -> None:
-        """Write what is held to one file, still packed; token_ids [batch, tokens], if given, let `load` check the prompt.
+        """Write the packed cache to one file.
 
-        Raises CacheUseError while empty, OutputError where writing fails.
+        token_ids: [batch, tokens] of the prompt; if given, `load` can check that the prompt is the same. Raises CacheUseError
+        if the cache is empty, OutputError if writing fails.
         """
         write_state(self.state(token_ids), Path(path))
 
@@ -157,11 +160,11 @@ class PackedCache(RunningCache):
         token_ids: Tensor | None = None,
         **options: Any,
     ) -> "PackedCache":
-        """A cache from a file, for the model and the calibration or recipe that it was saved with; options like those of the
-        class.
+        """Read a cache from a file.
 
-        Raises FileFormatError where the file is missing, damaged or of another version, CalibrationError where it belongs
-        to another model, recipe or calibration, CacheUseError where it holds another prompt than token_ids.
+        model, source: the model and the calibration or recipe that it was saved with. token_ids: [batch, tokens], the expected
+        prompt. options: those of the class. Raises FileFormatError if the file is missing, damaged or of another version,
+        CalibrationError if it belongs to another model, recipe or calibration, CacheUseError if its prompt is not token_ids.
         """
         state = read_state(Path(path))
         try:
@@ -173,9 +176,9 @@ class PackedCache(RunningCache):
 
     @runs_undisturbed
     def state(self, token_ids: Tensor | None = None) -> CacheState:
-        """What is held, still packed, as plain data; token_ids like those of `save`.
+        """The packed cache as plain data, in memory of its own; token_ids: like those of `save`.
 
-        Raises CacheUseError while empty, where token_ids do not fit, and where layers without attention hold something.
+        Raises CacheUseError if the cache is empty, if token_ids do not match, or if layers without attention have a state.
         """
         self.hold.require()
         if self.length == 0:
@@ -199,7 +202,7 @@ class PackedCache(RunningCache):
         token_ids: Tensor | None = None,
         **options: Any,
     ) -> "PackedCache":
-        """A cache with the state of another that was made for the same; token_ids, options and errors like those of `load`."""
+        """A cache from the `state` of another one; token_ids, options and errors like those of `load`."""
         cache = cls(model, source, **options)
         with undisturbed():
             state.require_origin(cache._origin(), token_ids)
@@ -217,7 +220,7 @@ class PackedCache(RunningCache):
         return cache
 
     def _origin(self) -> dict[str, Any]:
-        """What a state of this cache is of, as plain data: it goes into a cache of the same alone."""
+        """What a state belongs to, as plain data: only a cache with the same origin can take it."""
         quantizers = [quantizer for layer in self.packed for quantizer in layer.store.quantizers]
         biases = [part for layer in self.packed for part in layer.store.bias.tensors()]
         return {
@@ -249,12 +252,12 @@ class PackedCache(RunningCache):
         position_ids: Tensor | None = None,
         **options: Any,
     ) -> "PackedCache":
-        """A cache with what the model has read into transformers' DynamicCache, from which generation goes on.
+        """Pack the keys and values of a DynamicCache, to continue generation from it.
 
-        attention_mask: [batch, tokens], 0 for padding, where some of them are. position_ids: [1 or batch, tokens], where they
-        are not those that `generate` counts by the mask. options: like those of the class. Keys that are stored before the
-        rotary embedding are rotated back. Raises CacheUseError where the cache is of another kind or not one of this model's,
-        or where it takes angles to rotate keys back that a DynamicCache does not keep; else as the class.
+        attention_mask: [batch, tokens], 0 for padding; required with padding. position_ids: [1 or batch, tokens], if they
+        differ from those that `generate` counts by the mask. options: those of the class. Keys that are stored before the
+        rotary embedding are rotated back. Raises CacheUseError if the cache is of another kind or model, or if rotating keys
+        back needs angles that a DynamicCache does not store; otherwise like the class.
         """
         cache = cls(model, source, **options)
         with undisturbed():
@@ -263,22 +266,21 @@ class PackedCache(RunningCache):
 
     @runs_undisturbed
     def to_dynamic(self) -> DynamicCache:
-        """What is held as transformers' DynamicCache: dequantized, keys rotated by the rotary embedding, in the dtypes that
-        came.
+        """A DynamicCache with the dequantized keys, after the rotary embedding, and values, in the dtypes of the input.
 
-        Raises CacheUseError where the model is gone.
+        Raises CacheUseError if the model no longer exists.
         """
         return to_dynamic(self)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the keys that are held; the model's before the first token."""
+        """Dtype of the stored keys; that of the model before the first token."""
         dtypes = self.packed[0].store.dtypes
         return dtypes[0] if dtypes else self.model_dtype
 
     @runs_undisturbed
     def reset(self) -> None:
-        """Forget all tokens; raises CacheUseError while another thread uses the cache."""
+        """Remove all tokens; raises CacheUseError while another thread uses the cache."""
         self.hold.require()
         self.settle()
         decoder: Any = self.decoder()
@@ -290,7 +292,7 @@ class PackedCache(RunningCache):
             position_buffer.reset()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PackedCache":
-        """A cache of its own, which shares sealed blocks; of the model's copy, if that was made before in the same copying."""
+        """An independent cache that shares sealed blocks; it belongs to the copy of the model, if one is in the memo."""
         self.hold.require()
         memo[id(self)] = copied = type(self).__new__(type(self))
         with undisturbed():
@@ -306,7 +308,7 @@ class PackedCache(RunningCache):
         )
 
     def tensors(self) -> list[Tensor]:
-        """Everything that is held: packed blocks, scales, outliers, tails, sinks, windows, positions, tables."""
+        """All stored tensors: packed blocks, scales, outliers, tails, sinks, residuals, positions, tables."""
         found = [tensor for position_buffer in self.position_buffers.values() for tensor in position_buffer.tensors()]
         for layer in self.packed:
             found += [*layer.store.tensors(), *tables_for(layer.store)]
@@ -315,13 +317,13 @@ class PackedCache(RunningCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated by all of it, shared tensors counted once."""
+        """Allocated bytes of all stored tensors, with shared tensors counted once."""
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in self.tensors()}
         return sum(storages.values())
 
     @property
     def elements(self) -> int:
-        """How many elements of keys and values are held, padding included, those that sliding windows have left behind not."""
+        """Number of stored elements of keys and values, with padding, without tokens evicted behind sliding windows."""
         total = 0
         for layer in self.packed:
             batch, heads, dim = layer.store.shape or (0, 0, 0)
@@ -330,18 +332,20 @@ class PackedCache(RunningCache):
 
     @property
     def bits_per_element(self) -> float:
-        """Allocated bits per element held; nan while empty."""
+        """Allocated bits per stored element; nan if the cache is empty."""
         return 8 * self.nbytes / self.elements if self.elements else float("nan")
 
     def __repr__(self) -> str:
-        held = f"{self.length} tokens x {max(self.batch_size, 0)}"
-        return f"PackedCache({self.recipe.name}, {held}, {self.nbytes:,} bytes, backend {self.backend})"
+        tokens = f"{self.length} tokens x {max(self.batch_size, 0)}"
+        return f"PackedCache({self.recipe.name}, {tokens}, {self.nbytes:,} bytes, backend {self.backend})"
 
 
 def require_packed(cache: Any) -> None:
-    """Raise CacheUseError where something else is given for a packed cache."""
+    """Raise CacheUseError if something else is passed than a packed cache."""
     if not isinstance(cache, PackedCache):
-        raise CacheUseError(f"A packed cache is wanted, not a {type(cache).__name__}; make one: PackedCache(model, source).")
+        raise CacheUseError(
+            f"Expected a PackedCache, not a {type(cache).__name__}; create one with PackedCache(model, source)."
+        )
 
 
 def _copied(module: weakref.ref[torch.nn.Module], memo: dict[int, Any]) -> weakref.ref[torch.nn.Module]:

@@ -33,11 +33,11 @@ from narrowkv.integrations.versions import CACHE
 from narrowkv.methods import Recipe, get_recipe
 from narrowkv.store.bias import Bias
 
-# place among the attention layers, keys before and after the rotary embedding, values, what has rotated the keys
+# index among the attention layers, keys before and after the rotary embedding, values, what has rotated the keys
 LayerObserver = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], None]
 KEEP = "logits_to_keep"
 DRAWN_TOGETHER = 64  # tokens whose probabilities are summed at a time
-MOST_OF_FEW = 0.5  # of the Fisher information, that a hundredth of the tokens may hold in most tensors without a warning
+MOST_OF_FEW = 0.5  # of the Fisher information, that a hundredth of the tokens may have in most tensors without a warning
 ALL_OF_FEW = 0.8  # in any tensor: on text that fits, Qwen2.5-Coder-0.5B has up to 0.68, and more than half in 5 tensors of 48
 
 
@@ -113,7 +113,7 @@ def calibrate_many(
     """Learn several recipes from the same two passes over the data.
 
     batches: token ids [batch, tokens], or anything else that `token_batches` takes. backend: that of the caches to be made,
-    of which only `dense` matters here. group: of torch.distributed, whose processes each hold the model and give part of the
+    of which only `dense` matters here. group: of torch.distributed, each of whose processes has the model and a part of the
     data; all get what one process would have learned from all of it. on_batch: called with (batches done, batches in both
     passes). Returns one Calibration per recipe, and warns (NarrowKVWarning) where few tokens outweigh all others or the loss
     predicted is absurd. Raises CalibrationError where the data is empty or something else or no gradient comes back,
@@ -157,7 +157,7 @@ def calibrate_many(
 
 
 def counted(on_step: Callable[[int, int], None] | None, total: int) -> Callable[..., None]:
-    """What to call, with anything, after each step; it tells on_step, if there is one, how many of `total` are done."""
+    """A function to call after each step; it passes the steps done and `total` to on_step, if given."""
     done = itertools.count(1)
 
     def step(*_: int) -> None:
@@ -206,13 +206,13 @@ def calibrate(
 
 
 def _warn_where_few_dominate(fits: Mapping[int, LayerFits]) -> None:
-    """Warn where a hundredth of the tokens holds more than half of the Fisher information of many tensors, or nearly all."""
+    """Warn if a hundredth of the tokens has more than half of the Fisher information of many tensors, or nearly all."""
     shares = {(layer, side): share for layer, fit in fits.items() for side, share in fit.dominated().items()}
     dominated = {place: share for place, share in shares.items() if share > MOST_OF_FEW}
     if dominated and (len(dominated) > len(shares) / 4 or max(dominated.values()) > ALL_OF_FEW):
         (layer, side), share = max(dominated.items(), key=lambda item: item[1])
         warnings.warn(
-            f"One token in a hundred holds more than half of what the tables of {len(dominated)} of {len(shares)} tensors are "
+            f"One token in a hundred has more than half of what the tables of {len(dominated)} of {len(shares)} tensors are "
             f"learned from ({share:.0%} for the {side} of layer {layer}), so they may fit other text badly; check that texts "
             "begin as the model expects (--bos, --no-bos), give more text, or more of its kinds.",
             NarrowKVWarning,
@@ -235,7 +235,7 @@ def _warn_of_absurd_loss(learned: Learned, model: PreTrainedModel) -> None:
 
 
 def _run(model: PreTrainedModel, cache: ObserverCache, batch: Tensor, *, gradients: bool, drawn: bool) -> None:
-    """One forward pass, and a backward pass of the summed loss if asked; drawn: another one on drawn tokens."""
+    """One forward pass, and a backward pass of the summed loss if `gradients`; drawn: another one on drawn tokens."""
     with torch.set_grad_enabled(gradients):
         ids = batch.to(model.device).clone()  # an ordinary tensor, wherever the batch was made
         last = {} if gradients or KEEP not in inspect.signature(type(model).forward).parameters else {KEEP: 1}

@@ -20,7 +20,7 @@ class Conversation:
 
     messages: what was said so far, as chat templates take it. templated: whether the tokenizer has a chat template; if not,
     turns are joined as plain text. Templates may spell earlier turns anew (without what a model thought, for example): what
-    the cache holds beyond the common beginning is dropped, or all of it, where a layer cannot go back. read_anew: whether that
+    the cache has beyond the common beginning is dropped, or all of it, where a layer cannot go back. read_anew: whether that
     had to be done for the last turn.
     """
 
@@ -34,7 +34,7 @@ class Conversation:
         self._held: list[int] = []  # tokens in the cache
 
     def reset(self) -> None:
-        """Forget all that was said, but not the instruction."""
+        """Clear the conversation, but not the system prompt."""
         self.messages = list(self._first)
         self._forget()
 
@@ -48,7 +48,7 @@ class Conversation:
     ) -> str:
         """The model's answer of at most this many tokens.
 
-        show: is given the words of the answer as they come. stop: asked after each token whether to leave off. sampling: for
+        show: is given the words of the answer as they come. stop: called after each token; True ends the answer. sampling: for
         `generate`, such as do_sample and temperature. Raises TextError, and leaves all as it was, where the template refuses
         the turn or the model has no positions left.
         """
@@ -77,7 +77,7 @@ class Conversation:
                     **sampling,
                 )
         except BaseException:
-            self._forget()  # nobody knows what is held
+            self._forget()  # the contents are unknown
             raise
         said = found[0].tolist()
         self._held = said[: self.cache.get_seq_length()]
@@ -104,7 +104,7 @@ class Conversation:
         return int(getattr(config, "max_position_embeddings", None) or torch.iinfo(torch.int32).max)
 
     def _return_to(self, ids: list[int]) -> None:
-        """Let the cache hold a beginning of these tokens, short of the last one, which is to be read."""
+        """Crop the cache to a prefix of these tokens, without the last one, which is to be read."""
         pairs = zip(self._held, ids[:-1], strict=False)
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         self.read_anew = False

@@ -29,15 +29,15 @@ from narrowkv.store import LayerStore
 
 ROW = 16  # elements given to a layer: `cuda.lengths`, and where its tail, its window and its position buffer are written
 CAPACITY_STEP = 1024  # tokens for which masks and positions fit at a time, so that steps are seldom captured anew
-# what a model may be asked for beside the token: none of it changes what a step computes
+# arguments besides the token that do not change what a step computes
 KNOWN = {*NAMES, "position_ids", "attention_mask", "use_cache", "return_dict", "logits_to_keep", "cache_position"}
 
 
 @contextlib.contextmanager
 def cuda_graph(model: PreTrainedModel, cache: PackedCache) -> Iterator["DecodingGraph"]:
-    """Within, single tokens for which `model` is asked with this cache, as `generate` does, run as one CUDA graph.
+    """Context in which decoding of single tokens with this cache, as in `generate`, replays one CUDA graph of the model.
 
-    All else (prompts, other caches) runs as before. Raises as `DecodingGraph`.
+    Everything else (prefill, other caches) runs as before. Raises like `DecodingGraph`.
     """
     model = unwrapped(model)
     graph, plain = DecodingGraph(model, cache), model.forward
@@ -49,9 +49,9 @@ def cuda_graph(model: PreTrainedModel, cache: PackedCache) -> Iterator["Decoding
         if input_ids is None or not single or cache_of(options) is not cache or cache.length == 0:
             graph.padded = None  # a prompt may bring padding
             return plain(input_ids, **options)
-        asked = [name for name, part in options.items() if name not in KNOWN and part is not None and part is not False]
-        if asked:
-            raise UnsupportedModelError(f"A step by a CUDA graph yields logits alone; ask without {', '.join(asked)}.")
+        others = [name for name, part in options.items() if name not in KNOWN and part is not None and part is not False]
+        if others:
+            raise UnsupportedModelError(f"A step by a CUDA graph returns only logits; call it without {', '.join(others)}.")
         logits = graph.step(input_ids, options.get("position_ids"), options.get("attention_mask"))
         return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})
 
@@ -86,7 +86,7 @@ def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
 
 
 class DecodingGraph:
-    """Steps of one token for each sequence, by a model with a packed cache that holds a prompt.
+    """Steps of one token for each sequence, by a model with a packed cache after a prompt.
 
     Raises UnsupportedModelError where the cache does not decode by backend `cuda`, or a layer is not packed, CacheUseError
     where it is no packed cache, or another model's.
@@ -119,9 +119,9 @@ class DecodingGraph:
     def step(self, token_ids: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Logits [batch, 1, vocabulary] of the tokens after token_ids [batch, 1], which join the cache.
 
-        positions: [batch, 1], of these tokens in their sequences; by default as many as are held. mask: [batch, tokens], 0
-        for padding, these tokens included. Raises CacheUseError while the cache is empty, UnsupportedModelError where a step
-        cannot be captured, ActivationError, up to a block of tokens late, where elements cannot be stored.
+        positions: [batch, 1], of these tokens in their sequences; by default the number of stored tokens. mask: [batch,
+        tokens], 0 for padding, these tokens included. Raises CacheUseError while the cache is empty, UnsupportedModelError
+        where a step cannot be captured, ActivationError, up to a block of tokens late, where elements cannot be stored.
         """
         cache, device = self.cache, self.device_lengths.device
         if cache.length == 0:
@@ -146,7 +146,7 @@ class DecodingGraph:
             return self._logits.clone()
 
     def _look_at(self, mask: Tensor | None) -> None:
-        """Keep what a mask hides where the graph reads it; whether it hides anything is asked of the first after a prompt."""
+        """Store what a mask hides where the graph reads it; the first mask after a prompt says whether it hides anything."""
         if self.padded is None:
             self.padded = mask is not None and not bool(mask.all())
         if not self.padded or mask is None:
@@ -188,7 +188,7 @@ class DecodingGraph:
             position_buffer.length += new
 
     def _prepare(self, token_ids: Tensor, positions: Tensor) -> None:
-        """Tell the device how much of everything there is now; capture the step if what it reads is not where it was."""
+        """Send all lengths to the device; capture the step if what it reads is not where it was."""
         rows, memory = [], _Memory([token_ids.shape], [self._mask])
         for layer in self.cache.packed:
             row, blocks = self._lengths_of(layer)

@@ -31,18 +31,20 @@ class Default:
 
 
 def enable(model: PreTrainedModel) -> None:
-    """Make a model ready for packed caches, as making the first cache does; raises UnsupportedModelError where that fails."""
+    """Prepare a model for packed caches, as creating the first cache does; raises UnsupportedModelError if that fails."""
     prepare(model)
 
 
 def make_default(model: PreTrainedModel, source: Calibration | Recipe | str, *, scoring: bool = False, **options: Any) -> None:
-    """Let plain `model.generate(...)` use a new packed cache at every call, and so pipelines and evaluation harnesses too.
+    """Give every call of `model.generate(...)` a new packed cache, also in pipelines and evaluation harnesses.
 
-    source: a calibration for this model, or a calibration-free recipe or its name. scoring: `model(input_ids)` without a cache
-    and without gradients also sees quantized keys and values, strictly (what a harness does for log-likelihoods);
-    `use_cache=False` still asks for the unquantized model. options: of PackedCache. A call of `generate` that asks for another
-    cache (`past_key_values`, `cache_implementation`) gets that. A copy of the model, also in another process, keeps the
-    default. `disable` undoes it. Raises as PackedCache does, and UnsupportedModelError for a model that does not generate.
+    source: a Calibration of this model, or a recipe that needs none, or its name. scoring: calls of `model(input_ids)` without
+    a cache and without gradients also attend to quantized keys and values, strictly (as harnesses call it for
+    log-likelihoods); `use_cache=False` still runs the unquantized model. options: those of PackedCache.
+
+    A call of `generate` with another cache (`past_key_values`, `cache_implementation`) uses that. Copies of the model, also in
+    another process, have the same default. `disable` removes it. Raises like PackedCache, and UnsupportedModelError for a
+    model that does not generate.
     """
     model = unwrapped(model)
     generators = _generators(model)
@@ -60,10 +62,10 @@ def make_default(model: PreTrainedModel, source: Calibration | Recipe | str, *, 
 
 
 def prepare_packed(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """What `generate` calls to make its cache; any wish of the caller comes first."""
+    """What `generate` calls to create its cache; a cache that the caller chooses comes first."""
     default: Default = vars(self)["narrowkv_default"]
-    asked = generation_config.use_cache is False or generation_config.cache_implementation is not None
-    if cache_of(model_kwargs) is None and not asked:
+    chosen = generation_config.use_cache is False or generation_config.cache_implementation is not None
+    if cache_of(model_kwargs) is None and not chosen:
         model_kwargs[CACHE] = PackedCache(self, default.source, **default.options)
     kind: Any = type(self)
     own = default.before or functools.partial(getattr(kind, PREPARES), self)
@@ -81,7 +83,7 @@ def score_packed(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tupl
 
 
 def disable(model: PreTrainedModel) -> None:
-    """Undo `enable` and `make_default`: the model is as it was before it met a packed cache."""
+    """Undo `enable` and `make_default`, and remove all hooks from the model."""
     model = unwrapped(model)
     with locked(model):
         for module in around(model):

@@ -17,12 +17,12 @@ from narrowkv.integrations.layer import PackedLayer
 
 
 class DenseLayer(PackedLayer):
-    """A packed layer whose `update` returns what it holds as plain tensors."""
+    """A packed layer whose `update` returns its contents as plain tensors."""
 
     padding: Tensor | None = None  # [batch, tokens] bool, of the coming step
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Store new tokens [batch, kv_heads, new, head_dim]; returns keys and values of all that are held."""
+        """Store new tokens [batch, kv_heads, new, head_dim]; returns keys and values of all stored tokens."""
         self.lazy_initialization(key_states, value_states)
         self.evict()
         past, new = self.store.length, key_states.shape[2]

@@ -26,7 +26,7 @@ NO_MODEL = "The model that this cache was made for is gone; keep it as long as t
 
 
 def take_dynamic(cache: RunningCache, given: Any, mask: Tensor | None, positions: Tensor | None) -> None:
-    """Fill a new packed cache with what a DynamicCache of its model holds.
+    """Fill a new packed cache with the contents of a DynamicCache of its model.
 
     mask: [batch, tokens], 1 for tokens and 0 for padding, None where there is none. positions: [1 or batch, tokens]; by
     default those that `generate` counts by the mask. Raises CacheUseError where these do not go together.
@@ -54,7 +54,7 @@ def take_dynamic(cache: RunningCache, given: Any, mask: Tensor | None, positions
 
 
 def to_dynamic(cache: RunningCache) -> DynamicCache:
-    """A DynamicCache with what a packed cache holds, dequantized, keys rotated, in the dtypes in which they came.
+    """A DynamicCache with the contents of a packed cache, dequantized, keys rotated, in the dtypes in which they came.
 
     Raises CacheUseError where the cache's model is gone.
     """
@@ -76,7 +76,7 @@ def to_dynamic(cache: RunningCache) -> DynamicCache:
 
 
 def _decoded(layer: PackedLayer) -> tuple[Tensor, Tensor]:
-    """Keys, rotated, and values of all tokens that a layer holds, [batch, kv_heads, tokens, head_dim] each."""
+    """Keys, rotated, and values of all tokens of a layer, [batch, kv_heads, tokens, head_dim] each."""
     store = layer.store
     keys, values = store.read()
     if layer.rotates_on_read and layer.position_buffer:
@@ -86,7 +86,7 @@ def _decoded(layer: PackedLayer) -> tuple[Tensor, Tensor]:
 
 
 def _fill(layer: PackedLayer, given: Any, valid: Tensor | None, positions: Tensor, device: torch.device) -> None:
-    """Store what one layer of a DynamicCache holds. valid, positions: [batch, tokens]."""
+    """Store the contents of one layer of a DynamicCache. valid, positions: [batch, tokens]."""
     keys, values = given.keys.detach().to(device), given.values.detach().to(device)
     missing = positions.shape[1] - keys.shape[2]
     if layer.rotates_on_read and isinstance(layer.rope, Rope):
@@ -100,7 +100,7 @@ def _fill(layer: PackedLayer, given: Any, valid: Tensor | None, positions: Tenso
 
 
 def _require_held(cache: RunningCache, given: Any) -> tuple[int, int]:
-    """Sequences and tokens that are held; raises CacheUseError where this is no DynamicCache of the cache's model."""
+    """Number of sequences and tokens; raises CacheUseError where this is no DynamicCache of the cache's model."""
     if not isinstance(given, DynamicCache):
         raise CacheUseError(
             f"A DynamicCache of transformers is wanted, not a {type(given).__name__}; let the model read the prompt into one."
@@ -117,12 +117,12 @@ def _require_held(cache: RunningCache, given: Any) -> tuple[int, int]:
     info = zip(cache.modules, cache.packed, cache.shapes, strict=True)
     sizes = {_size(i, layers[i], layer, shape) for i, layer, shape in info}
     if len(sizes) > 1:
-        raise CacheUseError(f"The layers of this DynamicCache hold different sequences or elements of tokens; {OWN}")
+        raise CacheUseError(f"The layers of this DynamicCache differ in their sequences or tokens; {OWN}")
     return sizes.pop()
 
 
 def _others(cache: RunningCache) -> list[int]:
-    """Layers that keep a state of their own beside keys and values."""
+    """Layers that keep a state of their own besides keys and values."""
     return [i for i, layer in enumerate(cache.layers) if i not in cache.modules and not keeps_nothing(layer)]
 
 
@@ -134,10 +134,10 @@ def _size(i: int, given: Any, layer: PackedLayer, shape: tuple[int, int]) -> tup
     heads, dim = shape
     if keys is None or keys.shape != values.shape or keys.dim() != 4 or (keys.shape[1], keys.shape[3]) != shape:
         held = "nothing" if keys is None else f"keys {list(keys.shape)}"
-        raise CacheUseError(f"Layer {i} of this DynamicCache holds {held}, the model has {heads} KV heads of {dim}; {OWN}")
+        raise CacheUseError(f"Layer {i} of this DynamicCache has {held}, the model has {heads} KV heads of {dim}; {OWN}")
     tokens = given.get_seq_length()
     if keys.shape[2] < min(tokens, (layer.sliding_window or tokens + 1) - 1):
-        raise CacheUseError(f"Layer {i} of this DynamicCache has forgotten tokens that the model's layer sees; {OWN}")
+        raise CacheUseError(f"Layer {i} of this DynamicCache has evicted tokens that the model's layer sees; {OWN}")
     return keys.shape[0], tokens
 
 

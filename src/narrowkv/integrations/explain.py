@@ -1,4 +1,4 @@
-"""`explain(cache)`: where the bytes of a packed cache are."""
+"""`explain(cache)`: the bytes of a packed cache by part and layer."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,12 @@ from narrowkv.integrations.cache import PackedCache, require_packed
 
 @dataclass(frozen=True)
 class Explanation:
-    """Bytes by part for each layer, and what all layers share; printing it gives a table.
+    """Bytes by part for each layer, and of what all layers share; `print` shows a table.
 
-    layers: for each packed layer by its number, bytes of codes, scales, outliers, tail, window, sinks, slots, bias
-    and tables. positions: bytes of positions or angles that all layers share. elements: keys and values held in all. bias: of
-    how many layers what projections add is taken out of keys, and of values. gain: in how many layers keys are divided by the
-    gain of a norm.
+    layers: for each packed layer by index, bytes of codes, scales, outliers, tail, window, sinks, slots, bias and tables.
+    positions: bytes of positions or angles, which all layers share. elements: number of stored elements of keys and values.
+    bias: in how many layers a projection's bias is subtracted from keys, and from values. gain: in how many layers keys are
+    divided by the gain of a norm.
     """
 
     recipe: str

@@ -1,4 +1,4 @@
-"""Frequencies of rotary embeddings: those that a model holds, and the embedding that they make of positions alone."""
+"""Frequencies of rotary embeddings: those that a model stores, and the embedding that they make of positions alone."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")  # angles 
 
 
 def by_position(model: PreTrainedModel, positions: Tensor | None, stored: StoredRope, tables: CosSin) -> Rope | None:
-    """The same embedding made of positions alone, if frequencies that the model holds and never changes give its tables.
+    """The same embedding made of positions alone, if frequencies that the model stores and never changes give its tables.
 
     Every sine must agree for itself: embeddings of one model may differ in their slowest frequencies only.
     """
@@ -51,7 +51,7 @@ def has_sections(model: PreTrainedModel) -> bool:
 
 
 def frequencies(model: nn.Module) -> list[tuple[Tensor, float, str]]:
-    """All inverse frequencies that the model holds, with their scaling and type."""
+    """All inverse frequencies that the model stores, with their scaling and type."""
     found = []
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):

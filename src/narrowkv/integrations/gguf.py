@@ -16,7 +16,7 @@ DECODING = 8  # bytes that an element takes while its tensor is decoded: twice, 
 
 
 def load_gguf(path: Path, dtype: torch.dtype, say: Callable[[str], None]) -> tuple[Any, Any, dict[str, Any]]:
-    """The tokenizer of a GGUF file with its chat template, the model, and what transformers tells of its loading.
+    """The tokenizer of a GGUF file with its chat template, the model, and transformers' loading report.
 
     say: is given what memory the model will take, before it is loaded. Raises MissingPackageError without the packages that
     read such files, and UnsupportedModelError where the file is damaged, its architecture is unknown to transformers, or it

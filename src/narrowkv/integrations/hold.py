@@ -22,7 +22,7 @@ PREFIX = "narrowkv-"  # of the names under which our attention is registered; th
 SERVED = ("eager", "sdpa")
 
 
-# the rest of the model compiles; what follows chooses tensors by how much is held and by what it finds in them
+# the rest of the model compiles; what follows chooses tensors by lengths and by their elements
 not_traced: Any = functools.partial(
     torch.compiler.disable,
     reason="a packed cache grows page by page and keeps outliers sparse, so its shapes depend on data: it runs uncompiled",

@@ -1,10 +1,10 @@
-"""The hold on a transformers model: unrotated keys and queries on the way in, our attention on the way out.
+"""Hooks on a transformers model: unrotated keys and queries on the way in, our attention on the way out.
 
 No module is replaced. A hook hands each attention module an identity rotary embedding whenever one of our caches is in use,
-so the cache is given keys as they are before it; the true cosines, sines and positions travel beside them in a `LayerInputs`.
-The cache's `update` returns a `Handle` in place of tensors, and an attention function of ours, which the model's configuration
-names for as long (hold.py), lets the handle attend. Without one of our caches a prepared model runs the code that it always
-ran. preparation.py puts it all in place.
+so the cache is given keys as they are before it; the true cosines, sines and positions are passed alongside them in a
+`LayerInputs`. The cache's `update` returns a `Handle` in place of tensors, and an attention function of ours, which the
+model's configuration names for as long (hold.py), lets the handle attend. Without one of our caches a prepared model runs the
+code that it always ran. preparation.py puts it all in place.
 """
 
 import contextlib
@@ -36,15 +36,15 @@ NOT_ANNOUNCED = (
     "This cache was made for another model, or update was called by hand; make one, "
     "PackedCache(model, source), and let the model fill it: model(input_ids, past_key_values=cache)."
 )
-NO_WEIGHTS = "A packed cache does not give attention weights; ask without output_attentions."
+NO_WEIGHTS = "A packed cache does not return attention weights; call the model without output_attentions."
 
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What one forward pass tells every layer about its new tokens.
+    """Facts on the new tokens of one forward pass, for every layer.
 
-    positions: [1 or batch, new] int64, or None where the model does not tell its layers. tables: the rotary embedding's, or
-    None. mask: as made by the model for our attention. autocast: whether the caller has it on.
+    positions: [1 or batch, new] int64, or None if the model does not pass them to its layers. tables: the rotary embedding's,
+    or None. mask: as made by the model for our attention. autocast: whether the caller has it on.
     """
 
     positions: Tensor | None
@@ -90,7 +90,7 @@ class NarrowCache(Cache):
     dense = False
 
     def begin(self, module: Any, inputs: LayerInputs) -> None:
-        """Called before each attention module runs: tells its layer what the coming `update` is about."""
+        """Called before each attention module runs: passes the inputs of the coming `update` to its layer."""
         layer = int(module.layer_idx)
         if layer < len(self.layers):  # those that read another's have none before transformers 5.22
             receiver: Any = self.layers[layer]
@@ -150,7 +150,7 @@ def attention_function(module: nn.Module, query: Tensor, key: Any, value: Any, a
 
 
 def _require_known(kwargs: dict[str, Any], known: Collection[str]) -> None:
-    """Raise UnsupportedModelError where attention is asked for more than a packed cache can give."""
+    """Raise UnsupportedModelError if attention is called with options that a packed cache does not support."""
     if kwargs.get("output_attentions"):
         raise UnsupportedModelError(NO_WEIGHTS)
     strange = [name for name, part in kwargs.items() if isinstance(part, Tensor) and name not in known]
@@ -180,7 +180,7 @@ def after_run(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: An
 
 
 def before_decoder(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Hook on the language model: tell one of our caches that it begins.
+    """Hook on the language model: notify a packed cache that it begins.
 
     Raises CacheUseError where the batch is empty, or the caller or the model's configuration said that no cache is to be used,
     and what else can be refused before any layer has stored anything.
@@ -192,7 +192,7 @@ def before_decoder(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
     tokens = next((part for part in given if isinstance(part, Tensor)), None)
     if tokens is not None and not len(tokens):
         raise CacheUseError("The batch is empty; pass at least one sequence.")
-    if kwargs.get("use_cache") is False:  # `generate` would then feed the whole text at every step, on top of what is held
+    if kwargs.get("use_cache") is False:  # `generate` would then feed the whole text at every step, after the stored tokens
         raise CacheUseError("A cache was passed, but use_cache is off; pass use_cache=True, or set model.config.use_cache.")
     _warn_of_length(module, args, kwargs, cache)
     if kwargs.get("output_attentions"):
@@ -222,7 +222,7 @@ def _warn_of_length(module: nn.Module, args: tuple, kwargs: dict[str, Any], cach
 
 
 def after_decoder(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-    """Hook on the language model, called also where it fails: tell one of our caches that it has ended."""
+    """Hook on the language model, called also if it fails: notify a packed cache that it has ended."""
     cache = _cache_in(args, kwargs)
     if cache is not None:
         cache.finish(failed=output is None)

@@ -24,7 +24,7 @@ class PackedLayer(CacheLayerMixin):
 
     rope: rotates its keys, None where they are not rotated. position_buffer: what `rope` needs of each stored token, None
     where neither keys nor a bias are rotated when they are read. sliding_window: how many of the newest tokens a query of this
-    layer sees, itself included, None for all; older ones are forgotten.
+    layer sees, itself included, None for all; older ones are evicted.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class PackedLayer(CacheLayerMixin):
         return handle, handle
 
     def _store(self, inputs: LayerInputs, rope_state: Tensor | None, keys: Tensor, values: Tensor) -> int:
-        """Store new tokens; returns how many were held before."""
+        """Store new tokens; returns how many were stored before."""
         past, new = self.store.length, keys.shape[2]
         valid = inputs.valid(past, new)
         self.store.fitting(keys, values)
@@ -101,7 +101,7 @@ class PackedLayer(CacheLayerMixin):
 
     @contextlib.contextmanager
     def _noted(self, past: int, rope_state: Tensor | None, batch: int) -> Iterator[None]:
-        """Within, the position buffer knows new tokens, which follow `past` others; it forgets them again where they are
+        """Within, the position buffer knows new tokens, which follow `past` others; it removes them again where they are
         refused.
         """
         position_buffer = self.position_buffer if self.position_buffer and self.position_buffer.length == past else None
@@ -125,7 +125,7 @@ class PackedLayer(CacheLayerMixin):
         return self.store.length if self.strict else self.store.length - 1
 
     def evict(self) -> None:
-        """Drop what no query from the next token on can see; what follows from the past alone, so that masks may ask first."""
+        """Evict tokens that no query from the next token on sees; depends on the past alone, so masks may query it first."""
         if self.sliding_window is not None and self.device_lengths is None:
             self.store.evict(self.store.length - self.sliding_window + 1)
 
@@ -144,7 +144,7 @@ class PackedLayer(CacheLayerMixin):
         self.store.reset()
 
     def require_croppable(self, length: int) -> None:
-        """Raise CacheUseError where a query after the first `length` tokens would miss some that were forgotten."""
+        """Raise CacheUseError where a query after the first `length` tokens would miss some that were evicted."""
         if self.sliding_window is not None:
             self.store.require_croppable(length, max(length - self.sliding_window + 1, 0))
 

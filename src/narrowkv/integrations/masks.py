@@ -1,4 +1,4 @@
-"""`LazyMask`: what transformers asked of an attention mask, in place of the mask."""
+"""`LazyMask`: the arguments by which transformers makes an attention mask, in place of the mask."""
 
 import functools
 import inspect
@@ -14,10 +14,10 @@ from narrowkv.attention import AttentionMask
 
 
 class LazyMask:
-    """What transformers asked of the mask, made dense only if somebody needs it so.
+    """The arguments of an attention mask, made dense only if it is needed.
 
     It passes for the tensor [batch, 1, queries, keys] that it stands for, since models may do anything with a mask between
-    making it and attending: its shape is known, and whatever else is asked of it, or computed with it, is answered by that
+    making it and attending: its shape is known, and whatever else is read from it, or computed with it, is answered by that
     tensor. implementation: the attention of transformers whose masks it stands for.
     """
 
@@ -52,7 +52,7 @@ class LazyMask:
         return 4
 
     def __getitem__(self, part: Any) -> Any:
-        """The mask of the last queries alone is one like this, as models ask for it that need no more (Gemma 4 in layers that
+        """The mask of the last queries alone is one like this, as some models slice it (Gemma 4 in layers that
         share keys).
         """
         nothing, length = slice(None), int(self.request["q_length"])

@@ -34,12 +34,13 @@ def model_folder(name: str) -> str:
 def load_model(
     name: str, dtype: str = "auto", device: str = "cpu", say: Callable[[str], None] = lambda sentence: None
 ) -> tuple[PreTrainedModel, Any]:
-    """A model in evaluation mode and its tokenizer.
+    """Load a model in evaluation mode, and its tokenizer.
 
     name: a local folder, a hub id, a file that ends in .gguf, or `narrowkv://demo`. dtype: auto, float32, bfloat16, float16 or
-    float64; auto is the model's own, and bfloat16 for GGUF. say: is given what memory a GGUF file will take. Weights are read
-    from safetensors or GGUF only, and no code that comes with a model is run. On processors that have no products of 16 bits,
-    linear layers multiply in float32 and round, which is ten times as fast. Raises UnsupportedModelError where loading fails.
+    float64; auto is the model's own dtype, and bfloat16 for GGUF. say: called with a sentence on the memory that a GGUF file
+    will take. Weights are read from safetensors or GGUF only, and a model's own code is never run. On processors without
+    16-bit matmuls, linear layers multiply in float32 and round, which is ten times as fast. Raises UnsupportedModelError if
+    loading fails.
     """
     folder = model_folder(name)
     wanted = DTYPES.get(dtype)
@@ -93,7 +94,7 @@ def check_device(device: str) -> None:
 
 
 def _load_folder(name: str, folder: str, dtype: Any) -> tuple[Any, Any, dict[str, Any]]:
-    """A tokenizer, a model, and what transformers tells of its loading."""
+    """A tokenizer, a model, and transformers' loading report."""
     part = "configuration"
     try:
         AutoConfig.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""`prepare`: put the hold of hooks.py on a model, once the probe has found that it can be; `release` takes it off."""
+"""`prepare`: set the hooks of hooks.py on a model, once the probe has found that it can be; `release` takes it off."""
 
 import functools
 import inspect
@@ -107,7 +107,7 @@ def model_info_for(model: PreTrainedModel, backend: str, recipes: Sequence[Recip
 
 
 def _guard(model: PreTrainedModel, hold: Hold) -> None:
-    """Let our caches know when the language model begins and when it has ended, and the hold when anything around it does."""
+    """Notify our caches when the language model begins and ends, and the `Hold` when anything around it does."""
     decoder = decoder_of(model)
     for module in around(model):
         if module in hold.modules:
@@ -180,7 +180,7 @@ def _try_handles(layer_info: AttentionLayerInfo, seen: AttentionTrace) -> None:
 
 
 class KeepCache:
-    """Takes the place of a model's `prepare_inputs_for_generation`.
+    """Replaces a model's `prepare_inputs_for_generation`.
 
     Some models (Phi-3) drop the cache they are given when a sequence outgrows the length they were first trained on, since
     all keys must then be computed anew; ours is emptied and filled again instead.

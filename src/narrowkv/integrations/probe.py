@@ -127,7 +127,7 @@ class AttentionTrace:
 
 
 class EmptyLayer(CacheLayerMixin):
-    """A layer of a cache that holds nothing, for those that only want to see what passes."""
+    """A layer of a cache that stores nothing, for observers."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -168,7 +168,7 @@ def own_layers(config: Any) -> list[Any]:
 
 
 def keeps_keys(layer: Any) -> bool:
-    """Whether a packed layer can take this one's place; raises UnsupportedModelError on kinds that nobody has looked at."""
+    """Whether a packed layer can replace this one; raises UnsupportedModelError on kinds that nobody has looked at."""
     if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
         return True
     if type(layer) is LinearAttentionLayer or keeps_nothing(layer):
@@ -248,7 +248,7 @@ def watch(model: PreTrainedModel) -> tuple[list[AttentionTrace], list[AttentionT
 
 
 def _require_one_device(model: PreTrainedModel) -> None:
-    """Raise UnsupportedModelError where weights are elsewhere than where the model computes, or in several places."""
+    """Raise UnsupportedModelError where weights are elsewhere than where the model computes, or on several devices."""
     hooks = [vars(module).get("_hf_hook") for module in model.modules()]
     if any(getattr(part, "offload", False) for hook in hooks if hook for part in getattr(hook, "hooks", (hook,))):
         raise UnsupportedModelError(

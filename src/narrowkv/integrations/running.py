@@ -52,7 +52,7 @@ class RunningCache(NarrowCache):
         self.before = 0  # tokens held when the model began to run
         self.running = False  # while the model runs
         self.broken = False  # after a run that has failed half-way
-        self.owes_gradients = False  # whether what is held came from elements that gradients were to flow through
+        self.owes_gradients = False  # whether stored elements should have passed gradients on
         self.readback = CountReadback()
 
     @property
@@ -85,7 +85,7 @@ class RunningCache(NarrowCache):
         """Called before the language model runs.
 
         Raises CacheUseError if it is another one, if the cache is in use by another thread, after a call that failed half-way,
-        or where new tokens do not go on from what is held; UnsupportedModelError where gradients would be wrong.
+        or where new tokens do not continue the stored ones; UnsupportedModelError where gradients would be wrong.
         """
         if self.decoder() is not decoder:
             raise CacheUseError(ANOTHER_MODEL)
@@ -175,7 +175,7 @@ class RunningCache(NarrowCache):
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the newest tokens; `tokens_to_remove` is negative or 0, as transformers has it. Nothing is re-encoded.
 
-        Raises CacheUseError, and drops nothing, where a layer cannot go back: a sliding window has forgotten what the next
+        Raises CacheUseError, and drops nothing, where a layer cannot go back: a sliding window has evicted what the next
         token would need, or a layer without attention keeps no record of its past (assisted decoding lets it); and where that
         is no such number.
         """

@@ -1,7 +1,7 @@
 """The state of a cache as plain data, and on disk: a prompt read once, stored packed, used again tomorrow or elsewhere.
 
 One safetensors file. Its metadata entry `narrowkv` is JSON: format and version, recipe, checksum of the tables, the model's
-fingerprint, lengths, a checksum of the token ids, and a checksum of every tensor. docs/formats.md tells field by field.
+fingerprint, lengths, a checksum of the token ids, and a checksum of every tensor. docs/formats.md describes every field.
 """
 
 from collections.abc import Iterable
@@ -32,7 +32,7 @@ OTHERS = {  # fields of a header that are to be those of the cache, and what is 
 
 @dataclass(frozen=True)
 class CacheState:
-    """What a packed cache holds, in memory of its own.
+    """The contents of a packed cache, in memory of its own.
 
     header: JSON, of what it is. tensors: `rope_state.positions`, `layers.0.keys.plane0`, ...
     """
@@ -52,17 +52,17 @@ class CacheState:
         """Note the checksum of token_ids [batch, tokens], if given; raises CacheUseError where they are not this many."""
         if token_ids is not None and tuple(token_ids.shape) != self.sizes:
             batch, tokens = self.sizes
-            raise CacheUseError(f"The cache holds {batch} x {tokens} tokens, but token_ids are {list(token_ids.shape)}.")
+            raise CacheUseError(f"The cache has {batch} x {tokens} tokens, but token_ids are {list(token_ids.shape)}.")
         self.header["token_ids_sha256"] = None if token_ids is None else ids_checksum(token_ids)
 
     def add_positions(self, name: str, position_buffer: PositionBuffer) -> None:
-        """Take what a position buffer holds."""
+        """Take the entries of a position buffer."""
         self.tensors[f"rope_state.{name}"] = position_buffer.read(position_buffer.first, position_buffer.length).clone(
             memory_format=torch.contiguous_format
         )
 
     def add_layer(self, i: int, store: LayerStore) -> None:
-        """Take what the store of layer i holds; layers come in their order."""
+        """Take the contents of layer i's store; layers come in their order."""
         self.tensors.update({f"layers.{i}.{name}": tensor for name, tensor in to_tensors(store).items()})
         dtypes = [str(dtype).removeprefix("torch.") for dtype in store.dtypes or ()]
         self.header.setdefault("dtypes", []).append(dtypes)
@@ -84,7 +84,7 @@ class CacheState:
             saved.check(own)
             if header["rank"] != origin["rank"]:
                 raise CalibrationError(
-                    f"It holds the heads of process {header['rank']}, this is {origin['rank']}; load its own file."
+                    f"It has the heads of process {header['rank']}, this is {origin['rank']}; load its own file."
                 )
             for name, message in OTHERS.items():
                 if header.get(name) != origin[name]:
@@ -93,7 +93,7 @@ class CacheState:
                 raise CalibrationError(f"This cache was saved by a model in {header['dtype']}; load the model in that dtype.")
             if token_ids is not None and header["token_ids_sha256"] != ids_checksum(token_ids):
                 raise CacheUseError(
-                    "This cache holds another prompt than these token ids; read the prompt with the model instead."
+                    "This cache has another prompt than these token ids; read the prompt with the model instead."
                 )
         except (KeyError, TypeError, AttributeError) as error:
             raise FileFormatError(f"its header is not one of a cache ({error})") from error
@@ -122,9 +122,9 @@ class StateReader:
         own = {name.removeprefix(prefix): self.tensors.pop(name) for name in list(self.tensors) if name.startswith(prefix)}
         load_tensors(store, own, (self.batch, *shape), next(self._dtypes), self.device)
         if store.length != self.tokens:
-            raise FileFormatError(f"layer {i} holds {store.length} tokens, not {self.tokens}")
+            raise FileFormatError(f"layer {i} has {store.length} tokens, not {self.tokens}")
         if store.oldest > max(self.tokens - (sliding_window or self.tokens + 1) + 1, 0):
-            raise FileFormatError(f"layer {i} has forgotten tokens that it needs")
+            raise FileFormatError(f"layer {i} has evicted tokens that it needs")
 
     def take_positions(self, name: str, position_buffer: PositionBuffer, head_dim: int, needed: int) -> None:
         """Fill a position buffer. head_dim: the least of the layers that read it; needed: the first token that they read."""
@@ -136,7 +136,7 @@ class StateReader:
         tensor_file.require_finite(f"rope_state.{name}", entries)
         position_buffer.first = position_buffer.length = self.tokens - entries.shape[1]
         if position_buffer.first > needed:
-            raise FileFormatError(f"rope_state.{name} has forgotten tokens that are needed")
+            raise FileFormatError(f"rope_state.{name} has evicted tokens that are needed")
         position_buffer.append(entries)
 
     def _are_positions(self, name: str, entries: Tensor, head_dim: int) -> bool:

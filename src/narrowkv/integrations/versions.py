@@ -19,5 +19,5 @@ def cache_of(given: Mapping[str, Any]) -> Any:
 
 
 def keeps_nothing(layer: Any) -> bool:
-    """Whether a layer of transformers' cache only holds the place of a layer that keeps nothing of its own."""
+    """Whether a layer of transformers' cache is only a placeholder for a layer without a state of its own."""
     return _DUMMY is not None and isinstance(layer, _DUMMY)

@@ -4,8 +4,8 @@ Keys, before the rotary embedding and rotated to the middle of their frame of 16
 transformed so that errors in all their coefficients cost alike and are uncorrelated; under a budget for the whole cache each
 unit of 8 coefficients has 0 to 6 bits (`calibration.rates`), and all bits of a token's head are one trellis-coded stream
 (`codec.trellis`). Values are rotated to the axes of their covariance where that rotation costs fewer bits than it
-gains. The budget counts everything that is held at 32,768 tokens: `narrowB` may take B bits and 0.05 more, `narrowB.F`, with a
-point, exactly what it says; either side of `narrow-kB-vB` has such a budget, and what is held beside them is halved. With
+gains. The budget counts everything that is stored at 32,768 tokens: `narrowB` may take B bits and 0.05 more, `narrowB.F`,
+with a point, exactly what it says; either side of `narrow-kB-vB` has such a budget, and what else is stored is halved. With
 `-equal` all layers of one shape have streams of as many bytes.
 Trellis-coded quantization: Marcellin and Fischer 1990; with a sliding window of bits as state: QTIP (arXiv 2406.11235).
 """

@@ -3,8 +3,8 @@
 Source: "Pretraining Large Language Models with NVFP4" (arXiv 2509.25149). There the upper scale is one float32 number for a
 whole tensor, whose largest number must be known before anything is rounded. A cache grows, so here each token of a layer has
 its own, over all KV heads. That needs no calibration and cannot overflow; to the format's 4.5 bits per element it adds 16 bits
-for each token: bfloat16, with float32's range, is enough, since the scales below are taken as multiples of what is held. Keys
-are quantized after the rotary embedding.
+for each token: bfloat16, with float32's range, is enough, since the scales below are taken as multiples of what is stored.
+Keys are quantized after the rotary embedding.
 """
 
 from narrowkv.codec import Scheme

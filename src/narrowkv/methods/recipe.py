@@ -23,12 +23,12 @@ class LayerSchemes:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Schemes among which calibration chooses, for the keys and for the values of each layer apart.
+    """Schemes that calibration chooses from, separately for the keys and for the values of each layer.
 
-    budget: bits per element that the whole cache may take at 32,768 tokens, tables included. Those schemes are chosen that
-    cost the least loss under it. value_budget: of the values alone; `budget` is then that of the keys.
-    equal_layers: whether keys and values together take as many bytes of a token in all layers of one shape. Raises RecipeError
-    where a budget is no number above 0, or of more bits than an element can have, or there is nothing to choose.
+    budget: bits per element that the whole cache may take at 32,768 tokens, tables included; the schemes with the least loss
+    under it are chosen. value_budget: budget of the values; `budget` is then that of the keys. equal_layers: whether keys and
+    values together take the same number of bytes per token in all layers of one shape. Raises RecipeError if a budget is not a
+    number above 0, has more bits than an element, or there is nothing to choose from.
     """
 
     budget: float
@@ -54,23 +54,23 @@ class SearchSpace:
 
     @property
     def budgets(self) -> tuple[float, float]:
-        """Of the keys and of the values; twice the same where they share one."""
+        """Budgets of the keys and of the values; the same one twice if they share it."""
         return self.budget, self.budget if self.value_budget is None else self.value_budget
 
     @property
     def by_rate(self) -> bool:
-        """Whether rates of channels are allocated, beside the choice of schemes."""
+        """Whether rates of channels are allocated, in addition to the choice of schemes."""
         return self.keys[0].datatype == "trellis"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One scheme for keys and one for values, and what stays exact.
+    """How a cache is quantized: a scheme for keys, one for values, and the tokens in full precision.
 
-    sinks: the first real tokens of each sequence, left exact (KVQuant, section 3.5). residual_length: the newest tokens,
-    stored exact until they leave it, at least as many as a scheme's span looks ahead. layers: schemes of single layers that
-    differ from the rest. search_space: what calibration chooses from, which then fills `layers`.
-    Raises RecipeError where the settings contradict each other.
+    sinks: number of first tokens of each sequence, after padding, in full precision (KVQuant, section 3.5). residual_length:
+    number of newest tokens in full precision, at least as many as a scheme looks ahead. layers: schemes of layers that differ
+    from the rest, by index. search_space: what calibration chooses from to fill `layers`. Raises RecipeError if settings
+    contradict each other.
     """
 
     name: str
@@ -95,11 +95,11 @@ class Recipe:
         ahead = max(scheme.lookahead_tokens for pair in self.every_scheme() for scheme in pair)
         if self.residual_length < ahead:
             raise RecipeError(
-                f"A window of {self.residual_length} is too small where levels look {ahead} tokens ahead; keep as many."
+                f"residual_length {self.residual_length} is too small: levels look {ahead} tokens ahead; raise it to that."
             )
 
     def every_scheme(self) -> list[tuple[Scheme, Scheme]]:
-        """Pairs of schemes for keys and values, among them each that this recipe names."""
+        """Pairs of schemes for keys and values that together contain every scheme of this recipe."""
         pairs = [(self.keys, self.values), *((pair.keys, pair.values) for pair in self.layers.values())]
         if self.search_space:
             pairs += [(scheme, self.values) for scheme in self.search_space.keys]
@@ -111,7 +111,7 @@ class Recipe:
         return self.layers.get(layer, LayerSchemes(self.keys, self.values))
 
     def require_layers(self, layers: Sequence[int]) -> None:
-        """Raise RecipeError where this recipe names a layer that is not among a model's attention layers."""
+        """Raise RecipeError if this recipe names a layer that is not among a model's attention layers."""
         if not set(self.layers) <= set(layers):
             raise RecipeError(
                 f"Recipe {self.name} names layers {sorted(self.layers)}; the model's attention layers are "
@@ -120,11 +120,11 @@ class Recipe:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether any part is learned offline."""
+        """Whether any table is learned offline."""
         return bool(self.search_space) or any(scheme.needs_calibration for pair in self.every_scheme() for scheme in pair)
 
     def quantizers(self, layer: int) -> tuple[AnyQuantizer, AnyQuantizer]:
-        """Quantizers for keys and values of a calibration-free recipe; raises RecipeError where calibration is needed."""
+        """Quantizers for keys and values of one layer; raises RecipeError if the recipe needs calibration."""
         if self.needs_calibration:
             raise RecipeError(
                 f"Recipe {self.name} learns its tables from a model; run `narrowkv calibrate MODEL --recipe {self.name}` "
@@ -184,7 +184,7 @@ class Recipe:
         except (OSError, ValueError, RecursionError) as error:
             raise RecipeError(f"Cannot read a recipe from {path}: {reason(error)}.") from error
         if not isinstance(plain, dict):
-            raise RecipeError(f"{path} holds no recipe (a JSON object is expected).")
+            raise RecipeError(f"{path} has no recipe (a JSON object is expected).")
         return cls.from_dict(plain)
 
 

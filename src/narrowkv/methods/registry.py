@@ -29,7 +29,7 @@ METHODS: tuple[ModuleType, ...] = (
 
 @functools.cache
 def methods_of_others() -> tuple[ModuleType, ...]:
-    """Methods of other packages that are installed; raises RecipeError where one cannot be imported or has not the form."""
+    """Methods of other installed packages; raises RecipeError if one cannot be imported or lacks NAMES or recipe(name)."""
     found = []
     for entry in entry_points(group=GROUP):
         try:
@@ -47,16 +47,16 @@ def methods_of_others() -> tuple[ModuleType, ...]:
 
 
 def recipe_names() -> list[str]:
-    """Names of the presets, in the order of the methods; raises RecipeError where those of another package do not load."""
+    """Names of all presets, ordered by method; raises RecipeError if those of another package do not load."""
     return [name for method in (*METHODS, *methods_of_others()) for name in method.NAMES]
 
 
 def get_recipe(name: "str | Path | Recipe") -> Recipe:
-    """The recipe called `name`, or read from the JSON file of that name; raises RecipeError and lists what exists."""
+    """The recipe of a name, or of a JSON file; raises RecipeError with the existing names if there is none."""
     if isinstance(name, Recipe):
         return name
     if not isinstance(name, str | Path):
-        raise RecipeError(f"A recipe is wanted, or the name of one ({', '.join(recipe_names()[:3])}, ...), not {name!r:.80}.")
+        raise RecipeError(f"Expected a recipe or its name ({', '.join(recipe_names()[:3])}, ...), not {name!r:.80}.")
     name = str(name)
     found = _named(name, METHODS) or _named(name, methods_of_others())  # names of ours are never another package's
     if found is not None:

@@ -47,7 +47,7 @@ class Held:
 
     @property
     def most(self) -> int:
-        """What must find capacity: a window that slides holds more while a prompt is read than later."""
+        """What must find capacity: a sliding window stores more while a prompt is read than later."""
         return max(self.prompt, self.decoding)
 
     def __add__(self, other: "Held") -> "Held":
@@ -105,7 +105,7 @@ def _trellis_stand_in(scheme: Scheme, kv_heads: int, head_dim: int) -> TrellisQu
 
 
 def typical_block(quantizer: AnyQuantizer, shape: LayerShape) -> Tensor:
-    """64 tokens [batch, kv_heads, 64, head_dim] of which as many elements are outliers as the scheme asks for.
+    """64 tokens [batch, kv_heads, 64, head_dim] of which as many elements are outliers as the scheme has.
 
     Where thresholds are learned, that is the fraction itself, to the nearest integer in a block, spread evenly. Where
     they are taken online, no two elements at the ends of a vector are equal, so that as many are outliers as can be.
@@ -188,7 +188,7 @@ class LayerBytes:
         """What is allocated behind a prompt of this many tokens."""
         if self.shape.sliding_window is not None:
             return self._stored(self._steady(tokens))[0]
-        if tokens < 2 * GROWTH * BLOCK + self.settled:  # pages to grow hold one block yet
+        if tokens < 2 * GROWTH * BLOCK + self.settled:  # growing pages have one block so far
             return self._stored(tokens)[0]
         short, columns, first, pages = self._settled(tokens % BLOCK)
         more = (tokens - self.settled) // BLOCK
@@ -207,7 +207,7 @@ class LayerBytes:
         return Held(prompt, nbytes(position_buffer.tensors()))
 
     def _stored(self, tokens: int, record: Tensor | None = None) -> tuple[Held, Held]:
-        """Bytes of a store that has really taken this many tokens, and of the record beside it."""
+        """Bytes of a store that has really taken this many tokens, and of its position buffer."""
         filling = _Filling(self, record)
         counts = []
         for go_on in (lambda: filling.read(tokens), filling.decode):

@@ -76,7 +76,7 @@ class ModelShape:
     others: int
 
     def parts(self, devices: int) -> int:
-        """Into how many parts the KV heads are divided, at most `devices`; where there are fewer, every part is held several
+        """Into how many parts the KV heads are divided, at most `devices`; if there are fewer, every part is stored several
         times. Raises BudgetError where heads and devices do not fit together.
         """
         heads = min(layer.kv_heads for layer in self.layers)

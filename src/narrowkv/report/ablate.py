@@ -76,7 +76,7 @@ def _outliers(rows: list[Row], result: dict[str, Any]) -> list[Section]:
     text = (
         f"{_setup(rows, result)} KVQuant with a part of its elements exact. Values keep an integer number of outliers for "
         f"each "
-        "token, so that on a model with few elements a token a small part may come to none: the allocated bits tell."
+        "token, so that on a model with few elements a token a small part may come to none, which the allocated bits show."
     )
     return [_section("Outliers", text, rows, ["bits", "label"], "outliers", caption, figure)]
 

@@ -55,7 +55,7 @@ def pareto(points: Sequence[Point]) -> list[Point]:
 def draw_pareto(axes: "Axes", points: Sequence[Point]) -> None:
     """Loss over bits: a color and marker for each family of recipes (names that differ in bits), the best ones joined.
 
-    Recipes that lose nothing are left out, for want of a place on a logarithmic axis.
+    Recipes that lose nothing are left out, since a logarithmic axis has no zero.
     """
     shown = sorted((point for point in points if point[2] > 0), key=lambda point: point[1])
     families: dict[str, list[Point]] = {}

@@ -55,7 +55,7 @@ def _about_rope(rows: list[dict[str, Any]]) -> str:
     part = {row["tensor"]: f"{row['in_fullest_channels']:.0%}" for row in rows}
     return (
         "Where whole channels are large, ranges by channel fit; where single tokens are, ranges by token. The fullest "
-        f"tenth of the channels holds {part['keys']} of the elements beyond t99 of the keys before the rotary embedding, "
+        f"tenth of the channels has {part['keys']} of the elements beyond t99 of the keys before the rotary embedding, "
         f"{part['rotated']} after it, and {part['values']} of those of the values."
     )
 

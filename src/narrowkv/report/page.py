@@ -12,13 +12,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from narrowkv.report.inline import inline_svg
 from narrowkv.report.sections import Section
 
-MANY = 24  # rows of a table beyond which it is shown when asked for
+MANY = 24  # rows of a table beyond which it is collapsed
 VERSIONS = ("narrowkv", "torch", "transformers", "python")
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one file of results gives. file: its name, beside the page. result: what `read_result` returns of it."""
+    """What one file of results gives. file: its name, next to the page. result: what `read_result` returns of it."""
 
     kind: str
     title: str

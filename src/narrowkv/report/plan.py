@@ -51,9 +51,9 @@ def _text(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
         heads = min(kind["kv_heads"] for kind in layers)
         copies = devices // min(devices, heads)
         split = (
-            f"each holds {heads // devices} of {heads}"
+            f"each stores {heads // devices} of {heads}"
             if copies == 1
-            else f"there are {heads}, so each is held {copies} times (engines that copy heads do that; transformers refuses)"
+            else f"there are {heads}, so each is stored {copies} times (engines that copy heads do that; transformers refuses)"
         )
         parts.append(
             f"{devices} GPUs share the KV heads: {split}; positions, and weights that are not split, are in every GPU."

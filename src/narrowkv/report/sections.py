@@ -29,7 +29,7 @@ class Table:
 
     @property
     def numeric(self) -> list[bool]:
-        """Which columns hold elements alone, and so are aligned right."""
+        """Which columns have only elements, and so are aligned right."""
         return [all(not isinstance(row[i], str) for row in self.rows) for i in range(len(self.columns))]
 
     def shown(self, row: list[Cell]) -> list[str]:

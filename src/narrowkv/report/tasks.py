@@ -1,4 +1,4 @@
-"""Long-context tasks: what is still answered, beside the 16-bit cache."""
+"""Long-context tasks: what is still answered, compared with the 16-bit cache."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ def sections(result: dict[str, Any]) -> list[Section]:
     found = []
     deep, flat = _scores(own, True), _scores(own, False)
     if deep:
-        text = "A password is stated at a depth of a text and asked for at its end, among three others. " + STRICT
+        text = "A password is stated at a depth of a text, among three others, and queried at its end. " + STRICT
         plots = [_heat_maps(task, deep) for task in dict.fromkeys(task for task, _, _ in deep)]
         found.append(Section("Passkey by depth and length", text + _cannot(deep), [_table(deep, True)], plots))
     if flat:

@@ -26,7 +26,7 @@ class RotaryEmbedding(Protocol):
 class Bias:
     """What is taken out of the keys and of the values of a layer.
 
-    keys, values: [kv_heads, head_dim] float32, or None. rope: rotates that of the keys by what the position buffer holds of
+    keys, values: [kv_heads, head_dim] float32, or None. rope: rotates that of the keys by the position buffer's entries of
     each token; None where keys are stored before it, or without one.
     """
 
@@ -36,7 +36,7 @@ class Bias:
     position_buffer: PositionBuffer | None = None
 
     def tensors(self) -> list[Tensor]:
-        """All tensors that are held, but for the position buffer, which layers share."""
+        """All stored tensors except the position buffer, which layers share."""
         return [part for part in (self.keys, self.values) if part is not None]
 
     @property

@@ -7,7 +7,7 @@ from narrowkv.store.page import BlockTableEntry, PackedTensor, Page
 
 
 def addresses(columns: list[BlockTableEntry]) -> Tensor:
-    """Addresses of the parts of each block, valid as long as the store holds these columns.
+    """Addresses of the parts of each block, valid as long as the store has these columns.
 
     Returns [columns, batch, 2, 8] int64: for keys and for values three planes, scale, zero, outlier values, their index, and
     the offsets of the block's first head; 0 where there is no such part.

@@ -8,7 +8,7 @@ from narrowkv.store.page import BLOCK
 
 
 def begin_late(store: LayerStore, keys: Tensor, values: Tensor, missing: int, valid: Tensor | None = None) -> None:
-    """Begin an empty store with tokens that follow `missing` others, as if those had come and been forgotten.
+    """Begin an empty store with tokens that follow `missing` others, as if those had come and been evicted.
 
     keys, values: [batch, kv_heads, new, head_dim]. valid: [batch, missing + new] bool, False for padding; None if all count.
     Raises as `LayerStore.append`.

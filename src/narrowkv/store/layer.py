@@ -47,12 +47,12 @@ class LayerStore:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything; recipes and tables stay."""
+        """Remove all tokens; recipes and tables stay."""
         self.blocks.hold([])
         self.sinks.reset()
         self.saturation = Saturation()
-        self.first = 0  # tokens forgotten, all of them before those held
-        self.missing = 0  # first tokens whose elements never came; others stand for those among them that are held
+        self.first = 0  # tokens evicted, all of them before those stored
+        self.missing = 0  # first tokens whose elements never came; placeholders are stored for some of them
         self.tail: Tail | None = None
         self.residual = ResidualWindow(self.residual_length + self.tokens_per_group - 1)
         self.shape: Shape | None = None
@@ -65,21 +65,21 @@ class LayerStore:
 
     @property
     def length(self) -> int:
-        """Tokens of the sequence so far, padding and forgotten ones included."""
+        """Tokens of the sequence so far, padding and evicted ones included."""
         return self.first + self.packed + self.residual.tokens
 
     @property
     def oldest(self) -> int:
-        """The first token that is held as it came."""
+        """The first token that is stored as it came."""
         return max(self.first, self.missing)
 
     @property
     def packed(self) -> int:
-        """Tokens held that are encoded."""
+        """Number of stored tokens that are encoded."""
         return self.blocks.tokens + (self.tail.tokens if self.tail else 0)
 
     def parts(self) -> dict[str, list[Tensor]]:
-        """All tensors that are held, each once, by what they are for."""
+        """All stored tensors, each once, by what they are for."""
         sides = [side for page in self.blocks.pages() for side in (page.keys, page.values)]
         return {
             "codes": [plane for side in sides for plane in side.planes],
@@ -93,21 +93,21 @@ class LayerStore:
         }
 
     def tensors(self) -> list[Tensor]:
-        """All tensors that are held, each once."""
+        """All stored tensors, each once."""
         return [tensor for held in self.parts().values() for tensor in held]
 
     def fitting(self, keys: Tensor, values: Tensor) -> tuple[Shape, Dtypes]:
-        """Shape and dtypes of new keys and values; raises CacheUseError where others are held."""
+        """Shape and dtypes of new keys and values; raises CacheUseError if others are stored."""
         shape, dtypes = (keys.shape[0], keys.shape[1], keys.shape[3]), (keys.dtype, values.dtype)
         if self.shape is not None and shape != self.shape:
             raise CacheUseError(
-                f"This cache holds batch {self.shape[0]}, {self.shape[1]} KV heads of {self.shape[2]}, but got batch "
+                f"This cache has batch {self.shape[0]}, {self.shape[1]} KV heads of {self.shape[2]}, but got batch "
                 f"{shape[0]}, {shape[1]} heads of {shape[2]}; call cache.reset() or make a new cache."
             )
         if self.dtypes is not None and dtypes != self.dtypes:
             held, got = ("keys in {} and values in {}".format(*pair).replace("torch.", "") for pair in (self.dtypes, dtypes))
             raise CacheUseError(
-                f"This cache holds {held}, but got {got}; go on as it was begun (autocast, the model's dtype), or call "
+                f"This cache stores {held}, but got {got}; go on as it was begun (autocast, the model's dtype), or call "
                 "cache.reset()."
             )
         return shape, dtypes
@@ -116,8 +116,8 @@ class LayerStore:
         """Store new tokens.
 
         keys, values: [batch, kv_heads, new, head_dim]. valid: [batch, new] bool, False for padding; None if all count.
-        Raises CacheUseError if batch, heads, head_dim or dtypes differ from what is held, ActivationError on NaN and infinity;
-        of single tokens on a GPU that are encoded without waiting for it, up to a block later.
+        Raises CacheUseError if batch, heads, head_dim or dtypes differ from what is stored, ActivationError on NaN and
+        infinity; of single tokens on a GPU that are encoded without waiting for it, up to a block later.
         """
         shape, dtypes = self.fitting(keys, values)
         skip = None if valid is None else ~valid
@@ -233,7 +233,7 @@ class LayerStore:
         places: Tensor | None = None,
         key_bias: Tensor | None = None,
     ) -> None:
-        """Store new tokens where `prepare_step` made space: behind those held, or at `places` [2] int32, in tail and window.
+        """Store new tokens where `prepare_step` made space: behind those stored, or at `places` [2] int32, in tail and window.
 
         skip: [batch, new], if places are not given. key_bias: what is taken out of keys, where only the device knows where
         they are.
@@ -263,7 +263,7 @@ class LayerStore:
         return [counter for counter in (*found, self.residual.counter) if counter is not None]
 
     def tiles(self, stop: int | None = None, *, unsealed: bool = False) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Decode the tokens held before `stop` (all by default), or of those the `unsealed` alone, piece by piece.
+        """Dequantize the stored tokens before `stop` (all by default), or only the `unsealed` ones, tile by tile.
 
         Yields (index of the first token, keys, values) with keys and values [batch, kv_heads, tokens, head_dim] float32,
         or in the model's dtype where they are exact; sinks are put in place.
@@ -292,10 +292,10 @@ class LayerStore:
             yield keys.clone(), values.clone()
 
     def read(self, stop: int | None = None) -> tuple[Tensor, Tensor]:
-        """The tokens held before `stop`, dequantized at once: keys, values [batch, kv_heads, stop - first, head_dim]."""
+        """The stored tokens before `stop`, dequantized at once: keys, values [batch, kv_heads, stop - first, head_dim]."""
         pieces = [(keys, values) for _, keys, values in self.tiles(stop)]
         if not pieces:
-            raise CacheUseError("There is nothing to read: the cache holds no token yet.")
+            raise CacheUseError("There is nothing to read: the cache has no token yet.")
         keys, values = (torch.cat(parts, dim=2) for parts in zip(*pieces, strict=True))
         return keys, values
 
@@ -315,17 +315,17 @@ class LayerStore:
         self.first += self.blocks.evict(before - self.first)
 
     def require_croppable(self, length: int, oldest: int) -> None:
-        """Raise CacheUseError where the first `length` tokens cannot be gone on from: the token `oldest` was forgotten."""
+        """Raise CacheUseError where the first `length` tokens cannot be continued: the token `oldest` was evicted."""
         if length > 0 and oldest < self.oldest:
             raise CacheUseError(
-                f"A sliding-window layer has forgotten its first {self.oldest} tokens, so the cache cannot be cropped to "
+                f"A sliding-window layer has evicted its first {self.oldest} tokens, so the cache cannot be cropped to "
                 f"{length}; call cache.reset() and read the text again."
             )
 
     def crop(self, length: int) -> None:
         """Drop all tokens from `length` on; a block that is cut keeps its codes and counts fewer tokens.
 
-        Raises CacheUseError where tokens before `length` were forgotten that whoever goes on from there would read.
+        Raises CacheUseError if tokens before `length` were evicted that the next tokens would read.
         """
         self.require_croppable(length, length - 1)
         if length == 0 and self.oldest:

@@ -19,7 +19,7 @@ from narrowkv.codec.scheme import BLOCK
 OUTLIER_BYTES = 4  # a 16-bit value and a 16-bit index
 Shape = tuple[int, int, int]  # batch, kv_heads, head_dim
 Dtypes = tuple[torch.dtype, torch.dtype]  # of keys and of values
-GROWTH = 16  # while decoding, a new page holds one more sixteenth of what is stored
+GROWTH = 16  # while decoding, a new page has one more sixteenth of what is stored
 
 
 def is_channel_major(scheme: Scheme, keys: bool) -> bool:
@@ -61,7 +61,7 @@ class PackedTensor:
     planes: channel-major [slots, kv_heads, codes, bytes of 64 codes], so that neighboring codes are neighboring tokens of
         a channel; or token-major [slots, kv_heads, 64, bytes of the codes of a token]. One tensor per plane of bits. Exact
         elements lie as they come: [slots, kv_heads, 64, head_dim].
-    ranges: [slots, ...] what is held of online ranges, by name, as `Scheme.range_forms` has it for 64 tokens.
+    ranges: [slots, ...] stored online ranges, by name, as `Scheme.range_forms` has it for 64 tokens.
     outlier_values, outlier_index: [capacity] 16-bit value and index token * places + place, sorted by slot, head, token, place
     (a
         code, or what `QuantizedTensor.places` says); those of slot s and head h begin at outlier_offsets[s * kv_heads + h].
@@ -77,8 +77,8 @@ class PackedTensor:
         ranges: dict[str, Tensor] | None = None,
         outliers: tuple[Tensor, Tensor, Tensor] | None = None,
     ):
-        """shape: kv_heads, 64, codes, or places of outliers where these are not codes. outliers: values, index and offsets,
-        all of them in use.
+        """shape: kv_heads, 64, codes, or coefficients that outliers replace where these are not codes. outliers: values,
+        index and offsets, all of them in use.
         """
         self.shape = shape
         self.bits = bits
@@ -123,7 +123,7 @@ class PackedTensor:
         return side
 
     def outliers(self) -> list[Tensor]:
-        """The tensors that hold outliers."""
+        """The tensors of outliers."""
         parts = (self.outlier_values, self.outlier_index, self.outlier_offsets)
         return [part for part in parts if part is not None]
 
@@ -156,7 +156,7 @@ class PackedTensor:
             plane.copy_(packed)
 
     def commit(self) -> None:
-        """Move the outliers of all `put` since the last commit to their place; a page made without space is fitted."""
+        """Move the outliers of all `put` since the last commit to their slot; a page made without space is fitted."""
         if not self._pending:
             return
         index, values = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
@@ -239,7 +239,7 @@ class Page:
         return self.keys.planes[0].device
 
     def tensors(self) -> list[Tensor]:
-        """All tensors that are held."""
+        """All stored tensors."""
         sides = (self.keys, self.values)
         return [part for side in sides for part in (*side.planes, *side.ranges.values(), *side.outliers())]
 
@@ -259,7 +259,7 @@ class Page:
         )
 
     def put(self, keys: QuantizedTensor, values: QuantizedTensor) -> range:
-        """Write blocks of keys and values into the next slots and tell which."""
+        """Write blocks of keys and values into the next slots; returns which."""
         start = self.used
         self.keys.put(start, keys)
         self.values.put(start, values)

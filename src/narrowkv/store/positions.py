@@ -8,13 +8,13 @@ from narrowkv.errors import CacheUseError
 
 
 class PositionBuffer:
-    """One entry for each token of each sequence, growing; integers are held as int32 (a position: 4 bytes a token)."""
+    """One entry for each token of each sequence, growing; integers are stored as int32 (a position: 4 bytes a token)."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all entries."""
+        """Remove all entries."""
         self._held: Tensor | None = None  # [batch, capacity, ...], of the tokens from `first` on
         self.length = 0
         self.first = 0
@@ -34,13 +34,13 @@ class PositionBuffer:
     def reserve(self, new: int, like: Tensor) -> None:
         """Make sure that this many more entries, such as those of `like`, fit; raises CacheUseError for another form."""
         if self._held is not None and self._held.shape[2:] != like.shape[2:]:
-            raise CacheUseError("The cache holds angles of another form than the model's; call cache.reset().")
+            raise CacheUseError("The cache has angles of another form than the model's; call cache.reset().")
         held = self.length - self.first
         if self._held is None or held + new > self._held.shape[1]:
             self._resize(like, held + new + held // 16)
 
     def step(self, entries: Tensor, place: Tensor) -> None:
-        """Write entries [1 or batch, 1, ...] to place [1] int64 of the buffer, on the device alone; `length` stays."""
+        """Write entries [1 or batch, 1, ...] to position `place` [1] int64 of the buffer, on the device; `length` stays."""
         entries = entries.to(self.buffer.dtype).expand(len(self.buffer), *entries.shape[1:])
         self.buffer.index_copy_(1, place, entries)
         self._starts.clear()
@@ -67,7 +67,7 @@ class PositionBuffer:
     def starts(self, start: int, stop: int) -> Tensor | None:
         """The position of every 64th token from `start` to before `stop`, [batch, blocks], if those between follow it.
 
-        None where they do not. Looked for once in a step, whichever layers ask.
+        None where they do not. Computed once in a step, for all layers.
         """
         if (start, stop) not in self._starts:
             positions = self.read(start, stop)
@@ -78,7 +78,7 @@ class PositionBuffer:
         return self._starts[start, stop]
 
     def evict(self, before: int) -> None:
-        """Let go of tokens older than the token `before`, once they are half of what is held."""
+        """Let go of tokens older than the token `before`, once they are half of what is stored."""
         if self._held is None or 2 * (before - self.first) <= self.length - self.first:
             return
         self._held = self._held[:, before - self.first :]

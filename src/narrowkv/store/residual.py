@@ -1,4 +1,4 @@
-"""Window: the newest tokens, exact, in the buffer that is written in place."""
+"""Residual: the newest tokens, in full precision, in a buffer that is written in place."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ Parts = tuple[Tensor, Tensor, Tensor]
 class ResidualWindow:
     """Keys and values [batch, kv_heads, tokens, head_dim], and which tokens are skipped [batch, tokens] bool.
 
-    most: how many tokens it may come to hold; the buffer grows to that and no further.
+    most: the most tokens that it may store; the buffer grows to that and no further.
     """
 
     def __init__(self, most: int):
@@ -22,7 +22,7 @@ class ResidualWindow:
         self.counter: OutlierCounter | None = None  # of a GPU's steps: counts what is no number
 
     def tensors(self) -> list[Tensor]:
-        """All tensors that are held."""
+        """All stored tensors."""
         return self.buffer if self.counter is None else [*self.buffer, self.counter.counts]
 
     def held(self) -> Parts:
@@ -31,7 +31,7 @@ class ResidualWindow:
         return keys, values, skip[:, 0, :, 0]
 
     def oldest(self, count: int, keys: Tensor, values: Tensor, skip: Tensor | None) -> Parts:
-        """The first `count` tokens of those held and of new ones that follow them. Raises ActivationError as
+        """The first `count` tokens of those stored and of new ones that follow them. Raises ActivationError as
         `OutlierCounter.learn`.
         """
         if self.counter is not None:
@@ -46,7 +46,7 @@ class ResidualWindow:
         return first[0], first[1], first[2][:, 0, :, 0]
 
     def shift(self, count: int, keys: Tensor, values: Tensor, skip: Tensor | None) -> None:
-        """Let go of this many of the `oldest` tokens, and hold the others."""
+        """Let go of this many of the `oldest` tokens, and store the others."""
         new = _parts(keys, values, skip)
         remaining = max(self.tokens - count, 0)
         come = self.tokens + keys.shape[2] - count - remaining
@@ -78,9 +78,9 @@ class ResidualWindow:
         self.counter.promise(1)
 
     def step(self, keys: Tensor, values: Tensor, skip: Tensor | None, places: Tensor | None = None) -> None:
-        """Hold tokens on a GPU, without waiting for it, behind those held, or from places[1] on; `tokens` stays.
+        """Store tokens on a GPU, without waiting for it, behind those stored, or from places[1] on; `tokens` stays.
 
-        Nothing is skipped where places tell.
+        Nothing is skipped if places are given.
         """
         assert self.counter is not None
         first = self.tokens if places is None else 0

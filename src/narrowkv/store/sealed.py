@@ -39,14 +39,14 @@ class SealedBlocks:
         self.hold([])
 
     def hold(self, columns: list[BlockTableEntry]) -> None:
-        """Hold these instead of what was held."""
+        """Store these instead."""
         self.columns = columns
         self.tokens = sum(column.count for column in columns)
         self.growing: Page | None = None  # the page with free slots for blocks that come singly
         self.version += 1
 
     def pages(self) -> list[Page]:
-        """All pages that are held, each once."""
+        """All stored pages, each once."""
         pages = {id(page): page for page in (*(column.page for column in self.columns), self.growing) if page}
         return list(pages.values())
 
@@ -73,7 +73,7 @@ class SealedBlocks:
         return self.growing
 
     def evict(self, before: int) -> int:
-        """Let go of whole blocks of the tokens before the token `before` of those held; returns how many tokens went."""
+        """Evict whole blocks of the tokens before the token `before` of those stored; returns the number of evicted tokens."""
         gone = tokens = 0
         while gone < len(self.columns) and tokens + self.columns[gone].count <= before:
             tokens += self.columns[gone].count
@@ -86,7 +86,7 @@ class SealedBlocks:
         if self.growing and all(column.page is not self.growing for column in self.columns):
             self.growing = None
         run = list(takewhile(lambda column: column.page is self.columns[0].page, self.columns))
-        if run and 2 * len(run) * len(run[0].slots) <= run[0].page.slots:  # a page mostly forgotten is not stored for the rest
+        if run and 2 * len(run) * len(run[0].slots) <= run[0].page.slots:  # a page mostly evicted is not stored for the rest
             self.columns[: len(run)] = compact(self.quantizers, run)
         return tokens
 
@@ -107,7 +107,7 @@ class SealedBlocks:
         self.version += 1
 
     def dequantize(self, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """What the codes stand for, some blocks at a time, until the token `stop` of those held was there.
+        """What the codes stand for, some blocks at a time, until the token `stop` of those stored was there.
 
         Yields keys and values [batch, kv_heads, tokens, head_dim].
         """

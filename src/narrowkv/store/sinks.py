@@ -1,4 +1,4 @@
-"""Sinks: the first real tokens of each sequence, which stay exact beside the codes."""
+"""Sinks: the first real tokens of each sequence, which are stored exactly alongside the codes."""
 
 import torch
 from torch import Tensor
@@ -18,13 +18,13 @@ class Sinks:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all."""
+        """Remove all."""
         self.elements: tuple[Tensor, Tensor] | None = None
         self.index: Tensor | None = None
         self.found = self.count == 0  # whether all are known to have been seen
 
     def tensors(self) -> list[Tensor]:
-        """All tensors that are held."""
+        """All stored tensors."""
         return [*(self.elements or ()), *([] if self.index is None else [self.index])]
 
     def seen(self) -> bool:
@@ -34,7 +34,7 @@ class Sinks:
         return self.found
 
     def find(self, skip: Tensor) -> Places | None:
-        """Row, token and place of the sinks among new tokens, which are then skipped too; None once all were seen.
+        """Row, token and slot of the sinks among new tokens, which are then skipped too; None once all were seen.
 
         skip: [batch, new] bool, padding; changed in place.
         """
@@ -65,7 +65,7 @@ class Sinks:
             put_sinks(start, pair, self.index, self.elements)
 
     def crop(self, length: int) -> None:
-        """Forget those among the tokens from `length` on."""
+        """Remove those among the tokens from `length` on."""
         if self.index is not None:
             self.index[self.index >= length] = -1
             self.found = False

@@ -1,4 +1,4 @@
-"""A layer's store as named tensors, and back: what a cache on disk holds of it. Nothing is re-encoded on the way."""
+"""A layer's store as named tensors, and back: the format of a cache on disk. Nothing is re-encoded on the way."""
 
 import math
 
@@ -19,10 +19,10 @@ PACKED = ("outlier_values", "outlier_index", "outlier_offsets")
 
 
 def to_tensors(store: LayerStore) -> dict[str, Tensor]:
-    """Everything that a store holds, in memory of its own, by name.
+    """Everything in a store, in memory of its own, by name.
 
-    `evicted` [] int64 tokens evicted; `missing` [] int64 first tokens that never came, where some of them are held;
-    `block_tokens`
+    `evicted` [] int64 tokens evicted; `missing` [] int64 first tokens that never came, if placeholders are stored for some of
+    them; `block_tokens`
     [blocks] int32 tokens of each block; `keys.plane0`, `keys.scale`, ... of the blocks, block after block, each for all
     sequences; `tail.keys.codes`, ...; `residual.keys`, `residual_skip`; `sinks.keys`, `sink_index`.
     """
@@ -73,7 +73,7 @@ class _Reader:
         return tensor
 
     def take_ranges(self, prefix: str, scheme: Scheme, rows: int, shape: tuple[int, int, int]) -> dict[str, Tensor]:
-        """What is held of online ranges. shape: kv_heads, tokens, codes of a head."""
+        """Stored online ranges. shape: kv_heads, tokens, codes of a head."""
         forms = scheme.range_forms(*shape)
         ranges = {name: self.take(f"{prefix}.{name}", (rows, *form), dtype) for name, (form, dtype) in forms.items()}
         for name in ("scale", "token_scale"):
@@ -144,7 +144,7 @@ def _are_sinks(index: Tensor, length: int) -> bool:
 
 def _require(holds: bool, name: str) -> None:
     if not holds:
-        raise FileFormatError(f"tensor {name} holds elements that no cache has")
+        raise FileFormatError(f"tensor {name} has elements that no cache has")
 
 
 def _load_side(reader: _Reader, name: str, quantizer: AnyQuantizer, slots: int, heads: int, dim: int) -> PackedTensor:

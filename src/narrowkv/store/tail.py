@@ -36,7 +36,7 @@ class Tail:
         return self.tokens == BLOCK
 
     def tensors(self) -> list[Tensor]:
-        """All tensors that are held."""
+        """All stored tensors."""
         return [tensor for buffer in self.buffers for tensor in buffer.tensors()]
 
     def append(self, keys: Elements, values: Elements, new: int) -> None:
@@ -60,13 +60,13 @@ class Tail:
         return True
 
     def step(self, keys: Elements, values: Elements, places: Tensor | None = None) -> None:
-        """Encode tokens on a GPU, without waiting for it, behind those held, or from places[0] on; `tokens` stays."""
+        """Encode tokens on a GPU, without waiting for it, behind those stored, or from places[0] on; `tokens` stays."""
         first = self.tokens if places is None else 0
         for token_encoder, buffer, (elements, skip) in zip(self.token_encoders, self.buffers, (keys, values), strict=True):
             token_encoder.step(buffer, first, elements, skip, places)
 
     def clear(self) -> None:
-        """Forget all tokens; what is written next lies where they lay."""
+        """Remove all tokens; the next ones overwrite them."""
         for buffer in self.buffers:
             buffer.outliers = 0
         self.tokens = 0
@@ -82,7 +82,7 @@ class Tail:
         return self.buffers[0].encoded(), self.buffers[1].encoded()
 
     def encoded(self) -> tuple[QuantizedTensor, QuantizedTensor]:
-        """The tokens held, copied, with outliers in ascending order."""
+        """The stored tokens, copied, with outliers in ascending order."""
         keys, values = (buffer.encoded().first(self.tokens) for buffer in self.buffers)
         return keys, values
 

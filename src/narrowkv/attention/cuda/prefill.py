@@ -1,7 +1,7 @@
 """Attention of many queries on a GPU: kernels dequantize sealed blocks, a run of them at a time, for `tiled.attend_pieces`.
 
-Queries in 16 bits go by torch's fused attention (sdpa.py); queries in 32 bits, and scores with a softcap, piece by piece with
-scores that are held. The open tail, the window and attention sinks are few and dequantized by torch.
+Queries in 16 bits go by torch's fused attention (sdpa.py); queries in 32 bits, and scores with a softcap, split by split with
+materialized scores. The open tail, the window and attention sinks are few and dequantized by torch.
 """
 
 import importlib
@@ -36,7 +36,7 @@ def attend(inputs: AttentionInputs, store: LayerStore) -> Tensor:
 
 
 def pieces(inputs: AttentionInputs, store: LayerStore, most: int = MOST_TOKENS) -> Iterator[Piece]:
-    """All that is held before `past`, keys rotated, in the dtype of the queries, about `most` tokens at a time.
+    """All stored tokens before `past`, keys rotated, in the dtype of the queries, about `most` tokens at a time.
 
     What is not in sealed blocks comes with the last of them, for each piece costs a pass over the results of all queries.
     """

@@ -61,13 +61,13 @@ class Encoder:
     def write(self, buffer: EncodeBuffer, first: int, x: Tensor, skip: Tensor | None) -> int | None:
         """Encode x [batch, kv_heads, tokens, head_dim] into the buffer from the token `first` on.
 
-        Returns how many outliers the buffer then holds, which the caller lets it count; None where one does not fit 16 bits.
+        Returns how many outliers the buffer then stores, which the caller lets it count; None where one does not fit 16 bits.
         """
         if self.smooth is not None:
             x = x.float() / self.smooth[:, None]
         x = x if x.is_cpu and x.dtype in KINDS else x.cpu().float()
         x = x if x.stride(3) == 1 else x.contiguous()
-        skip = None if skip is None else skip.contiguous()  # held as long as its address is used
+        skip = None if skip is None else skip.contiguous()  # referenced as long as its address is used
         skipped = 0 if skip is None else address(skip, torch.bool, shape=(x.shape[0], x.shape[2]))
         threads = 1 if x.numel() < FEW else torch.get_num_threads()
         while True:

@@ -90,7 +90,7 @@ class Encoder:
     def write(self, buffer: EncodeBuffer, first: int, x: Tensor, skip: Tensor | None) -> int | None:
         """Encode x [batch, kv_heads, tokens, head_dim] into the buffer from the token `first` on.
 
-        Returns how many outliers the buffer then holds, which the caller lets it count; None where something does not fit 16
+        Returns how many outliers the buffer then stores, which the caller lets it count; None where something does not fit 16
         bits. This count is the one thing that the host waits for.
         """
         while True:  # until outliers fit

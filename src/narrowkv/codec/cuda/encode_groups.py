@@ -22,7 +22,7 @@ class GroupEncoder:
     def write(self, buffer: EncodeBuffer, first: int, x: Tensor, skip: Tensor | None) -> int | None:
         """Encode x [batch, kv_heads, tokens, head_dim], whole groups, into the buffer from the token `first` on.
 
-        Returns how many outliers the buffer holds, as before; None where a range does not fit 16 bits, for which the host
+        Returns how many outliers the buffer stores, as before; None where a range does not fit 16 bits, for which the host
         waits.
         """
         counts = torch.zeros(2, dtype=torch.int32, device=x.device)

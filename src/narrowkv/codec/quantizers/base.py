@@ -41,7 +41,7 @@ class BaseQuantizer:
         return {}
 
     def require_sound(self) -> None:
-        """Raise RecipeError where a table holds elements that no calibration finds."""
+        """Raise RecipeError if a table has elements that no calibration finds."""
         for name, table in self.tensors().items():
             require_table(bool(table.isfinite().all()), name, "NaN or infinity")
         self._require_order()
@@ -67,7 +67,7 @@ class BaseQuantizer:
     def encode_into(self, buffer: EncodeBuffer, first: int, x: Tensor, skip: Tensor | None = None) -> int:
         """The same, written to the buffer from the token `first` on.
 
-        Returns how many outliers the buffer then holds, and lets the caller count them (`EncodeBuffer.outliers`), so that a
+        Returns how many outliers the buffer then stores, and lets the caller count them (`EncodeBuffer.outliers`), so that a
         step that fails leaves nothing behind.
         """
         return buffer.put(first, self.encode(x, skip))
@@ -102,6 +102,6 @@ def require_forms(tables: Mapping[str, Tensor], forms: Mapping[str, TableForm]) 
 
 
 def require_table(holds: bool, name: str, what: str) -> None:
-    """Raise RecipeError where what is to hold of a table does not; what: it holds then."""
+    """Raise RecipeError if a condition on a table does not hold; what: the invalid contents."""
     if not holds:
-        raise RecipeError(f"table {name} holds {what}")
+        raise RecipeError(f"table {name} has {what}")

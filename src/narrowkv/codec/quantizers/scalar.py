@@ -168,7 +168,7 @@ class Quantizer(BaseQuantizer):
 
     @functools.cached_property
     def _encoder(self) -> Encoder | None:
-        """The compiled form of `encode`; None where it does not do what the scheme asks for."""
+        """The compiled form of `encode`; None if it does not support the scheme."""
         scheme = self.scheme
         if self.boundaries is None or not self._has_few_levels(Encoder.SUPPORTS):
             return None
@@ -178,7 +178,7 @@ class Quantizer(BaseQuantizer):
 
     @functools.cached_property
     def _cuda_encoder(self) -> cuda.Encoder | None:
-        """The form of `encode` for a GPU, or None where it does not do what the scheme asks for."""
+        """The form of `encode` for a GPU, or None if it does not support the scheme."""
         scheme = self.scheme
         if self.boundaries is None or not self._has_few_levels(cuda.Encoder.SUPPORTS):
             return None
@@ -245,7 +245,7 @@ class Quantizer(BaseQuantizer):
         return elements if self.smooth is None else elements.mul_(self.smooth[:, None])
 
     def _rounded(self, scale: Tensor, zero: Tensor) -> dict[str, Tensor]:
-        """Online ranges as they are held."""
+        """Online ranges as stored."""
         if self.scheme.scale_dtype == "float8":
             largest = scale.amax((1, 3), keepdim=True)
             token_scale = (largest / torch.finfo(torch.float8_e4m3fn).max).to(torch.bfloat16)
@@ -278,7 +278,7 @@ class Quantizer(BaseQuantizer):
 
 
 def keep_outliers(encoded: QuantizedTensor, exact: Tensor, outside: Tensor, skip: Tensor | None, dtype: torch.dtype) -> None:
-    """Put exact elements beside the codes that are `outside`, but for tokens that are skipped.
+    """Store exact elements for the codes that are `outside`, but for tokens that are skipped.
 
     exact: [codes in all]. outside: bool, shaped as the codes. dtype: of the elements, in which they are stored if it has 16
     bits. Raises ActivationError where one does not fit.
@@ -302,7 +302,7 @@ def within_cap(distance: Tensor, outside: Tensor, cap: int) -> Tensor:
 
 
 def _scale_zero(ranges: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Scale and zero in float32 of ranges as they are held; the zero broadcasts."""
+    """Scale and zero in float32 of stored ranges; the zero broadcasts."""
     scale = ranges["scale"].float()
     if "token_scale" in ranges:
         scale = scale * ranges["token_scale"].float()

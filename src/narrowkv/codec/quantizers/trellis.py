@@ -34,13 +34,13 @@ class TrellisQuantizer(BaseQuantizer):
     pairs: [kv_heads, head_dim / 2, 2, 2] float16: coefficients d and d + head_dim / 2 times this are those channels. order:
         [kv_heads, n] uint8, of heads of more than 256 channels int16, which of these coefficients have codes, in the order of
         the stream. None with `scheme.learned_rotation`.
-    channels, frequencies: of `frames`, by which channels are put in places and rotated first; None without `scheme.pre_rope`.
+    channels, frequencies: of `frames`, by which channels are reordered and rotated first; None without `scheme.pre_rope`.
     matrix: [kv_heads, n, head_dim] int8, matrix_steps: [kv_heads, n] bfloat16: coefficients times their product are the
         channels. None without `scheme.learned_rotation`.
     entries: [1, 6, 2, 16] int8, of each rate what the high and the low 4 bits of the window add up to, in grid steps.
     steps: [6] float32, what a grid step of each rate is when encoding. scales: the same when decoding.
     weight: [kv_heads, n] bfloat16, what a squared error in each coefficient costs.
-    outlier_threshold: [1] float32, the cost above which a coefficient stays exact while its block has places; None without
+    outlier_threshold: [1] float32, the cost above which a coefficient stays exact while its block has free slots; None without
     outliers. Raises RecipeError if the scheme needs tables that are not given, or tables do not fit it.
     """
 
@@ -117,7 +117,7 @@ class TrellisQuantizer(BaseQuantizer):
         return buffer.put(first, self._encode(x, skip, first, held))
 
     def _encode(self, x: Tensor, skip: Tensor | None, first: int, held: Tensor | None) -> QuantizedTensor:
-        """The same from a block's token `first` on. held: how many outliers those before have, [batch, kv_heads], if any."""
+        """The same from a block's token `first` on. held: how many outliers earlier tokens have, [batch, kv_heads], if any."""
         coefficients, norm = self._coefficients(x, first)
         stream = self.search(coefficients)
         encoded = QuantizedTensor(stream, outlier_places=coefficients.shape[-1])
@@ -225,7 +225,7 @@ class TrellisQuantizer(BaseQuantizer):
     def _coefficients(self, x: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
         """Coefficients [batch, kv_heads, tokens, n] float32, and codes of their norms [batch, kv_heads, tokens, 1] uint8.
 
-        first: the place in its block of the first token. In float64, so that the codes do not depend on how many tokens come
+        first: the offset of the first token in its block. In float64, so that the codes do not depend on how many tokens come
         at once.
         """
         assert self.mean is not None
@@ -289,9 +289,9 @@ class TrellisQuantizer(BaseQuantizer):
 
 
 def within_places(missed: Tensor, outside: Tensor, fraction: float, first: int = 0, held: Tensor | None = None) -> Tensor:
-    """Which outliers find a place: bool, shaped as missed [batch, kv_heads, tokens, n], what codes miss each coefficient by.
+    """Which outliers get a slot: bool, shaped as missed [batch, kv_heads, tokens, n], what codes miss each coefficient by.
 
-    In a block of 64 tokens a head has places for this fraction of its coefficients, so that no text takes more bits than the
+    In a block of 64 tokens a head has slots for this fraction of its coefficients, so that no text takes more bits than the
     budget has; tokens take them in turn, the dearest outliers of each first. first, held: as
     `TrellisQuantizer._encode` has them.
     """

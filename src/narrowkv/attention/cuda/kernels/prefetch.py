@@ -22,7 +22,7 @@ def outlier_range(address, head):
 
 @triton.jit
 def fetch(addresses, begin, end, head, F: tl.constexpr):
-    """Have the second cache fetch the codes and outliers of a head of a block, of which each warp asks for a part."""
+    """Have the second cache fetch the codes and outliers of a head of a block, of which each warp prefetches a part."""
     planes, values, index, _ = addresses
     for i in tl.static_range(0 if F.bits == 16 else len(F.planes)):
         fetch_plane(planes[i], head, F.rows * F.row_bytes[i])

@@ -17,7 +17,7 @@ def encode_tokens(
     """One token, this many of its heads TOGETHER: all if they share a range, one if not, any number if ranges are FIXED.
 
     x: [batch, heads, new, head_dim] by strides, channels side by side. skip: [batch, new], not 0 where no outlier is stored.
-    codes: [batch, heads, capacity, head_dim] uint8; the token is written to place `first` (PLACED: and places[0] after it),
+    codes: [batch, heads, capacity, head_dim] uint8; the token is written to position `first` (PLACED: and places[0] after it),
     others behind it. scale, zero: [batch, 1 or heads, capacity, 1] float16, or FIXED by channel, with thresholds lower and
     upper. TAIL: how many outliers each end of a range has. index, values: [free] of outliers, in any order; counts: [2] how
     many there are already, and how many elements do not fit 16 bits or are none.

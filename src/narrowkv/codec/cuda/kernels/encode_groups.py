@@ -66,7 +66,7 @@ def encode_channel_groups(
 
 @triton.jit
 def held_range(low, high, live, scale, zero, counts, to):
-    """Scale and zero of ranges, stored and given back as they are held; 0 of a group of which all is left out."""
+    """Scale and zero of ranges, stored, and returned as stored; 0 of a group of which all is left out."""
     low, high = tl.where(low <= high, low, 0.0), tl.where(low <= high, high, 0.0)
     held_scale, held_zero = ((high - low) * 0.5).to(tl.float16), ((high + low) * 0.5).to(tl.float16)
     tl.store(scale + to, held_scale, mask=live)
