@@ -208,7 +208,7 @@ def test_what_cannot_be_taken_is_refused(tiny):
     refused("A DynamicCache of transformers is wanted, not a StaticCache", cache=StaticCache(model.config, max_cache_len=64))
     refused("not a PackedCache", cache=packed(model, "int4", ids))
     refused("not a tuple", cache=((given.layers[0].keys, given.layers[0].values),))
-    refused("holds keys .* the model has 2 KV heads of 32; fill one by this model", to=tiny(head_dim=32))
+    refused("has keys .* the model has 2 KV heads of 32; fill one by this model", to=tiny(head_dim=32))
     refused("has 2 layers, the model 1", to=tiny(layers=1))
     refused("Layer 2 of this DynamicCache is no layer of plain keys", to=tiny(layers=3))
     refused(r"An attention mask of integers \[2, 40\]", attention_mask=torch.ones(2, 39, dtype=torch.int64))
