@@ -101,7 +101,7 @@ def test_two_sets_of_windows_share_nothing():
         ("short", 1, None, "has 5 tokens, one window needs 40"),
         ([TEXT, "short"], 2, None, "Text 2 of 2 has 5 tokens"),
         ([TEXT, TEXT, TEXT], 2, None, "3 texts share the windows, so 2 are too few"),
-        (TEXT, 4, 2, "4 windows cannot be taken from 2 places"),
+        (TEXT, 4, 2, "4 windows cannot be taken from 2 positions"),
         ([], 4, None, "no text"),
     ],
 )
