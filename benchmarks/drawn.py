@@ -3,7 +3,6 @@
 import contextlib
 import functools
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ def rotary() -> Rope:
 def random_quantizer(scheme: Scheme) -> AnyQuantizer:
     """A scheme with tables that fit normal elements about as learned ones would."""
     if scheme.datatype == "trellis":
-        return random_streams(replace(scheme, counts=RATES[int(scheme.bits)]))
+        return random_streams(scheme.with_settings(counts=RATES[int(scheme.bits)]))
     tables: dict[str, Tensor] = {}
     if scheme.datatype == "nuq":
         tables["codebook"] = torch.linspace(-1, 1, 2**scheme.code_bits)
@@ -54,14 +53,14 @@ def random_streams(scheme: Scheme) -> TrellisQuantizer:
         "scales": torch.tensor(STEPS),
         "weight": torch.ones(KV_HEADS, n, dtype=torch.bfloat16),
     }
-    if scheme.outliers:
+    if scheme.outliers.fraction:
         tables["outlier_threshold"] = torch.ones(1)
-    if scheme.learned_rotation:
+    if scheme.transform.learned_rotation:
         tables |= in_bytes(torch.linalg.qr(torch.randn(KV_HEADS, HEAD_DIM, HEAD_DIM).double()).Q[:, :n])
     else:
         tables["pairs"] = torch.eye(2).expand(KV_HEADS, HEAD_DIM // 2, -1, -1).half()
         tables["order"] = torch.stack([torch.randperm(HEAD_DIM)[:n] for _ in range(KV_HEADS)]).byte()
-    if scheme.pre_rope:
+    if scheme.transform.pre_rope:
         tables |= vars(Frames.of(HEAD_DIM, rotary().inverse_frequencies))
     return TrellisQuantizer(scheme, **tables)
 
@@ -70,12 +69,12 @@ def draw_codes(scheme: Scheme, x: Tensor, skip: Tensor | None = None) -> Quantiz
     """Streams and outliers at random, in place of those of least cost."""
     shape = (*x.shape[:3], scheme.codes(HEAD_DIM))
     encoded = QuantizedTensor(torch.randint(2**scheme.code_bits, shape, dtype=torch.uint8))
-    if scheme.token_norm:
+    if scheme.quantization.token_norm:
         encoded.codes[..., -1] = NORM_ZERO
-    if scheme.outliers:
+    if scheme.outliers.fraction:
         encoded.outlier_places = scheme.outlier_places(HEAD_DIM)
         places = x.shape[:3].numel() * encoded.outlier_places
-        encoded.outlier_index = torch.rand(places).lt(scheme.outliers).nonzero()[:, 0]
+        encoded.outlier_index = torch.rand(places).lt(scheme.outliers.fraction).nonzero()[:, 0]
         encoded.outlier_values = torch.randn(len(encoded.outlier_index)).half()
     return encoded
 
@@ -104,7 +103,7 @@ def fill(name: str, tokens: int, batch: int = 1) -> LayerStore:
 
 def attention_inputs(store: LayerStore, query: Tensor, new: tuple[Tensor, Tensor]) -> AttentionInputs:
     """Attention of a query to all tokens that are held, and to new keys and values."""
-    pre_rope = store.quantizers[0].scheme.pre_rope
+    pre_rope = store.quantizers[0].scheme.transform.pre_rope
     positions = torch.arange(store.length, dtype=torch.int32, device=query.device)[None]
     return AttentionInputs(
         query=query,

@@ -98,9 +98,9 @@ def with_schemes(keys: Iterable[Scheme], values: Iterable[Scheme]) -> Recipe:
 def variants() -> list[Variant]:
     """All of them, the whole recipe first."""
     keys, values = search_space().keys, search_space().values
-    by_pairs = with_schemes(keys, [scheme for scheme in values if not scheme.learned_rotation])
-    no_exact = with_schemes(*([replace(scheme, outliers=0.0) for scheme in side] for side in (keys, values)))
-    no_norms = with_schemes(keys, [replace(scheme, token_norm=False) for scheme in values])
+    by_pairs = with_schemes(keys, [scheme for scheme in values if not scheme.transform.learned_rotation])
+    no_exact = with_schemes(*([scheme.with_settings(outliers=0.0) for scheme in side] for side in (keys, values)))
+    no_norms = with_schemes(keys, [scheme.with_settings(token_norm=False) for scheme in values])
     scalar, steps = scalar_tables()
     errors = partial(torch.tensor, LLOYD_MAX, dtype=torch.float64)
     fixed = ((trellis_fit, "ROUNDS", 0),)

@@ -5,24 +5,24 @@ from dataclasses import replace
 import torch
 
 from narrowkv.attention import AttentionInputs, AttentionMask, Rope, StoredRope, naive
-from narrowkv.codec import Quantizer, Scheme
+from narrowkv.codec import Outliers, Quantization, Quantizer, Scheme, Transform
 from narrowkv.store import LayerStore, PositionBuffer
 from narrowkv.store.bias import Bias
 
 KEYS = {
-    "nuq4-1%": Scheme(4, "nuq", strategy="channel", pre_rope=True, outliers=0.01),
-    "nuq3-1%": Scheme(3, "nuq", strategy="channel", pre_rope=True, outliers=0.01),
-    "nuq2": Scheme(2, "nuq", strategy="channel", pre_rope=True),
-    "int8": Scheme(8, "int", strategy="channel"),
-    "kivi-2": Scheme(2, "int", strategy="channel", group_size=32),
-    "kivi-4-g8": Scheme(4, "int", strategy="channel", group_size=8, outliers=0.01),
-    "token": Scheme(4, "int", pre_rope=True, outliers=0.02),
-    "token_head groups": Scheme(3, "nf", strategy="token_head", group_size=8),
-    "fp4": Scheme(4, "fp", strategy="token_head"),
-    "hadamard": Scheme(4, "int", strategy="token_head", hadamard=True),
-    "exact": Scheme(16, "exact", pre_rope=True),
+    "nuq4-1%": Scheme(Quantization(4, "nuq", strategy="channel"), Transform(pre_rope=True), Outliers(0.01)),
+    "nuq3-1%": Scheme(Quantization(3, "nuq", strategy="channel"), Transform(pre_rope=True), Outliers(0.01)),
+    "nuq2": Scheme(Quantization(2, "nuq", strategy="channel"), Transform(pre_rope=True)),
+    "int8": Scheme(Quantization(8, "int", strategy="channel")),
+    "kivi-2": Scheme(Quantization(2, "int", strategy="channel", group_size=32)),
+    "kivi-4-g8": Scheme(Quantization(4, "int", strategy="channel", group_size=8), outliers=Outliers(0.01)),
+    "token": Scheme(Quantization(4, "int"), Transform(pre_rope=True), Outliers(0.02)),
+    "token_head groups": Scheme(Quantization(3, "nf", strategy="token_head", group_size=8)),
+    "fp4": Scheme(Quantization(4, "fp", strategy="token_head")),
+    "hadamard": Scheme(Quantization(4, "int", strategy="token_head"), Transform(hadamard=True)),
+    "exact": Scheme(Quantization(16, "exact"), Transform(pre_rope=True)),
 }
-VALUES = {name: replace(scheme, pre_rope=False) for name, scheme in KEYS.items()}
+VALUES = {name: scheme.with_settings(pre_rope=False) for name, scheme in KEYS.items()}
 
 
 class PreciseRope(Rope):
@@ -84,7 +84,7 @@ def filled(
 ):
     """A store of random elements and the inputs of attention over it: (inputs, store). rope, rope_state: of all keys."""
     batch, heads, kv_heads, dim, total, new = shape
-    past, rotated = total - new, rope is not None and quantizers[0].scheme.pre_rope
+    past, rotated = total - new, rope is not None and quantizers[0].scheme.transform.pre_rope
     k, v = (elements(batch, kv_heads, total, dim).to(dtype) for _ in range(2))
     if bias is not None:
         k, v = k + bias.key_bias(0, total), v + bias.values[:, None]
@@ -108,7 +108,7 @@ def bias_for(keys, values, kv_heads, dim, rope, rope_state):
     position_buffer = PositionBuffer()
     position_buffer.append(rope_state)
     key_bias, of_values = (torch.randn(kv_heads, dim) * torch.linspace(0, 100, dim) for _ in range(2))
-    assert keys.takes_bias_out and values.takes_bias_out and not keys.pre_rope
+    assert keys.takes_bias_out and values.takes_bias_out and not keys.transform.pre_rope
     return Bias(key_bias, of_values, rope, position_buffer)
 
 

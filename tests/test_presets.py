@@ -41,7 +41,7 @@ def read(model, source, ids, backend, strict=True):
 def test_a_compiled_encoder_is_its_naive_twin(model, sources, name, monkeypatch):
     cache = PackedCache(model, sources[name])
     for quantizer in cache.packed[0].store.quantizers:
-        tokens = 64 * quantizer.scheme.lookahead_blocks
+        tokens = 64 * quantizer.scheme.quantization.lookahead_blocks
         x = torch.randn(BATCH, 2, tokens, 64)
         found = quantizer.encode(x)
         with monkeypatch.context() as plain:

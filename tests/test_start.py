@@ -62,12 +62,12 @@ for name in ("transformers", "tokenizers", "huggingface_hub", "typer", "rich", "
 import torch
 from narrowkv import Calibration, NarrowKVError, get_recipe
 from narrowkv.attention import AttentionMask, BACKENDS, Rope
-from narrowkv.codec import Scheme, quantizer_for
+from narrowkv.codec import Quantization, Scheme, quantizer_for
 from narrowkv.codec.packing import pack, unpack
 from narrowkv.store import LayerStore
 
 elements = torch.randn(1, 2, 64, 16)
-encoded = quantizer_for(Scheme(4, "int")).encode(elements)
+encoded = quantizer_for(Scheme(Quantization(4, "int"))).encode(elements)
 print(torch.equal(unpack(pack(encoded.codes, 4), 4), encoded.codes))
 
 calibration = Calibration.from_pretrained({str(tmp_path / "1")!r})

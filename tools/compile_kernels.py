@@ -72,7 +72,7 @@ def case_of(recipe: str) -> tuple[Any, Any, KernelConfig]:
     schemes = get_recipe(recipe)
     quantizers = random_quantizer(schemes.keys), random_quantizer(schemes.values)
     keys, values = layouts_of(quantizers, KV_HEADS, HEAD_DIM, ("bf16", "bf16"))
-    pairs = HEAD_DIM // 2 if schemes.keys.pre_rope else 0
+    pairs = HEAD_DIM // 2 if schemes.keys.transform.pre_rope else 0
     case = KernelConfig(
         rows=4,
         capacity=8,

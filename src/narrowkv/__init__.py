@@ -11,7 +11,7 @@ from narrowkv._version import __version__
 
 if TYPE_CHECKING:
     from narrowkv.calibration import Calibration
-    from narrowkv.codec import Scheme
+    from narrowkv.codec import Outliers, Quantization, Scheme, Transform
     from narrowkv.errors import NarrowKVError
     from narrowkv.integrations import (
         DecodingGraph,
@@ -31,9 +31,12 @@ __all__ = [
     "Calibration",
     "DecodingGraph",
     "NarrowKVError",
+    "Outliers",
     "PackedCache",
+    "Quantization",
     "Recipe",
     "Scheme",
+    "Transform",
     "__version__",
     "calibrate",
     "calibrate_many",
@@ -50,8 +53,11 @@ __all__ = [
 _ELSEWHERE = {
     "Calibration": "calibration",
     "NarrowKVError": "errors",
+    "Outliers": "codec",
+    "Quantization": "codec",
     "Recipe": "methods",
     "Scheme": "codec",
+    "Transform": "codec",
     "get_recipe": "methods",
     "recipe_names": "methods",
 }  # all others are in `integrations`

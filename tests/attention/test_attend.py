@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from narrowkv.attention import AttentionInputs, AttentionMask, Rope, StoredRope, naive, tiled
-from narrowkv.codec import Quantizer, Scheme
+from narrowkv.codec import Outliers, Quantization, Quantizer, Scheme, Transform
 from narrowkv.store import LayerStore
 
 CASES = [
@@ -15,7 +15,7 @@ CASES = [
     pytest.param(2, 8, 1, 24, 0, 7, id="no past, one kv head"),
     pytest.param(1, 2, 2, 16, 300, 290, id="more queries than a slice"),
 ]
-PAIRS = Scheme(4, "int", pre_rope=True), Scheme(3, "int", outliers=0.02)
+PAIRS = Scheme(Quantization(4, "int"), Transform(pre_rope=True)), Scheme(Quantization(3, "int"), outliers=Outliers(0.02))
 
 
 def reference(query, keys, values, mask, scaling):

@@ -21,11 +21,11 @@ SHAPES = [
     pytest.param((3, 6, 2, 32, 130, 1), id="batch 3, groups of 3"),
     pytest.param((2, 4, 2, 64, 300, 5), id="five queries"),
 ]
-ONLINE = [name for name, scheme in KEYS.items() if replace(scheme, pre_rope=False).takes_bias_out]
+ONLINE = [name for name, scheme in KEYS.items() if scheme.with_settings(pre_rope=False).takes_bias_out]
 
 
 def biased(keys, values, *args, **options):
-    return case(replace(KEYS[keys], pre_rope=False), VALUES[values], *args, biased=True, **options)
+    return case(KEYS[keys].with_settings(pre_rope=False), VALUES[values], *args, biased=True, **options)
 
 
 @pytest.mark.parametrize("kernel", cpu.KERNELS)

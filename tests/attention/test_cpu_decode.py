@@ -115,7 +115,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads():
 
 
 def test_what_it_does_not_do():
-    inputs, store = case(replace(KEYS["hadamard"], pre_rope=True), VALUES["token"], (1, 1, 1, 16, 70, 1))
+    inputs, store = case(KEYS["hadamard"].with_settings(pre_rope=True), VALUES["token"], (1, 1, 1, 16, 70, 1))
     with pytest.raises(UnsupportedModelError, match="Hadamard"):
         cpu.attend(inputs, store)
     inputs, store = case(KEYS["nuq2"], VALUES["token"], (1, 1, 1, 16, 70, 1))

@@ -10,16 +10,16 @@ from tests.cases import KEYS, VALUES, assert_attends, case
 from narrowkv.attention import AttentionMask, Rope, describe_backend
 from narrowkv.attention.cpu import decode as cpu
 from narrowkv.attention.cpu import int16
-from narrowkv.codec import Scheme
+from narrowkv.codec import Outliers, Quantization, Scheme
 
 pytestmark = pytest.mark.skipif(not int16.SUPPORTED, reason="needs AVX-512 with VBMI and VNNI")
 READ_KEYS = [name for name in KEYS if name not in ("int8", "kivi-4-g8", "token", "exact")]
 READ_VALUES = {
-    "nuq4-1%": Scheme(4, "nuq", strategy="token", outliers=0.01),
-    "nuq3": Scheme(3, "nuq", strategy="token_head"),
-    "nuq2-1%": Scheme(2, "nuq", strategy="token", outliers=0.01),
-    "kivi-2": Scheme(2, "int", strategy="token_head", group_size=32),
-    "kivi-3-2%": Scheme(3, "int", strategy="token_head", group_size=64, outliers=0.02),
+    "nuq4-1%": Scheme(Quantization(4, "nuq", strategy="token"), outliers=Outliers(0.01)),
+    "nuq3": Scheme(Quantization(3, "nuq", strategy="token_head")),
+    "nuq2-1%": Scheme(Quantization(2, "nuq", strategy="token"), outliers=Outliers(0.01)),
+    "kivi-2": Scheme(Quantization(2, "int", strategy="token_head", group_size=32)),
+    "kivi-3-2%": Scheme(Quantization(3, "int", strategy="token_head", group_size=64), outliers=Outliers(0.02)),
     **{name: VALUES[name] for name in VALUES if name.startswith(("fp4", "hadamard"))},
 }
 SHAPES = [
@@ -109,7 +109,7 @@ def test_what_it_does_not_read_is_computed_in_float32():
 
 
 def test_a_cache_says_whether_it_is_read_in_words():
-    scheme, rope = Scheme(3, "nuq", strategy="token"), Rope(torch.ones(32))
+    scheme, rope = Scheme(Quantization(3, "nuq", strategy="token")), Rope(torch.ones(32))
     assert cpu.uses_int16(KEYS["nuq3-1%"], scheme, 64, rope)
     assert not cpu.uses_int16(KEYS["int8"], scheme, 64, rope) and not cpu.uses_int16(KEYS["nuq3-1%"], scheme, 80, rope)
     assert cpu.uses_int16(KEYS["nuq3-1%"], scheme, 64, Rope(torch.ones(16)))  # half of the channels rotate

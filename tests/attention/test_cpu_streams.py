@@ -24,7 +24,7 @@ from narrowkv.attention.cpu import decode as cpu
 from narrowkv.attention.cpu.int16 import SUPPORTED
 from narrowkv.attention.cuda import decode as cuda
 from narrowkv.calibration.trellis_fit import in_bytes
-from narrowkv.codec import Scheme, TrellisQuantizer
+from narrowkv.codec import Outliers, Quantization, Scheme, Transform, TrellisQuantizer
 from narrowkv.codec.frames import Frames, place_dtype
 from narrowkv.codec.gaussian_tables import STEPS, gaussian_tables
 from narrowkv.errors import UnsupportedModelError
@@ -48,14 +48,9 @@ def quantizer(heads, dim, *, keys, learned_rotation=False, outliers=0.0, rope=No
     """Tables drawn at random; without `keys` those of values, which have norms."""
     counts = COUNTS[dim]
     scheme = Scheme(
-        3,
-        "trellis",
-        strategy="channel",
-        counts=counts,
-        pre_rope=keys,
-        learned_rotation=learned_rotation,
-        token_norm=not keys,
-        outliers=outliers,
+        Quantization(3, "trellis", strategy="channel", counts=counts, token_norm=not keys),
+        Transform(pre_rope=keys, learned_rotation=learned_rotation),
+        Outliers(outliers),
     )
     n, universal = scheme.outlier_places(dim), gaussian_tables()
     tables = {

@@ -11,13 +11,13 @@ from tests.cases import KEYS, VALUES, assert_attends, case, hide, made
 from narrowkv.attention import AUTO, resolve_backend
 from narrowkv.attention.cuda import codebooks
 from narrowkv.attention.cuda import decode as cuda
-from narrowkv.codec import Scheme
+from narrowkv.codec import Outliers, Quantization, Scheme
 from narrowkv.errors import UnsupportedModelError
 
 pytestmark = pytest.mark.skipif(
     not cuda.runs_on(torch.device("cpu")), reason="needs Triton, interpreted (`pip install triton`)"
 )
-BY_TOKEN = Scheme(4, "nuq", strategy="token", outliers=0.02)
+BY_TOKEN = Scheme(Quantization(4, "nuq", strategy="token"), outliers=Outliers(0.02))
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 3e-3}
 
 
@@ -166,7 +166,7 @@ def test_the_operator_tells_torch_what_it_returns():
 
 
 def test_what_it_does_not_do():
-    inputs, store = case(replace(KEYS["hadamard"], pre_rope=True), VALUES["token"], (1, 1, 1, 16, 70, 1))
+    inputs, store = case(KEYS["hadamard"].with_settings(pre_rope=True), VALUES["token"], (1, 1, 1, 16, 70, 1))
     with pytest.raises(UnsupportedModelError, match="Hadamard"):
         cuda.attend(inputs, store)
     inputs, store = case(KEYS["int8"], VALUES["int8"], (1, 1, 1, 264, 70, 1))
@@ -181,6 +181,9 @@ def test_it_is_chosen_for_a_gpu_where_it_reads_the_recipe(monkeypatch):
     gpu, pair = torch.device("cuda"), (KEYS["nuq2"], VALUES["token"])
     assert resolve_backend(AUTO, gpu, torch.bfloat16, [pair]) == "cuda"
     assert resolve_backend(AUTO, gpu, torch.float64, [pair]) == "torch"
-    assert resolve_backend(AUTO, gpu, torch.bfloat16, [(replace(KEYS["hadamard"], pre_rope=True), VALUES["token"])]) == "torch"
+    assert (
+        resolve_backend(AUTO, gpu, torch.bfloat16, [(KEYS["hadamard"].with_settings(pre_rope=True), VALUES["token"])])
+        == "torch"
+    )
     monkeypatch.setattr(cuda, "runs_on", lambda device: False)
     assert resolve_backend(AUTO, gpu, torch.bfloat16, [pair]) == "torch"

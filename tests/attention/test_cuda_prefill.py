@@ -11,12 +11,12 @@ from tests.cases import KEYS, VALUES, assert_attends, case, hide
 from narrowkv.attention import online_softmax, tiled
 from narrowkv.attention.cuda import decode as cuda
 from narrowkv.attention.cuda import prefill
-from narrowkv.codec import Scheme
+from narrowkv.codec import Outliers, Quantization, Scheme
 
 pytestmark = pytest.mark.skipif(
     not cuda.runs_on(torch.device("cpu")), reason="needs Triton, interpreted (`pip install triton`)"
 )
-BY_TOKEN = Scheme(4, "nuq", strategy="token", outliers=0.02)
+BY_TOKEN = Scheme(Quantization(4, "nuq", strategy="token"), outliers=Outliers(0.02))
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 3e-3}
 NEW = 18
 

@@ -8,7 +8,7 @@ import torch
 from narrowkv.calibration.allocation import Option, allocate, measure
 from narrowkv.calibration.fit import Fit
 from narrowkv.calibration.samples import Samples
-from narrowkv.codec import Scheme
+from narrowkv.codec import Outliers, Quantization, Scheme
 from narrowkv.errors import RecipeError
 from narrowkv.store import LayerStore
 
@@ -17,7 +17,7 @@ from narrowkv.store import LayerStore
 def test_no_other_choice_is_better(seed):
     generator = torch.Generator().manual_seed(seed)
     draw = torch.rand(4, 5, 2, generator=generator).tolist()
-    menus = [[Option(Scheme(4, "int"), 2 + 3 * bits, cost) for bits, cost in menu] for menu in draw]
+    menus = [[Option(Scheme(Quantization(4, "int")), 2 + 3 * bits, cost) for bits, cost in menu] for menu in draw]
     budget = 13.0
     picks = allocate(menus, budget)
     fitting = [
@@ -32,12 +32,12 @@ def test_no_other_choice_is_better(seed):
 
 def test_a_budget_that_nothing_fits_is_refused():
     with pytest.raises(RecipeError, match=r"5\.9 bits is too small.*6\.000"):
-        allocate([[Option(Scheme(4, "int"), 3.0, 1.0)]] * 2, 5.9)
+        allocate([[Option(Scheme(Quantization(4, "int")), 3.0, 1.0)]] * 2, 5.9)
 
 
 @pytest.mark.parametrize("outliers", [0.0, 0.02])
 def test_bits_are_those_of_the_store(outliers):
-    scheme = Scheme(3, "nuq", strategy="channel", outliers=outliers)
+    scheme = Scheme(Quantization(3, "nuq", strategy="channel"), outliers=Outliers(outliers))
     fit, samples, elements = Fit(scheme), Samples(), torch.randn(3000, 2, 16)
     fit.observe_range(elements), fit.observe_codebook(elements, None), samples.add(elements, None)
     quantizer = fit.quantizer((2, 16), scheme)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from narrowkv.calibration import Fit
-from narrowkv.codec import Quantizer, Scheme
+from narrowkv.codec import Outliers, Quantization, Quantizer, Scheme, Transform
 from narrowkv.codec.ranges import outliers_per_tail
 
 TOKENS, HEADS, DIM = 900, 2, 40
@@ -50,7 +50,10 @@ def objective(codebook, a, weight):
 @pytest.mark.parametrize("weighting", ["fisher_scaled", "fisher", "none"])
 def test_codebook_minimises_the_weighted_error(data, side, weighting, outliers):
     x, gradient = data
-    scheme = Scheme(3, "nuq", strategy="channel" if side == "keys" else "token", outliers=outliers, weighting=weighting)
+    scheme = Scheme(
+        Quantization(3, "nuq", strategy="channel" if side == "keys" else "token", weighting=weighting),
+        outliers=Outliers(outliers),
+    )
     quantizer = run(scheme, x, gradient)
     a, scale, inside = (keys_normalised if side == "keys" else values_normalised)(x, outliers)
     weight = {"fisher_scaled": gradient.square() * scale**2, "fisher": gradient.square(), "none": torch.ones_like(x)}[
@@ -71,50 +74,50 @@ def test_codebook_minimises_the_weighted_error(data, side, weighting, outliers):
 
 def test_static_ranges_are_the_quantiles(data):
     x, gradient = data
-    quantizer = run(Scheme(4, "nuq", strategy="channel", outliers=0.02), x, gradient)
+    quantizer = run(Scheme(Quantization(4, "nuq", strategy="channel"), outliers=Outliers(0.02)), x, gradient)
     assert ((x < quantizer.lower).float().mean(0) - 0.01).abs().max() < 6 / TOKENS
     assert ((x > quantizer.upper).float().mean(0) - 0.01).abs().max() < 6 / TOKENS
     torch.testing.assert_close(quantizer.zero + quantizer.scale, quantizer.upper)
-    dense = run(Scheme(4, "int", strategy="channel"), x, gradient)
+    dense = run(Scheme(Quantization(4, "int", strategy="channel")), x, gradient)
     torch.testing.assert_close(dense.zero - dense.scale, x.amin(0))
 
 
 def test_thresholds_per_matrix(data):
     x, gradient = data
-    keys = run(Scheme(4, "nuq", strategy="channel", outliers=0.02, outlier_scope="matrix"), x, gradient)
+    keys = run(Scheme(Quantization(4, "nuq", strategy="channel"), outliers=Outliers(0.02, scope="matrix")), x, gradient)
     assert keys.lower.shape == (1, 1)
     assert ((x < keys.lower) | (x > keys.upper)).float().mean().item() == pytest.approx(0.02, abs=0.004)
     assert (keys.zero + keys.scale <= keys.upper + 1e-5).all()
-    values = run(Scheme(4, "nuq", strategy="token", outliers=0.02, outlier_scope="matrix"), x, gradient)
+    values = run(Scheme(Quantization(4, "nuq", strategy="token"), outliers=Outliers(0.02, scope="matrix")), x, gradient)
     encoded = values.encode(x.transpose(0, 1)[None])
     assert len(encoded.outlier_values) / x.numel() == pytest.approx(0.02, abs=0.004)
 
 
 def test_qnorm_keeps_mean_and_deviation(data):
     x, gradient = data
-    scheme = Scheme(2, "nuq", strategy="channel", outliers=0.02, qnorm=True, weighting="none")
+    scheme = Scheme(Quantization(2, "nuq", strategy="channel", qnorm=True, weighting="none"), outliers=Outliers(0.02))
     quantizer = run(scheme, x, gradient)
     a, _, inside = keys_normalised(x, 0.02)
     a = a[inside]
     rounded = quantizer.codebook[torch.bucketize(a, quantizer.boundaries)]
     assert rounded.mean().item() == pytest.approx(a.mean().item(), abs=2e-3)
     assert rounded.std().item() == pytest.approx(a.std().item(), abs=2e-3)
-    plain = run(Scheme(2, "nuq", strategy="channel", outliers=0.02, weighting="none"), x, gradient)
+    plain = run(Scheme(Quantization(2, "nuq", strategy="channel", weighting="none"), outliers=Outliers(0.02)), x, gradient)
     assert torch.equal(plain.boundaries, quantizer.boundaries)
     assert plain.codebook[torch.bucketize(a, plain.boundaries)].std() < a.std() - 0.01
 
 
 def test_gradients_of_zero_fall_back_to_counting(data):
     x, _ = data
-    weighted = run(Scheme(3, "nuq"), x, torch.zeros_like(x))
-    counted = run(Scheme(3, "nuq", weighting="none"), x, torch.zeros_like(x))
+    weighted = run(Scheme(Quantization(3, "nuq")), x, torch.zeros_like(x))
+    counted = run(Scheme(Quantization(3, "nuq", weighting="none")), x, torch.zeros_like(x))
     assert torch.equal(weighted.codebook, counted.codebook)
 
 
 def test_a_constant_channel_is_fitted(data):
     x, gradient = data
     x[:, 0, 0] = 1.25
-    quantizer = run(Scheme(3, "nuq", strategy="channel", outliers=0.02), x, gradient)
+    quantizer = run(Scheme(Quantization(3, "nuq", strategy="channel"), outliers=Outliers(0.02)), x, gradient)
     found = quantizer.dequantize(quantizer.encode(x.transpose(0, 1)[None]))[0, 0, :, 0]
     torch.testing.assert_close(found, torch.full((TOKENS,), 1.25))
 
@@ -123,11 +126,11 @@ def test_smoothing_factors_are_those_of_pairs(data):
     """SmoothQuant, equation 4, of keys alone: proportional to max|K|^alpha of a pair; what is left of outlier channels."""
     x, gradient = data
     x[:, 1, 3] *= 100
-    scheme = Scheme(8, "int", strategy="token_head", smooth_alpha=0.5)
+    scheme = Scheme(Quantization(8, "int", strategy="token_head"), Transform(smooth_alpha=0.5))
     quantizer = run(scheme, x, gradient)
     pairs = torch.maximum(x.abs().amax(0)[:, : DIM // 2], x.abs().amax(0)[:, DIM // 2 :]).sqrt()
     expected = torch.cat([pairs, pairs], 1) / pairs.log().mean(1, keepdim=True).exp()
     torch.testing.assert_close(quantizer.smooth, expected)
-    elements, plain = x.transpose(0, 1)[None], Quantizer(Scheme(8, "int", strategy="token_head"))
+    elements, plain = x.transpose(0, 1)[None], Quantizer(Scheme(Quantization(8, "int", strategy="token_head")))
     off, off_plain = ((q.dequantize(q.encode(elements)) - elements)[0, 1, :, :3].square().mean() for q in (quantizer, plain))
     assert off < 0.1 * off_plain

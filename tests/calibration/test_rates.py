@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from narrowkv.calibration.rates import RateOption, allocate_rates, mean_held
-from narrowkv.codec import Scheme, TrellisQuantizer
+from narrowkv.codec import Outliers, Quantization, Scheme, Transform, TrellisQuantizer
 from narrowkv.codec.gaussian_tables import SQUARED_ERRORS
 from narrowkv.errors import RecipeError
 
-KEYS = Scheme(3, "trellis", strategy="channel", pre_rope=True)
+KEYS = Scheme(Quantization(3, "trellis", strategy="channel"), Transform(pre_rope=True))
 VALUES = [
-    Scheme(3, "trellis", strategy="channel", learned_rotation=learned_rotation, token_norm=True)
+    Scheme(Quantization(3, "trellis", strategy="channel", token_norm=True), Transform(learned_rotation=learned_rotation))
     for learned_rotation in (True, False)
 ]
 
@@ -22,19 +22,21 @@ def bits_of(option, scheme):
     units, heads = len(option.costs), option.kv_heads
     forms = TrellisQuantizer.forms(scheme, heads, 8 * units).values()
     tables = 8 * sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in forms) / option.tokens
-    exact = 32 * scheme.outliers * scheme.outlier_places(8 * units) * heads + (0.5 * heads if scheme.outliers else 0)
+    exact = 32 * scheme.outliers.fraction * scheme.outlier_places(8 * units) * heads + (
+        0.5 * heads if scheme.outliers.fraction else 0
+    )
     return 8 * heads * scheme.codes(8 * units) + tables + exact
 
 
 def cost_of(option, scheme):
-    rates = torch.tensor([rate for rate in range(6, -1, -1) for _ in range(scheme.counts[rate])])
+    rates = torch.tensor([rate for rate in range(6, -1, -1) for _ in range(scheme.quantization.counts[rate])])
     return float((option.costs * torch.tensor((1.0, *SQUARED_ERRORS), dtype=torch.float64)[rates]).sum())
 
 
 @pytest.mark.parametrize("budget", [1.5, 2.05, 3.3, 4.5])
 @pytest.mark.parametrize("outliers", [0.0, 0.005])
 def test_a_budget_is_kept_and_nearly_used(budget, outliers):
-    keys = Scheme(3, "trellis", strategy="channel", pre_rope=True, outliers=outliers)
+    keys = Scheme(Quantization(3, "trellis", strategy="channel"), Transform(pre_rope=True), Outliers(outliers))
     costs = [torch.rand(16, dtype=torch.float64).exp().sort(descending=True).values * scale for scale in (1, 40, 0.1)]
     menus = [[RateOption(keys, 2, cost)] for cost in costs]
     schemes = allocate_rates(menus, budget, 0.02)
@@ -42,7 +44,7 @@ def test_a_budget_is_kept_and_nearly_used(budget, outliers):
     assert budget - 0.1 < used <= budget + 1e-9
     spent = [scheme.bits for scheme in schemes]
     assert spent[1] > spent[0] > spent[2]
-    assert all(scheme.bits == sum(k * c for k, c in enumerate(scheme.counts)) / 16 for scheme in schemes)
+    assert all(scheme.bits == sum(k * c for k, c in enumerate(scheme.quantization.counts)) / 16 for scheme in schemes)
 
 
 def test_no_other_rates_cost_less_at_as_many_bits():
@@ -60,7 +62,7 @@ def test_a_rotation_is_taken_where_its_table_is_spread_over_many_tokens():
     for tokens, learned_rotation in ((32_768, True), (512, False)):
         menu = [RateOption(scheme, 1, cost, tokens) for scheme, cost in zip(VALUES, costs, strict=True)]
         (found,) = allocate_rates([menu], 3.0)
-        assert found.learned_rotation == learned_rotation
+        assert found.transform.learned_rotation == learned_rotation
 
 
 def test_a_budget_is_of_all_that_is_stored():
@@ -71,7 +73,7 @@ def test_a_budget_is_of_all_that_is_stored():
         options = [RateOption(KEYS, 1, costs * scale, tokens, count) for scale, count in zip((300, 1), stored, strict=True)]
         schemes = allocate_rates([[option] for option in options], 3.0)
         bits = [bits_of(option, scheme) for option, scheme in zip(options, schemes, strict=True)]
-        rates = [torch.arange(7).repeat_interleave(torch.tensor(scheme.counts)) for scheme in schemes]
+        rates = [torch.arange(7).repeat_interleave(torch.tensor(scheme.quantization.counts)) for scheme in schemes]
         assert bits[0] > bits[1]
         held = sum(option.held_bits(*part) for option, *part in zip(options, rates, bits, strict=True))
         assert 2.7 < held / (128 * sum(stored)) <= 3.0
@@ -79,7 +81,7 @@ def test_a_budget_is_of_all_that_is_stored():
 
 def test_every_tensor_keeps_codes():
     menus = [[RateOption(KEYS, 1, torch.full((4,), cost, dtype=torch.float64))] for cost in (1e9, 1e-9, 0.0)]
-    assert all(sum(scheme.counts[1:]) for scheme in allocate_rates(menus, 2.0))
+    assert all(sum(scheme.quantization.counts[1:]) for scheme in allocate_rates(menus, 2.0))
 
 
 def test_a_budget_too_small_is_refused():

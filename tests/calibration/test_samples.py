@@ -5,7 +5,7 @@ import torch
 
 from narrowkv.calibration import samples as module
 from narrowkv.calibration.samples import Samples
-from narrowkv.codec import Quantizer, Scheme
+from narrowkv.codec import Quantization, Quantizer, Scheme
 from narrowkv.errors import ActivationError
 
 
@@ -30,7 +30,7 @@ def test_fisher_and_cost_follow_their_formulas():
     samples.add(x, gradient)
     expected = torch.einsum("nhd,nhe->hde", gradient, gradient).double() / 500
     torch.testing.assert_close(samples.fisher(), expected, rtol=1e-4, atol=0.02)
-    quantizer = Quantizer(Scheme(2, "int"))
+    quantizer = Quantizer(Scheme(Quantization(2, "int")))
     assert samples.heads().shape[2] == 400
     stored = samples.heads(unseen=True)
     missed = (stored - quantizer.dequantize(quantizer.encode(stored)))[0].double()

@@ -27,7 +27,11 @@ def menus(scales, units=8, kv_heads=2, tokens=32_768):
 
 def taken(menu, scheme):
     """True bits of a token in a layer's tensor."""
-    return next(bits_of(option, scheme) for option in menu if option.scheme.learned_rotation == scheme.learned_rotation)
+    return next(
+        bits_of(option, scheme)
+        for option in menu
+        if option.scheme.transform.learned_rotation == scheme.transform.learned_rotation
+    )
 
 
 @pytest.mark.parametrize("budget", [1.5, 2.05, 3.3])

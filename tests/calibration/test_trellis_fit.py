@@ -7,7 +7,7 @@ import torch
 
 from narrowkv.calibration.trellis_fit import TrellisFit, transform_of, uncorrelated_axes
 from narrowkv.calibration.trellis_tables import additive, on_grid
-from narrowkv.codec import Scheme
+from narrowkv.codec import Quantization, Scheme
 
 SHAPE = (2, 32)
 
@@ -26,7 +26,8 @@ def fit():
 
 def quantizer(fit, counts, **settings):
     bits = sum(rate * count for rate, count in enumerate(counts)) / sum(counts)
-    return fit.quantizer(SHAPE, Scheme(bits, "trellis", strategy="channel", counts=counts, **settings))
+    scheme = Scheme(Quantization(bits, "trellis", strategy="channel", counts=counts)).with_settings(**settings)
+    return fit.quantizer(SHAPE, scheme)
 
 
 @pytest.mark.parametrize("whole", [False, True])

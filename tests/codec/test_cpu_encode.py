@@ -5,21 +5,21 @@ import copy
 import pytest
 import torch
 
-from narrowkv.codec import Quantizer, Scheme
+from narrowkv.codec import Outliers, Quantization, Quantizer, Scheme
 from narrowkv.codec.cpu.encode import all_finite
 from narrowkv.codec.encode_buffer import EncodeBuffer
 from narrowkv.errors import ActivationError
 
 SHAPES = [(1, 1, 64, 80), (3, 2, 128, 16), (1, 8, 64, 128)]
 SCHEMES = {
-    "token": Scheme(4, "int"),
-    "token, 1%": Scheme(3, "nf", outliers=0.01),
-    "head, 2%": Scheme(2, "int", strategy="token_head", outliers=0.02),
-    "channels in groups": Scheme(2, "int", strategy="token_head", group_size=8),
-    "channels in groups, 2%": Scheme(4, "nf", strategy="token_head", group_size=16, outliers=0.02),
-    "tokens in groups": Scheme(2, "int", strategy="channel", group_size=32, outliers=0.02),
-    "static": Scheme(3, "int", strategy="channel"),
-    "static, 1%": Scheme(4, "nf", strategy="channel", outliers=0.01),
+    "token": Scheme(Quantization(4, "int")),
+    "token, 1%": Scheme(Quantization(3, "nf"), outliers=Outliers(0.01)),
+    "head, 2%": Scheme(Quantization(2, "int", strategy="token_head"), outliers=Outliers(0.02)),
+    "channels in groups": Scheme(Quantization(2, "int", strategy="token_head", group_size=8)),
+    "channels in groups, 2%": Scheme(Quantization(4, "nf", strategy="token_head", group_size=16), outliers=Outliers(0.02)),
+    "tokens in groups": Scheme(Quantization(2, "int", strategy="channel", group_size=32), outliers=Outliers(0.02)),
+    "static": Scheme(Quantization(3, "int", strategy="channel")),
+    "static, 1%": Scheme(Quantization(4, "nf", strategy="channel"), outliers=Outliers(0.01)),
 }
 
 
@@ -28,7 +28,7 @@ def made(scheme, heads, dim):
     if scheme.static:
         tables = {"scale": torch.rand(heads, dim), "zero": torch.randn(heads, dim)}
         tables["scale"][0, 0] = 0
-        if scheme.outliers:
+        if scheme.outliers.fraction:
             tables |= {"lower": -2 - torch.rand(heads, dim), "upper": 2 + torch.rand(heads, dim)}
     return Quantizer(scheme, **tables)
 

@@ -5,7 +5,7 @@ import torch
 from tests.cases import KEYS, made
 from tests.conftest import KERNEL_DEVICE
 
-from narrowkv.codec import Quantizer, Scheme
+from narrowkv.codec import Outliers, Quantization, Quantizer, Scheme
 from narrowkv.codec.cuda import encode as cuda
 from narrowkv.codec.encode_buffer import EncodeBuffer
 
@@ -13,16 +13,16 @@ pytestmark = pytest.mark.skipif(cuda.kernels() is None, reason="needs Triton (`p
 SCHEMES = {
     "keys, fixed": KEYS["nuq4-1%"],
     "keys, fixed, 2 bits": KEYS["nuq2"],
-    "values by token": Scheme(3, "nuq", strategy="token", outliers=0.02),
-    "values by token, none outside": Scheme(2, "int", strategy="token"),
-    "values by token and head": Scheme(4, "nf", strategy="token_head", outliers=0.02),
+    "values by token": Scheme(Quantization(3, "nuq", strategy="token"), outliers=Outliers(0.02)),
+    "values by token, none outside": Scheme(Quantization(2, "int", strategy="token")),
+    "values by token and head": Scheme(Quantization(4, "nf", strategy="token_head"), outliers=Outliers(0.02)),
 }
 
 GROUPED = {
-    "tokens of a channel": Scheme(2, "int", strategy="channel", group_size=32),
-    "tokens of a channel, few": Scheme(4, "nf", strategy="channel", group_size=8, outliers=0.02),
-    "channels of a token": Scheme(4, "int", strategy="token_head", group_size=8),
-    "channels of a token, 20": Scheme(3, "int", strategy="token_head", group_size=20),
+    "tokens of a channel": Scheme(Quantization(2, "int", strategy="channel", group_size=32)),
+    "tokens of a channel, few": Scheme(Quantization(4, "nf", strategy="channel", group_size=8), outliers=Outliers(0.02)),
+    "channels of a token": Scheme(Quantization(4, "int", strategy="token_head", group_size=8)),
+    "channels of a token, 20": Scheme(Quantization(3, "int", strategy="token_head", group_size=20)),
 }
 
 
@@ -40,7 +40,7 @@ def test_tokens_are_encoded_as_in_plain_torch(scheme, skipping, monkeypatch):
     for name, part in expected.ranges.items():
         assert torch.equal(buffer.ranges[name][:, :, 7:12], part)
     buffer.outliers = held
-    if scheme.outliers:
+    if scheme.outliers.fraction:
         row, head, token, code = torch.unravel_index(expected.outlier_index, expected.codes.shape)
         index = ((row * 3 + head) * 64 + token + 7) * 40 + code
         found, order = buffer.outlier_index[:held].sort()
@@ -67,7 +67,7 @@ def test_what_does_not_fit_16_bits_is_told():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_numbers_that_are_equal_are_left_out_one_by_one(dtype):
-    scheme = Scheme(2, "int", strategy="token", outliers=0.02)
+    scheme = Scheme(Quantization(2, "int", strategy="token"), outliers=Outliers(0.02))
     x = (torch.randint(-4, 4, (1, 2, 6, 80), device=KERNEL_DEVICE) / 7).to(dtype)
     x[..., 0] *= -0.0
     x[0, :, 1, :8] = 3e-6

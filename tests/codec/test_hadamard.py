@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from narrowkv.codec import Quantizer, Scheme
+from narrowkv.codec import Quantization, Quantizer, Scheme, Transform
 from narrowkv.codec.hadamard import rotate, rotate_back
 
 
@@ -20,6 +20,6 @@ def test_an_outlier_channel_no_longer_spoils_the_rest():
     x[..., 5] *= 50
     error = {}
     for hadamard in (False, True):
-        quantizer = Quantizer(Scheme(4, "int", strategy="token_head", hadamard=hadamard))
+        quantizer = Quantizer(Scheme(Quantization(4, "int", strategy="token_head"), Transform(hadamard=hadamard)))
         error[hadamard] = (quantizer.dequantize(quantizer.encode(x)) - x).square().mean().item()
     assert error[True] < 0.5 * error[False]

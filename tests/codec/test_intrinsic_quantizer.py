@@ -4,14 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from narrowkv.codec import IntrinsicValueQuantizer, Scheme
+from narrowkv.codec import IntrinsicValueQuantizer, Quantization, Scheme
 from narrowkv.codec.intrinsic import IntrinsicValues, dequantize, quantize
 from narrowkv.errors import ActivationError
 
 
 def scheme(datatype="iv", round_down=False, group_size=64, lookahead_blocks=1):
     return Scheme(
-        2, datatype, strategy="block", group_size=group_size, round_down=round_down, lookahead_blocks=lookahead_blocks
+        Quantization(
+            2, datatype, strategy="block", group_size=group_size, round_down=round_down, lookahead_blocks=lookahead_blocks
+        )
     )
 
 

@@ -1,9 +1,13 @@
 import pytest
 import torch
 
-from narrowkv.codec import Quantizer, Scheme
+from narrowkv.codec import Outliers, Quantization, Quantizer, Scheme
 
-SCHEMES = [Scheme(16, "exact"), Scheme(3, "int"), Scheme(2, "int", strategy="token_head", outliers=0.02)]
+SCHEMES = [
+    Scheme(Quantization(16, "exact")),
+    Scheme(Quantization(3, "int")),
+    Scheme(Quantization(2, "int", strategy="token_head"), outliers=Outliers(0.02)),
+]
 
 
 @pytest.fixture(params=SCHEMES, ids=["exact", "dense", "sparse"])

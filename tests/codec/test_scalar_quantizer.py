@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from narrowkv.codec import Quantizer, Scheme
+from narrowkv.codec import Outliers, Quantization, Quantizer, Scheme, Transform
 from narrowkv.codec.cuda import encode as cuda
 from narrowkv.errors import ActivationError, RecipeError
 
@@ -30,7 +30,7 @@ def test_integer_rounding_per_token(shape, strategy, bits):
     range_zero, half = ((high + low) / 2).half().float(), ((high - low) / 2).half().float()
     levels = torch.arange(2**bits) * 2 / (2**bits - 1) - 1
     expected = levels[((x - range_zero)[..., None] / half[..., None] - levels).abs().argmin(-1)] * half + range_zero
-    quantizer = Quantizer(Scheme(bits, "int", strategy=strategy))
+    quantizer = Quantizer(Scheme(Quantization(bits, "int", strategy=strategy)))
     found = quantizer.dequantize(quantizer.encode(x))
     torch.testing.assert_close(found, expected)
     assert ((found - x).abs() <= step / 2 + 2e-3 * x.abs().max()).all()
@@ -41,7 +41,9 @@ def test_static_keys_per_channel_with_outliers(outliers):
     x = torch.randn(1, 2, 400, 24) * torch.rand(2, 1, 24) * 5
     codebook = torch.tensor([-0.8, -0.3, 0.2, 0.9])
     quantizer = Quantizer(
-        Scheme(2, "nuq", strategy="channel", outliers=outliers), codebook=codebook, **static_tables(x, outliers)
+        Scheme(Quantization(2, "nuq", strategy="channel"), outliers=Outliers(outliers)),
+        codebook=codebook,
+        **static_tables(x, outliers),
     )
     encoded = quantizer.encode(x)
     scale, zero = quantizer.scale[:, None], quantizer.zero[:, None]
@@ -59,7 +61,7 @@ def test_static_keys_per_channel_with_outliers(outliers):
 @pytest.mark.parametrize("strategy", ["token", "token_head"])
 def test_online_outliers_are_the_extremes_of_each_vector(strategy):
     x = torch.randn(2, 4, 5, 64)
-    quantizer = Quantizer(Scheme(2, "int", strategy=strategy, outliers=0.02))
+    quantizer = Quantizer(Scheme(Quantization(2, "int", strategy=strategy), outliers=Outliers(0.02)))
     encoded = quantizer.encode(x)
     vectors = x.transpose(1, 2).flatten(2) if strategy == "token" else x
     count = int(vectors.shape[-1] * 0.01 + 0.5)
@@ -74,7 +76,7 @@ def test_online_outliers_are_the_extremes_of_each_vector(strategy):
 def test_thresholds_per_matrix():
     x = torch.randn(1, 2, 50, 16)
     bounds = {"lower": torch.full((1, 1), -1.5), "upper": torch.full((1, 1), 1.5)}
-    quantizer = Quantizer(Scheme(4, "int", outliers=0.01, outlier_scope="matrix"), **bounds)
+    quantizer = Quantizer(Scheme(Quantization(4, "int"), outliers=Outliers(0.01, scope="matrix")), **bounds)
     found = quantizer.dequantize(quantizer.encode(x))
     assert torch.equal(found[x.abs() > 1.5], x[x.abs() > 1.5].half().float())
     assert (found - x).abs().max() < 3 / 15 / 2 + 1e-2
@@ -85,13 +87,13 @@ def test_cap_keeps_the_farthest_outliers_of_each_token():
     x[0, 0, 0, :4] = torch.tensor([3.0, 5.0, 2.0, 4.0])
     x[0, 1, 0, 2] = -9.0
     tables = {"scale": torch.ones(2, 8), "zero": torch.zeros(2, 8), "lower": -torch.ones(2, 8), "upper": torch.ones(2, 8)}
-    quantizer = Quantizer(Scheme(4, "int", strategy="channel", outliers=0.01, outlier_cap=2), **tables)
+    quantizer = Quantizer(Scheme(Quantization(4, "int", strategy="channel"), outliers=Outliers(0.01, cap=2)), **tables)
     assert quantizer.encode(x).outlier_values.tolist() == [5.0, -9.0]
 
 
 def test_skipped_tokens_spend_no_outliers():
     x = torch.randn(2, 2, 4, 64)
-    quantizer = Quantizer(Scheme(2, "int", outliers=0.02))
+    quantizer = Quantizer(Scheme(Quantization(2, "int"), outliers=Outliers(0.02)))
     skip = torch.tensor([[True, False, False, False], [True, True, True, True]])
     where = torch.unravel_index(quantizer.encode(x, skip).outlier_index, x.shape)
     assert not skip[where[0], where[2]].any()
@@ -100,8 +102,8 @@ def test_skipped_tokens_spend_no_outliers():
 
 def test_qnorm_decodes_with_other_levels_than_it_encodes():
     levels = torch.tensor([-0.75, -0.25, 0.25, 0.75])
-    plain = Quantizer(Scheme(2, "nuq"), codebook=levels)
-    moved = Quantizer(Scheme(2, "nuq", qnorm=True), codebook=levels * 1.1, boundaries=plain.boundaries)
+    plain = Quantizer(Scheme(Quantization(2, "nuq")), codebook=levels)
+    moved = Quantizer(Scheme(Quantization(2, "nuq", qnorm=True)), codebook=levels * 1.1, boundaries=plain.boundaries)
     x = torch.randn(1, 1, 10, 32)
     assert torch.equal(plain.encode(x).codes, moved.encode(x).codes)
 
@@ -110,14 +112,17 @@ def test_qnorm_decodes_with_other_levels_than_it_encodes():
 def test_constant_vectors_come_back(strategy):
     for constant in (0.0, 2.5):
         x = torch.full((1, 2, 3, 16), constant)
-        for scheme in (Scheme(2, "int", strategy=strategy), Scheme(2, "nf", strategy=strategy, outliers=0.02)):
+        for scheme in (
+            Scheme(Quantization(2, "int", strategy=strategy)),
+            Scheme(Quantization(2, "nf", strategy=strategy), outliers=Outliers(0.02)),
+        ):
             quantizer = Quantizer(scheme)
             assert torch.equal(quantizer.dequantize(quantizer.encode(x)), x)
 
 
 def test_constant_channel_comes_back():
     tables = {"scale": torch.zeros(1, 8), "zero": torch.full((1, 8), 1.5)}
-    quantizer = Quantizer(Scheme(3, "int", strategy="channel"), **tables)
+    quantizer = Quantizer(Scheme(Quantization(3, "int", strategy="channel")), **tables)
     x = torch.full((1, 1, 5, 8), 1.5)
     assert torch.equal(quantizer.dequantize(quantizer.encode(x)), x)
 
@@ -126,22 +131,22 @@ def test_numbers_beyond_float16_are_refused():
     x = torch.randn(1, 1, 4, 8)
     x[0, 0, 2, 3] = 1e6
     with pytest.raises(ActivationError, match="float16"):
-        Quantizer(Scheme(4, "int")).encode(x)
+        Quantizer(Scheme(Quantization(4, "int"))).encode(x)
 
 
 def test_a_scheme_without_its_tables_is_refused():
     with pytest.raises(RecipeError, match="calibrat"):
-        Quantizer(Scheme(3, "nuq"))
+        Quantizer(Scheme(Quantization(3, "nuq")))
     with pytest.raises(RecipeError, match="scale"):
-        Quantizer(Scheme(3, "int", strategy="channel"))
+        Quantizer(Scheme(Quantization(3, "int", strategy="channel")))
     with pytest.raises(RecipeError, match="lower"):
-        Quantizer(Scheme(3, "int", outliers=0.01, outlier_scope="matrix"))
+        Quantizer(Scheme(Quantization(3, "int"), outliers=Outliers(0.01, scope="matrix")))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_outliers_keep_the_models_dtype_in_16_bits(dtype):
     x = torch.randn(1, 2, 4, 64, dtype=dtype)
-    values = Quantizer(Scheme(4, "int", outliers=0.02)).encode(x).outlier_values
+    values = Quantizer(Scheme(Quantization(4, "int"), outliers=Outliers(0.02))).encode(x).outlier_values
     assert values.dtype == (dtype if dtype != torch.float32 else torch.float16)
 
 
@@ -154,7 +159,7 @@ def test_groups_are_rounded_as_kivi_has_it(bits):
         zero, top = elements.amin(dim + 1, keepdim=True), elements.amax(dim + 1, keepdim=True)
         scale = (top - zero) / (2**bits - 1)
         expected = (((elements - zero) / scale).round() * scale + zero).flatten(dim, dim + 1)
-        quantizer = Quantizer(Scheme(bits, "int", strategy=strategy, group_size=group))
+        quantizer = Quantizer(Scheme(Quantization(bits, "int", strategy=strategy, group_size=group)))
         found = quantizer.dequantize(quantizer.encode(x))
         step = scale.expand_as(elements).flatten(dim, dim + 1)
         off = (found - expected).abs()
@@ -167,7 +172,7 @@ def test_a_group_of_tokens_has_the_range_of_those_that_count():
     x[0, 0, :3] *= 1000
     skip = torch.zeros(1, 32, dtype=torch.bool)
     skip[0, :3] = True
-    quantizer = Quantizer(Scheme(4, "int", strategy="channel", group_size=16))
+    quantizer = Quantizer(Scheme(Quantization(4, "int", strategy="channel", group_size=16)))
     found = quantizer.dequantize(quantizer.encode(x, skip))
     assert (found - x)[0, 0, 3:].abs().max() < 0.3
     assert torch.isfinite(quantizer.dequantize(quantizer.encode(x, torch.ones_like(skip)))).all()
@@ -188,7 +193,7 @@ def test_nvfp4_has_scales_of_8_bits_below_one_for_each_token(shape, size):
     outer = (6 * outer).bfloat16().float() / 6  # held for levels up to 1, not up to 6
     inner = (blocks.abs().amax(4, keepdim=True) / 6 / outer).to(torch.float8_e4m3fn).float()
     expected = (nearest_e2m1(blocks / (inner * outer)) * inner * outer).flatten(3)
-    quantizer = Quantizer(Scheme(4, "fp", strategy="token_head", group_size=16, scale_dtype="float8"))
+    quantizer = Quantizer(Scheme(Quantization(4, "fp", strategy="token_head", group_size=16, scale_dtype="float8")))
     encoded = quantizer.encode(x)
     assert encoded.ranges["scale"].dtype == torch.float8_e4m3fn and encoded.ranges["token_scale"].dtype == torch.bfloat16
     off = (quantizer.dequantize(encoded) - expected).abs() / (inner * outer).expand_as(blocks).flatten(3)
@@ -199,30 +204,30 @@ def test_nvfp4_has_scales_of_8_bits_below_one_for_each_token(shape, size):
 def test_nvfp4_of_nothing_is_nothing():
     x = torch.zeros(1, 2, 3, 32)
     x[0, 1, 2, 16:] = torch.randn(16)
-    quantizer = Quantizer(Scheme(4, "fp", strategy="token_head", group_size=16, scale_dtype="float8"))
+    quantizer = Quantizer(Scheme(Quantization(4, "fp", strategy="token_head", group_size=16, scale_dtype="float8")))
     assert (quantizer.dequantize(quantizer.encode(x))[x == 0] == 0).all()
 
 
 def test_smoothed_numbers_are_divided_rounded_and_multiplied():
     x, factor = torch.randn(2, 3, 9, 56) * torch.rand(3, 1, 56) * 20, torch.rand(3, 56) * 4 + 0.1
-    plain = Quantizer(Scheme(8, "int", strategy="token_head"))
-    smooth = Quantizer(Scheme(8, "int", strategy="token_head", smooth_alpha=0.5), smooth=factor)
+    plain = Quantizer(Scheme(Quantization(8, "int", strategy="token_head")))
+    smooth = Quantizer(Scheme(Quantization(8, "int", strategy="token_head"), Transform(smooth_alpha=0.5)), smooth=factor)
     expected = plain.dequantize(plain.encode(x / factor[:, None])) * factor[:, None]
     assert torch.equal(smooth.dequantize(smooth.encode(x)), expected)
     with pytest.raises(RecipeError, match="smooth"):
-        Quantizer(Scheme(8, "int", smooth_alpha=0.5))
+        Quantizer(Scheme(Quantization(8, "int"), Transform(smooth_alpha=0.5)))
 
 
-@dataclasses.dataclass(frozen=True)
-class SchemeOfTomorrow(Scheme):
-    """A scheme with a field that no encoder knows."""
-
-    clipped: float = 0.0
-
-
+@pytest.mark.parametrize("part", ["quantization", "transform", "outliers"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_an_encoder_takes_no_scheme_with_a_field_that_it_does_not_know(device, monkeypatch):
+def test_an_encoder_takes_no_scheme_with_a_field_that_it_does_not_know(device, part, monkeypatch):
     monkeypatch.setattr(cuda, "runs_on", lambda where: device == "cuda")
-    known, unknown = (Quantizer(SchemeOfTomorrow(4, "int", clipped=clipped)) for clipped in (0.0, 0.5))
+    plain = Scheme(Quantization(4, "int"))
+    today = getattr(plain, part)
+    tomorrow = dataclasses.make_dataclass("Tomorrow", [("clipped", float, 0.0)], bases=(type(today),), frozen=True)
+    known, unknown = (
+        Quantizer(dataclasses.replace(plain, **{part: tomorrow(**dataclasses.asdict(today), clipped=clipped)}))
+        for clipped in (0.0, 0.5)
+    )
     where = torch.device(device)
     assert not known.encodes_in_torch(where) and unknown.encodes_in_torch(where)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from narrowkv.calibration.trellis_fit import in_bytes
-from narrowkv.codec import Scheme, TrellisQuantizer, load_quantizer, trellis
+from narrowkv.codec import Outliers, Quantization, Scheme, Transform, TrellisQuantizer, load_quantizer, trellis
 from narrowkv.codec.encode_buffer import EncodeBuffer
 from narrowkv.codec.frames import Frames
 from narrowkv.codec.gaussian_tables import STEPS, gaussian_tables
@@ -18,16 +18,8 @@ SHAPES = [(1, 1, 63, 80), (3, 2, 64, 16), (2, 4, 1, 80)]
 
 
 def scheme(dim, *, learned_rotation=False, outliers=0.0, **settings):
-    return Scheme(
-        3,
-        "trellis",
-        strategy="channel",
-        counts=COUNTS[dim],
-        learned_rotation=learned_rotation,
-        token_norm=learned_rotation,
-        outliers=outliers,
-        **settings,
-    )
+    codes = Quantization(3, "trellis", strategy="channel", counts=COUNTS[dim], token_norm=learned_rotation)
+    return Scheme(codes, Transform(learned_rotation=learned_rotation), Outliers(outliers)).with_settings(**settings)
 
 
 def tables(scheme, heads, dim, outlier_threshold=40.0):
@@ -41,14 +33,14 @@ def tables(scheme, heads, dim, outlier_threshold=40.0):
         "scales": 1.1 * steps,
         "weight": (torch.rand(heads, n) * 3000 + 500).bfloat16(),
     }
-    if scheme.learned_rotation:
+    if scheme.transform.learned_rotation:
         made |= in_bytes(matrix.double())
     else:
         made["pairs"] = (torch.randn(heads, dim // 2, 2, 2) + 2 * torch.eye(2)).half()
         made["order"] = torch.stack([torch.randperm(dim)[:n] for _ in range(heads)]).byte()
-    if scheme.pre_rope:
+    if scheme.transform.pre_rope:
         made |= vars(Frames.of(dim, 10000.0 ** -(torch.arange(dim // 2 - 3) / dim * 2), interleaved=True))
-    return made | ({"outlier_threshold": torch.tensor([outlier_threshold])} if scheme.outliers else {})
+    return made | ({"outlier_threshold": torch.tensor([outlier_threshold])} if scheme.outliers.fraction else {})
 
 
 def made(shape, learned_rotation, outliers=0.0, **settings):
@@ -65,7 +57,7 @@ def drawn_elements(found, shape):
     """Elements whose coefficients are Gaussian, and those coefficients."""
     batch, heads, tokens, dim = shape
     z = torch.randn(batch, heads, tokens, found.scheme.outlier_places(dim))
-    if found.scheme.learned_rotation:
+    if found.scheme.transform.learned_rotation:
         return z, z @ head_rotation(found) + found.mean[:, None]
     every = torch.randn(shape)
     for head in range(heads):
@@ -257,7 +249,7 @@ def test_tables_that_no_calibration_finds_are_refused(name, spoilt):
 def test_schemes_that_contradict_themselves_are_refused(settings, message):
     plain = {"bits": 3, "datatype": "trellis", "strategy": "channel", "counts": (0, 1, 1, 0, 0, 0, 0)}
     with pytest.raises(RecipeError, match=message):
-        Scheme(**plain | settings)
+        Scheme.from_dict(plain | settings)
 
 
 @pytest.mark.parametrize(("dim", "message"), [(20, "Units of 8 channels"), (24, "2 units do not make")])

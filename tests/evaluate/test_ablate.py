@@ -1,7 +1,7 @@
 """The ablations: what each step is, and that rows are what measuring it alone gives."""
 
 import itertools
-from dataclasses import asdict, fields
+from dataclasses import asdict
 
 import pytest
 from tests.families import make
@@ -37,15 +37,15 @@ def test_the_ladder_leads_from_integers_to_all_of_the_method(tiny):
     names = {0: "int3", 1: "int3-channel-postrope", 2: "int3-channel", 8: "nuq3-1%", 9: "nuq3-1%-qnorm"}
     assert all(same_schemes(ablation_steps[i], name) for i, name in names.items())
     assert same_schemes(ablation_steps[5], "nuq3", sinks=0) and same_schemes(ablation_steps[7], "nuq3-1%", sinks=0)
-    assert [ablation_step.keys.weighting for ablation_step in ablation_steps[3:6]] == ["none", "fisher", "fisher_scaled"]
-    assert ablation_steps[6].keys.outlier_scope == ablation_steps[6].values.outlier_scope == "matrix"
+    assert [ablation_step.keys.quantization.weighting for ablation_step in ablation_steps[3:6]] == [
+        "none",
+        "fisher",
+        "fisher_scaled",
+    ]
+    assert ablation_steps[6].keys.outliers.scope == ablation_steps[6].values.outliers.scope == "matrix"
     for before, after in itertools.pairwise(ablation_steps):  # a step at a time
-        changed = {
-            field.name
-            for side in ("keys", "values")
-            for field in fields(before.keys)
-            if getattr(getattr(before, side), field.name) != getattr(getattr(after, side), field.name)
-        }
+        pairs = ((before.keys.to_dict(), after.keys.to_dict()), (before.values.to_dict(), after.values.to_dict()))
+        changed = {name for old, new in pairs for name in old if old[name] != new[name]}
         changed |= {"sinks"} if before.sinks != after.sinks else set()
         assert len(changed) == 1 or changed in ({"datatype", "weighting"}, {"outliers", "outlier_scope"})
 
@@ -54,7 +54,7 @@ def test_a_model_without_rotary_embedding_has_no_rungs_for_it():
     info = prepare(make("gpt2"))
     assert not rotates(info) and fits(8, info) and not fits(16, info) and not fits(12, info)
     ablation_steps = [ablation_step for ablation in ABLATIONS.values() for ablation_step in ablation([3], info)]
-    assert not any(ablation_step.recipe.keys.pre_rope for ablation_step in ablation_steps)
+    assert not any(ablation_step.recipe.keys.transform.pre_rope for ablation_step in ablation_steps)
     assert "keys before RoPE" not in [ablation_step.label for ablation_step in ablation_steps]
 
 

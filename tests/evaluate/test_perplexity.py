@@ -20,11 +20,13 @@ def fake_quantise(x, quantizer, dims):
     if dims is None:
         scale, zero = quantizer.scale[:, None], quantizer.zero[:, None]
         outside = (
-            (x < quantizer.lower[:, None]) | (x > quantizer.upper[:, None]) if scheme.outliers else torch.zeros_like(x) > 0
+            (x < quantizer.lower[:, None]) | (x > quantizer.upper[:, None])
+            if scheme.outliers.fraction
+            else torch.zeros_like(x) > 0
         )
     else:
         ordered = x.transpose(1, 2).flatten(2).sort(-1).values
-        count = int(ordered.shape[-1] * scheme.outliers / 2 + 0.5)
+        count = int(ordered.shape[-1] * scheme.outliers.fraction / 2 + 0.5)
         lower, upper = (ordered[..., i, None, None].transpose(1, 2) for i in (count, ordered.shape[-1] - 1 - count))
         scale, zero = ((upper - lower) / 2).half().float(), ((upper + lower) / 2).half().float()
         outside = (x < lower) | (x > upper)

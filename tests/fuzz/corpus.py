@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from narrowkv import Calibration, PackedCache, Recipe, Scheme, calibrate, get_recipe
+from narrowkv import Calibration, Outliers, PackedCache, Quantization, Recipe, Scheme, calibrate, get_recipe
 from narrowkv.calibration.calibration import FILE
 from tests.conftest import make_tiny
 from tests.families import make
@@ -82,10 +82,10 @@ def recipe_of(name: str) -> Recipe:
     if name == "window and sinks":
         return get_recipe("nuq3-1%").with_options(residual_length=20, sinks=3)
     if name == "by matrix":
-        scheme = Scheme(3, "nuq", strategy="channel", outliers=0.01, outlier_scope="matrix")
-        return Recipe(name, scheme, Scheme(3, "nuq", outliers=0.01, outlier_scope="matrix"))
+        scheme = Scheme(Quantization(3, "nuq", strategy="channel"), outliers=Outliers(0.01, scope="matrix"))
+        return Recipe(name, scheme, Scheme(Quantization(3, "nuq"), outliers=Outliers(0.01, scope="matrix")))
     if name == "capped":
-        scheme = Scheme(4, "int", strategy="token_head", outliers=0.02, outlier_cap=1)
+        scheme = Scheme(Quantization(4, "int", strategy="token_head"), outliers=Outliers(0.02, cap=1))
         return Recipe(name, scheme, scheme, sinks=1)
     return get_recipe(name)
 

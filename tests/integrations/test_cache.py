@@ -2,10 +2,12 @@ import pytest
 import torch
 from tests.families import make
 
-from narrowkv import PackedCache, Recipe, Scheme, get_recipe
+from narrowkv import PackedCache, Quantization, Recipe, Scheme, Transform, get_recipe
 from narrowkv.errors import ActivationError, CacheUseError, RecipeError, UnsupportedModelError
 
-UNROTATED = Recipe("unrotated", keys=Scheme(4, "int", pre_rope=True), values=Scheme(4, "int"))
+UNROTATED = Recipe(
+    "unrotated", keys=Scheme(Quantization(4, "int"), Transform(pre_rope=True)), values=Scheme(Quantization(4, "int"))
+)
 
 
 def run(model, cache, tokens=130, batch=1):

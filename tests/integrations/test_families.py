@@ -9,10 +9,12 @@ import torch
 from tests.families import DENSE, FAMILIES, compare_modes, generate, make, prompt
 from transformers import DynamicCache
 
-from narrowkv import PackedCache, Recipe, Scheme, calibrate, disable
+from narrowkv import PackedCache, Quantization, Recipe, Scheme, Transform, calibrate, disable
 from narrowkv.errors import CacheUseError
 
-UNROTATED = Recipe("unrotated", keys=Scheme(16, "exact", pre_rope=True), values=Scheme(16, "exact"))
+UNROTATED = Recipe(
+    "unrotated", keys=Scheme(Quantization(16, "exact"), Transform(pre_rope=True)), values=Scheme(Quantization(16, "exact"))
+)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *DENSE])

@@ -6,10 +6,12 @@ from tests.families import make
 from transformers import DynamicCache
 
 from narrowkv import PackedCache, Recipe, calibrate, get_recipe
-from narrowkv.codec import Scheme
+from narrowkv.codec import Quantization, Scheme, Transform
 from narrowkv.errors import CacheUseError, RecipeError, UnsupportedModelError
 
-UNROTATED = Recipe("unrotated", keys=Scheme(16, "exact", pre_rope=True), values=Scheme(16, "exact"))
+UNROTATED = Recipe(
+    "unrotated", keys=Scheme(Quantization(16, "exact"), Transform(pre_rope=True)), values=Scheme(Quantization(16, "exact"))
+)
 SHAPES = {
     "gqa": {"heads": 4, "kv_heads": 2},
     "mqa": {"heads": 4, "kv_heads": 1},
@@ -174,7 +176,7 @@ def test_an_empty_prompt_is_refused(tiny):
 
 def test_layers_may_have_recipes_of_their_own(tiny):
     model = tiny()
-    exact = Scheme(16, "exact")
+    exact = Scheme(Quantization(16, "exact"))
     mixed = get_recipe("int4")
     layers = {1: type(mixed.schemes(0))(exact, exact)}
     cache = PackedCache(model, mixed.with_options(layers=layers))

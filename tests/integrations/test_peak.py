@@ -4,10 +4,14 @@ import torch
 from tests.store.test_memory import peak_bytes
 from torch.profiler import ProfilerActivity, profile
 
-from narrowkv import PackedCache, Recipe, Scheme, explain
+from narrowkv import Outliers, PackedCache, Quantization, Recipe, Scheme, Transform, explain
 
 TOKENS, BATCH = 32_768, 4
-SPARSE = Recipe("sparse", keys=Scheme(4, "int", pre_rope=True, outliers=0.01), values=Scheme(4, "int", outliers=0.01))
+SPARSE = Recipe(
+    "sparse",
+    keys=Scheme(Quantization(4, "int"), Transform(pre_rope=True), Outliers(0.01)),
+    values=Scheme(Quantization(4, "int"), outliers=Outliers(0.01)),
+)
 
 
 def test_a_decoding_step_at_long_context_holds_no_copy_of_the_past(tiny):

@@ -33,7 +33,9 @@ def biased(*, dtype=torch.float32, **options):
 
 def without_removal(name):
     recipe = get_recipe(name)
-    return replace(recipe, keys=replace(recipe.keys, remove_bias=False), values=replace(recipe.values, remove_bias=False))
+    return replace(
+        recipe, keys=recipe.keys.with_settings(remove_bias=False), values=recipe.values.with_settings(remove_bias=False)
+    )
 
 
 IDS = torch.randint(2, 97, (2, 200), generator=torch.Generator().manual_seed(0))
@@ -125,11 +127,11 @@ def test_exact_numbers_are_those_of_the_model(dtype):
 
 def test_keys_kept_unrotated_are_quantised_without_it_too():
     model, recipe = biased(), get_recipe("int4")
-    unrotated = replace(recipe, keys=replace(recipe.keys, pre_rope=True))
+    unrotated = replace(recipe, keys=recipe.keys.with_settings(pre_rope=True))
     cache = PackedCache(model, unrotated)
     assert cache.backend == "torch" and cache.packed[0].store.bias.rope is None
     off = without_removal("int4")
-    assert loss(model, cache) < 0.3 * loss(model, PackedCache(model, replace(off, keys=replace(off.keys, pre_rope=True))))
+    assert loss(model, cache) < 0.3 * loss(model, PackedCache(model, replace(off, keys=off.keys.with_settings(pre_rope=True))))
 
 
 def test_static_ranges_take_a_constant_in_themselves():
@@ -217,7 +219,7 @@ def normed(**options):
 
 def without_gain(name):
     recipe = get_recipe(name)
-    return replace(recipe, keys=replace(recipe.keys, fold_gain=False))
+    return replace(recipe, keys=recipe.keys.with_settings(fold_gain=False))
 
 
 @pytest.mark.parametrize("name", ["int4", "hadamard-int4", "nvfp4"])

@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-from narrowkv import PackedCache, Recipe, Scheme, calibrate, get_recipe, recipe_names
+from narrowkv import Outliers, PackedCache, Quantization, Recipe, Scheme, Transform, calibrate, get_recipe, recipe_names
 from narrowkv.errors import RecipeError
 from narrowkv.methods import LayerSchemes, registry
 
@@ -18,13 +18,13 @@ def test_every_name_gives_its_recipe_and_survives_json(name):
 
 def test_published_names_mean_what_they_say():
     recipe = get_recipe("nuq3-1%")
-    assert recipe.keys == Scheme(3, "nuq", strategy="channel", pre_rope=True, outliers=0.01)
-    assert recipe.values == Scheme(3, "nuq", strategy="token", outliers=0.01)
+    assert recipe.keys == Scheme(Quantization(3, "nuq", strategy="channel"), Transform(pre_rope=True), Outliers(0.01))
+    assert recipe.values == Scheme(Quantization(3, "nuq", strategy="token"), outliers=Outliers(0.01))
     assert recipe.sinks == 1
-    assert get_recipe("nuq2-0.5%").values.outliers == 0.005
-    assert get_recipe("nuq2-1%-qnorm").keys.qnorm
+    assert get_recipe("nuq2-0.5%").values.outliers.fraction == 0.005
+    assert get_recipe("nuq2-1%-qnorm").keys.quantization.qnorm
     assert not get_recipe("int4").needs_calibration
-    assert not get_recipe("int4").keys.pre_rope
+    assert not get_recipe("int4").keys.transform.pre_rope
 
 
 @pytest.mark.parametrize("name", ["nuq7", "nuq3--1%", "nuq3-5%", "int5", "kvquant", ""])
@@ -51,14 +51,18 @@ def test_options():
 
 
 def test_values_have_no_rotary_embedding():
-    scheme = Scheme(4, "int", pre_rope=True)
+    scheme = Scheme(Quantization(4, "int"), Transform(pre_rope=True))
     with pytest.raises(RecipeError, match="rotary"):
         Recipe("wrong", keys=scheme, values=scheme)
 
 
 def test_levels_over_a_sliding_window_need_exact_tokens_ahead():
     recipe = get_recipe("intrinsic-2-kmeans-w3")
-    assert (recipe.keys.lookahead_blocks, recipe.values.lookahead_blocks, recipe.residual_length) == (3, 3, 128)
+    assert (
+        recipe.keys.quantization.lookahead_blocks,
+        recipe.values.quantization.lookahead_blocks,
+        recipe.residual_length,
+    ) == (3, 3, 128)
     assert get_recipe("intrinsic-2-w1").keys == get_recipe("intrinsic-2").keys
     with pytest.raises(RecipeError, match="residual_length 64 is too small"):
         recipe.with_options(residual_length=64)
@@ -68,7 +72,7 @@ def test_levels_over_a_sliding_window_need_exact_tokens_ahead():
 
 def test_layers_may_differ():
     base = get_recipe("int4")
-    exact = Scheme(16, "exact")
+    exact = Scheme(Quantization(16, "exact"))
     recipe = base.with_options(layers={1: LayerSchemes(exact, exact)})
     assert recipe.schemes(0).keys == base.keys
     assert recipe.schemes(1).keys == exact
@@ -182,10 +186,11 @@ def installed(tmp_path, monkeypatch):
 
 
 OTHERS = """
-from narrowkv import Recipe, Scheme
+from narrowkv import Quantization, Recipe, Scheme
 NAMES = ("others-5",)
 def recipe(name):
-    return Recipe(name, keys=Scheme(8, "int"), values=Scheme(2, "int")) if name in ("others-5", "int4") else None
+    keys, values = Scheme(Quantization(8, "int")), Scheme(Quantization(2, "int"))
+    return Recipe(name, keys=keys, values=values) if name in ("others-5", "int4") else None
 """
 
 

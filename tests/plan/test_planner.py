@@ -106,7 +106,7 @@ def test_outliers_are_counted_exactly_where_there_are_as_many_as_the_recipe_says
     shape = LayerShape(batch, 2, 64, torch.float32)
     quantizers = tuple(stand_in(scheme, 2, 64) for scheme in (recipe.keys, recipe.values))
     beyond = torch.zeros(batch, 2 * 64 * 64)
-    count = round(recipe.keys.outliers * beyond.shape[1])
+    count = round(recipe.keys.outliers.fraction * beyond.shape[1])
     for row in beyond:
         row[torch.randperm(len(row))[:count]] = 1
     keys = torch.rand(batch, 2, 64, 64) / 4 + 2 * beyond.view(batch, 2, 64, 64)

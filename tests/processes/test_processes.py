@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from narrowkv import Calibration, Recipe, Scheme, calibrate
+from narrowkv import Calibration, Outliers, Quantization, Recipe, Scheme, Transform, calibrate
 from narrowkv.calibration.calibration import FILE
 from tests.conftest import make_tiny
 from tests.processes.worker import RECIPES, decode, text
@@ -30,11 +30,11 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("processes")
     model = make_tiny(**SHAPE)
     model.save_pretrained(path / "model")
-    token_head = Scheme(4, "int", strategy="token_head", outliers=0.02)
-    keys = Scheme(3, "nuq", strategy="channel", pre_rope=True, outliers=0.01)
-    calibrate(model, text(), Recipe("heads", keys=keys, values=Scheme(4, "nuq", strategy="token_head"))).save_pretrained(
-        path / "calibration"
-    )
+    token_head = Scheme(Quantization(4, "int", strategy="token_head"), outliers=Outliers(0.02))
+    keys = Scheme(Quantization(3, "nuq", strategy="channel"), Transform(pre_rope=True), Outliers(0.01))
+    calibrate(
+        model, text(), Recipe("heads", keys=keys, values=Scheme(Quantization(4, "nuq", strategy="token_head")))
+    ).save_pretrained(path / "calibration")
     recipe = Recipe("token and head", keys=token_head, values=token_head, sinks=2)
     (path / "token_head.json").write_text(json.dumps(recipe.to_dict()))
     return path

@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from narrowkv.attention import Rope
-from narrowkv.codec import Scheme, quantizer_for
+from narrowkv.codec import Outliers, Quantization, Scheme, Transform, quantizer_for
 from narrowkv.store import LayerStore, PositionBuffer
 from narrowkv.store.bias import Bias
 
 SCHEMES = {
-    "int4": Scheme(4, "int"),
-    "hadamard-int4": Scheme(4, "int", strategy="token_head", hadamard=True),
-    "kivi-2": Scheme(2, "int", strategy="channel", group_size=32),
-    "int8 with outliers": Scheme(8, "int", outliers=0.02),
-    "iv": Scheme(2, "iv", strategy="block", group_size=64),
-    "iv, window of 3": Scheme(2, "iv", strategy="block", group_size=64, lookahead_blocks=3),
+    "int4": Scheme(Quantization(4, "int")),
+    "hadamard-int4": Scheme(Quantization(4, "int", strategy="token_head"), Transform(hadamard=True)),
+    "kivi-2": Scheme(Quantization(2, "int", strategy="channel", group_size=32)),
+    "int8 with outliers": Scheme(Quantization(8, "int"), outliers=Outliers(0.02)),
+    "iv": Scheme(Quantization(2, "iv", strategy="block", group_size=64)),
+    "iv, window of 3": Scheme(Quantization(2, "iv", strategy="block", group_size=64, lookahead_blocks=3)),
 }
 SHAPES = [
     # batch, kv heads, head_dim, tokens

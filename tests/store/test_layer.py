@@ -3,25 +3,28 @@
 import pytest
 import torch
 
-from narrowkv.codec import Quantizer, Scheme, quantizer_for
+from narrowkv.codec import Outliers, Quantization, Quantizer, Scheme, Transform, quantizer_for
 from narrowkv.errors import ActivationError, CacheUseError
 from narrowkv.store import BLOCK, LayerStore
 from narrowkv.store.late import begin_late
 
-EXACT = Scheme(16, "exact")
+EXACT = Scheme(Quantization(16, "exact"))
 SCHEMES = {
     "exact": (EXACT, EXACT),
-    "int4": (Scheme(4, "int"), Scheme(4, "int")),
-    "int3 sparse": (Scheme(3, "int", outliers=0.02), Scheme(3, "int", strategy="token_head", outliers=0.02)),
+    "int4": (Scheme(Quantization(4, "int")), Scheme(Quantization(4, "int"))),
+    "int3 sparse": (
+        Scheme(Quantization(3, "int"), outliers=Outliers(0.02)),
+        Scheme(Quantization(3, "int", strategy="token_head"), outliers=Outliers(0.02)),
+    ),
     "grouped": (
-        Scheme(2, "int", strategy="channel", group_size=32),
-        Scheme(4, "int", strategy="token_head", group_size=8, outliers=0.02),
+        Scheme(Quantization(2, "int", strategy="channel", group_size=32)),
+        Scheme(Quantization(4, "int", strategy="token_head", group_size=8), outliers=Outliers(0.02)),
     ),
     "symmetric": (
-        Scheme(4, "fp", strategy="token_head", group_size=8),
-        Scheme(2, "int", strategy="token_head", hadamard=True),
+        Scheme(Quantization(4, "fp", strategy="token_head", group_size=8)),
+        Scheme(Quantization(2, "int", strategy="token_head"), Transform(hadamard=True)),
     ),
-    "mixed": (EXACT, Scheme(2, "nf")),
+    "mixed": (EXACT, Scheme(Quantization(2, "nf"))),
 }
 AT_ONCE = [name for name in SCHEMES if name != "grouped"]  # every number encoded when it arrives
 
@@ -66,8 +69,8 @@ def test_results_do_not_depend_on_how_tokens_arrive(name, shape):
 def test_levels_over_a_sliding_window_do_not_depend_on_how_tokens_arrive(monkeypatch):
     keys, values = torch.randn(2, 2, 300, 16), torch.randn(2, 2, 300, 16)
     schemes = (
-        Scheme(2, "iv", strategy="block", group_size=16, lookahead_blocks=3),
-        Scheme(2, "iv-kmeans", strategy="block", group_size=64, lookahead_blocks=2),
+        Scheme(Quantization(2, "iv", strategy="block", group_size=16, lookahead_blocks=3)),
+        Scheme(Quantization(2, "iv-kmeans", strategy="block", group_size=64, lookahead_blocks=2)),
     )
     stores = []
     for cuts, tile in (([], 2**19), ([], 1), (range(1, 300), 2**19), ([70, 71, 200], 2**19)):

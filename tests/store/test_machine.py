@@ -7,35 +7,35 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from narrowkv.codec import Scheme, quantizer_for
+from narrowkv.codec import Outliers, Quantization, Scheme, Transform, quantizer_for
 from narrowkv.store import LayerStore
 
 HEADS, DIM = 2, 56
 SCHEMES = st.sampled_from(
     [
-        Scheme(16, "exact"),
-        Scheme(4, "int"),
-        Scheme(3, "nf", strategy="token_head"),
-        Scheme(2, "int", outliers=0.02),
-        Scheme(4, "fp", strategy="token_head", group_size=8, scale_dtype="float8"),
-        Scheme(8, "int", strategy="token_head", smooth_alpha=0.5),
+        Scheme(Quantization(16, "exact")),
+        Scheme(Quantization(4, "int")),
+        Scheme(Quantization(3, "nf", strategy="token_head")),
+        Scheme(Quantization(2, "int"), outliers=Outliers(0.02)),
+        Scheme(Quantization(4, "fp", strategy="token_head", group_size=8, scale_dtype="float8")),
+        Scheme(Quantization(8, "int", strategy="token_head"), Transform(smooth_alpha=0.5)),
     ]
 )
 
 
 GROUPED = st.sampled_from(
     [
-        Scheme(2, "int", strategy="channel", group_size=32, outliers=0.02),
-        Scheme(2, "iv", strategy="block", group_size=64, round_down=True),
-        Scheme(2, "iv-kmeans", strategy="block", group_size=32),
-        Scheme(2, "iv-kmeans", strategy="block", group_size=16, lookahead_blocks=3),
+        Scheme(Quantization(2, "int", strategy="channel", group_size=32), outliers=Outliers(0.02)),
+        Scheme(Quantization(2, "iv", strategy="block", group_size=64, round_down=True)),
+        Scheme(Quantization(2, "iv-kmeans", strategy="block", group_size=32)),
+        Scheme(Quantization(2, "iv-kmeans", strategy="block", group_size=16, lookahead_blocks=3)),
     ]
 )
 
 
 def made(scheme):
     """A quantizer of a scheme, with tables drawn at random where it needs any."""
-    return quantizer_for(scheme, **({"smooth": torch.rand(HEADS, DIM) + 0.1} if scheme.smooth_alpha else {}))
+    return quantizer_for(scheme, **({"smooth": torch.rand(HEADS, DIM) + 0.1} if scheme.transform.smooth_alpha else {}))
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -111,7 +111,7 @@ class GroupedMachine(StoreMachine):
     @initialize(keys=GROUPED, batch=st.integers(1, 3), seed=st.integers(0, 2**31), window=st.sampled_from([0, 40]))
     def begin(self, keys, batch, seed, window):
         self.generator = torch.Generator().manual_seed(seed)
-        values = Scheme(4, "int", strategy="token_head", group_size=8)
+        values = Scheme(Quantization(4, "int", strategy="token_head", group_size=8))
         self.store = LayerStore(made(keys), made(values), residual_length=max(window, keys.lookahead_tokens))
         self.model = [torch.zeros(batch, HEADS, 0, DIM) for _ in range(2)]
         self.exact = 0  # how many of the newest tokens are

@@ -6,7 +6,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from narrowkv import get_recipe
 from narrowkv.calibration import Fit
-from narrowkv.codec import Quantizer, Scheme
+from narrowkv.codec import Outliers, Quantization, Quantizer, Scheme
 from narrowkv.store import LayerStore
 
 HEADS, HEAD_DIM, TOKENS, CHUNK = 32, 128, 32_768, 2048
@@ -73,7 +73,7 @@ def test_decoding_token_by_token_wastes_little():
 @pytest.mark.parametrize("pieces", [[100] * 300, [96] * 300, [140, *[1] * 80] * 60], ids=["100s", "96s", "turns"])
 @pytest.mark.parametrize("name", ["int2", "int3 with outliers"])
 def test_tokens_that_come_in_odd_pieces_waste_little(pieces, name):
-    scheme = Scheme(2, "int") if name == "int2" else Scheme(3, "int", outliers=0.02)
+    scheme = Scheme(Quantization(2, "int")) if name == "int2" else Scheme(Quantization(3, "int"), outliers=Outliers(0.02))
     store = LayerStore(Quantizer(scheme), Quantizer(scheme))
     whole = LayerStore(Quantizer(scheme), Quantizer(scheme))
     x = torch.randn(1, 2, sum(pieces), 64, dtype=torch.bfloat16)

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from narrowkv.codec import QuantizedTensor, Quantizer, Scheme
+from narrowkv.codec import Outliers, Quantization, QuantizedTensor, Quantizer, Scheme
 from narrowkv.codec.cuda import encode as cuda
 from narrowkv.store import LayerStore
 from narrowkv.store.page import Page, to_blocks
 
-SCHEME = Scheme(3, "int", outliers=0.02)
+SCHEME = Scheme(Quantization(3, "int"), outliers=Outliers(0.02))
 HEADS, DIM = 2, 56
 
 
@@ -50,8 +50,11 @@ def test_outliers_find_their_place_in_whatever_order_they_come(batch, exactly):
 @pytest.mark.parametrize(
     "schemes",
     [
-        (SCHEME, Scheme(16, "exact")),
-        (Scheme(2, "int", strategy="channel", group_size=32), Scheme(4, "int", strategy="token_head", group_size=8)),
+        (SCHEME, Scheme(Quantization(16, "exact"))),
+        (
+            Scheme(Quantization(2, "int", strategy="channel", group_size=32)),
+            Scheme(Quantization(4, "int", strategy="token_head", group_size=8)),
+        ),
     ],
     ids=["outliers", "groups"],
 )

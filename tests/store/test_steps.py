@@ -4,14 +4,14 @@ import pytest
 import torch
 from tests.cases import KEYS, made
 
-from narrowkv.codec import Quantizer, Scheme
+from narrowkv.codec import Outliers, Quantization, Quantizer, Scheme
 from narrowkv.codec.cuda import encode as cuda
 from narrowkv.codec.outlier_counter import OutlierCounter
 from narrowkv.errors import ActivationError
 from narrowkv.store import LayerStore
 
 pytestmark = pytest.mark.skipif(cuda.kernels() is None, reason="needs Triton (`pip install triton`)")
-BY_TOKEN = Scheme(4, "nuq", strategy="token", outliers=0.02)
+BY_TOKEN = Scheme(Quantization(4, "nuq", strategy="token"), outliers=Outliers(0.02))
 CASES = {
     "nuq4-1%": ((KEYS["nuq4-1%"], BY_TOKEN), {"sinks": 2}),
     "nuq3-1%": ((KEYS["nuq3-1%"], KEYS["nuq3-1%"]), {"sinks": 1}),

@@ -17,21 +17,21 @@ def rotate_query(quantizer: AnyQuantizer, matrix: Tensor | None, query: Tensor) 
     matrix: that of the quantizer, by `head_rotation`.
     """
     query = query if matrix is None else _by_head(query, matrix)
-    return hadamard.rotate(query).contiguous() if quantizer.scheme.hadamard else query
+    return hadamard.rotate(query).contiguous() if quantizer.scheme.transform.hadamard else query
 
 
 def unrotate_output(quantizer: AnyQuantizer, matrix: Tensor | None, total: Tensor) -> Tensor:
     """Sums of values [batch, query_heads, queries, head_dim] as their codes see them, rotated back."""
-    total = hadamard.rotate_back(total) if quantizer.scheme.hadamard else total
+    total = hadamard.rotate_back(total) if quantizer.scheme.transform.hadamard else total
     return total if matrix is None else _by_head(total, matrix.mT)
 
 
 def rotate_value_bias(quantizer: AnyQuantizer, matrix: Tensor | None, bias: Tensor | None) -> Tensor | None:
     """A bias of values [kv_heads, head_dim] as their codes see them."""
-    if bias is None or (matrix is None and not quantizer.scheme.hadamard):
+    if bias is None or (matrix is None and not quantizer.scheme.transform.hadamard):
         return bias
     rotated = bias[None, :, None] if matrix is None else torch.linalg.solve(matrix, bias[..., None]).mT[None]
-    return (hadamard.rotate(rotated) if quantizer.scheme.hadamard else rotated)[0, :, 0].contiguous()
+    return (hadamard.rotate(rotated) if quantizer.scheme.transform.hadamard else rotated)[0, :, 0].contiguous()
 
 
 def head_rotation(quantizer: AnyQuantizer) -> Tensor | None:

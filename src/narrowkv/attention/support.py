@@ -21,9 +21,9 @@ def unsupported_reason(backend: str, scheme: Scheme, keys: bool, biased: bool = 
     forms = scheme.range_forms(1, BLOCK, BLOCK)
     if any(name not in ("scale", "zero") or dtype != torch.float16 for name, (_, dtype) in forms.items()):
         return f"does not read {scheme.datatype} codes ranged by {', '.join(forms)}"
-    if scheme.pre_rope and (scheme.hadamard or scheme.smooth_alpha):
+    if scheme.transform.pre_rope and (scheme.transform.hadamard or scheme.transform.smooth_alpha):
         return "cannot undo a Hadamard rotation or smoothing of keys stored unrotated"
-    if biased and scheme.pre_rope and scheme.takes_bias_out:
+    if biased and scheme.transform.pre_rope and scheme.takes_bias_out:
         return "cannot put back what the projection adds to keys stored unrotated"
     return None
 
@@ -32,9 +32,9 @@ def _streams_reason(backend: str, scheme: Scheme, keys: bool, stored: bool) -> s
     """Why trellis-coded streams are not read; None if they are."""
     if backend != "cpu":
         return "does not read trellis-coded streams yet"
-    if keys and (scheme.learned_rotation or scheme.token_norm):
+    if keys and (scheme.transform.learned_rotation or scheme.quantization.token_norm):
         return "does not read trellis-coded keys that are rotated as whole heads or have norms"
-    if keys and scheme.pre_rope and stored:
+    if keys and scheme.transform.pre_rope and stored:
         return "does not read trellis-coded keys of a rotary embedding whose angles are stored with each token"
     return None
 

@@ -21,10 +21,9 @@ class Fit:
 
     def __init__(self, scheme: Scheme):
         self.scheme = scheme
-        by_matrix = scheme.outliers > 0 and scheme.outlier_scope == "matrix"
-        self.needs_range = scheme.static or by_matrix or scheme.smooth_alpha > 0
+        self.needs_range = scheme.static or scheme.outliers.by_matrix or scheme.transform.smooth_alpha > 0
         self.needs_codebook = scheme.datatype == "nuq"
-        self.needs_gradient = self.needs_codebook and scheme.weighting != "none"
+        self.needs_gradient = self.needs_codebook and scheme.quantization.weighting != "none"
         self.quantiles = Quantiles()
         self.histogram = CodebookHistogram()
         self._ranges: Quantizer | None = None
@@ -51,7 +50,7 @@ class Fit:
             weight = None
             if self.needs_gradient and gradient is not None:
                 weight = gradient[start : start + step].float().transpose(0, 1)[None].square()
-                if self.scheme.weighting == "fisher_scaled":
+                if self.scheme.quantization.weighting == "fisher_scaled":
                     weight *= scale**2
                 weight = weight.transpose(1, 2).flatten()  # in the order in which it lies in memory
             self.histogram.add(normalized.transpose(1, 2).flatten(), weight)
@@ -77,13 +76,13 @@ class Fit:
     def _static_tables(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """Thresholds (KVQuant, section 3.4) and, for channels, the ranges between them; or smoothing factors."""
         scheme, quantiles = self.scheme, self.quantiles
-        if scheme.smooth_alpha:
+        if scheme.transform.smooth_alpha:
             extent = torch.maximum(quantiles.smallest.abs(), quantiles.largest.abs())
-            return {"smooth": smoothing(extent.view(shape), scheme.smooth_alpha)}
-        matrix = scheme.outlier_scope == "matrix" and scheme.outliers > 0
-        tail = scheme.outliers / 2
+            return {"smooth": smoothing(extent.view(shape), scheme.transform.smooth_alpha)}
+        matrix = scheme.outliers.by_matrix
+        tail = scheme.outliers.fraction / 2
         tables: dict[str, Tensor] = {}
-        if scheme.outliers == 0:
+        if scheme.outliers.fraction == 0:
             lower, upper = quantiles.smallest, quantiles.largest
         else:
             lower, upper = quantiles.quantile(tail, pooled=matrix), quantiles.quantile(1 - tail, pooled=matrix)
@@ -109,7 +108,7 @@ class Fit:
         weight = histogram.weight if histogram.weight.sum() > 0 else histogram.count
         codebook = torch.from_numpy(optimal_codebook(histogram.centers.numpy(), weight.numpy(), 2**scheme.code_bits))
         borders = boundaries(codebook)
-        if scheme.qnorm:
+        if scheme.quantization.qnorm:
             codebook = q_norm(codebook, borders, histogram)
         return replace(ranges, scheme=scheme, codebook=codebook.float(), boundaries=borders.float())
 

@@ -1,7 +1,7 @@
 """The statistics that recipes need of one layer, and the quantizers that are fitted to them."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from narrowkv.calibration.influence import Influence, limited, squared_norms
 from narrowkv.calibration.rates import RateOption, held_tokens
 from narrowkv.calibration.samples import SampleFit
 from narrowkv.calibration.trellis_fit import TrellisFit
-from narrowkv.codec import AnyQuantizer, Scheme
+from narrowkv.codec import AnyQuantizer, Quantization, Scheme, Transform
 from narrowkv.codec.frames import Frames
 from narrowkv.errors import CalibrationError
 from narrowkv.methods import Recipe
@@ -42,13 +42,22 @@ class FitKey:
     @classmethod
     def of(cls, scheme: Scheme, keys: bool, sinks: int) -> "FitKey":
         if scheme.datatype == "trellis":
-            return cls(Scheme(4, "trellis", strategy="channel", pre_rope=scheme.pre_rope), keys, sinks)
-        return cls(replace(scheme, bits=4, qnorm=False) if scheme.datatype == "nuq" else scheme, keys, sinks)
+            return cls(
+                Scheme(Quantization(4, "trellis", strategy="channel"), Transform(pre_rope=scheme.transform.pre_rope)),
+                keys,
+                sinks,
+            )
+        return cls(scheme.with_settings(bits=4, qnorm=False) if scheme.datatype == "nuq" else scheme, keys, sinks)
 
     @classmethod
     def sample(cls, scheme: Scheme, keys: bool, sinks: int) -> "FitKey":
         """A sample of the tensor that a scheme quantizes."""
-        return cls(Scheme(4, "nuq", strategy="channel", pre_rope=scheme.pre_rope), keys, sinks, sampled=True)
+        return cls(
+            Scheme(Quantization(4, "nuq", strategy="channel"), Transform(pre_rope=scheme.transform.pre_rope)),
+            keys,
+            sinks,
+            sampled=True,
+        )
 
 
 class LayerFits:
@@ -145,7 +154,7 @@ class LayerFits:
 
     def _without_bias(self, fit_key: FitKey, elements: Tensor, rope_state: Tensor | None) -> Tensor:
         """Elements as a cache would encode them."""
-        bias = self.biases[0 if fit_key.scheme.pre_rope else 1]
+        bias = self.biases[0 if fit_key.scheme.transform.pre_rope else 1]
         known = bias.keys if fit_key.keys else bias.values
         if known is None or not fit_key.scheme.takes_bias_out:
             return elements
@@ -198,7 +207,9 @@ class LayerFits:
             fit = self.fits[FitKey.of(scheme, keys, sinks)]
             assert isinstance(fit, TrellisFit)
             menu.append(
-                RateOption(scheme, self.shape[0], fit.transform(scheme.learned_rotation).unit_costs(), tokens, self.held)
+                RateOption(
+                    scheme, self.shape[0], fit.transform(scheme.transform.learned_rotation).unit_costs(), tokens, self.held
+                )
             )
         return menu
 
@@ -213,14 +224,14 @@ def _fit_for(fit_key: FitKey, frames: Frames) -> AnyFit:
     if fit_key.sampled:
         return SampleFit()
     if fit_key.scheme.datatype == "trellis":
-        return TrellisFit(frames if fit_key.scheme.pre_rope else None)
+        return TrellisFit(frames if fit_key.scheme.transform.pre_rope else None)
     return Fit(fit_key.scheme)
 
 
 def _wanted(fit_key: FitKey, keys: Tensor, rotated: Tensor, values: Tensor) -> Tensor:
     if not fit_key.keys:
         return values
-    return keys if fit_key.scheme.pre_rope else rotated
+    return keys if fit_key.scheme.transform.pre_rope else rotated
 
 
 def _tokens(x: Tensor, skip: int) -> Tensor:
@@ -245,4 +256,4 @@ def with_gradient(elements: Tensor, *see: Callable[[Tensor], None]) -> None:
 
 def _stream(fit_key: FitKey) -> Stream:
     """Needs of one stream see the same tokens of the same tensor."""
-    return fit_key.keys, fit_key.keys and fit_key.scheme.pre_rope, fit_key.sinks
+    return fit_key.keys, fit_key.keys and fit_key.scheme.transform.pre_rope, fit_key.sinks

@@ -1,14 +1,14 @@
 """Rate allocation: how many bits each unit of 8 coefficients of each tensor has, under one budget for the whole cache."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from narrowkv.codec import Scheme, TrellisQuantizer
 from narrowkv.codec.gaussian_tables import SQUARED_ERRORS
-from narrowkv.codec.scheme import BLOCK, MOST_RATE, UNIT
+from narrowkv.codec.scheme_parts import BLOCK, MOST_RATE, UNIT
 from narrowkv.defaults import REFERENCE_TOKENS
 from narrowkv.errors import RecipeError
 from narrowkv.store.page import OUTLIER_BYTES
@@ -59,7 +59,9 @@ class RateOption:
     def with_counts(self, rates: Tensor) -> Scheme:
         """The scheme with these rates of units [units]."""
         counts = torch.bincount(rates, minlength=MOST_RATE + 1).tolist()
-        return replace(self.scheme, counts=tuple(counts), bits=sum(k * count for k, count in enumerate(counts)) / len(rates))
+        return self.scheme.with_settings(
+            counts=tuple(counts), bits=sum(k * count for k, count in enumerate(counts)) / len(rates)
+        )
 
     def bits(self) -> tuple[Tensor, float]:
         """Bits of each token: of a unit by its rate [7] float64, and those that do not depend on rates."""
@@ -68,10 +70,12 @@ class RateOption:
             self._table_bits(torch.tensor([1] * coded + [0] * (units - coded), dtype=torch.int64, device="cpu"))
             for coded in (1, units)
         )
-        with_codes = (all_units - one) / max(units - 1, 1) + 8 * OUTLIER_BYTES * self.scheme.outliers * UNIT * heads
+        with_codes = (all_units - one) / max(units - 1, 1) + 8 * OUTLIER_BYTES * self.scheme.outliers.fraction * UNIT * heads
         rates = torch.arange(MOST_RATE + 1, dtype=torch.float64, device="cpu")
-        fixed = one - (all_units - one) / max(units - 1, 1) + heads * (8 * self.scheme.token_norm)
-        return rates * UNIT * heads + (rates > 0) * with_codes, fixed + heads * OFFSET_BITS * (self.scheme.outliers > 0)
+        fixed = one - (all_units - one) / max(units - 1, 1) + heads * (8 * self.scheme.quantization.token_norm)
+        return rates * UNIT * heads + (rates > 0) * with_codes, fixed + heads * OFFSET_BITS * (
+            self.scheme.outliers.fraction > 0
+        )
 
     def held_bits(self, rates: Tensor, bits: float) -> float:
         """What is stored at 32,768 tokens with these rates, which take `bits` of each token."""

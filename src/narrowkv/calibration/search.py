@@ -9,7 +9,7 @@ from narrowkv.calibration.layer_fits import LayerFits
 from narrowkv.calibration.rates import mean_held
 from narrowkv.calibration.shares import allocate_budgets
 from narrowkv.codec import AnyQuantizer
-from narrowkv.codec.scheme import BLOCK
+from narrowkv.codec.scheme_parts import BLOCK
 from narrowkv.errors import RecipeError
 from narrowkv.methods import LayerSchemes, Recipe
 

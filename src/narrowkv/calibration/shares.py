@@ -8,7 +8,7 @@ from torch import Tensor
 
 from narrowkv.calibration.rates import RateOption, allocate_rates, squared_errors, too_small
 from narrowkv.codec import Scheme
-from narrowkv.codec.scheme import MOST_RATE, UNIT
+from narrowkv.codec.scheme_parts import MOST_RATE, UNIT
 from narrowkv.methods.recipe import SearchSpace
 
 Menu = Sequence[RateOption]

@@ -15,7 +15,7 @@ from narrowkv.codec.frames import Frames, place_dtype
 from narrowkv.codec.gaussian_tables import STEPS, gaussian_tables
 from narrowkv.codec.pairs import from_pairs, to_pairs
 from narrowkv.codec.ranges import to_16_bits
-from narrowkv.codec.scheme import UNIT
+from narrowkv.codec.scheme_parts import UNIT
 from narrowkv.codec.trellis import rates_of
 
 SHRINKAGE = 0.03  # of the mean cost of a head's coefficients, added to each: on other text the cheap ones are not as cheap
@@ -78,17 +78,17 @@ class TrellisFit(SampleFit):
         return self._quantizers[scheme]
 
     def _fitted(self, shape: tuple[int, ...], scheme: Scheme) -> TrellisQuantizer:
-        assert scheme.counts is not None
-        found, n = self.transform(scheme.learned_rotation), scheme.outlier_places(shape[1])
+        assert scheme.quantization.counts is not None
+        found, n = self.transform(scheme.transform.learned_rotation), scheme.outlier_places(shape[1])
         order = found.cost.argsort(-1)[:, shape[1] - n :]  # cheapest first
         universal = gaussian_tables()
         steps = torch.tensor(STEPS, dtype=torch.float32, device="cpu")
         errors = squared_errors()
         cost = found.cost.gather(1, order)
-        rates = rates_of(scheme.counts, errors.device)
+        rates = rates_of(scheme.quantization.counts, errors.device)
         weight = cost * (SEARCH_COST / (cost * errors[rates]).median().clamp(min=torch.finfo(torch.float32).tiny))
         tables: dict[str, Tensor] = {}
-        if scheme.learned_rotation:
+        if scheme.transform.learned_rotation:
             rows = found.matrix.gather(1, order[..., None].expand(-1, -1, shape[1]))
             tables |= in_bytes(rows)
         else:
@@ -98,7 +98,7 @@ class TrellisFit(SampleFit):
             }
         if self.frames is not None:
             tables |= {"channels": self.frames.channels, "frequencies": self.frames.frequencies}
-        if scheme.outliers:
+        if scheme.outliers.fraction:
             tables["outlier_threshold"] = torch.full((1,), torch.inf, dtype=torch.float32, device="cpu")
         start = TrellisQuantizer(
             scheme,
@@ -134,7 +134,7 @@ def with_outlier_threshold(quantizer: TrellisQuantizer, x: Tensor) -> TrellisQua
     """The same with the cost above which coefficients are exact, so that of those of x [1, kv_heads, n, head_dim] the scheme's
     part are.
     """
-    fraction = quantizer.scheme.outliers
+    fraction = quantizer.scheme.outliers.fraction
     if not fraction:
         return quantizer
     return replace(quantizer, outlier_threshold=quantile(quantizer.cost(x).flatten(), 1 - fraction))
@@ -152,7 +152,7 @@ def in_bytes(rows: Tensor) -> dict[str, Tensor]:
 
 def _unbiased(steps: Tensor, errors: Tensor, scheme: Scheme) -> Tensor:
     """Grid steps for decoding; of values so scaled that codes are right on average, since errors of tokens add up."""
-    return steps / (1 - errors[1:]).float() if scheme.token_norm else steps.clone()
+    return steps / (1 - errors[1:]).float() if scheme.quantization.token_norm else steps.clone()
 
 
 def transform_of(x: Tensor, fisher: Tensor, whole: bool) -> Transform:

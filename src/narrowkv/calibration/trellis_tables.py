@@ -15,9 +15,9 @@ def learned_tables(quantizer: TrellisQuantizer, tables: Tensor, x: Tensor) -> Te
     tables: [rates, 2, 16] float32, what the high and the low 4 bits of a window add up to, which stays in float32 while the
     search goes by those on the grid. x: [1, kv_heads, n, head_dim]. Returns tables of the same shape.
     """
-    assert quantizer.scheme.counts is not None
+    assert quantizer.scheme.quantization.counts is not None
     coefficients, states, weight = quantizer.assigned(x)
-    rates, found = trellis.rates_of(quantizer.scheme.counts, x.device), tables.clone()
+    rates, found = trellis.rates_of(quantizer.scheme.quantization.counts, x.device), tables.clone()
     for rate in rates.unique().tolist():
         state, z, w = (part[..., rates == rate].flatten() for part in (states.long(), coefficients, weight))
         counts = torch.bincount(state, weights=w, minlength=trellis.STATES).float()

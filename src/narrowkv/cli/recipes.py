@@ -1,6 +1,7 @@
 """`narrowkv recipes`: list all recipes, or show one."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,22 +14,29 @@ from narrowkv.files import write_json
 
 if TYPE_CHECKING:
     from narrowkv.codec import Scheme
+    from narrowkv.methods import Recipe
 
 app = typer.Typer(help="List recipes, or show one.", no_args_is_help=True)
 
 
-def describe(scheme: "Scheme") -> str:
-    """A scheme in a few words."""
-    if scheme.datatype == "exact":
-        return "exact"
-    if scheme.datatype == "trellis":
-        parts = [f"{scheme.bits:g} bits, trellis-coded", *(["rotated"] if scheme.learned_rotation else [])]
-        parts += ["token norms"] if scheme.token_norm else []
-    else:
-        parts = [f"{scheme.datatype}{scheme.bits}", f"per {scheme.strategy.replace('_', ' and ')}"]
-    parts += ["pre-RoPE"] if scheme.pre_rope else []
-    parts += [f"{100 * scheme.outliers:g}% exact"] if scheme.outliers else []
-    return ", ".join([*parts, "Q-Norm"] if scheme.qnorm else parts)
+def describe(recipe: "Recipe") -> tuple[str, str, str]:
+    """Keys, values and exact tokens of a recipe in a few words each."""
+    counts = {"first": recipe.sinks, "newest": recipe.residual_length}
+    exact = ", ".join(f"{which} {count}" for which, count in counts.items() if count) or "-"
+    space = recipe.search_space
+    if space is None:
+        return recipe.keys.describe(), recipe.values.describe(), exact
+    keys, values = (
+        _choice(schemes, budget) for schemes, budget in zip((space.keys, space.values), space.budgets, strict=True)
+    )
+    return keys, values + (", equal layers" if space.equal_layers else ""), exact
+
+
+def _choice(schemes: "Sequence[Scheme]", budget: float) -> str:
+    """What calibration chooses from under a budget of bits: the first of it, and how much else."""
+    others = len(schemes) - 1
+    rest = f" or {others} other{'s' * (others > 1)}" if others else ""
+    return f"{schemes[0].describe()}{rest}; under {budget:g} bits"
 
 
 @app.command("list")
@@ -42,28 +50,10 @@ def list_recipes() -> None:
     table = Table("recipe", "keys", "values", "exact tokens", "calibration", *models)
     for name in recipe_names():
         recipe = get_recipe(name)
-        exact = ", ".join(
-            text
-            for count, text in (
-                (recipe.sinks, f"first {recipe.sinks}"),
-                (recipe.residual_length, f"newest {recipe.residual_length}"),
-            )
-            if count
-        )
         needed = "needed" if recipe.needs_calibration else "none"
-        keys, values = describe(recipe.keys), describe(recipe.values)
-        if recipe.search_space:
-            keys, values = (
-                f"trellis-coded, rates by channel under {budget:g} bits"
-                if recipe.search_space.by_rate
-                else f"one of {len(every)} under {budget:g} bits"
-                for every, budget in zip(
-                    (recipe.search_space.keys, recipe.search_space.values), recipe.search_space.budgets, strict=True
-                )
-            )
         found = [losses.get(name, {}).get(model) for model in models]
         measured = [f"{loss.encyclopedia:.3f} / {loss.code:.3f} at {loss.bits:.2f}" if loss else "-" for loss in found]
-        table.add_row(name, keys, values, exact or "-", needed, *measured)
+        table.add_row(name, *describe(recipe), needed, *measured)
     table.caption = (
         "Of models: the divergence from the exact one in nats for a token, on encyclopedia text / source code, at the bits "
         "that a cache of 32,768 tokens takes for each element, everything counted."

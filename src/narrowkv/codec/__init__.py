@@ -10,6 +10,7 @@ from narrowkv.codec.quantizers.intrinsic import IntrinsicValueQuantizer
 from narrowkv.codec.quantizers.scalar import Quantizer
 from narrowkv.codec.quantizers.trellis import TrellisQuantizer
 from narrowkv.codec.scheme import Scheme
+from narrowkv.codec.scheme_parts import Outliers, Quantization, Transform
 
 AnyQuantizer = Quantizer | IntrinsicValueQuantizer | TrellisQuantizer
 
@@ -41,9 +42,12 @@ def load_quantizer(scheme: Scheme, tables: dict[str, Tensor], kv_heads: int, hea
 __all__ = [
     "AnyQuantizer",
     "IntrinsicValueQuantizer",
+    "Outliers",
+    "Quantization",
     "QuantizedTensor",
     "Quantizer",
     "Scheme",
+    "Transform",
     "TrellisQuantizer",
     "load_quantizer",
     "quantizer_for",

@@ -37,12 +37,12 @@ class EncodeBuffer:
         self._outliers = 0
         self.outlier_index: Tensor | None = None
         self.outlier_values: Tensor | None = None
-        if scheme.outliers:
+        if scheme.outliers.fraction:
             stored = dtype if dtype.itemsize == 2 else torch.float16
             self.outlier_index = torch.zeros(0, dtype=torch.int64, device=device)
             self.outlier_values = torch.zeros(0, dtype=stored, device=device)
             places = batch * kv_heads * tokens * self._places
-            self.reserve(int(1.125 * scheme.outliers * places) + 1 + AHEAD * (most or 0))
+            self.reserve(int(1.125 * scheme.outliers.fraction * places) + 1 + AHEAD * (most or 0))
 
     @property
     def tokens(self) -> int:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from narrowkv.codec.cpu import encode as compiled
-from narrowkv.codec.scheme import Strategy
+from narrowkv.codec.scheme_parts import Strategy
 from narrowkv.errors import ActivationError
 
 

@@ -1,202 +1,119 @@
 """Scheme: how one tensor, the keys or the values, is quantized. Plain data; what is learned is in `Quantizer`."""
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields
-from typing import Literal, get_args, get_type_hints
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
 
 import torch
 
+from narrowkv.codec.scheme_parts import UNIT, Datatype, Outliers, Quantization, Strategy, Transform, setting_name, stream_bytes
 from narrowkv.errors import RecipeError
 
-Datatype = Literal["exact", "int", "nf", "fp", "nuq", "iv", "iv-kmeans", "trellis"]
-Strategy = Literal["channel", "token", "token_head", "block"]
-OutlierScope = Literal["vector", "matrix"]
-Weighting = Literal["fisher_scaled", "fisher", "none"]
-ScaleDtype = Literal["float16", "float8"]
 RangeForm = tuple[tuple[int, int, int], torch.dtype]
 
-MAX_OUTLIERS = 0.02
-BLOCK = 64  # tokens of a block, the unit in which a store packs
-MAX_GROUP_SIZE, MAX_OUTLIER_CAP, MAX_LOOKAHEAD_BLOCKS = 512, 2**16, 64  # channels of a head, exact elements of a token, blocks
-# fields that an encoder need not know: of codes and codebooks it is given, or of what is done before and after it
-AROUND_CODES = ("bits", "weighting", "qnorm", "pre_rope", "remove_bias", "fold_gain")
-UNIT, MOST_RATE, MOST_UNITS = 8, 6, 64  # trellis: channels of one rate, bits of a channel, units of a head
-
-
-def stream_bytes(counts: Sequence[int]) -> int:
-    """Bytes of a token's trellis-coded stream with counts[k] units of rate k."""
-    return sum(rate * count for rate, count in enumerate(counts))
+PARTS = (Quantization, Transform, Outliers)
+# settings that an encoder need not know: of codes and codebooks it is given, or of what is done before and after it
+AROUND_CODES = frozenset({"bits", "weighting", "qnorm", "pre_rope", "remove_bias", "fold_gain"})
+WORDS = {"pre_rope": "pre-RoPE", "qnorm": "Q-Norm", "group_size": "groups of"}
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one tensor [batch, kv_heads, tokens, head_dim] is quantized.
+    """How one tensor [batch, kv_heads, tokens, head_dim] is quantized: the codes, what is done before, and what stays exact.
 
-    bits: of codes for each element: 2, 3, 4 or 8, with `trellis` any up to 6; 16 means the model's own dtype and goes with
-        datatype `exact` only.
-    datatype: `int` (evenly spaced), `nf` (NormalFloat), `fp` (e2m1 or e4m3, its range symmetric and without a zero point),
-        `nuq` (codebook learned per layer), `iv` and `iv-kmeans` (four intrinsic values of each block, `codec.intrinsic`, found
-        by frequency or by k-means), `trellis` (trellis-coded streams, `codec.trellis`), `exact` (not quantized).
-    strategy: who shares a scale and zero: a `channel` over the whole run (static, learned offline), a `token` over all its
-        KV heads, or a token in one head (`token_head`), both taken online; a `block` of `group` tokens in one head, for `iv`.
-    group_size: finer than that: this many consecutive tokens of a `channel` (taken online, then), or this many consecutive
-        channels of a token (`token_head`), as KIVI has it. None: no groups.
-    pre_rope: keys are stored before the rotary embedding and rotated when read. Values ignore it.
-    outliers: fraction of the elements left exact, half at each tail, 0 to 0.02.
-    outlier_scope: thresholds per `vector` (the channel, or the token), or one pair per layer (`matrix`, for ablation).
-    outlier_cap: at most this many exact elements per token over all KV heads, the farthest out first.
-    weighting: what the codebook minimizes: `fisher_scaled` is sum F s^2 (a - Q(a))^2 (KVQuant, section 3.3 and
-        appendix E), `fisher` leaves s^2 out, `none` is plain k-means.
-    qnorm: shift and scale the codebook so that mean and deviation survive rounding (KVQuant v1, Q-Norm).
-    hadamard: codes are those of the head after a randomized Hadamard rotation, which reading rotates back.
-    learned_rotation: with `trellis`, codes are those of the head after a rotation learned offline, which takes correlations
-    out; reading
-        rotates back.
-    scale_dtype: in which online scales are stored: `float16`, or `float8` (e4m3, for datatype `fp`), as multiples of a
-        bfloat16 scale that each token has over all its KV heads.
-    smooth_alpha: elements are divided by a factor for each pair of channels before they are quantized, their largest magnitude
-    to
-        this power (SmoothQuant's alpha); 0 for none. Learned offline.
-    round_down: with `iv`, an element takes the level below it, as published, instead of the nearest.
-    lookahead_blocks: with `iv`, the levels of a block are those of a sliding window of this many blocks, itself and those that
-    follow it. remove_bias: what a projection adds to every key, or value, is taken out before elements are quantized
-    (`store.bias`);
-        not where ranges are static, since those of a channel take a constant in, and not from intrinsic values, as published.
-    fold_gain: keys stored after the rotary embedding are divided by the gain of the norm that made them, one factor for each
-        pair of channels, before they are quantized, where ranges are shared by channels; the query is multiplied by it.
-    counts: with `trellis`, how many units of 8 channels of a head have rates of 0, 1, ... 6 bits; None where calibration is
-        yet to allocate them.
-    token_norm: with `trellis`, a token's head is divided by its norm first, which is stored in 8 bits.
-
-    Raises RecipeError where these contradict each other.
+    Its settings are the fields of all three parts under names of their own, as they stand in files and as encoders declare
+    which of them they support: those of `Outliers` are called `outliers`, `outlier_scope` and `outlier_cap`, all others as the
+    fields are. Raises RecipeError where the parts contradict each other.
     """
 
-    bits: float
-    datatype: Datatype
-    strategy: Strategy = "token"
-    pre_rope: bool = False
-    outliers: float = 0.0
-    outlier_scope: OutlierScope = "vector"
-    outlier_cap: int | None = None
-    weighting: Weighting = "fisher_scaled"
-    qnorm: bool = False
-    group_size: int | None = None
-    hadamard: bool = False
-    learned_rotation: bool = False
-    scale_dtype: ScaleDtype = "float16"
-    smooth_alpha: float = 0.0
-    round_down: bool = False
-    lookahead_blocks: int = 1
-    remove_bias: bool = True
-    fold_gain: bool = True
-    counts: tuple[int, ...] | None = None
-    token_norm: bool = False
+    quantization: Quantization
+    transform: Transform = field(default_factory=Transform)
+    outliers: Outliers = field(default_factory=Outliers)
 
     def __post_init__(self) -> None:
-        for field, hint in get_type_hints(type(self)).items():
-            choices = [choice for choice in get_args(hint) if isinstance(choice, str)]
-            if choices and getattr(self, field) not in choices:
-                raise RecipeError(f"{field} {getattr(self, field)!r} does not exist; choose one of {', '.join(choices)}.")
-        if self.datatype == "exact":
-            if self.bits != 16 or self.outliers or self.qnorm:
-                raise RecipeError("An exact scheme has 16 bits and neither outliers nor Q-Norm; drop those settings.")
-        elif self.datatype == "trellis":
-            self._check_trellis()
-        elif self.bits not in (2, 3, 4, 8) or type(self.bits) is not int:
-            raise RecipeError(f"{self.bits} bits are not supported; choose 2, 3, 4 or 8 (or the recipe fp16).")
-        if self.datatype == "fp" and self.bits not in (4, 8):
-            raise RecipeError("Datatype fp has 4 bits (e2m1) or 8 (e4m3).")
-        if self.scale_dtype == "float8" and (self.datatype != "fp" or self.strategy == "channel" or self.outliers):
-            raise RecipeError("Scales of 8 bits go with datatype fp, ranges within a token, and no outliers.")
-        if self.hadamard and (self.datatype == "exact" or self.needs_calibration):
+        self._check_outliers()
+        online = self.datatype != "exact" and not self.needs_calibration
+        if self.transform.hadamard and (not online or self.strategy == "block"):
             raise RecipeError("The Hadamard rotation goes with codes whose ranges are taken online and need no calibration.")
-        if self.datatype in ("nf", "nuq") and self.bits == 8:
-            raise RecipeError(f"Datatype {self.datatype} has 2, 3 or 4 bits; with 8 bits choose int.")
-        if not isinstance(self.outliers, (int, float)) or not 0 <= self.outliers <= MAX_OUTLIERS:
-            raise RecipeError(f"An outlier fraction of {self.outliers} is outside 0 to {MAX_OUTLIERS} (0% to 2%).")
-        cap = self.outlier_cap
-        if cap is not None and (type(cap) is not int or not 1 <= cap <= MAX_OUTLIER_CAP or not self.outliers):
-            raise RecipeError(
-                f"An outlier cap is an integer from 1 to {MAX_OUTLIER_CAP} and needs an outlier fraction above 0."
-            )
-        if self.group_size is not None:
-            self._check_group(self.group_size)
-        for name in (
-            "pre_rope",
-            "qnorm",
-            "hadamard",
-            "learned_rotation",
-            "round_down",
-            "remove_bias",
-            "fold_gain",
-            "token_norm",
-        ):
-            if not isinstance(getattr(self, name), bool):
-                raise RecipeError(f"{name} is true or false, not {getattr(self, name)!r}.")
-        if self.qnorm and self.datatype != "nuq":
-            raise RecipeError("Q-Norm adjusts a learned codebook; it needs datatype nuq.")
-        self._check_smooth()
-        self._check_block()
-        self._check_rotation()
-
-    def _check_smooth(self) -> None:
-        if (
-            not isinstance(self.smooth_alpha, (int, float))
-            or isinstance(self.smooth_alpha, bool)
-            or not 0 <= self.smooth_alpha <= 1
-        ):
-            raise RecipeError(f"smooth_alpha is a power from 0 to 1, not {self.smooth_alpha!r}.")
-        if self.smooth_alpha and (self.datatype not in ("int", "nf", "fp") or self.strategy == "channel" or self.outliers):
+        by_step = self.datatype in ("int", "nf", "fp") and self.strategy != "channel"
+        if self.transform.smooth_alpha and (not by_step or self.outliers.fraction):
             raise RecipeError("Smoothing goes with codes of int, nf or fp whose ranges are taken online, without outliers.")
+        if self.transform.learned_rotation and self.datatype != "trellis":
+            raise RecipeError("Learned rotations go with datatype trellis.")
 
-    def _check_trellis(self) -> None:
-        if self.strategy != "channel" or self.group_size or self.outlier_scope == "matrix" or self.outlier_cap:
-            raise RecipeError("Trellis-coded streams go with strategy channel, without groups, caps or matrix scope.")
-        if not isinstance(self.bits, (int, float)) or isinstance(self.bits, bool) or not 0 < self.bits <= MOST_RATE:
-            raise RecipeError(f"A trellis-coded stream has more than 0 and at most {MOST_RATE} bits, not {self.bits!r:.40}.")
-        if self.counts is None:
-            return
-        counts = tuple(self.counts) if isinstance(self.counts, (tuple, list)) else ()
-        object.__setattr__(self, "counts", counts)  # JSON has lists
-        whole = all(type(count) is int and 0 <= count <= MOST_UNITS for count in counts)
-        if len(counts) != MOST_RATE + 1 or not whole or not 0 < sum(counts[1:]) <= sum(counts) <= MOST_UNITS:
-            raise RecipeError(
-                f"counts are {MOST_RATE + 1} integers of units, one for each rate from 0 to {MOST_RATE}, {MOST_UNITS} "
-                f"units at most and one with codes at least, not {self.counts!r:.80}."
-            )
-
-    def _check_block(self) -> None:
-        by_value = self.datatype in ("iv", "iv-kmeans")
-        if by_value != (self.strategy == "block") or (self.round_down and not by_value):
-            raise RecipeError("Intrinsic values (iv, iv-kmeans) go with strategy block, and round_down with both.")
-        if by_value and (self.bits != 2 or not self.group_size or self.outliers or self.hadamard):
-            raise RecipeError("Intrinsic values have 2 bits, a group of tokens, and neither outliers nor a Hadamard rotation.")
-        if (
-            type(self.lookahead_blocks) is not int
-            or not 1 <= self.lookahead_blocks <= MAX_LOOKAHEAD_BLOCKS
-            or (self.lookahead_blocks > 1 and not by_value)
-        ):
-            raise RecipeError(
-                f"lookahead_blocks is an integer from 1 to {MAX_LOOKAHEAD_BLOCKS}, 1 but for intrinsic values, not "
-                f"{self.lookahead_blocks!r:.40}."
-            )
-
-    def _check_rotation(self) -> None:
-        if self.datatype != "trellis" and (self.counts is not None or self.token_norm or self.learned_rotation):
-            raise RecipeError("Counts of rates, norms of tokens and learned rotations go with datatype trellis.")
-        if self.learned_rotation and self.pre_rope:
-            raise RecipeError("Keys that are stored before the rotary embedding cannot be rotated; choose one of the two.")
-
-    def _check_group(self, group: int) -> None:
-        if type(group) is not int or not 8 <= group <= MAX_GROUP_SIZE or self.strategy == "token" or self.datatype == "exact":
-            raise RecipeError(
-                f"A group is an integer from 8 to {MAX_GROUP_SIZE} and goes with codes by channel or block (tokens) or "
-                "token_head (channels)."
-            )
-        if self.strategy in ("channel", "block") and BLOCK % group:
-            raise RecipeError(f"Groups of {group} tokens do not fill blocks of {BLOCK}; choose 8, 16, 32 or 64.")
-        if self.outlier_scope == "matrix" and self.outliers:
+    def _check_outliers(self) -> None:
+        if self.outliers.fraction:
+            if self.datatype == "exact" or self.strategy == "block":
+                raise RecipeError("Exact schemes and intrinsic values have no outliers; leave these out.")
+            if self.quantization.scale_dtype == "float8":
+                raise RecipeError("Scales of 8 bits go without outliers; leave one of the two out.")
+        if self.datatype == "trellis" and (self.outliers.scope == "matrix" or self.outliers.cap):
+            raise RecipeError("Trellis-coded streams have outliers without cap or matrix scope; leave these out.")
+        if self.group_size and self.outliers.by_matrix:
             raise RecipeError("Outlier thresholds per matrix are learned offline and do not go with groups; choose vector.")
+
+    @cached_property
+    def bits(self) -> float:
+        """Bits of codes for each element."""
+        return self.quantization.bits
+
+    @cached_property
+    def datatype(self) -> Datatype:
+        """What codes stand for."""
+        return self.quantization.datatype
+
+    @cached_property
+    def strategy(self) -> Strategy:
+        """Who shares a scale and zero."""
+        return self.quantization.strategy
+
+    @cached_property
+    def group_size(self) -> int | None:
+        """How many consecutive tokens or channels share them, if not all."""
+        return self.quantization.group_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as plain data, which `from_dict` reads back."""
+        return {name: setting for name, setting, _ in self._every_setting()}
+
+    def settings(self) -> dict[str, Any]:
+        """Those that differ from the defaults, or have none."""
+        return {name: setting for name, setting, default in self._every_setting() if setting != default}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> "Scheme":
+        """Inverse of `to_dict`; raises RecipeError on unknown, missing or wrong settings."""
+        names = [{setting_name(each): each.name for each in fields(kind)} for kind in PARTS]
+        unknown = sorted(set(plain).difference(*names))
+        if unknown:
+            raise RecipeError(
+                f"A Scheme has no field {', '.join(unknown)[:80]}; `narrowkv recipes show NAME` prints a valid recipe."
+            )
+        if not {"bits", "datatype"} <= set(plain):
+            raise RecipeError("A Scheme needs bits and datatype; `narrowkv recipes show NAME` prints a valid recipe.")
+        quantization, transform, outliers = ({known[name]: plain[name] for name in known if name in plain} for known in names)
+        return cls(Quantization(**quantization), Transform(**transform), Outliers(**outliers))
+
+    def with_settings(self, **changes: Any) -> "Scheme":
+        """A copy with settings replaced, of any part: `with_settings(bits=4, pre_rope=False, outliers=0.01)`."""
+        return self.from_dict(self.to_dict() | changes)
+
+    def _every_setting(self) -> Iterator[tuple[str, Any, Any]]:
+        """Name, setting, and default of each; the last is MISSING where there is none."""
+        for part in (self.quantization, self.transform, self.outliers):
+            for each in fields(part):
+                yield setting_name(each), getattr(part, each.name), each.default
+
+    def describe(self) -> str:
+        """The settings that differ from the defaults in a line, which no other scheme has."""
+        rest = {name: setting for name, setting in self.settings().items() if name not in ("bits", "datatype")}
+        head = "exact" if self.datatype == "exact" else f"{self.datatype}{self.bits}"
+        return ", ".join([head, *(_in_words(name, setting) for name, setting in rest.items())])
+
+    def differs_only_in(self, names: Collection[str]) -> bool:
+        """Whether all other settings are as they are by default, but for what is learned and done around the codes."""
+        return self.settings().keys() <= AROUND_CODES.union(names)
 
     def require_head_dim(self, head_dim: int) -> None:
         """Raise RecipeError where groups, pairs or units of channels do not fill a head."""
@@ -204,47 +121,40 @@ class Scheme:
             raise RecipeError(
                 f"Units of {UNIT} channels do not fill a head_dim of {head_dim}; choose another recipe than trellis."
             )
-        if self.counts is not None and sum(self.counts) * UNIT != head_dim:
-            raise RecipeError(f"{sum(self.counts)} units do not make a head_dim of {head_dim}; calibrate this model.")
-        if self.smooth_alpha and head_dim % 2:
+        counts = self.quantization.counts
+        if counts is not None and sum(counts) * UNIT != head_dim:
+            raise RecipeError(f"{sum(counts)} units do not make a head_dim of {head_dim}; calibrate this model.")
+        if self.transform.smooth_alpha and head_dim % 2:
             raise RecipeError(f"Pairs of channels do not fill a head_dim of {head_dim}; choose a recipe without smoothing.")
         if self.strategy == "token_head" and self.group_size and head_dim % self.group_size:
             raise RecipeError(
                 f"Groups of {self.group_size} channels do not fill a head_dim of {head_dim}; choose another group."
             )
 
-    def differs_only_in(self, names: Collection[str]) -> bool:
-        """Whether all other fields are as they are by default, but for what is learned and done around the codes."""
-        return all(
-            getattr(self, field.name) == field.default
-            for field in fields(self)
-            if field.name not in names and field.name not in AROUND_CODES
-        )
-
-    @property
+    @cached_property
     def code_bits(self) -> int:
         """Bits of one code."""
         return 8 if self.datatype == "trellis" else int(self.bits)
 
     def codes(self, head_dim: int) -> int:
         """How many codes a token has in one head: with `trellis`, the bytes of its stream and of its norm."""
-        if self.counts is not None:
-            return stream_bytes(self.counts) + self.token_norm
+        if self.quantization.counts is not None:
+            return stream_bytes(self.quantization.counts) + self.quantization.token_norm
         return head_dim
 
     def outlier_places(self, head_dim: int) -> int:
         """How many places of outliers a token has in one head: its codes, or, with `trellis`, the channels that have codes."""
-        return self.codes(head_dim) if self.counts is None else UNIT * sum(self.counts[1:])
+        return self.codes(head_dim) if self.quantization.counts is None else UNIT * sum(self.quantization.counts[1:])
 
-    @property
+    @cached_property
     def tokens_per_group(self) -> int:
         """How many tokens can only be encoded at once."""
         return self.group_size if self.strategy in ("channel", "block") and self.group_size else 1
 
-    @property
+    @cached_property
     def lookahead_tokens(self) -> int:
         """How many tokens must follow, exact still, where others are encoded."""
-        return (self.lookahead_blocks - 1) * self.tokens_per_group
+        return (self.quantization.lookahead_blocks - 1) * self.tokens_per_group
 
     def range_forms(self, kv_heads: int, tokens: int, head_dim: int) -> dict[str, RangeForm]:
         """Stored online ranges, by name: shape without the batch, for whole groups of tokens, and dtype."""
@@ -260,33 +170,43 @@ class Scheme:
                 tokens,
                 (head_dim // self.group_size if self.group_size else 1),
             )
-        if self.scale_dtype == "float8":
+        if self.quantization.scale_dtype == "float8":
             return {"scale": (shape, torch.float8_e4m3fn), "token_scale": ((1, tokens, 1), torch.bfloat16)}
         return dict.fromkeys(("scale",) if self.symmetric else ("scale", "zero"), (shape, torch.float16))
 
-    @property
+    @cached_property
     def symmetric(self) -> bool:
         """Whether ranges are symmetric, so that there is no zero point."""
         return self.datatype == "fp"
 
-    @property
+    @cached_property
     def static(self) -> bool:
         """Whether scale and zero are fixed by calibration."""
         return self.datatype != "exact" and self.strategy == "channel" and self.group_size is None
 
-    @property
+    @cached_property
     def takes_bias_out(self) -> bool:
         """Whether a constant that is added to all elements of a channel would cost precision, and so is taken out."""
-        return self.remove_bias and self.datatype != "exact" and not self.static and self.strategy != "block"
+        return self.transform.remove_bias and self.datatype != "exact" and not self.static and self.strategy != "block"
 
-    @property
+    @cached_property
     def takes_gain_out(self) -> bool:
         """Whether keys are divided by the gain of a norm."""
-        by_token = self.strategy in ("token", "token_head") and not (self.pre_rope or self.outliers or self.smooth_alpha)
-        return self.fold_gain and by_token and self.datatype in ("int", "nf", "fp")
+        by_token = self.strategy in ("token", "token_head") and self.datatype in ("int", "nf", "fp")
+        otherwise = self.transform.pre_rope or self.transform.smooth_alpha or self.outliers.fraction
+        return self.transform.fold_gain and by_token and not otherwise
 
-    @property
+    @cached_property
     def needs_calibration(self) -> bool:
         """Whether anything of it is learned offline."""
-        by_matrix = self.outliers > 0 and self.outlier_scope == "matrix"
-        return self.static or self.datatype == "nuq" or by_matrix or self.smooth_alpha > 0
+        return self.static or self.datatype == "nuq" or self.outliers.by_matrix or self.transform.smooth_alpha > 0
+
+
+def _in_words(name: str, setting: Any) -> str:
+    """One setting of a description."""
+    if name == "strategy":
+        return f"per {setting.replace('_', ' and ')}"
+    word = WORDS.get(name, name.replace("_", " "))
+    if isinstance(setting, bool):
+        return word if setting else f"no {word}"
+    return f"{word} {' '.join(map(str, setting)) if isinstance(setting, tuple) else setting}"

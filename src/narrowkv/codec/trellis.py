@@ -15,7 +15,7 @@ from torch import Tensor
 
 import narrowkv._kernels as _kernels
 from narrowkv.codec.memory import address
-from narrowkv.codec.scheme import MOST_RATE, UNIT, stream_bytes
+from narrowkv.codec.scheme_parts import MOST_RATE, UNIT, stream_bytes
 from narrowkv.errors import RecipeError
 
 STATES = 256

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from narrowkv.codec import Scheme
-from narrowkv.codec.scheme import Weighting
+from narrowkv.codec import Outliers, Quantization, Scheme, Transform
+from narrowkv.codec.scheme_parts import Weighting
 from narrowkv.errors import RecipeError
 from narrowkv.integrations.probe import ModelInfo
 from narrowkv.methods import Recipe
@@ -15,7 +15,7 @@ FRACTIONS = (0.0, 0.001, 0.0025, 0.005, 0.0075, 0.01)
 SINKS = (0, 1, 4)
 GROUPS = (64, 32, 16)
 WEIGHTINGS: dict[Weighting, str] = {"none": "unweighted", "fisher": "Fisher", "fisher_scaled": "Fisher with s²"}
-EXACT = Scheme(16, "exact")
+EXACT = Scheme(Quantization(16, "exact"))
 OWN_TEXT = "calibration text"
 
 
@@ -37,12 +37,12 @@ def steps(bits: Sequence[int], info: ModelInfo) -> list[AblationStep]:
     """From integers for each token to all of the method, a step at a time (tables 1 to 5 of the paper in one)."""
     ablation_steps = []
     for width in bits:
-        token = Scheme(width, "int", strategy="token")
+        token = Scheme(Quantization(width, "int", strategy="token"))
         ablation = [("integers per token", _recipe(token, token))]
-        keys = Scheme(width, "int", strategy="channel")
+        keys = Scheme(Quantization(width, "int", strategy="channel"))
         ablation.append(("keys per channel", _recipe(keys, token)))
         if rotates(info):
-            keys = replace(keys, pre_rope=True)
+            keys = keys.with_settings(pre_rope=True)
             ablation.append(("keys before RoPE", _recipe(keys, token)))
         for weighting, label in WEIGHTINGS.items():
             ablation.append((f"non-uniform, {label}", _both(keys, token, datatype="nuq", weighting=weighting)))
@@ -62,25 +62,30 @@ def grid(bits: Sequence[int], info: ModelInfo) -> list[AblationStep]:
     """Integers with ranges by channel, token, or token and head, in groups, keys before and after RoPE; the rest exact."""
     ablation_steps = []
     for width in bits:
-        ranges = {"channel": Scheme(width, "int", strategy="channel")}
-        ranges |= {f"channel, {group} tokens": Scheme(width, "int", strategy="channel", group_size=group) for group in GROUPS}
+        ranges = {"channel": Scheme(Quantization(width, "int", strategy="channel"))}
         ranges |= {
-            "token": Scheme(width, "int", strategy="token"),
-            "token and head": Scheme(width, "int", strategy="token_head"),
+            f"channel, {group} tokens": Scheme(Quantization(width, "int", strategy="channel", group_size=group))
+            for group in GROUPS
         }
         ranges |= {
-            f"token, {group} channels": Scheme(width, "int", strategy="token_head", group_size=group)
+            "token": Scheme(Quantization(width, "int", strategy="token")),
+            "token and head": Scheme(Quantization(width, "int", strategy="token_head")),
+        }
+        ranges |= {
+            f"token, {group} channels": Scheme(Quantization(width, "int", strategy="token_head", group_size=group))
             for group in GROUPS
             if fits(group, info)
         }
         for label, scheme in ranges.items():
             for rotated in (False, True) if rotates(info) else (True,):
-                keys = replace(scheme, pre_rope=not rotated)
+                keys = scheme.with_settings(pre_rope=not rotated)
                 column = "keys after RoPE" if rotated else "keys before RoPE"
                 place = {"bits": width, "side": column if rotates(info) else "keys", "range": label}
                 ablation_steps.append(AblationStep(f"{column}, {label}", _recipe(keys, EXACT), place))
             place = {"bits": width, "side": "values", "range": label}
-            ablation_steps.append(AblationStep(f"values, {label}", _recipe(replace(EXACT, pre_rope=False), scheme), place))
+            ablation_steps.append(
+                AblationStep(f"values, {label}", _recipe(EXACT.with_settings(pre_rope=False), scheme), place)
+            )
     return ablation_steps
 
 
@@ -108,7 +113,7 @@ def parts(bits: Sequence[int], info: ModelInfo) -> list[AblationStep]:
     ablation_steps = []
     for width in bits:
         whole = kvquant(width, info)
-        exact_keys = replace(EXACT, pre_rope=whole.keys.pre_rope)
+        exact_keys = EXACT.with_settings(pre_rope=whole.keys.transform.pre_rope)
         for side, keys, values in (
             ("keys", whole.keys, EXACT),
             ("values", exact_keys, whole.values),
@@ -146,8 +151,8 @@ ABLATIONS: dict[str, Callable[[Sequence[int], ModelInfo], list[AblationStep]]] =
 
 def kvquant(width: int, info: ModelInfo, part: float = 0.01, count: int = 1) -> Recipe:
     """KVQuant with so much of outliers and this many exact first tokens; after RoPE where the model has none."""
-    keys = Scheme(width, "nuq", strategy="channel", pre_rope=rotates(info), outliers=part)
-    return _recipe(keys, Scheme(width, "nuq", strategy="token", outliers=part), sinks=count)
+    keys = Scheme(Quantization(width, "nuq", strategy="channel"), Transform(pre_rope=rotates(info)), Outliers(part))
+    return _recipe(keys, Scheme(Quantization(width, "nuq", strategy="token"), outliers=Outliers(part)), sinks=count)
 
 
 def rotates(info: ModelInfo) -> bool:
@@ -169,20 +174,9 @@ def require_widths(bits: Sequence[int]) -> None:
 
 def _both(keys: Scheme, values: Scheme, sinks: int = 0, **changes: Any) -> Recipe:
     """A recipe of two schemes with the same changes to both."""
-    return _recipe(replace(keys, **changes), replace(values, **changes), sinks)
+    return _recipe(keys.with_settings(**changes), values.with_settings(**changes), sinks)
 
 
 def _recipe(keys: Scheme, values: Scheme, sinks: int = 0) -> Recipe:
     """A recipe named by what distinguishes it from others."""
-    return Recipe(f"{_name(keys)} {_name(values)} sinks {sinks}", keys=keys, values=values, sinks=sinks)
-
-
-def _name(scheme: Scheme) -> str:
-    if scheme.datatype == "exact":
-        return "exact"
-    parts = [f"{scheme.datatype}{scheme.bits}", scheme.strategy, *([f"g{scheme.group_size}"] if scheme.group_size else [])]
-    parts += ["pre-RoPE"] if scheme.pre_rope else []
-    parts += [scheme.weighting] if scheme.datatype == "nuq" else []
-    parts += [f"{scheme.outliers:.2%} by {scheme.outlier_scope}"] if scheme.outliers else []
-    parts += ["Q-Norm"] if scheme.qnorm else []
-    return "/".join(parts)
+    return Recipe(f"keys {keys.describe()}; values {values.describe()}; sinks {sinks}", keys=keys, values=values, sinks=sinks)

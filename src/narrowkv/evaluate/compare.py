@@ -114,10 +114,12 @@ def _row(
 
 def _rates(source: Source) -> dict[str, dict[str, list[int]]] | None:
     """How many units of 8 coefficients have 0, 1, ... bits, by tensor and layer; None where no rates were allocated."""
-    if not isinstance(source, Calibration) or all(pair[0].scheme.counts is None for pair in source.layers.values()):
+    if not isinstance(source, Calibration) or all(
+        pair[0].scheme.quantization.counts is None for pair in source.layers.values()
+    ):
         return None
     return {
-        name: {str(layer): list(pair[side].scheme.counts or ()) for layer, pair in source.layers.items()}
+        name: {str(layer): list(pair[side].scheme.quantization.counts or ()) for layer, pair in source.layers.items()}
         for side, name in enumerate(("keys", "values"))
     }
 

@@ -84,4 +84,4 @@ def require_text(learning: Sequence[Recipe], learn_from: object) -> None:
 
 def _without_rates(scheme: Scheme, wanted: Scheme) -> Scheme:
     """A scheme as it was before calibration allocated its rates, if that is what was requested."""
-    return scheme if scheme.counts is None else replace(scheme, counts=None, bits=wanted.bits)
+    return scheme if scheme.quantization.counts is None else scheme.with_settings(counts=None, bits=wanted.bits)

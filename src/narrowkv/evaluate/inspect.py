@@ -191,7 +191,7 @@ def _distribution_row(layer_info: AttentionLayerInfo, fits: LayerFits, recipe: R
     return {
         "what": "distribution",
         "layer": layer_info.layer,
-        "tensor": ("keys" if scheme.pre_rope or layer_info.rope is None else "rotated") if keys else "values",
+        "tensor": ("keys" if scheme.transform.pre_rope or layer_info.rope is None else "rotated") if keys else "values",
         "bits": scheme.bits,
         "density": _plain(_density(histogram.count)),
         "weight": _plain(_density(histogram.weight)),

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from narrowkv.attention import AUTO
 from narrowkv.calibration import Calibration
 from narrowkv.calibration.wrappers import require_head, unwrapped
-from narrowkv.codec import Scheme
+from narrowkv.codec import Quantization, Scheme, Transform
 from narrowkv.codec.surroundings import runs_undisturbed
 from narrowkv.defaults import STREAM_CHUNK
 from narrowkv.errors import ActivationError
@@ -206,8 +206,8 @@ def filled(model: PreTrainedModel, source: Source, ids: Tensor, tokens: int, bac
     """
     ids = ids[:, :tokens].to(model.device)
     cache = PackedCache(model, source, backend=backend)
-    exact_keys = Scheme(16, "exact", pre_rope=cache.recipe.keys.pre_rope)
-    seen = PackedCache(model, Recipe("seen", keys=exact_keys, values=Scheme(16, "exact")), backend=backend)
+    exact_keys = Scheme(Quantization(16, "exact"), Transform(pre_rope=cache.recipe.keys.transform.pre_rope))
+    seen = PackedCache(model, Recipe("seen", keys=exact_keys, values=Scheme(Quantization(16, "exact"))), backend=backend)
     model(ids, **{CACHE: cache}, use_cache=True)
     model(ids, **{CACHE: seen}, use_cache=True)
     for position_buffer in cache.position_buffers.values():  # first: a bias is taken out of keys by their positions

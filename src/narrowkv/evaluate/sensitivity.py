@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from narrowkv.calibration import Calibration
-from narrowkv.codec import Quantizer, Scheme
+from narrowkv.codec import Quantization, Quantizer, Scheme, Transform
 from narrowkv.evaluate.perplexity import divergences
 from narrowkv.integrations import PackedCache
 from narrowkv.integrations.versions import CACHE
@@ -18,7 +18,10 @@ from narrowkv.methods import LayerSchemes
 def parts(calibration: Calibration) -> dict[tuple[int, str], Calibration]:
     """One calibration for the keys and one for the values of each layer, all else exact."""
     exact = {
-        layer: LayerSchemes(Scheme(16, "exact", pre_rope=keys.scheme.pre_rope), Scheme(16, "exact"))
+        layer: LayerSchemes(
+            Scheme(Quantization(16, "exact"), Transform(pre_rope=keys.scheme.transform.pre_rope)),
+            Scheme(Quantization(16, "exact")),
+        )
         for layer, (keys, _) in calibration.layers.items()
     }
     exact_pairs = {layer: (Quantizer(pair.keys), Quantizer(pair.values)) for layer, pair in exact.items()}

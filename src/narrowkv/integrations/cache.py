@@ -128,7 +128,7 @@ class PackedCache(RunningCache):
             quantizer.scheme.require_head_dim(layer_info.head_dim)
         rope = layer_info.rope.to(self.device) if layer_info.rope else None
         bias = bias_of(layer_info.constants, rope, keys.scheme, values.scheme, self.device)
-        recorded = rope is not None and (keys.scheme.pre_rope or bias.depends_on_position)
+        recorded = rope is not None and (keys.scheme.transform.pre_rope or bias.depends_on_position)
         position_buffer = self.position_buffers.setdefault(rope.record, PositionBuffer()) if rope and recorded else None
         bias.position_buffer = position_buffer if bias.depends_on_position else None
         store = LayerStore(keys, values, self.recipe.sinks, self.recipe.residual_length, bias)

@@ -69,5 +69,5 @@ def explain(cache: PackedCache) -> Explanation:
     biases = [layer.store.bias for layer in cache.packed]
     taken = tuple(sum(part is not None for part in side) for side in zip(*((b.keys, b.values) for b in biases), strict=True))
     keys = [layer.store.quantizers[0] for layer in cache.packed]
-    gain = sum("smooth" in one.tensors() and one.scheme.smooth_alpha == 0 for one in keys)
+    gain = sum("smooth" in one.tensors() and one.scheme.transform.smooth_alpha == 0 for one in keys)
     return Explanation(cache.recipe.name, layers, positions, cache.elements, (taken[0], taken[1]), gain)

@@ -58,7 +58,7 @@ class PackedLayer(CacheLayerMixin):
     @property
     def rotates_on_read(self) -> bool:
         """Whether keys are stored before the rotary embedding."""
-        return self.rope is not None and self.store.quantizers[0].scheme.pre_rope
+        return self.rope is not None and self.store.quantizers[0].scheme.transform.pre_rope
 
     def rotate(self, x: Tensor, rope_state: Tensor | None, precision: torch.dtype | None = None) -> Tensor:
         """Rotate x: [batch, heads, new, head_dim] as the model's layer does, in no fewer bits than `precision` and x have."""

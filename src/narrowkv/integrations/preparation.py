@@ -98,7 +98,7 @@ def model_info_for(model: PreTrainedModel, backend: str, recipes: Sequence[Recip
     info = prepare_dense(model) if backend == DENSE else prepare(model)
     for recipe in recipes:
         recipe.require_layers([layer_info.layer for layer_info in info.attention])
-        if backend == DENSE and any(keys.pre_rope for keys, _ in recipe.every_scheme()):
+        if backend == DENSE and any(keys.transform.pre_rope for keys, _ in recipe.every_scheme()):
             raise RecipeError(
                 f"Recipe {recipe.name} stores keys before the rotary embedding, which the dense path never sees; choose "
                 f"{recipe.name}-postrope, or another backend."

@@ -146,7 +146,7 @@ def with_gain(quantizer: AnyQuantizer, constants: Constants) -> AnyQuantizer:
 
 def bias_of(constants: Constants, rope: AnyRope | None, keys: Scheme, values: Scheme, device: torch.device) -> Bias:
     """What a store takes out of the keys and values of a layer, by their schemes; its position buffer is yet to be given."""
-    after = rope is not None and not keys.pre_rope
+    after = rope is not None and not keys.transform.pre_rope
     key_bias = constants.keys if keys.takes_bias_out else None
     of_values = constants.values if values.takes_bias_out else None
     key_bias, of_values = (None if part is None else part.to(device) for part in (key_bias, of_values))

@@ -6,7 +6,7 @@ embedding.
 
 import re
 
-from narrowkv.codec import Scheme
+from narrowkv.codec import Quantization, Scheme, Transform
 from narrowkv.methods.recipe import Recipe
 
 NAMES = ("hadamard-int4", "hadamard-int3", "hadamard-int2")
@@ -17,5 +17,5 @@ def recipe(name: str) -> Recipe | None:
     match = re.fullmatch(r"hadamard-int(\d+)", name)
     if match is None:
         return None
-    scheme = Scheme(int(match[1]), "int", strategy="token_head", hadamard=True)
+    scheme = Scheme(Quantization(int(match[1]), "int", strategy="token_head"), Transform(hadamard=True))
     return Recipe(name, keys=scheme, values=scheme)

@@ -10,8 +10,8 @@ after the rotary embedding.
 
 import re
 
-from narrowkv.codec import Scheme
-from narrowkv.codec.scheme import Datatype
+from narrowkv.codec import Quantization, Scheme
+from narrowkv.codec.scheme_parts import Datatype
 from narrowkv.methods.recipe import Recipe
 
 NAMES = ("intrinsic-2", "intrinsic-2-nearest", "intrinsic-2-kmeans", "intrinsic-2-nearest-kmeans", "intrinsic-2-nearest-w4")
@@ -24,6 +24,8 @@ def recipe(name: str) -> Recipe | None:
         return None
     datatype: Datatype = "iv-kmeans" if match[2] else "iv"
     scheme = Scheme(
-        2, datatype, strategy="block", group_size=64, round_down=match[1] is None, lookahead_blocks=int(match[3] or 1)
+        Quantization(
+            2, datatype, strategy="block", group_size=64, round_down=match[1] is None, lookahead_blocks=int(match[3] or 1)
+        )
     )
     return Recipe(name, keys=scheme, values=scheme, residual_length=scheme.lookahead_tokens)

@@ -8,7 +8,7 @@ and values one at a time; here both leave by groups, so that between R and R + G
 
 import re
 
-from narrowkv.codec import Scheme
+from narrowkv.codec import Quantization, Scheme
 from narrowkv.methods.recipe import Recipe
 
 NAMES = ("kivi-4", "kivi-2")
@@ -20,6 +20,6 @@ def recipe(name: str) -> Recipe | None:
     if match is None:
         return None
     bits, group, residual = int(match[1]), int(match[2] or 32), int(match[3] or 128)
-    keys = Scheme(bits, "int", strategy="channel", group_size=group)
-    values = Scheme(bits, "int", strategy="token_head", group_size=group)
+    keys = Scheme(Quantization(bits, "int", strategy="channel", group_size=group))
+    values = Scheme(Quantization(bits, "int", strategy="token_head", group_size=group))
     return Recipe(name, keys=keys, values=values, residual_length=residual)

@@ -10,8 +10,8 @@ and the values of each layer under a budget of B.F bits for the whole, everythin
 import itertools
 import re
 
-from narrowkv.codec import Scheme
-from narrowkv.codec.scheme import Strategy
+from narrowkv.codec import Outliers, Quantization, Scheme, Transform
+from narrowkv.codec.scheme_parts import Strategy
 from narrowkv.methods.recipe import Recipe, SearchSpace
 
 NAMES = ("nuq4-1%", "nuq3-1%", "nuq2-1%", "nuq2-1%-qnorm", "nuq4", "nuq3", "nuq2")
@@ -26,8 +26,10 @@ def recipe(name: str) -> Recipe | None:
     if match is None:
         return None
     bits, outliers, qnorm = int(match[1]), float(match[2] or 0) / 100, match[3] is not None
-    keys = Scheme(bits, "nuq", strategy="channel", pre_rope=match[4] is None, outliers=outliers, qnorm=qnorm)
-    values = Scheme(bits, "nuq", strategy="token", outliers=outliers, qnorm=qnorm)
+    keys = Scheme(
+        Quantization(bits, "nuq", strategy="channel", qnorm=qnorm), Transform(pre_rope=match[4] is None), Outliers(outliers)
+    )
+    values = Scheme(Quantization(bits, "nuq", strategy="token", qnorm=qnorm), outliers=Outliers(outliers))
     return Recipe(name, keys=keys, values=values, sinks=1)
 
 
@@ -36,11 +38,11 @@ def _mixed(name: str, budget: float) -> Recipe:
     strategies: tuple[Strategy, ...] = ("token", "token_head")
     widths, fractions = (2, 3, 4), (0.0, 0.005, 0.01)
     keys = [
-        Scheme(bits, "nuq", strategy="channel", pre_rope=True, outliers=part)
+        Scheme(Quantization(bits, "nuq", strategy="channel"), Transform(pre_rope=True), Outliers(part))
         for bits, part in itertools.product(widths, fractions)
     ]
     values = [
-        Scheme(bits, "nuq", strategy=strategy, outliers=part)
+        Scheme(Quantization(bits, "nuq", strategy=strategy), outliers=Outliers(part))
         for bits, part, strategy in itertools.product(widths, fractions, strategies)
     ]
     return Recipe(name, keys=keys[0], values=values[0], sinks=1, search_space=SearchSpace(budget, tuple(keys), tuple(values)))

@@ -13,7 +13,7 @@ Trellis-coded quantization: Marcellin and Fischer 1990; with a sliding window of
 import re
 from dataclasses import replace
 
-from narrowkv.codec import Scheme
+from narrowkv.codec import Outliers, Quantization, Scheme
 from narrowkv.errors import RecipeError
 from narrowkv.methods.recipe import Recipe, SearchSpace
 
@@ -35,8 +35,8 @@ def of_budget(
     equal_layers: keys and values together have as many bytes in all layers. Raises RecipeError where these are no budgets.
     """
     of_keys, of_values = (_scheme(width) for width in (bits, bits if value_bits is None else value_bits))
-    keys = (of_keys, replace(of_keys, learned_rotation=True)) if rotated else (replace(of_keys, pre_rope=True),)
-    values = tuple(replace(of_values, learned_rotation=rotation, token_norm=True) for rotation in (True, False))
+    keys = (of_keys, of_keys.with_settings(learned_rotation=True)) if rotated else (of_keys.with_settings(pre_rope=True),)
+    values = tuple(of_values.with_settings(learned_rotation=rotation, token_norm=True) for rotation in (True, False))
     search_space = SearchSpace(bits, keys, values, value_bits, equal_layers)
     widths = f"{float(bits)}" if value_bits is None else f"-k{float(bits)}-v{float(value_bits)}"
     return Recipe(
@@ -56,7 +56,7 @@ def with_equal_layers(recipe: Recipe) -> Recipe:
 
 def _scheme(bits: float) -> Scheme:
     outliers = 0.005 if bits >= 3.5 else 0.0025 if bits >= 2.5 else 0.0  # at 2 bits they take more than they give
-    return Scheme(bits, "trellis", strategy="channel", outliers=outliers)
+    return Scheme(Quantization(bits, "trellis", strategy="channel"), outliers=Outliers(outliers))
 
 
 def recipe(name: str) -> Recipe | None:

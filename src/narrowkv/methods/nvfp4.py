@@ -7,7 +7,7 @@ for each token: bfloat16, with float32's range, is enough, since the scales belo
 Keys are quantized after the rotary embedding.
 """
 
-from narrowkv.codec import Scheme
+from narrowkv.codec import Quantization, Scheme
 from narrowkv.methods.recipe import Recipe
 
 NAMES = ("nvfp4",)
@@ -15,5 +15,5 @@ NAMES = ("nvfp4",)
 
 def recipe(name: str) -> Recipe | None:
     """The recipe called `name`, or None if it is not one of this method's."""
-    scheme = Scheme(4, "fp", strategy="token_head", group_size=16, scale_dtype="float8")
+    scheme = Scheme(Quantization(4, "fp", strategy="token_head", group_size=16, scale_dtype="float8"))
     return Recipe(name, keys=scheme, values=scheme) if name == "nvfp4" else None

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ class Recipe:
                 raise RecipeError(f"{name} must be an integer from 0 to {most:,}, not {count!r:.40}.")
         if any(type(layer) is not int or not 0 <= layer < MOST_LAYERS for layer in self.layers):
             raise RecipeError(f"Layers are numbered from 0 to {MOST_LAYERS - 1}; name those of the model.")
-        if any(values.pre_rope for _, values in self.every_scheme()):
+        if any(values.transform.pre_rope for _, values in self.every_scheme()):
             raise RecipeError("Values have no rotary embedding; pre_rope is for keys.")
         ahead = max(scheme.lookahead_tokens for pair in self.every_scheme() for scheme in pair)
         if self.residual_length < ahead:
@@ -144,14 +144,13 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads back; keys of `layers` become text, as JSON wants them."""
-        plain: dict[str, Any] = asdict(self)
-        plain["layers"] = {str(layer): schemes for layer, schemes in plain["layers"].items()}
+        plain: dict[str, Any] = _plain(self, defaults=True)
         return plain
 
     def settings(self) -> dict[str, Any]:
         """Plain data of what differs from the defaults, which stays the same where a later version has more fields."""
-        found: dict[str, Any] = _settings(self)
-        return found
+        plain: dict[str, Any] = _plain(self, defaults=False)
+        return plain
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "Recipe":
@@ -159,17 +158,20 @@ class Recipe:
         try:
             _known(plain, cls)
             layers = {
-                int(layer): LayerSchemes(_scheme(pair["keys"]), _scheme(pair["values"]))
+                int(layer): LayerSchemes(Scheme.from_dict(pair["keys"]), Scheme.from_dict(pair["values"]))
                 for layer, pair in plain.get("layers", {}).items()
             }
             search_space = None
             if plain.get("search_space") is not None:
-                sides = {side: tuple(_scheme(scheme) for scheme in plain["search_space"][side]) for side in ("keys", "values")}
+                sides = {
+                    side: tuple(Scheme.from_dict(scheme) for scheme in plain["search_space"][side])
+                    for side in ("keys", "values")
+                }
                 search_space = SearchSpace(**_known({**plain["search_space"], **sides}, SearchSpace))
             rest = {
                 name: setting for name, setting in plain.items() if name not in ("keys", "values", "layers", "search_space")
             }
-            keys, values = _scheme(plain["keys"]), _scheme(plain["values"])
+            keys, values = Scheme.from_dict(plain["keys"]), Scheme.from_dict(plain["values"])
             return cls(keys=keys, values=values, layers=layers, search_space=search_space, **rest)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             if isinstance(error, RecipeError):
@@ -188,22 +190,18 @@ class Recipe:
         return cls.from_dict(plain)
 
 
-def _settings(value: Any) -> Any:
-    """A dataclass as plain data without the fields that have their defaults."""
+def _plain(value: Any, defaults: bool) -> Any:
+    """A recipe, or a part of one, as plain data; defaults: whether fields are shown that have theirs."""
+    if isinstance(value, Scheme):
+        return value.to_dict() if defaults else value.settings()
     if is_dataclass(value) and not isinstance(value, type):
-        shown = [
-            (part.name, getattr(value, part.name))
-            for part in fields(value)
-            if part.default is MISSING or getattr(value, part.name) != part.default
-        ]
-        return {name: _settings(setting) for name, setting in shown if setting != {}}
+        shown = {part.name: getattr(value, part.name) for part in fields(value)}
+        if not defaults:
+            shown = {part.name: shown[part.name] for part in fields(value) if shown[part.name] not in (part.default, {})}
+        return {name: _plain(setting, defaults) for name, setting in shown.items()}
     if isinstance(value, dict):
-        return {str(name): _settings(setting) for name, setting in value.items()}
-    return [_settings(part) for part in value] if isinstance(value, tuple) else value
-
-
-def _scheme(plain: dict[str, Any]) -> Scheme:
-    return Scheme(**_known(plain, Scheme))
+        return {str(name): _plain(setting, defaults) for name, setting in value.items()}
+    return [_plain(part, defaults) for part in value] if isinstance(value, tuple) else value
 
 
 def _known(plain: dict[str, Any], kind: type) -> dict[str, Any]:

@@ -9,8 +9,8 @@ itself. With `-channel`, keys are quantized per channel before the rotary embedd
 
 import re
 
-from narrowkv.codec import Scheme
-from narrowkv.codec.scheme import Datatype, Strategy
+from narrowkv.codec import Quantization, Scheme, Transform
+from narrowkv.codec.scheme_parts import Datatype, Strategy
 from narrowkv.methods.recipe import Recipe
 
 DATATYPES: dict[str, Datatype] = {"int": "int", "nf": "nf", "fp": "fp"}
@@ -31,6 +31,10 @@ def recipe(name: str) -> Recipe | None:
         return None
     size = int(group) if group else (32 if (datatype, bits) == ("fp", 4) else None)
     strategy: Strategy = "token_head" if by_head else "token"
-    values = Scheme(bits, datatype, strategy=strategy, group_size=size)
-    keys = Scheme(bits, datatype, strategy="channel", pre_rope=rotated is None) if kind == "-channel" else values
+    values = Scheme(Quantization(bits, datatype, strategy=strategy, group_size=size))
+    keys = (
+        Scheme(Quantization(bits, datatype, strategy="channel"), Transform(pre_rope=rotated is None))
+        if kind == "-channel"
+        else values
+    )
     return Recipe(name, keys=keys, values=values)

@@ -9,7 +9,7 @@ published. Keys are quantized after the rotary embedding, with which a factor sh
 
 import re
 
-from narrowkv.codec import Scheme
+from narrowkv.codec import Quantization, Scheme, Transform
 from narrowkv.methods.recipe import Recipe
 
 NAMES = ("smooth-int8", "smooth-int4")
@@ -20,5 +20,9 @@ def recipe(name: str) -> Recipe | None:
     match = re.fullmatch(r"smooth-int(\d+)", name)
     if match is None:
         return None
-    values = Scheme(int(match[1]), "int", strategy="token_head")
-    return Recipe(name, keys=Scheme(int(match[1]), "int", strategy="token_head", smooth_alpha=0.5), values=values)
+    values = Scheme(Quantization(int(match[1]), "int", strategy="token_head"))
+    return Recipe(
+        name,
+        keys=Scheme(Quantization(int(match[1]), "int", strategy="token_head"), Transform(smooth_alpha=0.5)),
+        values=values,
+    )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from narrowkv.codec import AnyQuantizer, QuantizedTensor, Scheme, TrellisQuantizer, quantizer_for
-from narrowkv.codec.scheme import BLOCK
+from narrowkv.codec.scheme_parts import BLOCK
 from narrowkv.integrations.projections import ConstantKinds, Constants, bias_of, with_gain
 from narrowkv.store import LayerStore, PositionBuffer
 from narrowkv.store.page import GROWTH, Page
@@ -75,10 +75,10 @@ def stand_in(scheme: Scheme, kv_heads: int, head_dim: int) -> AnyQuantizer:
         tables["codebook"] = torch.linspace(-1, 1, 2**scheme.code_bits, dtype=torch.float32, device="cpu")
     if scheme.static:
         tables |= {"scale": by_channel, "zero": 0 * by_channel}
-    if scheme.outliers and (scheme.static or scheme.outlier_scope == "matrix"):
-        limits = by_channel if scheme.outlier_scope == "vector" else torch.ones(1, 1, dtype=torch.float32, device="cpu")
+    if scheme.outliers.by_matrix or (scheme.static and scheme.outliers.fraction):
+        limits = torch.ones(1, 1, dtype=torch.float32, device="cpu") if scheme.outliers.by_matrix else by_channel
         tables |= {"lower": -limits / 2, "upper": limits / 2}
-    if scheme.smooth_alpha:
+    if scheme.transform.smooth_alpha:
         tables["smooth"] = by_channel
     return quantizer_for(scheme, **tables)
 
@@ -90,16 +90,16 @@ def _trellis_stand_in(scheme: Scheme, kv_heads: int, head_dim: int) -> TrellisQu
         for name, (shape, dtype) in TrellisQuantizer.forms(scheme, kv_heads, head_dim).items()
     }
     n = scheme.outlier_places(head_dim)
-    for name in ("steps", "scales", "weight", *(("matrix_steps",) if scheme.learned_rotation else ())):
+    for name in ("steps", "scales", "weight", *(("matrix_steps",) if scheme.transform.learned_rotation else ())):
         tables[name].fill_(1)
     if "outlier_threshold" in tables:
         tables["outlier_threshold"].fill_(0.5)
-    if scheme.learned_rotation:
+    if scheme.transform.learned_rotation:
         tables["matrix"] += torch.eye(n, head_dim, dtype=torch.int8, device="cpu")
     else:
         tables["order"] += torch.arange(n, dtype=tables["order"].dtype, device="cpu")
         tables["pairs"] += torch.eye(2, dtype=torch.float16, device="cpu")
-    if scheme.pre_rope:
+    if scheme.transform.pre_rope:
         tables["channels"] += torch.arange(head_dim, dtype=tables["channels"].dtype, device="cpu")
     return TrellisQuantizer(scheme, **tables)
 
@@ -114,7 +114,7 @@ def typical_block(quantizer: AnyQuantizer, shape: LayerShape) -> Tensor:
     if getattr(quantizer, "lower", None) is not None or getattr(quantizer, "outlier_threshold", None) is not None:
         codes = scheme.outlier_places(dim)
         total = BLOCK * heads * codes
-        count = round(scheme.outliers * total)
+        count = round(scheme.outliers.fraction * total)
         chosen = torch.zeros(total, dtype=torch.float32, device="cpu")
         chosen[torch.arange(count, dtype=torch.int64, device="cpu") * total // max(count, 1)] = 1
         block = torch.zeros(heads, BLOCK, dim, dtype=torch.float32, device="cpu")

@@ -13,7 +13,7 @@ from narrowkv.calibration.rates import RateOption, held_tokens, mean_held
 from narrowkv.calibration.search import beside_bits
 from narrowkv.calibration.shares import allocate_budgets
 from narrowkv.codec import Scheme
-from narrowkv.codec.scheme import BLOCK, UNIT
+from narrowkv.codec.scheme_parts import BLOCK, UNIT
 from narrowkv.errors import BudgetError, RecipeError
 from narrowkv.evaluate.results import ResultFile, definition
 from narrowkv.methods import LayerSchemes, Recipe
@@ -127,7 +127,7 @@ class CacheBytes:
                 pair = (stand_in(scheme, one.kv_heads, one.head_dim) for scheme in (schemes.keys, schemes.values))
                 meters[schemes, one] = LayerBytes((next(pair), next(pair)), recipe.sinks, recipe.residual_length, one)
             kinds[schemes, one] += 1
-            if layer.record is not None and (schemes.keys.pre_rope or meters[schemes, one].bias.keys is not None):
+            if layer.record is not None and (schemes.keys.transform.pre_rope or meters[schemes, one].bias.keys is not None):
                 self._keep(layer.record, layer.angles, meters[schemes, one])
         self.layers = [(meters[kind], count) for kind, count in kinds.items()]
         self.tables = sum(meter.tables * count for meter, count in self.layers)

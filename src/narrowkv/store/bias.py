@@ -88,4 +88,4 @@ def subtract_constant(x: Tensor, constant: Tensor | None, scheme: Scheme) -> Ten
     if constant is None:
         return x
     difference = x.to(torch.promote_types(x.dtype, torch.float32)) - constant
-    return difference.to(x.dtype) if scheme.outliers else difference
+    return difference.to(x.dtype) if scheme.outliers.fraction else difference

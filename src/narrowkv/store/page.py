@@ -14,7 +14,7 @@ from narrowkv.codec import AnyQuantizer, QuantizedTensor, Scheme
 from narrowkv.codec.cuda import encode as cuda
 from narrowkv.codec.cuda.pack import pack_into
 from narrowkv.codec.packing import PLANES, pack, plane_bytes, unpack
-from narrowkv.codec.scheme import BLOCK
+from narrowkv.codec.scheme_parts import BLOCK
 
 OUTLIER_BYTES = 4  # a 16-bit value and a 16-bit index
 Shape = tuple[int, int, int]  # batch, kv_heads, head_dim

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from narrowkv.codec.scheme import BLOCK
+from narrowkv.codec.scheme_parts import BLOCK
 from narrowkv.errors import CacheUseError
 
 

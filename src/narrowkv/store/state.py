@@ -159,7 +159,7 @@ def _load_side(reader: _Reader, name: str, quantizer: AnyQuantizer, slots: int, 
         for i, plane in enumerate(PLANES[scheme.code_bits])
     ]
     ranges, outliers = reader.take_ranges(name, scheme, slots, (heads, BLOCK, dim)), None
-    if scheme.outliers:
+    if scheme.outliers.fraction:
         values = reader.take(f"{name}.outlier_values", (None,), reader.dtypes16[name])
         index = reader.take(f"{name}.outlier_index", (len(values),), torch.int16)
         offsets = reader.take(f"{name}.outlier_offsets", (slots * heads + 1,), torch.int32)
@@ -191,7 +191,7 @@ def _load_tail(reader: _Reader, name: str, quantizer: AnyQuantizer, shape: tuple
     _require(int(codes.max()) < 2**scheme.code_bits, f"tail.{name}.codes")
     _require(codes.shape[2] % scheme.tokens_per_group == 0, f"tail.{name}.codes")
     encoded.ranges = reader.take_ranges(f"tail.{name}", scheme, batch, (heads, codes.shape[2], dim))
-    if scheme.outliers:
+    if scheme.outliers.fraction:
         index = reader.take(f"tail.{name}.outlier_index", (None,), torch.int64)
         encoded.outlier_values = reader.take(f"tail.{name}.outlier_values", (len(index),), reader.dtypes16[name])
         ordered = bool((index.diff() > 0).all()) and (

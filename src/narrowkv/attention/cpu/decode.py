@@ -161,7 +161,7 @@ def allows_int16(dtype: torch.dtype) -> bool:
 
 def uses_int16(keys: Scheme, values: Scheme, head_dim: int, rope: AnyRope | None) -> bool:
     """Whether INT16 reads such a cache; rope: of its keys."""
-    rotated = rope if keys.pre_rope else None
+    rotated = rope if keys.transform.pre_rope else None
     if rotated is not None and not isinstance(rotated, Rope):
         return False
     if "trellis" in (keys.datatype, values.datatype):

@@ -191,10 +191,10 @@ def _streams(
     offsets: Tensor | None = None,
     int16: dict[str, Tensor] | None = None,
 ) -> _kernels.Streams:
-    assert quantizer.entries is not None and quantizer.scheme.counts is not None
+    assert quantizer.entries is not None and quantizer.scheme.quantization.counts is not None
     return _kernels.Streams(
-        counts=list(quantizer.scheme.counts[1:]),
-        norms=quantizer.scheme.token_norm,
+        counts=list(quantizer.scheme.quantization.counts[1:]),
+        norms=quantizer.scheme.quantization.token_norm,
         high=quantizer.entries[0, :, 0].contiguous(),
         low=quantizer.entries[0, :, 1].contiguous(),
         finer=(1 / _scales(quantizer)).float(),

@@ -127,7 +127,7 @@ def _made(store: LayerStore, rope: AnyRope | None, rope_state: Tensor | None) ->
     near, cycles = _angles(rope) if isinstance(rope, Rope) and rope_state is not None else (None, None)
     head_rotations = [head_rotation(quantizer) for quantizer in store.quantizers]
     rotated = [
-        quantizer.scheme.hadamard or matrix is not None
+        quantizer.scheme.transform.hadamard or matrix is not None
         for quantizer, matrix in zip(store.quantizers, head_rotations, strict=True)
     ]
     return BlockTable(
@@ -235,7 +235,7 @@ def _layout(quantizer: AnyQuantizer, keys: bool, heads: int, dim: int, order: in
         shape, ranges = layouts["scale"][0], "held"
     elif scheme.static and not own:
         shape, ranges = (heads, 1, dim), "fixed"
-    expected = scheme.outliers * BLOCK * dim
+    expected = scheme.outliers.fraction * BLOCK * dim
     return PackedLayout(
         bits=16 if exact else scheme.code_bits,
         dim=dim,

@@ -100,7 +100,7 @@ def _runs(inputs: AttentionInputs, store: LayerStore, sealed: int, most: int) ->
 
 def _unrotated(quantizer: AnyQuantizer, matrix: Tensor | None, elements: Tensor) -> Tensor:
     """Decoded keys or values, as their codes see them, rotated back, in their dtype: learned rotations by products in that."""
-    if quantizer.scheme.hadamard:
+    if quantizer.scheme.transform.hadamard:
         return unrotate_output(quantizer, None, elements.float()).to(elements.dtype)
     return unrotate_output(quantizer, None if matrix is None else matrix.to(elements.dtype), elements)
 

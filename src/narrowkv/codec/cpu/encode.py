@@ -25,7 +25,7 @@ class Encoder:
         "group_size",
         "outliers",
         "smooth_alpha",
-    )  # fields that need not be as by default
+    )  # settings of a scheme that need not be as by default
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Encoder:
         self.codec = _kernels.Codec(
             sharing=0 if scheme.static else ("token", "token_head", "channel").index(scheme.strategy) + 1,
             group=scheme.group_size or 0,
-            outliers=scheme.outliers,
+            outliers=scheme.outliers.fraction,
             boundaries=boundaries.float().contiguous(),
             scale=table(scale),
             zero=table(zero),

@@ -62,7 +62,7 @@ class Encoder:
         "outliers",
         "hadamard",
         "smooth_alpha",
-    )  # fields that need not be as by default
+    )  # settings of a scheme that need not be as by default
 
     scheme: Scheme
     boundaries: Tensor
@@ -75,7 +75,7 @@ class Encoder:
 
     def most(self, batch: int, kv_heads: int, head_dim: int) -> int:
         """How many outliers a token has at most."""
-        if not self.scheme.outliers:
+        if not self.scheme.outliers.fraction:
             return 0
         if self.scheme.static:
             return batch * kv_heads * head_dim
@@ -97,7 +97,7 @@ class Encoder:
             free = 0 if buffer.outlier_index is None else len(buffer.outlier_index) - buffer.outliers
             counts = torch.zeros(2, dtype=torch.int32, device=x.device)
             self.launch(buffer, first, x, skip, counts, held=buffer.outliers)
-            if not self.scheme.outliers and self.scheme.static:
+            if not self.scheme.outliers.fraction and self.scheme.static:
                 return 0
             found, overflow = counts.tolist()
             if overflow:
@@ -142,7 +142,7 @@ class Encoder:
                 first, buffer.tokens, 0 if index is None else len(index), x.stride(0), x.stride(1), x.stride(2), tokens,
                 HEADS=heads, DIM=dim, WIDE=_power_of_2(elements), HEADS_PER_PROGRAM=heads_per_program,
                 FIXED=self.scheme.static,
-                TAIL=self.tail(elements), OUTLIERS=self.scheme.outliers > 0, SKIPS=skip is not None,
+                TAIL=self.tail(elements), OUTLIERS=self.scheme.outliers.fraction > 0, SKIPS=skip is not None,
                 PLACED=places is not None, BOUNDARIES=len(self.boundaries),
                 enable_fp_fusion=False, num_warps=min(max(_power_of_2(elements) // 512, 4), 16),
             )  # fmt: skip

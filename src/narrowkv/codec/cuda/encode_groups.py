@@ -14,7 +14,7 @@ from narrowkv.codec.scheme import Scheme
 class GroupEncoder:
     """`Quantizer.encode` for groups of tokens of a channel, or of channels of a token, that have no outliers."""
 
-    SUPPORTS: ClassVar = ("datatype", "strategy", "group_size", "outliers")  # fields that need not be as by default
+    SUPPORTS: ClassVar = ("datatype", "strategy", "group_size", "outliers")  # settings that need not be as by default
 
     scheme: Scheme
     boundaries: Tensor

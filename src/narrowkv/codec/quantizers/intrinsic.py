@@ -1,8 +1,8 @@
 """IntrinsicValueQuantizer: the intrinsic-value codec (`codec.intrinsic`) for a cache, with four levels for each KV head of a
 block.
 
-The levels of a block are those of a sliding window of blocks: itself and the next `scheme.lookahead_blocks - 1`, which are
-exact still when it is encoded, so that levels depend on the elements alone, not on how they arrive or on what earlier ones
+The levels of a block are those of a sliding window of blocks: itself and the next `lookahead_blocks - 1` of its scheme, which
+are exact still when it is encoded, so that levels depend on the elements alone, not on how they arrive or on what earlier ones
 became.
 """
 
@@ -38,7 +38,7 @@ class IntrinsicValueQuantizer(BaseQuantizer):
         found = intrinsic_levels(self._windows(elements), self._windows(left_out), self.scheme.datatype == "iv-kmeans")
         levels = to_16_bits(found, torch.float16, "Levels")
         elements, by_token = elements[:, :, :coded], self._by_token(levels)
-        if self.scheme.round_down:
+        if self.scheme.quantization.round_down:
             _, v1, v2, v_max = by_token.split(1, dim=-1)  # [batch, kv_heads, tokens, 1] each
             above = [elements >= v1, elements >= v2, elements > v_max]
         else:

@@ -66,8 +66,8 @@ class Quantizer(BaseQuantizer):
         learned = {
             "codebook": scheme.datatype == "nuq",
             "scale": scheme.static,
-            "smooth": scheme.smooth_alpha > 0,
-            "lower": scheme.outliers > 0 and (scheme.static or scheme.outlier_scope == "matrix"),
+            "smooth": scheme.transform.smooth_alpha > 0,
+            "lower": scheme.outliers.by_matrix or (scheme.static and scheme.outliers.fraction > 0),
         }
         for name, needed in learned.items():
             if needed and getattr(self, name) is None:
@@ -76,15 +76,15 @@ class Quantizer(BaseQuantizer):
     @classmethod
     def forms(cls, scheme: Scheme, kv_heads: int, head_dim: int) -> dict[str, TableForm]:
         levels, by_channel = 2**scheme.code_bits, (kv_heads, head_dim)
-        matrix = scheme.outliers > 0 and scheme.outlier_scope == "matrix"
+        matrix = scheme.outliers.by_matrix
         shapes: dict[str, tuple[int, ...]] = {}
         if scheme.datatype != "exact":
             shapes |= {"codebook": (levels,), "boundaries": (levels - 1,)}
         if scheme.static:
             shapes |= {"scale": by_channel, "zero": by_channel}
-        if matrix or (scheme.static and scheme.outliers):
+        if matrix or (scheme.static and scheme.outliers.fraction):
             shapes |= dict.fromkeys(("lower", "upper"), (1, 1) if matrix else by_channel)
-        if scheme.smooth_alpha:
+        if scheme.transform.smooth_alpha:
             shapes["smooth"] = by_channel
         return {name: (shape, torch.float32) for name, shape in shapes.items()}
 
@@ -120,7 +120,7 @@ class Quantizer(BaseQuantizer):
         return super().encode_into(buffer, first, x, skip) if held is None else held
 
     def out_of_range(self, x: Tensor) -> Tensor | None:
-        exact = self.scheme.outliers > 0 and self.scheme.outlier_cap is None
+        exact = self.scheme.outliers.fraction > 0 and self.scheme.outliers.cap is None
         if self.scale is None or self.zero is None or exact:
             return None
         reach = self.scale.clamp(min=float(self.scale.mean()) / 100)  # a channel that was constant may move a little
@@ -142,19 +142,19 @@ class Quantizer(BaseQuantizer):
             self.boundaries,
         )
         encoded = QuantizedTensor(codes, ranges)
-        if self.scheme.outliers:
+        if self.scheme.outliers.fraction:
             assert lower is not None and upper is not None
             lower, upper = self._broadcast_groups(lower, elements), self._broadcast_groups(upper, elements)
             outside = (elements < lower) | (elements > upper)
-            if self.scheme.outlier_cap is not None:
+            if self.scheme.outliers.cap is not None:
                 width = (upper - lower).clamp(min=torch.finfo(torch.float32).tiny)
                 distance = torch.maximum(lower - elements, elements - upper) / width
-                outside &= within_cap(distance, outside, self.scheme.outlier_cap)
+                outside &= within_cap(distance, outside, self.scheme.outliers.cap)
             keep_outliers(encoded, elements.flatten(), outside, skip, x.dtype)
         return encoded
 
     def _has_few_levels(self, supported: Collection[str]) -> bool:
-        """Whether a scheme differs from the default in fields alone that an encoder supports, and its levels are so few that
+        """Whether a scheme differs from the default in settings alone that an encoder supports, and its levels are so few that
         those below an element are counted.
         """
         evenly = self.scheme.datatype in ("int", "nf", "nuq")
@@ -164,7 +164,7 @@ class Quantizer(BaseQuantizer):
     @property
     def _selects(self) -> bool:
         """Whether outliers are picked among the elements of a group."""
-        return outliers_per_tail(self.scheme.group_size or 0, self.scheme.outliers) > 0
+        return outliers_per_tail(self.scheme.group_size or 0, self.scheme.outliers.fraction) > 0
 
     @functools.cached_property
     def _encoder(self) -> Encoder | None:
@@ -185,8 +185,8 @@ class Quantizer(BaseQuantizer):
         scale, zero, lower, upper = (
             None if part is None else part.contiguous() for part in (self.scale, self.zero, self.lower, self.upper)
         )
-        per_tail = functools.partial(outliers_per_tail, fraction=0.0 if scheme.static else scheme.outliers)
-        rotated = self._rotated if scheme.hadamard or self.smooth is not None else None
+        per_tail = functools.partial(outliers_per_tail, fraction=0.0 if scheme.static else scheme.outliers.fraction)
+        rotated = self._rotated if scheme.transform.hadamard or self.smooth is not None else None
         return cuda.Encoder(scheme, self.boundaries.contiguous(), scale, zero, lower, upper, per_tail, rotated)
 
     @functools.cached_property
@@ -217,7 +217,7 @@ class Quantizer(BaseQuantizer):
     def _rotated(self, x: Tensor) -> Tensor:
         """Elements as the codes see them, float32."""
         elements = x.float() if self.smooth is None else x.float() / self.smooth[:, None]
-        return hadamard.rotate(elements) if self.scheme.hadamard else elements.contiguous()
+        return hadamard.rotate(elements) if self.scheme.transform.hadamard else elements.contiguous()
 
     def normalize(self, elements: Tensor) -> tuple[Tensor, Tensor]:
         """Elements as a codebook sees them, outside [-1, 1] where they are outliers, and the scale they were divided by.
@@ -241,12 +241,12 @@ class Quantizer(BaseQuantizer):
             elements = elements.mul_(self._broadcast_groups(scale, elements)).add_(self._broadcast_groups(zero, elements))
         if encoded.outlier_index is not None and encoded.outlier_values is not None:
             elements.view(-1)[encoded.outlier_index] = encoded.outlier_values.float()
-        elements = hadamard.rotate_back(elements) if self.scheme.hadamard else elements
+        elements = hadamard.rotate_back(elements) if self.scheme.transform.hadamard else elements
         return elements if self.smooth is None else elements.mul_(self.smooth[:, None])
 
     def _rounded(self, scale: Tensor, zero: Tensor) -> dict[str, Tensor]:
         """Online ranges as stored."""
-        if self.scheme.scale_dtype == "float8":
+        if self.scheme.quantization.scale_dtype == "float8":
             largest = scale.amax((1, 3), keepdim=True)
             token_scale = (largest / torch.finfo(torch.float8_e4m3fn).max).to(torch.bfloat16)
             shares = scale / token_scale.float().clamp(min=torch.finfo(torch.float32).tiny)
@@ -263,7 +263,7 @@ class Quantizer(BaseQuantizer):
             return self.lower[:, None], self.upper[:, None]  # [kv_heads or 1, 1, head_dim or 1]
         if self.scheme.static:
             return None, None
-        return online_range(elements, self.scheme.strategy, self.scheme.outliers, self.scheme.group_size, skip)
+        return online_range(elements, self.scheme.strategy, self.scheme.outliers.fraction, self.scheme.group_size, skip)
 
     def _range(self, elements: Tensor, lower: Tensor | None, upper: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.scale is not None and self.zero is not None:

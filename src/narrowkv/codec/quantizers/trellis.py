@@ -19,7 +19,8 @@ from narrowkv.codec.pairs import times
 from narrowkv.codec.quantized import QuantizedTensor
 from narrowkv.codec.quantizers.base import BaseQuantizer, TableForm, require_table
 from narrowkv.codec.quantizers.scalar import keep_outliers
-from narrowkv.codec.scheme import BLOCK, MOST_RATE, Scheme
+from narrowkv.codec.scheme import Scheme
+from narrowkv.codec.scheme_parts import BLOCK, MOST_RATE
 from narrowkv.errors import RecipeError
 
 LARGEST_WEIGHT = 2**16 - 1
@@ -33,10 +34,10 @@ class TrellisQuantizer(BaseQuantizer):
     mean: [kv_heads, head_dim] float16, taken out first.
     pairs: [kv_heads, head_dim / 2, 2, 2] float16: coefficients d and d + head_dim / 2 times this are those channels. order:
         [kv_heads, n] uint8, of heads of more than 256 channels int16, which of these coefficients have codes, in the order of
-        the stream. None with `scheme.learned_rotation`.
-    channels, frequencies: of `frames`, by which channels are reordered and rotated first; None without `scheme.pre_rope`.
+        the stream. None with `learned_rotation`.
+    channels, frequencies: of `frames`, by which channels are reordered and rotated first; None without `pre_rope`.
     matrix: [kv_heads, n, head_dim] int8, matrix_steps: [kv_heads, n] bfloat16: coefficients times their product are the
-        channels. None without `scheme.learned_rotation`.
+        channels. None without `learned_rotation`.
     entries: [1, 6, 2, 16] int8, of each rate what the high and the low 4 bits of the window add up to, in grid steps.
     steps: [6] float32, what a grid step of each rate is when encoding. scales: the same when decoding.
     weight: [kv_heads, n] bfloat16, what a squared error in each coefficient costs.
@@ -59,7 +60,7 @@ class TrellisQuantizer(BaseQuantizer):
     outlier_threshold: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.scheme.counts is None or self.mean is None or self.mean.dim() != 2:
+        if self.scheme.quantization.counts is None or self.mean is None or self.mean.dim() != 2:
             raise RecipeError("This scheme needs a calibration (rates and tables are learned offline); calibrate the model.")
         for name, (shape, _) in self.forms(self.scheme, *self.mean.shape).items():
             table = getattr(self, name)
@@ -76,13 +77,13 @@ class TrellisQuantizer(BaseQuantizer):
             "scales": ((MOST_RATE,), torch.float32),
             "weight": ((kv_heads, n), torch.bfloat16),
         }
-        if scheme.learned_rotation:
+        if scheme.transform.learned_rotation:
             forms |= {"matrix": ((kv_heads, n, head_dim), torch.int8), "matrix_steps": ((kv_heads, n), torch.bfloat16)}
         else:
             forms |= {"pairs": ((kv_heads, head_dim // 2, 2, 2), torch.float16), "order": ((kv_heads, n), place)}
-        if scheme.pre_rope:
+        if scheme.transform.pre_rope:
             forms |= {"channels": ((head_dim,), place), "frequencies": ((head_dim // 2,), torch.float32)}
-        return forms | ({"outlier_threshold": ((1,), torch.float32)} if scheme.outliers else {})
+        return forms | ({"outlier_threshold": ((1,), torch.float32)} if scheme.outliers.fraction else {})
 
     def _require_order(self) -> None:
         assert self.mean is not None and self.steps is not None and self.scales is not None
@@ -125,10 +126,10 @@ class TrellisQuantizer(BaseQuantizer):
             missed = self._missed(coefficients, stream, norm)
             if skip is not None:
                 missed = missed.masked_fill(skip[:, None, :, None], 0)
-            outside = within_places(missed, missed > self.outlier_threshold, self.scheme.outliers, first, held)
+            outside = within_places(missed, missed > self.outlier_threshold, self.scheme.outliers.fraction, first, held)
             encoded.codes = self._search_around(coefficients, stream, outside)
             keep_outliers(encoded, coefficients.flatten(), outside, None, x.dtype)
-        if self.scheme.token_norm:
+        if self.scheme.quantization.token_norm:
             encoded.codes = torch.cat([encoded.codes, norm], dim=-1)
         return encoded
 
@@ -155,12 +156,12 @@ class TrellisQuantizer(BaseQuantizer):
 
         weight: of that shape, what a squared grid step in each costs, where it is not the same for all tokens.
         """
-        assert self.scheme.counts is not None
+        assert self.scheme.quantization.counts is not None
         batch, _, tokens, _ = coefficients.shape
         grid = coefficients / self._by_coefficient("steps")
         elements = (grid * trellis.GRID_STEP).round().clamp(-(2**15), 2**15 - 1).to(torch.int16)
         weights = self.search_weight if weight is None else _by_head(weight).to(torch.uint16)
-        stream = trellis.encode(_by_head(elements), weights, self.scheme.counts, self._tables)
+        stream = trellis.encode(_by_head(elements), weights, self.scheme.quantization.counts, self._tables)
         return stream.unflatten(1, (batch, tokens)).transpose(0, 1).contiguous()
 
     def cost(self, x: Tensor) -> Tensor:
@@ -174,13 +175,13 @@ class TrellisQuantizer(BaseQuantizer):
 
         Outliers weigh nothing.
         """
-        assert self.scheme.counts is not None and self.weight is not None
+        assert self.scheme.quantization.counts is not None and self.weight is not None
         coefficients, norm = self._coefficients(x)
         stream = self.search(coefficients)
         weight = (self._norm(norm).square() * self.weight[:, None]).expand_as(coefficients)
         if self.outlier_threshold is not None:
             weight = weight.masked_fill(self._missed(coefficients, stream, norm) > self.outlier_threshold, 0)
-        states = trellis.states(stream.flatten(0, 1), self.scheme.counts).unflatten(0, stream.shape[:2])
+        states = trellis.states(stream.flatten(0, 1), self.scheme.quantization.counts).unflatten(0, stream.shape[:2])
         return coefficients, states, weight
 
     def _missed(self, coefficients: Tensor, stream: Tensor, norm: Tensor) -> Tensor:
@@ -196,7 +197,7 @@ class TrellisQuantizer(BaseQuantizer):
         """What the codes stand for: [batch, kv_heads, tokens, head_dim] float32."""
         assert self.mean is not None
         stream, norm = encoded.codes, encoded.codes[..., -1:]
-        if self.scheme.token_norm:
+        if self.scheme.quantization.token_norm:
             stream = stream[..., :-1]
         coefficients = self._dequantized(stream)
         if encoded.outlier_index is not None and encoded.outlier_values is not None:
@@ -212,13 +213,15 @@ class TrellisQuantizer(BaseQuantizer):
 
     def _dequantized(self, stream: Tensor) -> Tensor:
         """Coefficients [batch, kv_heads, tokens, n] float32 of streams."""
-        assert self.scheme.counts is not None
-        grid = trellis.decode(stream.flatten(0, 1), self.scheme.counts, self._tables).unflatten(0, stream.shape[:2])
+        assert self.scheme.quantization.counts is not None
+        grid = trellis.decode(stream.flatten(0, 1), self.scheme.quantization.counts, self._tables).unflatten(
+            0, stream.shape[:2]
+        )
         return grid.float() * self._by_coefficient("scales")
 
     def _norm(self, codes: Tensor) -> Tensor:
         """Norms [batch, kv_heads, tokens, 1] float32 of their codes, 1 where there are none."""
-        if not self.scheme.token_norm:
+        if not self.scheme.quantization.token_norm:
             return torch.ones_like(codes[..., :1], dtype=torch.float32)
         return ((codes.float() - NORM_ZERO) / NORM_STEPS).exp2()
 
@@ -237,7 +240,7 @@ class TrellisQuantizer(BaseQuantizer):
         else:
             every = times(centered, self._inverse[:, None])
             found = every.gather(-1, self.order.long()[:, None].expand(len(x), -1, x.shape[2], -1))
-        if not self.scheme.token_norm:
+        if not self.scheme.quantization.token_norm:
             return found.float(), torch.zeros(*found.shape[:-1], 1, dtype=torch.uint8, device=x.device)
         norm = found.square().mean(-1, keepdim=True).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
         codes = (norm.log2() * NORM_STEPS + NORM_ZERO).round().clamp(0, 255).to(torch.uint8)
@@ -259,8 +262,8 @@ class TrellisQuantizer(BaseQuantizer):
     @functools.cached_property
     def rates(self) -> Tensor:
         """Bits of each coefficient: [n] int64."""
-        assert self.scheme.counts is not None and self.mean is not None
-        return trellis.rates_of(self.scheme.counts, self.mean.device)
+        assert self.scheme.quantization.counts is not None and self.mean is not None
+        return trellis.rates_of(self.scheme.quantization.counts, self.mean.device)
 
     @functools.cached_property
     def _tables(self) -> trellis.TrellisTables:
