@@ -277,7 +277,7 @@ def draw_tokens(predicted: Tensor, ids: Tensor) -> Tensor:
     """
     weights = torch.arange(1, len(ids) + 1, dtype=torch.int64, device=ids.device)
     generator = torch.Generator(predicted.device).manual_seed(int((ids * weights).sum()))
-    uniform = torch.rand(len(ids), 1, device=predicted.device, generator=generator)
+    uniform = torch.rand(len(ids), 1, dtype=torch.float32, device=predicted.device, generator=generator)
     found = []
     for rows, levels in zip(predicted.split(DRAWN_TOGETHER), uniform.split(DRAWN_TOGETHER), strict=True):
         cumulative = rows.cumsum(-1)  # torch.multinomial takes six times as long
