@@ -113,6 +113,7 @@ class Rotation:
         near: Tensor | None = None,
         steps: Tensor | None = None,
         int16: Tensor | None = None,
+        lanes: Tensor | None = None,
     ) -> None: ...
 
 def attend(

@@ -1,5 +1,7 @@
 """The compiled attention against the naive reference in float64: every form of block, odd shapes, adversarial elements."""
 
+import copy
+import weakref
 from dataclasses import replace
 from functools import partial
 
@@ -11,6 +13,7 @@ from tests.cases import KEYS, VALUES, assert_alike_on_threads, assert_attends, c
 
 from narrowkv.attention.cpu import decode as cpu
 from narrowkv.attention.cpu.int16 import SUPPORTED
+from narrowkv.attention.cpu.tables import RotationTables
 from narrowkv.errors import UnsupportedModelError
 
 SHAPES = [
@@ -107,6 +110,23 @@ def test_a_cache_as_it_grows_is_cropped_selected_and_strict():
     check(inputs, store)
     store.append(torch.randn(3, 2, 100, 16), torch.randn(3, 2, 100, 16))
     check(replace(inputs, past=301, rope_state=torch.arange(301).expand(3, -1)), store)
+
+
+def test_what_is_held_of_a_store_follows_its_blocks_and_goes_with_it():
+    inputs, store = case(KEYS["nuq3-1%"], VALUES["kivi-2"], (2, 4, 2, 16, 200, 1), sinks=2)
+    expected = cpu.attend(inputs, store)
+    blocks, rotation = store.plans.get(cpu.PackedBlocks), inputs.rope.plans.get(RotationTables)
+    assert torch.equal(cpu.attend(inputs, store), expected)
+    assert store.plans.get(cpu.PackedBlocks) is blocks and inputs.rope.plans.get(RotationTables) is rotation
+    assert store.plans.nbytes >= blocks.table.nbytes + 4 * 2 * 16 * 8 and inputs.rope.plans.nbytes > 64 * 8 * 2 * 4
+    copied = copy.deepcopy(store)
+    assert copied.plans.nbytes == 0 and torch.equal(cpu.attend(inputs, copied), expected)
+    store.append(torch.randn(2, 2, 64, 16), torch.randn(2, 2, 64, 16))
+    check(inputs, store)
+    assert store.plans.get(cpu.PackedBlocks).version > blocks.version
+    table = weakref.ref(store.plans.get(cpu.PackedBlocks).table)
+    del store
+    assert table() is None
 
 
 def test_the_result_does_not_depend_on_the_number_of_threads():

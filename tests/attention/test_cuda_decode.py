@@ -157,7 +157,8 @@ def test_the_operator_tells_torch_what_it_returns():
 
     inputs, store = case(KEYS["nuq2"], VALUES["hadamard"], (1, 2, 1, 16, 70, 1))
     call = cuda.prepare(inputs, store)
-    tensors, plan = launch.tensors_of(call.parts), launch.number_of(call.plan)
+    tensors, plan = launch.tensors_of(call.parts), launch.to_text(call.plan)
+    assert launch.from_text(plan) == call.plan
     torch.library.opcheck(
         torch.ops.narrowkv.attend_packed,
         (call.query, call.query, call.lengths, tensors, plan, *call.elements),

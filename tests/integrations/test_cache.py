@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from tests.families import make
@@ -33,6 +35,15 @@ def test_nbytes_is_the_sum_over_real_tensors(tiny):
     tables = 2 * 2 * (16 + 15) * 4
     assert cache.nbytes == 2 * 2 * per_layer_side + rest + tables
     assert cache.bits_per_element == 8 * cache.nbytes / elements
+
+
+@pytest.mark.parametrize(("family", "embeddings"), [("llama", 1), ("gemma3_text", 2)])
+def test_layers_whose_keys_rotate_alike_share_their_embedding(family, embeddings):
+    model = make(family)
+    cache = PackedCache(model, UNROTATED)
+    run(model, cache)
+    for one in (cache, copy.deepcopy(cache)):
+        assert len(one.packed) == 2 and len({id(layer.rope) for layer in one.packed}) == embeddings
 
 
 def test_an_empty_cache_counts_its_tables(tiny):

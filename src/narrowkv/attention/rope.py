@@ -1,12 +1,13 @@
 """Rotary position embeddings: those that a position determines, and those whose angles are stored with each token."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from narrowkv.codec.frames import Frames
+from narrowkv.store import Plans
 
 # what models hand to their attention modules: cosine and sine [1 or batch, tokens, n], or complex [1 or batch, tokens, n]
 CosSin = tuple[Tensor, Tensor] | Tensor
@@ -32,17 +33,27 @@ class Rope:
     """A rotary embedding whose frequencies do not change with the length of the sequence.
 
     inverse_frequencies: [rotary_dim / 2] float32. scaling: factor on cosine and sine (yarn), 1 otherwise. interleaved: as in
-    `rotate_pairs`.
+    `rotate_pairs`. plans: tables that backends have made of it, for all layers that share it.
     """
 
     inverse_frequencies: Tensor
     scaling: float = 1.0
     interleaved: bool = False
+    plans: Plans = field(default_factory=Plans, init=False, repr=False, compare=False)
     record: ClassVar[str] = "positions"  # under which name the cache keeps what `keep` returns
 
     def to(self, device: torch.device) -> "Rope":
         """The same embedding with its frequencies on `device`."""
-        return replace(self, inverse_frequencies=self.inverse_frequencies.to(device))
+        frequencies = self.inverse_frequencies.to(device)
+        return self if frequencies is self.inverse_frequencies else replace(self, inverse_frequencies=frequencies)
+
+    def rotates_like(self, other: "AnyRope | None") -> bool:
+        """Whether another embedding rotates by the same angles."""
+        return (
+            isinstance(other, Rope)
+            and (self.scaling, self.interleaved) == (other.scaling, other.interleaved)
+            and torch.equal(self.inverse_frequencies, other.inverse_frequencies)
+        )
 
     def keep(self, positions: Tensor | None, tables: CosSin | None) -> Tensor:
         """What is to be stored of new tokens: their positions [1 or batch, tokens]."""

@@ -166,6 +166,16 @@ class PackedLayer(CacheLayerMixin):
     prefetch = offload
 
 
+def share_ropes(layers: list[PackedLayer]) -> None:
+    """Let layers whose keys rotate alike share one rotary embedding, and so the tables that backends make of it."""
+    shared: list[Rope] = []
+    for layer in layers:
+        if isinstance(rope := layer.rope, Rope):
+            layer.rope = next((other for other in shared if other.rotates_like(rope)), rope)
+            if layer.rope is rope:
+                shared.append(rope)
+
+
 @dataclass(frozen=True)
 class PackedHandle:
     """The new tokens of one layer and the cache that they have joined.

@@ -16,7 +16,7 @@ from narrowkv.errors import CacheUseError, NarrowKVError, NarrowKVWarning, Unsup
 from narrowkv.integrations.admission import GRADIENTS, ThreadHold, require_fit, wants_gradients
 from narrowkv.integrations.dense import DenseLayer
 from narrowkv.integrations.hooks import ANOTHER_MODEL, TWO_DIMENSIONS, LayerInputs, NarrowCache
-from narrowkv.integrations.layer import PackedLayer, not_traced
+from narrowkv.integrations.layer import PackedLayer, not_traced, share_ropes
 from narrowkv.store import PositionBuffer
 from narrowkv.store.checks import as_count, as_rows
 
@@ -42,6 +42,7 @@ class RunningCache(NarrowCache):
 
     def __init__(self, layers: list[Any]):
         super().__init__(layers=layers)
+        share_ropes(self.packed)
         self.captured = False  # while the model runs to be captured in a CUDA graph
         self.warned_of_saturation = False
         self.settle()
@@ -104,6 +105,7 @@ class RunningCache(NarrowCache):
         if self.before == 0:
             self.model_dtype = dtype_of(decoder)
             self.follow(decoder)
+            share_ropes(self.packed)
 
     def follow(self, decoder: nn.Module) -> None:
         """Before the first tokens: take on the frequencies that the model has by now; `model.to(dtype)` rounds them."""

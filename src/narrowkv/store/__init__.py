@@ -3,6 +3,7 @@
 from narrowkv.store.block_table import addresses
 from narrowkv.store.layer import LayerStore
 from narrowkv.store.page import BLOCK
+from narrowkv.store.plans import Plans
 from narrowkv.store.positions import PositionBuffer
 
-__all__ = ["BLOCK", "LayerStore", "PositionBuffer", "addresses"]
+__all__ = ["BLOCK", "LayerStore", "Plans", "PositionBuffer", "addresses"]

@@ -13,6 +13,7 @@ from narrowkv.codec.ranges import require_finite
 from narrowkv.errors import ActivationError, CacheUseError
 from narrowkv.store.bias import Bias, Elements
 from narrowkv.store.page import BLOCK, Dtypes, Page, Shape
+from narrowkv.store.plans import Plans
 from narrowkv.store.residual import ResidualWindow
 from narrowkv.store.saturation import Saturation
 from narrowkv.store.sealed import SealedBlocks, tile_tokens
@@ -25,10 +26,8 @@ class LayerStore:
 
     sinks: the first real tokens of each sequence stay exact. residual_length: so do the newest (and a few more where several
     are encoded together). bias: subtracted from elements as they are encoded. An element is quantized once; `select` and
-    `crop`
-    move or drop codes. A GPU stores a few tokens without being waited for: the host (`prepare_step`, `advance`, `seal`) looks
-    at
-    no element, and what the device does (`write`) can be captured in a CUDA graph.
+    `crop` move or drop codes. A GPU stores a few tokens without being waited for: the host (`prepare_step`, `advance`, `seal`)
+    looks at no element, and what the device does (`write`) can be captured in a CUDA graph. plans: what backends read it by.
     """
 
     def __init__(
@@ -43,6 +42,7 @@ class LayerStore:
         self.tokens_per_group = max(scheme.tokens_per_group for scheme in self.schemes)
         self.has_residual = residual_length > 0 or self.tokens_per_group > 1  # whether new tokens stay exact at first
         self.blocks = SealedBlocks(self.quantizers)
+        self.plans = Plans()
         self.sinks = Sinks(sinks)
         self.reset()
 

@@ -5,7 +5,6 @@ computed in float32, or in int16.
 """
 
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ INT16 = "int16"  # the kernel that multiplies int16
 
 
 @dataclass(frozen=True)
-class _Blocks:
+class PackedBlocks:
     """The sealed blocks of a store, as the kernel reads them."""
 
     version: int  # of `SealedBlocks`
@@ -45,6 +44,12 @@ class _Blocks:
     uses_int16: bool  # whether INT16 reads them
     stream_values: StreamValues | None
     anchors: Tensor | None  # of keys in streams, by `steps_to_anchors`
+    tables: list[Tensor]  # that `sides` point into
+
+    def tensors(self) -> list[Tensor]:
+        """All stored tensors."""
+        parts = (self.table, self.starts, *self.head_rotations, self.value_bias, self.anchors, *self.tables)
+        return [part for part in parts if part is not None]
 
     def rope_state_of(self, rope_state: Tensor | None, tokens: int) -> Tensor | None:
         """What the rotary embedding needs of each token in blocks and tail."""
@@ -59,8 +64,18 @@ class _Blocks:
         return self.stream_values.channels(sums, totals)
 
 
-_BLOCKS: WeakKeyDictionary[LayerStore, _Blocks] = WeakKeyDictionary()
-_SINKS: WeakKeyDictionary[LayerStore, tuple[AnyRope, Tensor, Tensor, Tensor]] = WeakKeyDictionary()  # as `_sinks` keeps them
+@dataclass(frozen=True)
+class RotatedSinks:
+    """The keys of attention sinks, rotated, and what they were rotated from."""
+
+    rope: AnyRope
+    keys: Tensor
+    rope_state: Tensor
+    rotated: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        """All stored tensors."""
+        return [self.keys, self.rope_state, self.rotated]
 
 
 def attend(inputs: AttentionInputs, store: LayerStore, kernel: str | None = None) -> Tensor:
@@ -169,22 +184,22 @@ def uses_int16(keys: Scheme, values: Scheme, head_dim: int, rope: AnyRope | None
     return supports(keys, True, head_dim, rotary_layout(rotated)) and supports(values, False, head_dim, (0, False))
 
 
-def _blocks(store: LayerStore, rope: AnyRope | None) -> _Blocks:
+def _blocks(store: LayerStore, rope: AnyRope | None) -> PackedBlocks:
     """The store's blocks; made again only where columns have come, gone or changed. rope: of keys stored before it."""
-    known = _BLOCKS.get(store)
+    known = store.plans.get(PackedBlocks)
     if known is None or known.version != store.blocks.version:
         columns = store.blocks.columns
         page = columns[0].page
         keys, values = store.quantizers
         streams = Streams.of(store, rope)
-        sides = (
-            packed_tensor_args(keys, page.keys, True, rope, streams.keys),
-            packed_tensor_args(values, page.values, False, None, streams.values.streams if streams.values else None),
-        )
+        of_values = streams.values.streams if streams.values else None
+        key_side, key_tables = packed_tensor_args(keys, page.keys, True, rope, streams.keys)
+        value_side, value_tables = packed_tensor_args(values, page.values, False, None, of_values)
+        sides = (key_side, value_side)
         counts = [column.count for column in columns]
         starts = torch.tensor([0, *counts], dtype=torch.int64, device="cpu").cumsum(0)
         head_rotations = (head_rotation(store.quantizers[0]), head_rotation(store.quantizers[1]))
-        known = _BLOCKS[store] = _Blocks(
+        found = PackedBlocks(
             version=store.blocks.version,
             table=addresses(columns),
             starts=starts,
@@ -194,7 +209,9 @@ def _blocks(store: LayerStore, rope: AnyRope | None) -> _Blocks:
             uses_int16=all(side.uses_int16 for side in sides) and (streams.keys is None) == (streams.values is None),
             stream_values=streams.values,
             anchors=None if streams.keys is None else steps_to_anchors(starts),
+            tables=key_tables + value_tables,
         )
+        known = store.plans.put(found)
     return known
 
 
@@ -220,10 +237,11 @@ def _exact(inputs: AttentionInputs, store: LayerStore, packed: int) -> tuple[Ten
     if not parts:
         assert store.shape is not None
         parts.append((torch.zeros(store.shape[0], store.shape[1], 0, store.shape[2], dtype=torch.float32, device="cpu"),) * 2)
-    joined = [torch.cat(side, dim=2).contiguous() for side in zip(*parts, strict=True)]
-    last = packed + joined[0].shape[2] - (store.sinks.count if tokens else 0)
+    every_key, every_value = zip(*parts, strict=True)
+    keys, values = torch.cat(every_key, dim=2).contiguous(), torch.cat(every_value, dim=2).contiguous()
+    last = packed + keys.shape[2] - (store.sinks.count if tokens else 0)
     tokens.append(torch.arange(packed, last, dtype=torch.int64, device="cpu").expand(len(tokens[0]) if tokens else 1, -1))
-    return joined[0], joined[1], torch.cat(tokens, dim=1)
+    return keys, values, torch.cat(tokens, dim=1)
 
 
 def _sinks(inputs: AttentionInputs, store: LayerStore, at: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,10 +252,11 @@ def _sinks(inputs: AttentionInputs, store: LayerStore, at: Tensor) -> tuple[Tens
     if rope is None or inputs.rope_state is None:
         return keys.float(), values.float()
     rope_state = inputs.rope_state_at(at)
-    known = _SINKS.get(store)
-    if known is None or known[0] is not rope or not torch.equal(keys, known[1]) or not torch.equal(rope_state, known[2]):
-        known = _SINKS[store] = (rope, keys.clone(), rope_state, rope.rotate(keys.float(), rope_state))
-    return known[3], values.float()
+    known = store.plans.get(RotatedSinks)
+    fits = known is not None and known.rope is rope and torch.equal(keys, known.keys)
+    if known is None or not fits or not torch.equal(rope_state, known.rope_state):
+        known = store.plans.put(RotatedSinks(rope, keys.clone(), rope_state, rope.rotate(keys.float(), rope_state)))
+    return known.rotated, values.float()
 
 
 def _hidden(inputs: AttentionInputs, store: LayerStore, packed: int, tokens: Tensor) -> Tensor | None:

@@ -5,13 +5,13 @@ sums, for values; what the mean of keys adds to a score is added to coefficients
 """
 
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 import narrowkv._kernels as _kernels
 from narrowkv.attention.cpu.int16 import SUPPORTED
+from narrowkv.attention.cpu.tables import compiled
 from narrowkv.attention.rope import AnyRope, frames_of
 from narrowkv.codec import AnyQuantizer, TrellisQuantizer
 from narrowkv.codec.frames import FRAME, MIDDLE, Frames
@@ -23,8 +23,8 @@ LARGEST, MAX_KEY_SCALE = 2**15 - 1, 2**8 - 1  # of words
 EXACT_ENOUGH = 1e-4  # of the mean of keys, as coefficients have it
 
 
-def key_streams(quantizer: TrellisQuantizer, rope: AnyRope | None) -> _kernels.Streams:
-    """Keys in streams as the kernel reads them. rope: of keys that are stored before it.
+def key_streams(quantizer: TrellisQuantizer, rope: AnyRope | None) -> tuple[_kernels.Streams, list[Tensor]]:
+    """Keys in streams as the kernel reads them, and tables of it. rope: of keys that are stored before it.
 
     Raises UnsupportedModelError where it is not that of the calibration.
     """
@@ -67,12 +67,13 @@ def _int16_keys(quantizer: TrellisQuantizer, offsets: Tensor) -> dict[str, Tenso
 
 @dataclass(frozen=True)
 class StreamValues:
-    """Values in streams: what the kernel reads of them, and what makes channels of its sums.
+    """Values in streams: what the kernel reads of them with its tables, and what makes channels of its sums.
 
     matrix: [kv_heads, n, head_dim], mean: [kv_heads, head_dim], float32.
     """
 
     streams: _kernels.Streams
+    tables: list[Tensor]
     matrix: Tensor
     mean: Tensor
 
@@ -82,7 +83,7 @@ class StreamValues:
         scales = _scales(quantizer).float()
         one_by_one = torch.eye(len(scales), dtype=torch.float32, device="cpu").expand(1, len(quantizer.mean), -1, -1)
         matrix = scales[:, None] * quantizer.channels_of(one_by_one)[0]
-        return cls(_streams(quantizer), matrix.contiguous(), quantizer.mean.float())
+        return cls(*_streams(quantizer), matrix.contiguous(), quantizer.mean.float())
 
     def channels(self, sums: Tensor, totals: Tensor) -> Tensor:
         """Sums of coefficients [batch, query_heads, queries, head_dim], of which n count, and of weights, as channels."""
@@ -99,24 +100,23 @@ class Streams:
     quantizers: tuple[AnyQuantizer, AnyQuantizer]
     rope: AnyRope | None
     keys: _kernels.Streams | None
+    key_tables: list[Tensor]
     values: StreamValues | None
+
+    def tensors(self) -> list[Tensor]:
+        """All stored tensors."""
+        return [*self.key_tables, *((*self.values.tables, self.values.matrix, self.values.mean) if self.values else ())]
 
     @classmethod
     def of(cls, store: LayerStore, rope: AnyRope | None) -> "Streams":
         """Made once, not with every block that comes. rope: of keys that are stored before it."""
-        known = _STREAMS.get(store)
+        known = store.plans.get(Streams)
         if known is None or known.quantizers is not store.quantizers or known.rope is not rope:
             keys, values = store.quantizers
-            known = _STREAMS[store] = cls(
-                store.quantizers,
-                rope,
-                key_streams(keys, rope) if isinstance(keys, TrellisQuantizer) else None,
-                StreamValues.of(values) if isinstance(values, TrellisQuantizer) else None,
-            )
+            of_keys, tables = key_streams(keys, rope) if isinstance(keys, TrellisQuantizer) else (None, [])
+            of_values = StreamValues.of(values) if isinstance(values, TrellisQuantizer) else None
+            known = store.plans.put(cls(store.quantizers, rope, of_keys, tables, of_values))
         return known
-
-
-_STREAMS: WeakKeyDictionary[LayerStore, Streams] = WeakKeyDictionary()
 
 
 def steps_to_anchors(starts: Tensor) -> Tensor:
@@ -190,9 +190,10 @@ def _streams(
     query_rotations: Tensor | None = None,
     offsets: Tensor | None = None,
     int16: dict[str, Tensor] | None = None,
-) -> _kernels.Streams:
+) -> tuple[_kernels.Streams, list[Tensor]]:
     assert quantizer.entries is not None and quantizer.scheme.quantization.counts is not None
-    return _kernels.Streams(
+    return compiled(
+        _kernels.Streams,
         counts=list(quantizer.scheme.quantization.counts[1:]),
         norms=quantizer.scheme.quantization.token_norm,
         high=quantizer.entries[0, :, 0].contiguous(),

@@ -1,10 +1,11 @@
 """What the compiled attention of `cpu` needs beside blocks: codebooks laid out for it, and angles."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 import narrowkv._kernels as _kernels
 from narrowkv.attention.cpu.int16 import int16_angles, int16_codebook
@@ -21,13 +22,19 @@ TILE = 32  # tokens that the kernel rotates at once
 FARTHEST = 2**20  # position that tables are made for, however few tokens there are
 
 NO_ROTATION = _kernels.Rotation()
-_ROTATIONS = WeakIdKeyDictionary()  # by a rope's frequencies: up to which position, scaling and pairing, and the tables
+
+Compiled = TypeVar("Compiled")
+
+
+def compiled(kind: Callable[..., Compiled], **arguments: Any) -> tuple[Compiled, list[Tensor]]:
+    """An object of the compiled module, and the tensors that it points into."""
+    return kind(**arguments), [part for part in arguments.values() if isinstance(part, Tensor)]
 
 
 def packed_tensor_args(
     quantizer: AnyQuantizer, side: PackedTensor, keys: bool, rope: AnyRope | None, streams: _kernels.Streams | None
-) -> _kernels.PackedTensor:
-    """What all blocks of keys, or of values, have in common. rope: of keys that are stored before it."""
+) -> tuple[_kernels.PackedTensor, list[Tensor]]:
+    """What all blocks of keys, or of values, have in common, and tables of it. rope: of keys that are stored before it."""
     heads, _, codes = side.shape
     scheme = quantizer.scheme
     if streams is not None:
@@ -49,7 +56,8 @@ def packed_tensor_args(
     uses_int16 = None
     if table is not None and (rope is None or isinstance(rope, Rope)):
         uses_int16 = int16_codebook(table, scheme, keys, codes, rotary_layout(rope))
-    return _kernels.PackedTensor(
+    return compiled(
+        _kernels.PackedTensor,
         bits=side.bits,
         codes=codes,
         channel_major=channel_major,
@@ -127,15 +135,28 @@ def _tabled(positions: Tensor) -> bool:
     return int(least) >= 0 and int(most) < max(FARTHEST, 8 * positions.numel())
 
 
+@dataclass(frozen=True)
+class RotationTables:
+    """Tables of a rotary embedding for the positions below a limit."""
+
+    limit: int
+    rotation: _kernels.Rotation
+    tables: list[Tensor]
+
+    def tensors(self) -> list[Tensor]:
+        """All stored tensors."""
+        return self.tables
+
+
 def _rotation(rope: Rope, position: int) -> _kernels.Rotation:
     """Tables for positions up to one, and some more."""
-    known = _ROTATIONS.get(rope.inverse_frequencies)
-    if known is None or position >= known[0] or (rope.scaling, rope.interleaved) != known[1]:
+    known = rope.plans.get(RotationTables)
+    if known is None or position >= known.limit:
         near, steps, far = _angles(rope.inverse_frequencies, position)
         tables = {"near": near, "steps": steps, "far": far, **int16_angles(steps)}
-        made = _kernels.Rotation(pairs=near.shape[0], interleaved=rope.interleaved, scaling=rope.scaling, **tables)
-        known = _ROTATIONS[rope.inverse_frequencies] = (len(far) * BLOCK, (rope.scaling, rope.interleaved), made)
-    return known[2]
+        shape = {"pairs": near.shape[0], "interleaved": rope.interleaved, "scaling": rope.scaling}
+        known = rope.plans.put(RotationTables(len(far) * BLOCK, *compiled(_kernels.Rotation, **shape, **tables)))
+    return known.rotation
 
 
 def _angles(frequencies: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor]:

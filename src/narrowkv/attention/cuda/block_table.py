@@ -4,11 +4,9 @@ call.
 
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from narrowkv.attention.cuda.codebooks import CodebookSet, codebooks_of, folds
 from narrowkv.attention.cuda.kernels.layout import PackedLayout, power_of_2
@@ -25,8 +23,20 @@ KINDS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 GROWTH, LEAST_GROWTH = 8, 16  # columns find space for one more eighth, or this many more
 FEWEST_NONZEROS, MOST_NONZEROS = 128, 512
 
-_KNOWN: WeakKeyDictionary[LayerStore, "BlockTable"] = WeakKeyDictionary()
-_ANGLES = WeakIdKeyDictionary()  # by a rope's frequencies: what `angles` reads
+
+@dataclass(frozen=True)
+class NearAngles:
+    """What kernels rotate keys by within a block.
+
+    near: cosines and sines of the positions 0 to 63, [2, pairs, 64] float32. cycles: frequencies in cycles, [pairs] float64.
+    """
+
+    near: Tensor
+    cycles: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        """All stored tensors."""
+        return [self.near, self.cycles]
 
 
 @dataclass
@@ -51,6 +61,12 @@ class BlockTable:
     ends: tuple[int, int] = (-1, -1)
     count: int = 0
     sure: int = 0  # of them, those of which the position of every token was known
+
+    def tensors(self) -> list[Tensor]:
+        """All stored tensors."""
+        tables = [part for tables in self.tables for part in (tables.table, tables.bytes, tables.scale, tables.zero)]
+        parts = (self.table, self.starts, self.bases, self.near, self.cycles, *self.head_rotations, *tables)
+        return [part for part in parts if part is not None]
 
     @property
     def capacity(self) -> int:
@@ -101,10 +117,10 @@ def block_table_of(store: LayerStore, rope: AnyRope | None, rope_state: Tensor |
 
     rope_state: of `rope`, by which stored keys are rotated. padding: [batch, tokens] bool, False where hidden.
     """
-    known, columns = _KNOWN.get(store), store.blocks.columns
+    known, columns = store.plans.get(BlockTable), store.blocks.columns
     assert store.shape is not None
     if known is None or (known.rope_mode == "none") != (rope_state is None) or known.table.shape[1] != store.shape[0]:
-        known = _KNOWN[store] = _made(store, rope, rope_state)
+        known = store.plans.put(_made(store, rope, rope_state))
     elif known.sure > len(columns) or known.ends != _ends(columns[: known.sure]):  # others, in the same memory
         known.ends, known.sure, known.rope_mode = (-1, -1), 0, _rope_mode(known.cycles, rope_state)
     known.count = known.sure
@@ -124,7 +140,8 @@ def _made(store: LayerStore, rope: AnyRope | None, rope_state: Tensor | None) ->
     batch, heads, dim = store.shape
     device = _device(store)
     kinds = _kind(store, 0), _kind(store, 1)
-    near, cycles = _angles(rope) if isinstance(rope, Rope) and rope_state is not None else (None, None)
+    angles = _angles(rope) if isinstance(rope, Rope) and rope_state is not None else None
+    cycles = None if angles is None else angles.cycles
     head_rotations = [head_rotation(quantizer) for quantizer in store.quantizers]
     rotated = [
         quantizer.scheme.transform.hadamard or matrix is not None
@@ -138,7 +155,7 @@ def _made(store: LayerStore, rope: AnyRope | None, rope_state: Tensor | None) ->
         table=torch.zeros(0, batch, 2, 8, dtype=torch.int64, device=device),
         starts=torch.zeros(1, dtype=torch.int32, device=device),
         bases=torch.zeros(0, batch, dtype=torch.int32, device=device),
-        near=near,
+        near=None if angles is None else angles.near,
         cycles=cycles,
         rope_mode=_rope_mode(cycles, rope_state),
     )
@@ -151,7 +168,7 @@ def _rope_mode(cycles: Tensor | None, rope_state: Tensor | None) -> str:
 
 def tables_for(store: LayerStore) -> list[Tensor]:
     """What is allocated for kernels to find the blocks of a store."""
-    known = _KNOWN.get(store)
+    known = store.plans.get(BlockTable)
     return [] if known is None else [known.table, known.starts, known.bases]
 
 
@@ -271,12 +288,12 @@ def _kind(store: LayerStore, side: int) -> str:
     return KINDS[dtype]
 
 
-def _angles(rope: Rope) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the positions 0 to 63, [2, pairs, 64] float32, and frequencies in cycles, [pairs] float64."""
+def _angles(rope: Rope) -> NearAngles:
+    """Made once for all layers that share the embedding."""
     frequencies = rope.inverse_frequencies
-    known = _ANGLES.get(frequencies)
+    known = rope.plans.get(NearAngles)
     if known is None:
         angles = frequencies.double()[:, None] * torch.arange(BLOCK, device=frequencies.device, dtype=torch.int64)
         near = torch.stack([angles.cos(), angles.sin()]).float().contiguous()
-        known = _ANGLES[frequencies] = (near, frequencies.double() / (2 * torch.pi))
+        known = rope.plans.put(NearAngles(near, frequencies.double() / (2 * torch.pi)))
     return known

@@ -4,7 +4,9 @@ Shapes of all tensors, and so the grid, follow from capacities; how much of them
 So a CUDA graph that has captured the operator may be replayed as long as the store writes into the same memory.
 """
 
-from dataclasses import dataclass, fields, replace
+import functools
+import json
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 import triton
@@ -17,6 +19,7 @@ from narrowkv.attention.cuda.kernels.dequantize_tail import TOKENS, dequantize_t
 from narrowkv.attention.cuda.kernels.layout import DenseSegments, KernelConfig, PackedLayout, power_of_2
 from narrowkv.store import BLOCK
 
+MOST_CONFIGS = 256  # of which the text is stored
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}  # of exact tokens
 
@@ -76,16 +79,18 @@ class LaunchConfig:
     rounded: bool
 
 
-_PLANS: list[LaunchConfig] = []
-_INDEX: dict[LaunchConfig, int] = {}
+@functools.lru_cache(MOST_CONFIGS)
+def to_text(plan: LaunchConfig) -> str:
+    """A plan as an argument of the operator, which tells all of it: no other call needs to have been before."""
+    return json.dumps(asdict(plan))
 
 
-def number_of(plan: LaunchConfig) -> int:
-    """The number by which the operator knows a plan."""
-    if plan not in _INDEX:
-        _INDEX[plan] = len(_PLANS)
-        _PLANS.append(plan)
-    return _INDEX[plan]
+@functools.lru_cache(MOST_CONFIGS)
+def from_text(text: str) -> LaunchConfig:
+    """Inverse of `to_text`."""
+    parts = json.loads(text)
+    layouts = {side: PackedLayout(**parts[side]) for side in ("keys", "values")}
+    return LaunchConfig(**parts | layouts | {"case": KernelConfig(**parts["case"])})
 
 
 def attend(
@@ -101,8 +106,8 @@ def attend(
     packed_query: as codes of keys see it, else as `query`: [batch, query_heads, queries, head_dim]. elements: scaling,
     softcap, and the factor of the rotary embedding.
     """
-    element = number_of(plan)
-    found: Tensor = torch.ops.narrowkv.attend_packed(packed_query, query, lengths, tensors_of(parts), element, *elements)
+    text = to_text(plan)
+    found: Tensor = torch.ops.narrowkv.attend_packed(packed_query, query, lengths, tensors_of(parts), text, *elements)
     return found
 
 
@@ -117,16 +122,16 @@ def attend_packed(
     query: Tensor,
     lengths: Tensor,
     tensors: list[Tensor | None],
-    plan: int,
+    plan: str,
     scaling: float,
     softcap: float,
     rope_scale: float,
 ) -> Tensor:
-    """`attend`, its parts in one list."""
+    """`attend`, its parts in one list, its plan as `to_text` writes it."""
     size = len(fields(PackedTensorArgs))
     sides = PackedTensorArgs(*tensors[:size]), PackedTensorArgs(*tensors[size : 2 * size])
     step = _Launch(
-        packed_query, query, lengths, sides, SharedArgs(*tensors[2 * size :]), _PLANS[plan], (scaling, softcap, rope_scale)
+        packed_query, query, lengths, sides, SharedArgs(*tensors[2 * size :]), from_text(plan), (scaling, softcap, rope_scale)
     )
     with torch.cuda.device_of(query):
         return step.run()
@@ -134,7 +139,7 @@ def attend_packed(
 
 @attend_packed.register_fake
 def _(packed_query, query, lengths, tensors, plan, scaling, softcap, rope_scale):
-    return query.new_empty(1 + _PLANS[plan].apart, *query.shape, dtype=torch.float32)
+    return query.new_empty(1 + from_text(plan).apart, *query.shape, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
