@@ -7,6 +7,7 @@ import torch
 
 from narrowkv import Calibration, PackedCache, calibrate, get_recipe
 from narrowkv.errors import RecipeError
+from narrowkv.evaluate.perplexity import filled
 from narrowkv.evaluate.results import definition
 from narrowkv.methods import Recipe, narrow
 
@@ -117,6 +118,18 @@ def test_a_cache_takes_its_budget_and_is_read_by_compiled_code(tiny):
             model(IDS[:, :-1], past_key_values=cache)
             found.append(model(IDS[:, -1:], past_key_values=cache).logits)
     torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sliding_window", [512, 1024])
+def test_a_cache_keeps_its_budget_where_some_layers_have_a_window(tiny, sliding_window):
+    """Everything counted: positions and sinks too, which weigh more where few elements are stored."""
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": sliding_window}
+    model = tiny("qwen2", heads=2, kv_heads=1, head_dim=64, use_sliding_window=True, **layers)
+    calibration = calibrate(model, IDS, "narrow3.5")
+    with torch.inference_mode():
+        cache = filled(model, calibration, IDS[:1], 32_768)
+    assert 3.3 < cache.bits_per_element <= 3.5
+    assert cache.bits_per_element == pytest.approx(calibration.provenance["allocation"]["bits"], abs=0.05)
 
 
 def test_more_bits_lose_less(tiny):

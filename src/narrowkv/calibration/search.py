@@ -1,6 +1,6 @@
 """The quantizers of all layers; for recipes that leave schemes open, the choice of them under a budget for the whole cache."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from narrowkv.errors import RecipeError
 from narrowkv.methods import LayerSchemes, Recipe
 
 POSITION_BITS = 32  # of each token, for keys that are rotated when read
+SINK_BITS = 32  # of each element of a sink, in the widest dtype of a model that is served
 SLOT_BITS = 64 / BLOCK  # of each token in each layer: where its block lies
 
 
@@ -37,16 +38,21 @@ def learn(recipe: Recipe, layers: Mapping[int, LayerFits]) -> Learned:
     return Learned(recipe, finished, report)
 
 
-def beside_bits(layers: int, elements: int) -> float:
-    """Bits for each of the `elements` of a token in all layers that no choice of schemes changes."""
-    return (POSITION_BITS + SLOT_BITS * layers) / elements
+def overhead_bits(layers: Collection[tuple[int, int]], sinks: int) -> float:
+    """Bits that no choice of schemes changes, for each element that is stored at 32,768 tokens.
+
+    layers: of each, the tokens that it stores and the elements of a token, keys or values. sinks: tokens stored exactly.
+    """
+    positions = POSITION_BITS * max(tokens for tokens, _ in layers)
+    others = sum(SLOT_BITS * tokens + SINK_BITS * sinks * 2 * elements for tokens, elements in layers)
+    return (positions + others) / sum(2 * tokens * elements for tokens, elements in layers)
 
 
 def _choose(recipe: Recipe, layers: Mapping[int, LayerFits]) -> tuple[Recipe, dict[str, Any]]:
     """The recipe with a scheme for each layer, and what that is predicted to take and to cost."""
     assert recipe.search_space
     elements = sum(2 * fits.elements for fits in layers.values())
-    overhead = beside_bits(len(layers), elements)
+    overhead = overhead_bits(_stored_elements(layers), recipe.sinks)
     try:
         options = (_options_by_rate if recipe.search_space.by_rate else _options)(recipe, layers, elements, overhead)
     except RecipeError as error:
@@ -55,7 +61,7 @@ def _choose(recipe: Recipe, layers: Mapping[int, LayerFits]) -> tuple[Recipe, di
     chosen = {layer: LayerSchemes(keys.scheme, values.scheme) for layer, (keys, values) in pairs.items()}
     report: dict[str, Any] = {
         "budget": sum(recipe.search_space.budgets) / 2,
-        "bits": sum(option.bits for option in options) / elements + overhead,
+        "bits": _bits(options, list(layers.values()), overhead),
         "predicted_loss": sum(option.cost for option in options),
         "layers": {
             str(layer): {
@@ -67,12 +73,19 @@ def _choose(recipe: Recipe, layers: Mapping[int, LayerFits]) -> tuple[Recipe, di
     }
     if recipe.search_space.value_budget is not None:
         report["sides"] = {
-            side: {"budget": budget, "bits": 2 * sum(option.bits for option in options[i::2]) / elements + overhead}
+            side: {"budget": budget, "bits": _bits(options[i::2], list(layers.values()), overhead)}
             for i, (side, budget) in enumerate(zip(("keys", "values"), recipe.search_space.budgets, strict=True))
         }
     if recipe.search_space.equal_layers:
         report["stream_bytes"] = {str(layer): _stream_bytes(pair, layers[layer].shape) for layer, pair in chosen.items()}
     return replace(recipe, layers=chosen, search_space=None), report
+
+
+def _bits(options: Sequence[Option], layers: Sequence[LayerFits], overhead: float) -> float:
+    """What some tensors of each layer take for each element that they store at 32,768 tokens, tables as if alike in all."""
+    every = [fits for fits in layers for _ in range(len(options) // len(layers))]
+    stored = sum(option.bits * fits.held for option, fits in zip(options, every, strict=True))
+    return stored / sum(fits.elements * fits.held for fits in every) + overhead
 
 
 def _stream_bytes(pair: LayerSchemes, shape: tuple[int, int]) -> int:
@@ -84,7 +97,7 @@ def _stream_bytes(pair: LayerSchemes, shape: tuple[int, int]) -> int:
 def _options(recipe: Recipe, layers: Mapping[int, LayerFits], elements: int, overhead: float) -> list[Option]:
     """One of the schemes for the keys, then for the values, of each layer."""
     assert recipe.search_space
-    menus, tokens = [], _table_tokens(layers)
+    menus, tokens = [], mean_held(_stored_elements(layers))
     for fits in layers.values():
         for schemes, keys in ((recipe.search_space.keys, True), (recipe.search_space.values, False)):
             menus.append(fits.menu(schemes, keys, recipe.sinks, tokens))
@@ -92,14 +105,14 @@ def _options(recipe: Recipe, layers: Mapping[int, LayerFits], elements: int, ove
     return [menu[pick] for menu, pick in zip(menus, picks, strict=True)]
 
 
-def _table_tokens(layers: Mapping[int, LayerFits]) -> float:
-    return mean_held((fits.held, fits.elements) for fits in layers.values())
+def _stored_elements(layers: Mapping[int, LayerFits]) -> list[tuple[int, int]]:
+    return [(fits.held, fits.elements) for fits in layers.values()]
 
 
 def _options_by_rate(recipe: Recipe, layers: Mapping[int, LayerFits], elements: int, overhead: float) -> list[Option]:
     """The same where rates are to be allocated."""
     assert recipe.search_space
-    sides, menus, tokens = [], [], _table_tokens(layers)
+    sides, menus, tokens = [], [], mean_held(_stored_elements(layers))
     for fits in layers.values():
         for schemes, keys in ((recipe.search_space.keys, True), (recipe.search_space.values, False)):
             menus.append(fits.rate_menu(schemes, keys, recipe.sinks, tokens))

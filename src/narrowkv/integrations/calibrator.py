@@ -256,7 +256,7 @@ def _backward(logits: Tensor, ids: Tensor, drawn: bool) -> None:
     predicted = logits.detach().float().softmax(-1)  # [batch, tokens, vocabulary]
     draws = [draw_tokens(row, text) for row, text in zip(predicted, ids, strict=True)] if drawn else []
     last = predicted[:, -1].clone()
-    one = torch.ones((), device=logits.device).expand(*ids.shape, 1)
+    one = torch.ones((), dtype=torch.float32, device=logits.device).expand(*ids.shape, 1)
     following = ids.roll(-1, 1)[..., None]
     predicted.scatter_add_(-1, following, -one)
     predicted[:, -1] = 0  # nothing follows the text

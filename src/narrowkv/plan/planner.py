@@ -10,7 +10,7 @@ import torch
 
 from narrowkv.calibration.allocation import Option, allocate, stored_bits
 from narrowkv.calibration.rates import RateOption, held_tokens, mean_held
-from narrowkv.calibration.search import beside_bits
+from narrowkv.calibration.search import overhead_bits
 from narrowkv.calibration.shares import allocate_budgets
 from narrowkv.codec import Scheme
 from narrowkv.codec.scheme_parts import BLOCK, UNIT
@@ -60,7 +60,7 @@ def evenly_chosen(recipe: Recipe, shape: ModelShape) -> Recipe:
     elements = sum(2 * layer.kv_heads * layer.head_dim for layer in shape.layers)
     choose = _even_rates if recipe.search_space.by_rate else _even_choice
     try:
-        schemes = choose(recipe.search_space, shape, elements, beside_bits(len(shape.layers), elements))
+        schemes = choose(recipe.search_space, shape, elements, overhead_bits(_stored_elements(shape), recipe.sinks))
     except RecipeError as error:
         raise RecipeError(f"Recipe {recipe.name}: {error}") from error
     pairs = zip(schemes[::2], schemes[1::2], strict=True)
@@ -70,7 +70,7 @@ def evenly_chosen(recipe: Recipe, shape: ModelShape) -> Recipe:
 
 def _even_choice(search_space: SearchSpace, shape: ModelShape, elements: int, overhead: float) -> list[Scheme]:
     """A scheme for the keys, then for the values, of each layer."""
-    menus, tokens = [], _table_tokens(shape)
+    menus, tokens = [], mean_held(_stored_elements(shape))
     for layer in shape.layers:
         one = LayerShape(1, layer.kv_heads, layer.head_dim, shape.dtype)
         for schemes, keys in ((search_space.keys, True), (search_space.values, False)):
@@ -81,7 +81,7 @@ def _even_choice(search_space: SearchSpace, shape: ModelShape, elements: int, ov
 
 def _even_rates(search_space: SearchSpace, shape: ModelShape, elements: int, overhead: float) -> list[Scheme]:
     """The same with rates, as if what units cost fell alike from the dearest to the cheapest in all tensors."""
-    menus, tokens = [], _table_tokens(shape)
+    menus, tokens = [], mean_held(_stored_elements(shape))
     for layer in shape.layers:
         for scheme in (*search_space.keys, *search_space.values):
             scheme.require_head_dim(layer.head_dim)
@@ -93,8 +93,8 @@ def _even_rates(search_space: SearchSpace, shape: ModelShape, elements: int, ove
     return allocate_budgets(search_space, menus, overhead)
 
 
-def _table_tokens(shape: ModelShape) -> float:
-    return mean_held((held_tokens(layer.sliding_window), layer.kv_heads * layer.head_dim) for layer in shape.layers)
+def _stored_elements(shape: ModelShape) -> list[tuple[int, int]]:
+    return [(held_tokens(layer.sliding_window), layer.kv_heads * layer.head_dim) for layer in shape.layers]
 
 
 @functools.cache
