@@ -4,14 +4,17 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "arrays.h"
 #include "encode.h"
 #include "pack.h"
+#include "stream_encode.h"
 #include "trellis.h"
 
 namespace nb = nanobind;
@@ -89,7 +92,96 @@ void encode_trellis(const std::string& kernel, uint64_t elements, uint64_t weigh
     if (kernel == "generic") return encode_trellis_generic(problem);
 #if defined(__x86_64__)
     if (kernel == "avx2") return encode_trellis_avx2(problem);
+    if (kernel == "avx512") return encode_trellis_avx512(problem);
 #endif
+    throw std::invalid_argument("no kernel of this name");
+}
+
+// A StreamCodec and the tables that it points into.
+struct HeldStreamCodec {
+    StreamCodec codec{};
+    Array<const int8_t> high, low;
+    Table mean, steps, scales, weight;
+    std::optional<Array<const int32_t>> channels, order;
+    std::optional<Array<const double>> turns, pairs;
+    std::optional<Table> matrix, norms;
+    std::vector<uint16_t> search_weight;
+};
+
+void require(bool sound, const char* message) {
+    if (!sound) throw std::invalid_argument(message);
+}
+
+template <typename Part>
+bool holds(const std::optional<Part>& part, int64_t elements) {
+    return !part || int64_t(part->size()) == elements;
+}
+
+bool are_places(const std::optional<Array<const int32_t>>& places, int64_t dim) {
+    return !places || std::all_of(places->data(), places->data() + places->size(), [&](int32_t place) { return place >= 0 && place < dim; });
+}
+
+// Nothing is read beyond what these sizes tell.
+void make_stream_codec(HeldStreamCodec* held, std::array<int64_t, MOST_RATE> counts, Array<const int8_t> high, Array<const int8_t> low,
+                       Array<const float, nb::ndim<2>> mean, Table steps, Table scales, Table weight, Array<const int32_t> search_weight,
+                       std::optional<Array<const int32_t>> channels, std::optional<Array<const double>> turns, std::optional<Array<const double>> pairs,
+                       std::optional<Array<const int32_t>> order, std::optional<Table> matrix, std::optional<Table> norms, float threshold, int64_t most) {
+    StreamCodec codec{};
+    codec.heads = int64_t(mean.shape(0)), codec.dim = int64_t(mean.shape(1)), codec.counts = counts;
+    for (int k = 1; k <= MOST_RATE; ++k) {
+        const int64_t units = counts[size_t(k - 1)];
+        require(units >= 0 && units <= codec.dim / UNIT, "streams have more units than a head");
+        codec.n += units * UNIT, codec.bytes += units * k;
+    }
+    const int64_t heads = codec.heads, dim = codec.dim, n = codec.n;
+    require(n <= dim && dim % 2 == 0, "streams have more coefficients than a head");
+    require(int64_t(high.size()) == MOST_RATE * 16 && high.size() == low.size(), "tables of streams are [6, 16]");
+    require(int64_t(steps.size()) == n && int64_t(scales.size()) == n && int64_t(weight.size()) == heads * n && int64_t(search_weight.size()) == heads * n,
+            "tables are smaller than what is read of them");
+    require(!channels == !turns && holds(channels, dim) && holds(turns, FRAME_TOKENS * dim) && are_places(channels, dim), "rotations do not fit a head");
+    require(!pairs == !order && !pairs == !!matrix && holds(pairs, heads * 2 * dim) && holds(order, heads * n) && are_places(order, dim) && holds(matrix, heads * n * dim),
+            "what makes coefficients does not fit a head");
+    require(holds(norms, NORMS), "norms have 256 codes");
+    new (held) HeldStreamCodec{codec, high, low, Table(mean), steps, scales, weight, channels, order, turns, pairs, matrix, norms, {}};
+    held->search_weight.assign(search_weight.data(), search_weight.data() + search_weight.size());
+    codec.high = high.data(), codec.low = low.data(), codec.mean = mean.data();
+    codec.channels = data_or_null(channels), codec.turns = data_or_null(turns), codec.pairs = data_or_null(pairs);
+    codec.order = data_or_null(order), codec.matrix = data_or_null(matrix), codec.norms = data_or_null(norms);
+    codec.steps = steps.data(), codec.scales = scales.data(), codec.weight = weight.data(), codec.search_weight = held->search_weight.data();
+    codec.threshold = threshold, codec.most = most;
+    held->codec = codec;
+}
+
+// parts: codes, outlier_index, outlier_values, of all that the buffer has. outliers: which of them count, and how many fit.
+int64_t encode_stream_tokens(const HeldStreamCodec& held, const std::string& kernel, int kind, uint64_t data, std::array<int64_t, 4> shape,
+                             std::array<int64_t, 4> strides, uint64_t skip, int64_t tokens, int64_t first, std::array<uint64_t, 3> parts,
+                             std::array<int64_t, 2> outliers, bool halves, int threads) {
+    const StreamCodec& codec = held.codec;
+    const TensorView elements = view_from(kind, data, shape, strides);
+    require(shape[1] == codec.heads && shape[3] == codec.dim, "elements are not those of such streams");
+    require(first >= 0 && first + shape[2] <= tokens, "elements do not fit the buffer");
+    require(outliers[0] >= 0 && outliers[0] <= outliers[1], "more outliers count than there are");
+    const int64_t* index = at<const int64_t>(parts[1]);
+    std::vector<int32_t> used;
+    if (first > 0 && codec.most > 0) {
+        used.resize(size_t(shape[0] * codec.heads));
+        for (int64_t i = 0; i < outliers[0]; ++i) {
+            const int64_t sequence = index[i] / (tokens * codec.n);
+            require(sequence >= 0 && sequence < int64_t(used.size()), "an outlier has no place");
+            ++used[size_t(sequence)];
+        }
+    }
+    const EncodeBuffer buffer{tokens, first, at<uint8_t>(parts[0]), nullptr, nullptr, at<int64_t>(parts[1]) + outliers[0],
+                              at<uint16_t>(parts[2]) + outliers[0], outliers[1] - outliers[0]};
+    const auto call = [&](EncodeStreams& encode) {
+        nb::gil_scoped_release release;
+        return encode(codec, elements, at<const uint8_t>(skip), buffer, used.empty() ? nullptr : used.data(), halves, threads);
+    };
+#if defined(__x86_64__)
+    if (kernel == "avx512") return call(encode_streams_avx512);
+    if (kernel == "avx2") return call(encode_streams_avx2);
+#endif
+    if (kernel == "generic") return call(encode_streams_generic);
     throw std::invalid_argument("no kernel of this name");
 }
 
@@ -101,6 +193,12 @@ void define_encode(nb::module_& module) {
              "scale"_a.none(), "zero"_a.none(), "lower"_a.none(), "upper"_a.none())
         .def("encode", &encode_tokens, "kind"_a, "data"_a, "shape"_a, "strides"_a, "skip"_a, "tokens"_a, "first"_a, "parts"_a,
              "outlier_capacity"_a, "threads"_a, "Write codes, ranges and outliers of new tokens to their buffer; see codec/cpu/encode.py.");
+    nb::class_<HeldStreamCodec>(module, "StreamCodec", "What is the same for all tokens that become trellis-coded streams; see codec/cpu/encode_streams.py.")
+        .def("__init__", &make_stream_codec, nb::kw_only(), "counts"_a, "high"_a, "low"_a, "mean"_a, "steps"_a, "scales"_a, "weight"_a,
+             "search_weight"_a, "channels"_a.none(), "turns"_a.none(), "pairs"_a.none(), "order"_a.none(), "matrix"_a.none(), "norms"_a.none(),
+             "threshold"_a, "most"_a)
+        .def("encode", &encode_stream_tokens, "kernel"_a, "kind"_a, "data"_a, "shape"_a, "strides"_a, "skip"_a, "tokens"_a, "first"_a, "parts"_a,
+             "outliers"_a, "halves"_a, "threads"_a, "Write codes and outliers of new tokens to their buffer; see codec/cpu/encode_streams.py.");
     module.def("all_finite", &are_finite, "kind"_a, "data"_a, "shape"_a, "strides"_a, "threads"_a,
                "Whether no element is NaN or infinite.");
     module.def("encode_trellis", &encode_trellis, "kernel"_a, "elements"_a, "weights"_a, "high"_a, "low"_a, "codes"_a, "shape"_a,

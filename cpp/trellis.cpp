@@ -27,13 +27,10 @@ inline void store_bytes(uint8_t* p, Lanes x) {
 inline Lanes splat(uint16_t x) { return Lanes{x, x, x, x, x, x, x, x}; }
 inline Lanes lane_indices() { return Lanes{0, 1, 2, 3, 4, 5, 6, 7}; }
 inline Lanes select(Signed mask, Lanes a, Lanes b) { return (a & Lanes(mask)) | (b & ~Lanes(mask)); }
+inline Lanes if_equal(Lanes a, Lanes b, Lanes then, Lanes otherwise) { return select(a == b, then, otherwise); }
 inline Lanes minimum(Lanes a, Lanes b) { return select(a < b, a, b); }
+inline Lanes maximum(Lanes a, Lanes b) { return select(a < b, b, a); }
 inline Lanes saturated_sum(Lanes a, Lanes b) { return a + minimum(b, ~a); }
-inline Lanes saturated_distance(Lanes a, Lanes b) {
-    const Lanes apart = a - b, sign = Lanes(Signed(a) < 0), overflow = Lanes(Signed((a ^ b) & (a ^ apart)) < 0);
-    const Lanes negative = Lanes(Signed(apart) < 0), positive = (apart ^ negative) - negative;
-    return select(Signed(overflow), 32767 - sign, positive);
-}
 // By bytes, since there is no common name for instructions that do it.
 inline Lanes high_product(Lanes a, Lanes b) {
     const Lanes a_high = a >> 8, a_low = a & 255, b_high = b >> 8, b_low = b & 255;
@@ -48,10 +45,10 @@ inline Lanes rotate(Lanes x) {
     return Lanes{x[4], x[5], x[6], x[7], x[0], x[1], x[2], x[3]};
 }
 
-inline uint16_t least_of(Lanes x) {
+inline Lanes least_of(Lanes x) {
     uint16_t least = x[0];
     for (int i = 1; i < width; ++i) least = x[i] < least ? x[i] : least;
-    return least;
+    return splat(least);
 }
 
 // Lane i is from[i >> rate].
@@ -62,11 +59,19 @@ inline Lanes spread(const uint16_t* from) {
     return x;
 }
 
+typedef double Doubles __attribute__((vector_size(16)));
+inline Doubles product_and_sum(Doubles a, Doubles b, Doubles sum) { return a * b + sum; }
+
 }  // namespace
 }  // namespace narrowkv
 
 #include "trellis_kernel.h"
+#include "stream_encode_kernel.h"
 
 namespace narrowkv {
-void encode_trellis_generic(const Trellis& problem) { encode_rows(problem); }
+void encode_trellis_generic(const Trellis& problem) { encode_problem(problem); }
+int64_t encode_streams_generic(const StreamCodec& codec, const TensorView& elements, const uint8_t* skip, const EncodeBuffer& buffer,
+                               const int32_t* held, bool halves, int threads) {
+    return encode_all_streams(codec, elements, skip, buffer, held, halves, threads);
+}
 }  // namespace narrowkv

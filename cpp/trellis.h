@@ -2,7 +2,7 @@
 //
 // The last 8 bits of a row's stream are its state, at first 0. An element of rate k appends k bits and is decoded to
 // high[k][state >> 4] + low[k][state & 15] of the state that it leads to. With the difference of the element, in 1/512 of a
-// grid step, from 512 times that, saturated to 16 bits, as d, a state costs
+// grid step, from 512 times that as d, a state costs
 //     ((min(2 |d|, 65535)^2 >> 16) * weight) >> 16,
 // weight / 2^16 times 16 times the squared distance in steps, plus the least cost of the 2^k states that it can come from,
 // less the least cost of all, at most 65535. States that no stream has reached yet (those from 2^bits on, with less than 8
@@ -50,6 +50,7 @@ struct Trellis {
 void encode_trellis_generic(const Trellis& problem);
 #if defined(__x86_64__)
 void encode_trellis_avx2(const Trellis& problem);
+void encode_trellis_avx512(const Trellis& problem);
 #endif
 
 }  // namespace narrowkv

@@ -12,7 +12,6 @@ namespace {
 
 constexpr int width = 16;
 typedef uint16_t Lanes __attribute__((vector_size(32)));
-typedef int16_t Signed __attribute__((vector_size(32)));
 
 template <typename T>
 inline Lanes load(const T* p) { return Lanes(_mm256_load_si256((const __m256i*)p)); }
@@ -23,9 +22,11 @@ inline void store_bytes(uint8_t* p, Lanes x) {
 inline Lanes splat(uint16_t x) { return Lanes(_mm256_set1_epi16(int16_t(x))); }
 inline Lanes lane_indices() { return Lanes{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
 inline Lanes minimum(Lanes a, Lanes b) { return Lanes(_mm256_min_epu16(__m256i(a), __m256i(b))); }
-inline Lanes select(Signed mask, Lanes a, Lanes b) { return Lanes(_mm256_blendv_epi8(__m256i(b), __m256i(a), __m256i(mask))); }
+inline Lanes maximum(Lanes a, Lanes b) { return Lanes(_mm256_max_epu16(__m256i(a), __m256i(b))); }
+inline Lanes if_equal(Lanes a, Lanes b, Lanes then, Lanes otherwise) {
+    return Lanes(_mm256_blendv_epi8(__m256i(otherwise), __m256i(then), _mm256_cmpeq_epi16(__m256i(a), __m256i(b))));
+}
 inline Lanes saturated_sum(Lanes a, Lanes b) { return Lanes(_mm256_adds_epu16(__m256i(a), __m256i(b))); }
-inline Lanes saturated_distance(Lanes a, Lanes b) { return Lanes(_mm256_abs_epi16(_mm256_subs_epi16(__m256i(a), __m256i(b)))); }
 inline Lanes high_product(Lanes a, Lanes b) { return Lanes(_mm256_mulhi_epu16(__m256i(a), __m256i(b))); }
 
 // Lane i of lane i + distance; the halves of 8 lanes are equal where it is 4.
@@ -36,9 +37,9 @@ inline Lanes rotate(Lanes x) {
     return Lanes(_mm256_shuffle_epi32(__m256i(x), 0x4e));
 }
 
-inline uint16_t least_of(Lanes x) {
+inline Lanes least_of(Lanes x) {
     const __m256i all = __m256i(x);
-    return uint16_t(_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_min_epu16(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)))));
+    return Lanes(_mm256_broadcastw_epi16(_mm_minpos_epu16(_mm_min_epu16(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)))));
 }
 
 // Lane i is from[i >> rate].
@@ -53,13 +54,21 @@ inline Lanes spread(const uint16_t* from) {
     return Lanes(_mm256_shuffle_epi8(rate == 2 ? _mm256_set1_epi64x(few) : _mm256_set1_epi32(int32_t(few)), order));
 }
 
+typedef double Doubles __attribute__((vector_size(32)));
+inline Doubles product_and_sum(Doubles a, Doubles b, Doubles sum) { return Doubles(_mm256_fmadd_pd(__m256d(a), __m256d(b), __m256d(sum))); }
+
 }  // namespace
 }  // namespace narrowkv
 
 #include "trellis_kernel.h"
+#include "stream_encode_kernel.h"
 
 namespace narrowkv {
-void encode_trellis_avx2(const Trellis& problem) { encode_rows(problem); }
+void encode_trellis_avx2(const Trellis& problem) { encode_problem(problem); }
+int64_t encode_streams_avx2(const StreamCodec& codec, const TensorView& elements, const uint8_t* skip, const EncodeBuffer& buffer,
+                            const int32_t* held, bool halves, int threads) {
+    return encode_all_streams(codec, elements, skip, buffer, held, halves, threads);
+}
 }  // namespace narrowkv
 
 #endif

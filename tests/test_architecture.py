@@ -89,7 +89,12 @@ def test_triton_is_imported_by_kernels_and_what_launches_them():
 def test_compiled_kernels_are_imported_by_what_runs_on_a_cpu():
     users = {name.removeprefix("narrowkv.") for name, found in IMPORTS.items() if "narrowkv._kernels" in found}
     attention = {name for name in users if name.startswith("attention.cpu")}
-    assert attention and users - attention == {"codec.cpu.encode", "codec.packing", "codec.trellis"}
+    assert attention and users - attention == {
+        "codec.cpu.encode",
+        "codec.cpu.encode_streams",
+        "codec.packing",
+        "codec.trellis",
+    }
 
 
 def test_only_the_command_line_prints_and_nothing_runs_foreign_code():

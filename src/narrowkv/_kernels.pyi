@@ -54,6 +54,46 @@ class Codec:
     ) -> int:
         """Write codes, ranges and outliers of new tokens to their buffer."""
 
+class StreamCodec:
+    """What is the same for all tokens that become trellis-coded streams; see codec/cpu/encode_streams.py."""
+
+    def __init__(
+        self,
+        *,
+        counts: Sequence[int],
+        high: Tensor,
+        low: Tensor,
+        mean: Tensor,
+        steps: Tensor,
+        scales: Tensor,
+        weight: Tensor,
+        search_weight: Tensor,
+        channels: Tensor | None,
+        turns: Tensor | None,
+        pairs: Tensor | None,
+        order: Tensor | None,
+        matrix: Tensor | None,
+        norms: Tensor | None,
+        threshold: float,
+        most: int,
+    ) -> None: ...
+    def encode(
+        self,
+        kernel: str,
+        kind: int,
+        data: int,
+        shape: Sequence[int],
+        strides: Sequence[int],
+        skip: int,
+        tokens: int,
+        first: int,
+        parts: Sequence[int],
+        outliers: Sequence[int],
+        halves: bool,
+        threads: int,
+    ) -> int:
+        """Write codes and outliers of new tokens to their buffer."""
+
 class Streams:
     """What all trellis-coded streams of one side have in common."""
 

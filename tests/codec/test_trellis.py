@@ -95,7 +95,7 @@ def test_results_do_not_depend_on_threads_or_on_how_many_rows_come_at_once():
 
 def cost(elements, weights, decoded):
     """What trellis.h says that dequantized elements cost in all."""
-    distance = (elements.long() - 512 * decoded.long()).clamp(-32768, 32767).abs()
+    distance = (elements.long() - 512 * decoded.long()).abs()
     return ((2 * distance).clamp(max=65535).square() // 65536 * weights.long() // 65536).sum(-1)
 
 

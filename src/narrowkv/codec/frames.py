@@ -43,26 +43,35 @@ class Frames:
 
     def rotate(self, x: Tensor, first: int) -> Tensor:
         """Channels [..., tokens, head_dim] float64 of tokens from a block's token `first` on, in stored order and rotated."""
-        at = torch.arange(first, first + x.shape[-2], dtype=torch.int64, device=x.device) % FRAME - MIDDLE
-        return self._rotated(x[..., self.channels.long()], at)
+        return _rotated(x[..., self.channels.long()], *self.turns(first, x.shape[-2]))
+
+    def turns(self, first: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [tokens, head_dim / 2] float64 of what `rotate` rotates pairs by."""
+        at = torch.arange(first, first + tokens, dtype=torch.int64, device=self.frequencies.device) % FRAME - MIDDLE
+        return self._turns_by(at)
 
     def unrotate(self, x: Tensor) -> Tensor:
         """Channels [..., tokens, head_dim] of whole blocks, or their first tokens, from what `rotate` made of them."""
         at = torch.arange(x.shape[-2], dtype=torch.int64, device=x.device) % FRAME - MIDDLE
-        return self._rotated(x, -at)[..., self.channels.long().argsort()]
+        return _rotated(x, *self._turns_by(-at))[..., self.channels.long().argsort()]
 
     def rotate_moment(self, moment: Tensor) -> Tensor:
         """Mean of second moments [kv_heads, head_dim, head_dim] float64 of what is equally likely at any offset in a frame."""
         one_side = moment[..., self.channels.long()].mT[..., self.channels.long()]
         mean = torch.zeros_like(one_side)
         for place in range(FRAME):
-            at = torch.tensor([place - MIDDLE], dtype=torch.int64, device=moment.device)
-            mean += self._rotated(self._rotated(one_side, at).mT, at) / FRAME
+            turns = self.turns(place, 1)
+            mean += _rotated(_rotated(one_side, *turns).mT, *turns) / FRAME
         return mean
 
-    def _rotated(self, x: Tensor, at: Tensor) -> Tensor:
-        """Pairs of x [..., n, head_dim], rotated by this many positions [n] or [1]."""
+    def _turns_by(self, at: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [n, head_dim / 2] float64 of pairs that are rotated by this many positions [n]."""
         angles = at[:, None].double() * self.frequencies.double()
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        return angles.cos(), angles.sin()
+
+
+def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Pairs of x [..., n, head_dim], rotated by angles whose cosines and sines are [n or 1, head_dim / 2]."""
+    cosines, sines = cosines.to(x.dtype), sines.to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cosines - second * sines, second * cosines + first * sines], dim=-1)

@@ -24,7 +24,7 @@ GRID_STEP = 512  # of elements
 TOP = 63  # magnitude of a table's entry
 UNREACHED = 65535  # the highest cost
 FEW = 64  # rows, for which a second thread is not worth the start
-KERNELS = [name for name in ("avx2",) if name in _kernels.instruction_sets()] + ["generic"]
+KERNELS = [name for name in ("avx512", "avx2") if name in _kernels.instruction_sets()] + ["generic"]
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def encode_naive(elements: Tensor, weights: Tensor, counts: Sequence[int], table
 
 def _cost(element: Tensor, weight: Tensor, entries: Tensor) -> Tensor:
     """What each state's entry costs an element: [heads, rows, 256] int32."""
-    distance = (element - entries).clamp(-32768, 32767).abs()
+    distance = (element - entries).abs()
     square = (2 * distance).clamp(max=65535).long().square() >> 16
     return (square * weight >> 16).int()
 

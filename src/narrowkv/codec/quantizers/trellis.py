@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from narrowkv.codec import trellis
+from narrowkv.codec.cpu.encode import KINDS
+from narrowkv.codec.cpu.encode_streams import StreamEncoder
 from narrowkv.codec.encode_buffer import EncodeBuffer
 from narrowkv.codec.frames import Frames, place_dtype
 from narrowkv.codec.pairs import times
@@ -105,9 +107,28 @@ class TrellisQuantizer(BaseQuantizer):
         Codes are [batch, kv_heads, tokens, bytes of a stream], with `token_norm` and a byte for the norm; an outlier is an
         exact coefficient. Raises ActivationError where one does not fit 16 bits.
         """
-        return self._encode(x, skip, 0, None)
+        if x.is_cpu and x.dtype in KINDS:
+            batch, heads, tokens, dim = x.shape
+            buffer = EncodeBuffer(self.scheme, batch, heads, tokens, dim, like=x)
+            held = self._encoder.write(buffer, 0, x, skip)
+            if held is not None:
+                buffer.outliers = held
+                return buffer.encoded()
+        return self.encode_naive(x, skip)
 
     def encode_into(self, buffer: EncodeBuffer, first: int, x: Tensor, skip: Tensor | None = None) -> int:
+        if x.is_cpu and x.dtype in KINDS:
+            found = self._encoder.write(buffer, first, x, skip)
+            if found is not None:
+                return found
+        return self.encode_naive_into(buffer, first, x, skip)
+
+    def encode_naive(self, x: Tensor, skip: Tensor | None = None) -> QuantizedTensor:
+        """The same in plain torch, but for the compiled search on a CPU."""
+        return self._encode(x, skip, 0, None)
+
+    def encode_naive_into(self, buffer: EncodeBuffer, first: int, x: Tensor, skip: Tensor | None = None) -> int:
+        """`encode_into` in plain torch."""
         held = None
         if self.outlier_threshold is not None and first:
             before = buffer.encoded()
@@ -223,7 +244,14 @@ class TrellisQuantizer(BaseQuantizer):
         """Norms [batch, kv_heads, tokens, 1] float32 of their codes, 1 where there are none."""
         if not self.scheme.quantization.token_norm:
             return torch.ones_like(codes[..., :1], dtype=torch.float32)
-        return ((codes.float() - NORM_ZERO) / NORM_STEPS).exp2()
+        return self._norms[codes.long()]
+
+    @functools.cached_property
+    def _norms(self) -> Tensor:
+        """The norm of each code: [256] float32."""
+        assert self.mean is not None
+        codes = torch.arange(256, dtype=torch.float32, device=self.mean.device)
+        return ((codes - NORM_ZERO) / NORM_STEPS).exp2()
 
     def _coefficients(self, x: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
         """Coefficients [batch, kv_heads, tokens, n] float32, and codes of their norms [batch, kv_heads, tokens, 1] uint8.
@@ -284,11 +312,37 @@ class TrellisQuantizer(BaseQuantizer):
 
     @functools.cached_property
     def _inverse(self) -> Tensor:
-        """What channels are multiplied by, float64: of exactly those matrices that decode."""
+        """What channels are multiplied by, float64, of exactly those matrices that decode; a whole head's fits float32."""
         if self.matrix is not None and self.matrix_steps is not None:
-            return torch.linalg.pinv(self.matrix_steps.double()[..., None] * self.matrix.double())
+            return torch.linalg.pinv(self.matrix_steps.double()[..., None] * self.matrix.double()).float().double()
         assert self.pairs is not None
         return torch.linalg.pinv(self.pairs.double())
+
+    @functools.cached_property
+    def _encoder(self) -> StreamEncoder:
+        """The compiled form of `encode`."""
+        assert self.scheme.quantization.counts is not None and self.mean is not None and self.weight is not None
+        threshold, fraction = self.outlier_threshold, self.scheme.outliers.fraction
+        return StreamEncoder(
+            self.scheme.quantization.counts[1:],
+            self._tables,
+            self.mean,
+            self._inverse,
+            self.order,
+            self.frames,
+            self._by_coefficient("steps"),
+            self._by_coefficient("scales"),
+            self.weight,
+            self.search_weight.int(),
+            self._norms if self.scheme.quantization.token_norm else None,
+            0.0 if threshold is None else float(threshold),
+            0 if threshold is None else places_of_outliers(fraction, self.weight.shape[1]),
+        )
+
+
+def places_of_outliers(fraction: float, n: int) -> int:
+    """How many outliers a head of n coefficients may have in a block."""
+    return round(fraction * BLOCK * n)
 
 
 def within_places(missed: Tensor, outside: Tensor, fraction: float, first: int = 0, held: Tensor | None = None) -> Tensor:
@@ -304,7 +358,7 @@ def within_places(missed: Tensor, outside: Tensor, fraction: float, first: int =
     before = by_block.cumsum(-1) - by_block
     if held is not None:
         before[:, :, 0] += held[..., None]
-    left = (round(fraction * BLOCK * n) - before).flatten(2)[:, :, first : first + tokens]
+    left = (places_of_outliers(fraction, n) - before).flatten(2)[:, :, first : first + tokens]
     allowed = outside & (left > 0)[..., None]
     partly = (left > 0) & (wanted > left)  # one token of a block and head at most, so that few are sorted
     rank = missed[partly].masked_fill(~outside[partly], -1).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)

@@ -1,0 +1,54 @@
+// Encoding keys or values as trellis-coded streams, from elements to what a cache holds of them; the same in plain torch is
+// `TrellisQuantizer.encode_naive` in codec/quantizers/trellis.py.
+
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+#include "encode.h"
+#include "trellis.h"
+
+namespace narrowkv {
+
+constexpr int FRAME_TOKENS = 16;  // of keys that are rotated to its middle
+constexpr int BLOCK_TOKENS = 64;  // in which a head has places for outliers
+constexpr int NORMS = 256;        // codes of norms
+
+// What is the same for all tokens; n coefficients of a head have codes. mean: [heads, dim]. channels: [dim], which channel
+// lies where, and turns: [FRAME_TOKENS, 2, dim / 2], cosines and sines, or both null. Coefficients are products with pairs:
+// [heads, 4, dim / 2], of the first and the second elements of pairs what goes to the first and to the second, taken in order:
+// [heads, n]; or with matrix: [heads, n / UNIT, dim, UNIT]. steps, scales: [n]. weight, search_weight: [heads, n].
+// norms: [NORMS], or null. Coefficients whose error costs more than the threshold are outliers, `most` of a head in a block.
+struct StreamCodec {
+    int64_t heads, dim, n, bytes;
+    std::array<int64_t, MOST_RATE> counts;
+    const int8_t* high;
+    const int8_t* low;
+    const float* mean;
+    const int32_t* channels;
+    const double* turns;
+    const double* pairs;
+    const int32_t* order;
+    const float* matrix;
+    const float* steps;
+    const float* scales;
+    const float* weight;
+    const uint16_t* search_weight;
+    const float* norms;
+    float threshold;
+    int64_t most;
+};
+
+// What `encode` of encode.h does, for codes: [batch, heads, tokens, bytes and one of a norm]. held: [batch, heads], outliers
+// that the block has already, or null. halves: whether outliers are stored in float16, else in bfloat16.
+using EncodeStreams = int64_t(const StreamCodec& codec, const TensorView& elements, const uint8_t* skip, const EncodeBuffer& buffer,
+                              const int32_t* held, bool halves, int threads);
+
+EncodeStreams encode_streams_generic;
+#if defined(__x86_64__)
+EncodeStreams encode_streams_avx2;
+EncodeStreams encode_streams_avx512;
+#endif
+
+}  // namespace narrowkv
