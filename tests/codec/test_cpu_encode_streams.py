@@ -1,7 +1,7 @@
 """Streams encoded in one compiled call against plain torch: the same codes and outliers, to the bit."""
 
 import copy
-from dataclasses import replace
+from dataclasses import asdict, make_dataclass, replace
 
 import pytest
 import torch
@@ -148,3 +148,20 @@ def test_tables_that_do_not_fit_are_refused(name, spoilt):
         quantizer.__dict__.pop(cached, None)
     with pytest.raises((ValueError, RuntimeError)):
         quantizer._encoder  # noqa: B018
+
+
+@pytest.mark.parametrize("part", ["quantization", "transform", "outliers"])
+def test_the_encoder_takes_no_scheme_with_a_field_that_it_does_not_know(part):
+    quantizer, x = drawn((1, 2, 3, 16), 0.0, learned_rotation=True)
+    today = getattr(quantizer.scheme, part)
+    tomorrow = make_dataclass("Tomorrow", [("clipped", float, 0.0)], bases=(type(today),), frozen=True)
+    known, unknown = (
+        replace(quantizer, scheme=replace(quantizer.scheme, **{part: tomorrow(**asdict(today), clipped=clipped)}))
+        for clipped in (0.0, 0.5)
+    )
+    assert not known.encodes_in_torch(x.device) and unknown.encodes_in_torch(x.device)
+    assert known._encoder is not None and unknown._encoder is None
+    require_same(unknown.encode(x), quantizer.encode_naive(x))
+    buffer = EncodeBuffer(quantizer.scheme, *x.shape, like=x)
+    unknown.encode_into(buffer, 0, x)
+    require_same(buffer.encoded(), quantizer.encode_naive(x))

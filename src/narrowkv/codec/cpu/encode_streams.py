@@ -1,5 +1,7 @@
 """The compiled form of `TrellisQuantizer.encode`: from elements to streams and outliers in one call."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,15 @@ class StreamEncoder:
     n], or with order [kv_heads, n] of pairs [kv_heads, head_dim / 2, 2, 2]. threshold: of outliers. most: how many a head has
     in a block.
     """
+
+    SUPPORTS: ClassVar = (
+        "datatype",
+        "strategy",
+        "counts",
+        "token_norm",
+        "learned_rotation",
+        "outliers",
+    )  # settings of a scheme that need not be as by default
 
     def __init__(
         self,

@@ -107,7 +107,7 @@ class TrellisQuantizer(BaseQuantizer):
         Codes are [batch, kv_heads, tokens, bytes of a stream], with `token_norm` and a byte for the norm; an outlier is an
         exact coefficient. Raises ActivationError where one does not fit 16 bits.
         """
-        if x.is_cpu and x.dtype in KINDS:
+        if x.is_cpu and x.dtype in KINDS and self._encoder is not None:
             batch, heads, tokens, dim = x.shape
             buffer = EncodeBuffer(self.scheme, batch, heads, tokens, dim, like=x)
             held = self._encoder.write(buffer, 0, x, skip)
@@ -117,7 +117,7 @@ class TrellisQuantizer(BaseQuantizer):
         return self.encode_naive(x, skip)
 
     def encode_into(self, buffer: EncodeBuffer, first: int, x: Tensor, skip: Tensor | None = None) -> int:
-        if x.is_cpu and x.dtype in KINDS:
+        if x.is_cpu and x.dtype in KINDS and self._encoder is not None:
             found = self._encoder.write(buffer, first, x, skip)
             if found is not None:
                 return found
@@ -170,7 +170,7 @@ class TrellisQuantizer(BaseQuantizer):
         return by_token.transpose(1, 2).contiguous()
 
     def encodes_in_torch(self, device: torch.device) -> bool:
-        return device.type != "cpu"
+        return device.type != "cpu" or not self.scheme.differs_only_in(StreamEncoder.SUPPORTS)
 
     def search(self, coefficients: Tensor, weight: Tensor | None = None) -> Tensor:
         """Streams [batch, kv_heads, tokens, bytes] uint8 of coefficients [batch, kv_heads, tokens, n] float32.
@@ -319,8 +319,10 @@ class TrellisQuantizer(BaseQuantizer):
         return torch.linalg.pinv(self.pairs.double())
 
     @functools.cached_property
-    def _encoder(self) -> StreamEncoder:
-        """The compiled form of `encode`."""
+    def _encoder(self) -> StreamEncoder | None:
+        """The compiled form of `encode`; None if it does not support the scheme."""
+        if not self.scheme.differs_only_in(StreamEncoder.SUPPORTS):
+            return None
         assert self.scheme.quantization.counts is not None and self.mean is not None and self.weight is not None
         threshold, fraction = self.outlier_threshold, self.scheme.outliers.fraction
         return StreamEncoder(
