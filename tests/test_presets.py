@@ -17,12 +17,14 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def sources(model):
-    """By name, a recipe, or where it learns its calibration; all of them learned at once."""
-    recipes = {name: get_recipe(name) for name in PRESETS}
+def sources(request, model):
+    """By name, a recipe, or what it learned: those of the tests that were chosen, all learned at once."""
+    names = {item.callspec.params["name"] for item in request.session.items if item.path == request.path}
+    recipes = {name: get_recipe(name) for name in names}
     learning = [recipe for recipe in recipes.values() if recipe.needs_calibration]
     ids = torch.randint(2, 97, (2, 200), generator=torch.Generator().manual_seed(3))
-    return recipes | {learned.recipe.name: learned for learned in calibrate_many(model, ids.split(1), learning)}
+    learned = calibrate_many(model, ids.split(1), learning) if learning else []
+    return recipes | {calibration.recipe.name: calibration for calibration in learned}
 
 
 @pytest.fixture
