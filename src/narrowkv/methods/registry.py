@@ -1,30 +1,30 @@
-"""The names of all recipes: each method module offers `NAMES` and `recipe(name)`.
+"""The names of all recipes: each method module of this package offers `NAMES` and `recipe(name)`.
 
 Packages that are installed add methods by the entry point group `narrowkv.recipes`, each entry a module of this form.
 """
 
 import functools
+import pkgutil
 from collections.abc import Iterable, Iterator
+from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 
 from narrowkv.errors import RecipeError
-from narrowkv.methods import exact, hadamard, intrinsic, kivi, kvquant, narrow, nvfp4, rounding, smooth
 from narrowkv.methods.recipe import Recipe
 
 GROUP = "narrowkv.recipes"
-METHODS: tuple[ModuleType, ...] = (
-    exact,
-    narrow,
-    kvquant,
-    kivi,
-    rounding,
-    nvfp4,
-    hadamard,
-    smooth,
-    intrinsic,
-)
+FIRST = ("exact", "narrow", "kvquant", "kivi", "rounding")  # in lists of names; the others follow in alphabetical order
+HELPERS = ("measured", "recipe", "registry")
+
+
+@functools.cache
+def methods() -> tuple[ModuleType, ...]:
+    """Methods of this package: its modules but for HELPERS."""
+    found = {module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])}
+    names = [*FIRST, *sorted(found.difference(FIRST, HELPERS))]
+    return tuple(import_module(f"narrowkv.methods.{name}") for name in names)
 
 
 @functools.cache
@@ -48,7 +48,7 @@ def methods_of_others() -> tuple[ModuleType, ...]:
 
 def recipe_names() -> list[str]:
     """Names of all presets, ordered by method; raises RecipeError if those of another package do not load."""
-    return [name for method in (*METHODS, *methods_of_others()) for name in method.NAMES]
+    return [name for method in (*methods(), *methods_of_others()) for name in method.NAMES]
 
 
 def get_recipe(name: "str | Path | Recipe") -> Recipe:
@@ -58,7 +58,7 @@ def get_recipe(name: "str | Path | Recipe") -> Recipe:
     if not isinstance(name, str | Path):
         raise RecipeError(f"Expected a recipe or its name ({', '.join(recipe_names()[:3])}, ...), not {name!r:.80}.")
     name = str(name)
-    found = _named(name, METHODS) or _named(name, methods_of_others())  # names of ours are never another package's
+    found = _named(name, methods()) or _named(name, methods_of_others())  # names of ours are never another package's
     if found is not None:
         return found
     if Path(name).suffix == ".json":
