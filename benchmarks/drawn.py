@@ -14,6 +14,7 @@ from narrowkv.codec import AnyQuantizer, QuantizedTensor, Quantizer, Scheme, Tre
 from narrowkv.codec.frames import Frames
 from narrowkv.codec.gaussian_tables import STEPS, gaussian_tables
 from narrowkv.codec.quantizers.trellis import NORM_ZERO
+from narrowkv.codec.saturation import Saturation
 from narrowkv.store import LayerStore
 
 QUERY_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -65,7 +66,7 @@ def random_streams(scheme: Scheme) -> TrellisQuantizer:
     return TrellisQuantizer(scheme, **tables)
 
 
-def draw_codes(scheme: Scheme, x: Tensor, skip: Tensor | None = None) -> QuantizedTensor:
+def draw_codes(scheme: Scheme, x: Tensor, skip: Tensor | None = None, saturation: Saturation | None = None) -> QuantizedTensor:
     """Streams and outliers at random, in place of those of least cost."""
     shape = (*x.shape[:3], scheme.codes(HEAD_DIM))
     encoded = QuantizedTensor(torch.randint(2**scheme.code_bits, shape, dtype=torch.uint8))

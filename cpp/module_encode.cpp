@@ -153,7 +153,8 @@ void make_stream_codec(HeldStreamCodec* held, std::array<int64_t, MOST_RATE> cou
 }
 
 // parts: codes, outlier_index, outlier_values, of all that the buffer has. outliers: which of them count, and how many fit.
-int64_t encode_stream_tokens(const HeldStreamCodec& held, const std::string& kernel, int kind, uint64_t data, std::array<int64_t, 4> shape,
+// Returns the two numbers of StreamCounts.
+std::array<int64_t, 2> encode_stream_tokens(const HeldStreamCodec& held, const std::string& kernel, int kind, uint64_t data, std::array<int64_t, 4> shape,
                              std::array<int64_t, 4> strides, uint64_t skip, int64_t tokens, int64_t first, std::array<uint64_t, 3> parts,
                              std::array<int64_t, 2> outliers, bool halves, int threads) {
     const StreamCodec& codec = held.codec;
@@ -173,9 +174,10 @@ int64_t encode_stream_tokens(const HeldStreamCodec& held, const std::string& ker
     }
     const EncodeBuffer buffer{tokens, first, at<uint8_t>(parts[0]), nullptr, nullptr, at<int64_t>(parts[1]) + outliers[0],
                               at<uint16_t>(parts[2]) + outliers[0], outliers[1] - outliers[0]};
-    const auto call = [&](EncodeStreams& encode) {
+    const auto call = [&](EncodeStreams& encode) -> std::array<int64_t, 2> {
         nb::gil_scoped_release release;
-        return encode(codec, elements, at<const uint8_t>(skip), buffer, used.empty() ? nullptr : used.data(), halves, threads);
+        const StreamCounts found = encode(codec, elements, at<const uint8_t>(skip), buffer, used.empty() ? nullptr : used.data(), halves, threads);
+        return {found.outliers, found.out_of_range};
     };
 #if defined(__x86_64__)
     if (kernel == "avx512") return call(encode_streams_avx512);

@@ -14,6 +14,7 @@ namespace narrowkv {
 constexpr int FRAME_TOKENS = 16;  // of keys that are rotated to its middle
 constexpr int BLOCK_TOKENS = 64;  // in which a head has places for outliers
 constexpr int NORMS = 256;        // codes of norms
+constexpr int TOP = 63;           // magnitude of a table's entry, in grid steps
 
 // What is the same for all tokens; n coefficients of a head have codes. mean: [heads, dim]. channels: [dim], which channel
 // lies where, and turns: [FRAME_TOKENS, 2, dim / 2], cosines and sines, or both null. Coefficients are products with pairs:
@@ -40,10 +41,16 @@ struct StreamCodec {
     int64_t most;
 };
 
+// What was found: outliers as `encode` of encode.h returns them, and how many coefficients of tokens that are not skipped lie
+// beyond what codes reach by its width.
+struct StreamCounts {
+    int64_t outliers, out_of_range;
+};
+
 // What `encode` of encode.h does, for codes: [batch, heads, tokens, bytes and one of a norm]. held: [batch, heads], outliers
 // that the block has already, or null. halves: whether outliers are stored in float16, else in bfloat16.
-using EncodeStreams = int64_t(const StreamCodec& codec, const TensorView& elements, const uint8_t* skip, const EncodeBuffer& buffer,
-                              const int32_t* held, bool halves, int threads);
+using EncodeStreams = StreamCounts(const StreamCodec& codec, const TensorView& elements, const uint8_t* skip, const EncodeBuffer& buffer,
+                                   const int32_t* held, bool halves, int threads);
 
 EncodeStreams encode_streams_generic;
 #if defined(__x86_64__)

@@ -77,14 +77,17 @@ struct StreamEncoder {
     const bool halves;
     const Search search;
     std::atomic<bool> fits{true};
+    std::atomic<int64_t> out_of_range{0};
 
-    int64_t run(int threads);
+    StreamCounts run(int threads);
     int64_t code_bytes() const { return codec.bytes + (codec.norms ? 1 : 0); }
 };
 
 // Some tokens of one block of some heads: memory for all of them and what is done to it.
 class Tile {
 public:
+    int64_t out_of_range = 0;  // coefficients seen so far
+
     Tile(StreamEncoder& call, int64_t most_rows) : call(call), codec(call.codec) {
         const int64_t n = codec.n, dim = codec.dim;
         centered.resize(size_t(most_rows * dim));
@@ -108,7 +111,8 @@ public:
             const int64_t at = (sequence - first) * tokens, head = sequence % codec.heads;
             transform(sequence, start, stop, at);
             for (int64_t i = at; i < at + tokens; ++i) {
-                scale(i);
+                const int64_t far_out = scale(i);
+                if (!is_skipped(sequence, start + i - at)) out_of_range += far_out;
                 uint8_t* codes = call.buffer.codes + place_of(sequence, start + i - at) * call.code_bytes();
                 if (codec.norms) codes[codec.bytes] = norms[size_t(i)];
                 rows.push_back({inputs.data() + i * n, codec.search_weight + head * n, codes, states.data() + i * n});
@@ -136,6 +140,8 @@ private:
     std::vector<int32_t> outside;
 
     int64_t place_of(int64_t sequence, int64_t token) const { return sequence * call.buffer.tokens + call.buffer.at + token; }
+
+    bool is_skipped(int64_t sequence, int64_t token) const { return call.skip && call.skip[sequence / codec.heads * call.elements.tokens + token]; }
 
     // Coefficients of some tokens of a head, in float64, to rows from `at` on.
     void transform(int64_t sequence, int64_t start, int64_t stop, int64_t at) {
@@ -194,8 +200,9 @@ private:
         for (int64_t i = 0; i < codec.n; ++i) to[i] = all[order[i]];
     }
 
-    // Coefficients divided by their norm, and as the search takes them. What is not finite becomes some number.
-    void scale(int64_t row) {
+    // Coefficients divided by their norm, and as the search takes them; returns how many are out of range. What is not finite
+    // becomes some number.
+    int64_t scale(int64_t row) {
         const int64_t n = codec.n;
         const double* from = found.data() + row * n;
         float* to = coefficients.data() + row * n;
@@ -207,12 +214,16 @@ private:
         }
         for (int64_t i = 0; i < n; ++i) to[i] = float(from[i] / norm);
         int16_t* grid_steps = inputs.data() + row * n;
+        int32_t far_out = 0;
         for (int64_t i = 0; i < n; ++i) {
-            float step = to[i] / codec.steps[i] * float(GRID_STEP);
+            float step = to[i] / codec.steps[i];
+            far_out += std::fabs(step) > float(3 * TOP);
+            step *= float(GRID_STEP);
             step = step > -32768.0f ? step : -32768.0f;
             step = step < 32767.0f ? step : 32767.0f;
             grid_steps[i] = int16_t(int32_t(rounded(step)));
         }
+        return far_out;
     }
 
     uint8_t norm_code(const double* x) const {
@@ -227,7 +238,7 @@ private:
     // Choose a row's outliers, and have it searched again where there are any. used: places of its block, raised.
     void keep_outliers(int64_t sequence, int64_t token, int64_t row, int64_t& used, std::vector<Outlier>& chosen) {
         const int64_t n = codec.n, head = sequence % codec.heads, left = codec.most - used;
-        if (call.skip && call.skip[sequence / codec.heads * call.elements.tokens + token]) return;
+        if (is_skipped(sequence, token)) return;
         const int64_t wanted = find_outside(row, head);
         used += wanted;
         if (wanted == 0 || left <= 0) return;
@@ -284,7 +295,7 @@ private:
     }
 };
 
-inline int64_t StreamEncoder::run(int threads) {
+inline StreamCounts StreamEncoder::run(int threads) {
     const int64_t sequences = elements.batch * elements.heads, at = buffer.at, tokens = elements.tokens;
     const int64_t block = at / BLOCK_TOKENS, blocks = (at + tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS - block;
     const int64_t together = tokens < TOGETHER ? TOGETHER / tokens : 1, groups = (sequences + together - 1) / together;
@@ -297,20 +308,21 @@ inline int64_t StreamEncoder::run(int threads) {
             const int64_t first = item / blocks * together, start = (block + item % blocks) * BLOCK_TOKENS - at;
             tile.encode(first, std::min(first + together, sequences), std::max<int64_t>(start, 0), std::min(start + BLOCK_TOKENS, tokens), chosen[size_t(item)]);
         }
+        out_of_range += tile.out_of_range;
     }
-    if (!fits) return DOES_NOT_FIT;
+    if (!fits) return {DOES_NOT_FIT, 0};
     int64_t count = 0;
     for (const auto& part : chosen) count += int64_t(part.size());
-    if (count > buffer.outlier_capacity) return count;
+    if (count > buffer.outlier_capacity) return {count, out_of_range};
     int64_t next = 0;
     for (const auto& part : chosen)
         for (const Outlier& outlier : part) buffer.outlier_index[next] = outlier.place, buffer.outlier_values[next++] = outlier.value;
-    return count;
+    return {count, out_of_range};
 }
 
-int64_t encode_all_streams(const StreamCodec& codec, const TensorView& elements, const uint8_t* skip, const EncodeBuffer& buffer,
-                           const int32_t* held, bool halves, int threads) {
-    if (elements.tokens == 0 || elements.batch == 0) return 0;
+StreamCounts encode_all_streams(const StreamCodec& codec, const TensorView& elements, const uint8_t* skip, const EncodeBuffer& buffer,
+                                const int32_t* held, bool halves, int threads) {
+    if (elements.tokens == 0 || elements.batch == 0) return {0, 0};
     return StreamEncoder{codec, elements, skip, buffer, held, halves, Search(codec.counts, codec.high, codec.low)}.run(threads);
 }
 

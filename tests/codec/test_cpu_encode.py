@@ -8,6 +8,7 @@ import torch
 from narrowkv.codec import Outliers, Quantization, Quantizer, Scheme
 from narrowkv.codec.cpu.encode import all_finite
 from narrowkv.codec.encode_buffer import EncodeBuffer
+from narrowkv.codec.saturation import Saturation
 from narrowkv.errors import ActivationError
 
 SHAPES = [(1, 1, 64, 80), (3, 2, 128, 16), (1, 8, 64, 128)]
@@ -139,3 +140,22 @@ def test_one_number_that_is_not_finite_is_found(dtype, shape):
             broken[place] = bad
             assert not all_finite(broken)
             assert not all_finite(broken.transpose(1, 2).contiguous().transpose(1, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)  # compiled, and not
+def test_what_is_far_out_of_a_learned_range_is_counted(dtype):
+    quantizer, x = made(SCHEMES["static"], 2, 16), torch.randn(3, 2, 10, 16).to(dtype)
+    skip = torch.rand(3, 10) < 0.3
+    reach = quantizer.scale.clamp(min=float(quantizer.scale.mean()) / 100)
+    expected = ((x.float() - quantizer.zero[:, None]).abs() > 3 * reach[:, None]) & ~skip[:, None, :, None]
+    buffer = EncodeBuffer(quantizer.scheme, 3, 2, 64, 16, like=x)
+    whole, pieces = Saturation(), Saturation()
+    quantizer.encode(x, skip, whole)
+    for start in (0, 5):
+        quantizer.encode_into(buffer, start, x[:, :, start : start + 5], skip[:, start : start + 5], pieces)
+    assert vars(whole) == vars(pieces) == {"out_of_range": int(expected.sum()), "seen": x.numel()}
+    assert whole.out_of_range
+    for exact in ("static, 1%", "token"):
+        nothing = Saturation()
+        made(SCHEMES[exact], 2, 16).encode(x, skip, nothing)
+        assert nothing.seen == 0

@@ -9,6 +9,7 @@ from tests.codec.test_trellis_quantizer import drawn_elements, made
 
 from narrowkv.codec import trellis
 from narrowkv.codec.encode_buffer import EncodeBuffer
+from narrowkv.codec.saturation import Saturation
 from narrowkv.errors import ActivationError
 
 SETTINGS = [{"learned_rotation": False}, {"learned_rotation": True}, {"learned_rotation": False, "pre_rope": True}]
@@ -35,11 +36,11 @@ def require_same(found, expected):
     assert torch.equal(found.outlier_values, expected.outlier_values)
 
 
-def encoded_by(kernel, quantizer, x, skip=None):
+def encoded_by(kernel, quantizer, x, skip=None, saturation=None):
     batch, heads, tokens, dim = x.shape
     buffer = EncodeBuffer(quantizer.scheme, batch, heads, tokens, dim, like=x)
     buffer.codes.fill_(255)
-    buffer.outliers = quantizer._encoder.write(buffer, 0, x, skip, kernel)
+    buffer.outliers = quantizer._encoder.write(buffer, 0, x, skip, saturation, kernel)
     return buffer.encoded()
 
 
@@ -63,14 +64,42 @@ def test_pieces_of_a_tail_are_those_of_plain_torch(kernel, settings):
     quantizer, x = drawn((2, 3, 60, 80), 0.01, **settings)
     x[:, :, 10:40] *= 20  # more outliers than places
     buffers = [EncodeBuffer(quantizer.scheme, 2, 3, 64, 80, like=x) for _ in range(2)]
-    first = 0
+    first, counted = 0, (Saturation(), Saturation())
     for count in (1, 12, 1, 6, 40):
         piece = x[:, :, first : first + count]
-        buffers[0].outliers = quantizer._encoder.write(buffers[0], first, piece, None, kernel)
-        buffers[1].outliers = quantizer.encode_naive_into(buffers[1], first, piece)
+        buffers[0].outliers = quantizer._encoder.write(buffers[0], first, piece, None, counted[0], kernel)
+        buffers[1].outliers = quantizer.encode_naive_into(buffers[1], first, piece, None, counted[1])
         first += count
     assert buffers[0].outliers > 0
+    assert vars(counted[0]) == vars(counted[1])
+    assert (counted[0].out_of_range > 0) == (not settings["learned_rotation"])  # norms follow elements
     require_same(buffers[0].encoded(), buffers[1].encoded())
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("outliers", [0.0, 0.02])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_compiled_form_counts_what_is_out_of_range_as_the_plain_one(settings, shape, outliers, dtype):
+    quantizer, x = drawn(shape, outliers, dtype, **settings)
+    if quantizer.pairs is not None:  # no coefficient beyond 16 bits
+        quantizer = replace(quantizer, pairs=(2 * torch.eye(2) + torch.rand(quantizer.pairs.shape)).half())
+    mean, (batch, heads, tokens, dim) = quantizer.mean[None, :, None].float(), shape
+    around = torch.full((batch, heads, tokens + 2, dim), 3e4).to(dtype)  # would count
+    around[:, :, 1:-1] = (
+        (mean + (3000 if settings["learned_rotation"] else 15) * (x.float() - mean)).clamp(-3e4, 3e4).to(dtype)
+    )
+    elements = around[:, :, 1:-1]
+    for skip in (None, torch.rand(batch, tokens) < 0.3, torch.ones(batch, tokens, dtype=torch.bool)):
+        expected = Saturation()
+        quantizer.encode_naive(elements, skip, expected)
+        assert expected.seen == batch * heads * tokens * quantizer.scheme.outlier_places(dim)
+        if skip is None or skip.all():
+            assert (expected.out_of_range > 0) == (skip is None)
+        for kernel in trellis.KERNELS:
+            counted = Saturation()
+            encoded_by(kernel, quantizer, elements, skip, counted)
+            assert vars(counted) == vars(expected)
 
 
 @pytest.mark.parametrize("kernel", trellis.KERNELS)
@@ -87,7 +116,10 @@ def test_threads_change_nothing():
     try:
         for settings in SETTINGS:
             quantizer, x = drawn((2, 2, 200, 80), 0.02, **settings)
-            require_same(quantizer.encode(x), quantizer.encode_naive(x))
+            counted, expected = Saturation(), Saturation()
+            x[:, :, ::3] *= 20
+            require_same(quantizer.encode(x, None, counted), quantizer.encode_naive(x, None, expected))
+            assert vars(counted) == vars(expected)
     finally:
         torch.set_num_threads(before)
 
@@ -97,17 +129,20 @@ def test_a_buffer_that_is_too_small_for_outliers_grows():
     quantizer = replace(quantizer, outlier_threshold=torch.zeros(1))
     buffer = EncodeBuffer(quantizer.scheme, 1, 2, 64, 80, like=x)
     buffer.outlier_index, buffer.outlier_values = buffer.outlier_index[:3], buffer.outlier_values[:3]
-    buffer.outliers = quantizer.encode_into(buffer, 0, x)
-    require_same(buffer.encoded(), quantizer.encode_naive(x))
+    counted, expected = Saturation(), Saturation()
+    buffer.outliers = quantizer.encode_into(buffer, 0, 20 * x, None, counted)
+    require_same(buffer.encoded(), quantizer.encode_naive(20 * x, None, expected))
     assert buffer.outliers > 3
+    assert vars(counted) == vars(expected) and counted.out_of_range  # once, although encoded twice
 
 
 def test_an_outlier_that_does_not_fit_is_refused_and_none_is_counted():
     quantizer, x = drawn((1, 2, 1, 16), 0.02, learned_rotation=False)
     buffer = EncodeBuffer(quantizer.scheme, 1, 2, 64, 16, like=x)
+    counted = Saturation()
     with pytest.raises(ActivationError, match="Outliers exceed the range of float16"):
-        quantizer.encode_into(buffer, 0, x + 1e8)
-    assert buffer.outliers == 0
+        quantizer.encode_into(buffer, 0, x + 1e8, None, counted)
+    assert buffer.outliers == counted.seen == 0
 
 
 def test_a_quantizer_that_has_encoded_can_be_copied_and_split():

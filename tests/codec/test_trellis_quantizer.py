@@ -11,6 +11,7 @@ from narrowkv.codec import Outliers, Quantization, Scheme, Transform, TrellisQua
 from narrowkv.codec.encode_buffer import EncodeBuffer
 from narrowkv.codec.frames import Frames
 from narrowkv.codec.gaussian_tables import STEPS, gaussian_tables
+from narrowkv.codec.saturation import Saturation
 from narrowkv.errors import RecipeError
 
 COUNTS = {16: (0, 1, 0, 1, 0, 0, 0), 80: (2, 3, 2, 1, 1, 0, 1)}
@@ -199,16 +200,25 @@ def test_tokens_one_by_one_have_the_codes_of_all_at_once(settings):
         )
 
 
-def test_numbers_far_beyond_the_tables_are_seen():
+def counts(quantizer, x, skip=None):
+    saturation = Saturation()
+    quantizer.encode(x, skip, saturation)
+    return saturation
+
+
+def test_numbers_far_beyond_the_tables_are_counted():
     found = made((1, 2, 10, 16), learned_rotation=False)
-    _, x = drawn_elements(found, (1, 2, 10, 16))
-    assert not found.out_of_range(x).any()
-    out_of_range = found.mean[:, None] + 100 * (x - found.mean[:, None])
-    assert found.out_of_range(out_of_range).float().mean() > 0.5
-    assert torch.equal(
-        replace(made((1, 2, 10, 16), learned_rotation=False, outliers=0.01), **found.tensors()).out_of_range(out_of_range),
-        found.out_of_range(out_of_range),
-    )
+    z, x = drawn_elements(found, (1, 2, 10, 16))
+    assert counts(found, x).out_of_range == 0 and counts(found, x).seen == z.numel()
+    far = found.mean[:, None] + 100 * (x - found.mean[:, None])
+    rates = torch.tensor([rate for rate, count in enumerate(COUNTS[16]) for _ in range(8 * count) if rate])
+    expected = (100 * z).abs() > 3 * 63 * found.steps[rates - 1]
+    assert expected.float().mean() > 0.5
+    assert abs(counts(found, far).out_of_range - int(expected.sum())) <= 1  # one may lie at the border
+    skip = torch.arange(10)[None] < 4
+    assert abs(counts(found, far, skip).out_of_range - int(expected[:, :, 4:].sum())) <= 1
+    with_outliers = replace(made((1, 2, 10, 16), learned_rotation=False, outliers=0.01), **found.tensors())
+    assert vars(counts(with_outliers, far)) == vars(counts(found, far))
 
 
 @pytest.mark.parametrize(

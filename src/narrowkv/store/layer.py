@@ -10,12 +10,12 @@ from narrowkv.codec.cuda import encode as cuda
 from narrowkv.codec.encode_buffer import AHEAD
 from narrowkv.codec.outlier_counter import OutlierCounter
 from narrowkv.codec.ranges import require_finite
+from narrowkv.codec.saturation import Saturation
 from narrowkv.errors import ActivationError, CacheUseError
 from narrowkv.store.bias import Bias, Elements
 from narrowkv.store.page import BLOCK, Dtypes, Page, Shape
 from narrowkv.store.plans import Plans
 from narrowkv.store.residual import ResidualWindow
-from narrowkv.store.saturation import Saturation
 from narrowkv.store.sealed import SealedBlocks, tile_tokens
 from narrowkv.store.sinks import Sinks
 from narrowkv.store.tail import Tail
@@ -166,12 +166,13 @@ class LayerStore:
                 whole = 0 if held or left < BLOCK else min(tile_tokens(keys), left // BLOCK * BLOCK)
                 stop = start + (whole or min(BLOCK - held, left))
                 parts = self._unbiased(keys, values, skip, start, stop)
+                saturation = self.saturation if keys.is_cpu and stop - start > 1 else None  # a GPU would be waited for
                 if whole:
-                    pair = (self.quantizers[0].encode(*parts[0]), self.quantizers[1].encode(*parts[1]))
+                    pair = (self.quantizers[0].encode(*parts[0], saturation), self.quantizers[1].encode(*parts[1], saturation))
                     page = self.blocks.seal(pair, page, to_seal)
                 else:
                     self.tail = self.tail or Tail(self.quantizers, keys, values)
-                    self.tail.append(parts[0], parts[1], stop - start)
+                    self.tail.append(parts[0], parts[1], stop - start, saturation)
                     if self.tail.tokens == BLOCK:
                         page = self._seal_tail(page, to_seal)
                 start = stop
@@ -192,8 +193,6 @@ class LayerStore:
         if self.bias.keys is not None or self.bias.values is not None:
             key_bias = self.bias.key_bias(self.first + self.packed, parts[0][0].shape[2])
             parts = self.bias.subtract(*parts, key_bias, self.schemes)
-        if stop - start > 1:
-            self.saturation.observe(self.quantizers, parts)
         return parts
 
     def _seal_tail(self, page: Page | None = None, columns: int = 1) -> Page:

@@ -5,6 +5,7 @@ from torch import Tensor
 from narrowkv.codec import AnyQuantizer, QuantizedTensor
 from narrowkv.codec.cuda import encode as cuda
 from narrowkv.codec.encode_buffer import AHEAD, EncodeBuffer
+from narrowkv.codec.saturation import Saturation
 from narrowkv.store.bias import Elements
 from narrowkv.store.page import BLOCK
 
@@ -39,15 +40,18 @@ class Tail:
         """All stored tensors."""
         return [tensor for buffer in self.buffers for tensor in buffer.tensors()]
 
-    def append(self, keys: Elements, values: Elements, new: int) -> None:
-        """Encode tokens, `new` of which must fit; a refusal (few on a GPU have none) leaves all as it was."""
+    def append(self, keys: Elements, values: Elements, new: int, saturation: Saturation | None = None) -> None:
+        """Encode tokens, `new` of which must fit; a refusal (few on a GPU have none) leaves all as it was.
+
+        saturation: counts elements that are far out of range.
+        """
         if self.token_encoders and new <= AHEAD and self.prepare_step(new):
             self.step(keys, values)
             self.tokens += new
             return
         keys_buffer, values_buffer = self.buffers
-        keys_held = self.quantizers[0].encode_into(keys_buffer, self.tokens, *keys)
-        values_held = self.quantizers[1].encode_into(values_buffer, self.tokens, *values)
+        keys_held = self.quantizers[0].encode_into(keys_buffer, self.tokens, *keys, saturation)
+        values_held = self.quantizers[1].encode_into(values_buffer, self.tokens, *values, saturation)
         keys_buffer.outliers, values_buffer.outliers = keys_held, values_held
         self.tokens += new
 

@@ -11,6 +11,7 @@ from narrowkv.codec.cpu.encode import DOES_NOT_FIT, KINDS
 from narrowkv.codec.encode_buffer import EncodeBuffer
 from narrowkv.codec.frames import FRAME, Frames
 from narrowkv.codec.memory import HALVES, address
+from narrowkv.codec.saturation import Saturation
 from narrowkv.codec.scheme import UNIT
 
 
@@ -71,6 +72,7 @@ class StreamEncoder:
             threshold=threshold,
             most=most,
         )
+        self.coefficients = steps.numel()  # of a head, that have codes
         self.codes = sum(rate * count for rate, count in enumerate(counts, 1)) + (norms is not None)
 
     def __deepcopy__(self, memo: dict) -> "StreamEncoder":
@@ -78,12 +80,18 @@ class StreamEncoder:
         return self
 
     def write(
-        self, buffer: EncodeBuffer, first: int, x: Tensor, skip: Tensor | None, kernel: str = trellis.KERNELS[0]
+        self,
+        buffer: EncodeBuffer,
+        first: int,
+        x: Tensor,
+        skip: Tensor | None,
+        saturation: Saturation | None = None,
+        kernel: str = trellis.KERNELS[0],
     ) -> int | None:
         """Encode x [batch, kv_heads, tokens, head_dim] into the buffer from the token `first` on; kernel: of trellis.KERNELS.
 
-        Returns how many outliers the buffer then holds, which the caller lets it count; None where one does not fit 16 bits,
-        or elements are of another dtype than KINDS.
+        saturation: counts coefficients far beyond what codes reach. Returns how many outliers the buffer then holds, which the
+        caller lets it count; None where one does not fit 16 bits, or elements are of another dtype than KINDS.
         """
         if not x.is_cpu or x.dtype not in KINDS:
             return None
@@ -98,7 +106,7 @@ class StreamEncoder:
             index, values = buffer.outlier_index, buffer.outlier_values
             parts = codes, address(index, torch.int64), address(values, *HALVES)
             places = 0 if index is None or values is None else min(len(index), len(values))
-            found = self.codec.encode(
+            found, out_of_range = self.codec.encode(
                 kernel,
                 KINDS[x.dtype],
                 x.data_ptr(),
@@ -115,5 +123,7 @@ class StreamEncoder:
             if found == DOES_NOT_FIT:
                 return None
             if found <= places - buffer.outliers:
+                if saturation is not None:
+                    saturation.count(out_of_range, batch * heads * new * self.coefficients)
                 return buffer.outliers + found
             buffer.reserve(found)

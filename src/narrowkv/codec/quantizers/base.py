@@ -10,6 +10,7 @@ from torch import Tensor
 from narrowkv.codec.cuda.encode import TokenEncoder
 from narrowkv.codec.encode_buffer import EncodeBuffer
 from narrowkv.codec.quantized import QuantizedTensor
+from narrowkv.codec.saturation import Saturation
 from narrowkv.codec.scheme import Scheme
 from narrowkv.errors import RecipeError
 
@@ -53,24 +54,24 @@ class BaseQuantizer:
         """Whether nothing faster than plain torch encodes elements on a device."""
         return True
 
-    def encode(self, x: Tensor, skip: Tensor | None = None) -> QuantizedTensor:
+    def encode(self, x: Tensor, skip: Tensor | None = None, saturation: Saturation | None = None) -> QuantizedTensor:
         """Quantize elements, once and for all; see `Quantizer.encode`."""
         raise NotImplementedError
 
-    def out_of_range(self, x: Tensor) -> Tensor | None:
-        """Which elements [batch, kv_heads, tokens, head_dim] lie far beyond what codes reach, by its width or more: bool.
-
-        Channels are as codes see them; None where codes reach everything, or what they do not reach stays exact.
-        """
-        return None
-
-    def encode_into(self, buffer: EncodeBuffer, first: int, x: Tensor, skip: Tensor | None = None) -> int:
+    def encode_into(
+        self,
+        buffer: EncodeBuffer,
+        first: int,
+        x: Tensor,
+        skip: Tensor | None = None,
+        saturation: Saturation | None = None,
+    ) -> int:
         """The same, written to the buffer from the token `first` on.
 
         Returns how many outliers the buffer then stores, and lets the caller count them (`EncodeBuffer.outliers`), so that a
         step that fails leaves nothing behind.
         """
-        return buffer.put(first, self.encode(x, skip))
+        return buffer.put(first, self.encode(x, skip, saturation))
 
     def token_encoder(self) -> TokenEncoder | None:
         """What encodes single tokens on a GPU without waiting for it; None where that is not done."""

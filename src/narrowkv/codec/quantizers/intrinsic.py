@@ -16,6 +16,7 @@ from narrowkv.codec.intrinsic import BINS
 from narrowkv.codec.quantized import QuantizedTensor
 from narrowkv.codec.quantizers.base import BaseQuantizer
 from narrowkv.codec.ranges import to_16_bits
+from narrowkv.codec.saturation import Saturation
 from narrowkv.codec.scheme import Scheme
 
 
@@ -25,7 +26,7 @@ class IntrinsicValueQuantizer(BaseQuantizer):
 
     scheme: Scheme
 
-    def encode(self, x: Tensor, skip: Tensor | None = None) -> QuantizedTensor:
+    def encode(self, x: Tensor, skip: Tensor | None = None, saturation: Saturation | None = None) -> QuantizedTensor:
         """Quantize the elements of whole blocks, once and for all; parameters like those of `Quantizer.encode`, but that the
         last `scheme.lookahead_tokens` tokens have a part in the levels of those before and no codes.
 

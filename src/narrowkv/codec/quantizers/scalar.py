@@ -18,6 +18,7 @@ from narrowkv.codec.encode_buffer import EncodeBuffer
 from narrowkv.codec.quantized import QuantizedTensor
 from narrowkv.codec.quantizers.base import BaseQuantizer, TableForm, require_table
 from narrowkv.codec.ranges import broadcast_groups, online_range, outliers_per_tail, to_16_bits, to_scale_zero
+from narrowkv.codec.saturation import Saturation
 from narrowkv.codec.scheme import Scheme
 from narrowkv.errors import RecipeError
 
@@ -97,13 +98,15 @@ class Quantizer(BaseQuantizer):
         if self.lower is not None and self.upper is not None:
             require_table(bool((self.lower <= self.upper).all()), "lower", "elements above those of upper")
 
-    def encode(self, x: Tensor, skip: Tensor | None = None) -> QuantizedTensor:
+    def encode(self, x: Tensor, skip: Tensor | None = None, saturation: Saturation | None = None) -> QuantizedTensor:
         """Quantize elements, once and for all.
 
         x: [batch, kv_heads, tokens, head_dim], any float dtype, finite (who stores checks that). skip: [batch, tokens]
         bool, tokens whose elements are never read from the codes (padding, attention sinks): no outliers are spent on them.
-        Raises ActivationError where a range or an outlier does not fit 16 bits.
+        saturation: counts elements far beyond what codes reach, by its width or more; none where codes reach everything, or
+        what they do not reach stays exact. Raises ActivationError where a range or an outlier does not fit 16 bits.
         """
+        self._observe(x, skip, saturation)
         encoder = self._encoder_on(x.device)
         if encoder is not None:
             batch, heads, tokens, dim = x.shape
@@ -114,17 +117,28 @@ class Quantizer(BaseQuantizer):
                 return buffer.encoded()
         return self.encode_naive(x, skip)
 
-    def encode_into(self, buffer: EncodeBuffer, first: int, x: Tensor, skip: Tensor | None = None) -> int:
+    def encode_into(
+        self,
+        buffer: EncodeBuffer,
+        first: int,
+        x: Tensor,
+        skip: Tensor | None = None,
+        saturation: Saturation | None = None,
+    ) -> int:
         encoder = self._encoder_on(x.device)
         held = None if encoder is None else encoder.write(buffer, first, x, skip)
-        return super().encode_into(buffer, first, x, skip) if held is None else held
+        if held is None:
+            return super().encode_into(buffer, first, x, skip, saturation)
+        self._observe(x, skip, saturation)
+        return held
 
-    def out_of_range(self, x: Tensor) -> Tensor | None:
+    def _observe(self, x: Tensor, skip: Tensor | None, saturation: Saturation | None) -> None:
+        """Count the elements that lie far beyond their channel's range."""
         exact = self.scheme.outliers.fraction > 0 and self.scheme.outliers.cap is None
-        if self.scale is None or self.zero is None or exact:
-            return None
+        if saturation is None or self.scale is None or self.zero is None or exact:
+            return
         reach = self.scale.clamp(min=float(self.scale.mean()) / 100)  # a channel that was constant may move a little
-        return (x.float() - self.zero[:, None]).abs() > 3 * reach[:, None]
+        saturation.observe((x.float() - self.zero[:, None]).abs() > 3 * reach[:, None], skip)
 
     def encode_naive(self, x: Tensor, skip: Tensor | None = None) -> QuantizedTensor:
         """The same in plain torch, exactly."""

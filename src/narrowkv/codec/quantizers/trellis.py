@@ -21,11 +21,13 @@ from narrowkv.codec.pairs import times
 from narrowkv.codec.quantized import QuantizedTensor
 from narrowkv.codec.quantizers.base import BaseQuantizer, TableForm, require_table
 from narrowkv.codec.quantizers.scalar import keep_outliers
+from narrowkv.codec.saturation import Saturation
 from narrowkv.codec.scheme import Scheme
 from narrowkv.codec.scheme_parts import BLOCK, MOST_RATE
 from narrowkv.errors import RecipeError
 
 LARGEST_WEIGHT = 2**16 - 1
+OUT_OF_RANGE = 3 * trellis.TOP  # grid steps, beyond what codes reach by its width
 NORM_STEPS, NORM_ZERO = 16, 128  # a norm of code c is 2^((c - NORM_ZERO) / NORM_STEPS)
 
 
@@ -101,33 +103,47 @@ class TrellisQuantizer(BaseQuantizer):
             within = bool(((ascending >= 0) & (ascending < self.mean.shape[1])).all())
             require_table(within and bool((ascending.diff() > 0).all()), name, "channels that are not those of a head")
 
-    def encode(self, x: Tensor, skip: Tensor | None = None) -> QuantizedTensor:
+    def encode(self, x: Tensor, skip: Tensor | None = None, saturation: Saturation | None = None) -> QuantizedTensor:
         """Quantize elements, once and for all; parameters like those of `Quantizer.encode`, the first token begins a block.
 
         Codes are [batch, kv_heads, tokens, bytes of a stream], with `token_norm` and a byte for the norm; an outlier is an
-        exact coefficient. Raises ActivationError where one does not fit 16 bits.
+        exact coefficient; coefficients are what `saturation` counts. Raises ActivationError where one does not fit 16 bits.
         """
         if x.is_cpu and x.dtype in KINDS and self._encoder is not None:
             batch, heads, tokens, dim = x.shape
             buffer = EncodeBuffer(self.scheme, batch, heads, tokens, dim, like=x)
-            held = self._encoder.write(buffer, 0, x, skip)
+            held = self._encoder.write(buffer, 0, x, skip, saturation)
             if held is not None:
                 buffer.outliers = held
                 return buffer.encoded()
-        return self.encode_naive(x, skip)
+        return self.encode_naive(x, skip, saturation)
 
-    def encode_into(self, buffer: EncodeBuffer, first: int, x: Tensor, skip: Tensor | None = None) -> int:
+    def encode_into(
+        self,
+        buffer: EncodeBuffer,
+        first: int,
+        x: Tensor,
+        skip: Tensor | None = None,
+        saturation: Saturation | None = None,
+    ) -> int:
         if x.is_cpu and x.dtype in KINDS and self._encoder is not None:
-            found = self._encoder.write(buffer, first, x, skip)
+            found = self._encoder.write(buffer, first, x, skip, saturation)
             if found is not None:
                 return found
-        return self.encode_naive_into(buffer, first, x, skip)
+        return self.encode_naive_into(buffer, first, x, skip, saturation)
 
-    def encode_naive(self, x: Tensor, skip: Tensor | None = None) -> QuantizedTensor:
+    def encode_naive(self, x: Tensor, skip: Tensor | None = None, saturation: Saturation | None = None) -> QuantizedTensor:
         """The same in plain torch, but for the compiled search on a CPU."""
-        return self._encode(x, skip, 0, None)
+        return self._encode(x, skip, saturation, 0, None)
 
-    def encode_naive_into(self, buffer: EncodeBuffer, first: int, x: Tensor, skip: Tensor | None = None) -> int:
+    def encode_naive_into(
+        self,
+        buffer: EncodeBuffer,
+        first: int,
+        x: Tensor,
+        skip: Tensor | None = None,
+        saturation: Saturation | None = None,
+    ) -> int:
         """`encode_into` in plain torch."""
         held = None
         if self.outlier_threshold is not None and first:
@@ -136,9 +152,11 @@ class TrellisQuantizer(BaseQuantizer):
             batch, heads, tokens, places = before.places
             of_heads = before.outlier_index // (tokens * places)
             held = torch.bincount(of_heads, minlength=batch * heads).view(batch, heads)
-        return buffer.put(first, self._encode(x, skip, first, held))
+        return buffer.put(first, self._encode(x, skip, saturation, first, held))
 
-    def _encode(self, x: Tensor, skip: Tensor | None, first: int, held: Tensor | None) -> QuantizedTensor:
+    def _encode(
+        self, x: Tensor, skip: Tensor | None, saturation: Saturation | None, first: int, held: Tensor | None
+    ) -> QuantizedTensor:
         """The same from a block's token `first` on. held: how many outliers earlier tokens have, [batch, kv_heads], if any."""
         coefficients, norm = self._coefficients(x, first)
         stream = self.search(coefficients)
@@ -150,6 +168,8 @@ class TrellisQuantizer(BaseQuantizer):
             outside = within_places(missed, missed > self.outlier_threshold, self.scheme.outliers.fraction, first, held)
             encoded.codes = self._search_around(coefficients, stream, outside)
             keep_outliers(encoded, coefficients.flatten(), outside, None, x.dtype)
+        if saturation is not None:
+            saturation.observe((coefficients / self._by_coefficient("steps")).abs() > OUT_OF_RANGE, skip)
         if self.scheme.quantization.token_norm:
             encoded.codes = torch.cat([encoded.codes, norm], dim=-1)
         return encoded
@@ -209,10 +229,6 @@ class TrellisQuantizer(BaseQuantizer):
         """What streams miss coefficients by, weighted: [batch, kv_heads, tokens, n] float32."""
         assert self.weight is not None
         return ((coefficients - self._dequantized(stream)) * self._norm(norm)).square() * self.weight[:, None]
-
-    def out_of_range(self, x: Tensor) -> Tensor | None:
-        grid = self._coefficients(x)[0] / self._by_coefficient("steps")
-        return grid.abs() > 3 * trellis.TOP  # beyond what codes reach by its width
 
     def dequantize(self, encoded: QuantizedTensor) -> Tensor:
         """What the codes stand for: [batch, kv_heads, tokens, head_dim] float32."""
