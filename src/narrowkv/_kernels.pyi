@@ -91,8 +91,8 @@ class StreamCodec:
         outliers: Sequence[int],
         halves: bool,
         threads: int,
-    ) -> int:
-        """Write codes and outliers of new tokens to their buffer."""
+    ) -> list[int]:
+        """Write codes and outliers of new tokens to their buffer; how many outliers they have, and what is out of range."""
 
 class Streams:
     """What all trellis-coded streams of one side have in common."""

@@ -59,12 +59,7 @@ class BaseQuantizer:
         raise NotImplementedError
 
     def encode_into(
-        self,
-        buffer: EncodeBuffer,
-        first: int,
-        x: Tensor,
-        skip: Tensor | None = None,
-        saturation: Saturation | None = None,
+        self, buffer: EncodeBuffer, first: int, x: Tensor, skip: Tensor | None = None, saturation: Saturation | None = None
     ) -> int:
         """The same, written to the buffer from the token `first` on.
 

@@ -118,12 +118,7 @@ class Quantizer(BaseQuantizer):
         return self.encode_naive(x, skip)
 
     def encode_into(
-        self,
-        buffer: EncodeBuffer,
-        first: int,
-        x: Tensor,
-        skip: Tensor | None = None,
-        saturation: Saturation | None = None,
+        self, buffer: EncodeBuffer, first: int, x: Tensor, skip: Tensor | None = None, saturation: Saturation | None = None
     ) -> int:
         encoder = self._encoder_on(x.device)
         held = None if encoder is None else encoder.write(buffer, first, x, skip)

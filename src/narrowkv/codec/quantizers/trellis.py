@@ -17,13 +17,14 @@ from narrowkv.codec.cpu.encode import KINDS
 from narrowkv.codec.cpu.encode_streams import StreamEncoder
 from narrowkv.codec.encode_buffer import EncodeBuffer
 from narrowkv.codec.frames import Frames, place_dtype
+from narrowkv.codec.outlier_places import places_of_outliers, within_places
 from narrowkv.codec.pairs import times
 from narrowkv.codec.quantized import QuantizedTensor
 from narrowkv.codec.quantizers.base import BaseQuantizer, TableForm, require_table
 from narrowkv.codec.quantizers.scalar import keep_outliers
 from narrowkv.codec.saturation import Saturation
 from narrowkv.codec.scheme import Scheme
-from narrowkv.codec.scheme_parts import BLOCK, MOST_RATE
+from narrowkv.codec.scheme_parts import MOST_RATE
 from narrowkv.errors import RecipeError
 
 LARGEST_WEIGHT = 2**16 - 1
@@ -119,30 +120,17 @@ class TrellisQuantizer(BaseQuantizer):
         return self.encode_naive(x, skip, saturation)
 
     def encode_into(
-        self,
-        buffer: EncodeBuffer,
-        first: int,
-        x: Tensor,
-        skip: Tensor | None = None,
-        saturation: Saturation | None = None,
+        self, buffer: EncodeBuffer, first: int, x: Tensor, skip: Tensor | None = None, saturation: Saturation | None = None
     ) -> int:
-        if x.is_cpu and x.dtype in KINDS and self._encoder is not None:
-            found = self._encoder.write(buffer, first, x, skip, saturation)
-            if found is not None:
-                return found
-        return self.encode_naive_into(buffer, first, x, skip, saturation)
+        found = self._encoder.write(buffer, first, x, skip, saturation) if x.is_cpu and self._encoder is not None else None
+        return self.encode_naive_into(buffer, first, x, skip, saturation) if found is None else found
 
     def encode_naive(self, x: Tensor, skip: Tensor | None = None, saturation: Saturation | None = None) -> QuantizedTensor:
         """The same in plain torch, but for the compiled search on a CPU."""
         return self._encode(x, skip, saturation, 0, None)
 
     def encode_naive_into(
-        self,
-        buffer: EncodeBuffer,
-        first: int,
-        x: Tensor,
-        skip: Tensor | None = None,
-        saturation: Saturation | None = None,
+        self, buffer: EncodeBuffer, first: int, x: Tensor, skip: Tensor | None = None, saturation: Saturation | None = None
     ) -> int:
         """`encode_into` in plain torch."""
         held = None
@@ -250,10 +238,9 @@ class TrellisQuantizer(BaseQuantizer):
 
     def _dequantized(self, stream: Tensor) -> Tensor:
         """Coefficients [batch, kv_heads, tokens, n] float32 of streams."""
-        assert self.scheme.quantization.counts is not None
-        grid = trellis.decode(stream.flatten(0, 1), self.scheme.quantization.counts, self._tables).unflatten(
-            0, stream.shape[:2]
-        )
+        counts = self.scheme.quantization.counts
+        assert counts is not None
+        grid = trellis.decode(stream.flatten(0, 1), counts, self._tables).unflatten(0, stream.shape[:2])
         return grid.float() * self._by_coefficient("scales")
 
     def _norm(self, codes: Tensor) -> Tensor:
@@ -356,32 +343,6 @@ class TrellisQuantizer(BaseQuantizer):
             0.0 if threshold is None else float(threshold),
             0 if threshold is None else places_of_outliers(fraction, self.weight.shape[1]),
         )
-
-
-def places_of_outliers(fraction: float, n: int) -> int:
-    """How many outliers a head of n coefficients may have in a block."""
-    return round(fraction * BLOCK * n)
-
-
-def within_places(missed: Tensor, outside: Tensor, fraction: float, first: int = 0, held: Tensor | None = None) -> Tensor:
-    """Which outliers get a slot: bool, shaped as missed [batch, kv_heads, tokens, n], what codes miss each coefficient by.
-
-    In a block of 64 tokens a head has slots for this fraction of its coefficients, so that no text takes more bits than the
-    budget has; tokens take them in turn, the dearest outliers of each first. first, held: as
-    `TrellisQuantizer._encode` has them.
-    """
-    tokens, n = missed.shape[2:]
-    wanted = outside.sum(-1)  # [batch, kv_heads, tokens]
-    by_block = torch.nn.functional.pad(wanted, (first, -(first + tokens) % BLOCK)).unflatten(2, (-1, BLOCK))
-    before = by_block.cumsum(-1) - by_block
-    if held is not None:
-        before[:, :, 0] += held[..., None]
-    left = (places_of_outliers(fraction, n) - before).flatten(2)[:, :, first : first + tokens]
-    allowed = outside & (left > 0)[..., None]
-    partly = (left > 0) & (wanted > left)  # one token of a block and head at most, so that few are sorted
-    rank = missed[partly].masked_fill(~outside[partly], -1).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    allowed[partly] &= rank < left[partly][:, None]
-    return allowed
 
 
 def _by_head(x: Tensor) -> Tensor:
