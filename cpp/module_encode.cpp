@@ -153,7 +153,7 @@ void make_stream_codec(HeldStreamCodec* held, std::array<int64_t, MOST_RATE> cou
 }
 
 // parts: codes, outlier_index, outlier_values, of all that the buffer has. outliers: which of them count, and how many fit.
-// Returns the two numbers of StreamCounts.
+// Returns both of StreamCounts.
 std::array<int64_t, 2> encode_stream_tokens(const HeldStreamCodec& held, const std::string& kernel, int kind, uint64_t data, std::array<int64_t, 4> shape,
                              std::array<int64_t, 4> strides, uint64_t skip, int64_t tokens, int64_t first, std::array<uint64_t, 3> parts,
                              std::array<int64_t, 2> outliers, bool halves, int threads) {

@@ -61,7 +61,7 @@ for name in ("transformers", "tokenizers", "huggingface_hub", "typer", "rich", "
     sys.modules[name] = None
 import torch
 from narrowkv import Calibration, NarrowKVError, get_recipe
-from narrowkv.attention import AttentionMask, BACKENDS, Rope
+from narrowkv.attention import AttentionInputs, AttentionMask, BACKENDS, Rope
 from narrowkv.codec import Quantization, Scheme, quantizer_for
 from narrowkv.codec.packing import pack, unpack
 from narrowkv.store import LayerStore
@@ -84,11 +84,10 @@ for recipe, quantizers in ((calibration.recipe, calibration.quantizers(0)), (get
     keys, values = torch.randn(2, 1, heads, 80, dim)
     store.append(keys[:, :, :79], values[:, :, :79])
     store.append(keys[:, :, 79:], values[:, :, 79:])
-    asked = {{"past": 80, "new": None, "rope_state": torch.arange(80)[None]}}
-    asked |= {{"mask": AttentionMask(None), "scaling": dim**-0.5}}
-    asked["rope"] = Rope(1 / 10_000 ** (torch.arange(dim // 2) / (dim // 2)))
-    query = torch.randn(1, heads, 1, dim)
-    found = [BACKENDS[name](query, store, **asked) for name in ("cpu", "naive")]
+    rope = Rope(1 / 10_000 ** (torch.arange(dim // 2) / (dim // 2)))
+    query, positions = torch.randn(1, heads, 1, dim), torch.arange(80)[None]
+    inputs = AttentionInputs(query, 80, None, rope, positions, AttentionMask(None), dim**-0.5)
+    found = [BACKENDS[name](inputs, store) for name in ("cpu", "naive")]
     print(torch.allclose(*found, atol=0.02), bool(found[0].any()))
 """
     assert python(code) == "True\n" * 3 + "True True\n" * 2

@@ -108,26 +108,18 @@ class PackedCache(RunningCache):
 
     def _uses_int16(self, info: Sequence[AttentionLayerInfo]) -> bool:
         """Whether the int16 kernels support all layers."""
-        layers = [(self.recipe.schemes(layer_info.layer), layer_info) for layer_info in info]
-        return all(
-            cpu.uses_int16(schemes.keys, schemes.values, layer_info.head_dim, layer_info.rope)
-            for schemes, layer_info in layers
-        )
+        layers = [(self.recipe.schemes(each.layer), each) for each in info]
+        return all(cpu.uses_int16(pair.keys, pair.values, each.head_dim, each.rope) for pair, each in layers)
 
     def _layer(
-        self,
-        layer_info: AttentionLayerInfo,
-        quantizers: tuple[AnyQuantizer, AnyQuantizer],
-        own: Any,
-        backend: str,
-        strict: bool,
+        self, info: AttentionLayerInfo, quantizers: tuple[AnyQuantizer, AnyQuantizer], own: Any, backend: str, strict: bool
     ) -> PackedLayer:
         keys, values = quantizers
-        keys, values = (quantizer.to(self.device) for quantizer in (with_gain(keys, layer_info.constants), values))
+        keys, values = (quantizer.to(self.device) for quantizer in (with_gain(keys, info.constants), values))
         for quantizer in (keys, values):
-            quantizer.scheme.require_head_dim(layer_info.head_dim)
-        rope = layer_info.rope.to(self.device) if layer_info.rope else None
-        bias = bias_of(layer_info.constants, rope, keys.scheme, values.scheme, self.device)
+            quantizer.scheme.require_head_dim(info.head_dim)
+        rope = info.rope.to(self.device) if info.rope else None
+        bias = bias_of(info.constants, rope, keys.scheme, values.scheme, self.device)
         recorded = rope is not None and (keys.scheme.transform.pre_rope or bias.depends_on_position)
         position_buffer = self.position_buffers.setdefault(rope.record, PositionBuffer()) if rope and recorded else None
         bias.position_buffer = position_buffer if bias.depends_on_position else None
