@@ -97,12 +97,12 @@ def run(name: str, options: argparse.Namespace) -> ResultFile:
     model = Path(name).name
     with gzip.open(options.problems, "rt", encoding="utf-8") as lines:
         problems = [json.loads(line) for line in lines][: options.limit]
-    settings = {"model": model, "limit": options.limit, "new_tokens": NEW_TOKENS}
+    settings = {"model": model, "dtype": options.dtype, "limit": options.limit, "new_tokens": NEW_TOKENS}
     results = ResultFile(options.out / f"{model}.json", KIND, f"python -m benchmarks.humaneval {model}", settings)
     missing = [recipe for recipe in (BASELINE, *options.recipes) if results.find(recipe=recipe) is None]
     if not missing:
         return results
-    subject = load(name)
+    subject = load(name, dtype=options.dtype)
     wanted = [get_recipe(recipe) for recipe in missing if recipe != BASELINE]
     sources = subject.tables("mix", wanted, options.calibrations)
     prompts = [problem["prompt"].strip() for problem in problems]
@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--run-generated-code", action="store_true", help="run what the model writes, with your rights")
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
+    parser.add_argument("--dtype", default="bfloat16", help="of the model")
     parser.add_argument("--limit", type=int, default=60, help="problems")
     parser.add_argument("--problems", type=Path, default=PROBLEMS)
     parser.add_argument("--calibrations", type=Path, help="folder where tables are stored")

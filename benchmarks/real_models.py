@@ -3,15 +3,17 @@
 Tables are learned from the built-in mix, as `narrowkv calibrate` does where it is given no text, from encyclopedia text alone
 (16 windows of WikiText-2's validation part) and from source code alone (as many). All are scored on windows of WikiText-2's
 test part and of other source code, with tables of the mix on long windows too: the strict metrics of `narrowkv compare`, and
-the bits of a cache of 32,768 tokens. There is one file for each model, which goes on where it was interrupted; with
-`--calibrations FOLDER` tables that were learned are stored there too, and read again. Source code is that of the running
-Python's own library; WikiText-2 is read from NARROWKV_ASSETS, or as --learn and --score say.
+the bits of a cache of 32,768 tokens. Beside each of KVQuant's recipes stands ours with as many bits. There is one file for
+each model, which goes on where it was interrupted; with `--calibrations FOLDER` tables that were learned are stored there too,
+and read again. Source code is that of the running Python's own library; WikiText-2 is read from NARROWKV_ASSETS, or as --learn
+and --score say.
 """
 
 import argparse
+import math
 import os
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +35,7 @@ KIND = "real-models"
 TEXTS = Path(os.environ.get("NARROWKV_ASSETS", Path(__file__).parents[2] / "shared" / "assets")) / "text"
 LEARN, SCORE = (str(TEXTS / name) for name in ("wikitext2-valid.tokens.txt", "wikitext2-test.raw.txt"))
 KVQUANT = ("nuq4-1%", "nuq3-1%", "nuq2-1%")
-AT_EQUAL_BITS = ("narrow4.55", "narrow3.55", "narrow2.55", *KVQUANT)
-LEARNED = ("narrow4", "narrow3", "narrow2", *AT_EQUAL_BITS)
+LEARNED = ("narrow4", "narrow3", "narrow2", *KVQUANT)
 RECIPES = (*LEARNED, "kivi-4", "kivi-2", "int4", "hadamard-int4", "nvfp4")
 LEARNED_CODE = ("argparse", "ast", "datetime", "difflib", "doctest", "inspect", "optparse", "pickle", "tarfile", "typing")
 SCORED_CODE = ("_pydecimal", "mailbox", "subprocess", "zipfile")
@@ -78,9 +79,9 @@ def code(modules: tuple[str, ...]) -> str:
     return "\n\n".join((library / f"{module}.py").read_text(encoding="utf-8") for module in modules)
 
 
-def load(name: str, learn: str = LEARN, score: str = SCORE) -> Subject:
-    """A model in float32 and its texts."""
-    model, tokenizer = load_model(name, "float32")
+def load(name: str, learn: str = LEARN, score: str = SCORE, dtype: str = "float32") -> Subject:
+    """A model and its texts."""
+    model, tokenizer = load_model(name, dtype)
     learned = {
         "mix": (read_text(MIX), MIX_SAMPLES),
         "encyclopedia": (read_text(learn), SAMPLES),
@@ -90,12 +91,22 @@ def load(name: str, learn: str = LEARN, score: str = SCORE) -> Subject:
     return Subject(Path(name).name, model, tokenizer, learned, scored)
 
 
-def jobs(options: argparse.Namespace) -> list[tuple[str, int, int, list[str]]]:
+def at_equal_bits(results: ResultFile, recipes: Sequence[str]) -> list[str]:
+    """The narrow recipe that may take as many bits, to a hundredth, as each of KVQuant's was measured to take."""
+    rows = [results.find(tables="mix", text="encyclopedia", window=WINDOW, recipe=name) for name in KVQUANT if name in recipes]
+    return [f"narrow{math.floor(100 * row['bits_per_element']) / 100:.2f}" for row in rows if row]
+
+
+def jobs(options: argparse.Namespace, results: ResultFile) -> Iterator[tuple[str, int, int, list[str]]]:
     """What is measured together, the dearest last: kind of tables, tokens of a window, how many windows, recipes."""
-    equal, learned = ([name for name in options.recipes if name in some] for some in (AT_EQUAL_BITS, LEARNED))
-    short = [(tables, WINDOW, options.windows, options.recipes if tables == "mix" else equal) for tables in options.tables]
-    long = [("mix", LONG_WINDOW, options.long, learned)] if "mix" in options.tables and options.long else []
-    return short + long
+    if "mix" in options.tables:
+        yield "mix", WINDOW, options.windows, options.recipes
+    equal = at_equal_bits(results, options.recipes)
+    compared = [*equal, *(name for name in KVQUANT if name in options.recipes)]
+    for tables in options.tables:
+        yield tables, WINDOW, options.windows, equal if tables == "mix" else compared
+    if "mix" in options.tables and options.long:
+        yield "mix", LONG_WINDOW, options.long, [*equal, *(name for name in LEARNED if name in options.recipes)]
 
 
 def run(name: str, options: argparse.Namespace) -> None:
@@ -104,7 +115,7 @@ def run(name: str, options: argparse.Namespace) -> None:
     settings = {"model": model, "windows": options.windows, "long_windows": options.long, "context": REFERENCE_TOKENS}
     results = ResultFile(options.out / f"{model}.json", KIND, f"python -m benchmarks.real_models {model}", settings)
     subject: Subject | None = None
-    for tables, size, count, recipes in jobs(options):
+    for tables, size, count, recipes in jobs(options, results):
         places = {text: {"tables": tables, "text": text, "window": size} for text in ("encyclopedia", "code")}
         missing = {
             text: [recipe for recipe in recipes if results.find(**place, recipe=recipe) is None]

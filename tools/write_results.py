@@ -3,6 +3,7 @@
 Every figure there was measured by the command in its file, which also has versions, hardware and date.
 """
 
+import math
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -29,7 +30,7 @@ REAL_FAMILIES = {
     "KIVI": ("kivi-4", "kivi-2", (8, -12)),
     "one range for a token": ("nvfp4", "hadamard-int4", "int4", (8, 4)),
 }
-AGAINST = {f"narrow{bits}{more}": f"nuq{bits}-1%" for more in ("", ".55") for bits in (4, 3, 2)}
+HALF_A_BIT_LESS = {"nuq4-1%": "narrow4", "nuq3-1%": "narrow3", "nuq2-1%": "narrow2"}
 TEXTS, WINDOWS = ("encyclopedia", "code"), (512, 2048)
 PLANNED = ("llama-7b", "llama-13b", "llama-30b", "llama-65b")
 
@@ -96,6 +97,8 @@ def write_real() -> None:
     ]
     cells = []
     for recipe in rows[0][0]:
+        if not all(recipe in scored for scored, _ in rows):  # at the bits that another takes on one model
+            continue
         cells.append([f"`{recipe}`"])
         for scored, code in rows:
             cells[-1] += [
@@ -135,7 +138,7 @@ def write_summary() -> None:
 def write_accuracy() -> None:
     """The tables of real models in docs/accuracy.md: ours against KVQuant, tables of one kind of text, and every recipe."""
     found = {model: real(name) for model, name in REAL.items()}
-    parts = [part for part in (_against_table(found), _off_domain_table(found)) if part]
+    parts = [*_against_tables(found), *_off_domain_table(found)]
     for model, result in found.items():
         mixed = {(text, window): rows_of(result, "mix", text, window) for window in WINDOWS for text in TEXTS}
         cells = [
@@ -155,61 +158,79 @@ def write_accuracy() -> None:
     replace_block(DOCS / "accuracy.md", "real", "\n".join([*parts, origin]))
 
 
-def _against_table(found: dict[str, dict[str, Any]]) -> str:
-    """Divergence of ours over KVQuant's, and the bits of both."""
-    lines = []
-    for ours, theirs in AGAINST.items():
-        pairs = [(rows_of(result, "mix", text), text) for result in found.values() for text in TEXTS]
-        ratios = [rows[ours]["kld_strict"] / rows[theirs]["kld_strict"] for rows, _ in pairs]
-        bits = [[rows[recipe]["bits_per_element"] for recipe in (ours, theirs)] for rows, text in pairs if text == TEXTS[0]]
-        shown = [f"{ratio:.2f}" for ratio in (*ratios, geometric_mean(ratios))]
-        lines.append([f"`{ours}` against `{theirs}`", *shown, *(f"{a:.2f} / {b:.2f}" for a, b in bits)])
-    heads = [
-        "",
-        *(f"{model}, {text}" for model in REAL for text in TEXTS),
-        "geometric mean",
-        *(f"bits, {model}" for model in REAL),
+def _at_equal_bits(rows: dict[str, dict[str, Any]], theirs: str) -> str:
+    """The narrow recipe that may take what another was measured to take."""
+    return f"narrow{math.floor(100 * rows[theirs]['bits_per_element']) / 100:.2f}"
+
+
+def _against_tables(found: dict[str, dict[str, Any]]) -> list[str]:
+    """Divergence of ours over KVQuant's, and the bits of both: by windows, of the models that were scored on such."""
+    parts = []
+    for window in WINDOWS:
+        rows = {
+            (model, text): some
+            for model, result in found.items()
+            for text in TEXTS
+            if HALF_A_BIT_LESS.keys() <= (some := rows_of(result, "mix", text, window)).keys()
+        }
+        if rows:
+            models = list(dict.fromkeys(model for model, _ in rows))
+            heads = [*(", ".join(place) for place in rows), "geometric mean", *(f"bits, {model}" for model in models)]
+            lines = [_against(rows, theirs, equal) for equal in (False, True) for theirs in HALF_A_BIT_LESS]
+            parts.append(markdown([f"windows of {window:,} tokens", *heads], lines))
+    return parts
+
+
+def _against(rows: dict[tuple[str, str], dict[str, Any]], theirs: str, equal: bool) -> list[str]:
+    """A line of that table."""
+    ours = {place: _at_equal_bits(some, theirs) if equal else HALF_A_BIT_LESS[theirs] for place, some in rows.items()}
+    ratios = [some[ours[place]]["kld_strict"] / some[theirs]["kld_strict"] for place, some in rows.items()]
+    bits = [
+        f"{some[ours[model, text]]['bits_per_element']:.2f} / {some[theirs]['bits_per_element']:.2f}"
+        for (model, text), some in rows.items()
+        if text == TEXTS[0]
     ]
-    return markdown(heads, lines)
+    label = f"narrow at the bits of `{theirs}`" if equal else f"`{HALF_A_BIT_LESS[theirs]}` against `{theirs}`"
+    return [label, *(f"{ratio:.2f}" for ratio in (*ratios, geometric_mean(ratios))), *bits]
 
 
-def _off_domain_table(found: dict[str, dict[str, Any]]) -> str:
+def _off_domain_table(found: dict[str, dict[str, Any]]) -> list[str]:
     """Off domain ours over KVQuant's, and of ours tables of the mix and of the other kind of text over the text's own kind.
 
     Of the models that were measured with tables of one kind of text.
     """
-    lines = []
     found = {
         model: result
         for model, result in found.items()
         if all(rows_of(result, tables, text) for tables in TEXTS for text in TEXTS)
     }
     if not found:
-        return ""
-    for ours, theirs in AGAINST.items():
-        if "." not in ours:  # with equal bits alone
-            continue
+        return []
+    lines = []
+    for theirs in HALF_A_BIT_LESS:
         pairs = (
-            ((ours, "other"), (theirs, "other")),
-            ((ours, "mix"), (ours, "own")),
-            ((ours, "other"), (ours, "own")),
-            ((theirs, "other"), (theirs, "own")),
+            (("ours", "other"), ("theirs", "other")),
+            (("ours", "mix"), ("ours", "own")),
+            (("ours", "other"), ("ours", "own")),
+            (("theirs", "other"), ("theirs", "own")),
         )
-        lines.append([f"`{ours}`, `{theirs}`", *(_mean_ratio(found, *pair) for pair in pairs)])
+        lines.append([f"at the bits of `{theirs}`", *(_mean_ratio(found, theirs, *pair) for pair in pairs)])
     heads = ["", "ours over theirs, both off domain", "ours: mix over own", "ours: other over own", "theirs: other over own"]
-    return f"Geometric means over both texts of {' and '.join(found)}:\n\n{markdown(heads, lines)}"
+    return [f"Geometric means over both texts of {' and '.join(found)}:\n\n{markdown(heads, lines)}"]
 
 
-def _mean_ratio(found: dict[str, dict[str, Any]], first: tuple[str, str], second: tuple[str, str]) -> str:
+def _mean_ratio(found: dict[str, dict[str, Any]], theirs: str, first: tuple[str, str], second: tuple[str, str]) -> str:
     """Divergence of one over another, the geometric mean over models and texts.
 
-    first, second: a recipe, and whether its tables are those of the mix, of the text's own kind or of the other kind.
+    theirs: the recipe whose bits ours takes. first, second: whose, and whether tables are those of the mix, of the text's own
+    kind or of the other kind.
     """
     ratios = []
     for result in found.values():
+        names = {"theirs": theirs, "ours": _at_equal_bits(rows_of(result, "mix", TEXTS[0]), theirs)}
         for text, other in (TEXTS, TEXTS[::-1]):
             kinds = {"mix": "mix", "own": text, "other": other}
-            a, b = (rows_of(result, kinds[kind], text)[recipe]["kld_strict"] for recipe, kind in (first, second))
+            a, b = (rows_of(result, kinds[kind], text)[names[whose]]["kld_strict"] for whose, kind in (first, second))
             ratios.append(a / b)
     return f"{geometric_mean(ratios):.2f}"
 
@@ -222,7 +243,7 @@ def write_measured() -> None:
         for recipe, row in scored.items():
             figures = [row["bits_per_element"], row["kld_strict"], code[recipe]["kld_strict"]]
             losses.setdefault(recipe, {})[model] = [round(figure, 4) for figure in figures]
-    write_json(MEASURED, losses)
+    write_json(MEASURED, {recipe: found for recipe, found in losses.items() if len(found) == len(REAL)})
 
 
 def write_demo() -> None:
