@@ -64,7 +64,11 @@ def left_padded(tokens):
 @pytest.mark.parametrize(
     ("family", "name"),
     # of the block that a sliding window cuts, the tokens that never came would have taken some places of exact elements
-    [pair for pair in product(["llama", "qwen2", "gemma3_text"], RECIPES) if pair != ("gemma3_text", "narrow3")],
+    [
+        (family, name)
+        for family, name in product(["llama", "qwen2", "gemma3_text"], RECIPES)
+        if family != "gemma3_text" or name not in ("narrow3", "narrow3-postrope")
+    ],
 )
 def test_generation_goes_on_as_from_a_packed_prompt(family, name):
     model = as_trained(make(family))
