@@ -39,10 +39,7 @@ FOR_EACH_INSTRUCTION_SET void load(DType kind, const char* from, int64_t dim, fl
         for (int64_t c = 0; c < dim; ++c) to[c] = single_from_half(bits[c]);
         return;
     }
-    for (int64_t c = 0; c < dim; ++c) {
-        const uint32_t wide = uint32_t(bits[c]) << 16;
-        std::memcpy(to + c, &wide, 4);
-    }
+    for (int64_t c = 0; c < dim; ++c) to[c] = single_from_bfloat(bits[c]);
 }
 
 // Lowers low and raises high, lane by lane, to the elements.

@@ -1,4 +1,4 @@
-// float16 to float32, by the processor's own instruction where the file is compiled for it, and back.
+// float16 to float32, by the processor's own instruction where the file is compiled for it, and back; bfloat16 to float32.
 
 #pragma once
 
@@ -26,6 +26,13 @@ inline float single_from_half(uint16_t bits) {
     std::memcpy(&element, &wide, 4);
     return element;
 #endif
+}
+
+inline float single_from_bfloat(uint16_t bits) {
+    const uint32_t wide = uint32_t(bits) << 16;
+    float element;
+    std::memcpy(&element, &wide, 4);
+    return element;
 }
 
 // Rounded to the nearest, of two to the even one; infinity where it does not fit. Not for NaN.

@@ -11,11 +11,7 @@ namespace narrowkv {
 namespace {
 
 inline float to_single(uint16_t bits, DType kind) {
-    if (kind == DType::half) return single_from_half(bits);
-    const uint32_t wide = uint32_t(bits) << 16;
-    float element;
-    std::memcpy(&element, &wide, 4);
-    return element;
+    return kind == DType::half ? single_from_half(bits) : single_from_bfloat(bits);
 }
 
 inline float load_exact(const void* elements, int64_t i, DType kind) {

@@ -173,12 +173,7 @@ private:
         }
         const uint16_t* bits = static_cast<const uint16_t*>(x.data) + from;
         if (x.kind == DType::half) return spread([&](int64_t c) { return single_from_half(bits[c]); });
-        spread([&](int64_t c) {
-            const uint32_t wide = uint32_t(bits[c]) << 16;
-            float element;
-            std::memcpy(&element, &wide, 4);
-            return element;
-        });
+        spread([&](int64_t c) { return single_from_bfloat(bits[c]); });
     }
 
     void turn(double* x, const double* turns) const {
