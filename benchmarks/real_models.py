@@ -91,20 +91,20 @@ def load(name: str, learn: str = LEARN, score: str = SCORE, dtype: str = "float3
     return Subject(Path(name).name, model, tokenizer, learned, scored)
 
 
-def at_equal_bits(results: ResultFile, recipes: Sequence[str]) -> list[str]:
-    """The narrow recipe that may take as many bits, to a hundredth, as each of KVQuant's was measured to take."""
-    rows = [results.find(tables="mix", text="encyclopedia", window=WINDOW, recipe=name) for name in KVQUANT if name in recipes]
-    return [f"narrow{math.floor(100 * row['bits_per_element']) / 100:.2f}" for row in rows if row]
+def at_equal_bits(row: dict[str, Any]) -> str:
+    """The narrow recipe that may take as many bits, to a hundredth, as another was measured to take."""
+    return f"narrow{math.floor(100 * row['bits_per_element']) / 100:.2f}"
 
 
 def jobs(options: argparse.Namespace, results: ResultFile) -> Iterator[tuple[str, int, int, list[str]]]:
     """What is measured together, the dearest last: kind of tables, tokens of a window, how many windows, recipes."""
     if "mix" in options.tables:
         yield "mix", WINDOW, options.windows, options.recipes
-    equal = at_equal_bits(results, options.recipes)
-    compared = [*equal, *(name for name in KVQUANT if name in options.recipes)]
+    theirs = [name for name in KVQUANT if name in options.recipes]
+    rows = [results.find(tables="mix", text="encyclopedia", window=WINDOW, recipe=name) for name in theirs]
+    equal = [at_equal_bits(row) for row in rows if row]
     for tables in options.tables:
-        yield tables, WINDOW, options.windows, equal if tables == "mix" else compared
+        yield tables, WINDOW, options.windows, equal if tables == "mix" else [*equal, *theirs]
     if "mix" in options.tables and options.long:
         yield "mix", LONG_WINDOW, options.long, [*equal, *(name for name in LEARNED if name in options.recipes)]
 

@@ -3,10 +3,11 @@
 Every figure there was measured by the command in its file, which also has versions, hardware and date.
 """
 
-import math
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
+
+from benchmarks.real_models import at_equal_bits
 
 from narrowkv.evaluate.results import read_result
 from narrowkv.files import write_json
@@ -158,11 +159,6 @@ def write_accuracy() -> None:
     replace_block(DOCS / "accuracy.md", "real", "\n".join([*parts, origin]))
 
 
-def _at_equal_bits(rows: dict[str, dict[str, Any]], theirs: str) -> str:
-    """The narrow recipe that may take what another was measured to take."""
-    return f"narrow{math.floor(100 * rows[theirs]['bits_per_element']) / 100:.2f}"
-
-
 def _against_tables(found: dict[str, dict[str, Any]]) -> list[str]:
     """Divergence of ours over KVQuant's, and the bits of both: by windows, of the models that were scored on such."""
     parts = []
@@ -183,7 +179,7 @@ def _against_tables(found: dict[str, dict[str, Any]]) -> list[str]:
 
 def _against(rows: dict[tuple[str, str], dict[str, Any]], theirs: str, equal: bool) -> list[str]:
     """A line of that table."""
-    ours = {place: _at_equal_bits(some, theirs) if equal else HALF_A_BIT_LESS[theirs] for place, some in rows.items()}
+    ours = {place: at_equal_bits(some[theirs]) if equal else HALF_A_BIT_LESS[theirs] for place, some in rows.items()}
     ratios = [some[ours[place]]["kld_strict"] / some[theirs]["kld_strict"] for place, some in rows.items()]
     bits = [
         f"{some[ours[model, text]]['bits_per_element']:.2f} / {some[theirs]['bits_per_element']:.2f}"
@@ -227,7 +223,7 @@ def _mean_ratio(found: dict[str, dict[str, Any]], theirs: str, first: tuple[str,
     """
     ratios = []
     for result in found.values():
-        names = {"theirs": theirs, "ours": _at_equal_bits(rows_of(result, "mix", TEXTS[0]), theirs)}
+        names = {"theirs": theirs, "ours": at_equal_bits(rows_of(result, "mix", TEXTS[0])[theirs])}
         for text, other in (TEXTS, TEXTS[::-1]):
             kinds = {"mix": "mix", "own": text, "other": other}
             a, b = (rows_of(result, kinds[kind], text)[names[whose]]["kld_strict"] for whose, kind in (first, second))
