@@ -61,7 +61,7 @@ class PackedBlocks:
         """Sums of values as their codes see them, rotated back. totals: of weights, where values are streams."""
         if self.stream_values is None or totals is None:
             return unrotate_output(store.quantizers[1], self.head_rotations[1], sums)
-        return self.stream_values.channels(sums, totals)
+        return self.stream_values.sums.channels(sums, totals)
 
 
 @dataclass(frozen=True)
