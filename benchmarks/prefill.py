@@ -18,7 +18,7 @@ from benchmarks.drawn import HEAD_DIM, KV_HEADS, QUERY_HEADS, attention_inputs, 
 from benchmarks.running import CLOCKS, Clock, medians, options, parse_with_clock, write
 from narrowkv.attention.cpu import decode as cpu
 
-RECIPES = ("nuq4-1%", "nuq3-1%", "nuq2-1%", "kivi-2")
+RECIPES = ("narrow4", "narrow3", "narrow2", "nuq4-1%", "nuq2-1%", "kivi-2")
 SHAPES = ((0, 4096), (30_720, 2048))  # past, new
 sdpa = torch.nn.functional.scaled_dot_product_attention
 

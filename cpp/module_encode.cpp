@@ -83,6 +83,10 @@ void pack_plane(uint64_t codes, std::array<int64_t, 3> shape, std::array<int64_t
     pack(problem, threads);
 }
 
+void require(bool sound, const char* message) {
+    if (!sound) throw std::invalid_argument(message);
+}
+
 // shape: heads, rows, rows of weights. counts: units of each rate from 1 on.
 void encode_trellis(const std::string& kernel, uint64_t elements, uint64_t weights, uint64_t high, uint64_t low, uint64_t codes,
                     std::array<int64_t, 3> shape, std::array<int64_t, MOST_RATE> counts, int threads) {
@@ -97,6 +101,16 @@ void encode_trellis(const std::string& kernel, uint64_t elements, uint64_t weigh
     throw std::invalid_argument("no kernel of this name");
 }
 
+// shape: rows, bytes from one to the next, elements of a row. counts: units of each rate from 1 on.
+void decode_streams(uint64_t codes, uint64_t levels, uint64_t elements, std::array<int64_t, 3> shape, std::array<int64_t, MOST_RATE> counts,
+                    int threads) {
+    int64_t n = 0, bytes = 0;
+    for (int k = 1; k <= MOST_RATE; ++k) n += counts[size_t(k - 1)] * UNIT, bytes += counts[size_t(k - 1)] * k;
+    require(*std::min_element(counts.begin(), counts.end()) >= 0 && n == shape[2] && bytes <= shape[1], "streams are not of these rates");
+    nb::gil_scoped_release release;
+    decode_trellis({shape[0], shape[1], n, counts, at<const uint8_t>(codes), at<const float>(levels), at<float>(elements), threads});
+}
+
 // A StreamCodec and the tables that it points into.
 struct HeldStreamCodec {
     StreamCodec codec{};
@@ -107,10 +121,6 @@ struct HeldStreamCodec {
     std::optional<Table> matrix, norms;
     std::vector<uint16_t> search_weight;
 };
-
-void require(bool sound, const char* message) {
-    if (!sound) throw std::invalid_argument(message);
-}
 
 template <typename Part>
 bool holds(const std::optional<Part>& part, int64_t elements) {
@@ -205,6 +215,8 @@ void define_encode(nb::module_& module) {
                "Whether no element is NaN or infinite.");
     module.def("encode_trellis", &encode_trellis, "kernel"_a, "elements"_a, "weights"_a, "high"_a, "low"_a, "codes"_a, "shape"_a,
                "counts"_a, "threads"_a, "Write the bit stream of least cost of each row; see codec/trellis.py.");
+    module.def("decode_streams", &decode_streams, "codes"_a, "levels"_a, "elements"_a, "shape"_a, "counts"_a, "threads"_a,
+               "Write what streams stand for; see codec/trellis.py.");
     module.def("pack", &pack_plane, "codes"_a, "shape"_a, "strides"_a, "bits"_a, "shift"_a, "packed"_a, "threads"_a,
                "Write one plane of codes; see codec/packing.py.");
 }

@@ -47,6 +47,18 @@ struct Trellis {
     }
 };
 
+// Streams to decode. codes: [rows], `stride` bytes apart. counts: as above. levels: [rates from 1 on, states]. elements:
+// [rows, n].
+struct TrellisStreams {
+    int64_t rows, stride, n;
+    std::array<int64_t, MOST_RATE> counts;
+    const uint8_t* codes;
+    const float* levels;
+    float* elements;
+    int threads;
+};
+
+void decode_trellis(const TrellisStreams& streams);
 void encode_trellis_generic(const Trellis& problem);
 #if defined(__x86_64__)
 void encode_trellis_avx2(const Trellis& problem);

@@ -24,6 +24,9 @@ def encode_trellis(
 ) -> None:
     """Write the bit stream of least cost of each row; see codec/trellis.py."""
 
+def decode_streams(codes: int, levels: int, elements: int, shape: Sequence[int], counts: Sequence[int], threads: int) -> None:
+    """Write what streams stand for; see codec/trellis.py."""
+
 class Codec:
     """What is the same for all tokens that a quantizer encodes; see codec/cpu/encode.py."""
 

@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from narrowkv.codec import trellis
-from narrowkv.codec.trellis import KERNELS, TrellisTables, decode, encode, encode_compiled, encode_naive
+from narrowkv.codec.trellis import (
+    KERNELS,
+    TrellisTables,
+    decode,
+    dequantize,
+    dequantize_naive,
+    encode,
+    encode_compiled,
+    encode_naive,
+)
 from narrowkv.errors import RecipeError
 
 ALONE = [tuple(units * (rate == k) for rate in range(7)) for k in range(1, 7) for units in (1, 16)]
@@ -147,6 +156,19 @@ def test_a_stream_is_decoded_as_defined(counts):
             end += rate
             upper, lower = int(stream[end - 8 : end - 4], 2), int(stream[end - 4 : end], 2)
             assert decoded[head, row, element] == tables.high[rate - 1, upper] + tables.low[rate - 1, lower]
+
+
+@pytest.mark.parametrize("counts", ALONE + MIXED, ids=str)
+def test_compiled_elements_of_streams_are_those_of_levels(counts):
+    tables, scales = random_tables(), torch.rand(6, 1)
+    codes = torch.randint(0, 256, (3, 2, 63, trellis.stream_bytes(counts) + 1), dtype=torch.uint8)
+    levels = tables.entries() * scales
+    expected = dequantize_naive(codes, counts, levels)
+    steps = decode(codes[..., :-1].flatten(1, 2), counts, tables).view_as(expected)
+    assert torch.equal(expected, steps * scales[trellis.rates_of(counts, codes.device) - 1, 0])
+    assert torch.equal(dequantize(codes, counts, levels), expected)
+    with pytest.raises(RecipeError, match="use the counts that encoded them"):
+        dequantize(codes[..., :-2], counts, levels)
 
 
 def test_what_fits_the_tables_comes_back_and_zeros_are_the_first_state():

@@ -11,6 +11,7 @@ from narrowkv.codec import Outliers, Quantization, Scheme, Transform, TrellisQua
 from narrowkv.codec.encode_buffer import EncodeBuffer
 from narrowkv.codec.frames import Frames
 from narrowkv.codec.gaussian_tables import STEPS, gaussian_tables
+from narrowkv.codec.pairs import times
 from narrowkv.codec.saturation import Saturation
 from narrowkv.errors import RecipeError
 
@@ -175,9 +176,10 @@ def test_keys_in_frames_are_those_of_turned_ones():
     mean = found.mean[:, None].double()
     rotated = found.frames.rotate(x.double() - mean, 0)
     assert torch.equal(found.encode(x).codes, plain.encode((rotated + mean).double()).codes)
-    dequantized = plain.dequantize(plain.encode(rotated + mean)) - found.mean[:, None]
+    back = found.frames.back().float().repeat(4, 1, 1, 1)[:63]  # of each token
+    dequantized = times(plain.dequantize(plain.encode(rotated + mean)) - found.mean[:, None], back)
     torch.testing.assert_close(
-        found.dequantize(found.encode(x)), found.frames.unrotate(dequantized) + found.mean[:, None], atol=1e-4, rtol=1e-4
+        found.dequantize(found.encode(x)), found.frames.in_order(dequantized) + found.mean[:, None], atol=1e-4, rtol=1e-4
     )
 
 

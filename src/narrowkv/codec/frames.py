@@ -4,6 +4,7 @@ Where positions follow each other, as they mostly do, one query, rotated to that
 nothing is rotated for each token when a cache is read.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -50,10 +51,20 @@ class Frames:
         at = torch.arange(first, first + tokens, dtype=torch.int64, device=self.frequencies.device) % FRAME - MIDDLE
         return self._turns_by(at)
 
-    def unrotate(self, x: Tensor) -> Tensor:
-        """Channels [..., tokens, head_dim] of whole blocks, or their first tokens, from what `rotate` made of them."""
-        at = torch.arange(x.shape[-2], dtype=torch.int64, device=x.device) % FRAME - MIDDLE
-        return _rotated(x, *self._turns_by(-at))[..., self.channels.long().argsort()]
+    def back(self) -> Tensor:
+        """What undoes `rotate`, at each offset in a frame: [16, head_dim / 2, 2, 2] float64, by which pairs are multiplied."""
+        cosines, sines = self.turns(0, FRAME)
+        return torch.stack([torch.stack([cosines, -sines], -1), torch.stack([sines, cosines], -1)], -2)
+
+    def in_order(self, x: Tensor) -> Tensor:
+        """Channels [..., head_dim] from their stored order."""
+        return x if self._inverse is None else x[..., self._inverse]
+
+    @functools.cached_property
+    def _inverse(self) -> Tensor | None:
+        """Where each channel is stored: [head_dim] int64; None where all lie in their order."""
+        inverse = self.channels.long().argsort()
+        return None if bool((inverse.diff() == 1).all()) else inverse
 
     def rotate_moment(self, moment: Tensor) -> Tensor:
         """Mean of second moments [kv_heads, head_dim, head_dim] float64 of what is equally likely at any offset in a frame."""

@@ -152,6 +152,41 @@ def decode(codes: Tensor, counts: Sequence[int], tables: TrellisTables) -> Tenso
     return tables.entries().to(torch.int8)[rates_of(counts, codes.device) - 1, found]
 
 
+def dequantize(codes: Tensor, counts: Sequence[int], levels: Tensor) -> Tensor:
+    """The elements that streams stand for: [..., n] float32; compiled for the CPU, `dequantize_naive` elsewhere.
+
+    codes: [..., bytes] uint8, what follows a row's stream is not read. levels: [6, 256] float32, of each rate and state.
+    Raises RecipeError where these do not fit together.
+    """
+    _require_counts(counts)
+    if not codes.is_cpu:
+        return dequantize_naive(codes, counts, levels)
+    if codes.shape[-1] < stream_bytes(counts) or tuple(levels.shape) != (MOST_RATE, STATES):
+        raise RecipeError(
+            f"Rates of {list(counts)} units take {stream_bytes(counts)} bytes, not {codes.shape[-1]}; use the counts that "
+            "encoded them."
+        )
+    codes = codes.contiguous()
+    elements = torch.empty(*codes.shape[:-1], UNIT * sum(counts[1:]), dtype=torch.float32, device="cpu")
+    rows = codes[..., 0].numel() if codes.shape[-1] else 0
+    _kernels.decode_streams(
+        address(codes, torch.uint8),
+        address(levels, torch.float32),
+        address(elements, torch.float32),
+        (rows, codes.shape[-1], elements.shape[-1]),
+        tuple(counts[1:]),
+        1 if rows <= FEW else torch.get_num_threads(),
+    )
+    return elements
+
+
+def dequantize_naive(codes: Tensor, counts: Sequence[int], levels: Tensor) -> Tensor:
+    """The same in plain torch, bit for bit."""
+    stream = codes[..., : stream_bytes(counts)].flatten(0, -2)[None]
+    found = levels[rates_of(counts, codes.device) - 1, states(stream, counts)]
+    return found.view(*codes.shape[:-1], found.shape[-1])
+
+
 def rates_of(counts: Sequence[int], device: torch.device) -> Tensor:
     """The rate of each element that has codes: [n] int64."""
     rates = [rate for rate, count in enumerate(counts) if rate for _ in range(UNIT * count)]

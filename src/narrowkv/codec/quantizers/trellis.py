@@ -221,10 +221,7 @@ class TrellisQuantizer(BaseQuantizer):
     def dequantize(self, encoded: QuantizedTensor) -> Tensor:
         """What the codes stand for: [batch, kv_heads, tokens, head_dim] float32."""
         assert self.mean is not None
-        stream, norm = encoded.codes, encoded.codes[..., -1:]
-        if self.scheme.quantization.token_norm:
-            stream = stream[..., :-1]
-        coefficients = self._dequantized(stream)
+        coefficients, norm = self._dequantized(encoded.codes), encoded.codes[..., -1:]
         if encoded.outlier_index is not None and encoded.outlier_values is not None:
             coefficients.view(-1)[encoded.outlier_index] = encoded.outlier_values.float()
         return self.channels_of(coefficients * self._norm(norm)) + self.mean[:, None]
@@ -233,15 +230,19 @@ class TrellisQuantizer(BaseQuantizer):
         """Coefficients [batch, kv_heads, tokens, n] of whole blocks, or their first tokens, as channels less their mean."""
         if self.matrix is not None and self.matrix_steps is not None:
             return (coefficients * self.matrix_steps.float()[:, None]) @ self.matrix.float()
-        channels = self._from_pairs(coefficients)
-        return channels if self.frames is None else self.frames.unrotate(channels)
+        return self._from_pairs(coefficients)
 
-    def _dequantized(self, stream: Tensor) -> Tensor:
-        """Coefficients [batch, kv_heads, tokens, n] float32 of streams."""
+    def _dequantized(self, codes: Tensor) -> Tensor:
+        """Coefficients [batch, kv_heads, tokens, n] float32 of streams, which a norm may follow."""
         counts = self.scheme.quantization.counts
         assert counts is not None
-        grid = trellis.decode(stream.flatten(0, 1), counts, self._tables).unflatten(0, stream.shape[:2])
-        return grid.float() * self._by_coefficient("scales")
+        return trellis.dequantize(codes, counts, self._levels)
+
+    @functools.cached_property
+    def _levels(self) -> Tensor:
+        """What each state of each rate stands for: [6, 256] float32."""
+        assert self.scales is not None
+        return self._tables.entries() * self.scales[:, None]
 
     def _norm(self, codes: Tensor) -> Tensor:
         """Norms [batch, kv_heads, tokens, 1] float32 of their codes, 1 where there are none."""
@@ -281,9 +282,24 @@ class TrellisQuantizer(BaseQuantizer):
         """Channels of coefficients [batch, kv_heads, tokens, n] of pairs."""
         assert self.pairs is not None and self.order is not None
         batch, heads, tokens, _ = coefficients.shape
-        every = coefficients.new_zeros(batch, heads, tokens, 2 * self.pairs.shape[1])
-        every.scatter_(-1, self.order.long()[:, None].expand_as(coefficients), coefficients)
-        return times(every, self.pairs.float()[:, None])
+        offsets = self._pair_matrices.shape[4]
+        every = coefficients.new_zeros(batch, heads, -(-tokens // offsets) * offsets, 2 * self.pairs.shape[1])
+        every[:, :, :tokens].scatter_(-1, self.order.long()[:, None].expand_as(coefficients), coefficients)
+        first, second = every.unflatten(2, (-1, offsets)).chunk(2, dim=-1)  # [batch, kv_heads, frames, offsets, head_dim / 2]
+        from_first, from_second = self._pair_matrices
+        channels = torch.cat(
+            [torch.addcmul(first * a, second, b) for a, b in zip(from_first, from_second, strict=True)], dim=-1
+        )
+        channels = channels.flatten(2, 3)[:, :, :tokens]
+        return channels if self.frames is None else self.frames.in_order(channels)
+
+    @functools.cached_property
+    def _pair_matrices(self) -> Tensor:
+        """Those of `pairs`, rotated back within a frame: [2, 2, kv_heads, 1, offsets or 1, head_dim / 2] float32."""
+        assert self.pairs is not None
+        matrices = self.pairs.double()[:, None]
+        back = matrices if self.frames is None else matrices @ self.frames.back()
+        return back.float().permute(3, 4, 0, 1, 2)[:, :, :, None].contiguous()
 
     def _by_coefficient(self, name: str) -> Tensor:
         """`steps` or `scales` of each coefficient's rate: [n]."""
