@@ -4,6 +4,7 @@
 
 #include <array>
 #include <cstdint>
+#include <vector>
 
 namespace narrowkv {
 
@@ -110,7 +111,6 @@ struct Problem {
     int sinks;                                      // tokens of each sequence that are not to be read from blocks
     int hidden_batch;                               // rows of `hidden`: 1 or batch
     int chunk;                                      // blocks that make one piece of work
-    int threads;
     float scaling, softcap;  // softcap 0: none
     PackedTensor keys, values;
     Rotation rotation;
@@ -130,9 +130,12 @@ struct Problem {
     float* output;               // [2, batch, query_heads, queries, head_dim]: what blocks and what exact tokens contribute
 };
 
-void attend_generic(const Problem& problem);
-void attend_avx2(const Problem& problem);
-void attend_avx512(const Problem& problem);
-void attend_int16(const Problem& problem);
+// Those of one call, attended to in one parallel region: sequences of different lengths, say.
+using Problems = std::vector<const Problem*>;
+
+void attend_generic(const Problems& problems, int threads);
+void attend_avx2(const Problems& problems, int threads);
+void attend_avx512(const Problems& problems, int threads);
+void attend_int16(const Problems& problems, int threads);
 
 }  // namespace narrowkv

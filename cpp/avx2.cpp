@@ -80,7 +80,7 @@ inline void lay_out(const float* table, float* laid_out) {
 #include "kernel.h"
 
 namespace narrowkv {
-void attend_avx2(const Problem& problem) { attend<Worker>(problem); }
+void attend_avx2(const Problems& problems, int threads) { attend<Worker>(problems, threads); }
 }  // namespace narrowkv
 
 #endif

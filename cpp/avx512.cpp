@@ -6,7 +6,7 @@
 #include "kernel.h"
 
 namespace narrowkv {
-void attend_avx512(const Problem& problem) { attend<Worker>(problem); }
+void attend_avx512(const Problems& problems, int threads) { attend<Worker>(problems, threads); }
 }  // namespace narrowkv
 
 #endif

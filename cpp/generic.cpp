@@ -59,5 +59,5 @@ inline void lay_out(const float*, float*) {}
 #include "kernel.h"
 
 namespace narrowkv {
-void attend_generic(const Problem& problem) { attend<Worker>(problem); }
+void attend_generic(const Problems& problems, int threads) { attend<Worker>(problems, threads); }
 }  // namespace narrowkv

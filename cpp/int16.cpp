@@ -6,9 +6,11 @@
 #include "int16_kernel.h"
 
 namespace narrowkv {
-void attend_int16(const Problem& problem) {
-    if (problem.keys.streams) return attend<Int16Worker<Int16StreamKeys, Int16StreamValues>>(problem);
-    attend<Int16Worker<Int16Keys, Int16Values>>(problem);
+void attend_int16(const Problems& problems, int threads) {
+    Problems streams, codes;
+    for (const Problem* problem : problems) (problem->keys.streams ? streams : codes).push_back(problem);
+    if (!streams.empty()) attend<Int16Worker<Int16StreamKeys, Int16StreamValues>>(streams, threads);
+    if (!codes.empty()) attend<Int16Worker<Int16Keys, Int16Values>>(codes, threads);
 }
 }  // namespace narrowkv
 

@@ -6,7 +6,9 @@
 #pragma once
 
 #include <cstdlib>
+#include <optional>
 #include <type_traits>
+#include <vector>
 
 #include "attention.h"
 #include "decode.h"
@@ -287,35 +289,72 @@ void merge(const Problem& problem, int row, int head, const float* results, int 
     }
 }
 
-// Packed: the worker that takes blocks; all others are taken in float32.
-template <typename Packed>
-void attend(const Problem& problem) {
-    const int runs = (problem.blocks + problem.chunk - 1) / problem.chunk, splits = runs + 2;  // blocks, tail, exact tokens
-    const int heads = problem.batch * problem.kv_heads, rows = problem.group * problem.queries;
-    const int64_t size = round_up(rows * (problem.head_dim + 2), 16);
-    float* results = static_cast<float*>(std::aligned_alloc(64, sizeof(float) * size * heads * splits));
-    const int streamed = problem.values.streams ? runs + 1 : 0;  // this many of the pieces
-#pragma omp parallel num_threads(problem.threads) if (problem.threads > 1)
-    {
-        Packed packed(problem);
-        Worker exact(problem);
-#pragma omp for schedule(dynamic, 1)
-        for (int i = 0; i < heads * splits; ++i) {
-            const int head = i % heads, run = i / heads;
-            float* result = results + (int64_t(head) * splits + run) * size;
-            Split split{head / problem.kv_heads, head % problem.kv_heads, run == runs, run > runs, run < streamed, 0, 0, result};
-            if (split.tail || split.dense) {
-                split.last = split.tail ? problem.tail > 0 : (problem.dense + kBlock - 1) / kBlock;
-                exact.run(split);
-            } else {
-                split.first = run * problem.chunk;
-                split.last = problem.blocks < split.first + problem.chunk ? problem.blocks : split.first + problem.chunk;
-                packed.run(split);
-            }
+// The splits of one problem among those of others: blocks, tail and exact tokens of each head, numbered from `first` on.
+struct Share {
+    const Problem& problem;
+    int runs, splits, heads;
+    int64_t size, first, first_head;  // size: floats of the result of a split
+    float* results;
+
+    Share(const Problem& problem, int64_t first, int64_t first_head)
+        : problem(problem),
+          runs((problem.blocks + problem.chunk - 1) / problem.chunk),
+          splits(runs + 2),
+          heads(problem.batch * problem.kv_heads),
+          size(round_up(problem.group * problem.queries * (problem.head_dim + 2), 16)),
+          first(first),
+          first_head(first_head),
+          results(nullptr) {}
+
+    Split split(int i) const {
+        const int head = i % heads, run = i / heads;
+        const bool streamed = problem.values.streams && run <= runs;
+        Split found{head / problem.kv_heads, head % problem.kv_heads, run == runs, run > runs, streamed, 0, 0, result(head, run)};
+        if (found.tail || found.dense) {
+            found.last = found.tail ? problem.tail > 0 : (problem.dense + kBlock - 1) / kBlock;
+        } else {
+            found.first = run * problem.chunk;
+            found.last = problem.blocks < found.first + problem.chunk ? problem.blocks : found.first + problem.chunk;
         }
+        return found;
+    }
+
+    float* result(int head, int run) const { return results + (int64_t(head) * splits + run) * size; }
+};
+
+// Packed: the worker that takes blocks; all others are taken in float32. How a problem is split depends on it alone, so its
+// sums are the same whatever is attended to beside it.
+template <typename Packed>
+void attend(const Problems& problems, int threads) {
+    std::vector<Share> shares;
+    int64_t splits = 0, heads = 0, floats = 0;
+    for (const Problem* problem : problems) {
+        const Share& share = shares.emplace_back(*problem, splits, heads);
+        splits += int64_t(share.splits) * share.heads, heads += share.heads, floats += share.size * share.splits * share.heads;
+    }
+    float* results = static_cast<float*>(std::aligned_alloc(64, sizeof(float) * floats));
+    float* next = results;
+    for (Share& share : shares) share.results = next, next += share.size * share.splits * share.heads;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        std::optional<Packed> packed;
+        std::optional<Worker> exact;
+        const Share* share = nullptr;  // the work of a thread goes from the first problem to the last
+#pragma omp for schedule(monotonic : dynamic, 1)
+        for (int64_t i = 0; i < splits; ++i) {
+            const Share* before = share;
+            if (!share) share = shares.data();
+            while (share + 1 < shares.data() + shares.size() && share[1].first <= i) ++share;
+            if (share != before) packed.emplace(share->problem), exact.emplace(share->problem);
+            const Split split = share->split(int(i - share->first));
+            split.tail || split.dense ? exact->run(split) : packed->run(split);
+        }
+        share = shares.data();
 #pragma omp for schedule(static)
-        for (int i = 0; i < heads; ++i) {
-            merge(problem, i / problem.kv_heads, i % problem.kv_heads, results + i * splits * size, splits, size);
+        for (int64_t i = 0; i < heads; ++i) {
+            while (share + 1 < shares.data() + shares.size() && share[1].first_head <= i) ++share;
+            const int head = int(i - share->first_head), kv_heads = share->problem.kv_heads;
+            merge(share->problem, head / kv_heads, head % kv_heads, share->result(head, 0), share->splits, share->size);
         }
     }
     std::free(results);

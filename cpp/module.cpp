@@ -146,12 +146,18 @@ Tail tail_from(const std::vector<int64_t>& parts) {
     return {at<const void>(parts[0]), at<const uint16_t>(parts[1]), at<const uint16_t>(parts[2]), at<const void>(parts[3]), at<const int64_t>(parts[4]), parts[5]};
 }
 
-void attend(const std::string& kernel, int threads, int chunk, const std::vector<int>& shape, int blocks, int64_t tokens, int tail,
-            int dense, uintptr_t output, uintptr_t totals, uintptr_t packed_query, uintptr_t dense_query, uintptr_t dense_keys, uintptr_t dense_values,
-            const HeldPackedTensor& keys, const HeldPackedTensor& values, const std::vector<int64_t>& keys_tail, const std::vector<int64_t>& values_tail,
-            const HeldRotation& rotation, uintptr_t positions, int64_t position_stride, uintptr_t angles, uintptr_t table,
-            uintptr_t starts, uintptr_t hidden, int hidden_batch, uintptr_t sink_index, int sinks, uintptr_t sink_logits, uintptr_t key_offsets,
-            uintptr_t value_bias, float scaling, float softcap) {
+// A problem, and whether it can be read in int16. What it points into is of whoever makes it, for as long as it is used.
+struct HeldProblem {
+    Problem problem{};
+    bool int16 = false;
+};
+
+void make_problem(HeldProblem* held, const HeldPackedTensor& keys, const HeldPackedTensor& values, const HeldRotation& rotation, int chunk,
+                  const std::vector<int>& shape, int blocks, int64_t tokens, int tail, int dense, uintptr_t output, uintptr_t totals,
+                  uintptr_t packed_query, uintptr_t dense_query, uintptr_t dense_keys, uintptr_t dense_values,
+                  const std::vector<int64_t>& keys_tail, const std::vector<int64_t>& values_tail, uintptr_t positions, int64_t position_stride,
+                  uintptr_t angles, uintptr_t table, uintptr_t starts, uintptr_t hidden, int hidden_batch, uintptr_t sink_index, int sinks,
+                  uintptr_t sink_logits, uintptr_t key_offsets, uintptr_t value_bias, float scaling, float softcap) {
     static_assert(sizeof(Block) == 8 * sizeof(int64_t), "a block is eight addresses");
     if (shape.size() != 5) throw std::invalid_argument("a shape is batch, query heads, KV heads, queries and head_dim");
     if (shape[4] > kMostDim) throw std::invalid_argument("heads have at most 512 channels");
@@ -171,7 +177,6 @@ void attend(const std::string& kernel, int threads, int chunk, const std::vector
     problem.sinks = sinks;
     problem.hidden_batch = hidden_batch;
     problem.chunk = chunk;
-    problem.threads = threads;
     problem.scaling = scaling;
     problem.softcap = softcap;
     problem.keys = keys.side;
@@ -195,14 +200,23 @@ void attend(const std::string& kernel, int threads, int chunk, const std::vector
     problem.key_offsets = at<const float>(key_offsets);
     problem.value_bias = at<const float>(value_bias);
     problem.output = at<float>(output);
+    const bool int16 = uses_int16(keys) && uses_int16(values) && !keys.streams == !values.streams && (!problem.rotation.pairs || problem.rotation.int16);
+    new (held) HeldProblem{problem, int16};
+}
+
+void attend(const std::string& kernel, int threads, const std::vector<const HeldProblem*>& held) {
+    Problems problems;
+    for (const HeldProblem* one : held) {
+        require(one && (kernel != "int16" || one->int16), "there is no kernel int16 for what is attended to");
+        problems.push_back(&one->problem);
+    }
     nb::gil_scoped_release release;
 #if defined(__x86_64__)
-    const bool int16 = uses_int16(keys) && uses_int16(values) && !keys.streams == !values.streams && (!problem.rotation.pairs || problem.rotation.int16);
-    if (kernel == "int16" && int16) return attend_int16(problem);
-    if (kernel == "avx512") return attend_avx512(problem);
-    if (kernel == "avx2") return attend_avx2(problem);
+    if (kernel == "int16") return attend_int16(problems, threads);
+    if (kernel == "avx512") return attend_avx512(problems, threads);
+    if (kernel == "avx2") return attend_avx2(problems, threads);
 #endif
-    if (kernel == "generic") return attend_generic(problem);
+    if (kernel == "generic") return attend_generic(problems, threads);
     throw std::invalid_argument("there is no kernel " + kernel);
 }
 
@@ -227,10 +241,12 @@ NB_MODULE(_kernels, module) {
         .def("__init__", &make_rotation, nb::kw_only(), "pairs"_a = 0, "interleaved"_a = false, "scaling"_a = 1.0f,
              "far"_a.none() = nb::none(), "near"_a.none() = nb::none(), "steps"_a.none() = nb::none(), "int16"_a.none() = nb::none(),
              "lanes"_a.none() = nb::none());
-    module.def("attend", &attend, nb::kw_only(), "kernel"_a, "threads"_a, "chunk"_a, "shape"_a, "blocks"_a, "tokens"_a, "tail"_a,
-               "dense"_a, "output"_a, "totals"_a, "packed_query"_a, "dense_query"_a, "dense_keys"_a, "dense_values"_a, "keys"_a, "values"_a,
-               "keys_tail"_a, "values_tail"_a, "rotation"_a, "positions"_a, "position_stride"_a, "angles"_a, "table"_a, "starts"_a,
-               "hidden"_a, "hidden_batch"_a, "sink_index"_a, "sinks"_a, "sink_logits"_a,
-               "key_offsets"_a, "value_bias"_a, "scaling"_a, "softcap"_a,
-               "Attention of a few queries over packed blocks, a tail and exact tokens.");
+    nb::class_<HeldProblem>(module, "Problem", "A few queries of some sequences, and what they attend to: blocks, a tail and exact tokens.")
+        .def("__init__", &make_problem, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::kw_only(), "keys"_a,
+             "values"_a, "rotation"_a, "chunk"_a, "shape"_a, "blocks"_a, "tokens"_a, "tail"_a, "dense"_a, "output"_a, "totals"_a,
+             "packed_query"_a, "dense_query"_a, "dense_keys"_a, "dense_values"_a, "keys_tail"_a, "values_tail"_a, "positions"_a,
+             "position_stride"_a, "angles"_a, "table"_a, "starts"_a, "hidden"_a, "hidden_batch"_a, "sink_index"_a, "sinks"_a,
+             "sink_logits"_a, "key_offsets"_a, "value_bias"_a, "scaling"_a, "softcap"_a);
+    module.def("attend", &attend, nb::kw_only(), "kernel"_a, "threads"_a, "problems"_a,
+               "Attention of all problems, whose splits fill one parallel region; each is computed as if it were alone.");
 }

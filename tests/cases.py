@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 from narrowkv.attention import AttentionInputs, AttentionMask, Rope, StoredRope, naive
+from narrowkv.attention.cpu import decode as cpu
 from narrowkv.codec import Outliers, Quantization, Quantizer, Scheme, Transform
 from narrowkv.store import LayerStore, PositionBuffer
 from narrowkv.store.bias import Bias
@@ -146,3 +147,14 @@ def assert_alike_on_threads(run):
         found.append(run())
     torch.set_num_threads(before)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def assert_as_one_by_one(parts, kernel):
+    """The compiled attention of several (inputs, store) in one call is, bit for bit, that of each alone, on any threads."""
+    expected = torch.cat([cpu.attend(*part, kernel=kernel).flatten() for part in parts])
+
+    def together():
+        return torch.cat([found.flatten() for found in cpu.attend_each(parts, kernel)])
+
+    assert_alike_on_threads(together)
+    assert torch.equal(together(), expected)

@@ -159,40 +159,46 @@ class Rotation:
         lanes: Tensor | None = None,
     ) -> None: ...
 
-def attend(
-    *,
-    kernel: str,
-    threads: int,
-    chunk: int,
-    shape: list[int],
-    blocks: int,
-    tokens: int,
-    tail: int,
-    dense: int,
-    output: int,
-    totals: int,
-    packed_query: int,
-    dense_query: int,
-    dense_keys: int,
-    dense_values: int,
-    keys: PackedTensor,
-    values: PackedTensor,
-    keys_tail: list[int],
-    values_tail: list[int],
-    rotation: Rotation,
-    positions: int,
-    position_stride: int,
-    angles: int,
-    table: int,
-    starts: int,
-    hidden: int,
-    hidden_batch: int,
-    sink_index: int,
-    sinks: int,
-    sink_logits: int,
-    key_offsets: int,
-    value_bias: int,
-    scaling: float,
-    softcap: float,
-) -> None:
-    """Attention of a few queries over packed blocks, a tail and exact tokens; tensors by their addresses, 0 for none."""
+class Problem:
+    """A few queries of some sequences, and what they attend to: blocks, a tail and exact tokens; tensors by their addresses, 0
+    for none, which are to live as long as it is used.
+    """
+
+    def __init__(
+        self,
+        *,
+        keys: PackedTensor,
+        values: PackedTensor,
+        rotation: Rotation,
+        chunk: int,
+        shape: list[int],
+        blocks: int,
+        tokens: int,
+        tail: int,
+        dense: int,
+        output: int,
+        totals: int,
+        packed_query: int,
+        dense_query: int,
+        dense_keys: int,
+        dense_values: int,
+        keys_tail: list[int],
+        values_tail: list[int],
+        positions: int,
+        position_stride: int,
+        angles: int,
+        table: int,
+        starts: int,
+        hidden: int,
+        hidden_batch: int,
+        sink_index: int,
+        sinks: int,
+        sink_logits: int,
+        key_offsets: int,
+        value_bias: int,
+        scaling: float,
+        softcap: float,
+    ) -> None: ...
+
+def attend(*, kernel: str, threads: int, problems: list[Problem]) -> None:
+    """Attention of all problems, whose splits fill one parallel region; each is computed as if it were alone."""

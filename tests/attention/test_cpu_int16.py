@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from tests.cases import KEYS, VALUES, assert_attends, case
+from tests.cases import KEYS, VALUES, assert_as_one_by_one, assert_attends, case
 
 from narrowkv.attention import AttentionMask, Rope, describe_backend
 from narrowkv.attention.cpu import decode as cpu
@@ -114,3 +114,8 @@ def test_a_cache_says_whether_it_is_read_in_words():
     assert not cpu.uses_int16(KEYS["int8"], scheme, 64, rope) and not cpu.uses_int16(KEYS["nuq3-1%"], scheme, 80, rope)
     assert cpu.uses_int16(KEYS["nuq3-1%"], scheme, 64, Rope(torch.ones(16)))  # half of the channels rotate
     assert describe_backend("cpu", True).endswith(", int16)") and describe_backend("torch", False) == "torch"
+
+
+def test_several_sequences_in_one_call_are_attended_to_bit_for_bit_as_one_by_one():
+    shapes = [(1, 4, 2, 64, 700, 1), (2, 4, 2, 64, 65, 3), (1, 4, 2, 64, 20, 1), (1, 2, 1, 128, 1400, 2)]
+    assert_as_one_by_one([case(KEYS["nuq4-1%"], READ_VALUES["nuq3"], shape) for shape in shapes], cpu.INT16)

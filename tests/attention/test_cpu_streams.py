@@ -10,6 +10,7 @@ from tests.cases import (
     VALUES,
     PreciseRope,
     assert_alike_on_threads,
+    assert_as_one_by_one,
     assert_attends,
     filled,
     frequencies,
@@ -296,3 +297,9 @@ def test_what_it_does_not_read_is_refused_and_not_chosen():
         cpu.attend(replace(inputs, rope=Rope(frequencies(32) / 2)), store)
     with pytest.raises(UnsupportedModelError, match="does not read trellis-coded streams yet"):
         cuda.attend(inputs, store)
+
+
+@pytest.mark.parametrize("kernel", [*cpu.KERNELS, *([cpu.INT16] if SUPPORTED else [])])
+def test_several_sequences_in_one_call_are_attended_to_bit_for_bit_as_one_by_one(kernel):
+    shapes = [(1, 4, 2, 64, 700, 1), (2, 4, 2, 64, 65, 3), (1, 4, 2, 64, 20, 1), (1, 2, 1, 64, 1400, 2)]
+    assert_as_one_by_one([case(shape) for shape in shapes], kernel)

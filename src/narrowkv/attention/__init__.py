@@ -24,6 +24,13 @@ BACKENDS: dict[str, Callable[[AttentionInputs, LayerStore], Tensor]] = {
 }
 
 
+def attend_each(backend: str, parts: Sequence[tuple[AttentionInputs, LayerStore]]) -> list[Tensor]:
+    """A backend's attention of several sequences of any lengths; `cpu` reads all of them in one call."""
+    if backend == "cpu":
+        return cpu.attend_each(parts)
+    return [BACKENDS[backend](inputs, store) for inputs, store in parts]
+
+
 def resolve_backend(
     backend: str,
     device: torch.device,
@@ -68,6 +75,7 @@ __all__ = [
     "AttentionMask",
     "Rope",
     "StoredRope",
+    "attend_each",
     "describe_backend",
     "resolve_backend",
 ]

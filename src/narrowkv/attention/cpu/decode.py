@@ -4,6 +4,7 @@ The open tail is dequantized beside them, and what is exact (attention sinks, th
 computed in float32, or in int16.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +79,27 @@ class RotatedSinks:
         return [self.keys, self.rope_state, self.rotated]
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A call of the kernel, and what it points into.
+
+    output: [2, batch, query_heads, queries, head_dim], what blocks and what exact tokens contribute; totals: of weights, where
+    values are streams.
+    """
+
+    kernel: str
+    problem: _kernels.Problem
+    output: Tensor
+    totals: Tensor | None
+    blocks: PackedBlocks
+    store: LayerStore
+    tensors: list[Tensor | None]
+
+    def result(self) -> Tensor:
+        """Attention, once the kernel has run."""
+        return self.blocks.channels(self.store, self.output[0], self.totals) + self.output[1]
+
+
 def attend(inputs: AttentionInputs, store: LayerStore, kernel: str | None = None) -> Tensor:
     """Attention of the newest queries over the packed cache; result like that of `naive.attend`.
 
@@ -87,6 +109,26 @@ def attend(inputs: AttentionInputs, store: LayerStore, kernel: str | None = None
     Raises UnsupportedModelError off the CPU, for elements stored in float64, and for keys rotated by Hadamard before the
     rotary embedding.
     """
+    return attend_each([(inputs, store)], kernel)[0]
+
+
+def attend_each(parts: Sequence[tuple[AttentionInputs, LayerStore]], kernel: str | None = None) -> list[Tensor]:
+    """`attend` of several sequences of any lengths, or batches, in one call of the kernel; bit for bit as each alone."""
+    prepared = [_prepare(inputs, store, kernel) for inputs, store in parts]
+    problems: dict[str, list[_kernels.Problem]] = {}
+    for one in prepared:
+        if one is not None:
+            problems.setdefault(one.kernel, []).append(one.problem)
+    for name, some in problems.items():
+        _kernels.attend(kernel=name, threads=torch.get_num_threads(), problems=some)
+    return [
+        tiled.attend(inputs, store) if one is None else one.result()
+        for one, (inputs, store) in zip(prepared, parts, strict=True)
+    ]
+
+
+def _prepare(inputs: AttentionInputs, store: LayerStore, kernel: str | None) -> Prepared | None:
+    """A call of the kernel, named by `kernel` or chosen; None where plain torch attends."""
     query, scaling, sink_logits = inputs.query, inputs.scaling, inputs.sink_logits
     if query.device.type != "cpu":
         raise UnsupportedModelError(f"Backend cpu reads memory of the CPU, not of {query.device}; choose backend torch.")
@@ -94,7 +136,7 @@ def attend(inputs: AttentionInputs, store: LayerStore, kernel: str | None = None
     sealed = min(store.blocks.tokens, inputs.past - store.first)
     beyond = query.shape[2] > tiled.FEW_QUERIES or query.dtype == torch.float64 or query.shape[3] > MOST_HEAD_DIM
     if beyond or sealed <= 0:
-        return tiled.attend(inputs, store)
+        return None
     rope = inputs.rope if inputs.rope_state is not None else None
     blocks = _blocks(store, rope)
     if kernel is None:
@@ -106,6 +148,7 @@ def attend(inputs: AttentionInputs, store: LayerStore, kernel: str | None = None
     totals = None if blocks.stream_values is None else query.new_empty(query.shape[:3])
     packed_query = rotate_query(store.quantizers[0], blocks.head_rotations[0], query)
     rope_tables_ = rope_tables(rope, blocks.rope_state_of(inputs.rope_state, sealed + tail), query.shape[0])
+    positions = rope_tables_.positions
     if rope_tables_.angles is not None and kernel == INT16:
         kernel = KERNELS[0]
     hidden = _hidden(inputs, store, sealed + tail, tokens)
@@ -113,9 +156,10 @@ def attend(inputs: AttentionInputs, store: LayerStore, kernel: str | None = None
     sink_logits = None if sink_logits is None else sink_logits.float().contiguous()
     heads = keys.shape[1]
     key_offsets = bias_scores(query, store.bias, store.first, sealed + tail, scaling)
-    _kernels.attend(
-        kernel=kernel,
-        threads=torch.get_num_threads(),
+    problem = _kernels.Problem(
+        keys=blocks.sides[0],
+        values=blocks.sides[1],
+        rotation=rope_tables_.rotation,
         chunk=min(max(len(blocks.table) * len(query) * heads // PIECES, SHORTEST_PIECE), LONGEST_PIECE) // 4 * 4,
         shape=[len(query), query.shape[1], heads, query.shape[2], query.shape[3]],
         blocks=len(blocks.table),
@@ -128,15 +172,10 @@ def attend(inputs: AttentionInputs, store: LayerStore, kernel: str | None = None
         dense_query=address(query, torch.float32),
         dense_keys=address(keys, torch.float32),
         dense_values=address(values, torch.float32, shape=keys.shape),
-        keys=blocks.sides[0],
-        values=blocks.sides[1],
         keys_tail=_tail(store, 0),
         values_tail=_tail(store, 1),
-        rotation=rope_tables_.rotation,
-        positions=0
-        if rope_tables_.positions is None
-        else address(rope_tables_.positions[0], torch.int32),  # rows are strides apart
-        position_stride=0 if rope_tables_.positions is None else rope_tables_.positions.stride(0),
+        positions=0 if positions is None else address(positions[0], torch.int32),  # rows are strides apart
+        position_stride=0 if positions is None else positions.stride(0),
         angles=address(rope_tables_.angles, torch.float32),
         table=address(blocks.table, torch.int64),
         starts=address(blocks.starts, torch.int64, shape=[len(blocks.table) + 1]),
@@ -150,7 +189,8 @@ def attend(inputs: AttentionInputs, store: LayerStore, kernel: str | None = None
         scaling=scaling,
         softcap=inputs.softcap or 0.0,
     )
-    return blocks.channels(store, output[0], totals) + output[1]
+    used = [query, keys, values, packed_query, positions, rope_tables_.angles, hidden, sinks, sink_logits, key_offsets]
+    return Prepared(kernel, problem, output, totals, blocks, store, used)
 
 
 def _tail(store: LayerStore, side: int) -> list[int]:
