@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from narrowkv.codec import Outliers, Quantization, Scheme, Transform
     from narrowkv.errors import NarrowKVError
     from narrowkv.integrations import (
+        CacheGroup,
         DecodingGraph,
         PackedCache,
         calibrate,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from narrowkv.methods import Recipe, get_recipe, recipe_names
 
 __all__ = [
+    "CacheGroup",
     "Calibration",
     "DecodingGraph",
     "NarrowKVError",

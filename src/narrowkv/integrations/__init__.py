@@ -1,6 +1,7 @@
 """Transformers: the cache class, hooks, calibration."""
 
 from narrowkv.integrations.cache import PackedCache
+from narrowkv.integrations.cache_group import CacheGroup
 from narrowkv.integrations.calibrator import calibrate, calibrate_many
 from narrowkv.integrations.decoding_graph import DecodingGraph, cuda_graph
 from narrowkv.integrations.default import disable, enable, make_default
@@ -9,6 +10,7 @@ from narrowkv.integrations.models import load_model
 from narrowkv.integrations.preparation import prepare
 
 __all__ = [
+    "CacheGroup",
     "DecodingGraph",
     "Explanation",
     "PackedCache",

@@ -57,12 +57,25 @@ class LayerInputs:
         """Under autocast that of the tables, if they are real: a model's own rotation then gives elements of no fewer bits."""
         return None if not self.autocast or self.tables is None or isinstance(self.tables, Tensor) else self.tables[0].dtype
 
+    def row(self, i: int) -> "LayerInputs":
+        """Those of row i alone, which has no padding."""
+        tables = self.tables
+        if tables is not None:
+            tables = _row(tables, i) if isinstance(tables, Tensor) else (_row(tables[0], i), _row(tables[1], i))
+        positions = None if self.positions is None else _row(self.positions, i)
+        return LayerInputs(positions, tables, self.mask.without_padding, self.autocast)
+
     def valid(self, past: int, new: int) -> Tensor | None:
         """[batch, new] bool, False for padding among the new tokens, which follow `past` others; None where all count.
 
         Raises CacheUseError where the attention mask does not cover them all.
         """
         return valid_tokens(self.mask.attention_mask.padding, past, new)
+
+
+def _row(part: Tensor, i: int) -> Tensor:
+    """Row i of what has one row for all, or one for each: [1 or batch, ...]."""
+    return part if len(part) == 1 else part[i : i + 1]
 
 
 def valid_tokens(padding: Tensor | None, past: int, new: int) -> Tensor | None:
@@ -101,6 +114,10 @@ class NarrowCache(Cache):
 
     def finish(self, failed: bool) -> None:
         """Called when the language model has run to its end, or has failed."""
+
+    def own_positions(self, new_tokens: int) -> Tensor | None:
+        """Positions [batch, new_tokens] for a model that is given none; None where it counts them itself."""
+        return None
 
 
 class Handle(Protocol):
@@ -179,7 +196,7 @@ def after_run(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: An
         hold.end(module)
 
 
-def before_decoder(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def before_decoder(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Hook on the language model: notify a packed cache that it begins.
 
     Raises CacheUseError where the batch is empty, or the caller or the model's configuration said that no cache is to be used,
@@ -187,7 +204,7 @@ def before_decoder(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
     """
     cache = _cache_in(args, kwargs)
     if cache is None:
-        return
+        return None
     given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
     tokens = next((part for part in given if isinstance(part, Tensor)), None)
     if tokens is not None and not len(tokens):
@@ -200,7 +217,10 @@ def before_decoder(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
     mask = kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() != 2:
         raise UnsupportedModelError(TWO_DIMENSIONS)
-    cache.start(module, tokens, mask, kwargs.get("position_ids"))
+    positions = kwargs.get("position_ids")
+    own = cache.own_positions(tokens.shape[1]) if positions is None and tokens is not None else None
+    cache.start(module, tokens, mask, positions if own is None else own)
+    return None if own is None else (args, {**kwargs, "position_ids": own})
 
 
 def _warn_of_length(module: nn.Module, args: tuple, kwargs: dict[str, Any], cache: NarrowCache) -> None:

@@ -195,28 +195,42 @@ class PackedHandle:
         """Itself: transformers before 5.22 sends what layers share to the device where it is read."""
         return self
 
+    @property
+    def attends_itself(self) -> bool:
+        """Whether the model's own attention is right: for exact recipes, and a first chunk that attends to itself alone."""
+        layer = self.layer
+        return layer.device_lengths is None and (layer.is_exact or (self.past == 0 and not layer.strict))
+
     @not_traced
     def attend(self, module: nn.Module, query: Tensor, mask: LazyMask, scaling: float, **kwargs: Any) -> Tensor:
         """Attention for query [batch, query_heads, queries, head_dim] of the last new tokens, not rotated.
 
         Returns [batch, queries, query_heads, head_dim].
-
-        Exact recipes, and a first chunk that attends to itself alone, use the model's own attention; everything else the
-        cache's backend.
         """
         layer = self.layer
-        if layer.device_lengths is None and (layer.is_exact or (self.past == 0 and not layer.strict)):
+        if self.attends_itself:
             with undisturbed(gradients=True):
                 tensors = self._exact(query)
             output, _ = model_attention(module, *tensors, mask, scaling=scaling, **kwargs)
             return output
         with undisturbed():
-            inputs = self._inputs(query, mask, scaling, **kwargs)
+            inputs = self.inputs(query, mask, scaling, **kwargs)
             if layer.device_lengths is None:
                 output = BACKENDS[layer.backend](inputs, layer.store)
             else:
                 output = cuda.prepare(inputs, layer.store, layer.device_lengths)()
-            return output.to(query.dtype).transpose(1, 2).contiguous()
+            return self.output(output, query)
+
+    def output(self, found: Tensor, query: Tensor) -> Tensor:
+        """What a backend has found, as the model takes it: [batch, queries, query_heads, head_dim] in the query's dtype."""
+        return found.to(query.dtype).transpose(1, 2).contiguous()
+
+    def mask(self, mask: LazyMask, row: int, queries: int) -> LazyMask:
+        """That of this row alone, of the mask of a group's last new tokens."""
+        plain = mask.attention_mask
+        if not self.attends_itself and plain.rule is None:
+            return mask.without_padding
+        return mask.row(row, self.layer.store.first, self.past, self.keys.shape[2])
 
     def _exact(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, keys and values as the model's own attention takes them, rotated."""
@@ -226,7 +240,7 @@ class PackedHandle:
             return rotated, *layer.store.read()
         return rotated, layer.rotate(self.keys, self.rope_state, self.precision), self.values
 
-    def _inputs(self, query: Tensor, mask: LazyMask, scaling: float, **kwargs: Any) -> AttentionInputs:
+    def inputs(self, query: Tensor, mask: LazyMask, scaling: float, **kwargs: Any) -> AttentionInputs:
         """What the cache's backend is given: the query rotated, new tokens unless they too are read as stored."""
         layer, precise = self.layer, torch.promote_types(query.dtype, torch.float32)
         past, buffer = layer.store.length if layer.strict else self.past, layer.position_buffer

@@ -85,6 +85,22 @@ class LazyMask:
             padding, rule=self._look_up if self.request["use_vmap"] else rule, batch=self.request["batch_size"]
         )
 
+    @functools.cached_property
+    def without_padding(self) -> "LazyMask":
+        """The same where no token is hidden from all."""
+        if self.request["attention_mask"] is None:
+            return self
+        return LazyMask(self.implementation, **{**self.request, "attention_mask": None})
+
+    def row(self, i: int, first: int, past: int, new: int) -> "LazyMask":
+        """That of row i alone, without padding, whose keys are the tokens from `first` on, of `past` ones and `new` ones."""
+        queries, rule = int(self.request["q_length"]), self.request["mask_function"]
+        if rule is not causal_mask_function and _window_of(rule) is None:
+            rule = _shifted(rule, i)
+        sizes = {"kv_offset": first, "kv_length": past + new - first, "q_offset": past + new - queries}
+        changed = {"batch_size": 1, "attention_mask": None, "mask_function": rule, **sizes}
+        return LazyMask(self.implementation, **{**self.request, **changed})
+
     def _look_up(self, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """A rule for mask functions that take single elements only: made dense as transformers does it, then looked up."""
         dense = self.dense("sdpa")
@@ -108,6 +124,11 @@ def _window_of(rule: Callable[..., Any]) -> int | None:
         return None
     window: int = inspect.getclosurevars(parts[0]).nonlocals["sliding_window"]
     return window
+
+
+def _shifted(rule: Callable[..., Any], rows: int) -> Callable[..., Any]:
+    """A mask function of transformers for what is that many rows further in its batch."""
+    return lambda row, head, query, key: rule(row + rows, head, query, key)
 
 
 def lazy_mask(implementation: str, **request: Any) -> LazyMask:
