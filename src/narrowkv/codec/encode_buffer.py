@@ -15,15 +15,15 @@ class EncodeBuffer:
 
     codes: [batch, kv_heads, tokens, codes of a head]; ranges: as `QuantizedTensor` has them; zeros where nothing was written
     yet. outlier_index: [capacity] int64, positions in the flattened codes, in order of arrival; outlier_values: [capacity] in
-    16 bits; the
-        first `outliers` of them count. Or None.
-    counter: counts outliers on a GPU, where tokens are encoded one by one; else None.
+    16 bits; the first `outliers` of them count. Or None.
+    counter: of a GPU, which only a `CountedBuffer` has.
     """
 
-    def __init__(
-        self, scheme: Scheme, batch: int, kv_heads: int, tokens: int, head_dim: int, like: Tensor, most: int | None = None
-    ):
-        """like: elements to be encoded, whose device and dtype count. most: outliers of one token, if a GPU counts them."""
+    outliers: int
+    counter: OutlierCounter | None = None
+
+    def __init__(self, scheme: Scheme, batch: int, kv_heads: int, tokens: int, head_dim: int, like: Tensor, ahead: int = 0):
+        """like: elements to be encoded, whose device and dtype count. ahead: how many outliers fit beyond those expected."""
         dtype, device = like.dtype, like.device
         codes, self._places = scheme.codes(head_dim), scheme.outlier_places(head_dim)
         shape = (batch, kv_heads, tokens, codes)
@@ -33,8 +33,7 @@ class EncodeBuffer:
             name: torch.zeros(batch, *form, dtype=held, device=device)
             for name, (form, held) in scheme.range_forms(kv_heads, tokens, codes).items()
         }
-        self.counter = None if most is None else OutlierCounter(device)
-        self._outliers = 0
+        self.tokens, self.outliers = tokens, 0
         self.outlier_index: Tensor | None = None
         self.outlier_values: Tensor | None = None
         if scheme.outliers.fraction:
@@ -42,29 +41,11 @@ class EncodeBuffer:
             self.outlier_index = torch.zeros(0, dtype=torch.int64, device=device)
             self.outlier_values = torch.zeros(0, dtype=stored, device=device)
             places = batch * kv_heads * tokens * self._places
-            self.reserve(int(1.125 * scheme.outliers.fraction * places) + 1 + AHEAD * (most or 0))
-
-    @property
-    def tokens(self) -> int:
-        return self.codes.shape[2]
-
-    @property
-    def outliers(self) -> int:
-        """How many outliers count; waits for a GPU that may have found some. Raises ActivationError as
-        `OutlierCounter.learn`.
-        """
-        return self._outliers if self.counter is None else self.counter.exact()
-
-    @outliers.setter
-    def outliers(self, outliers: int) -> None:
-        if self.counter is not None:
-            self.counter.put(outliers)
-        self._outliers = outliers
+            self.reserve(int(1.125 * scheme.outliers.fraction * places) + 1 + ahead)
 
     def tensors(self) -> list[Tensor]:
         """All stored tensors."""
-        counts = [] if self.counter is None else [self.counter.counts]
-        return [*QuantizedTensor(self.codes, self.ranges, self.outlier_index, self.outlier_values).tensors(), *counts]
+        return QuantizedTensor(self.codes, self.ranges, self.outlier_index, self.outlier_values).tensors()
 
     def encoded(self) -> QuantizedTensor:
         """All that was written, without a copy; outliers in order of arrival."""
@@ -82,13 +63,6 @@ class EncodeBuffer:
             self.outlier_index, self.outlier_values = (
                 torch.cat([part, part.new_zeros(more, *part.shape[1:])]) for part in (self.outlier_index, self.outlier_values)
             )
-
-    def promise(self, most: int) -> None:
-        """Make sure that as many outliers fit as kernels may now find; waits where that is not sure."""
-        assert self.counter is not None
-        if self.outlier_index is not None and self.counter.most + most > len(self.outlier_index):
-            self.reserve(most)
-        self.counter.promise(max(most, 1))  # where there are none, what does not fit is counted yet
 
     def put(self, first: int, encoded: QuantizedTensor) -> int:
         """Write tokens from the token `first` on; returns the outliers then stored, which the caller lets it count."""
@@ -123,3 +97,35 @@ class EncodeBuffer:
         self.codes, self.ranges = picked.codes, picked.ranges
         self.outlier_index, self.outlier_values = picked.outlier_index, picked.outlier_values
         self.outliers = 0 if picked.outlier_index is None else len(picked.outlier_index)
+
+
+class CountedBuffer(EncodeBuffer):
+    """One whose outliers a GPU counts, where tokens are encoded one by one."""
+
+    counter: OutlierCounter
+
+    def __init__(self, scheme: Scheme, batch: int, kv_heads: int, tokens: int, head_dim: int, like: Tensor, most: int):
+        """most: outliers of one token."""
+        self.counter = OutlierCounter(like.device)
+        super().__init__(scheme, batch, kv_heads, tokens, head_dim, like, AHEAD * most)
+
+    @property
+    def outliers(self) -> int:
+        """How many outliers count; waits for a GPU that may have found some. Raises ActivationError as
+        `OutlierCounter.learn`.
+        """
+        return self.counter.exact()
+
+    @outliers.setter
+    def outliers(self, outliers: int) -> None:
+        self.counter.put(outliers)
+
+    def tensors(self) -> list[Tensor]:
+        """All stored tensors."""
+        return [*super().tensors(), self.counter.counts]
+
+    def promise(self, most: int) -> None:
+        """Make sure that as many outliers fit as kernels may now find; waits where that is not sure."""
+        if self.outlier_index is not None and self.counter.most + most > len(self.outlier_index):
+            self.reserve(most)
+        self.counter.promise(max(most, 1))  # where there are none, what does not fit is counted yet

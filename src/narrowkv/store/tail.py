@@ -4,7 +4,7 @@ from torch import Tensor
 
 from narrowkv.codec import AnyQuantizer, QuantizedTensor
 from narrowkv.codec.cuda import encode as cuda
-from narrowkv.codec.encode_buffer import AHEAD, EncodeBuffer
+from narrowkv.codec.encode_buffer import AHEAD, CountedBuffer, EncodeBuffer
 from narrowkv.codec.saturation import Saturation
 from narrowkv.store.bias import Elements
 from narrowkv.store.page import BLOCK
@@ -28,8 +28,10 @@ class Tail:
         ]  # outliers of a token
         self.stays = runs  # where it is when it is sealed: a GPU's steps read and write it there
         self.buffers = tuple(
-            EncodeBuffer(quantizer.scheme, batch, heads, BLOCK, dim, like=like, most=most)
-            for quantizer, like, most in zip(quantizers, (keys, values), self.most if runs else (None, None), strict=True)
+            CountedBuffer(quantizer.scheme, batch, heads, BLOCK, dim, like, most)
+            if runs
+            else EncodeBuffer(quantizer.scheme, batch, heads, BLOCK, dim, like)
+            for quantizer, like, most in zip(quantizers, (keys, values), self.most, strict=True)
         )
 
     @property
@@ -60,6 +62,7 @@ class Tail:
         if not self.token_encoders or self.tokens + new > BLOCK:
             return False
         for buffer, most in zip(self.buffers, self.most, strict=True):
+            assert isinstance(buffer, CountedBuffer)
             buffer.promise(new * most)
         return True
 
