@@ -27,6 +27,21 @@ TensorView view_from(int kind, uint64_t data, std::array<int64_t, 4> shape, std:
     return {DType(kind), at<const void>(data), shape[0], shape[1], shape[2], shape[3], strides[0], strides[1], strides[2]};
 }
 
+void require(bool sound, const char* message) {
+    if (!sound) throw std::invalid_argument(message);
+}
+
+// codes: shape of a buffer's codes, `width` of a token's head. parts: where its codes, scale, zero, outlier_index and
+// outlier_values begin. outliers: how many of them count, behind which new ones go, and how many fit.
+EncodeBuffer buffer_from(const TensorView& elements, int64_t width, std::array<int64_t, 4> codes, int64_t first, std::array<uint64_t, 5> parts,
+                         std::array<int64_t, 2> outliers) {
+    require(codes[0] == elements.batch && codes[1] == elements.heads && codes[3] == width, "elements are not those of such a buffer");
+    require(first >= 0 && elements.tokens <= codes[2] - first, "elements do not fit the buffer");
+    require(outliers[0] >= 0 && outliers[0] <= outliers[1], "more outliers count than there are");
+    return {codes[2], first, at<uint8_t>(parts[0]), at<uint16_t>(parts[1]), at<uint16_t>(parts[2]),
+            at<int64_t>(parts[3]) + outliers[0], at<uint16_t>(parts[4]) + outliers[0], outliers[1] - outliers[0]};
+}
+
 // A Codec and the tables that it points into.
 struct HeldCodec {
     Codec codec{};
@@ -53,17 +68,10 @@ void require_tables(const HeldCodec& held, int64_t channels) {
 }
 
 int64_t encode_tokens(const HeldCodec& held, int kind, uint64_t data, std::array<int64_t, 4> shape, std::array<int64_t, 4> strides,
-                      uint64_t skip, int64_t tokens, int64_t first, std::array<uint64_t, 5> parts, int64_t outlier_capacity,
-                      int threads) {
-    const EncodeBuffer buffer{tokens,
-                    first,
-                    at<uint8_t>(parts[0]),
-                    at<uint16_t>(parts[1]),
-                    at<uint16_t>(parts[2]),
-                    at<int64_t>(parts[3]),
-                    at<uint16_t>(parts[4]),
-                    outlier_capacity};
+                      uint64_t skip, std::array<int64_t, 4> codes, int64_t first, std::array<uint64_t, 5> parts,
+                      std::array<int64_t, 2> outliers, int threads) {
     const TensorView elements = view_from(kind, data, shape, strides);
+    const EncodeBuffer buffer = buffer_from(elements, elements.dim, codes, first, parts, outliers);
     require_tables(held, shape[1] * shape[3]);
     nb::gil_scoped_release release;
     return encode(held.codec, elements, at<const uint8_t>(skip), buffer, threads);
@@ -162,28 +170,24 @@ void make_stream_codec(HeldStreamCodec* held, std::array<int64_t, MOST_RATE> cou
     held->codec = codec;
 }
 
-// parts: codes, outlier_index, outlier_values, of all that the buffer has. outliers: which of them count, and how many fit.
 // Returns both of StreamCounts.
 std::array<int64_t, 2> encode_stream_tokens(const HeldStreamCodec& held, const std::string& kernel, int kind, uint64_t data, std::array<int64_t, 4> shape,
-                             std::array<int64_t, 4> strides, uint64_t skip, int64_t tokens, int64_t first, std::array<uint64_t, 3> parts,
+                             std::array<int64_t, 4> strides, uint64_t skip, std::array<int64_t, 4> codes, int64_t first, std::array<uint64_t, 5> parts,
                              std::array<int64_t, 2> outliers, bool halves, int threads) {
     const StreamCodec& codec = held.codec;
     const TensorView elements = view_from(kind, data, shape, strides);
     require(shape[1] == codec.heads && shape[3] == codec.dim, "elements are not those of such streams");
-    require(first >= 0 && first + shape[2] <= tokens, "elements do not fit the buffer");
-    require(outliers[0] >= 0 && outliers[0] <= outliers[1], "more outliers count than there are");
-    const int64_t* index = at<const int64_t>(parts[1]);
+    const EncodeBuffer buffer = buffer_from(elements, codec.bytes + (codec.norms ? 1 : 0), codes, first, parts, outliers);
+    const int64_t* index = at<const int64_t>(parts[3]);
     std::vector<int32_t> used;
     if (first > 0 && codec.most > 0) {
         used.resize(size_t(shape[0] * codec.heads));
         for (int64_t i = 0; i < outliers[0]; ++i) {
-            const int64_t sequence = index[i] / (tokens * codec.n);
+            const int64_t sequence = index[i] / (buffer.tokens * codec.n);
             require(sequence >= 0 && sequence < int64_t(used.size()), "an outlier has no place");
             ++used[size_t(sequence)];
         }
     }
-    const EncodeBuffer buffer{tokens, first, at<uint8_t>(parts[0]), nullptr, nullptr, at<int64_t>(parts[1]) + outliers[0],
-                              at<uint16_t>(parts[2]) + outliers[0], outliers[1] - outliers[0]};
     const auto call = [&](EncodeStreams& encode) -> std::array<int64_t, 2> {
         nb::gil_scoped_release release;
         const StreamCounts found = encode(codec, elements, at<const uint8_t>(skip), buffer, used.empty() ? nullptr : used.data(), halves, threads);
@@ -203,13 +207,13 @@ void define_encode(nb::module_& module) {
     nb::class_<HeldCodec>(module, "Codec", "What is the same for all tokens that a quantizer encodes; see codec/cpu/encode.py.")
         .def("__init__", &make_codec, nb::kw_only(), "sharing"_a, "group"_a, "outliers"_a, "boundaries"_a,
              "scale"_a.none(), "zero"_a.none(), "lower"_a.none(), "upper"_a.none())
-        .def("encode", &encode_tokens, "kind"_a, "data"_a, "shape"_a, "strides"_a, "skip"_a, "tokens"_a, "first"_a, "parts"_a,
-             "outlier_capacity"_a, "threads"_a, "Write codes, ranges and outliers of new tokens to their buffer; see codec/cpu/encode.py.");
+        .def("encode", &encode_tokens, "kind"_a, "data"_a, "shape"_a, "strides"_a, "skip"_a, "codes"_a, "first"_a, "parts"_a,
+             "outliers"_a, "threads"_a, "Write codes, ranges and outliers of new tokens to their buffer; see codec/cpu/encode.py.");
     nb::class_<HeldStreamCodec>(module, "StreamCodec", "What is the same for all tokens that become trellis-coded streams; see codec/cpu/encode_streams.py.")
         .def("__init__", &make_stream_codec, nb::kw_only(), "counts"_a, "high"_a, "low"_a, "mean"_a, "steps"_a, "scales"_a, "weight"_a,
              "search_weight"_a, "channels"_a.none(), "turns"_a.none(), "pairs"_a.none(), "order"_a.none(), "matrix"_a.none(), "norms"_a.none(),
              "threshold"_a, "most"_a)
-        .def("encode", &encode_stream_tokens, "kernel"_a, "kind"_a, "data"_a, "shape"_a, "strides"_a, "skip"_a, "tokens"_a, "first"_a, "parts"_a,
+        .def("encode", &encode_stream_tokens, "kernel"_a, "kind"_a, "data"_a, "shape"_a, "strides"_a, "skip"_a, "codes"_a, "first"_a, "parts"_a,
              "outliers"_a, "halves"_a, "threads"_a, "Write codes and outliers of new tokens to their buffer; see codec/cpu/encode_streams.py.");
     module.def("all_finite", &are_finite, "kind"_a, "data"_a, "shape"_a, "strides"_a, "threads"_a,
                "Whether no element is NaN or infinite.");

@@ -49,10 +49,10 @@ class Codec:
         shape: Sequence[int],
         strides: Sequence[int],
         skip: int,
-        tokens: int,
+        codes: Sequence[int],
         first: int,
         parts: Sequence[int],
-        outlier_capacity: int,
+        outliers: Sequence[int],
         threads: int,
     ) -> int:
         """Write codes, ranges and outliers of new tokens to their buffer."""
@@ -88,7 +88,7 @@ class StreamCodec:
         shape: Sequence[int],
         strides: Sequence[int],
         skip: int,
-        tokens: int,
+        codes: Sequence[int],
         first: int,
         parts: Sequence[int],
         outliers: Sequence[int],

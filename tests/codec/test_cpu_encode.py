@@ -128,18 +128,30 @@ def test_a_quantizer_that_has_encoded_can_be_copied_and_split():
     require_same(part.encode(x[:, 1:3]), part.encode_naive(x[:, 1:3]))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_what_would_be_written_outside_memory_is_refused():
+    quantizer, x = made(SCHEMES["static, 1%"], 2, 16), torch.randn(3, 2, 5, 16)
+    for elements, first in ((x[:1], 0), (x[:, :1], 0), (x[..., :8], 0), (x, 60), (x, -1)):
+        buffer = EncodeBuffer(quantizer.scheme, 3, 2, 64, 16, like=x)
+        with pytest.raises(ValueError, match="elements"):
+            quantizer._encoder.write(buffer, first, elements, None)
+    buffer.outliers = len(buffer.outlier_index) + 1
+    with pytest.raises(ValueError, match="more outliers"):
+        quantizer._encoder.write(buffer, 0, x, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)  # the last in torch
 @pytest.mark.parametrize("shape", [(1, 1, 1, 80), (3, 2, 63, 16)], ids=str)
 def test_one_number_that_is_not_finite_is_found(dtype, shape):
     x = torch.randn(shape, dtype=dtype) * torch.finfo(dtype).max / 10
     x = x.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
-    assert all_finite(x)
+    assert all_finite(x, x[0], x[..., :0])
     for bad in (float("nan"), float("inf"), -float("inf")):
         for place in ((0, 0, 0, 0), tuple(size - 1 for size in shape)):
             broken = x.clone()
             broken[place] = bad
-            assert not all_finite(broken)
-            assert not all_finite(broken.transpose(1, 2).contiguous().transpose(1, 2))
+            for turned in (broken, *(broken.transpose(*pair).contiguous().transpose(*pair) for pair in ((1, 2), (2, 3)))):
+                assert not all_finite(x, turned)
+                assert not all_finite(turned, x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)  # compiled, and not

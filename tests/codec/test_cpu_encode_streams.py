@@ -155,7 +155,7 @@ def test_a_quantizer_that_has_encoded_can_be_copied_and_split():
 
 def test_what_would_be_read_or_written_outside_memory_is_refused():
     quantizer, x = drawn((1, 2, 3, 16), 0.02, learned_rotation=False)
-    for elements, first in ((x[:, :1], 0), (x[..., :8], 0), (x, 62), (x, -1)):
+    for elements, first in ((x[:, :1], 0), (x[..., :8], 0), (x.expand(2, -1, -1, -1), 0), (x, 62), (x, -1)):
         buffer = EncodeBuffer(quantizer.scheme, 1, elements.shape[1], 64, 16, like=x)
         with pytest.raises(ValueError, match="elements"):
             quantizer._encoder.write(buffer, first, elements, None)

@@ -1,5 +1,7 @@
 """EncodeBuffer: memory for the codes of some tokens, which are written in place as they come."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ class EncodeBuffer:
 
     codes: [batch, kv_heads, tokens, codes of a head]; ranges: as `QuantizedTensor` has them; zeros where nothing was written
     yet. outlier_index: [capacity] int64, positions in the flattened codes, in order of arrival; outlier_values: [capacity] in
-    16 bits; the first `outliers` of them count. Or None.
+    16 bits; the first `outliers` of them count. Or None. addresses: where these lie, once a compiled encoder has looked.
     counter: of a GPU, which only a `CountedBuffer` has.
     """
 
@@ -34,6 +36,7 @@ class EncodeBuffer:
             for name, (form, held) in scheme.range_forms(kv_heads, tokens, codes).items()
         }
         self.tokens, self.outliers = tokens, 0
+        self.addresses: tuple[int, ...] | None = None
         self.outlier_index: Tensor | None = None
         self.outlier_values: Tensor | None = None
         if scheme.outliers.fraction:
@@ -42,6 +45,10 @@ class EncodeBuffer:
             self.outlier_values = torch.zeros(0, dtype=stored, device=device)
             places = batch * kv_heads * tokens * self._places
             self.reserve(int(1.125 * scheme.outliers.fraction * places) + 1 + ahead)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made of, whose memory is elsewhere."""
+        return vars(self) | {"addresses": None}
 
     def tensors(self) -> list[Tensor]:
         """All stored tensors."""
@@ -63,6 +70,7 @@ class EncodeBuffer:
             self.outlier_index, self.outlier_values = (
                 torch.cat([part, part.new_zeros(more, *part.shape[1:])]) for part in (self.outlier_index, self.outlier_values)
             )
+            self.addresses = None
 
     def put(self, first: int, encoded: QuantizedTensor) -> int:
         """Write tokens from the token `first` on; returns the outliers then stored, which the caller lets it count."""
@@ -96,6 +104,7 @@ class EncodeBuffer:
         picked = self.encoded().rows(rows)
         self.codes, self.ranges = picked.codes, picked.ranges
         self.outlier_index, self.outlier_values = picked.outlier_index, picked.outlier_values
+        self.addresses = None
         self.outliers = 0 if picked.outlier_index is None else len(picked.outlier_index)
 
 

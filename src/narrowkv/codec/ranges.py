@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from narrowkv.codec.cpu import encode as compiled
+from narrowkv.codec.cpu.encode import all_finite
 from narrowkv.codec.scheme_parts import Strategy
 from narrowkv.errors import ActivationError
 
@@ -65,16 +65,11 @@ def to_scale_zero(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def require_finite(what: str, *tensors: Tensor) -> None:
-    """Raise ActivationError if any number of these is NaN or infinite; one pass, since both ends show either."""
-    for x in tensors:
-        if x.is_cpu and x.dim() == 4 and x.dtype in compiled.KINDS:
-            finite = compiled.all_finite(x)
-        else:
-            finite = x.numel() == 0 or bool(torch.stack(torch.aminmax(x)).isfinite().all())
-        if not finite:
-            raise ActivationError(
-                f"{what} contain NaN or infinity; check the model's weights and dtype (float16 overflows, bfloat16 does not)."
-            )
+    """Raise ActivationError if any number of these is NaN or infinite."""
+    if not all_finite(*tensors):
+        raise ActivationError(
+            f"{what} contain NaN or infinity; check the model's weights and dtype (float16 overflows, bfloat16 does not)."
+        )
 
 
 def to_16_bits(x: Tensor, dtype: torch.dtype, what: str) -> Tensor:

@@ -65,46 +65,48 @@ class Encoder:
         """
         if self.smooth is not None:
             x = x.float() / self.smooth[:, None]
-        x = x if x.is_cpu and x.dtype in KINDS else x.cpu().float()
+        x = x if x.dtype in KINDS else x.float()
         x = x if x.stride(3) == 1 else x.contiguous()
         skip = None if skip is None else skip.contiguous()  # referenced as long as its address is used
         skipped = 0 if skip is None else address(skip, torch.bool, shape=(x.shape[0], x.shape[2]))
         threads = 1 if x.numel() < FEW else torch.get_num_threads()
         while True:
-            free = 0 if buffer.outlier_index is None else len(buffer.outlier_index) - buffer.outliers
+            capacity = 0 if buffer.outlier_index is None else len(buffer.outlier_index)
             found = self.codec.encode(
                 KINDS[x.dtype],
                 x.data_ptr(),
                 x.shape,
                 x.stride(),
                 skipped,
-                buffer.codes.shape[2],
+                buffer.codes.shape,
                 first,
-                _addresses(buffer),
-                free,
+                buffer.addresses or locate(buffer),
+                (buffer.outliers, capacity),
                 threads,
             )
             if found == DOES_NOT_FIT:
                 return None
-            if found <= free:
+            if found <= capacity - buffer.outliers:
                 return buffer.outliers + found
             buffer.reserve(found)
 
 
-def all_finite(x: Tensor) -> bool:
-    """Whether no element is NaN or infinite. x: [batch, kv_heads, tokens, head_dim] on the CPU, in a dtype of KINDS."""
-    x = x if x.is_cpu and x.stride(3) == 1 else x.cpu().contiguous()
-    threads = 1 if x.numel() < FEW else torch.get_num_threads()
-    return _kernels.all_finite(KINDS[x.dtype], x.data_ptr(), x.shape, x.stride(), threads)
+def all_finite(*tensors: Tensor) -> bool:
+    """Whether no element is NaN or infinite; compiled for [batch, kv_heads, tokens, head_dim] on the CPU, in KINDS."""
+    for x in tensors:
+        if x.is_cpu and x.dtype in KINDS and x.dim() == 4 and x.stride(3) == 1:
+            threads = 1 if x.numel() < FEW else torch.get_num_threads()
+            finite = _kernels.all_finite(KINDS[x.dtype], x.data_ptr(), x.shape, x.stride(), threads)
+        else:  # in one pass, since both ends show either
+            finite = x.numel() == 0 or bool(torch.stack(torch.aminmax(x)).isfinite().all())
+        if not finite:
+            return False
+    return True
 
 
-def _addresses(buffer: EncodeBuffer) -> tuple[int, ...]:
-    """Of codes, scale, zero, and of where the next outlier goes."""
-    codes = address(buffer.codes, torch.uint8)
-    scale, zero = address(buffer.ranges.get("scale"), torch.float16), address(buffer.ranges.get("zero"), torch.float16)
-    if buffer.outlier_index is None or buffer.outlier_values is None:
-        return codes, scale, zero, 0, 0
-    index, values = buffer.outlier_index, buffer.outlier_values
-    used = buffer.outliers
-    starts = address(index, torch.int64), address(values, *HALVES)
-    return codes, scale, zero, starts[0] + used * index.itemsize, starts[1] + used * values.itemsize
+def locate(buffer: EncodeBuffer) -> tuple[int, ...]:
+    """Where codes, scale, zero, outlier_index and outlier_values begin, 0 for what is not there; the buffer keeps it."""
+    ranges = (address(buffer.ranges.get(name), torch.float16) for name in ("scale", "zero"))
+    outliers = address(buffer.outlier_index, torch.int64), address(buffer.outlier_values, *HALVES)
+    buffer.addresses = (address(buffer.codes, torch.uint8), *ranges, *outliers)
+    return buffer.addresses

@@ -7,10 +7,10 @@ from torch import Tensor
 
 import narrowkv._kernels as _kernels
 from narrowkv.codec import trellis
-from narrowkv.codec.cpu.encode import DOES_NOT_FIT, KINDS
+from narrowkv.codec.cpu.encode import DOES_NOT_FIT, KINDS, locate
 from narrowkv.codec.encode_buffer import EncodeBuffer
 from narrowkv.codec.frames import FRAME, Frames
-from narrowkv.codec.memory import HALVES, address
+from narrowkv.codec.memory import address
 from narrowkv.codec.saturation import Saturation
 from narrowkv.codec.scheme import UNIT
 
@@ -73,7 +73,6 @@ class StreamEncoder:
             most=most,
         )
         self.coefficients = steps.numel()  # of a head, that have codes
-        self.codes = sum(rate * count for rate, count in enumerate(counts, 1)) + (norms is not None)
 
     def __deepcopy__(self, memo: dict) -> "StreamEncoder":
         """Tables never change, so a copy shares them."""
@@ -99,13 +98,11 @@ class StreamEncoder:
         x = x if x.stride(3) == 1 else x.contiguous()
         batch, heads, new, _ = x.shape
         skip = None if skip is None else skip.contiguous()  # held as long as its address is used
-        skipped = address(skip, torch.bool, shape=(batch, new))
-        codes = address(buffer.codes, torch.uint8, shape=(batch, heads, buffer.tokens, self.codes))
+        skipped = 0 if skip is None else address(skip, torch.bool, shape=(batch, new))
         threads = 1 if batch * heads * new <= trellis.FEW else torch.get_num_threads()
         while True:
-            index, values = buffer.outlier_index, buffer.outlier_values
-            parts = codes, address(index, torch.int64), address(values, *HALVES)
-            places = 0 if index is None or values is None else min(len(index), len(values))
+            values = buffer.outlier_values
+            capacity = 0 if values is None else len(values)
             found, out_of_range = self.codec.encode(
                 kernel,
                 KINDS[x.dtype],
@@ -113,16 +110,16 @@ class StreamEncoder:
                 x.shape,
                 x.stride(),
                 skipped,
-                buffer.tokens,
+                buffer.codes.shape,
                 first,
-                parts,
-                (buffer.outliers, places),
+                buffer.addresses or locate(buffer),
+                (buffer.outliers, capacity),
                 values is None or values.dtype == torch.float16,
                 threads,
             )
             if found == DOES_NOT_FIT:
                 return None
-            if found <= places - buffer.outliers:
+            if found <= capacity - buffer.outliers:
                 if saturation is not None:
                     saturation.count(out_of_range, batch * heads * new * self.coefficients)
                 return buffer.outliers + found
