@@ -26,6 +26,7 @@ def as_on_a_gpu(monkeypatch):
     replaying = pytest.importorskip("tests.replaying")
     monkeypatch.setattr(cuda, "runs_on", lambda device: True)
     monkeypatch.setattr(Quantizer, "_encoder_on", lambda quantizer, device: None)
+    monkeypatch.setattr(Quantizer, "_encoder", None)
     monkeypatch.setattr(decoding_graph, "capture", replaying.capture)
 
 

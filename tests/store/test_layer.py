@@ -1,8 +1,13 @@
 """The store against a plain list of tensors: what comes out is what the quantizer made of what went in."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from tests.codec.test_trellis_quantizer import made as made_streams
 
+import narrowkv
 from narrowkv.codec import Outliers, Quantization, Quantizer, Scheme, Transform, quantizer_for
 from narrowkv.errors import ActivationError, CacheUseError
 from narrowkv.store import BLOCK, LayerStore
@@ -265,3 +270,21 @@ def test_what_is_forgotten_frees_its_memory_and_the_rest_stays_as_it_is(name):
         store.crop(700)
     store.crop(0)
     assert store.length == 0 and store.first == 0
+
+
+@pytest.mark.parametrize("name", ["int4", "int3 sparse", "grouped", "streams"])
+def test_the_way_of_one_token_is_short(name):
+    """However fast each function is, every call takes time, and who reads the code follows them all."""
+    streams = made_streams((1, 2, 1, 16), outliers=0.02, learned_rotation=False)
+    store = LayerStore(streams, streams) if name == "streams" else make_store(name)
+    for tokens in (3, 1):  # what is made once is there afterwards
+        store.append(*torch.randn(2, 1, 2, tokens, 16))
+    keys, values = torch.randn(2, 1, 2, 1, 16)
+    package, calls, profiled = str(Path(narrowkv.__file__).parent), [], sys.getprofile()
+    sys.setprofile(lambda frame, event, _: calls.append(frame.f_code) if event == "call" else None)
+    try:
+        store.append(keys, values)
+    finally:
+        sys.setprofile(profiled)
+    ours = [code.co_filename for code in calls if code.co_filename.startswith(package)]
+    assert 0 < len(ours) <= 10 and len(set(ours)) <= 7

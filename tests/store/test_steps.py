@@ -27,6 +27,7 @@ def as_on_a_gpu(monkeypatch):
     """Single tokens go by kernels, interpreted, and many at once, which would take long, by plain torch."""
     monkeypatch.setattr(cuda, "runs_on", lambda device: True)
     monkeypatch.setattr(Quantizer, "_encoder_on", lambda quantizer, device: None)
+    monkeypatch.setattr(Quantizer, "_encoder", None)
 
 
 def stores(name):

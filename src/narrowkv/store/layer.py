@@ -35,6 +35,7 @@ class LayerStore:
     ):
         self.quantizers = (keys, values)
         self.bias = bias or Bias()
+        self.biased = self.bias.keys is not None or self.bias.values is not None
         self.residual_length = residual_length
         self.schemes = (keys.scheme, values.scheme)
         self.lookahead = [scheme.lookahead_tokens for scheme in self.schemes]
@@ -130,7 +131,6 @@ class LayerStore:
         if not self.sinks.found:
             skip = keys.new_zeros(shape[0], keys.shape[2], dtype=torch.bool) if skip is None else skip
             places = self.sinks.find(skip)
-        before = self.length
         if self.shape is None:
             self.begin(shape, dtypes, keys.device)
         try:
@@ -139,10 +139,10 @@ class LayerStore:
             else:
                 self._encode(keys, values, skip, keys.shape[2])
         except ActivationError:
-            self.reset() if before == 0 else None
+            self.reset() if self.length == 0 else None  # nothing was stored before either
             raise
         if places is not None:
-            self.sinks.take(keys, values, before, places)
+            self.sinks.take(keys, values, self.length - keys.shape[2], places)
 
     def _shift(self, num_to_flush: int, keys: Tensor, values: Tensor, skip: Tensor | None) -> None:
         """Take new tokens into the exact window, and encode the oldest of all, which leave it."""
@@ -156,7 +156,6 @@ class LayerStore:
 
     def _encode(self, keys: Tensor, values: Tensor, skip: Tensor | None, new: int) -> None:
         """Quantize the first `new` tokens: what fills the tail, whole blocks by tiles, a new tail; a refusal leaves none."""
-        before = self.packed
         to_seal = ((self.tail.tokens if self.tail else 0) + new) // BLOCK
         page: Page | None = None
         start = 0
@@ -165,7 +164,9 @@ class LayerStore:
                 held, left = self.tail.tokens if self.tail else 0, new - start
                 whole = 0 if held or left < BLOCK else min(tile_tokens(keys), left // BLOCK * BLOCK)
                 stop = start + (whole or min(BLOCK - held, left))
-                parts = self._unbiased(keys, values, skip, start, stop)
+                parts = (keys, skip), (values, skip)
+                if self.biased or stop - start < keys.shape[2]:
+                    parts = self._unbiased(keys, values, skip, start, stop)
                 saturation = self.saturation if keys.is_cpu and stop - start > 1 else None  # a GPU would be waited for
                 if whole:
                     pair = (self.quantizers[0].encode(*parts[0], saturation), self.quantizers[1].encode(*parts[1], saturation))
@@ -173,11 +174,11 @@ class LayerStore:
                 else:
                     self.tail = self.tail or Tail(self.quantizers, keys, values)
                     self.tail.append(parts[0], parts[1], stop - start, saturation)
-                    if self.tail.tokens == BLOCK:
-                        page = self._seal_tail(page, to_seal)
                 start = stop
+                if self.tail and self.tail.tokens == BLOCK:
+                    page = self._seal_tail(page, to_seal)
         except ActivationError:
-            self._drop(self.packed - before)
+            self._drop(start)
             raise
         finally:
             if page:
@@ -190,7 +191,7 @@ class LayerStore:
             for part, lookahead in zip((keys, values), self.lookahead, strict=True)
         ]
         parts = (cuts[0], cuts[1])
-        if self.bias.keys is not None or self.bias.values is not None:
+        if self.biased:
             key_bias = self.bias.key_bias(self.first + self.packed, parts[0][0].shape[2])
             parts = self.bias.subtract(*parts, key_bias, self.schemes)
         return parts

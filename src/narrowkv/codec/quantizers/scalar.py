@@ -106,7 +106,8 @@ class Quantizer(BaseQuantizer):
         saturation: counts elements far beyond what codes reach, by its width or more; none where codes reach everything, or
         what they do not reach stays exact. Raises ActivationError where a range or an outlier does not fit 16 bits.
         """
-        self._observe(x, skip, saturation)
+        if saturation is not None:
+            self._observe(x, skip, saturation)
         encoder = self._encoder_on(x.device)
         if encoder is not None:
             batch, heads, tokens, dim = x.shape
@@ -120,17 +121,18 @@ class Quantizer(BaseQuantizer):
     def encode_into(
         self, buffer: EncodeBuffer, first: int, x: Tensor, skip: Tensor | None = None, saturation: Saturation | None = None
     ) -> int:
-        encoder = self._encoder_on(x.device)
+        encoder = self._encoder if x.is_cpu else self._encoder_on(x.device)
         held = None if encoder is None else encoder.write(buffer, first, x, skip)
         if held is None:
             return super().encode_into(buffer, first, x, skip, saturation)
-        self._observe(x, skip, saturation)
+        if saturation is not None:
+            self._observe(x, skip, saturation)
         return held
 
-    def _observe(self, x: Tensor, skip: Tensor | None, saturation: Saturation | None) -> None:
+    def _observe(self, x: Tensor, skip: Tensor | None, saturation: Saturation) -> None:
         """Count the elements that lie far beyond their channel's range."""
         exact = self.scheme.outliers.fraction > 0 and self.scheme.outliers.cap is None
-        if saturation is None or self.scale is None or self.zero is None or exact:
+        if self.scale is None or self.zero is None or exact:
             return
         reach = self.scale.clamp(min=float(self.scale.mean()) / 100)  # a channel that was constant may move a little
         saturation.observe((x.float() - self.zero[:, None]).abs() > 3 * reach[:, None], skip)
