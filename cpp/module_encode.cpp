@@ -91,10 +91,6 @@ void pack_plane(uint64_t codes, std::array<int64_t, 3> shape, std::array<int64_t
     pack(problem, threads);
 }
 
-void require(bool sound, const char* message) {
-    if (!sound) throw std::invalid_argument(message);
-}
-
 // shape: heads, rows, rows of weights. counts: units of each rate from 1 on.
 void encode_trellis(const std::string& kernel, uint64_t elements, uint64_t weights, uint64_t high, uint64_t low, uint64_t codes,
                     std::array<int64_t, 3> shape, std::array<int64_t, MOST_RATE> counts, int threads) {
