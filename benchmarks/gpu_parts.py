@@ -155,8 +155,8 @@ def prompts(name: str, tokens: int, heads: tuple[int, int], device: torch.device
     found = _milliseconds_of(
         {
             "ours": lambda: cuda.attend(inputs, store),
-            "decoding": lambda: list(map(len, prefill.pieces(inputs, store))),
-            "the same of 16 bits": lambda: tiled.attend_pieces(exact, held),
+            "decoding": lambda: list(map(len, prefill.stored_chunks(inputs, store))),
+            "the same of 16 bits": lambda: tiled.attend_chunks(exact, held),
             "sdpa, causal from the last": lambda: sdpa(attn_mask=causal_lower_right(new, tokens + new)),
             "sdpa, mask": lambda: sdpa(attn_mask=mask),
         },

@@ -1,4 +1,4 @@
-"""What every backend derives from the inputs of attention, beside the same written out token by token."""
+"""What every backend derives from the inputs of attention, against the same written out token by token."""
 
 from dataclasses import replace
 

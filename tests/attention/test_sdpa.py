@@ -1,4 +1,4 @@
-"""Which of torch's fused operators attends to a piece, and how it is called; on a CPU, references stand in for those of a
+"""Which of torch's fused operators attends to a split, and how it is called; on a CPU, references stand in for those of a
 GPU.
 """
 
@@ -109,7 +109,7 @@ def test_heads_too_long_for_flash_attention(called):
     assert set(called) == {"_scaled_dot_product_efficient_attention"}
 
 
-def test_what_no_operator_computes_is_computed_with_scores_held(called):
+def test_what_no_operator_computes_materializes_scores(called):
     inputs, store = case(KEYS["nuq2"], VALUES["token"], (1, 2, 1, 16, 70, 20))
     for dtype, softcap in ((torch.float32, None), (torch.float16, 2.0)):
         query = inputs.query.to(dtype)

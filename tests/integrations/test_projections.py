@@ -121,7 +121,7 @@ def test_exact_numbers_are_those_of_the_model(dtype):
     assert torch.equal(with_ours, exact)
     other = PackedCache(model, without_removal("int4").with_options(residual_length=300))
     logits(model, other, (200,))
-    for found, own in zip(cache.packed[0].store.residual.held(), other.packed[0].store.residual.held(), strict=True):
+    for found, own in zip(cache.packed[0].store.residual.stored(), other.packed[0].store.residual.stored(), strict=True):
         assert torch.equal(found, own)
 
 

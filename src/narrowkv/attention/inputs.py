@@ -1,4 +1,4 @@
-"""What attention is computed from beside the stored tokens, and what every backend derives from it."""
+"""What attention is computed from besides the stored tokens, and what every backend derives from it."""
 
 from dataclasses import dataclass, replace
 
@@ -56,7 +56,7 @@ class AttentionInputs:
         return replace(self, query=query)
 
     def rotate(self, keys: Tensor, start: int) -> Tensor:
-        """Stored keys [batch, kv_heads, n, head_dim], the first of which is the `start`-th held, rotated in `precision`; as
+        """Stored keys [batch, kv_heads, n, head_dim], the first of which is the `start`-th stored, rotated in `precision`; as
         they are where nothing is to be rotated.
         """
         if self.rope is None or self.rope_state is None:
@@ -64,7 +64,7 @@ class AttentionInputs:
         return self.rope.rotate(keys.to(self.precision), self.rope_state[:, start : start + keys.shape[2]])
 
     def rope_state_at(self, tokens: Tensor) -> Tensor:
-        """What `rope` needs of these stored tokens, [batch, n] from the first held on: [batch, n, ...]."""
+        """What `rope` needs of these stored tokens, [batch, n] from the first stored on: [batch, n, ...]."""
         assert self.rope_state is not None
         rows = torch.arange(len(tokens), dtype=torch.int64, device=tokens.device)[:, None]
         return self.rope_state.expand(len(tokens), *self.rope_state.shape[1:])[rows, tokens]

@@ -16,7 +16,7 @@ class AttentionMask:
     """A query sees the tokens up to itself, except padding and what a sliding window has left behind; or as a rule has it.
 
     padding: [batch, tokens of the whole sequence] bool, False where a token is hidden from all; None where none is.
-    sliding_window: a query sees only that many of the newest tokens, itself included. rule: takes the place of both causality
+    sliding_window: a query sees only that many of the newest tokens, itself included. rule: replaces both causality
     and window (chunked attention, images that see themselves whole). batch: rows that a rule tells apart.
     """
 

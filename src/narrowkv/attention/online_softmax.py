@@ -1,4 +1,4 @@
-"""Queries on their way along the keys: a softmax that is carried from one piece of keys to the next, in two forms."""
+"""Queries on their way along the keys: a softmax that is carried from one split of keys to the next, in two forms."""
 
 from collections.abc import Callable
 
@@ -49,7 +49,7 @@ class OnlineSoftmax:
 
 
 class SdpaAccumulator:
-    """Torch's fused attention over each piece (sdpa.py), and the mean of those, weighted by the sums of their softmaxes.
+    """Torch's fused attention over each split (sdpa.py), and the mean of those, weighted by the sums of their softmaxes.
 
     Products are in the dtype of the queries, so that 16 bits use the matrix unit of a processor or a GPU; weights and means
     are in float32 at least.
@@ -80,7 +80,7 @@ class SdpaAccumulator:
 
 
 def merge_states(mean: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
-    """Add what queries found in one more piece to what they found before, in place.
+    """Add what queries found in one more split to what they found before, in place.
 
     mean, more: [batch, heads, queries, head_dim], more in any dtype. lse, more_lse: [batch, heads, queries], logs of the
     sums of softmaxes, -inf where a query saw nothing.

@@ -1,4 +1,4 @@
-"""Torch's fused attention over a piece of keys, by operators that tell the sum of each softmax too, so pieces can be merged.
+"""Torch's fused attention over a split of keys, by operators that return the sum of each softmax too, so splits can be merged.
 
 Which operator, by where the queries are:
 

@@ -21,14 +21,14 @@ FEW_QUERIES = 16  # up to this many are computed exactly: dequantizing is what t
 QUERY_SLICE = 128  # queries at a time, which bounds the memory of the scores
 KEY_SLICE = 512  # exact keys at a time
 FUSED_SLICE = (
-    2048  # of both, where scores are not materialized; as many stored keys, for each piece ends with a pass over all results
+    2048  # of both, where scores are not materialized; as many stored keys, for each chunk ends with a pass over all results
 )
 
 
 def attend(inputs: AttentionInputs, store: LayerStore) -> Tensor:
     """Attention of the newest queries over the packed cache; result like that of `naive.attend`."""
     inputs = with_products_dtype(inputs)
-    return attend_pieces(inputs, _stored(inputs, store, min(inputs.queries, FUSED_SLICE) if fuses(inputs) else 1))
+    return attend_chunks(inputs, _stored(inputs, store, min(inputs.queries, FUSED_SLICE) if fuses(inputs) else 1))
 
 
 def fuses(inputs: AttentionInputs) -> bool:
@@ -42,7 +42,7 @@ def with_products_dtype(inputs: AttentionInputs) -> AttentionInputs:
     return inputs.with_query(inputs.query.to(dtype).contiguous())
 
 
-def attend_pieces(
+def attend_chunks(
     inputs: AttentionInputs,
     stored: Iterable[tuple[int, Tensor, Tensor]],
     merge: Callable[[Tensor, Tensor, Tensor, Tensor], None] = merge_states,
@@ -71,7 +71,7 @@ def _slices(total: int, size: int) -> Iterator[slice]:
 
 
 def _sizes(inputs: AttentionInputs) -> tuple[int, int]:
-    """Queries, and new keys, at a time where scores are not held.
+    """Queries, and new keys, at a time where scores are not materialized.
 
     As many queries as slide with a window, else most keys are hidden from most; all of both on a GPU where no mask is needed.
     """
@@ -86,21 +86,21 @@ def _sizes(inputs: AttentionInputs) -> tuple[int, int]:
 def _stored(inputs: AttentionInputs, store: LayerStore, least: int) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(index of the first token, rotated keys, values) of what is stored, `least` tokens or more at a time until the last."""
     dtype = inputs.query.dtype
-    pieces: list[tuple[Tensor, Tensor]] = []
+    chunks: list[tuple[Tensor, Tensor]] = []
     begin = tokens = 0
     for start, keys, values in store.tiles(inputs.past):
-        begin = begin if pieces else start
-        pieces.append((inputs.rotate(keys, start - store.first).to(dtype), values.to(dtype)))
+        begin = begin if chunks else start
+        chunks.append((inputs.rotate(keys, start - store.first).to(dtype), values.to(dtype)))
         tokens = start + keys.shape[2] - begin
         if tokens >= least:
-            yield begin, *_joined(pieces)
-            pieces = []
-    if pieces:
-        yield begin, *_joined(pieces)
+            yield begin, *_joined(chunks)
+            chunks = []
+    if chunks:
+        yield begin, *_joined(chunks)
 
 
-def _joined(pieces: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    keys, values = (torch.cat(side, dim=2) if len(side) > 1 else side[0].contiguous() for side in zip(*pieces, strict=True))
+def _joined(chunks: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    keys, values = (torch.cat(side, dim=2) if len(side) > 1 else side[0].contiguous() for side in zip(*chunks, strict=True))
     return keys, values
 
 

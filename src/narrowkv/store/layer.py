@@ -288,7 +288,7 @@ class LayerStore:
         if self.tail and self.tail.tokens:
             yield self.bias.restore(self.tail.dequantize(), self.first + self.blocks.tokens)
         if self.residual.tokens:
-            keys, values, _ = self.residual.held()
+            keys, values, _ = self.residual.stored()
             yield keys.clone(), values.clone()
 
     def read(self, stop: int | None = None) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ class ResidualWindow:
         """All stored tensors."""
         return self.buffer if self.counter is None else [*self.buffer, self.counter.counts]
 
-    def held(self) -> Parts:
+    def stored(self) -> Parts:
         """Keys, values and what is skipped, without a copy."""
         keys, values, skip = (part[:, :, : self.tokens] for part in self.buffer)
         return keys, values, skip[:, 0, :, 0]

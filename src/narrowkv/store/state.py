@@ -44,7 +44,7 @@ def to_tensors(store: LayerStore) -> dict[str, Tensor]:
         found |= {f"tail.{name}.{part}": getattr(encoded, part) for part in ENCODED if getattr(encoded, part) is not None}
     exact: dict[str, Tensor] = {}
     if store.residual.tokens:
-        exact |= dict(zip(("residual.keys", "residual.values", "residual_skip"), store.residual.held(), strict=True))
+        exact |= dict(zip(("residual.keys", "residual.values", "residual_skip"), store.residual.stored(), strict=True))
     exact |= {f"sinks.{name}": elements for name, elements in zip(SIDES, store.sinks.elements or (), strict=False)}
     if store.sinks.index is not None:
         exact["sink_index"] = store.sinks.index

@@ -1,6 +1,6 @@
 """Attention of a few queries on a CPU, compiled: reads packed blocks in place, a tile in the nearest cache at a time.
 
-The open tail is dequantized beside them, and what is exact (attention sinks, the window, new tokens) goes as one piece. All is
+The open tail is dequantized alongside, and what is exact (attention sinks, the window, new tokens) goes as one split. All is
 computed in float32, or in int16.
 """
 
@@ -25,8 +25,8 @@ from narrowkv.codec.memory import HALVES, address
 from narrowkv.errors import UnsupportedModelError
 from narrowkv.store import LayerStore, addresses
 
-PIECES = 64  # about this many pieces of work for any number of threads, so that sums do not depend on it
-SHORTEST_PIECE, LONGEST_PIECE = 8, 64  # blocks
+SPLITS = 64  # about this many splits of work for any number of threads, so that sums do not depend on it
+SHORTEST_SPLIT, LONGEST_SPLIT = 8, 64  # blocks
 KERNELS = [name for name in ("avx512", "avx2") if name in _kernels.instruction_sets()] + ["generic"]
 MOST_HEAD_DIM = 512  # that kernels have space for
 INT16 = "int16"  # the kernel that multiplies int16
@@ -160,7 +160,7 @@ def _prepare(inputs: AttentionInputs, store: LayerStore, kernel: str | None) -> 
         keys=blocks.sides[0],
         values=blocks.sides[1],
         rotation=rope_tables_.rotation,
-        chunk=min(max(len(blocks.table) * len(query) * heads // PIECES, SHORTEST_PIECE), LONGEST_PIECE) // 4 * 4,
+        chunk=min(max(len(blocks.table) * len(query) * heads // SPLITS, SHORTEST_SPLIT), LONGEST_SPLIT) // 4 * 4,
         shape=[len(query), query.shape[1], heads, query.shape[2], query.shape[3]],
         blocks=len(blocks.table),
         tokens=sealed,
@@ -258,8 +258,8 @@ def _blocks(store: LayerStore, rope: AnyRope | None) -> PackedBlocks:
 def _exact(inputs: AttentionInputs, store: LayerStore, packed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens that are read neither from blocks nor from the tail: sinks, what is in the exact window, new ones.
 
-    packed: how many tokens blocks and tail hold. Returns keys (rotated) and values, [batch, kv_heads, n, head_dim] float32
-    each, and where they stand, [batch or 1, n] int64 from the first token held on; -1 for a sink that is not to be seen here.
+    packed: how many tokens blocks and tail have. Returns keys (rotated) and values, [batch, kv_heads, n, head_dim] float32
+    each, and where they stand, [batch or 1, n] int64 from the first token stored on; -1 for a sink that is hidden.
     """
     parts: list[tuple[Tensor, Tensor]] = []
     tokens = []
@@ -270,7 +270,7 @@ def _exact(inputs: AttentionInputs, store: LayerStore, packed: int) -> tuple[Ten
         tokens.append(at)
     window = inputs.past - store.first - packed
     if window > 0:
-        keys, values, _ = store.residual.held()
+        keys, values, _ = store.residual.stored()
         parts.append((inputs.rotate(keys[:, :, :window].float(), packed), values[:, :, :window].float()))
     if inputs.new:
         parts.append((inputs.new[0].float(), inputs.new[1].float()))
@@ -285,7 +285,7 @@ def _exact(inputs: AttentionInputs, store: LayerStore, packed: int) -> tuple[Ten
 
 
 def _sinks(inputs: AttentionInputs, store: LayerStore, at: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys (rotated) and values of sinks, float32; rotated again only where they, or their places, have changed."""
+    """Keys (rotated) and values of sinks, float32; rotated again only where they, or their positions, have changed."""
     assert store.sinks.elements is not None
     keys, values = store.sinks.elements
     rope = inputs.rope

@@ -1,4 +1,4 @@
-"""What the compiled attention of `cpu` needs beside blocks: codebooks laid out for it, and angles."""
+"""What the compiled attention of `cpu` needs besides blocks: codebooks laid out for it, and angles."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What kernels on a GPU read of one side of a store beside its sealed blocks: tables, tail, sinks, window, new tokens."""
+"""What kernels on a GPU read of one side of a store besides its sealed blocks: tables, tail, sinks, window, new tokens."""
 
 from typing import Any
 

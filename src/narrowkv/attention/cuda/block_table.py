@@ -249,7 +249,7 @@ def _layout(quantizer: AnyQuantizer, keys: bool, heads: int, dim: int, order: in
     own = folds(quantizer, channel_major)
     shape, ranges = (1, 1, 1), "none"
     if layouts:
-        shape, ranges = layouts["scale"][0], "held"
+        shape, ranges = layouts["scale"][0], "stored"
     elif scheme.static and not own:
         shape, ranges = (heads, 1, dim), "fixed"
     expected = scheme.outliers.fraction * BLOCK * dim

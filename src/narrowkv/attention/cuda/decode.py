@@ -1,6 +1,6 @@
 """Attention of a few queries on a GPU, by kernels written in Triton: reads packed blocks in place, merges what programs found.
 
-The open tail is dequantized beside them, and what is exact (attention sinks, the window, new tokens) goes as it is. Products
+The open tail is dequantized alongside, and what is exact (attention sinks, the window, new tokens) goes as it is. Products
 are in 16 bits for queries in 16 bits, else in float32; sums are in float32.
 """
 
@@ -185,11 +185,11 @@ def blocks_for(store: LayerStore, rope: AnyRope | None, rope_state: Tensor | Non
 
 
 def lengths(store: LayerStore, blocks: BlockTable, past: int, length: int, queries: int, rope_state: int = 0) -> list[int]:
-    """How much of everything counts, in the order of `launch`; rope_state: what of `rope_state` is of the first token held."""
-    held = past - store.first
-    sealed = min(store.blocks.tokens, held)
-    tail = min(store.tail.tokens, held - sealed) if store.tail else 0
+    """Lengths of all parts, in the order of `launch`; rope_state: what of `rope_state` is of the first token stored."""
+    stored = past - store.first
+    sealed = min(store.blocks.tokens, stored)
+    tail = min(store.tail.tokens, stored - sealed) if store.tail else 0
     packed = sealed + tail
     sinks = 0 if store.sinks.index is None else store.sinks.count
-    counts = [blocks.count, sealed, store.first, length - queries, tail, sinks, held - packed, length - past]
-    return [*counts, sealed, packed, held, rope_state]
+    counts = [blocks.count, sealed, store.first, length - queries, tail, sinks, stored - packed, length - past]
+    return [*counts, sealed, packed, stored, rope_state]

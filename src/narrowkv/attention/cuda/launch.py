@@ -23,14 +23,14 @@ MOST_CONFIGS = 256  # of which the text is stored
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}  # of exact tokens
 
-# places in `lengths`, int32: columns, sealed tokens that count, first token held, first query, tokens elsewhere, where those
-# begin, and what of `rope_state` belongs to the first token held
+# indices of `lengths`, int32: columns, sealed tokens that count, first token stored, first query, tokens elsewhere, where
+# those begin, and what of `rope_state` belongs to the first token stored
 COLUMNS, SEALED, FIRST, QUERY, TAIL, SINKS, WINDOW, NEW, TAIL_START, WINDOW_START, NEW_START, ROPE_STATE = range(12)
 
 
 @dataclass(frozen=True)
 class PackedTensorArgs:
-    """Keys, or values: tables of `tl_tiles`; what the tail holds; exact tokens. None where there is no such thing."""
+    """Keys, or values: tables of `kernels.lookup`; what the tail holds; exact tokens. None where there is no such thing."""
 
     table: Tensor | None = None  # [heads, head_dim, levels] or [levels] float32
     bytes: Tensor | None = None  # like those of `block_table.Tables`, int32
@@ -232,7 +232,7 @@ class _Launch:
         for i, (layout, side) in enumerate(zip(self._layouts, self.sides, strict=True)):
             if coded[i]:
                 found[i] = self.query.new_empty(len(tail), layout.heads, BLOCK, layout.dim, dtype=torch.float32)
-            scale, zero = (side.tail_scale, side.tail_zero) if layout.ranges == "held" else (side.scale, side.zero)
+            scale, zero = (side.tail_scale, side.tail_zero) if layout.ranges == "stored" else (side.scale, side.zero)
             lists = (side.tail, side.table, scale, zero, side.tail_index, side.tail_outliers, side.tail_count, found[i])
             arguments += [_or(part, self.lengths) for part in lists]
         keys, values = self._layouts

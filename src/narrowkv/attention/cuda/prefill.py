@@ -1,4 +1,4 @@
-"""Attention of many queries on a GPU: kernels dequantize sealed blocks, a run of them at a time, for `tiled.attend_pieces`.
+"""Attention of many queries on a GPU: kernels dequantize sealed blocks, a run of them at a time, for `tiled.attend_chunks`.
 
 Queries in 16 bits go by torch's fused attention (sdpa.py); queries in 32 bits, and scores with a softcap, split by split with
 materialized scores. The open tail, the window and attention sinks are few and dequantized by torch.
@@ -25,20 +25,20 @@ from narrowkv.store.sinks import put_sinks
 # dequantized at a time: many tokens, since all results are gone over for each run; fewer where their elements take much memory
 MOST_TOKENS, FEWEST_TOKENS, MOST_NUMBERS = 16_384, 2048, 2**26
 
-Piece = tuple[int, Tensor, Tensor]  # index of the first token, keys, values
+Chunk = tuple[int, Tensor, Tensor]  # index of the first token, keys, values
 
 
 def attend(inputs: AttentionInputs, store: LayerStore) -> Tensor:
     """Attention of the newest queries over the packed cache; result like that of `naive.attend`."""
     inputs = tiled.with_products_dtype(inputs)
     most = _most_tokens(store) if tiled.fuses(inputs) else tiled.FUSED_SLICE
-    return tiled.attend_pieces(inputs, pieces(inputs, store, most), _kernels("merge_states").merge_states)
+    return tiled.attend_chunks(inputs, stored_chunks(inputs, store, most), _kernels("merge_states").merge_states)
 
 
-def pieces(inputs: AttentionInputs, store: LayerStore, most: int = MOST_TOKENS) -> Iterator[Piece]:
+def stored_chunks(inputs: AttentionInputs, store: LayerStore, most: int = MOST_TOKENS) -> Iterator[Chunk]:
     """All stored tokens before `past`, keys rotated, in the dtype of the queries, about `most` tokens at a time.
 
-    What is not in sealed blocks comes with the last of them, for each piece costs a pass over the results of all queries.
+    What is not in sealed blocks comes with the last of them, for each chunk costs a pass over the results of all queries.
     """
     sealed = min(store.blocks.tokens, inputs.past - store.first)
     return _runs(inputs, store, sealed, most) if sealed > 0 else _unsealed(inputs, store)
@@ -54,19 +54,19 @@ def _most_tokens(store: LayerStore) -> int:
     return min(max(MOST_NUMBERS // elements, FEWEST_TOKENS), MOST_TOKENS)
 
 
-def _unsealed(inputs: AttentionInputs, store: LayerStore) -> Iterator[Piece]:
+def _unsealed(inputs: AttentionInputs, store: LayerStore) -> Iterator[Chunk]:
     """What is not in sealed blocks: the open tail, then the window."""
     dtype = inputs.query.dtype
     for start, keys, values in store.tiles(inputs.past, unsealed=True):
         yield start, inputs.rotate(keys, start - store.first).to(dtype), values.to(dtype)
 
 
-def _runs(inputs: AttentionInputs, store: LayerStore, sealed: int, most: int) -> Iterator[Piece]:
+def _runs(inputs: AttentionInputs, store: LayerStore, sealed: int, most: int) -> Iterator[Chunk]:
     """All where `sealed` tokens are in sealed blocks."""
     decode = _kernels("dequantize").dequantize
     assert store.shape is not None
     batch, heads, dim = store.shape
-    rope, held = inputs.rope if inputs.rope_state is not None else None, inputs.past - store.first
+    rope, stored = inputs.rope if inputs.rope_state is not None else None, inputs.past - store.first
     rope_state = kernel_rope_state(rope, inputs.rope_state)
     blocks = block_table_of(store, rope, rope_state, inputs.mask.padding)
     case = _case(inputs, blocks)
@@ -79,7 +79,7 @@ def _runs(inputs: AttentionInputs, store: LayerStore, sealed: int, most: int) ->
             end += store.blocks.columns[stop].count
             stop += 1
         end = min(end, sealed)
-        capacity = (held if end == sealed else end) - begin
+        capacity = (stored if end == sealed else end) - begin
         shape, dtype = (batch, heads, capacity, dim), inputs.query.dtype
         pair = tuple(torch.empty(shape, dtype=dtype, device=blocks.table.device) for _ in range(2))
         decode(pair, blocks, case, rope_state, rope_scale, range(column, stop), range(begin, end))

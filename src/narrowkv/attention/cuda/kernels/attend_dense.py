@@ -9,12 +9,12 @@ TOKENS = tl.constexpr(64)  # at a time
 
 
 @triton.jit(
-    do_not_specialize=["slots", "slot", "places", "rope_state_stride", "padding_stride", "hidden_stride"]
+    do_not_specialize=["slots", "slot", "sinks", "rope_state_stride", "padding_stride", "hidden_stride"]
 )  # as in blocks
 def attend_dense(
     packed_query, query, tail_keys, tail_values, sink_keys, sink_values, window_keys, window_values, new_keys, new_values,
     lengths, sums, running_max, cycles, rope_state, padding, hidden, sink_index,
-    heads, slots, slot, places, rope_state_stride, padding_stride, hidden_batch, hidden_stride, window,
+    heads, slots, slot, sinks, rope_state_stride, padding_stride, hidden_batch, hidden_stride, window,
     tail_stride, sink_stride, window_key_stride, window_value_stride, new_key_stride, new_value_stride,
     scaling, softcap, rope_scale,
     L: tl.constexpr, TAIL: tl.constexpr, OLD: tl.constexpr, NEW: tl.constexpr, ELEMENT: tl.constexpr,
@@ -28,7 +28,7 @@ def attend_dense(
             attend_part(
                 packed_query, tail_keys, tail_values, lengths, sums, running_max, cycles, rope_state, padding, hidden,
                 sink_index,
-                heads, slots, slot + L.tail, 4, 8, tail_stride, tail_stride, places,
+                heads, slots, slot + L.tail, 4, 8, tail_stride, tail_stride, sinks,
                 rope_state_stride, padding_stride, hidden_batch, hidden_stride, window,
                 scaling, softcap, rope_scale, False, TAIL, ELEMENT,
             )  # fmt: skip
@@ -36,7 +36,7 @@ def attend_dense(
         if kind == L.sinks:
             attend_part(
                 query, sink_keys, sink_values, lengths, sums, running_max, cycles, rope_state, padding, hidden, sink_index,
-                heads, slots, slot + L.sinks, 5, 5, sink_stride, sink_stride, places,
+                heads, slots, slot + L.sinks, 5, 5, sink_stride, sink_stride, sinks,
                 rope_state_stride, padding_stride, hidden_batch, hidden_stride, window,
                 scaling, softcap, rope_scale, True, OLD, ELEMENT,
             )  # fmt: skip
@@ -44,7 +44,7 @@ def attend_dense(
         if kind == L.window:
             attend_part(
                 query, window_keys, window_values, lengths, sums, running_max, cycles, rope_state, padding, hidden, sink_index,
-                heads, slots, slot + L.window, 6, 9, window_key_stride, window_value_stride, places,
+                heads, slots, slot + L.window, 6, 9, window_key_stride, window_value_stride, sinks,
                 rope_state_stride, padding_stride, hidden_batch, hidden_stride, window,
                 scaling, softcap, rope_scale, False, OLD, ELEMENT,
             )  # fmt: skip
@@ -52,7 +52,7 @@ def attend_dense(
         if kind == L.new:
             attend_part(
                 query, new_keys, new_values, lengths, sums, running_max, cycles, rope_state, padding, hidden, sink_index,
-                heads, slots, slot + L.new, 7, 10, new_key_stride, new_value_stride, places,
+                heads, slots, slot + L.new, 7, 10, new_key_stride, new_value_stride, sinks,
                 rope_state_stride, padding_stride, hidden_batch, hidden_stride, window,
                 scaling, softcap, rope_scale, False, NEW, ELEMENT,
             )  # fmt: skip
@@ -61,32 +61,32 @@ def attend_dense(
 @triton.jit
 def attend_part(
     query, keys, values, lengths, sums, running_max, cycles, rope_state, padding, hidden, sink_index,
-    heads, slots, slot, held, own, key_stride, value_stride, places,
+    heads, slots, slot, stored, own, key_stride, value_stride, sinks,
     rope_state_stride, padding_stride, hidden_batch, hidden_stride, window,
     scaling, softcap, rope_scale,
-    PLACED: tl.constexpr, C: tl.constexpr, ELEMENT: tl.constexpr,
+    BY_INDEX: tl.constexpr, C: tl.constexpr, ELEMENT: tl.constexpr,
 ):  # fmt: skip
-    """Attention over lengths[held] tokens [batch, heads, .., head_dim], the first of which is the lengths[own]-th of all held.
+    """Attention over lengths[stored] tokens [batch, heads, .., head_dim], the first of which is the lengths[own]-th stored.
 
-    PLACED: which token of the sequence each is, is given by sink_index [batch, places] instead, and those count that blocks
-    and the tail hold too. key_stride, value_stride: from one head to the next. lengths: as `launch` has them. Slot `slot`
+    BY_INDEX: which token of the sequence each is, is given by sink_index [batch, sinks] instead, and those count that blocks
+    and the tail have too. key_stride, value_stride: from one head to the next. lengths: as `launch` has them. Slot `slot`
     is filled.
     """
-    place = tl.program_id(0)
-    row = place // heads
+    batch_head = tl.program_id(0)
+    row = batch_head // heads
     rows = tl.program_id(1) * C.capacity + tl.arange(0, C.capacity)
-    count, begin = tl.load(lengths + held), tl.load(lengths + own)
+    count, begin = tl.load(lengths + stored), tl.load(lengths + own)
     first, query_positions = tl.load(lengths + 2), tl.load(lengths + 3)
     packed = tl.load(lengths + 1) + tl.load(lengths + 4)
     rope_state += row.to(tl.int64) * rope_state_stride + tl.load(lengths + 11) * C.rope_state_width
     padding += row.to(tl.int64) * padding_stride
     hidden += (row % hidden_batch).to(tl.int64) * C.queries * hidden_stride
-    keys += place.to(tl.int64) * key_stride
-    values += place.to(tl.int64) * value_stride
+    keys += batch_head.to(tl.int64) * key_stride
+    values += batch_head.to(tl.int64) * value_stride
 
     channel_a, channel_b = pair_channels(C)
-    query_a = read_query(query, place, rows, channel_a, scaling, rope_scale, C).to(ELEMENT)
-    query_b = read_query(query, place, rows, channel_b, scaling, rope_scale, C).to(ELEMENT)
+    query_a = read_query(query, batch_head, rows, channel_a, scaling, rope_scale, C).to(ELEMENT)
+    query_b = read_query(query, batch_head, rows, channel_b, scaling, rope_scale, C).to(ELEMENT)
     pair, channel = tl.arange(0, C.lanes), tl.arange(0, C.wide)
     largest = tl.full([C.capacity], float("-inf"), tl.float32)
     total = tl.full([C.capacity], 0, tl.float32)
@@ -95,8 +95,8 @@ def attend_part(
         token = start + tl.arange(0, TOKENS)
         live = token < count
         standing = begin + token
-        if PLACED:
-            standing = (tl.load(sink_index + row * places + token, mask=live, other=-1) - first).to(tl.int32)
+        if BY_INDEX:
+            standing = (tl.load(sink_index + row * sinks + token, mask=live, other=-1) - first).to(tl.int32)
             live &= (standing >= 0) & (standing < packed)
         for j in tl.static_range(tl.constexpr(C.sinks)):
             live &= first + standing != tl.load(sink_index + row * C.sinks + j)
@@ -116,7 +116,7 @@ def attend_part(
         inside = live[None, :] & (channel < C.dim)[:, None]
         some = tl.load(values + token[None, :] * C.dim + channel[:, None], mask=inside, other=0.0)
         part = tl.dot(some.to(ELEMENT), weights.to(ELEMENT), part * rescale[None, :], input_precision=C.precision)
-    write_part(sums, running_max, part, total, largest, channel, rows, place * slots + slot, C)
+    write_part(sums, running_max, part, total, largest, channel, rows, batch_head * slots + slot, C)
 
 
 @triton.jit(do_not_specialize=["total_rows", "slots", "packed"])

@@ -18,10 +18,10 @@ from narrowkv.attention.cuda.kernels.common import (
     weigh,
     write_part,
 )
-from narrowkv.attention.cuda.kernels.lookup import held_levels, look_up, look_up_bytes
+from narrowkv.attention.cuda.kernels.lookup import load_levels, look_up, look_up_bytes
 from narrowkv.attention.cuda.kernels.outliers import clear_outliers, put_outliers, with_outliers
 from narrowkv.attention.cuda.kernels.prefetch import addresses_of, fetch, outlier_range
-from narrowkv.attention.cuda.kernels.unpack import column_places, fitting, ranged, read_codes, read_nibbles
+from narrowkv.attention.cuda.kernels.unpack import column_indices, fitting, ranged, read_codes, read_nibbles
 
 ROTATED_BLOCKS = tl.constexpr(32)  # blocks for which queries are rotated on from one to the next, before they are rotated anew
 
@@ -41,8 +41,8 @@ def attend_blocks(
     near, cycles, rope_state: of `angles`; padding, hidden: of `seen`, for each sequence. Results like those of `write_part`,
     [batch * heads, slots, ..], of which a program fills the slot of its split.
     """
-    split, place = tl.program_id(0), tl.program_id(1)
-    row, head = place // K.heads, place % K.heads
+    split, batch_head = tl.program_id(0), tl.program_id(1)
+    row, head = batch_head // K.heads, batch_head % K.heads
     rows = tl.program_id(2) * C.capacity + tl.arange(0, C.capacity)
     count, sealed = tl.load(lengths), tl.load(lengths + 1)
     first, query_positions = tl.load(lengths + 2), tl.load(lengths + 3)
@@ -54,25 +54,25 @@ def attend_blocks(
     hidden += (row % hidden_batch).to(tl.int64) * C.queries * hidden_stride
 
     channel_a, channel_b = pair_channels(C)
-    query_a = read_query(query, place, rows, channel_a, scaling, rope_scale, C)
-    query_b = read_query(query, place, rows, channel_b, scaling, rope_scale, C)
+    query_a = read_query(query, batch_head, rows, channel_a, scaling, rope_scale, C)
+    query_b = read_query(query, batch_head, rows, channel_b, scaling, rope_scale, C)
     size = tl.maximum(tl.max(tl.abs(query_a), 0), tl.max(tl.abs(query_b), 0))  # of a query: so that 16 bits hold it
     size = tl.where(size > 0, size, 1.0)[None, :]
     query_a, query_b = query_a / size, query_b / size
-    levels_a = held_levels(key_bytes, head, channel_a, K, ELEMENT)
-    levels_b = held_levels(key_bytes, head, channel_b, K, ELEMENT)
-    levels_v = held_levels(value_bytes, head, tl.arange(0, V.row_capacity), V, ELEMENT)
+    levels_a = load_levels(key_bytes, head, channel_a, K, ELEMENT)
+    levels_b = load_levels(key_bytes, head, channel_b, K, ELEMENT)
+    levels_v = load_levels(value_bytes, head, tl.arange(0, V.row_capacity), V, ELEMENT)
     pair = tl.arange(0, C.lanes)
     reached = -(2**31)  # where queries are rotated to, if a block begins there
     if C.rope_mode == "near":
         step_cos, step_sin = cos_sin(pair * 0 + 64, tl.load(cycles + pair, mask=pair < C.pairs, other=0.0))
         step_cos, step_sin = step_cos[:, None], step_sin[:, None]
-    token_of = column_places(K)  # of a row of scores
+    token_of = column_indices(K)  # of a row of scores
     if C.rope_mode == "near":
         near_cos, near_sin = angles(pair[:, None], token_of[None, :], (token_of >= 0)[None, :], near, cycles, rope_state, C)
         near_cos, near_sin = near_cos.to(ELEMENT), near_sin.to(ELEMENT)
 
-    program = (tl.program_id(2) * tl.num_programs(1) + place) * splits + split
+    program = (tl.program_id(2) * tl.num_programs(1) + batch_head) * splits + split
     key_tile = tiles + program.to(tl.int64) * (K.tile + V.tile)
     value_tile = key_tile + K.tile
     for i in range(0, K.tile + V.tile, 1024):
@@ -90,7 +90,7 @@ def attend_blocks(
             if base == reached and (i - begin) % ROTATED_BLOCKS != 0:
                 query_a, query_b = query_a * step_cos + query_b * step_sin, query_b * step_cos - query_a * step_sin
             else:
-                query_a, query_b = unrotated(query, place, rows, scaling, rope_scale, size, base, cycles, C)
+                query_a, query_b = unrotated(query, batch_head, rows, scaling, rope_scale, size, base, cycles, C)
             reached = base + 64
         if K.nonzeros + V.nonzeros > 0:  # such a loop the compiler does not read ahead in
             next_ = table + (tl.minimum(i + 1, end - 1) * batch + row) * 16
@@ -133,16 +133,16 @@ def attend_blocks(
             clear_outliers(key_tile, entry, key_begin, key_end, key_first, K)
         if V.nonzeros > 0:
             clear_outliers(value_tile, entry + 8, value_begin, value_end, value_first, V)
-    write_part(sums, running_max, part, tl.sum(totals, 0), largest, column_places(V), rows, place * slots + split, C)
+    write_part(sums, running_max, part, tl.sum(totals, 0), largest, column_indices(V), rows, batch_head * slots + split, C)
 
 
 @triton.jit
-def unrotated(query, place, rows, scaling, rope_scale, size, base, cycles, C: tl.constexpr):
+def unrotated(query, batch_head, rows, scaling, rope_scale, size, base, cycles, C: tl.constexpr):
     """Queries like those of `attend_blocks`, rotated back by the position of a block's first token."""
     pair = tl.arange(0, C.lanes)
     channel_a, channel_b = pair_channels(C)
-    query_a = read_query(query, place, rows, channel_a, scaling, rope_scale, C) / size
-    query_b = read_query(query, place, rows, channel_b, scaling, rope_scale, C) / size
+    query_a = read_query(query, batch_head, rows, channel_a, scaling, rope_scale, C) / size
+    query_b = read_query(query, batch_head, rows, channel_b, scaling, rope_scale, C) / size
     cos, sin = cos_sin(base, tl.load(cycles + pair, mask=pair < C.pairs, other=0.0))
     return query_a * cos[:, None] + query_b * sin[:, None], query_b * cos[:, None] - query_a * sin[:, None]
 
@@ -196,7 +196,7 @@ def read_keys(
 def read_values(entry, tile, levels, table, scale, zero, head, token_of, V: tl.constexpr, ELEMENT: tl.constexpr):
     """Values of a block, but for outliers: [channels, 64]."""
     if V.bits == 16:
-        return fitting(exact_at(entry, head, token_of[None, :], column_places(V)[:, None], V), ELEMENT)
+        return fitting(exact_at(entry, head, token_of[None, :], column_indices(V)[:, None], V), ELEMENT)
     else:
         codes = read(entry, head, token_of, V, ELEMENT)
         elements = to_elements(codes, levels, entry, table, scale, zero, head, token_of, V, ELEMENT)

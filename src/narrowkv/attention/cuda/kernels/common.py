@@ -51,22 +51,22 @@ def cos_sin(position, cycles):
 
 
 @triton.jit
-def angles(pair, place, live, near, cycles, rope_state, C: tl.constexpr):
-    """Cosine and sine by which channels of a pair rotate at a token, for `pair` and `place` that broadcast, float32.
+def angles(pair, offset, live, near, cycles, rope_state, C: tl.constexpr):
+    """Cosine and sine by which channels of a pair rotate at a token, for `pair` and `offset` that broadcast, float32.
 
-    place: of a token in its block, if angles are "near": [2, pairs, 64] those of the positions 0 to 63; else among those held.
+    offset: of a token in its block, if angles are "near": [2, pairs, 64] those of positions 0 to 63; else among those stored.
     rope_state: of its sequence, positions [tokens] int32, or "given" angles [tokens, 2, pairs].
     """
     rope_mode = live & (pair < C.pairs)
     if C.rope_mode == "near":
-        at = near + pair * 64 + place
+        at = near + pair * 64 + offset
         return tl.load(at, mask=rope_mode, other=1.0), tl.load(at + C.pairs * 64, mask=rope_mode, other=0.0)
     elif C.rope_mode == "given":
-        at = rope_state + place * 2 * C.pairs + pair
+        at = rope_state + offset * 2 * C.pairs + pair
         cos, sin = tl.load(at, mask=rope_mode, other=1.0), tl.load(at + C.pairs, mask=rope_mode, other=0.0)
         return cos.to(tl.float32), sin.to(tl.float32)
     else:
-        return cos_sin(tl.load(rope_state + place, mask=live, other=0), tl.load(cycles + pair, mask=rope_mode, other=0.0))
+        return cos_sin(tl.load(rope_state + offset, mask=live, other=0), tl.load(cycles + pair, mask=rope_mode, other=0.0))
 
 
 @triton.jit
@@ -85,23 +85,23 @@ def read_query(query, head, rows, channels, scaling, rope_scale, C: tl.constexpr
 
 
 @triton.jit
-def seen(rows, place, live, first, query_positions, padding, hidden, hidden_stride, window, C: tl.constexpr):
-    """Which tokens queries see: [n, capacity]. place: [n] of tokens among those held, of which the first is token `first`.
+def seen(rows, offset, live, first, query_positions, padding, hidden, hidden_stride, window, C: tl.constexpr):
+    """Which tokens queries see: [n, capacity]. offset: [n] of tokens among those stored, of which the first is token `first`.
 
     query_positions: which token the first query is. padding: of the sequence, 0 where a token is hidden. hidden: [queries,
-    hidden_stride] of its tokens held, 0 where a query sees one, in place of causality.
+    hidden_stride] of its stored tokens, 0 where a query sees one, instead of causality.
     """
     own = (query_positions + rows % C.queries)[None, :]
-    token = (first + place)[:, None]
+    token = (first + offset)[:, None]
     if C.hidden:
-        at = (rows % C.queries)[None, :] * hidden_stride + place[:, None]
+        at = (rows % C.queries)[None, :] * hidden_stride + offset[:, None]
         sees = tl.load(hidden + at, mask=live[:, None], other=1) == 0
     else:
         sees = live[:, None] & (token <= own)
     if C.window > 0:
         sees &= token > own - window
     if C.padding:
-        sees &= (tl.load(padding + first + place, mask=live, other=0) != 0)[:, None]
+        sees &= (tl.load(padding + first + offset, mask=live, other=0) != 0)[:, None]
     return sees
 
 

@@ -1,7 +1,7 @@
 """Triton: sealed blocks as elements, [batch, heads, tokens, head_dim], for the attention of prompts; and what launches that.
 
 A program dequantizes one block of one KV head of one sequence, its keys or its values, and rotates keys as it writes them.
-Where keys have outliers, those are put in place first, a thread each, and another kernel rotates what was written. Elements
+Where keys have outliers, those are written first, a thread each, and another kernel rotates what was written. Elements
 are looked up in float16 for results in 16 bits, else in float32; keys are rotated in float32.
 """
 
@@ -16,10 +16,10 @@ from narrowkv.attention.cuda.block_table import BlockTable
 from narrowkv.attention.cuda.kernels.attend_packed import read_keys, read_values
 from narrowkv.attention.cuda.kernels.common import angles, cos_sin, pair_channels
 from narrowkv.attention.cuda.kernels.layout import KernelConfig
-from narrowkv.attention.cuda.kernels.lookup import held_levels
+from narrowkv.attention.cuda.kernels.lookup import load_levels
 from narrowkv.attention.cuda.kernels.outliers import outlier_values
 from narrowkv.attention.cuda.kernels.prefetch import outlier_range
-from narrowkv.attention.cuda.kernels.unpack import column_places
+from narrowkv.attention.cuda.kernels.unpack import column_indices
 
 WARPS = 4
 SPAN = ["batch", "column", "begin", "stop", "capacity"]  # prompts of any length are one program
@@ -32,18 +32,18 @@ def dequantize_keys(
     K: tl.constexpr, C: tl.constexpr, ELEMENT: tl.constexpr,
 ):  # fmt: skip
     """Keys of columns from `column` on, [batch, heads, capacity, head_dim], from the token `begin` to before `stop` of those
-    held.
+    stored.
 
     table, starts, bases, cycles, rope_state: like those of `attend_blocks`; near: of `angles_of_tokens`; rope_scale: the
     factor of the rotary embedding. Outliers are left as their codes have them.
     """
-    i, place = column + tl.program_id(0), tl.program_id(1)
-    row, head = place // K.heads, place % K.heads
+    i, batch_head = column + tl.program_id(0), tl.program_id(1)
+    row, head = batch_head // K.heads, batch_head % K.heads
     entry = table + (i * batch + row) * 16
     channel_a, channel_b = pair_channels(C)
-    token = column_places(K)
-    levels_a = held_levels(level_bytes, head, channel_a, K, ELEMENT)
-    levels_b = held_levels(level_bytes, head, channel_b, K, ELEMENT)
+    token = column_indices(K)
+    levels_a = load_levels(level_bytes, head, channel_a, K, ELEMENT)
+    levels_b = load_levels(level_bytes, head, channel_b, K, ELEMENT)
     keys_a, keys_b = read_keys(entry, entry, levels_a, levels_b, levels, scale, zero, head, token, K, C, ELEMENT)
     start = tl.load(starts + i)
     live = token < tl.minimum(tl.load(starts + i + 1), stop) - start
@@ -52,7 +52,7 @@ def dequantize_keys(
         rope_state += row.to(tl.int64) * rope_state_stride
         cos, sin = angles_of_tokens(token, live, start, bases + i * batch + row, near, cycles, rope_state, rope_scale, C)
         keys_a, keys_b = keys_a * cos - keys_b * sin, keys_b * cos + keys_a * sin
-    keys += (place.to(tl.int64) * capacity + (start - begin)) * C.dim
+    keys += (batch_head.to(tl.int64) * capacity + (start - begin)) * C.dim
     inside = live[:, None] & (tl.arange(0, C.lanes) < C.half)[None, :]
     at = token[:, None] * C.dim
     tl.store(keys + at + channel_a[None, :], keys_a, mask=inside)
@@ -65,15 +65,15 @@ def dequantize_values(
     V: tl.constexpr, K: tl.constexpr, ELEMENT: tl.constexpr,
 ):  # fmt: skip
     """Values of columns, as `dequantize_keys` does it."""
-    i, place = column + tl.program_id(0), tl.program_id(1)
-    row, head = place // V.heads, place % V.heads
+    i, batch_head = column + tl.program_id(0), tl.program_id(1)
+    row, head = batch_head // V.heads, batch_head % V.heads
     entry = table + (i * batch + row) * 16 + 8
-    token, channel = column_places(K), column_places(V)
-    held = held_levels(level_bytes, head, tl.arange(0, V.row_capacity), V, ELEMENT)
-    elements = tl.trans(read_values(entry, entry, held, levels, scale, zero, head, token, V, ELEMENT))
+    token, channel = column_indices(K), column_indices(V)
+    row_levels = load_levels(level_bytes, head, tl.arange(0, V.row_capacity), V, ELEMENT)
+    elements = tl.trans(read_values(entry, entry, row_levels, levels, scale, zero, head, token, V, ELEMENT))
     start = tl.load(starts + i)
     live = token < tl.minimum(tl.load(starts + i + 1), stop) - start
-    values += (place.to(tl.int64) * capacity + (start - begin)) * V.dim
+    values += (batch_head.to(tl.int64) * capacity + (start - begin)) * V.dim
     inside = live[:, None] & (channel < V.dim)[None, :]
     tl.store(values + token[:, None] * V.dim + channel[None, :], elements, mask=inside)
 
@@ -81,12 +81,12 @@ def dequantize_values(
 @triton.jit(do_not_specialize=SPAN)
 def put_block_outliers(elements, table, starts, batch, column, begin, stop, capacity, side: tl.constexpr, F: tl.constexpr):
     """Write the outliers of columns over dequantized elements, a thread each. side: 0 for keys, 1 for values."""
-    i, place = column + tl.program_id(0), tl.program_id(1)
-    row, head = place // F.heads, place % F.heads
+    i, batch_head = column + tl.program_id(0), tl.program_id(1)
+    row, head = batch_head // F.heads, batch_head % F.heads
     entry = table + (i * batch + row) * 16 + side * 8
     start = tl.load(starts + i)
     count = tl.minimum(tl.load(starts + i + 1), stop) - start
-    elements += (place.to(tl.int64) * capacity + (start - begin)) * F.dim
+    elements += (batch_head.to(tl.int64) * capacity + (start - begin)) * F.dim
     index = tl.load(entry + 6).to(tl.pointer_type(tl.int16))
     first, last = outlier_range(tl.load(entry + 7), head)
     for some in range(first, last, F.nonzeros):
@@ -102,14 +102,14 @@ def rotate_keys(
     HEADS: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Rotate dequantized keys of columns where they lie."""
-    i, place = column + tl.program_id(0), tl.program_id(1)
-    row = place // HEADS
+    i, batch_head = column + tl.program_id(0), tl.program_id(1)
+    row = batch_head // HEADS
     channel_a, channel_b = pair_channels(C)
     token = tl.arange(0, 64)
     start = tl.load(starts + i)
     live = token < tl.minimum(tl.load(starts + i + 1), stop) - start
     inside = live[:, None] & (tl.arange(0, C.lanes) < C.half)[None, :]
-    keys += (place.to(tl.int64) * capacity + (start - begin)) * C.dim
+    keys += (batch_head.to(tl.int64) * capacity + (start - begin)) * C.dim
     at_a, at_b = token[:, None] * C.dim + channel_a[None, :], token[:, None] * C.dim + channel_b[None, :]
     keys_a = tl.load(keys + at_a, mask=inside, other=0.0).to(tl.float32)
     keys_b = tl.load(keys + at_b, mask=inside, other=0.0).to(tl.float32)
@@ -148,9 +148,9 @@ def dequantize(
     columns: range,
     tokens: range,
 ) -> None:
-    """Write keys and values of these columns, which are of these tokens of those held, to the first places of a pair.
+    """Write keys and values of these columns, which are of these tokens of those stored, to the start of a pair.
 
-    pair: [batch, kv_heads, capacity, head_dim] each, contiguous. rope_state: of each token held, as `angles` reads it;
+    pair: [batch, kv_heads, capacity, head_dim] each, contiguous. rope_state: of each stored token, as `angles` reads it;
     rope_scale: the factor of the rotary embedding. Keys are rotated as the case has it.
     """
     keys, values = pair

@@ -1,4 +1,4 @@
-"""Triton: the open tail as elements, from codes of a byte each, with its outliers in their places."""
+"""Triton: the open tail as elements, from codes of a byte each, with its outliers."""
 
 import triton
 import triton.language as tl
@@ -30,25 +30,25 @@ def dequantize_tail(
 
 @triton.jit
 def dequantize_part(codes, table, scale, zero, index, outliers, count, elements, F: tl.constexpr):
-    """codes: [batch, heads, 64, head_dim] uint8; scale, zero: held or fixed. index: [..] int64 in the flattened codes;
+    """codes: [batch, heads, 64, head_dim] uint8; scale, zero: stored or fixed. index: [..] int64 in the flattened codes;
     outliers: [..], of which count[0] count, in any order. elements: [batch, heads, 64, head_dim].
     """
-    place = tl.program_id(0)
-    head = place % F.heads
+    batch_head = tl.program_id(0)
+    head = batch_head % F.heads
     first = tl.program_id(1) * TOKENS
     token = first + tl.arange(0, TOKENS)[:, None]
     channel = tl.arange(0, F.code_capacity)[None, :]
     live = (token < 64) & (channel < F.dim)
-    found = tl.load(codes + (place * 64 + token) * F.dim + channel, mask=live, other=0).to(tl.int32)
-    if F.ranges == "held":
-        held = place // F.heads * F.range_heads * F.range_tokens * F.range_channels
-        scale += held
-        zero += held
+    found = tl.load(codes + (batch_head * 64 + token) * F.dim + channel, mask=live, other=0).to(tl.int32)
+    if F.ranges == "stored":
+        first_range = batch_head // F.heads * F.range_heads * F.range_tokens * F.range_channels
+        scale += first_range
+        zero += first_range
     decoded = stands_for(found, table, scale, zero, head, token, channel, live, F)
-    tl.store(elements + (place * 64 + token) * F.dim + channel, decoded, mask=live)
+    tl.store(elements + (batch_head * 64 + token) * F.dim + channel, decoded, mask=live)
     if F.nonzeros > 0:
         tl.debug_barrier()  # outliers are written after what their codes stand for
-        begin = (place * 64 + first).to(tl.int64) * F.dim
+        begin = (batch_head * 64 + first).to(tl.int64) * F.dim
         for start in range(0, tl.load(count), OUTLIERS):
             which = start + tl.arange(0, OUTLIERS)
             at = tl.load(index + which, mask=which < tl.load(count), other=-1)

@@ -19,7 +19,7 @@ class PackedLayout:
 
     bits: of a code, 16 for exact elements. dim: head_dim. heads: KV heads. order: bits of the plane that columns of a tile are
     ordered by. wide: bytes read at once, 4 or 1. own: each channel has a codebook of its own, else all share one. even: levels
-    are evenly spaced. ranges: "none", "held" with each block or "fixed", [range_heads, range_tokens, range_channels]. zero:
+    are evenly spaced. ranges: "none", "stored" with each block or "fixed", [range_heads, range_tokens, range_channels]. zero:
     whether ranges have one. nonzeros: outliers taken at once, 0 where there are none. kind: of exact elements, "fp16", "bf16"
     or "fp32".
     """
@@ -94,14 +94,14 @@ class PackedLayout:
         return self.sharing * self.wide
 
     @property
-    def units_held(self) -> int:
+    def units_stored(self) -> int:
         """Units of a row of the ordering plane."""
         return self.stride // self.wide
 
     @property
     def units(self) -> int:
         """The same, filled up to a power of 2, and so that a tile has 16 columns or more."""
-        return max(power_of_2(self.units_held), 16 // self.each)
+        return max(power_of_2(self.units_stored), 16 // self.each)
 
     @property
     def columns(self) -> int:
@@ -203,7 +203,7 @@ class KernelConfig:
 
 @dataclass(frozen=True)
 class DenseSegments:
-    """Which kinds of tokens lie outside of blocks: the place of each among those that there are, else -1."""
+    """Which kinds of tokens lie outside of blocks: the slot of each among those that there are, else -1."""
 
     tail: int
     sinks: int

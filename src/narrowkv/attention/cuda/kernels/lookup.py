@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from narrowkv.attention.cuda.kernels.unpack import beside, doubled, picked
+from narrowkv.attention.cuda.kernels.unpack import doubled, interleave, picked
 
 
 @triton.jit
@@ -20,7 +20,7 @@ def byte_of_levels(fours, chosen, levels, side: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
-def held_levels(table, head, rows, F: tl.constexpr, ELEMENT: tl.constexpr):
+def load_levels(table, head, rows, F: tl.constexpr, ELEMENT: tl.constexpr):
     """Codebooks of rows as `levels_of` has them; 0 where they are read element by element."""
     if F.by_bytes and ELEMENT == tl.float16:  # noqa: SIM300
         return levels_of(table, head, rows, F)
@@ -36,8 +36,8 @@ def levels_of(table, head, rows, F: tl.constexpr):
     all threads the compiler makes a copy at every use.
     """
     words: tl.constexpr = F.levels // 2
-    place = head * F.dim + rows if F.own else rows % 32
-    at = (place * words)[:, None]
+    codebook = head * F.dim + rows if F.own else rows % 32
+    at = (codebook * words)[:, None]
     live = (rows < F.rows if F.own else rows >= 0)[:, None]
     zero, one = tl.load(table + at, mask=live, other=0), tl.load(table + at + 1, mask=live, other=0)
     if words == 2:
@@ -62,14 +62,14 @@ def look_up_bytes(words, levels, F: tl.constexpr):
     fours, chosen = doubled(words, 16), doubled(chosen, 16)
     lower, higher = byte_of_levels(fours, chosen, levels, 0, F), byte_of_levels(fours, chosen, levels, 1, F)
     first, last = tl.full(lower.shape, 0x5140, tl.int32), tl.full(lower.shape, 0x7362, tl.int32)
-    twos = beside(picked(lower, higher, first), picked(lower, higher, last))
+    twos = interleave(picked(lower, higher, first), picked(lower, higher, last))
     return halves(twos)
 
 
 @triton.jit
 def halves(words):
     """Both elements of words [n, m], low one first: [n, 2 * m] float16."""
-    return beside(words.to(tl.int16), (words >> 16).to(tl.int16)).to(tl.float16, bitcast=True)
+    return interleave(words.to(tl.int16), (words >> 16).to(tl.int16)).to(tl.float16, bitcast=True)
 
 
 @triton.jit

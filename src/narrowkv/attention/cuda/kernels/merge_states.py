@@ -1,4 +1,4 @@
-"""Triton: what queries have found so far, and what they found in one more piece of keys, made one."""
+"""Triton: merge the softmax state of queries so far with that of one more split of keys."""
 
 import torch
 import triton
@@ -13,7 +13,7 @@ ROWS = tl.constexpr(16)  # queries of a program
 @triton.jit(do_not_specialize=["rows"])
 def merge_split(mean, lse, more, more_lse, rows, dim, WIDE: tl.constexpr):
     """mean: [rows, dim] float32, lse: [rows] float32, of all that was seen, changed in place; more, more_lse: of one
-    piece, more in any dtype.
+    split, more in any dtype.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < rows
@@ -31,9 +31,9 @@ def merge_split(mean, lse, more, more_lse, rows, dim, WIDE: tl.constexpr):
     channel = tl.arange(0, WIDE)
     inside = live[:, None] & (channel < dim)[None, :]
     at = row.to(tl.int64)[:, None] * dim + channel[None, :]
-    held = tl.load(mean + at, mask=inside, other=0.0)
+    before = tl.load(mean + at, mask=inside, other=0.0)
     found = tl.load(more + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(mean + at, held + share[:, None] * (found - held), mask=inside)
+    tl.store(mean + at, before + share[:, None] * (found - before), mask=inside)
 
 
 def merge_states(mean: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:

@@ -1,7 +1,7 @@
-"""Triton: outliers of sealed blocks, exact elements in place of those that their codes stand for.
+"""Triton: outliers of sealed blocks, exact elements instead of those that their codes stand for.
 
 A program has a tile of its own in global memory, of zeros, which stays in the caches nearest to it. It writes a block's
-outliers there, each by a thread, whichever tokens and channels they are of; reads the tile beside the codes, where what is
+outliers there, each by a thread, whichever tokens and channels they are of; reads the tile along with the codes, where what is
 not zero goes before what a code stands for (an exact zero is written as the smallest number); and clears it.
 """
 
@@ -10,21 +10,21 @@ import triton.language as tl
 
 from narrowkv.attention.cuda.kernels.lookup import halves
 from narrowkv.attention.cuda.kernels.prefetch import outlier_range
-from narrowkv.attention.cuda.kernels.unpack import INTERPRETED, beside, column_of, fitting
+from narrowkv.attention.cuda.kernels.unpack import INTERPRETED, column_of, fitting, interleave
 
 
 @triton.jit
 def put_outliers(tile, entry, head, F: tl.constexpr):
     """Write the outliers of a head of a block to the tile [channels, or tokens, columns]. Returns what `clear_outliers` takes.
 
-    That is where outliers begin and end, and the first ones' places in the tile [n], -1 where there is none.
+    That is where outliers begin and end, and the first ones' offsets in the tile [n], -1 where there is none.
     """
     begin, end = outlier_range(tl.load(entry + 7), head)
-    first = places_of(entry, begin, end, tile.dtype.element_ty, F)
+    first = tile_offsets(entry, begin, end, tile.dtype.element_ty, F)
     put_some(tile, entry, first, begin, F)
     for start in range(begin + F.nonzeros, end, F.nonzeros):
         tl.debug_barrier()  # so that the compiler does not unroll what only a crowded block needs
-        put_some(tile, entry, places_of(entry, start, end, tile.dtype.element_ty, F), start, F)
+        put_some(tile, entry, tile_offsets(entry, start, end, tile.dtype.element_ty, F), start, F)
     return begin, end, first
 
 
@@ -34,18 +34,18 @@ def clear_outliers(tile, entry, begin, end, first, F: tl.constexpr):
     clear_some(tile, first, F)
     for start in range(begin + F.nonzeros, end, F.nonzeros):
         tl.debug_barrier()
-        clear_some(tile, places_of(entry, start, end, tile.dtype.element_ty, F), F)
+        clear_some(tile, tile_offsets(entry, start, end, tile.dtype.element_ty, F), F)
 
 
 @triton.jit
-def places_of(entry, start, end, ELEMENT: tl.constexpr, F: tl.constexpr):
-    """Places in the tile of outliers from `start` on: [n] int32, -1 from `end` on."""
+def tile_offsets(entry, start, end, ELEMENT: tl.constexpr, F: tl.constexpr):
+    """Offsets in the tile of outliers from `start` on: [n] int32, -1 from `end` on."""
     which = start + tl.arange(0, F.nonzeros)
     index = tl.load(entry + 6).to(tl.pointer_type(tl.int16))
-    place = tl.load(index + which, mask=which < end, other=0).to(tl.uint32)
-    row, column = place // F.dim, column_of(place % F.dim, F)
+    element = tl.load(index + which, mask=which < end, other=0).to(tl.uint32)
+    row, column = element // F.dim, column_of(element % F.dim, F)
     if F.channel_major:
-        row, column = place % F.dim, column_of(place // F.dim, F)
+        row, column = element % F.dim, column_of(element // F.dim, F)
     at = row * F.columns + column
     if F.by_bytes and ELEMENT == tl.float16:  # noqa: SIM300
         at = (column % F.each // 2 * F.tile_rows + row) * F.units * 2 + column // F.each * 2 + column % 2
@@ -81,7 +81,7 @@ def outlier_values(entry, at, live, F: tl.constexpr):
 
 @triton.jit
 def with_outliers(elements, tile, rows, live, F: tl.constexpr):
-    """Elements [n, columns] of rows of the tile, those exact ones that it holds in their place."""
+    """Elements [n, columns] of rows of the tile, replaced by the exact ones in it."""
     if F.by_bytes and elements.dtype == tl.float16:
         exact = halves(exact_int16(tile, rows, live, F))
     else:
@@ -104,19 +104,19 @@ def with_outliers(elements, tile, rows, live, F: tl.constexpr):
 def exact_int16(tile, rows, live, F: tl.constexpr):
     """Rows of the tile as pairs of elements, in the order in which `look_up_bytes` has them: [n, columns / 2] int32."""
     if F.sharing == 4:
-        first = beside(piece_at(tile, rows, live, 0, F), piece_at(tile, rows, live, 4, F))
-        second = beside(piece_at(tile, rows, live, 1, F), piece_at(tile, rows, live, 5, F))
-        third = beside(piece_at(tile, rows, live, 2, F), piece_at(tile, rows, live, 6, F))
-        fourth = beside(piece_at(tile, rows, live, 3, F), piece_at(tile, rows, live, 7, F))
+        first = interleave(word_at(tile, rows, live, 0, F), word_at(tile, rows, live, 4, F))
+        second = interleave(word_at(tile, rows, live, 1, F), word_at(tile, rows, live, 5, F))
+        third = interleave(word_at(tile, rows, live, 2, F), word_at(tile, rows, live, 6, F))
+        fourth = interleave(word_at(tile, rows, live, 3, F), word_at(tile, rows, live, 7, F))
     else:
-        first, second = piece_at(tile, rows, live, 0, F), piece_at(tile, rows, live, 1, F)
-        third, fourth = piece_at(tile, rows, live, 2, F), piece_at(tile, rows, live, 3, F)
-    return beside(beside(first, third), beside(second, fourth))
+        first, second = word_at(tile, rows, live, 0, F), word_at(tile, rows, live, 1, F)
+        third, fourth = word_at(tile, rows, live, 2, F), word_at(tile, rows, live, 3, F)
+    return interleave(interleave(first, third), interleave(second, fourth))
 
 
 @triton.jit
-def piece_at(tile, rows, live, piece: tl.constexpr, F: tl.constexpr):
-    """The two elements of rows of the tile that come `piece`-th of each unit: [n, units] int32."""
+def word_at(tile, rows, live, word: tl.constexpr, F: tl.constexpr):
+    """The two elements of rows of the tile in word `word` of each unit: [n, units] int32."""
     unit = tl.arange(0, F.units)[None, :]
     words = tl.multiple_of(tile.to(tl.pointer_type(tl.int32), bitcast=True), 16)
-    return tl.load(words + (piece * F.tile_rows + rows[:, None]) * F.units + unit, mask=live[:, None], other=0)
+    return tl.load(words + (word * F.tile_rows + rows[:, None]) * F.units + unit, mask=live[:, None], other=0)

@@ -1,7 +1,7 @@
 """Triton: from packed bytes to tiles of elements.
 
 A row of codes is read as int32 words (bytes where a row is no integer of words), which are taken apart within the
-threads that have read them. So a tile's columns come in an order of their own, `column_places`. Rows of a channel-major side
+threads that have read them. So a tile's columns come in an order of their own, `column_indices`. Rows of a channel-major side
 are channels and columns are tokens; of a token-major side it is the other way round. Tiles are of NUMBER, float16
 or float32; two elements of 16 bits take one instruction.
 """
@@ -14,8 +14,8 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
-def column_places(F: tl.constexpr):
-    """Which code of a row each column of a tile is: [columns] int32; `F.length` or more where there is none."""
+def column_indices(F: tl.constexpr):
+    """Index in a row of the code in each column of a tile: [columns] int32; `F.length` or more where there is none."""
     column = tl.arange(0, F.columns)
     unit, within = column // F.each, column % F.each
     if F.wide == 4:  # bits of a column, from the lowest: a half of a byte, the byte, and which codes of the half
@@ -24,13 +24,13 @@ def column_places(F: tl.constexpr):
         share = half * 2 + within // 8 if F.sharing == 4 else half
     else:
         byte, share = 0, within
-    return tl.where(unit < F.units_held, unit * F.wide + byte + share * F.stride, F.length)
+    return tl.where(unit < F.units_stored, unit * F.wide + byte + share * F.stride, F.length)
 
 
 @triton.jit
-def column_of(place, F: tl.constexpr):
-    """The inverse: in which column a code of a row lies."""
-    unit, byte, share = place % F.stride // F.wide, place % F.stride % F.wide, place // F.stride
+def column_of(code, F: tl.constexpr):
+    """The inverse: the column of a row's code with this index."""
+    unit, byte, share = code % F.stride // F.wide, code % F.stride % F.wide, code // F.stride
     if F.wide == 1:
         within = share
     elif F.sharing == 4:
@@ -53,27 +53,27 @@ def plane_at(entry, i: tl.constexpr, wide: tl.constexpr):
 
 
 @triton.jit
-def beside(first, second):
-    """Each column of one tile beside that of another: [n, m] twice -> [n, 2 * m]."""
+def interleave(first, second):
+    """Columns of two tiles in turn: [n, m] twice -> [n, 2 * m]."""
     return tl.reshape(tl.join(first, second), [first.shape[0], first.shape[1] * 2])
 
 
 @triton.jit
 def doubled(words, range_zero: tl.constexpr):
-    """Each column beside itself, shifted: [n, m] -> [n, 2 * m]."""
-    return beside(words, words >> range_zero)
+    """Each column, then the same shifted: [n, m] -> [n, 2 * m]."""
+    return interleave(words, words >> range_zero)
 
 
 @triton.jit
 def read_plane(entry, head, rows, i: tl.constexpr, F: tl.constexpr):
     """Plane i of some rows [n] of a head of a block, a unit for each of the ordering plane: [n, units] int32."""
     unit = tl.arange(0, F.units)[None, :]
-    live = (rows[:, None] < F.rows) & (unit < F.units_held)
-    held: tl.constexpr = F.units_held * F.planes[i] // F.order  # units of a row of this plane
-    at = (head * F.rows + rows[:, None]) * held + unit % held
+    live = (rows[:, None] < F.rows) & (unit < F.units_stored)
+    stored: tl.constexpr = F.units_stored * F.planes[i] // F.order  # units of a row of this plane
+    at = (head * F.rows + rows[:, None]) * stored + unit % stored
     words = tl.load(plane_at(entry, i, F.wide) + at, mask=live, other=0).to(tl.int32)
-    if held < F.units_held:
-        words = words >> (unit // held * F.planes[i])
+    if stored < F.units_stored:
+        words = words >> (unit // stored * F.planes[i])
     return words
 
 
@@ -107,7 +107,7 @@ def read_codes(entry, head, rows, F: tl.constexpr):
                 words = doubled(words, F.order)
             low |= (words & F.masks[i]) << F.offsets[i]
             high |= ((words >> 4) & F.masks[i]) << F.offsets[i]
-        return beside(taken_apart(low), taken_apart(high)) if F.sharing > 1 else taken_apart(low)
+        return interleave(taken_apart(low), taken_apart(high)) if F.sharing > 1 else taken_apart(low)
     else:
         codes = tl.full([rows.shape[0], F.columns], 0, tl.int32)
         for i in tl.static_range(len(F.planes)):
@@ -123,7 +123,7 @@ def read_codes(entry, head, rows, F: tl.constexpr):
 @triton.jit
 def taken_apart(words):
     """The four bytes of words [n, m]: [n, 4 * m] int32."""
-    return beside(beside(byte_of(words, 0), byte_of(words, 2)), beside(byte_of(words, 1), byte_of(words, 3)))
+    return interleave(interleave(byte_of(words, 0), byte_of(words, 2)), interleave(byte_of(words, 1), byte_of(words, 3)))
 
 
 @triton.jit
@@ -158,7 +158,7 @@ def fitting(elements, ELEMENT: tl.constexpr):
 @triton.jit
 def ranges_at(entry, scale, zero, F: tl.constexpr):
     """Where scale and zero lie: with the block, or fixed."""
-    if F.ranges == "held":
+    if F.ranges == "stored":
         scale = tl.load(entry + 3).to(tl.pointer_type(tl.float16))
         zero = tl.load(entry + 4).to(tl.pointer_type(tl.float16))
     return scale, zero
@@ -190,16 +190,16 @@ def ranged(elements, entry, scale, zero, head, rows, F: tl.constexpr):
         scale, zero = ranges_at(entry, scale, zero, F)
         row = rows[:, None] if F.by_row else tl.full([1, 1], 0, tl.int32)
         if F.by_row and F.by_column and F.groups <= 8:
-            place = column_places(F)[None, :]
+            index = column_indices(F)[None, :]
             for i in tl.static_range(tl.constexpr(F.groups)):
                 some, more = range_in(scale, zero, head, row, row * 0 + i * F.group_size, ELEMENT, F)
                 if i == 0:
                     range_scale, range_zero = some, more
                 else:
-                    range_scale = tl.where(place // F.group_size == i, some, range_scale)
-                    range_zero = tl.where(place // F.group_size == i, more, range_zero)
+                    range_scale = tl.where(index // F.group_size == i, some, range_scale)
+                    range_zero = tl.where(index // F.group_size == i, more, range_zero)
         else:
-            column = column_places(F)[None, :] if F.by_column else tl.full([1, 1], 0, tl.int32)
+            column = column_indices(F)[None, :] if F.by_column else tl.full([1, 1], 0, tl.int32)
             range_scale, range_zero = range_in(scale, zero, head, row, column, ELEMENT, F)
         elements = fused(elements, range_scale, range_zero)
     return elements
