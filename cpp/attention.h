@@ -17,7 +17,7 @@ constexpr int kMostRate = 6, kUnit = 8;  // of streams: bits of a coefficient, c
 
 enum class DType : int { half, bfloat, single };  // how exact elements are stored
 
-// What all trellis-coded streams of one side have in common. Of keys, a query as coefficients see it has head_dim places, half
+// What all trellis-coded streams of one side have in common. Of keys, a query as coefficients see it has head_dim elements, half
 // of them for the first elements of pairs of channels and half for the second ones; pairs that rotate come first.
 // `query_rotations` makes such a query of the model's: where the angle of keys is 0, and a quarter of a cycle further.
 struct Streams {
@@ -27,8 +27,8 @@ struct Streams {
     const int8_t* high;    // [rates from 1 on, 16]
     const int8_t* low;     // the same
     const float* finer;    // [coded], grid steps of a unit of each coefficient
-    const int32_t* places; // of keys, [kv_heads, head_dim]: of the number in a query that meets each coefficient, those without codes last
-    const int32_t* channels;  // of keys, [head_dim]: which number of the model's query belongs to each place
+    const int32_t* query_index;  // of keys, [kv_heads, head_dim]: of the element of a query that meets each coefficient, those without codes last
+    const int32_t* channels;  // of keys, [head_dim]: which channel of the model's query each element is
     const float* query_rotations;    // of keys, [kv_heads, 2, 2, 2, head_dim / 2]: angle, number of a pair as coefficients see it, of the model's pair
     const float* offsets;  // of keys, [kv_heads, head_dim, 16]: what the mean adds to each coefficient, by token of a frame, in grid steps
     bool uses_int16;
@@ -61,7 +61,7 @@ struct PackedTensor {
     int most;              // largest word that an outlier becomes
     const float* scale;    // [kv_heads, head_dim], ranges learned offline of rows that are tokens; null where blocks hold them
     const float* zero;
-    const Streams* streams;  // in place of codes; or null
+    const Streams* streams;  // instead of codes; or null
 };
 
 // Where one block of one side lies. Index and offsets are of outliers, the offsets those of its first head.
@@ -75,7 +75,7 @@ struct Block {
 };
 
 // Tokens that do not fill a block yet: codes a byte each, or exact elements, [batch, kv_heads, 64, codes], and ranges as in a
-// block. Outliers of all heads stand in order of arrival, by their places among the codes.
+// block. Outliers of all heads stand in order of arrival, by their index among the codes.
 struct Tail {
     const void* codes;
     const uint16_t* scale;
@@ -110,7 +110,7 @@ struct Problem {
     int dense;                                      // exact tokens, after those
     int sinks;                                      // tokens of each sequence that are not to be read from blocks
     int hidden_batch;                               // rows of `hidden`: 1 or batch
-    int chunk;                                      // blocks that make one piece of work
+    int chunk;                                      // blocks that make one split of work
     float scaling, softcap;  // softcap 0: none
     PackedTensor keys, values;
     Rotation rotation;

@@ -121,7 +121,7 @@ inline void prefetch_outliers(const PackedTensor& side, const Block& block, int 
 }
 
 // Prefetch what the next block stores besides codes, and where the outliers of the one after it lie.
-inline void prefetch_beside(const PackedTensor& side, const Block& next, const Block& after, int head) {
+inline void prefetch_metadata(const PackedTensor& side, const Block& next, const Block& after, int head) {
     const int count = side.range_tokens * side.range_channels, first = side.range_heads > 1 ? head * count : 0;
     for (int i = 0; next.scale && i < count; i += 32) {
         __builtin_prefetch(next.scale + first + i, 0, 2);

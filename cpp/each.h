@@ -1,4 +1,4 @@
-// Loops whose steps are known when they are compiled: of arrays whose places are known then, registers are made.
+// Loops whose steps are known when they are compiled: arrays that are indexed by them become registers.
 
 #pragma once
 

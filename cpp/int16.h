@@ -19,8 +19,8 @@ inline void store_int16(int16_t* p, __m512i x) { _mm512_storeu_si512(p, x); }
 
 // The order of 32 tokens, or channels, in a register: even ones, then odd ones, since codes of neighbors share a word of
 // packed bytes.
-inline constexpr int element_at(int place) { return 2 * (place % 16) + place / 16; }
-inline constexpr int place_of(int element) { return (element & ~31) + element % 32 / 2 + element % 2 * 16; }
+inline constexpr int element_at(int lane) { return 2 * (lane % 16) + lane / 16; }
+inline constexpr int lane_index(int element) { return (element & ~31) + element % 32 / 2 + element % 2 * 16; }
 
 using Shifts = std::array<int16_t, 32>;
 
@@ -71,7 +71,7 @@ struct RowPlane {
 // Of two rows of this many codes, the bits of one plane of 16 of them, every other one from `from` on, in lanes of two words.
 template <int width, int codes, int from, int to>
 struct LanePlane {
-    static constexpr int bytes = codes * width / 8, held = bytes < 32 ? bytes : 32;
+    static constexpr int bytes = codes * width / 8, loaded = bytes < 32 ? bytes : 32;
     static constexpr Shifts shifts = [] {
         Shifts found{};
         for (int i = 0; i < 32; ++i) {
@@ -82,15 +82,15 @@ struct LanePlane {
     }();
     static constexpr std::array<int16_t, 32> order = [] {  // words of the first row, then of the second
         std::array<int16_t, 32> found{};
-        for (int i = 0; i < 32; ++i) found[i] = int16_t((from + i / 2 * 2) % held / 2 + i % 2 * held / 2);
+        for (int i = 0; i < 32; ++i) found[i] = int16_t((from + i / 2 * 2) % loaded / 2 + i % 2 * loaded / 2);
         return found;
     }();
     static __m512i read(const uint8_t* a, const uint8_t* b) {
-        constexpr int at = from % bytes / held * held;
+        constexpr int at = from % bytes / loaded * loaded;
         const auto both = [&] {
-            if constexpr (held == 8) {
+            if constexpr (loaded == 8) {
                 return _mm512_castsi128_si512(_mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i*)a), _mm_loadl_epi64((const __m128i*)b)));
-            } else if constexpr (held == 16) {
+            } else if constexpr (loaded == 16) {
                 const __m256i first = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)a));
                 return _mm512_castsi256_si512(_mm256_inserti128_si256(first, _mm_loadu_si128((const __m128i*)b), 1));
             } else {
@@ -163,7 +163,7 @@ inline __m512i to_lanes(__m512 first, __m512 second) {
     return _mm512_mask_blend_epi16(0xaaaaaaaa, x, y);
 }
 
-// Four registers of four parts each: the parts change places with the registers.
+// Four registers of four parts each: parts and registers are transposed.
 inline void swap_parts(__m512i* x) {
     const __m512i a = _mm512_shuffle_i32x4(x[0], x[1], 0x44), b = _mm512_shuffle_i32x4(x[2], x[3], 0x44);
     const __m512i c = _mm512_shuffle_i32x4(x[0], x[1], 0xee), d = _mm512_shuffle_i32x4(x[2], x[3], 0xee);

@@ -19,7 +19,7 @@ class Int16Keys {
           all(round_up(dim / 2, 16)), pairs(problem), own_angles(2 * kBlock * problem.rotation.pairs),
           own_lanes(2 * kBlock * problem.rotation.pairs + 2), query(rows * 2 * all), int16(2 * capacity()),
           full(capacity()), shrinks(round_up(rows, 4)), inverse(2 * rows), zeros(2 * rows), ranges(side.fixed ? 0 : 2 * kBlock * dim), channels(6 * all),
-          in_pairs(2 * all), asked(round_up(rows, 4) * dim), more(4 * kBlock), inverse_units(side.fixed ? dim : 0) {
+          in_pairs(2 * all), real_query(round_up(rows, 4) * dim), more(4 * kBlock), inverse_units(side.fixed ? dim : 0) {
         for (int pair = 0; pair < dim / 2; ++pair) {
             in_pairs[pair] = pairs.first(pair), in_pairs[all + pair] = pairs.second(pair);
         }
@@ -45,7 +45,7 @@ class Int16Keys {
             float *x = &query[q * 2 * all], *y = x + all;
             for (int i = 0; i < 2 * all; ++i) x[i] = from[in_pairs[i]] * units[i];
             for (int i = dim / 2; i < all; ++i) x[i] = y[i] = 0.0f;
-            for (int d = 0; !rotated && d < dim; ++d) asked[(q / 4 * dim + d) * 4 + q % 4] = from[d] * problem.scaling;
+            for (int d = 0; !rotated && d < dim; ++d) real_query[(q / 4 * dim + d) * 4 + q % 4] = from[d] * problem.scaling;
             if (!by_channel(side)) rotated ? take_full(q, x, y) : take_fitting(q, x, y, 0);
         }
     }
@@ -81,7 +81,7 @@ class Int16Keys {
     Buffer<int16_t> shrinks;  // what makes these small enough for sums, times 32768
     Buffer<float> inverse, zeros, ranges, channels;
     Buffer<int32_t> in_pairs;  // the channels of pairs, [2][all]
-    Buffer<float> asked;       // [rows / 4][head_dim][4] in real units
+    Buffer<float> real_query;  // [rows / 4][head_dim][4] in real units
     Buffer<float> more;        // what outliers add to scores, [64][4]
     Buffer<float> inverse_units;
     Differences differences;
@@ -177,7 +177,7 @@ class Int16Keys {
             float cos, sin;
             angle_at(rotation, positions[token < count ? token : 0], pair, cos, sin);
             const int16_t int16[] = {int16_t(std::lrint(cos * kMaxInt16)), int16_t(std::lrint(sin * kMaxInt16))};
-            int16_t* to = &own_angles[2 * kBlock * pair + place_of(token)];
+            int16_t* to = &own_angles[2 * kBlock * pair + lane_index(token)];
             to[0] = int16[0], to[kBlock] = int16[1];
             own_lanes[i] = as_lane(int16[0], int16[1]), own_lanes[rotation.pairs * kBlock + i] = as_lane(int16_t(-int16[1]), int16[0]);
         }
@@ -220,10 +220,10 @@ class Int16Keys {
     void score_tokens(const Keys& keys, int q, const int16_t* angles, Prefetcher& prefetcher, float* scores, int stride) {
         const int rotated = problem.rotation.pairs, groups = by_channel(side) ? side.range_tokens : 1;
         const int32_t* first = rotated ? &int16[q / 4 * 4 * all + q % 4] : &int16[q * all];
-        const Asked asked{{first, first + (groups - 1) * capacity()}, rotated ? 4 : 1, rotated ? 1 : all};
+        const QueryView view{{first, first + (groups - 1) * capacity()}, rotated ? 4 : 1, rotated ? 1 : all};
         __m512i found[queries][4] = {};
-        if (rotated) score_rows<queries, true>(keys, asked, 0, rotated, pairs.interleaved ? 0 : rotated, angles, prefetcher, found);
-        if (rotated < dim / 2) score_rows<queries, false>(keys, asked, rotated, dim / 2, rotated ? 0 : pairs.rotated, nullptr, prefetcher, found);
+        if (rotated) score_rows<queries, true>(keys, view, 0, rotated, pairs.interleaved ? 0 : rotated, angles, prefetcher, found);
+        if (rotated < dim / 2) score_rows<queries, false>(keys, view, rotated, dim / 2, rotated ? 0 : pairs.rotated, nullptr, prefetcher, found);
         for (int i = 0; i < queries; ++i) {
             for (int half = 0; half < 2; ++half) {
                 const int at = half * (groups - 1) * rows + q + i;
@@ -237,10 +237,10 @@ class Int16Keys {
     template <int queries, typename Keys>
     void score_by_token(const Keys& keys, int q, const Spread& spread, Prefetcher& prefetcher, float* scores, int stride) {
         const int length = dim / 2 / side.range_channels;
-        const Asked asked{{&int16[q * all], &int16[q * all]}, 1, all};
+        const QueryView view{{&int16[q * all], &int16[q * all]}, 1, all};
         for (int group = 0; group < side.range_channels; ++group) {
             __m512i found[queries][4] = {};
-            score_rows<queries, false>(keys, asked, group * length, (group + 1) * length, pairs.rotated, nullptr, prefetcher, found);
+            score_rows<queries, false>(keys, view, group * length, (group + 1) * length, pairs.rotated, nullptr, prefetcher, found);
             for (int i = 0; i < queries; ++i) {
                 const float *x = &query[(q + i) * 2 * all + group * length], *y = x + all;
                 float sum = 0.0f;
@@ -276,7 +276,7 @@ class Int16Keys {
     void add_outliers(bool rotated, float* scores, int stride) {
         for (int q = 0; q < rows; q += 4) {
             std::fill(more.begin(), more.end(), 0.0f);
-            rotated ? differences.add(&int16[q * all], lanes, more.data()) : differences.add(&asked[q * dim], more.data());
+            rotated ? differences.add(&int16[q * all], lanes, more.data()) : differences.add(&real_query[q * dim], more.data());
             for (int token = 0; token < kBlock; token += 16) {
                 __m512i sums[4];
                 for (int k = 0; k < 4; ++k) sums[k] = _mm512_load_si512(&more[4 * token + 16 * k]);
@@ -294,9 +294,9 @@ class Int16Keys {
     void take_rotated(__m512i token, __m512i channel, __m512 by, int at) {
         const int rotated = problem.rotation.pairs;
         __mmask16 second;
-        const __m512i pair = pairs.of(channel, second), place = _mm512_add_epi32(_mm512_slli_epi32(pair, 6), token);
+        const __m512i pair = pairs.of(channel, second), rotating_lane = _mm512_add_epi32(_mm512_slli_epi32(pair, 6), token);
         const __mmask16 rotates = _mm512_cmplt_epi32_mask(pair, _mm512_set1_epi32(rotated));
-        const __m512i first = _mm512_mask_mov_epi32(_mm512_set1_epi32(2 * rotated * kBlock), rotates, place);
+        const __m512i first = _mm512_mask_mov_epi32(_mm512_set1_epi32(2 * rotated * kBlock), rotates, rotating_lane);
         const __m512i step = _mm512_mask_mov_epi32(_mm512_set1_epi32(1), rotates, _mm512_set1_epi32(rotated * kBlock));
         _mm512_storeu_si512(&differences.lane[at], _mm512_mask_add_epi32(first, second, first, step));
         differences.put(at, pair, token, by);

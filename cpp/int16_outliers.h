@@ -10,7 +10,7 @@
 namespace narrowkv {
 namespace {
 
-// Ranges held as halves, [tokens][channels] from `from` on, as float32: with a stride [channels][stride], else as they lie.
+// Ranges stored as halves, [tokens][channels] from `from` on, as float32: with a stride [channels][stride], else as they lie.
 inline void read_halves(const uint16_t* scale, const uint16_t* zero, int64_t from, int tokens, int channels, int stride, float* scales,
                         float* zeros) {
     const auto read = [&](const uint16_t* halves, float* to) {
@@ -65,11 +65,11 @@ struct Spread {
 };
 
 // Tokens and codes of up to sixteen outliers.
-struct Places {
+struct OutlierIndices {
     __mmask16 some;
     __m512i token, code;
 
-    Places(const uint16_t* index, int count, int codes) : some(__mmask16((1 << count) - 1)) {
+    OutlierIndices(const uint16_t* index, int count, int codes) : some(__mmask16((1 << count) - 1)) {
         const __m512i last = _mm512_set1_epi32(kBlock * codes - 1);  // what a forged index would have written lies inside the block
         const __m512i flat = _mm512_min_epu32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, index)), last);
         if ((codes & (codes - 1)) == 0) {
@@ -91,20 +91,20 @@ inline __m512 exact_outliers(const PackedTensor& side, const Block& block, int i
     return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(bits));
 }
 
-// Whether blocks hold scales of channels.
+// Whether blocks store scales of channels.
 inline bool by_channel(const PackedTensor& side) { return !side.fixed && side.range_tokens < kBlock; }
 
 // Sixteen codes of a head: its rows are channels or tokens, and this many codes long.
-inline __m512i codes_of(const PackedTensor& side, const Block& block, int head, __m512i row, __m512i place, int length) {
+inline __m512i codes_of(const PackedTensor& side, const Block& block, int head, __m512i row, __m512i column, int length) {
     const int64_t first = int64_t(head) * (side.channel_major ? side.codes : kBlock);
     __m512i found = _mm512_setzero_si512();
     for (int plane = 0, bit = 0; plane < 2 && kPlanes[side.bits][plane]; bit += kPlanes[side.bits][plane++]) {
         const int width = kPlanes[side.bits][plane], bytes = length * width / 8;  // a power of two, as are their halves
         const __m128i shift = _mm_cvtsi32_si128(__builtin_ctz(bytes));
-        const __m512i byte = _mm512_add_epi32(_mm512_sll_epi32(row, shift), _mm512_and_si512(place, _mm512_set1_epi32(bytes - 1)));
+        const __m512i byte = _mm512_add_epi32(_mm512_sll_epi32(row, shift), _mm512_and_si512(column, _mm512_set1_epi32(bytes - 1)));
         const __m512i four = _mm512_i32gather_epi32(_mm512_srli_epi32(byte, 2), block.planes[plane] + first * bytes, 4);
         const __m512i within = _mm512_slli_epi32(_mm512_and_si512(byte, _mm512_set1_epi32(3)), 3);
-        const __m512i rotate = _mm512_add_epi32(within, _mm512_mullo_epi32(_mm512_srl_epi32(place, shift), _mm512_set1_epi32(width)));
+        const __m512i rotate = _mm512_add_epi32(within, _mm512_mullo_epi32(_mm512_srl_epi32(column, shift), _mm512_set1_epi32(width)));
         const __m512i part = _mm512_and_si512(_mm512_srlv_epi32(four, rotate), _mm512_set1_epi32((1 << width) - 1));
         found = _mm512_or_si512(found, _mm512_sll_epi32(part, _mm_cvtsi32_si128(bit)));
     }
@@ -146,23 +146,23 @@ struct Differences {
         const bool rows = side.channel_major;
         for (int i = 0; i < all; i += 16) {
             const int some = all - i < 16 ? all - i : 16;
-            const Places places(block.outlier_index + first + i, some, side.codes);
-            const __m512i code = rows ? codes_of(side, block, head, places.code, places.token, kBlock)
-                                      : codes_of(side, block, head, places.token, places.code, side.codes);
-            const __m512i of_channel = _mm512_add_epi32(code, _mm512_mullo_epi32(places.code, _mm512_set1_epi32(kLevels)));
+            const OutlierIndices outliers(block.outlier_index + first + i, some, side.codes);
+            const __m512i code = rows ? codes_of(side, block, head, outliers.code, outliers.token, kBlock)
+                                      : codes_of(side, block, head, outliers.token, outliers.code, side.codes);
+            const __m512i of_channel = _mm512_add_epi32(code, _mm512_mullo_epi32(outliers.code, _mm512_set1_epi32(kLevels)));
             const __m512 word = side.fixed ? int16_at(table, of_channel) : _mm512_permutexvar_ps(code, shared);
             const __m512 exact = exact_outliers(side, block, first + i, some);
             if (inverse) {
-                take(places.token, places.code, exact * _mm512_i32gather_ps(places.code, inverse, 4) - word, i);
+                take(outliers.token, outliers.code, exact * _mm512_i32gather_ps(outliers.code, inverse, 4) - word, i);
             } else {
-                const __m512i range = spread.at(places.token, places.code);
-                take(places.token, places.code, exact - spread.zero_at(range) - word * spread.scale_at(range), i);
+                const __m512i range = spread.at(outliers.token, outliers.code);
+                take(outliers.token, outliers.code, exact - spread.zero_at(range) - word * spread.scale_at(range), i);
             }
         }
         count = all;
     }
 
-    // The same of trellis-coded streams, in grid steps. decoded: is given tokens and places, and yields what their codes stand
+    // The same of trellis-coded streams, in grid steps. decoded: is given tokens and coefficients, and yields what their codes stand
     // for.
     template <typename Decoded, typename Take>
     void read_streams(const PackedTensor& side, const Block& block, int head, const Decoded& decoded, const Take& take) {
@@ -171,9 +171,9 @@ struct Differences {
         reserve(size_t(count + 16));
         for (int i = 0; i < count; i += 16) {
             const int some = std::min(count - i, 16);
-            const Places places(block.outlier_index + first + i, some, coded);
-            const __m512 exact = exact_outliers(side, block, first + i, some) * _mm512_i32gather_ps(places.code, side.streams->finer, 4);
-            take(places.token, places.code, exact - _mm512_cvtepi32_ps(decoded(places.token, places.code)), i);
+            const OutlierIndices outliers(block.outlier_index + first + i, some, coded);
+            const __m512 exact = exact_outliers(side, block, first + i, some) * _mm512_i32gather_ps(outliers.code, side.streams->finer, 4);
+            take(outliers.token, outliers.code, exact - _mm512_cvtepi32_ps(decoded(outliers.token, outliers.code)), i);
         }
     }
 

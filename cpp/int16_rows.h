@@ -82,8 +82,8 @@ inline void order_sums(__m512 low, __m512 high, float* to) {
     alignas(64) static constexpr auto order = [] {
         std::array<int32_t, 32> found{};
         for (int token = 0; token < 32; ++token) {
-            const int place = place_of(token);
-            found[token] = place / 8 * 4 + place % 4 + (place % 8 >= 4 ? 16 : 0);
+            const int lane = lane_index(token);
+            found[token] = lane / 8 * 4 + lane % 4 + (lane % 8 >= 4 ? 16 : 0);
         }
         return found;
     }();
@@ -91,7 +91,7 @@ inline void order_sums(__m512 low, __m512 high, float* to) {
 }
 
 // Queries as lanes, for the first 32 tokens of a block and for the others; from one pair, and one query, to the next.
-struct Asked {
+struct QueryView {
     const int32_t* halves[2];
     int pair_step, query_step;
 };
@@ -99,10 +99,10 @@ struct Asked {
 // Add products of queries with 64 tokens over pairs [from, to), the second channel of a pair `apart` from the first, or the
 // next one. angles: [pairs][2][64], or null.
 template <int queries, bool rotated, typename Keys>
-inline void score_rows(const Keys& rows, const Asked& asked, int from, int to, int apart, const int16_t* angles, Prefetcher& prefetcher, __m512i total[][4]) {
+inline void score_rows(const Keys& rows, const QueryView& view, int from, int to, int apart, const int16_t* angles, Prefetcher& prefetcher, __m512i total[][4]) {
     __m512i sums[queries][4];
     each<queries>([&](auto q) NARROWKV_INLINE { each<4>([&](auto i) NARROWKV_INLINE { sums[q][i] = total[q][i]; }); });
-    const int pair_step = asked.pair_step, query_step = asked.query_step;
+    const int pair_step = view.pair_step, query_step = view.query_step;
     for (int first = from; first < to; first += kSteps) {
         prefetcher.step(kSteps);
         for (int pair = first; pair < first + kSteps && pair < to; ++pair) {
@@ -111,7 +111,7 @@ inline void score_rows(const Keys& rows, const Asked& asked, int from, int to, i
                 __m512i low, high;
                 const int16_t* angle = rotated ? angles + 2 * kBlock * pair + 32 * half : nullptr;
                 to_lanes<rotated>(rows.template int16<half>(x), rows.template int16<half>(y), angle, low, high);
-                const int32_t* query = asked.halves[half] + pair * pair_step;
+                const int32_t* query = view.halves[half] + pair * pair_step;
                 each<queries>([&](auto q) NARROWKV_INLINE {
                     const __m512i both = _mm512_set1_epi32(query[q * query_step]);
                     sums[q][2 * half] = _mm512_dpwssd_epi32(sums[q][2 * half], low, both);

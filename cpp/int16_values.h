@@ -66,7 +66,7 @@ inline void rescale_by_fours(const float* rescale, int rows, int dim, float* sum
     }
 }
 
-// Weights, [rows][span], of four rows beside each other: [rows / 4][span][4].
+// Weights, [rows][span], of four rows interleaved: [rows / 4][span][4].
 inline void set_apart_by_fours(const float* weight, int length, int span, int rows, float* apart) {
     for (int row = 0; row < rows; row += 4) {
         for (int token = 0; token < length; token += 16) {
@@ -116,7 +116,7 @@ class Int16Values {
         for (int row = 0; row < rows; ++row) {
             const float* other = &more[row / 4 * dim * 4 + row % 4];
             for (int channel = 0; channel < dim; ++channel, ++to) {
-                *to = sums[row * dim + place_of(channel)] + other[4 * channel];
+                *to = sums[row * dim + lane_index(channel)] + other[4 * channel];
             }
         }
     }
@@ -125,7 +125,7 @@ class Int16Values {
     const PackedTensor& side;
     const int rows, dim, groups;
     Buffer<int16_t> weights;             // [rows][groups][span]
-    Buffer<float> sums, ranges, shares;  // sums: ordered by `place_of`; shares: what a sum in words stands for, [rows][groups]
+    Buffer<float> sums, ranges, shares;  // sums: ordered by `lane_index`; shares: what a sum in words stands for, [rows][groups]
     Buffer<float> zeros;                 // what zeros add to sums, likewise
     Buffer<int32_t> whole;               // [rows][head_dim]
     Buffer<float> apart;                 // the weights, [rows / 4][span][4]

@@ -1,7 +1,7 @@
 // Decode attention over packed blocks. Compiled once for each instruction set: included after `simd`, whose vectors it uses.
 //
-// A piece of work is a run of blocks of one KV head of one sequence. Each block is decoded into a tile in the nearest cache,
-// which all queries of the head's group share; the softmax is carried from block to block, and pieces are merged at the end.
+// A split of work is a run of blocks of one KV head of one sequence. Each block is decoded into a tile in the nearest cache,
+// which all queries of the head's group share; the softmax is carried from block to block, and splits are merged at the end.
 
 #pragma once
 
@@ -22,7 +22,7 @@
 namespace narrowkv {
 namespace {
 
-// One piece of work: blocks [first, last) of a head of a sequence, or the tail, or the exact tokens that follow.
+// One split of work: blocks [first, last) of a head of a sequence, or the tail, or the exact tokens that follow.
 struct Split {
     int row, head;
     bool tail, dense, streamed;  // streamed: sums are those of streams, whose lanes are added up at the end
@@ -118,7 +118,7 @@ class Worker : AttentionMask {
     Scratch scratch;
     StreamKeys stream_keys;
     StreamValues stream_values;
-    const float* tables[2];  // of the piece's head: of keys, and of values
+    const float* tables[2];  // of the split's head: of keys, and of values
 
     int sum_stride(const Split& split) const { return split.streamed ? dim * simd::width : round_up(dim, 16); }
 
@@ -140,7 +140,7 @@ class Worker : AttentionMask {
         } else {
             take_keys_of(split, Source(problem.keys, sides[0], next[0], tables[0], split.head, dim), start, count);
         }
-        prefetch_beside(problem.keys, next[0], after[0], split.head);
+        prefetch_metadata(problem.keys, next[0], after[0], split.head);
         add_offsets(split, start, count, scratch.scores, kBlock);
         weigh_all(split, start, count);
         if (problem.values.streams) {
@@ -148,7 +148,7 @@ class Worker : AttentionMask {
         } else {
             take_values_of(split, Source(problem.values, sides[1], next[1], tables[1], split.head, dim), count);
         }
-        prefetch_beside(problem.values, next[1], after[1], split.head);
+        prefetch_metadata(problem.values, next[1], after[1], split.head);
     }
 
     void take_keys_of(const Split& split, Source keys, int64_t start, int count) {
@@ -167,11 +167,11 @@ class Worker : AttentionMask {
     }
 
     void take_tail(const Split& split) {
-        const int64_t place = int64_t(split.row) * problem.kv_heads + split.head;
+        const int64_t batch_head = int64_t(split.row) * problem.kv_heads + split.head;
         const int count = problem.tail;
         if (sees_nothing(split.row, problem.tokens, count)) return;
         const auto read = [&](const PackedTensor& side, const Tail& tail) {
-            read_tail(side, tail, place, split.head, problem.kv_heads, count, dim, scratch.tail);
+            read_tail(side, tail, batch_head, split.head, problem.kv_heads, count, dim, scratch.tail);
         };
         if (problem.keys.streams) {
             stream_keys.take_tail(problem.tails[0], scratch.scores);
@@ -183,7 +183,7 @@ class Worker : AttentionMask {
         }
         add_offsets(split, problem.tokens, count, scratch.scores, kBlock);
         weigh_all(split, problem.tokens, count);
-        if (problem.values.streams) return stream_values.take_tail(problem.tails[1], place, scratch.scores, scratch.sum);
+        if (problem.values.streams) return stream_values.take_tail(problem.tails[1], batch_head, scratch.scores, scratch.sum);
         read(problem.values, problem.tails[1]);
         for (int from = 0; from < count; from += kRopeTokens) {
             fill_tile(scratch.tail, from, count, false);
@@ -230,7 +230,7 @@ class Worker : AttentionMask {
         });
     }
 
-    // From the scores of a block to weights in their place; `token` is the first one's place in `hidden`.
+    // From the scores of a block to weights, in place; `token` is the first one's index in `hidden`.
     void weigh_all(const Split& split, int64_t token, int count) {
         if (problem.softcap != 0.0f) cap(scratch.scores, rows * kBlock, problem.softcap);
         hide(split, token, count, scratch.scores, kBlock);
@@ -264,7 +264,7 @@ class Worker : AttentionMask {
     }
 };
 
-// What the pieces of a head found, put together: the last piece is that of the exact tokens.
+// Merge the results of a head's splits: the last is that of the exact tokens.
 void merge(const Problem& problem, int row, int head, const float* results, int splits, int64_t size) {
     const int rows = problem.group * problem.queries, dim = problem.head_dim;
     const int64_t all = int64_t(problem.batch) * problem.kv_heads * rows * dim;
@@ -323,7 +323,7 @@ struct Share {
 };
 
 // Packed: the worker that takes blocks; all others are taken in float32. How a problem is split depends on it alone, so its
-// sums are the same whatever is attended to beside it.
+// sums are the same whatever else is attended to.
 template <typename Packed>
 void attend(const Problems& problems, int threads) {
     std::vector<Share> shares;

@@ -28,7 +28,7 @@ inline void unpack_row(const uint8_t* const* rows, int bits, int length, uint8_t
     }
 }
 
-// Bits of kCodes codes of a row from the i-th on, in the lowest places of a byte each, where a plane has `width` bits of a
+// Bits of kCodes codes of a row from the i-th on, in the lowest bits of a byte each, where a plane has `width` bits of a
 // code.
 template <int width, int length>
 inline Bytes plane_at(const uint8_t* row, int i) {

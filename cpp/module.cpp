@@ -41,11 +41,11 @@ std::vector<std::string> instruction_sets() {
 }
 
 // Streams and the tables that they point into.
-struct HeldStreams {
+struct OwnedStreams {
     Streams streams{};
     Array<const int8_t, nb::ndim<2>> high, low;
     Table finer;
-    std::optional<Array<const int32_t, nb::ndim<2>>> places;
+    std::optional<Array<const int32_t, nb::ndim<2>>> query_index;
     std::optional<Array<const int32_t, nb::ndim<1>>> channels;
     std::optional<Table> query_rotations, offsets;
     std::optional<Array<const int32_t, nb::ndim<2>>> int16_scales, int16_maxima;
@@ -57,12 +57,12 @@ void require(bool sound, const char* message) {
 }
 
 // Counts of each rate from 1 on. Nothing is read beyond what these sizes tell.
-void make_streams(HeldStreams* held, const std::vector<int>& counts, bool norms, Array<const int8_t, nb::ndim<2>> high,
-                  Array<const int8_t, nb::ndim<2>> low, Table finer, std::optional<Array<const int32_t, nb::ndim<2>>> places,
+void make_streams(OwnedStreams* owned, const std::vector<int>& counts, bool norms, Array<const int8_t, nb::ndim<2>> high,
+                  Array<const int8_t, nb::ndim<2>> low, Table finer, std::optional<Array<const int32_t, nb::ndim<2>>> query_index,
                   std::optional<Array<const int32_t, nb::ndim<1>>> channels, std::optional<Table> query_rotations, std::optional<Table> offsets,
                   bool uses_int16, std::optional<Array<const int32_t, nb::ndim<2>>> int16_scales,
                   std::optional<Array<const int32_t, nb::ndim<2>>> int16_maxima, std::optional<Array<const int16_t>> int16_offsets) {
-    Streams streams{{}, norms, norms, high.data(), low.data(), finer.data(), data_or_null(places), data_or_null(channels), data_or_null(query_rotations),
+    Streams streams{{}, norms, norms, high.data(), low.data(), finer.data(), data_or_null(query_index), data_or_null(channels), data_or_null(query_rotations),
                     data_or_null(offsets), uses_int16, data_or_null(int16_scales), data_or_null(int16_maxima), data_or_null(int16_offsets)};
     require(counts.size() == kMostRate, "streams have a count for each rate from 1 on");
     for (int i = 0; i < kMostRate; ++i) {
@@ -72,72 +72,72 @@ void make_streams(HeldStreams* held, const std::vector<int>& counts, bool norms,
     }
     for (const auto& part : {high, low}) require(part.shape(0) == kMostRate && part.shape(1) == 16, "tables of streams are [6, 16]");
     require(int64_t(finer.size()) >= streams.coded(), "tables are smaller than what is read of them");
-    if (places) {
-        const int64_t dim = int64_t(places->shape(1));
+    if (query_index) {
+        const int64_t dim = int64_t(query_index->shape(1));
         require(dim >= streams.coded() && dim % 2 == 0, "streams have more coefficients than a head");
-        require(channels && int64_t(channels->size()) == dim, "a query has a channel for each place");
-        require(offsets && offsets->size() == places->size() * kFrame, "offsets of keys do not fit them");
-        require(query_rotations && query_rotations->size() == places->size() * 4, "rotations of queries do not fit them");
-        for (const auto& int16 : {int16_scales, int16_maxima}) require(!uses_int16 || (int16 && int16->size() == places->size()), "tables of words do not fit streams");
-        require(!uses_int16 || (int16_offsets && int16_offsets->size() == places->size() * kFrame), "offsets in words do not fit streams");
-        const auto within = [&](int32_t place) { return place >= 0 && place < dim; };
-        require(std::all_of(places->data(), places->data() + places->size(), within), "a query has no such place");
+        require(channels && int64_t(channels->size()) == dim, "a query has a channel for each element");
+        require(offsets && offsets->size() == query_index->size() * kFrame, "offsets of keys do not fit them");
+        require(query_rotations && query_rotations->size() == query_index->size() * 4, "rotations of queries do not fit them");
+        for (const auto& int16 : {int16_scales, int16_maxima}) require(!uses_int16 || (int16 && int16->size() == query_index->size()), "tables of words do not fit streams");
+        require(!uses_int16 || (int16_offsets && int16_offsets->size() == query_index->size() * kFrame), "offsets in words do not fit streams");
+        const auto within = [&](int32_t i) { return i >= 0 && i < dim; };
+        require(std::all_of(query_index->data(), query_index->data() + query_index->size(), within), "a query has no such element");
         require(std::all_of(channels->data(), channels->data() + dim, within), "a query has no such channel");
     }
-    new (held) HeldStreams{streams, high, low, finer, places, channels, query_rotations, offsets, int16_scales, int16_maxima, int16_offsets};
+    new (owned) OwnedStreams{streams, high, low, finer, query_index, channels, query_rotations, offsets, int16_scales, int16_maxima, int16_offsets};
 }
 
 // A Side and the tables that it points into.
-struct HeldPackedTensor {
+struct OwnedPackedTensor {
     PackedTensor side{};
     std::optional<Table> table, scale, zero, unit;
     std::optional<Array<const uint8_t>> int16;
-    std::optional<HeldStreams> streams;
+    std::optional<OwnedStreams> streams;
 };
 
-void make_packed_tensor(HeldPackedTensor* held, int bits, int codes, bool channel_major, std::optional<Table> table, bool fixed,
+void make_packed_tensor(OwnedPackedTensor* owned, int bits, int codes, bool channel_major, std::optional<Table> table, bool fixed,
                std::optional<Table> scale, std::optional<Table> zero, std::vector<int> ranges, int exact, int outlier,
-                std::optional<Array<const uint8_t>> int16, std::optional<Table> unit, int most, const HeldStreams* streams) {
-    new (held) HeldPackedTensor{{}, table, scale, zero, unit, int16, streams ? std::optional(*streams) : std::nullopt};
+                std::optional<Array<const uint8_t>> int16, std::optional<Table> unit, int most, const OwnedStreams* streams) {
+    new (owned) OwnedPackedTensor{{}, table, scale, zero, unit, int16, streams ? std::optional(*streams) : std::nullopt};
     const int stride = bits <= 4 ? 16 : 256;
-    held->side = PackedTensor{bits,      codes,     stride,    channel_major, fixed,
+    owned->side = PackedTensor{bits,      codes,     stride,    channel_major, fixed,
                       ranges[0], ranges[1], ranges[2], DType(exact), DType(outlier),
                       data_or_null(table), data_or_null(int16), data_or_null(unit), most, data_or_null(scale), data_or_null(zero),
-                      held->streams ? &held->streams->streams : nullptr};
+                      owned->streams ? &owned->streams->streams : nullptr};
 }
 
-bool uses_int16(const HeldPackedTensor& held) { return held.streams ? held.streams->streams.uses_int16 : held.side.int16 != nullptr; }
+bool uses_int16(const OwnedPackedTensor& owned) { return owned.streams ? owned.streams->streams.uses_int16 : owned.side.int16 != nullptr; }
 
 // A Rotation and the tables that it points into.
-struct HeldRotation {
+struct OwnedRotation {
     Rotation rotation{};
     std::optional<Table> far, near, steps;
     std::optional<Array<const int16_t>> int16;
     std::optional<Array<const int32_t>> lanes;
 };
 
-void make_rotation(HeldRotation* held, int pairs, bool interleaved, float scaling, std::optional<Table> far, std::optional<Table> near,
+void make_rotation(OwnedRotation* owned, int pairs, bool interleaved, float scaling, std::optional<Table> far, std::optional<Table> near,
                    std::optional<Table> steps, std::optional<Array<const int16_t>> int16, std::optional<Array<const int32_t>> lanes) {
-    new (held) HeldRotation{{}, far, near, steps, int16, lanes};
-    held->rotation = Rotation{pairs, interleaved, scaling, nullptr, 0, far ? int32_t(far->shape(0)) * kBlock - 1 : 0, data_or_null(far), data_or_null(near), data_or_null(steps),
+    new (owned) OwnedRotation{{}, far, near, steps, int16, lanes};
+    owned->rotation = Rotation{pairs, interleaved, scaling, nullptr, 0, far ? int32_t(far->shape(0)) * kBlock - 1 : 0, data_or_null(far), data_or_null(near), data_or_null(steps),
                               data_or_null(int16), data_or_null(lanes), nullptr};
 }
 
-// Streams are those of such heads; of keys they meet places of a query.
-void require_streams(const HeldPackedTensor& held, bool keys, int64_t kv_heads, int64_t head_dim) {
-    if (!held.streams) return;
-    const auto& places = held.streams->places;
-    require(held.streams->streams.coded() <= head_dim, "streams have more coefficients than a head");
-    require(!keys || (places && int64_t(places->shape(0)) == kv_heads && int64_t(places->shape(1)) == head_dim), "streams are not those of such keys");
+// Streams are those of such heads; of keys they meet elements of a query.
+void require_streams(const OwnedPackedTensor& owned, bool keys, int64_t kv_heads, int64_t head_dim) {
+    if (!owned.streams) return;
+    const auto& query_index = owned.streams->query_index;
+    require(owned.streams->streams.coded() <= head_dim, "streams have more coefficients than a head");
+    require(!keys || (query_index && int64_t(query_index->shape(0)) == kv_heads && int64_t(query_index->shape(1)) == head_dim), "streams are not those of such keys");
 }
 
 // Every table is as large as what will be read of it.
-void require_tables(const HeldPackedTensor& held, int64_t heads) {
-    const PackedTensor& side = held.side;
+void require_tables(const OwnedPackedTensor& owned, int64_t heads) {
+    const PackedTensor& side = owned.side;
     const int64_t codes = heads * side.codes, ranges = int64_t(side.range_heads) * side.range_tokens * side.range_channels;
     const auto holds = [](const std::optional<Table>& table, int64_t floats) { return !table || int64_t(table->size()) >= floats; };
-    if (!(side.bits == 16 || side.table || side.streams) || !holds(held.table, (side.fixed ? codes : 1) * side.stride) || !holds(held.scale, ranges) ||
-        !holds(held.zero, ranges))
+    if (!(side.bits == 16 || side.table || side.streams) || !holds(owned.table, (side.fixed ? codes : 1) * side.stride) || !holds(owned.scale, ranges) ||
+        !holds(owned.zero, ranges))
         throw std::invalid_argument("tables are smaller than what is read of them");
 }
 
@@ -147,12 +147,12 @@ Tail tail_from(const std::vector<int64_t>& parts) {
 }
 
 // A problem, and whether it can be read in int16. What it points into is of whoever makes it, for as long as it is used.
-struct HeldProblem {
+struct OwnedProblem {
     Problem problem{};
     bool int16 = false;
 };
 
-void make_problem(HeldProblem* held, const HeldPackedTensor& keys, const HeldPackedTensor& values, const HeldRotation& rotation, int chunk,
+void make_problem(OwnedProblem* owned, const OwnedPackedTensor& keys, const OwnedPackedTensor& values, const OwnedRotation& rotation, int chunk,
                   const std::vector<int>& shape, int blocks, int64_t tokens, int tail, int dense, uintptr_t output, uintptr_t totals,
                   uintptr_t packed_query, uintptr_t dense_query, uintptr_t dense_keys, uintptr_t dense_values,
                   const std::vector<int64_t>& keys_tail, const std::vector<int64_t>& values_tail, uintptr_t positions, int64_t position_stride,
@@ -201,12 +201,12 @@ void make_problem(HeldProblem* held, const HeldPackedTensor& keys, const HeldPac
     problem.value_bias = at<const float>(value_bias);
     problem.output = at<float>(output);
     const bool int16 = uses_int16(keys) && uses_int16(values) && !keys.streams == !values.streams && (!problem.rotation.pairs || problem.rotation.int16);
-    new (held) HeldProblem{problem, int16};
+    new (owned) OwnedProblem{problem, int16};
 }
 
-void attend(const std::string& kernel, int threads, const std::vector<const HeldProblem*>& held) {
+void attend(const std::string& kernel, int threads, const std::vector<const OwnedProblem*>& owned) {
     Problems problems;
-    for (const HeldProblem* one : held) {
+    for (const OwnedProblem* one : owned) {
         require(one && (kernel != "int16" || one->int16), "there is no kernel int16 for what is attended to");
         problems.push_back(&one->problem);
     }
@@ -228,20 +228,20 @@ NB_MODULE(_kernels, module) {
     module.def("instruction_sets", &instruction_sets,
                "Names of the vector instruction sets of this processor that kernels can use, weakest first.");
     define_encode(module);
-    nb::class_<HeldStreams>(module, "Streams", "What all trellis-coded streams of one side have in common.")
-        .def("__init__", &make_streams, nb::kw_only(), "counts"_a, "norms"_a, "high"_a, "low"_a, "finer"_a, "places"_a.none(),
+    nb::class_<OwnedStreams>(module, "Streams", "What all trellis-coded streams of one side have in common.")
+        .def("__init__", &make_streams, nb::kw_only(), "counts"_a, "norms"_a, "high"_a, "low"_a, "finer"_a, "query_index"_a.none(),
              "channels"_a.none(), "query_rotations"_a.none(), "offsets"_a.none(), "uses_int16"_a = false,
              "int16_scales"_a.none() = nb::none(), "int16_maxima"_a.none() = nb::none(), "int16_offsets"_a.none() = nb::none());
-    nb::class_<HeldPackedTensor>(module, "PackedTensor", "The keys, or the values, of packed blocks: what all of them have in common.")
+    nb::class_<OwnedPackedTensor>(module, "PackedTensor", "The keys, or the values, of packed blocks: what all of them have in common.")
         .def("__init__", &make_packed_tensor, nb::kw_only(), "bits"_a, "codes"_a, "channel_major"_a, "table"_a.none(),
              "fixed"_a, "scale"_a.none(), "zero"_a.none(), "ranges"_a, "exact"_a, "outlier"_a, "int16"_a.none(),
              "unit"_a.none(), "most"_a, "streams"_a.none() = nb::none())
         .def_prop_ro("uses_int16", &uses_int16);
-    nb::class_<HeldRotation>(module, "Rotation", "The rotary embedding of keys that are stored without it.")
+    nb::class_<OwnedRotation>(module, "Rotation", "The rotary embedding of keys that are stored without it.")
         .def("__init__", &make_rotation, nb::kw_only(), "pairs"_a = 0, "interleaved"_a = false, "scaling"_a = 1.0f,
              "far"_a.none() = nb::none(), "near"_a.none() = nb::none(), "steps"_a.none() = nb::none(), "int16"_a.none() = nb::none(),
              "lanes"_a.none() = nb::none());
-    nb::class_<HeldProblem>(module, "Problem", "A few queries of some sequences, and what they attend to: blocks, a tail and exact tokens.")
+    nb::class_<OwnedProblem>(module, "Problem", "A few queries of some sequences, and what they attend to: blocks, a tail and exact tokens.")
         .def("__init__", &make_problem, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::kw_only(), "keys"_a,
              "values"_a, "rotation"_a, "chunk"_a, "shape"_a, "blocks"_a, "tokens"_a, "tail"_a, "dense"_a, "output"_a, "totals"_a,
              "packed_query"_a, "dense_query"_a, "dense_keys"_a, "dense_values"_a, "keys_tail"_a, "values_tail"_a, "positions"_a,

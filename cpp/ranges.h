@@ -31,7 +31,7 @@ inline Ranges read_ranges(const PackedTensor& side, const Block& block, int head
     const int64_t first = side.range_heads > 1 ? int64_t(head) * all : 0;
     Ranges ranges{kBlock / tokens, channels, head_dim / channels, buffer, buffer + all};
     if (side.channel_major) ranges = {head_dim / channels, tokens, kBlock / tokens, buffer, buffer + all};
-    const auto place = [&](const auto& scale, const auto& zero) {
+    const auto expand = [&](const auto& scale, const auto& zero) {
         for (int token = 0; token < tokens; ++token) {
             for (int channel = 0; channel < channels; ++channel) {
                 const int to = side.channel_major ? channel * tokens + token : token * channels + channel;
@@ -41,15 +41,15 @@ inline Ranges read_ranges(const PackedTensor& side, const Block& block, int head
         }
     };
     if (side.scale) {
-        place([&](int64_t i) { return side.scale[i]; }, [&](int64_t i) { return side.zero[i]; });
+        expand([&](int64_t i) { return side.scale[i]; }, [&](int64_t i) { return side.zero[i]; });
     } else if (!side.channel_major && all % 16 == 0) {  // in the order in which they lie
         for (int i = 0; i < all; i += simd::width) {
             simd::store(ranges.scale + i, simd::load_halves(block.scale + first + i));
             simd::store(ranges.zero + i, block.zero ? simd::load_halves(block.zero + first + i) : simd::Floats{});
         }
     } else {
-        place([&](int64_t i) { return to_single(block.scale[i], DType::half); },
-              [&](int64_t i) { return block.zero ? to_single(block.zero[i], DType::half) : 0.0f; });
+        expand([&](int64_t i) { return to_single(block.scale[i], DType::half); },
+               [&](int64_t i) { return block.zero ? to_single(block.zero[i], DType::half) : 0.0f; });
     }
     return ranges;
 }

@@ -16,7 +16,7 @@ constexpr int kFrames = kBlock / kFrame, kTogether = 8;  // kTogether: queries
 constexpr int kWords = 32;  // of a register
 
 // Where the byte of a token stands: of each lane of 32 bits that two bytes of two coefficients become, the frame is known by
-// its place.
+// its position.
 inline constexpr int byte_of(int token) { return token % kFrame / 4 * 16 + token % 2 * 8 + token / kFrame * 2 + token % 4 / 2; }
 struct ByFrames {
     NARROWKV_INLINE Lanes operator()(Lanes bytes) const {
@@ -46,8 +46,8 @@ struct Entries {
 template <int queries, int first, int count>
 NARROWKV_INLINE inline void add_pair(const __m512i* elements, const int16_t* query, __m512i (*sums)[count]) {
     each<queries>([&](auto q) NARROWKV_INLINE {
-        const __m512i asked = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)(query + q * kWords)));
-        each<count>([&](auto i) NARROWKV_INLINE { sums[q][i] = _mm512_dpwssd_epi32(sums[q][i], elements[i], asked); });
+        const __m512i pair = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)(query + q * kWords)));
+        each<count>([&](auto i) NARROWKV_INLINE { sums[q][i] = _mm512_dpwssd_epi32(sums[q][i], elements[i], pair); });
     });
 }
 
@@ -83,13 +83,13 @@ inline void multiply_frames(const Entries& entries, const int16_t* query, __m512
     }
 }
 
-// Words in the order of places, `width` of them, of `from`, of which there are a multiple of 64.
+// Words in the order of elements, `width` of them, of `from`, of which there are a multiple of 64.
 inline void pick_int16(const int16_t* from, int count, const int16_t* order, int width, int16_t* __restrict to) {
     for (int at = 0; at < count; at += 2 * kWords) {
         const __m512i first = load_int16(from + at), second = load_int16(from + at + kWords), part = _mm512_set1_epi16(int16_t(at / (2 * kWords)));
         for (int i = 0; i < width; i += kWords) {
-            const __m512i places = load_int16(order + i), found = _mm512_permutex2var_epi16(first, places, second);
-            const __mmask32 here = _mm512_cmpeq_epi16_mask(_mm512_srli_epi16(places, 6), part);
+            const __m512i lanes = load_int16(order + i), found = _mm512_permutex2var_epi16(first, lanes, second);
+            const __mmask32 here = _mm512_cmpeq_epi16_mask(_mm512_srli_epi16(lanes, 6), part);
             at == 0 ? store_int16(to + i, found) : _mm512_mask_storeu_epi16(to + i, here, found);
         }
     }
@@ -119,7 +119,7 @@ class Int16StreamKeys : StreamKeys {
     explicit Int16StreamKeys(const Problem& problem)
         : StreamKeys(problem), streams(*problem.keys.streams), half(dim / 2), width(round_up(dim, kWords)), capacity(round_up(half, 2 * kWords)),
           along(rows * width), across(rows * width), query(kTogether * kFrames * width), order(width), natural(2 * kFrames * capacity),
-          angles(2 * kFrames * width), scale_weights(2 * dim), places(width), factors(3 * width), inverse(rows), apart(rows * kBlock),
+          angles(2 * kFrames * width), scale_weights(2 * dim), query_index(width), factors(3 * width), inverse(rows), apart(rows * kBlock),
           int16(round_up(rows, 4) * dim), lane_of(dim), lanes(kFrames * capacity), more(4 * kBlock) {}
 
     int steps() const { return streams.coded() / kUnit; }
@@ -130,9 +130,9 @@ class Int16StreamKeys : StreamKeys {
         const int pairs = problem.rotation.pairs;
         any_outliers = false;
         for (int i = 0; i < dim; ++i) {
-            const int at = slot_of(i), place = streams.places[int64_t(head) * dim + i], pair = place < half ? place : place - half;
+            const int at = slot_of(i), element = streams.query_index[int64_t(head) * dim + i], pair = element < half ? element : element - half;
             scale_weights[2 * i] = (int16_scales[i] & 255) * 0x10001, scale_weights[2 * i + 1] = scale_weights[2 * i] << 8;
-            places[at] = place, order[at] = int16_t(pair);
+            query_index[at] = element, order[at] = int16_t(pair);
             lane_of[i] = pair / 32 * 32 + pair % 8 / 4 * 16 + pair % 32 / 8 * 4 + pair % 4;
             factors[at] = (pair < pairs ? problem.rotation.scaling : 1.0f) / float(int16_scales[i]);
             factors[width + at] = pair < pairs ? factors[at] : 0.0f;
@@ -167,7 +167,7 @@ class Int16StreamKeys : StreamKeys {
     Buffer<int16_t> query;           // some, as `multiply_frames` reads them
     Buffer<int16_t> order, natural;  // which pair each word is of; [frames][2][capacity] cosines and sines of pairs
     Buffer<int16_t> angles;          // [2][frames][width]: those of words
-    Buffer<int32_t> scale_weights, places;  // places: of words
+    Buffer<int32_t> scale_weights, query_index;  // query_index: of words
     Buffer<float> factors;            // [3][width]: what elements of a query are multiplied by, those a quarter of a cycle further, and the largest words they meet
     Buffer<float> inverse, apart;
     bool any_outliers = false;
@@ -181,11 +181,11 @@ class Int16StreamKeys : StreamKeys {
     void take(int q) {
         __m512 sum = {}, largest = {};
         const auto element = [&](const Buffer<float>& from, int part, int i) {
-            const __m512i at = _mm512_load_si512(&places[i]);
+            const __m512i at = _mm512_load_si512(&query_index[i]);
             return _mm512_i32gather_ps(at, &from[q * dim], 4) * _mm512_load_ps(&factors[part * width + i]);
         };
         for (int i = 0; i < width; i += 16) {
-            const __m512 x = element(asked, 0, i), y = element(crossed, 1, i), length = _mm512_sqrt_ps(x * x + y * y);
+            const __m512 x = element(unrotated, 0, i), y = element(crossed, 1, i), length = _mm512_sqrt_ps(x * x + y * y);
             sum += length * _mm512_load_ps(&factors[2 * width + i]), largest = _mm512_max_ps(largest, length);
         }
         const float total = _mm512_reduce_add_ps(sum);
@@ -193,7 +193,7 @@ class Int16StreamKeys : StreamKeys {
         inverse[q] = factor > 0.0f ? 1.0f / factor : 0.0f;
         const auto store = [&](int16_t* to, __m512 x) { _mm256_store_si256((__m256i*)to, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x * factor))); };
         for (int i = 0; i < width; i += 16) {
-            store(&along[q * width + i], element(asked, 0, i)), store(&across[q * width + i], element(crossed, 1, i));
+            store(&along[q * width + i], element(unrotated, 0, i)), store(&across[q * width + i], element(crossed, 1, i));
         }
     }
 
@@ -244,15 +244,15 @@ class Int16StreamKeys : StreamKeys {
     void read_outliers(const Block& block) {
         const __m512i size = _mm512_set1_epi32(capacity);
         if (!any_outliers) take_whole();
-        differences.read_streams(problem.keys, block, head, [&](__m512i token, __m512i place) {
+        differences.read_streams(problem.keys, block, head, [&](__m512i token, __m512i coefficient) {
             const auto times = [](__m512i x, int shift, int mask) { return _mm512_slli_epi32(_mm512_and_si512(x, _mm512_set1_epi32(mask)), shift); };
             const __m512i within = _mm512_or_si512(_mm512_or_si512(times(token, 2, 12), times(token, 3, 1)), _mm512_srli_epi32(times(token, 0, 2), 1));
             const __m512i byte = _mm512_add_epi32(within, _mm512_slli_epi32(_mm512_srli_epi32(token, 4), 1));
-            return signed_bytes(bytes_at(tile.data(), _mm512_add_epi32(_mm512_slli_epi32(place, 6), byte)));
-        }, [&](__m512i token, __m512i place, __m512 by, int i) {
-            const __m512 stretched = _mm512_cvtepi32_ps(_mm512_i32gather_epi32(place, streams.int16_scales + int64_t(head) * dim, 4)) * (1.0f / 32768.0f);
-            const __m512i pair = _mm512_i32gather_epi32(place, lane_of.data(), 4);
-            differences.put(i, place, token, by * stretched);
+            return signed_bytes(bytes_at(tile.data(), _mm512_add_epi32(_mm512_slli_epi32(coefficient, 6), byte)));
+        }, [&](__m512i token, __m512i coefficient, __m512 by, int i) {
+            const __m512 stretched = _mm512_cvtepi32_ps(_mm512_i32gather_epi32(coefficient, streams.int16_scales + int64_t(head) * dim, 4)) * (1.0f / 32768.0f);
+            const __m512i pair = _mm512_i32gather_epi32(coefficient, lane_of.data(), 4);
+            differences.put(i, coefficient, token, by * stretched);
             _mm512_storeu_si512(&differences.lane[i], _mm512_add_epi32(_mm512_mullo_epi32(_mm512_srli_epi32(token, 4), size), pair));
         });
     }

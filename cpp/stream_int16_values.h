@@ -157,22 +157,22 @@ class Int16StreamValues {
     }
 
     void read_outliers(const Block& block, const uint8_t* codes, Differences& found) const {
-        const auto decoded = [&](__m512i token, __m512i place) {
-            const __m512i eight = _mm512_set1_epi32(8), end = _mm512_i32gather_epi32(place, ends.data(), 4);
+        const auto decoded = [&](__m512i token, __m512i coefficient) {
+            const __m512i eight = _mm512_set1_epi32(8), end = _mm512_i32gather_epi32(coefficient, ends.data(), 4);
             const __m512i last = _mm512_srli_epi32(_mm512_sub_epi32(end, _mm512_set1_epi32(1)), 3);
             const __m512i at = _mm512_add_epi32(_mm512_slli_epi32(last, 6), token);
             const __mmask16 later = _mm512_test_epi32_mask(last, last);
             const __m512i before = bytes_at(codes, _mm512_mask_sub_epi32(at, later, at, _mm512_set1_epi32(kBlock)));
             const __m512i both = _mm512_or_si512(bytes_at(codes, at), _mm512_maskz_slli_epi32(later, before, 8));
             const __m512i state = _mm512_srlv_epi32(both, _mm512_sub_epi32(_mm512_add_epi32(_mm512_slli_epi32(last, 3), eight), end));
-            const __m512i table = _mm512_slli_epi32(_mm512_i32gather_epi32(place, rates.data(), 4), 4), four = _mm512_set1_epi32(15);
+            const __m512i table = _mm512_slli_epi32(_mm512_i32gather_epi32(coefficient, rates.data(), 4), 4), four = _mm512_set1_epi32(15);
             const auto pick = [&](const Buffer<int8_t>& from, __m512i nibble) {
                 const __m512i index = _mm512_or_si512(table, _mm512_and_si512(nibble, four));
                 return _mm512_permutex2var_epi8(_mm512_load_si512(from.data()), index, _mm512_load_si512(from.data() + kBlock));
             };
             return signed_bytes(_mm512_add_epi8(pick(high, _mm512_srli_epi32(state, 4)), pick(low, state)));
         };
-        found.read_streams(side, block, head, decoded, [&](__m512i token, __m512i place, __m512 by, int i) { found.put(i, token, place, by); });
+        found.read_streams(side, block, head, decoded, [&](__m512i token, __m512i coefficient, __m512 by, int i) { found.put(i, token, coefficient, by); });
     }
 };
 

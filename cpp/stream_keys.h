@@ -13,25 +13,25 @@
 namespace narrowkv {
 namespace {
 
-// Scores [queries][16] of some queries, `stride` apart, and a frame's coefficients, [coded][64], and offsets, [all][16].
+// Scores [queries][16] of some queries, `stride` apart, and a frame's coefficients, [coded][64], and offsets, [head_dim][16].
 template <int queries>
-inline void score_frame(const float* query, int stride, const int32_t* places, const int8_t* tile, const float* offsets, int coded,
-                        int all_places, float* scores) {
+inline void score_frame(const float* query, int stride, const int32_t* query_index, const int8_t* tile, const float* offsets, int coded,
+                        int head_dim, float* scores) {
     constexpr int wide = kFrame / simd::width, ways = queries * wide < 8 ? 8 / (queries * wide) : 1;
     Floats sum[ways][queries][wide] = {};
     int i = 0;
     for (; i < coded; i += ways) {
         for (int way = 0; way < ways; ++way) {
-            const float* asked = query + places[i + way];
+            const float* elements = query + query_index[i + way];
             for (int w = 0; w < wide; ++w) {
                 const Floats element = simd::to_floats(tile + (i + way) * kBlock + w * simd::width) + load(offsets + (i + way) * kFrame + w * simd::width);
-                for (int q = 0; q < queries; ++q) sum[way][q][w] += all(asked[q * stride]) * element;
+                for (int q = 0; q < queries; ++q) sum[way][q][w] += all(elements[q * stride]) * element;
             }
         }
     }
-    for (; i < all_places; ++i) {
+    for (; i < head_dim; ++i) {
         for (int w = 0; w < wide; ++w) {
-            for (int q = 0; q < queries; ++q) sum[0][q][w] += all(query[q * stride + places[i]]) * load(offsets + i * kFrame + w * simd::width);
+            for (int q = 0; q < queries; ++q) sum[0][q][w] += all(query[q * stride + query_index[i]]) * load(offsets + i * kFrame + w * simd::width);
         }
     }
     for (int q = 0; q < queries; ++q) {
@@ -48,7 +48,7 @@ class StreamKeys {
         : problem(problem), rows(problem.group * problem.queries), dim(problem.head_dim) {
         if (!problem.keys.streams) return;
         const size_t size = size_t(rows) * dim;
-        asked.resize(size), crossed.resize(size), rotated.resize(size);
+        unrotated.resize(size), crossed.resize(size), rotated.resize(size);
         cos.resize(dim / 2, 1.0f), sin.resize(dim / 2, 0.0f);
         found.resize(size_t(rows) * kFrame);
         tile.resize(size_t(dim) * kBlock);
@@ -63,8 +63,8 @@ class StreamKeys {
         const float* query = problem.packed_query + (int64_t(row) * problem.kv_heads + head) * rows * dim;
         float *__restrict x = rotated.data(), *__restrict y = x + half;
         for (int i = 0; i < rows; ++i, query += dim) {
-            for (int place = 0; place < dim; ++place) x[place] = query[streams.channels[place]] * problem.scaling;
-            float *__restrict still = &asked[i * dim], *__restrict further = &crossed[i * dim];
+            for (int i = 0; i < dim; ++i) x[i] = query[streams.channels[i]] * problem.scaling;
+            float *__restrict still = &unrotated[i * dim], *__restrict further = &crossed[i * dim];
             for (int element = 0; element < 2; ++element) {
                 const float* __restrict rotate = query_rotations + 2 * element * half;
                 for (int pair = 0; pair < half; ++pair) still[element * half + pair] = rotate[pair] * x[pair] + rotate[half + pair] * y[pair];
@@ -85,9 +85,9 @@ class StreamKeys {
 
     void take_tail(const Tail& tail, float* scores) {
         const Streams& streams = *problem.keys.streams;
-        const int64_t place = int64_t(row) * problem.kv_heads + head;
-        decode_stream_tail(streams, static_cast<const uint8_t*>(tail.codes) + place * kBlock * streams.bytes, problem.tail, tile.data());
-        misses.of_tail(problem.keys, tail, place, InTile{tile.data()});
+        const int64_t batch_head = int64_t(row) * problem.kv_heads + head;
+        decode_stream_tail(streams, static_cast<const uint8_t*>(tail.codes) + batch_head * kBlock * streams.bytes, problem.tail, tile.data());
+        misses.of_tail(problem.keys, tail, batch_head, InTile{tile.data()});
         score(problem.tokens, problem.tail, scores);
     }
 
@@ -95,7 +95,7 @@ class StreamKeys {
     const Problem& problem;
     const int rows, dim;
     int row = 0, head = 0;
-    Buffer<float> asked, crossed, rotated;  // [rows][head_dim]: where angles are 0, a quarter of a cycle further, and as a frame needs it
+    Buffer<float> unrotated, crossed, rotated;  // [rows][head_dim]: where angles are 0, a quarter of a cycle further, and as a frame needs it
     Buffer<float> cos, sin;                // [head_dim / 2] of a frame; pairs that do not rotate have an angle of 0
     Buffer<float> found;                   // [rows][16] scores of a frame
     Buffer<int8_t> tile;                   // [coded][64]
@@ -131,7 +131,7 @@ class StreamKeys {
     const float* rotate(int64_t token) {
         const Rotation& rotation = problem.rotation;
         const int half = dim / 2;
-        if (!rotation.pairs) return asked.data();
+        if (!rotation.pairs) return unrotated.data();
         if (rotation.angles) {
             const float* given = rotation.angles + (row * (problem.tokens + problem.tail) + token) * 2 * rotation.pairs;
             std::copy(given, given + rotation.pairs, cos.begin());
@@ -139,7 +139,7 @@ class StreamKeys {
         } else {
             angles_at(rotation, rotation.positions[row * rotation.position_stride + token], cos.data(), sin.data());
         }
-        const float *c = cos.data(), *s = sin.data(), *x = asked.data(), *y = crossed.data();
+        const float *c = cos.data(), *s = sin.data(), *x = unrotated.data(), *y = crossed.data();
         float* __restrict to = rotated.data();
         for (int i = 0; i < 2 * rows; ++i, x += half, y += half, to += half) {
             for (int pair = 0; pair < half; ++pair) to[pair] = c[pair] * x[pair] + s[pair] * y[pair];
@@ -150,9 +150,9 @@ class StreamKeys {
     // Scores of tokens [first, end) of the frame from `from` on. missed: outliers from the frame's first one on.
     void score_some(const float* query, int from, int first, int end, const Miss* missed, float* scores) {
         const Streams& streams = *problem.keys.streams;
-        const int32_t* places = streams.places + int64_t(head) * dim;
+        const int32_t* query_index = streams.query_index + int64_t(head) * dim;
         by_many<kAtOnce>(rows, [&](int i, auto queries) {
-            score_frame<queries>(query + i * dim, dim, places, tile.data() + from, streams.offsets + int64_t(head) * dim * kFrame,
+            score_frame<queries>(query + i * dim, dim, query_index, tile.data() + from, streams.offsets + int64_t(head) * dim * kFrame,
                                  streams.coded(), dim, found.data() + i * kFrame);
         });
         for (int i = 0; i < rows; ++i) {
@@ -160,7 +160,7 @@ class StreamKeys {
         }
         for (; missed < misses.end() && missed->token < end; ++missed) {
             if (missed->token < first) continue;
-            for (int i = 0; i < rows; ++i) scores[i * kBlock + missed->token] += query[i * dim + places[missed->place]] * missed->by;
+            for (int i = 0; i < rows; ++i) scores[i * kBlock + missed->token] += query[i * dim + query_index[missed->coefficient]] * missed->by;
         }
     }
 };

@@ -55,11 +55,11 @@ class StreamValues {
         add(weights, sums);
     }
 
-    void take_tail(const Tail& tail, int64_t place, float* weights, float* sums) {
+    void take_tail(const Tail& tail, int64_t batch_head, float* weights, float* sums) {
         const Streams& streams = *problem.values.streams;
-        const uint8_t* codes = static_cast<const uint8_t*>(tail.codes) + place * kBlock * streams.bytes;
+        const uint8_t* codes = static_cast<const uint8_t*>(tail.codes) + batch_head * kBlock * streams.bytes;
         decode_stream_tail(streams, codes, problem.tail, tile.data());
-        misses.of_tail(problem.values, tail, place, InTile{tile.data()});
+        misses.of_tail(problem.values, tail, batch_head, InTile{tile.data()});
         scale_weights(codes + streams.bytes - 1, streams.bytes, weights);
         add(weights, sums);
     }
@@ -87,7 +87,7 @@ class StreamValues {
         });
         for (const Miss& miss : misses) {
             for (int row = 0; row < rows; ++row) {
-                sums[(int64_t(row) * dim + miss.place) * simd::width] += weights[row * kBlock + miss.token] * miss.by;
+                sums[(int64_t(row) * dim + miss.coefficient) * simd::width] += weights[row * kBlock + miss.token] * miss.by;
             }
         }
     }

@@ -122,12 +122,12 @@ inline void by_many(int rows, const Part& part) {
 // What a tile holds.
 struct InTile {
     const int8_t* tile;
-    int8_t operator()(int place, int token) const { return tile[place * kBlock + token]; }
+    int8_t operator()(int coefficient, int token) const { return tile[coefficient * kBlock + token]; }
 };
 
 // By how much an exact coefficient is off what its code stands for, in grid steps.
 struct Miss {
-    int token, place;
+    int token, coefficient;
     float by;
 };
 
@@ -137,7 +137,7 @@ class Misses {
     const Miss* begin() const { return found.data(); }
     const Miss* end() const { return found.data() + found.size(); }
 
-    // decoded: the grid steps of a place and token.
+    // decoded: the grid steps of a coefficient and token.
     template <typename Decoded>
     void of_block(const PackedTensor& side, const Block& block, int head, const Decoded& decoded) {
         found.clear();
@@ -148,10 +148,10 @@ class Misses {
     }
 
     template <typename Decoded>
-    void of_tail(const PackedTensor& side, const Tail& tail, int64_t place, const Decoded& decoded) {
+    void of_tail(const PackedTensor& side, const Tail& tail, int64_t batch_head, const Decoded& decoded) {
         found.clear();
         for (int64_t i = 0; i < tail.outliers; ++i) {
-            add(side, tail.outlier_index[i] - place * kBlock * side.streams->coded(), tail.outlier_values, i, decoded);
+            add(side, tail.outlier_index[i] - batch_head * kBlock * side.streams->coded(), tail.outlier_values, i, decoded);
         }
         std::stable_sort(found.begin(), found.end(), [](const Miss& a, const Miss& b) { return a.token < b.token; });
     }
@@ -164,9 +164,9 @@ class Misses {
         const Streams& streams = *side.streams;
         const int coded = streams.coded();
         if (index < 0 || index >= int64_t(kBlock) * coded) return;
-        const int token = int(index) / coded, place = int(index) % coded;
+        const int token = int(index) / coded, coefficient = int(index) % coded;
         const float exact = to_single(static_cast<const uint16_t*>(values)[i], side.outlier);
-        found.push_back({token, place, exact * streams.finer[place] - decoded(place, token)});
+        found.push_back({token, coefficient, exact * streams.finer[coefficient] - decoded(coefficient, token)});
     }
 };
 

@@ -21,9 +21,9 @@ inline void look_up_tail(const uint8_t* codes, int count, int bits, const float*
     for (; code < count; ++code) elements[code] = table[code * step + (codes[code] & mask)];
 }
 
-// Decode the first `count` tokens of a head into [count][head_dim]. place: row * kv_heads + head.
-inline void read_tail(const PackedTensor& side, const Tail& tail, int64_t place, int head, int kv_heads, int count, int head_dim, float* elements) {
-    const int64_t first = place * kBlock * side.codes;
+// Decode the first `count` tokens of a head into [count][head_dim]. batch_head: row * kv_heads + head.
+inline void read_tail(const PackedTensor& side, const Tail& tail, int64_t batch_head, int head, int kv_heads, int count, int head_dim, float* elements) {
+    const int64_t first = batch_head * kBlock * side.codes;
     if (side.bits == 16) {
         for (int i = 0; i < count * head_dim; ++i) elements[i] = load_exact(tail.codes, first + i, side.exact);
         return;
@@ -31,7 +31,7 @@ inline void read_tail(const PackedTensor& side, const Tail& tail, int64_t place,
     const uint8_t* codes = static_cast<const uint8_t*>(tail.codes) + first;
     const int step = side.fixed ? side.stride : 0;
     const float* table = side.table + int64_t(head) * side.codes * step;
-    const int64_t heads = side.range_heads, row = place / kv_heads;
+    const int64_t heads = side.range_heads, row = batch_head / kv_heads;
     for (int token = 0; token < count; ++token, codes += side.codes) {
         float* to = elements + token * head_dim;
         look_up_tail(codes, side.codes, side.bits, table, step, to);

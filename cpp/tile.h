@@ -17,7 +17,7 @@ using simd::store;
 
 inline Floats all(float x) { return x - Floats{}; }
 
-// Vectors of tokens or channels held in registers at once, beside those of four queries.
+// Vectors of tokens or channels in registers at once, besides those of four queries.
 constexpr int kWide = simd::width == 16 ? 4 : 2;
 
 // Rotate pairs of channels of a channel-major tile by the angles of its tokens, [pairs][2][32] cosines and sines.
@@ -106,7 +106,7 @@ inline Floats exponential(Floats exponent) {
     return Floats((Ints(p) + (Ints(shifted) << 23)) & counts);
 }
 
-// softcap * tanh(score / softcap) in place of every score.
+// softcap * tanh(score / softcap) instead of every score.
 inline void cap(float* scores, int count, float softcap) {
     for (int i = 0; i < count; ++i) scores[i] = softcap * std::tanh(scores[i] / softcap);
 }

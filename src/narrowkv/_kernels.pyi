@@ -108,7 +108,7 @@ class Streams:
         high: Tensor,
         low: Tensor,
         finer: Tensor,
-        places: Tensor | None,
+        query_index: Tensor | None,
         channels: Tensor | None,
         query_rotations: Tensor | None,
         offsets: Tensor | None,

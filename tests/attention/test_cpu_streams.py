@@ -191,7 +191,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads():
 
 
 @pytest.mark.parametrize("kernel", FORMS)
-def test_no_forged_number_leads_beyond_what_is_held(kernel):
+def test_forged_indices_and_counts_read_nothing_outside_of_memory(kernel):
     """What a loader would refuse: the sanitizers see whether anything is read or written outside."""
     inputs, store = case((1, 2, 1, 64, 150, 1))
     for side in (store.blocks.columns[0].page.keys, store.blocks.columns[0].page.values):
@@ -213,9 +213,9 @@ def test_no_forged_number_leads_beyond_what_is_held(kernel):
         ("high", torch.zeros(5, 16, dtype=torch.int8)),
         ("low", torch.zeros(6, 8, dtype=torch.int8)),
         ("finer", torch.ones(15)),
-        ("places", torch.full((2, 16), 16, dtype=torch.int32)),
-        ("places", torch.full((2, 16), -1, dtype=torch.int32)),
-        ("places", torch.zeros(2, 8, dtype=torch.int32)),
+        ("query_index", torch.full((2, 16), 16, dtype=torch.int32)),
+        ("query_index", torch.full((2, 16), -1, dtype=torch.int32)),
+        ("query_index", torch.zeros(2, 8, dtype=torch.int32)),
         ("channels", torch.full((16,), 16, dtype=torch.int32)),
         ("channels", torch.zeros(15, dtype=torch.int32)),
         ("channels", None),
@@ -235,7 +235,7 @@ def test_tables_smaller_than_what_is_read_of_them_are_refused(name, forged):
         "high": torch.zeros(6, 16, dtype=torch.int8),
         "low": torch.zeros(6, 16, dtype=torch.int8),
         "finer": torch.ones(16),
-        "places": torch.zeros(2, 16, dtype=torch.int32),
+        "query_index": torch.zeros(2, 16, dtype=torch.int32),
         "channels": torch.zeros(16, dtype=torch.int32),
         "query_rotations": torch.zeros(2, 2, 2, 2, 8),
         "offsets": torch.zeros(2, 16, 16),

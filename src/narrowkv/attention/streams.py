@@ -22,13 +22,13 @@ EXACT_ENOUGH = 1e-4  # of the mean of keys, as coefficients have it
 class KeyCoefficients:
     """How queries meet the coefficients of keys, in the order of the stream, those without codes last; d is head_dim.
 
-    places: [kv_heads, d] int64, of each in the transform. steps: [d] float64, what a grid step of each is, 1 without codes.
-    query_rotations: [kv_heads, 2, 2, 2, d / 2] float32, by angle (0, and a quarter of a cycle further), element of a pair of
-    the transform, and of the model. offsets: [kv_heads, d, 16] float64, what the mean of keys adds at each token of a
-    frame, in grid steps.
+    query_index: [kv_heads, d] int64, element of a query that each multiplies. steps: [d] float64, what a grid step of each is,
+    1 without codes. query_rotations: [kv_heads, 2, 2, 2, d / 2] float32, by angle (0, and a quarter of a cycle further),
+    element of a pair of the transform, and of the model. offsets: [kv_heads, d, 16] float64, what the mean of keys adds at
+    each token of a frame, in grid steps.
     """
 
-    places: Tensor
+    query_index: Tensor
     steps: Tensor
     frames: Frames
     query_rotations: Tensor
@@ -41,12 +41,14 @@ class KeyCoefficients:
         nothing = torch.zeros(0, dtype=torch.float32, device=quantizer.mean.device)
         frames = quantizer.frames or Frames.of(quantizer.mean.shape[1], nothing)
         require_rope(frames, rope, backend)
-        places, scales = _places(quantizer.order, quantizer.mean.shape[1]), grid_scales(quantizer)
-        steps = torch.nn.functional.pad(scales, (0, places.shape[1] - len(scales)), value=1.0)
-        by_place = torch.ones_like(places, dtype=torch.float64).scatter(1, places, steps.expand(len(places), -1))
-        offsets = (_offsets(quantizer, frames, backend) / by_place[:, None]).mT
-        offsets = offsets.gather(1, places[..., None].expand(-1, -1, FRAME))
-        return cls(places, steps, frames, _query_rotations(quantizer, frames, by_place), offsets)
+        query_index, scales = _query_index(quantizer.order, quantizer.mean.shape[1]), grid_scales(quantizer)
+        steps = torch.nn.functional.pad(scales, (0, query_index.shape[1] - len(scales)), value=1.0)
+        by_element = torch.ones_like(query_index, dtype=torch.float64).scatter(
+            1, query_index, steps.expand(len(query_index), -1)
+        )
+        offsets = (_offsets(quantizer, frames, backend) / by_element[:, None]).mT
+        offsets = offsets.gather(1, query_index[..., None].expand(-1, -1, FRAME))
+        return cls(query_index, steps, frames, _query_rotations(quantizer, frames, by_element), offsets)
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,11 @@ def require_rope(frames: Frames, rope: AnyRope | None, backend: str) -> None:
         )
 
 
-def _places(order: Tensor, head_dim: int) -> Tensor:
-    """All places of coefficients, [kv_heads, head_dim] int64: order [kv_heads, n], of those with codes, then the others."""
+def _query_index(order: Tensor, head_dim: int) -> Tensor:
+    """Index of the element of a query that each coefficient multiplies, [kv_heads, head_dim] int64.
+
+    order: [kv_heads, n], of coefficients with codes, which come first.
+    """
     every = torch.arange(head_dim, dtype=torch.int64, device=order.device).expand(len(order), -1)
     return (every + head_dim).scatter(1, order.long(), every[:, : order.shape[1]]).argsort(1)
 

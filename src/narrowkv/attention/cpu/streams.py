@@ -29,7 +29,7 @@ def key_streams(quantizer: TrellisQuantizer, rope: AnyRope | None) -> tuple[_ker
     found = KeyCoefficients.of(quantizer, rope, "cpu")
     return _streams(
         quantizer,
-        places=found.places.int(),
+        query_index=found.query_index.int(),
         channels=found.frames.channels.int(),
         query_rotations=found.query_rotations,
         offsets=found.offsets.float().contiguous(),
@@ -111,7 +111,7 @@ def steps_to_anchors(starts: Tensor) -> Tensor:
 def _streams(
     quantizer: TrellisQuantizer,
     *,
-    places: Tensor | None = None,
+    query_index: Tensor | None = None,
     channels: Tensor | None = None,
     query_rotations: Tensor | None = None,
     offsets: Tensor | None = None,
@@ -125,10 +125,10 @@ def _streams(
         high=quantizer.entries[0, :, 0].contiguous(),
         low=quantizer.entries[0, :, 1].contiguous(),
         finer=(1 / grid_scales(quantizer)).float(),
-        places=places,
+        query_index=query_index,
         channels=channels,
         query_rotations=query_rotations,
         offsets=offsets,
-        uses_int16=SUPPORTED if places is None else int16 is not None,
+        uses_int16=SUPPORTED if query_index is None else int16 is not None,
         **(int16 or {}),
     )
