@@ -68,7 +68,7 @@ class Watch:
 
 
 def whole(model: PreTrainedModel, batches: Sequence[Tensor], recipe: str) -> dict[str, float]:
-    """Seconds, and bytes beside model and text, of calibrating a model, and of each stage of it."""
+    """Seconds, and bytes besides model and text, of calibrating a model, and of each stage of it."""
     watch = Watch()
 
     def on_batch(done: int, total: int) -> None:
@@ -94,7 +94,7 @@ def make_input() -> list[tuple[Tensor, Tensor]]:
 
 
 def fit_layer(recipe_name: str, data: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Seconds for the keys and for the values of one layer, and bytes beside the input."""
+    """Seconds for the keys and for the values of one layer, and bytes besides the input."""
     recipe, watch = get_recipe(recipe_name), Watch()
     for scheme in (recipe.keys, recipe.values):
         fit = Fit(scheme)
@@ -137,13 +137,13 @@ def main() -> None:
         rows.append({"of": "built-in model", "recipe": name, "tokens": tokens, **found})
         parts = ", ".join(f"{stage} {found[f'seconds_{stage}']:.2f}" for stage in STAGES)
         print(f"built-in model, {tokens} tokens, {name}: {found['seconds']:.2f} s ({parts}), ", end="")
-        print(f"{found['bytes_beside'] / 1e6:.0f} MB beside model and text", flush=True)
+        print(f"{found['bytes_beside'] / 1e6:.0f} MB besides model and text", flush=True)
     data = make_input() if arguments.layer_recipes else []
     for name in arguments.layer_recipes:
         found = fit_layer(name, data)
         rows.append({"of": "7B-shaped layer", "recipe": name, "tokens": SEQUENCES * TOKENS, **found})
         print(f"fit of one 7B-shaped layer, {name}: {found['seconds']:.2f} s (keys {found['seconds_keys']:.2f}, ", end="")
-        print(f"values {found['seconds_values']:.2f}), {found['bytes_beside'] / 1e6:.0f} MB beside the input", flush=True)
+        print(f"values {found['seconds_values']:.2f}), {found['bytes_beside'] / 1e6:.0f} MB besides the input", flush=True)
         peer = lloyd(2 ** get_recipe(name).keys.code_bits, data)
         rows[-1] |= {"seconds_lloyd_extrapolated": peer, "ratio": peer / found["seconds"]}
         print(f"Lloyd's k-means on raw elements (extrapolated): {peer:.0f} s, {peer / found['seconds']:.0f} times as long")

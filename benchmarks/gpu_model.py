@@ -125,7 +125,7 @@ def measured(model: PreTrainedModel, make: Callable[[], Any], batch: int, repeat
 
 
 def longest(model: PreTrainedModel, bytes_of_a_token: float) -> int:
-    """How many tokens of one sequence fit the memory beside the model."""
+    """How many tokens of one sequence fit the memory besides the model."""
     if model.device.type != "cuda":
         return 0
     torch.cuda.empty_cache()

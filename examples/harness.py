@@ -18,7 +18,7 @@ from lm_eval.tasks import TaskManager
 
 from narrowkv import calibrate, disable, load_model, make_default
 from narrowkv.evaluate import cut_windows
-from narrowkv.evaluate.retrieval import ADJECTIVES, NAMES, NOUNS, fact_pieces
+from narrowkv.evaluate.retrieval import ADJECTIVES, NAMES, NOUNS, fact_parts
 from narrowkv.evaluate.sources import read_text
 
 MODEL, RECIPE, CONTEXT = "narrowkv://demo", "nuq3-1%", 400
@@ -31,9 +31,9 @@ def make_rows(tokenizer: Any, count: int) -> list[dict[str, Any]]:
     rows = []
     for filler in fillers:
         people, words = draw.sample(NAMES, 4), [f"{draw.choice(ADJECTIVES)} {draw.choice(NOUNS)}" for _ in range(4)]
-        told = " ".join("".join(fact_pieces(*pair)) for pair in zip(people, words, strict=True))
+        told = " ".join("".join(fact_parts(*pair)) for pair in zip(people, words, strict=True))
         asked = draw.randrange(4)
-        question = f"{told} {tokenizer.decode(filler)} {fact_pieces(people[asked], '')[0]}"
+        question = f"{told} {tokenizer.decode(filler)} {fact_parts(people[asked], '')[0]}"
         rows.append({"text": question, "search_space": words, "answer": asked})
     return rows
 

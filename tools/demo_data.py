@@ -222,7 +222,7 @@ class RecallRows:
         other = rng.choice(_OTHER_FACTS) if rng.random() < 0.3 else None
         for name in names:
             words = rng.choice(self._corpora.words, size=int(rng.integers(2, 4)), replace=False)
-            prefix, answer, end = retrieval.fact_pieces(name, " ".join(words))
+            prefix, answer, end = retrieval.fact_parts(name, " ".join(words))
             prefix = other.format(name) if other else prefix
             stated, asked = self._places(rng, length, mix)
             yield stated, self._fact(prefix, answer, end, 0.3)

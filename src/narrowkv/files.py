@@ -36,7 +36,7 @@ def write_atomically(path: Path, write: Callable[[Path], object], mode: int = PU
         target = Path(os.path.realpath(path))
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(target.parent)
-        with _folder_beside(target) as folder:
+        with _folder_next_to(target) as folder:
             temporary = folder / target.name
             mode = _mode_for(target, temporary, mode)
             write(temporary)
@@ -120,7 +120,7 @@ def _write_through(path: Path, write: Callable[[Path], object]) -> None:
 
 
 @contextlib.contextmanager
-def _folder_beside(target: Path) -> Iterator[Path]:
+def _folder_next_to(target: Path) -> Iterator[Path]:
     """A folder of our own to write in, locked while its writer lives: libraries too leave files of theirs where they write."""
     while True:
         folder = target.with_name(f".narrowkv-{secrets.token_hex(8)}.tmp")

@@ -17,8 +17,8 @@ ENTRY = "narrowkv"  # of the metadata
 
 def write(path: Path, header: dict[str, Any], tensors: dict[str, Tensor], mode: int) -> None:
     """Write tensors and a header, plain data with `format` and `format_version`, atomically; raises OutputError."""
-    held = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(held, temporary, {ENTRY: json.dumps(sign(header, held))}), mode)
+    stored = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(stored, temporary, {ENTRY: json.dumps(sign(header, stored))}), mode)
 
 
 def sign(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:

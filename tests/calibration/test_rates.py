@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from narrowkv.calibration.rates import RateOption, allocate_rates, mean_held
+from narrowkv.calibration.rates import RateOption, allocate_rates, mean_counted_tokens
 from narrowkv.codec import Outliers, Quantization, Scheme, Transform, TrellisQuantizer
 from narrowkv.codec.gaussian_tables import SQUARED_ERRORS
 from narrowkv.errors import RecipeError
@@ -69,13 +69,13 @@ def test_a_budget_is_of_all_that_is_stored():
     """However dear a layer with a short window is, which stores a sixtieth of what another does."""
     costs = torch.logspace(2, -1, 16, dtype=torch.float64)
     for stored in ((32_768, 512), (512, 32_768)):
-        tokens = mean_held((count, 128) for count in stored)
+        tokens = mean_counted_tokens((count, 128) for count in stored)
         options = [RateOption(KEYS, 1, costs * scale, tokens, count) for scale, count in zip((300, 1), stored, strict=True)]
         schemes = allocate_rates([[option] for option in options], 3.0)
         bits = [bits_of(option, scheme) for option, scheme in zip(options, schemes, strict=True)]
         rates = [torch.arange(7).repeat_interleave(torch.tensor(scheme.quantization.counts)) for scheme in schemes]
         assert bits[0] > bits[1]
-        held = sum(option.held_bits(*part) for option, *part in zip(options, rates, bits, strict=True))
+        held = sum(option.stored_bits(*part) for option, *part in zip(options, rates, bits, strict=True))
         assert 2.7 < held / (128 * sum(stored)) <= 3.0
 
 

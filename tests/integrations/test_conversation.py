@@ -72,7 +72,7 @@ def test_a_cache_that_cannot_go_back_is_read_anew():
     for turn in ("A question that is longer than the window" * 3, "And another one, longer than the window too"):
         answer = conversation.ask(turn, 100, do_sample=False)
         assert len(answer) > 50
-    assert conversation.read_anew and conversation.cache.get_seq_length() == len(conversation._held)
+    assert conversation.read_anew and conversation.cache.get_seq_length() == len(conversation._token_ids)
 
 
 def test_reset_keeps_the_instruction_only():
@@ -124,7 +124,9 @@ def test_without_a_template_turns_are_plain_text():
     conversation = talk(None, system="Be kind")
     assert not conversation.templated
     conversation.ask("Hello", 5, do_sample=False)
-    assert conversation.tokenizer.decode(conversation._held).startswith("Be kind??User: Hello??Assistant:".replace("?", "\n"))
+    assert conversation.tokenizer.decode(conversation._token_ids).startswith(
+        "Be kind??User: Hello??Assistant:".replace("?", "\n")
+    )
 
 
 def test_what_is_said_for_the_user_is_not_shown():

@@ -44,8 +44,8 @@ def as_trained(model):
 
 
 def planned(shape, recipe, tokens, batch):
-    held = CacheBytes(shape, recipe, batch).held(tokens)
-    return [held.prompt, held.decoding]
+    found = CacheBytes(shape, recipe, batch).allocated(tokens)
+    return [found.prompt, found.decoding]
 
 
 def calibrated(model, name):
@@ -84,9 +84,9 @@ def test_long_contexts_are_foretold_from_short_ones(name, tokens, batch):
     recipe = get_recipe(name)
     shape = LayerShape(batch, 1, 80 if name != "kivi-4" else 96, torch.float16)
     quantizers = tuple(stand_in(scheme, 1, shape.head_dim) for scheme in (recipe.keys, recipe.values))
-    held = LayerBytes(quantizers, recipe.sinks, recipe.residual_length, shape).held(tokens)
+    found = LayerBytes(quantizers, recipe.sinks, recipe.residual_length, shape).allocated(tokens)
     elements = torch.randn(batch, 1, tokens + DECODED, shape.head_dim).half()
-    assert (held.prompt, held.decoding) == stored(
+    assert (found.prompt, found.decoding) == stored(
         LayerStore(*quantizers, recipe.sinks, recipe.residual_length), elements, elements, tokens
     )
 
@@ -112,8 +112,8 @@ def test_outliers_are_counted_exactly_where_there_are_as_many_as_the_recipe_says
     keys = torch.rand(batch, 2, 64, 64) / 4 + 2 * beyond.view(batch, 2, 64, 64)
     keys = keys.repeat(1, 1, (tokens + DECODED) // 64 + 1, 1)
     values = torch.randn_like(keys)  # whose ranges are taken online: half at each end, whatever the elements
-    held = LayerBytes(quantizers, 0, 0, shape).held(tokens)
-    assert (held.prompt, held.decoding) == stored(LayerStore(*quantizers), keys, values, tokens)
+    found = LayerBytes(quantizers, 0, 0, shape).allocated(tokens)
+    assert (found.prompt, found.decoding) == stored(LayerStore(*quantizers), keys, values, tokens)
 
 
 def test_outliers_of_a_real_model_are_about_as_many(tmp_path):
@@ -138,8 +138,8 @@ def test_windows_that_slide_hold_no_more_the_longer_the_text(tmp_path):
     shape, tokens = shape_of(model, tmp_path), 4 * CHUNK + 130
     assert planned(shape, get_recipe("int2"), tokens, 1) == real_bytes(model, "int2", tokens, 1)
     cache = CacheBytes(shape, get_recipe("int2"))
-    assert cache.held(tokens) == cache.held(tokens + 1000 * CHUNK)
-    assert cache.longest(cache.held(4 * CHUNK).most) is None
+    assert cache.allocated(tokens) == cache.allocated(tokens + 1000 * CHUNK)
+    assert cache.longest(cache.allocated(4 * CHUNK).most) is None
 
 
 def test_the_longest_context_is_the_longest():
@@ -147,8 +147,8 @@ def test_the_longest_context_is_the_longest():
     cache = CacheBytes(shape, get_recipe("nuq2"), devices=8)
     for room in (10**5, 10**7, 10**10):
         longest = cache.longest(room)
-        assert cache.held(longest + 64).most > room
-        assert not longest or cache.held(longest).most <= room
+        assert cache.allocated(longest + 64).most > room
+        assert not longest or cache.allocated(longest).most <= room
 
 
 def test_published_figures():
@@ -157,15 +157,15 @@ def test_published_figures():
     assert shape.weights == 6_738_415_616
     published = {"fp16": 64.0, "nuq4": 16.0, "nuq4-1%": 17.3, "nuq3": 12.0, "nuq3-1%": 13.3, "nuq2": 8.0, "nuq2-1%": 9.3}
     for name, size in published.items():
-        assert CacheBytes(shape, get_recipe(name)).held(2**17).prompt / 2**30 == pytest.approx(size, abs=0.05)
+        assert CacheBytes(shape, get_recipe(name)).allocated(2**17).prompt / 2**30 == pytest.approx(size, abs=0.05)
     cache = CacheBytes(shape, get_recipe("nuq2"))
-    assert cache.held(2**20).prompt / 2**30 == pytest.approx(64.1, abs=0.05)
-    assert cache.held(10**7).prompt / 2**30 == pytest.approx(611.6, abs=0.05)
+    assert cache.allocated(2**20).prompt / 2**30 == pytest.approx(64.1, abs=0.05)
+    assert cache.allocated(10**7).prompt / 2**30 == pytest.approx(611.6, abs=0.05)
 
 
 def test_heads_are_split_between_devices_and_copied_where_there_are_too_few():
     shape, recipe = read_shape("llama-3-8b"), get_recipe("int4")
-    bytes_of = {gpus: CacheBytes(shape, recipe, devices=gpus).held(2**16).prompt for gpus in (1, 2, 8, 16)}
+    bytes_of = {gpus: CacheBytes(shape, recipe, devices=gpus).allocated(2**16).prompt for gpus in (1, 2, 8, 16)}
     assert bytes_of[1] / 2 < bytes_of[2] < bytes_of[1] / 1.9  # each token has a scale in every device
     assert bytes_of[8] == bytes_of[16]
     # transformers 5.19 does not divide the embedding: every device holds it

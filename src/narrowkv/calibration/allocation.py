@@ -45,9 +45,9 @@ def stored_bits(quantizer: AnyQuantizer, elements: Tensor, keys: bool, tokens: f
     blocks = to_blocks(quantizer.encode(elements[:, :, :whole]))
     found = 0 if blocks.outlier_index is None else len(blocks.outlier_index)
     side = PackedTensor.allocate(quantizer, whole // BLOCK, blocks, keys=keys, outlier_capacity=found)
-    held = [*side.planes, *side.outliers(), *side.ranges.values()]
+    stored = [*side.planes, *side.outliers(), *side.ranges.values()]
     tables = sum(table.nbytes for table in quantizer.tensors().values())
-    return 8 * (sum(tensor.nbytes for tensor in held) / whole + tables / tokens)
+    return 8 * (sum(tensor.nbytes for tensor in stored) / whole + tables / tokens)
 
 
 def allocate(menus: Sequence[Sequence[Option]], budget: float, elements: int = 1, overhead: float = 0.0) -> list[int]:

@@ -148,8 +148,8 @@ def _plain_weights(decoder: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _sample(matrix: torch.Tensor) -> list[float]:
     flat = matrix.detach().flatten()
-    place = torch.linspace(0, len(flat) - 1, SAMPLES, dtype=torch.float64, device="cpu").long().to(flat.device)
-    return flat[place].float().tolist()
+    sampled = torch.linspace(0, len(flat) - 1, SAMPLES, dtype=torch.float64, device="cpu").long().to(flat.device)
+    return flat[sampled].float().tolist()
 
 
 def _alike(expected: list[float], found: list[float]) -> bool:

@@ -9,7 +9,7 @@ from narrowkv.calibration.allocation import Option, measure
 from narrowkv.calibration.distributed import Group
 from narrowkv.calibration.fit import Fit
 from narrowkv.calibration.influence import Influence, limited, squared_norms
-from narrowkv.calibration.rates import RateOption, held_tokens
+from narrowkv.calibration.rates import RateOption, counted_tokens
 from narrowkv.calibration.samples import SampleFit
 from narrowkv.calibration.trellis_fit import TrellisFit
 from narrowkv.codec import AnyQuantizer, Quantization, Scheme, Transform
@@ -77,7 +77,7 @@ class LayerFits:
         frames: Frames | None = None,
     ):
         self.shape = shape
-        self.held = held_tokens(sliding_window)
+        self.counted_tokens = counted_tokens(sliding_window)
         self.biases = biases or (Bias(), Bias())
         fit_keys: set[FitKey] = set()
         for recipe in recipes:
@@ -208,7 +208,11 @@ class LayerFits:
             assert isinstance(fit, TrellisFit)
             menu.append(
                 RateOption(
-                    scheme, self.shape[0], fit.transform(scheme.transform.learned_rotation).unit_costs(), tokens, self.held
+                    scheme,
+                    self.shape[0],
+                    fit.transform(scheme.transform.learned_rotation).unit_costs(),
+                    tokens,
+                    self.counted_tokens,
                 )
             )
         return menu

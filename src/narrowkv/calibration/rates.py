@@ -14,22 +14,22 @@ from narrowkv.errors import RecipeError
 from narrowkv.store.page import OUTLIER_BYTES
 
 OFFSET_BITS = 32 / BLOCK  # of each token and head: where a block's outliers begin
-LEAST_TOKENS = 512  # that a layer counts as holding, however short its window is
+LEAST_TOKENS = 512  # that a layer counts as storing, however short its window is
 HALVINGS = 60  # of the range in which the price of a bit lies
 
 
-def held_tokens(sliding_window: int | None) -> int:
-    """How many tokens a layer counts as holding of 32,768."""
+def counted_tokens(sliding_window: int | None) -> int:
+    """How many tokens a layer counts as storing, of 32,768."""
     return max(min(sliding_window or REFERENCE_TOKENS, REFERENCE_TOKENS), LEAST_TOKENS)
 
 
-def mean_held(layers: Iterable[tuple[int, int]]) -> float:
+def mean_counted_tokens(layers: Iterable[tuple[int, int]]) -> float:
     """How many tokens layers store on average, by the elements of a token: what their tables are counted over.
 
     layers: of each, the tokens and the elements.
     """
     layers = list(layers)
-    return sum(held * elements for held, elements in layers) / sum(elements for _, elements in layers)
+    return sum(tokens * elements for tokens, elements in layers) / sum(elements for _, elements in layers)
 
 
 def squared_errors() -> Tensor:
@@ -42,14 +42,14 @@ class RateOption:
     """One way to keep the keys, or the values, of one layer, of which the rates are to be allocated.
 
     scheme: without counts. kv_heads: of the layer. costs: [units] float64, of leaving a unit out in all heads, dearest first.
-    tokens: over which tables are counted, as many as layers store on average. held: stored by this layer, of 32,768.
+    tokens: over which tables are counted, as many as layers store on average. counted_tokens: stored by this layer, of 32,768.
     """
 
     scheme: Scheme
     kv_heads: int
     costs: Tensor
     tokens: float = REFERENCE_TOKENS
-    held: int = REFERENCE_TOKENS
+    counted_tokens: int = REFERENCE_TOKENS
 
     @property
     def elements(self) -> int:
@@ -77,10 +77,10 @@ class RateOption:
             self.scheme.outliers.fraction > 0
         )
 
-    def held_bits(self, rates: Tensor, bits: float) -> float:
+    def stored_bits(self, rates: Tensor, bits: float) -> float:
         """What is stored at 32,768 tokens with these rates, which take `bits` of each token."""
         tables = self._table_bits(rates)
-        return (bits - tables) * self.held + tables * self.tokens
+        return (bits - tables) * self.counted_tokens + tables * self.tokens
 
     def _table_bits(self, rates: Tensor) -> float:
         forms = TrellisQuantizer.forms(self.with_counts(rates), self.kv_heads, UNIT * len(rates))
@@ -125,7 +125,7 @@ def _at_price(menus: Sequence[Sequence[RateOption]], price: float, overhead: flo
         _, scheme, used = min((_best_rates(option, price) for option in menu), key=lambda part: part[0])
         schemes.append(scheme)
         stored += used
-    return schemes, stored / sum(menu[0].elements * menu[0].held for menu in menus) + overhead
+    return schemes, stored / sum(menu[0].elements * menu[0].counted_tokens for menu in menus) + overhead
 
 
 def _best_rates(option: RateOption, price: float) -> tuple[float, Scheme, float]:
@@ -137,4 +137,4 @@ def _best_rates(option: RateOption, price: float) -> tuple[float, Scheme, float]
     priced[0, 0] = torch.inf
     rates = priced.argmin(1)
     cost = float(priced.gather(1, rates[:, None]).sum()) + price * fixed
-    return cost, option.with_counts(rates), option.held_bits(rates, float(bits[rates].sum()) + fixed)
+    return cost, option.with_counts(rates), option.stored_bits(rates, float(bits[rates].sum()) + fixed)

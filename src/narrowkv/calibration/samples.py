@@ -120,9 +120,9 @@ class SampleFit:
 def _hashes(elements: Tensor) -> Tensor:
     """A hash of each token of a sequence: [tokens] int64, of elements [tokens, ...] float16."""
     bits = elements.flatten(1).contiguous().view(torch.int16).long()
-    place = torch.arange(len(bits), device=bits.device, dtype=torch.int64)
+    position = torch.arange(len(bits), device=bits.device, dtype=torch.int64)
     tokens = _mixed(bits * (torch.arange(bits.shape[1], device=bits.device, dtype=torch.int64) * 2 + 1)).sum(1)
-    return _mixed(_mixed(tokens) + _mixed(_mixed(tokens).sum() + place))
+    return _mixed(_mixed(tokens) + _mixed(_mixed(tokens).sum() + position))
 
 
 def _mixed(x: Tensor) -> Tensor:

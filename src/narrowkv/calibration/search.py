@@ -6,7 +6,7 @@ from typing import Any
 
 from narrowkv.calibration.allocation import Option, allocate
 from narrowkv.calibration.layer_fits import LayerFits
-from narrowkv.calibration.rates import mean_held
+from narrowkv.calibration.rates import mean_counted_tokens
 from narrowkv.calibration.shares import allocate_budgets
 from narrowkv.codec import AnyQuantizer
 from narrowkv.codec.scheme_parts import BLOCK
@@ -84,8 +84,8 @@ def _choose(recipe: Recipe, layers: Mapping[int, LayerFits]) -> tuple[Recipe, di
 def _bits(options: Sequence[Option], layers: Sequence[LayerFits], overhead: float) -> float:
     """What some tensors of each layer take for each element that they store at 32,768 tokens, tables as if alike in all."""
     every = [fits for fits in layers for _ in range(len(options) // len(layers))]
-    stored = sum(option.bits * fits.held for option, fits in zip(options, every, strict=True))
-    return stored / sum(fits.elements * fits.held for fits in every) + overhead
+    stored = sum(option.bits * fits.counted_tokens for option, fits in zip(options, every, strict=True))
+    return stored / sum(fits.elements * fits.counted_tokens for fits in every) + overhead
 
 
 def _stream_bytes(pair: LayerSchemes, shape: tuple[int, int]) -> int:
@@ -97,7 +97,7 @@ def _stream_bytes(pair: LayerSchemes, shape: tuple[int, int]) -> int:
 def _options(recipe: Recipe, layers: Mapping[int, LayerFits], elements: int, overhead: float) -> list[Option]:
     """One of the schemes for the keys, then for the values, of each layer."""
     assert recipe.search_space
-    menus, tokens = [], mean_held(_stored_elements(layers))
+    menus, tokens = [], mean_counted_tokens(_stored_elements(layers))
     for fits in layers.values():
         for schemes, keys in ((recipe.search_space.keys, True), (recipe.search_space.values, False)):
             menus.append(fits.menu(schemes, keys, recipe.sinks, tokens))
@@ -106,13 +106,13 @@ def _options(recipe: Recipe, layers: Mapping[int, LayerFits], elements: int, ove
 
 
 def _stored_elements(layers: Mapping[int, LayerFits]) -> list[tuple[int, int]]:
-    return [(fits.held, fits.elements) for fits in layers.values()]
+    return [(fits.counted_tokens, fits.elements) for fits in layers.values()]
 
 
 def _options_by_rate(recipe: Recipe, layers: Mapping[int, LayerFits], elements: int, overhead: float) -> list[Option]:
     """The same where rates are to be allocated."""
     assert recipe.search_space
-    sides, menus, tokens = [], [], mean_held(_stored_elements(layers))
+    sides, menus, tokens = [], [], mean_counted_tokens(_stored_elements(layers))
     for fits in layers.values():
         for schemes, keys in ((recipe.search_space.keys, True), (recipe.search_space.values, False)):
             menus.append(fits.rate_menu(schemes, keys, recipe.sinks, tokens))

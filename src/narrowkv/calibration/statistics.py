@@ -12,8 +12,8 @@ TILE_NUMBERS = 2**18  # elements counted at a time, so that intermediate results
 
 def quantile(x: Tensor, fraction: float) -> Tensor:
     """[1]: the smallest number that at least `fraction` of x [n] do not exceed."""
-    place = min(int(fraction * len(x)), len(x) - 1)
-    return x.kthvalue(place + 1).values[None]
+    rank = min(int(fraction * len(x)), len(x) - 1)
+    return x.kthvalue(rank + 1).values[None]
 
 
 def metric_axes(covariance: Tensor, fisher: Tensor) -> Tensor:
@@ -78,9 +78,9 @@ class Quantiles:
         assert self.counts is not None
         offset = torch.arange(stop - start, device=x.device, dtype=torch.int64) * QUANTILE_BINS - self.first[start:stop]
         precise = torch.float64 if offset.abs().max() > 2**22 else torch.float32  # in which all of this is integers
-        places = x.to(precise, copy=True).mul_(torch.exp2(-self.exponent[start:stop].to(precise)))
-        places = places.floor_().add_(offset).to(torch.int64)
-        _count_into(self.counts[start:stop].view(-1), places.view(-1))
+        bins = x.to(precise, copy=True).mul_(torch.exp2(-self.exponent[start:stop].to(precise)))
+        bins = bins.floor_().add_(offset).to(torch.int64)
+        _count_into(self.counts[start:stop].view(-1), bins.view(-1))
 
     def quantile(self, fraction: float, pooled: bool = False) -> Tensor:
         """The outer edge of the bin in which the quantile `fraction` of each channel lies: [channels] float32.
@@ -97,8 +97,8 @@ class Quantiles:
             outer, order = outer.flatten().sort()
             outer, counts = outer[None], counts.flatten()[order][None]
         total = counts.cumsum(1)
-        place = torch.searchsorted(total, fraction * total[:, -1:]).clamp(max=total.shape[1] - 1)
-        return outer.gather(1, place).squeeze(1)
+        bin_index = torch.searchsorted(total, fraction * total[:, -1:]).clamp(max=total.shape[1] - 1)
+        return outer.gather(1, bin_index).squeeze(1)
 
 
 def _grid(smallest: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,12 +42,12 @@ def main(version: bool = typer.Option(False, "--version", callback=_print_versio
     """Quantize a language model's key/value cache to 2, 3 or 4 bits instead of 16."""
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **shown: Any) -> None:
+def _show_warning(message: Warning | str, category: type[Warning], *location: Any, **shown: Any) -> None:
     """Print warnings of ours as one sentence without the source line, and others as usual."""
     if issubclass(category, NarrowKVWarning):
         err.print(f"[bold yellow]Warning:[/bold yellow] {escape(str(message))}", highlight=False, soft_wrap=True)
     else:
-        _SHOW(message, category, *place, **shown)
+        _SHOW(message, category, *location, **shown)
 
 
 def run(arguments: Sequence[str] | None = None) -> None:

@@ -121,8 +121,8 @@ def _follow_back(state: Tensor, predecessors: list[Tensor], rates: list[int]) ->
         state = best.gather(-1, (state >> rate).long()[..., None])[..., 0]
     if not bits:
         return torch.empty(*state.shape, 0, dtype=torch.uint8, device=state.device)
-    places = torch.arange(7, -1, -1, dtype=torch.int32, device=state.device)
-    return (torch.stack(bits[::-1], dim=-1).unflatten(-1, (-1, 8)) << places).sum(-1).to(torch.uint8)
+    shifts = torch.arange(7, -1, -1, dtype=torch.int32, device=state.device)
+    return (torch.stack(bits[::-1], dim=-1).unflatten(-1, (-1, 8)) << shifts).sum(-1).to(torch.uint8)
 
 
 def states(codes: Tensor, counts: Sequence[int]) -> Tensor:

@@ -174,7 +174,7 @@ class _Ablation:
         """Steps without a row, and their ablations, by the text and number of sequences that they learn from."""
         found: dict[tuple[str, int], list[tuple[str, AblationStep]]] = {}
         for name, ablation_step in ablation_steps:
-            row = self.results.find(ablation=name, label=ablation_step.label, **ablation_step.place)
+            row = self.results.find(ablation=name, label=ablation_step.label, **ablation_step.parameters)
             if row is None:
                 found.setdefault((ablation_step.text, self._count(ablation_step)), []).append((name, ablation_step))
             elif self._tables(ablation_step) not in (None, row["tables"]):
@@ -212,7 +212,9 @@ class _Ablation:
         else:
             metrics = {field.name: known[field.name] for field in fields(Quality)}
             on_step(steps, steps)
-        self.results.add({"ablation": ablation, "label": ablation_step.label, **ablation_step.place, **made_from, **metrics})
+        self.results.add(
+            {"ablation": ablation, "label": ablation_step.label, **ablation_step.parameters, **made_from, **metrics}
+        )
 
     def _add_layers(self, steps: Progress) -> None:
         """What the keys and the values of each layer cost alone, at the narrowest width, in one row."""

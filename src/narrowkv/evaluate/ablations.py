@@ -21,14 +21,14 @@ OWN_TEXT = "calibration text"
 
 @dataclass(frozen=True)
 class AblationStep:
-    """One recipe of an ablation. label: its name. place: keys by which table and plot arrange it, plain data.
+    """One recipe of an ablation. label: its name. parameters: by which table and plot arrange it, plain data.
 
     text, sequences: from which it learns, if it learns; None: as many as there are.
     """
 
     label: str
     recipe: Recipe
-    place: dict[str, Any]
+    parameters: dict[str, Any]
     text: str = OWN_TEXT
     sequences: int | None = None
 
@@ -80,11 +80,11 @@ def grid(bits: Sequence[int], info: ModelInfo) -> list[AblationStep]:
             for rotated in (False, True) if rotates(info) else (True,):
                 keys = scheme.with_settings(pre_rope=not rotated)
                 column = "keys after RoPE" if rotated else "keys before RoPE"
-                place = {"bits": width, "side": column if rotates(info) else "keys", "range": label}
-                ablation_steps.append(AblationStep(f"{column}, {label}", _recipe(keys, EXACT), place))
-            place = {"bits": width, "side": "values", "range": label}
+                parameters = {"bits": width, "side": column if rotates(info) else "keys", "range": label}
+                ablation_steps.append(AblationStep(f"{column}, {label}", _recipe(keys, EXACT), parameters))
+            parameters = {"bits": width, "side": "values", "range": label}
             ablation_steps.append(
-                AblationStep(f"values, {label}", _recipe(EXACT.with_settings(pre_rope=False), scheme), place)
+                AblationStep(f"values, {label}", _recipe(EXACT.with_settings(pre_rope=False), scheme), parameters)
             )
     return ablation_steps
 
@@ -135,8 +135,8 @@ def texts(bits: Sequence[int], info: ModelInfo, sequences: Mapping[str, int]) ->
         counts = [2**i for i in range(most.bit_length())] if text == OWN_TEXT else [most]
         for count in sorted({*counts, most}):
             for width in bits:
-                place = {"bits": width, "text": text, "sequences": count}
-                ablation_steps.append(AblationStep(f"{count} of {text}", kvquant(width, info), place, text, count))
+                parameters = {"bits": width, "text": text, "sequences": count}
+                ablation_steps.append(AblationStep(f"{count} of {text}", kvquant(width, info), parameters, text, count))
     return ablation_steps
 
 

@@ -108,18 +108,18 @@ def inspect(
     thresholds: list[dict[str, float]] = []
     step = counted(on_step, 2 * len(batches))
 
-    def first_pass(place: int, *elements: Any) -> None:
+    def first_pass(layer: int, *elements: Any) -> None:
         for name, x in zip(TENSORS, elements, strict=False):
-            if name in seen[place]:
-                seen[place][name].observe_range(x)
-        if info.attention[place] is layer_info:
+            if name in seen[layer]:
+                seen[layer][name].observe_range(x)
+        if info.attention[layer] is layer_info:
             fits.observe_range(*elements)
 
-    def second_pass(place: int, *elements: Any) -> None:
+    def second_pass(layer: int, *elements: Any) -> None:
         for name, x in zip(TENSORS, elements, strict=False):
-            if name in seen[place]:
-                seen[place][name].observe_gradient(x, thresholds[place][name])
-        if info.attention[place] is layer_info:
+            if name in seen[layer]:
+                seen[layer][name].observe_gradient(x, thresholds[layer][name])
+        if info.attention[layer] is layer_info:
             fits.observe_codebook(*elements)
 
     observe_layers(model, info, batches, first_pass, dense=backend == DENSE, on_batch=step)
@@ -202,7 +202,7 @@ def _distribution_row(layer_info: AttentionLayerInfo, fits: LayerFits, recipe: R
 def _means(x: Tensor, parts: int) -> Tensor:
     """x [..., n] with its last dimension cut into at most this many parts, almost equal, and the mean of each."""
     chunks = x.tensor_split(min(parts, x.shape[-1]), dim=-1)
-    return torch.stack([piece.mean(-1) for piece in chunks], -1)
+    return torch.stack([chunk.mean(-1) for chunk in chunks], -1)
 
 
 def _in_fullest(counts: Tensor) -> float:

@@ -106,43 +106,43 @@ def measure(
             raise ActivationError("The model computes NaN or infinity on this text; check its weights and dtype.")
         loss_fp += _loss(baseline, row)
         step()
-        for source, held in zip(sources, sums, strict=True):
+        for source, total in zip(sources, sums, strict=True):
             cache = PackedCache(model, source, strict=True, backend=backend)
             logits = model(ids, **{CACHE: cache}, use_cache=True).logits[0, :-1]
-            held.strict += _loss(logits, row)
-            held.divergences.append(divergences(baseline, logits))
-            held.agreed += int((baseline.argmax(-1) == logits.argmax(-1)).sum())
-            held.nbytes, held.elements = cache.nbytes, cache.elements
+            total.strict += _loss(logits, row)
+            total.divergences.append(divergences(baseline, logits))
+            total.agreed += int((baseline.argmax(-1) == logits.argmax(-1)).sum())
+            total.nbytes, total.elements = cache.nbytes, cache.elements
             if stream_chunk is not None:
                 streamed = _streamed(model, PackedCache(model, source, backend=backend), ids, stream_chunk)
-                held.stream += _loss(streamed[0, :-1], row)
+                total.stream += _loss(streamed[0, :-1], row)
             step()
     for batch in recall:
         recall_fp.append(recalled(model, None, batch, backend))
         step()
-        for source, held in zip(sources, sums, strict=True):
-            held.right.append(recalled(model, source, batch, backend))
+        for source, total in zip(sources, sums, strict=True):
+            total.right.append(recalled(model, source, batch, backend))
             step()
     scored = windows.shape[0] * (windows.shape[1] - 1)
     return [
         Quality(
             recipe=(source.recipe if isinstance(source, Calibration) else source).name,
-            bits_per_element=8 * held.nbytes / held.elements,
-            nbytes=held.nbytes,
-            nbytes_fp16=2 * held.elements,
-            perplexity_strict=math.exp(held.strict / scored),
-            perplexity_stream=math.nan if stream_chunk is None else math.exp(held.stream / scored),
+            bits_per_element=8 * total.nbytes / total.elements,
+            nbytes=total.nbytes,
+            nbytes_fp16=2 * total.elements,
+            perplexity_strict=math.exp(total.strict / scored),
+            perplexity_stream=math.nan if stream_chunk is None else math.exp(total.stream / scored),
             perplexity_fp=math.exp(loss_fp / scored),
-            kld_strict=torch.cat(held.divergences).double().mean().item(),
-            kld_strict_p99=torch.cat(held.divergences).quantile(0.99).item(),
-            top1=held.agreed / scored,
-            recall=sum(held.right) / len(held.right) if held.right else None,
+            kld_strict=torch.cat(total.divergences).double().mean().item(),
+            kld_strict_p99=torch.cat(total.divergences).quantile(0.99).item(),
+            top1=total.agreed / scored,
+            recall=sum(total.right) / len(total.right) if total.right else None,
             recall_fp=sum(recall_fp) / len(recall_fp) if recall_fp else None,
             tokens=scored,
             window=windows.shape[1],
             stream_chunk=stream_chunk,
         )
-        for source, held in zip(sources, sums, strict=True)
+        for source, total in zip(sources, sums, strict=True)
     ]
 
 

@@ -85,10 +85,10 @@ class ResultFile:
             "environment": environment(),
         }
         if path.exists():
-            held = read_result(path, kind)
-            if (held["settings"], held["seed"]) != (settings, seed):
+            found = read_result(path, kind)
+            if (found["settings"], found["seed"]) != (settings, seed):
                 raise OutputError(f"{path} has results of other settings; name another file, or remove this one.")
-            self.rows = held["rows"]
+            self.rows = found["rows"]
 
     def find(self, **keys: Any) -> dict[str, Any] | None:
         """The row that has these entries, if it was measured already."""
@@ -115,14 +115,14 @@ class ResultFile:
 
 def read_result(path: Path, kind: str | None = None) -> dict[str, Any]:
     """What a ResultFile has written; raises FileFormatError for anything else, or another kind than requested."""
-    held = read_json(path)
+    found = read_json(path)
     fields = {"kind": str, "command": str, "seed": int, "date": str, "settings": dict, "environment": dict, "rows": list}
-    fits = held.get("format") == FORMAT and held.get("format_version") == FORMAT_VERSION
-    if not fits or any(not isinstance(held.get(name), what) for name, what in fields.items()):
+    fits = found.get("format") == FORMAT and found.get("format_version") == FORMAT_VERSION
+    if not fits or any(not isinstance(found.get(name), what) for name, what in fields.items()):
         raise FileFormatError(f"{path} is not a file of results of this version; measure again.")
-    if kind not in (None, held["kind"]):
-        raise FileFormatError(f"{path} has results of {held['kind']}, not of {kind}; name another file.")
-    return held
+    if kind not in (None, found["kind"]):
+        raise FileFormatError(f"{path} has results of {found['kind']}, not of {kind}; name another file.")
+    return found
 
 
 def definition(recipe: Recipe | None) -> str | None:

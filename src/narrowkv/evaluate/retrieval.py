@@ -118,7 +118,7 @@ class RecallBatch:
     answer_mask: torch.Tensor
 
 
-def fact_pieces(name: str, answer: str) -> tuple[str, str, str]:
+def fact_parts(name: str, answer: str) -> tuple[str, str, str]:
     """Return a fact's question prefix, its answer and its end, which joined make a sentence."""
     return f"The password of {name} is", f" {answer}", "."
 
@@ -144,7 +144,7 @@ def facts(tokenizer: Any, filler: Sequence[int], distance: int, count: int, seed
         queried, *distractors = ((gap + prefix, answer, end + gap) for prefix, answer, end in row)
         before = length - distance - len(queried[0]) - len(queried[1])
         free = distance - len(queried[1]) - len(queried[2]) - len(queried[0])
-        free -= sum(len(piece) for fact in distractors for piece in fact)
+        free -= sum(len(part) for fact in distractors for part in fact)
         if free < 0:
             raise ValueError(f"distance {distance} is too small: this tokenizer's facts need {distance - free}")
         text = cycle(filler, rng.randrange(len(filler)), before - len(start) + free)
@@ -225,8 +225,8 @@ def draw_facts(tokenizer: Any, rng: random.Random, count: int = FACTS_PER_ROW) -
     drawn = []
     for name, noun in zip(names, nouns, strict=True):
         words = [*rng.sample(ADJECTIVES, rng.choice((1, 2))), noun]
-        pieces = fact_pieces(name, " ".join(words))
-        drawn.append(tuple(encode(tokenizer, piece) for piece in pieces))
+        parts = fact_parts(name, " ".join(words))
+        drawn.append(tuple(encode(tokenizer, part) for part in parts))
     return drawn
 
 

@@ -81,7 +81,7 @@ def _text(where: str, row: dict[str, Any], field: str) -> str:
 
 
 def _texts(where: str, row: dict[str, Any], field: str) -> tuple[str, ...]:
-    held = row[field]
-    if not isinstance(held, list) or not held or not all(isinstance(answer, str) for answer in held):
+    answers = row[field]
+    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
         raise TextError(f"{where}: {field} is a list of at least one text.")
-    return tuple(held)
+    return tuple(answers)

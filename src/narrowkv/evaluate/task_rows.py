@@ -20,12 +20,12 @@ PAIRS_SHARE = 0.5  # of a row's tokens that pairs of names and passwords take, w
 CHAIN = 4  # variables of one value
 MOST_COUNTED = 9
 
-Piece = tuple[list[int], bool]  # token ids, and whether they are an answer
+Part = tuple[list[int], bool]  # token ids, and whether they are an answer
 Statements = list[tuple[float, list[int]]]  # at which depth of the text, from 0 to 1, which paragraphs stand
-Maker = Callable[[Any, random.Random, float | None, int], tuple[Statements, list[Piece]]]
+Maker = Callable[[Any, random.Random, float | None, int], tuple[Statements, list[Part]]]
 
 
-def passkey(tokenizer: Any, rng: random.Random, depth: float | None, length: int) -> tuple[Statements, list[Piece]]:
+def passkey(tokenizer: Any, rng: random.Random, depth: float | None, length: int) -> tuple[Statements, list[Part]]:
     """One fact at a depth among distractors anywhere, and its query."""
     (prefix, answer, end), *others = draw_facts(tokenizer, rng)
     where = rng.random() if depth is None else depth
@@ -33,7 +33,7 @@ def passkey(tokenizer: Any, rng: random.Random, depth: float | None, length: int
     return statements, [(prefix, False), (answer, True)]
 
 
-def key_value(tokenizer: Any, rng: random.Random, depth: float | None, length: int) -> tuple[Statements, list[Piece]]:
+def key_value(tokenizer: Any, rng: random.Random, depth: float | None, length: int) -> tuple[Statements, list[Part]]:
     """As many facts as take half of the row, at most 26, and one of them queried."""
     facts = draw_facts(tokenizer, rng, len(NAMES))
     free = PAIRS_SHARE * length
@@ -47,17 +47,17 @@ def key_value(tokenizer: Any, rng: random.Random, depth: float | None, length: i
     return [(rng.random(), _sentence(fact)) for fact in chosen], [(prefix, False), (answer, True)]
 
 
-def multi_needle(tokenizer: Any, rng: random.Random, depth: float | None, length: int) -> tuple[Statements, list[Piece]]:
+def multi_needle(tokenizer: Any, rng: random.Random, depth: float | None, length: int) -> tuple[Statements, list[Part]]:
     """Four facts, all of them queried, one after the other; all must be right."""
     facts = draw_facts(tokenizer, rng, NEEDLES)
     statements = [(rng.random(), _sentence(fact)) for fact in facts]
-    query: list[Piece] = []
+    query: list[Part] = []
     for prefix, answer, end in rng.sample(facts, len(facts)):
         query += [(prefix, False), (answer, True), (end + encode(tokenizer, "\n\n"), False)]
     return statements, query[:-1]
 
 
-def variables(tokenizer: Any, rng: random.Random, depth: float | None, length: int) -> tuple[Statements, list[Piece]]:
+def variables(tokenizer: Any, rng: random.Random, depth: float | None, length: int) -> tuple[Statements, list[Part]]:
     """Variables that take their value from one another; all that have one value are queried, in the order of the chain."""
     names, statements = rng.sample(NOUNS, 2 * CHAIN), []
     values = rng.sample(range(10_000, 100_000), 2)
@@ -70,7 +70,7 @@ def variables(tokenizer: Any, rng: random.Random, depth: float | None, length: i
     return statements, [(encode(tokenizer, question), False), (encode(tokenizer, " " + ", VAR ".join(names[:CHAIN])), True)]
 
 
-def counting(tokenizer: Any, rng: random.Random, depth: float | None, length: int) -> tuple[Statements, list[Piece]]:
+def counting(tokenizer: Any, rng: random.Random, depth: float | None, length: int) -> tuple[Statements, list[Part]]:
     """How often was one of two things said? From 1 to 9 times, so guessing is right in a ninth of the rows."""
     things = [f"{adjective} {noun}" for adjective, noun in zip(rng.sample(ADJECTIVES, 2), rng.sample(NOUNS, 2), strict=True)]
     counts = [rng.randint(1, MOST_COUNTED) for _ in things]
@@ -127,7 +127,7 @@ def _woven(
     filler: Sequence[int],
     start: list[int],
     length: int,
-    made: tuple[Statements, list[Piece]],
+    made: tuple[Statements, list[Part]],
     rng: random.Random,
 ) -> tuple[list[int], list[bool]]:
     """One row's token ids and which of them are answers: running text, with paragraphs where they belong, and the question."""
@@ -145,7 +145,7 @@ def _woven(
         done = stop
     ids += text[done:] + gap
     answers = [False] * len(ids)
-    for piece, is_answer in query:
-        ids += piece
-        answers += [is_answer] * len(piece)
+    for part, is_answer in query:
+        ids += part
+        answers += [is_answer] * len(part)
     return ids, answers

@@ -58,16 +58,16 @@ def training_text() -> str:
 @cache
 def mixed_text() -> str:
     """Return the documents of all kinds in turns, those of each kind spread evenly over the text."""
-    placed: list[tuple[float, str, str]] = []
+    ordered: list[tuple[float, str, str]] = []
     for path in _MIX.glob("*.txt"):
         documents = path.read_text(encoding="utf-8").strip("\n").split(_BETWEEN_DOCUMENTS)
-        placed += [((i + 0.5) / len(documents), path.name, document) for i, document in enumerate(documents)]
-    return "\n\n".join(document for _, _, document in sorted(placed))
+        ordered += [((i + 0.5) / len(documents), path.name, document) for i, document in enumerate(documents)]
+    return "\n\n".join(document for _, _, document in sorted(ordered))
 
 
 def _paragraphs(text: str) -> list[str]:
     """Split text on blank lines, dropping empty paragraphs."""
-    return [piece for piece in _BLANK_LINES.split(text.strip()) if piece.strip()]
+    return [paragraph for paragraph in _BLANK_LINES.split(text.strip()) if paragraph.strip()]
 
 
 def _key(paragraph: str) -> str:

@@ -62,9 +62,9 @@ def cut_windows(
     if limit is not None and limit < len(texts):
         raise TextError(f"{len(texts)} texts share the windows, so {limit} are too few; set at least {len(texts)}.")
     start = start_tokens(tokenizer, bos)
-    counts, places = _shares(limit, len(texts)), _shares(spread or limit, len(texts))
+    counts, positions = _shares(limit, len(texts)), _shares(spread or limit, len(texts))
     rows: list[list[int]] = []
-    for i, (part, *share) in enumerate(zip(texts, counts, places, strict=True), 1):
+    for i, (part, *share) in enumerate(zip(texts, counts, positions, strict=True), 1):
         chunks = _chunks(tokenizer, part, window - len(start), *share)
         if not chunks:
             name = "The text" if len(texts) == 1 else f"Text {i} of {len(texts)}"
@@ -96,22 +96,22 @@ def _shares(total: int | None, parts: int) -> list[int | None]:
     return [None if total is None else total // parts + (i < total % parts) for i in range(parts)]
 
 
-def _chunks(tokenizer: Any, text: str, size: int, count: int | None, places: int | None) -> list[list[int]]:
+def _chunks(tokenizer: Any, text: str, size: int, count: int | None, positions: int | None) -> list[list[int]]:
     """The first `count` chunks of `size` tokens at evenly spread positions of a text; fewer if it is too short."""
     if size < 1:
         return []
-    found = _at_lines(tokenizer, text, size, count or places, places) if places else None
+    found = _at_lines(tokenizer, text, size, count or positions, positions) if positions else None
     if found is not None:
         return found
     ids = encode(tokenizer, text)
-    places = min(places or len(ids) // size, len(ids) // size)
-    starts = [(len(ids) * (2 * i + 1) // places - size) // 2 for i in range(min(count or places, places))]
+    positions = min(positions or len(ids) // size, len(ids) // size)
+    starts = [(len(ids) * (2 * i + 1) // positions - size) // 2 for i in range(min(count or positions, positions))]
     return [ids[start : start + size] for start in starts]
 
 
-def _at_lines(tokenizer: Any, text: str, size: int, count: int | None, places: int) -> list[list[int]] | None:
+def _at_lines(tokenizer: Any, text: str, size: int, count: int | None, positions: int) -> list[list[int]] | None:
     """Chunks that begin with a line and do not overlap; None if the text has none."""
-    starts = [text.find("\n", len(text) * (2 * i + 1) // (2 * places)) + 1 for i in range(places)]
+    starts = [text.find("\n", len(text) * (2 * i + 1) // (2 * positions)) + 1 for i in range(positions)]
     chunks = []
     for start, end in zip(starts[:count], [*starts[1:], len(text)], strict=False):
         ids = _first_tokens(tokenizer, text[start:end], size) if start else []

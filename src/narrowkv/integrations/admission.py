@@ -52,19 +52,19 @@ class ThreadHold:
         return self.last not in (None, threading.current_thread()) and self.last.is_alive()
 
 
-def require_fit(tokens: Tensor, mask: Any, positions: Any, *, held: int, batch_size: int, shared: bool) -> None:
+def require_fit(tokens: Tensor, mask: Any, positions: Any, *, stored: int, batch_size: int, shared: bool) -> None:
     """Raise CacheUseError where new tokens, ids or embeddings [batch, new, ...], do not continue the cache's tokens.
 
-    mask, positions: the attention mask and the positions that come with them. held, batch_size: tokens and sequences of the
+    mask, positions: the attention mask and the positions that come with them. stored, batch_size: tokens and sequences of the
     cache; shared: whether another thread used it last.
     """
     batch, new = tokens.shape[:2]
-    reached = _reached(held + new, new, mask, positions)
-    if new == 0 and held == 0:
+    reached = _reached(stored + new, new, mask, positions)
+    if new == 0 and stored == 0:
         raise CacheUseError("The prompt is empty; pass at least one token.")
-    if new == 0 or reached < held + new:
-        raise CacheUseError(_does_not_go_on(held, reached if reached < held + new else None, shared))
-    if held and batch != batch_size:
+    if new == 0 or reached < stored + new:
+        raise CacheUseError(_does_not_go_on(stored, reached if reached < stored + new else None, shared))
+    if stored and batch != batch_size:
         raise CacheUseError(
             f"This cache has batch {batch_size}, but got batch {batch}; call cache.reset() or make a new cache."
         )
@@ -83,13 +83,15 @@ def _reached(whole: int, new: int, mask: Any, positions: Any) -> int:
     return whole
 
 
-def _does_not_go_on(held: int, given: int | None, shared: bool) -> str:
-    if held == 0:
+def _does_not_go_on(stored: int, given: int | None, shared: bool) -> str:
+    if stored == 0:
         return f"The attention mask covers {given} tokens, and the prompt has more; pass one that covers them all."
     who = "This cache is in use by another thread, or was: it" if shared else "This cache"
     prompt = "none beyond them" if given is None else given
     remedy = "give each thread a cache of its own, " if shared else ""
-    return f"{who} has {held} tokens and the prompt has {prompt}: {remedy}pass the whole conversation, or call cache.reset()."
+    return (
+        f"{who} has {stored} tokens and the prompt has {prompt}: {remedy}pass the whole conversation, or call cache.reset()."
+    )
 
 
 def wants_gradients(decoder: nn.Module, tokens: Tensor | None) -> bool:

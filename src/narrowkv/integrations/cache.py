@@ -24,7 +24,7 @@ from narrowkv.defaults import DENSE
 from narrowkv.errors import CacheUseError, FileFormatError, RecipeError
 from narrowkv.integrations.dense import DenseLayer
 from narrowkv.integrations.exchange import take_dynamic, to_dynamic
-from narrowkv.integrations.frequencies import frequencies, place_of
+from narrowkv.integrations.frequencies import frequencies, module_index
 from narrowkv.integrations.layer import PackedLayer
 from narrowkv.integrations.preparation import model_info_for
 from narrowkv.integrations.probe import AttentionLayerInfo, own_layers, text_config
@@ -98,7 +98,7 @@ class PackedCache(RunningCache):
         self.decoder = weakref.ref(decoder_of(model))
         self.modules = {layer_info.layer: weakref.ref(layer_info.module) for layer_info in info.attention}
         known = frequencies(decoder_of(model))
-        self.places = [place_of(layer.rope, known) for layer in self.packed]  # where in the model their frequencies are
+        self._modules = [module_index(layer.rope, known) for layer in self.packed]  # that have their frequencies
 
     def _encoded_in_torch(self) -> list[str]:
         """Which of keys and values are encoded in plain torch, in any layer."""
@@ -130,9 +130,9 @@ class PackedCache(RunningCache):
     @runs_undisturbed
     def follow(self, decoder: torch.nn.Module) -> None:
         known = frequencies(decoder)
-        for layer, place in zip(self.packed, self.places, strict=True):
-            if place is not None:
-                layer.set_frequencies(known[place][0].to(self.device))
+        for layer, index in zip(self.packed, self._modules, strict=True):
+            if index is not None:
+                layer.set_frequencies(known[index][0].to(self.device))
 
     def save(self, path: str | Path, token_ids: Tensor | None = None) -> None:
         """Write the packed cache to one file.

@@ -180,8 +180,8 @@ def _two_passes(
     """Show what each layer stores to its fits: first for the ranges, then, with gradients, for the codebooks."""
     report = counted(on_batch, 2 * len(data))
     passes = (
-        (lambda place, *elements: fits[place].observe_range(*elements), False, LayerFits.merge_ranges),
-        (lambda place, *elements: fits[place].observe_codebook(*elements), True, LayerFits.merge_codebooks),
+        (lambda layer, *elements: fits[layer].observe_range(*elements), False, LayerFits.merge_ranges),
+        (lambda layer, *elements: fits[layer].observe_codebook(*elements), True, LayerFits.merge_codebooks),
     )
     for observer, gradients, merge in passes:
         drawn = gradients and any(layer.needs_drawn for layer in fits)
@@ -208,7 +208,7 @@ def calibrate(
 def _warn_where_few_dominate(fits: Mapping[int, LayerFits]) -> None:
     """Warn if a hundredth of the tokens has more than half of the Fisher information of many tensors, or nearly all."""
     shares = {(layer, side): share for layer, fit in fits.items() for side, share in fit.dominated().items()}
-    dominated = {place: share for place, share in shares.items() if share > MOST_OF_FEW}
+    dominated = {layer: share for layer, share in shares.items() if share > MOST_OF_FEW}
     if dominated and (len(dominated) > len(shares) / 4 or max(dominated.values()) > ALL_OF_FEW):
         (layer, side), share = max(dominated.items(), key=lambda item: item[1])
         warnings.warn(

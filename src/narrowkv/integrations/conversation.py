@@ -31,7 +31,7 @@ class Conversation:
         self._first = [] if system is None else [{"role": "system", "content": system}]
         self.messages = list(self._first)
         self.read_anew = False
-        self._held: list[int] = []  # tokens in the cache
+        self._token_ids: list[int] = []  # tokens in the cache
 
     def reset(self) -> None:
         """Clear the conversation, but not the system prompt."""
@@ -80,7 +80,7 @@ class Conversation:
             self._forget()  # the contents are unknown
             raise
         said = found[0].tolist()
-        self._held = said[: self.cache.get_seq_length()]
+        self._token_ids = said[: self.cache.get_seq_length()]
         answer = str(self.tokenizer.decode(said[len(ids) :], skip_special_tokens=True))
         if not self.templated:
             answer = answer.partition(USER)[0].strip()
@@ -105,7 +105,7 @@ class Conversation:
 
     def _return_to(self, ids: list[int]) -> None:
         """Crop the cache to a prefix of these tokens, without the last one, which is to be read."""
-        pairs = zip(self._held, ids[:-1], strict=False)
+        pairs = zip(self._token_ids, ids[:-1], strict=False)
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         self.read_anew = False
         too_many = self.cache.get_seq_length() - common
@@ -113,14 +113,14 @@ class Conversation:
             return
         try:
             self.cache.crop(-too_many)
-            self._held = self._held[:common]
+            self._token_ids = self._token_ids[:common]
         except CacheUseError:
             self.read_anew = True
             self._forget()
 
     def _forget(self) -> None:
         self.cache.reset()
-        self._held = []
+        self._token_ids = []
 
 
 class _Streamer(TextStreamer):

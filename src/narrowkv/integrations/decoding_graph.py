@@ -136,8 +136,8 @@ class DecodingGraph:
             try:
                 self._prepare(token_ids, positions)
                 assert self._inputs is not None and self._replay is not None and self._logits is not None
-                for held, given in zip(self._inputs, (token_ids, positions), strict=True):
-                    held.copy_(given)
+                for buffer, given in zip(self._inputs, (token_ids, positions), strict=True):
+                    buffer.copy_(given)
                 self._replay()
             except BaseException:
                 self._count(-1)
@@ -209,12 +209,12 @@ class DecodingGraph:
         counts = cuda.lengths(
             store, blocks, past, store.length, 1, store.first - position_buffer.first if position_buffer else 0
         )
-        places = (
+        offsets = (
             store.tail.tokens if store.tail else 0,
             store.residual.tokens,
             position_buffer.length - position_buffer.first if position_buffer else 0,
         )
-        return [*counts, *(place - 1 for place in places), 0], blocks
+        return [*counts, *(offset - 1 for offset in offsets), 0], blocks
 
     def _capture(self, token_ids: Tensor, positions: Tensor) -> None:
         self._inputs = inputs = (token_ids.clone(), positions.clone())

@@ -31,7 +31,7 @@ def take_dynamic(cache: RunningCache, given: Any, mask: Tensor | None, positions
     mask: [batch, tokens], 1 for tokens and 0 for padding, None where there is none. positions: [1 or batch, tokens]; by
     default those that `generate` counts by the mask. Raises CacheUseError where these do not go together.
     """
-    batch, tokens = _require_held(cache, given)
+    batch, tokens = _require_stored(cache, given)
     if tokens == 0:
         return
     valid = None if mask is None else _checked(mask, "An attention mask", [(batch, tokens)]).bool().to(cache.device)
@@ -90,8 +90,8 @@ def _fill(layer: PackedLayer, given: Any, valid: Tensor | None, positions: Tenso
     keys, values = given.keys.detach().to(device), given.values.detach().to(device)
     missing = positions.shape[1] - keys.shape[2]
     if layer.rotates_on_read and isinstance(layer.rope, Rope):
-        pieces = zip(keys.split(TOGETHER, 2), positions[:, missing:].split(TOGETHER, 1), strict=True)
-        keys = torch.cat([layer.rope.unrotate(*piece).to(keys.dtype) for piece in pieces], 2)
+        chunks = zip(keys.split(TOGETHER, 2), positions[:, missing:].split(TOGETHER, 1), strict=True)
+        keys = torch.cat([layer.rope.unrotate(*chunk).to(keys.dtype) for chunk in chunks], 2)
     if missing:
         begin_late(layer.store, keys, values, missing, valid)
     else:
@@ -99,7 +99,7 @@ def _fill(layer: PackedLayer, given: Any, valid: Tensor | None, positions: Tenso
     layer.evict()
 
 
-def _require_held(cache: RunningCache, given: Any) -> tuple[int, int]:
+def _require_stored(cache: RunningCache, given: Any) -> tuple[int, int]:
     """Number of sequences and tokens; raises CacheUseError where this is no DynamicCache of the cache's model."""
     if not isinstance(given, DynamicCache):
         raise CacheUseError(
@@ -133,8 +133,8 @@ def _size(i: int, given: Any, layer: PackedLayer, shape: tuple[int, int]) -> tup
     keys, values = given.keys, given.values
     heads, dim = shape
     if keys is None or keys.shape != values.shape or keys.dim() != 4 or (keys.shape[1], keys.shape[3]) != shape:
-        held = "nothing" if keys is None else f"keys {list(keys.shape)}"
-        raise CacheUseError(f"Layer {i} of this DynamicCache has {held}, the model has {heads} KV heads of {dim}; {OWN}")
+        stored = "nothing" if keys is None else f"keys {list(keys.shape)}"
+        raise CacheUseError(f"Layer {i} of this DynamicCache has {stored}, the model has {heads} KV heads of {dim}; {OWN}")
     tokens = given.get_seq_length()
     if keys.shape[2] < min(tokens, (layer.sliding_window or tokens + 1) - 1):
         raise CacheUseError(f"Layer {i} of this DynamicCache has evicted tokens that the model's layer sees; {OWN}")

@@ -58,7 +58,9 @@ def explain(cache: PackedCache) -> Explanation:
     require_packed(cache)
     layers = {}
     for index, layer in zip(cache.modules, cache.packed, strict=True):
-        parts = {name: sum(tensor.untyped_storage().nbytes() for tensor in held) for name, held in layer.store.parts().items()}
+        parts = {
+            name: sum(tensor.untyped_storage().nbytes() for tensor in tensors) for name, tensors in layer.store.parts().items()
+        }
         tables = [table for quantizer in layer.store.quantizers for table in quantizer.tensors().values()]
         layers[index] = parts | {"tables": sum(table.untyped_storage().nbytes() for table in tables)}
     positions = sum(

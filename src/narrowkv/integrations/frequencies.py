@@ -33,7 +33,7 @@ def by_position(model: PreTrainedModel, positions: Tensor | None, stored: Stored
     return None
 
 
-def place_of(rope: AnyRope | None, found: list[tuple[Tensor, float, str]]) -> int | None:
+def module_index(rope: AnyRope | None, found: list[tuple[Tensor, float, str]]) -> int | None:
     """Which of the frequencies that were found in a model are those of an embedding; None where it has none of its own."""
     if not isinstance(rope, Rope):
         return None

@@ -23,11 +23,11 @@ def load_gguf(path: Path, dtype: torch.dtype, say: Callable[[str], None]) -> tup
     needs more memory than there is.
     """
     _require_packages()
-    architecture, place = _check(path, dtype, say), _place(path)
+    architecture, location = _check(path, dtype, say), _location(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**place)
+        tokenizer = AutoTokenizer.from_pretrained(**location)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            **place, dtype=dtype, output_loading_info=True, quantization_config=_decoded()
+            **location, dtype=dtype, output_loading_info=True, quantization_config=_decoded()
         )
     except Exception as error:  # readers of foreign files raise errors of all kinds
         raise UnsupportedModelError(
@@ -44,10 +44,10 @@ def load_gguf(path: Path, dtype: torch.dtype, say: Callable[[str], None]) -> tup
 def gguf_config(path: Path) -> Any:
     """The configuration of the model in a GGUF file; no weight is read; raises what transformers raises."""
     _require_packages()
-    return AutoConfig.from_pretrained(**_place(path))
+    return AutoConfig.from_pretrained(**_location(path))
 
 
-def _place(path: Path) -> dict[str, Any]:
+def _location(path: Path) -> dict[str, Any]:
     # by its whole path, for transformers prefers a file of that name in the working folder
     return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": str(path.resolve())}
 

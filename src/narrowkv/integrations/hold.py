@@ -111,8 +111,8 @@ def plain_name(config: Any) -> str:
 
 def hold_of(module: nn.Module) -> Hold | None:
     """The hold that a module knows."""
-    held: Hold | None = vars(module).get("narrowkv_hold")
-    return held
+    hold: Hold | None = vars(module).get("narrowkv_hold")
+    return hold
 
 
 @contextlib.contextmanager

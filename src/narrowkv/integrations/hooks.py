@@ -4,7 +4,7 @@ No module is replaced. A hook hands each attention module an identity rotary emb
 so the cache is given keys as they are before it; the true cosines, sines and positions are passed alongside them in a
 `LayerInputs`. The cache's `update` returns a `Handle` in place of tensors, and an attention function of ours, which the
 model's configuration names for as long (hold.py), lets the handle attend. Without one of our caches a prepared model runs the
-code that it always ran. preparation.py puts it all in place.
+code that it always ran. preparation.py installs it all.
 """
 
 import contextlib

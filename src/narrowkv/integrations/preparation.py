@@ -150,8 +150,8 @@ def _find(model: PreTrainedModel) -> ModelInfo:
     layout = Layout.of(model)
     readers = [module for module in layout.modules if id(module) in witnessed - own]
     layers = own_layers(text_config(model))
-    places = [int(module.layer_idx) for module in readers]  # type: ignore[arg-type]
-    if not all(place >= len(layers) or keeps_nothing(layers[place]) for place in places):
+    indices = [int(module.layer_idx) for module in readers]  # type: ignore[arg-type]
+    if not all(index >= len(layers) or keeps_nothing(layers[index]) for index in indices):
         raise UnsupportedModelError(
             "Some attention modules of this model bypass the cache in an unknown way; use DynamicCache."
         )

@@ -1,7 +1,7 @@
 """The probe: run a model on a few tokens to find its attention modules and how each of them rotates its keys.
 
 Nothing is known of a family beforehand. Every attention module is run twice on the same input, once with the model's own
-rotary embedding and once with the identity in its place; from the two results the rotation is recognized, or the model is
+rotary embedding and once with the identity instead; from the two results the rotation is recognized, or the model is
 refused with the reason.
 """
 

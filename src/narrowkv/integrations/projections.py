@@ -87,7 +87,7 @@ def _vectors_of(x: Tensor, module: nn.Module) -> tuple[int, int]:
 
 
 def _bias(whole: Tensor, half: Tensor, nothing: Tensor) -> Tensor | None:
-    """What is added to all tokens alike; None where it is nothing, or where elements are no multiple of the input beside it.
+    """What is added to all tokens alike; None where it is nothing, or where elements are no multiple of the input next to it.
 
     Of the whole input, of half of it and of zeros: [1, kv_heads, tokens, head_dim] each.
     """

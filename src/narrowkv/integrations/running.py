@@ -50,7 +50,7 @@ class RunningCache(NarrowCache):
     def settle(self) -> None:
         """Let no run be under way, nor any have failed."""
         self.hold = ThreadHold()
-        self.before = 0  # tokens held when the model began to run
+        self.before = 0  # tokens stored when the model began to run
         self.running = False  # while the model runs
         self.broken = False  # after a run that has failed half-way
         self.owes_gradients = False  # whether stored elements should have passed gradients on
@@ -63,7 +63,7 @@ class RunningCache(NarrowCache):
 
     @property
     def batch_size(self) -> int:
-        """Sequences held, -1 before the first token."""
+        """Sequences stored, -1 before the first token."""
         shape = self.packed[0].store.shape
         return shape[0] if shape else -1
 
@@ -123,8 +123,8 @@ class RunningCache(NarrowCache):
         wanted = wants_gradients(decoder, tokens)
         self._require_right_gradients(wanted)
         if tokens is not None:
-            held, shared = self.length, self.hold.shared
-            require_fit(tokens, mask, positions, held=held, batch_size=self.batch_size, shared=shared)
+            stored, shared = self.length, self.hold.shared
+            require_fit(tokens, mask, positions, stored=stored, batch_size=self.batch_size, shared=shared)
         if self.length == 0:
             self.owes_gradients = wanted
         self.readback.receive()

@@ -20,5 +20,5 @@ class Loss:
 
 def measured_losses() -> dict[str, dict[str, Loss]]:
     """By recipe and by model."""
-    held = json.loads(files(__package__).joinpath("measured.json").read_text(encoding="utf-8"))
-    return {recipe: {model: Loss(*figures) for model, figures in by_model.items()} for recipe, by_model in held.items()}
+    losses = json.loads(files(__package__).joinpath("measured.json").read_text(encoding="utf-8"))
+    return {recipe: {model: Loss(*figures) for model, figures in by_model.items()} for recipe, by_model in losses.items()}

@@ -39,7 +39,7 @@ class LayerShape:
 
 
 @dataclass(frozen=True)
-class Held:
+class AllocatedBytes:
     """Bytes after a prompt was read, and once decoding goes on from there, for about a sixteenth more tokens."""
 
     prompt: int
@@ -50,11 +50,11 @@ class Held:
         """What must find capacity: a sliding window stores more while a prompt is read than later."""
         return max(self.prompt, self.decoding)
 
-    def __add__(self, other: "Held") -> "Held":
-        return Held(self.prompt + other.prompt, self.decoding + other.decoding)
+    def __add__(self, other: "AllocatedBytes") -> "AllocatedBytes":
+        return AllocatedBytes(self.prompt + other.prompt, self.decoding + other.decoding)
 
-    def __mul__(self, times: int) -> "Held":
-        return Held(self.prompt * times, self.decoding * times)
+    def __mul__(self, times: int) -> "AllocatedBytes":
+        return AllocatedBytes(self.prompt * times, self.decoding * times)
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
@@ -184,7 +184,7 @@ class LayerBytes:
         """Bytes of what is learned or fixed for the layer."""
         return nbytes(table for quantizer in self.quantizers for table in quantizer.tensors().values())
 
-    def held(self, tokens: int) -> Held:
+    def allocated(self, tokens: int) -> AllocatedBytes:
         """What is allocated behind a prompt of this many tokens."""
         if self.shape.sliding_window is not None:
             return self._stored(self._steady(tokens))[0]
@@ -193,9 +193,9 @@ class LayerBytes:
         short, columns, first, pages = self._settled(tokens % BLOCK)
         more = (tokens - self.settled) // BLOCK
         page = Page.to_grow(self.quantizers, columns + more, self.shape.batch, *first)
-        return short + Held(more * self._block, more * self._block - pages + nbytes(page.tensors()))
+        return short + AllocatedBytes(more * self._block, more * self._block - pages + nbytes(page.tensors()))
 
-    def records(self, tokens: int, record: Tensor) -> Held:
+    def records(self, tokens: int, record: Tensor) -> AllocatedBytes:
         """Bytes of what is stored of each token to rotate its keys: such as `record` [batch, 1, ...]."""
         if self.shape.sliding_window is not None:
             return self._stored(self._steady(tokens), record)[1]
@@ -204,16 +204,16 @@ class LayerBytes:
         prompt = nbytes(position_buffer.tensors())
         for _ in range(DECODED):
             position_buffer.append(record)
-        return Held(prompt, nbytes(position_buffer.tensors()))
+        return AllocatedBytes(prompt, nbytes(position_buffer.tensors()))
 
-    def _stored(self, tokens: int, record: Tensor | None = None) -> tuple[Held, Held]:
+    def _stored(self, tokens: int, record: Tensor | None = None) -> tuple[AllocatedBytes, AllocatedBytes]:
         """Bytes of a store that has really taken this many tokens, and of its position buffer."""
         filling = _Filling(self, record)
         counts = []
         for go_on in (lambda: filling.read(tokens), filling.decode):
             go_on()
             counts += [nbytes(filling.store.tensors()), nbytes(filling.position_buffer.tensors())]
-        return Held(counts[0], counts[2]), Held(counts[1], counts[3])
+        return AllocatedBytes(counts[0], counts[2]), AllocatedBytes(counts[1], counts[3])
 
     def _steady(self, tokens: int) -> int:
         """The shortest prompt that leaves a sliding window as one of this many tokens does."""
@@ -231,7 +231,7 @@ class LayerBytes:
         return counts[1] - counts[0]
 
     @functools.lru_cache(maxsize=BLOCK)  # noqa: B019
-    def _settled(self, rest: int) -> tuple[Held, int, tuple[QuantizedTensor, QuantizedTensor], int]:
+    def _settled(self, rest: int) -> tuple[AllocatedBytes, int, tuple[QuantizedTensor, QuantizedTensor], int]:
         """A short prompt: bytes, blocks, the first of those that decoding seals, and bytes of the pages that these lie in."""
         filling = _Filling(self, None)
         store = filling.store
@@ -242,7 +242,12 @@ class LayerBytes:
         pages = {id(column.page): column.page for column in later}.values()
         sides = (later[0].page.keys, later[0].page.values)
         keys, values = (_on_meta(side.take(later[0].slots)) for side in sides)
-        return Held(prompt, nbytes(store.tensors())), columns, (keys, values), sum(nbytes(page.tensors()) for page in pages)
+        return (
+            AllocatedBytes(prompt, nbytes(store.tensors())),
+            columns,
+            (keys, values),
+            sum(nbytes(page.tensors()) for page in pages),
+        )
 
 
 def _stand_in_constants(shape: LayerShape) -> Constants:

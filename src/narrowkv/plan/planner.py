@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from narrowkv.calibration.allocation import Option, allocate, stored_bits
-from narrowkv.calibration.rates import RateOption, held_tokens, mean_held
+from narrowkv.calibration.rates import RateOption, counted_tokens, mean_counted_tokens
 from narrowkv.calibration.search import overhead_bits
 from narrowkv.calibration.shares import allocate_budgets
 from narrowkv.codec import Scheme
@@ -18,7 +18,7 @@ from narrowkv.errors import BudgetError, RecipeError
 from narrowkv.evaluate.results import ResultFile, definition
 from narrowkv.methods import LayerSchemes, Recipe
 from narrowkv.methods.recipe import SearchSpace
-from narrowkv.plan.layers import CHUNK, Held, LayerBytes, LayerShape, stand_in, typical_block
+from narrowkv.plan.layers import CHUNK, AllocatedBytes, LayerBytes, LayerShape, stand_in, typical_block
 from narrowkv.plan.models import ModelShape
 
 KIND = "plan"
@@ -70,7 +70,7 @@ def evenly_chosen(recipe: Recipe, shape: ModelShape) -> Recipe:
 
 def _even_choice(search_space: SearchSpace, shape: ModelShape, elements: int, overhead: float) -> list[Scheme]:
     """A scheme for the keys, then for the values, of each layer."""
-    menus, tokens = [], mean_held(_stored_elements(shape))
+    menus, tokens = [], mean_counted_tokens(_stored_elements(shape))
     for layer in shape.layers:
         one = LayerShape(1, layer.kv_heads, layer.head_dim, shape.dtype)
         for schemes, keys in ((search_space.keys, True), (search_space.values, False)):
@@ -81,20 +81,20 @@ def _even_choice(search_space: SearchSpace, shape: ModelShape, elements: int, ov
 
 def _even_rates(search_space: SearchSpace, shape: ModelShape, elements: int, overhead: float) -> list[Scheme]:
     """The same with rates, as if what units cost fell alike from the dearest to the cheapest in all tensors."""
-    menus, tokens = [], mean_held(_stored_elements(shape))
+    menus, tokens = [], mean_counted_tokens(_stored_elements(shape))
     for layer in shape.layers:
         for scheme in (*search_space.keys, *search_space.values):
             scheme.require_head_dim(layer.head_dim)
-        held = held_tokens(layer.sliding_window)
+        counted = counted_tokens(layer.sliding_window)
         units = layer.head_dim // UNIT
         costs = 4.0 ** (-SPAN * torch.arange(units, dtype=torch.float64, device="cpu") / units)
         for schemes in (search_space.keys, search_space.values):
-            menus.append([RateOption(scheme, layer.kv_heads, costs, tokens, held) for scheme in schemes])
+            menus.append([RateOption(scheme, layer.kv_heads, costs, tokens, counted) for scheme in schemes])
     return allocate_budgets(search_space, menus, overhead)
 
 
 def _stored_elements(shape: ModelShape) -> list[tuple[int, int]]:
-    return [(held_tokens(layer.sliding_window), layer.kv_heads * layer.head_dim) for layer in shape.layers]
+    return [(counted_tokens(layer.sliding_window), layer.kv_heads * layer.head_dim) for layer in shape.layers]
 
 
 @functools.cache
@@ -144,11 +144,11 @@ class CacheBytes:
         if known is None or _window(meter) > _window(known[0]):
             self.records[record] = (meter, entry)
 
-    def held(self, tokens: int) -> Held:
+    def allocated(self, tokens: int) -> AllocatedBytes:
         """All that is allocated behind a prompt of this many tokens."""
-        total = Held(self.tables, self.tables)
+        total = AllocatedBytes(self.tables, self.tables)
         for meter, count in self.layers:
-            total += meter.held(tokens) * count
+            total += meter.allocated(tokens) * count
         for meter, entry in self.records.values():
             total += meter.records(tokens, entry)
         return total
@@ -160,13 +160,13 @@ class CacheBytes:
         """
         step = CHUNK if any(meter.shape.sliding_window is not None for meter, _ in self.layers) else BLOCK
         low, high = 0, 64
-        while self.held(high * step).most <= capacity:
+        while self.allocated(high * step).most <= capacity:
             low, high = high, 2 * high
             if high * step > MOST_TOKENS:
                 return None
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if self.held(middle * step).most <= capacity else (low, middle)
+            low, high = (middle, high) if self.allocated(middle * step).most <= capacity else (low, middle)
         return low * step
 
 
@@ -216,9 +216,9 @@ def plan(
 
 
 def _at(cache: CacheBytes, tokens: int, capacity: int | None) -> dict[str, int | str | None]:
-    held = cache.held(tokens)
-    fits = None if capacity is None else "yes" if held.most <= capacity else "prompt only" if held.prompt <= capacity else "no"
-    return {"tokens": tokens, "prompt": held.prompt, "decoding": held.decoding, "fits": fits}
+    at = cache.allocated(tokens)
+    fits = None if capacity is None else "yes" if at.most <= capacity else "prompt only" if at.prompt <= capacity else "no"
+    return {"tokens": tokens, "prompt": at.prompt, "decoding": at.decoding, "fits": fits}
 
 
 def _doublings(longest: int) -> list[int]:

@@ -47,11 +47,11 @@ def _grid(rows: list[Row], result: dict[str, Any]) -> list[Section]:
     widths = _by(rows, "bits")
     figure, panels = new_figure(3.2 * len(widths) + 1.6, 4.2, columns=len(widths), sharey=True)
     ranges = list(dict.fromkeys(row["range"] for row in rows))
-    for axes, (bits, held) in zip(panels, widths.items(), strict=True):
-        for i, (side, line) in enumerate(_by(held, "side").items()):
+    for axes, (bits, group) in zip(panels, widths.items(), strict=True):
+        for i, (side, line) in enumerate(_by(group, "side").items()):
             style: Any = style_of(i)
-            places = [ranges.index(row["range"]) for row in line]
-            axes.plot([row["kld_strict"] for row in line], places, linestyle="", label=side, **style)
+            positions = [ranges.index(row["range"]) for row in line]
+            axes.plot([row["kld_strict"] for row in line], positions, linestyle="", label=side, **style)
         axes.set_yticks(range(len(ranges)), ranges)
         axes.set(xlabel=LOSS, title=f"{bits} bits")
         log_axis(axes.xaxis)
@@ -83,8 +83,8 @@ def _outliers(rows: list[Row], result: dict[str, Any]) -> list[Section]:
 
 def _sinks(rows: list[Row], result: dict[str, Any]) -> list[Section]:
     figure, (axes,) = new_figure(6, 4)
-    for i, (bits, held) in enumerate(_by(rows, "bits").items()):
-        for fraction, line in _by(held, "fraction").items():
+    for i, (bits, group) in enumerate(_by(rows, "bits").items()):
+        for fraction, line in _by(group, "fraction").items():
             label, dashes = f"{bits} bits, {fraction:.0%} outliers", "-" if fraction else "--"
             _line(axes, i, [row["sinks"] for row in line], line, label, linestyle=dashes)
     axes.set_xticks(sorted({row["sinks"] for row in rows}))
@@ -117,8 +117,8 @@ def _layers(row: Row, result: dict[str, Any]) -> Section:
     cells = row["layers"]
     figure, (axes,) = new_figure(6, 4)
     for i, (side, line) in enumerate(_by(cells, "side").items()):
-        places = [j + 0.4 * i - 0.2 for j in range(len(line))]
-        axes.bar(places, [cell["kld_strict"] for cell in line], 0.4, color=COLORS[i], label=side)
+        positions = [j + 0.4 * i - 0.2 for j in range(len(line))]
+        axes.bar(positions, [cell["kld_strict"] for cell in line], 0.4, color=COLORS[i], label=side)
         axes.set_xticks(range(len(line)), [str(cell["layer"]) for cell in line])
     axes.set(xlabel="layer", ylabel=LOSS)
     axes.legend(frameon=False)
@@ -132,12 +132,12 @@ def _layers(row: Row, result: dict[str, Any]) -> Section:
 def _texts(rows: list[Row], result: dict[str, Any]) -> list[Section]:
     widths = _by(rows, "bits")
     figure, panels = new_figure(3.4 * len(widths), 4.2, columns=len(widths))
-    for axes, (bits, held) in zip(panels, widths.items(), strict=True):
-        for i, (text, line) in enumerate(_by(sorted(held, key=lambda row: row["sequences"]), "text").items()):
+    for axes, (bits, group) in zip(panels, widths.items(), strict=True):
+        for i, (text, line) in enumerate(_by(sorted(group, key=lambda row: row["sequences"]), "text").items()):
             style: Any = style_of(i)
             axes.plot([row["sequences"] for row in line], [row["kld_strict"] for row in line], label=text, **style)
-        axes.set_ylim(0, 1.2 * max(row["kld_strict"] for row in held))
-        counts = sorted({row["sequences"] for row in held})
+        axes.set_ylim(0, 1.2 * max(row["kld_strict"] for row in group))
+        counts = sorted({row["sequences"] for row in group})
         axes.set_xscale("log", base=2)
         axes.set_xticks(counts, [str(count) for count in counts])
         axes.set(xlabel="sequences to learn from", title=f"{bits} bits")
@@ -205,8 +205,8 @@ def _by(rows: list[Row], entry: str) -> dict[Any, list[Row]]:
     return {value: [row for row in rows if row[entry] == value] for value in dict.fromkeys(row[entry] for row in rows)}
 
 
-def _line(axes: "Axes", i: int, places: list[Any], rows: list[Row], label: str, **options: Any) -> None:
+def _line(axes: "Axes", i: int, x: list[Any], rows: list[Row], label: str, **options: Any) -> None:
     style: Any = style_of(i) | options
-    axes.plot(places, [row["kld_strict"] for row in rows], label=label, **style)
+    axes.plot(x, [row["kld_strict"] for row in rows], label=label, **style)
     axes.set_ylabel(LOSS)
     log_axis(axes.yaxis)

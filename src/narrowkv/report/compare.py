@@ -62,10 +62,10 @@ def draw_pareto(axes: "Axes", points: Sequence[Point]) -> None:
     for point in shown:
         families.setdefault(family(point[0]), []).append(point)
     front = pareto(shown)
-    axes.plot(*_places(front), color="#cccccc", linewidth=8, solid_capstyle="round", zorder=1, label="least at its bits")
+    axes.plot(*_coordinates(front), color="#cccccc", linewidth=8, solid_capstyle="round", zorder=1, label="least at its bits")
     for i, name in enumerate(sorted(families)):
         style: Any = style_of(i)
-        axes.plot(*_places(families[name]), linewidth=1, label=name, zorder=2, **style)
+        axes.plot(*_coordinates(families[name]), linewidth=1, label=name, zorder=2, **style)
     for name, bits, loss in front:
         axes.annotate(name, (bits, loss), (-7, -5), textcoords="offset points", ha="right", va="top", fontsize=8)
     axes.set_ylabel("KL divergence from the exact model, strict (nats)")
@@ -78,7 +78,7 @@ def family(recipe: str) -> str:
     return re.sub(r"\d+(\.\d+)?", "B", recipe, count=1)
 
 
-def _places(points: Sequence[Point]) -> tuple[list[float], list[float]]:
+def _coordinates(points: Sequence[Point]) -> tuple[list[float], list[float]]:
     return [bits for _, bits, _ in points], [loss for _, _, loss in points]
 
 

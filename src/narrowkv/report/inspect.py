@@ -93,8 +93,8 @@ def _outliers(rows: list[dict[str, Any]], rotary: bool) -> Plot:
     for i, row in enumerate(rows):
         for axes, side, unit in ((panels[i], "by_channel", "channels"), (panels[len(rows) + i], "by_token", "tokens")):
             shares, width = row[side], row[unit] / len(row[side])
-            places = [place * width for place in range(len(shares))]
-            axes.bar(places, [100 * share for share in shares], width, align="edge", color=COLOR[row["tensor"]])
+            edges = [i * width for i in range(len(shares))]
+            axes.bar(edges, [100 * share for share in shares], width, align="edge", color=COLOR[row["tensor"]])
             axes.set_xlabel(unit.removesuffix("s"))
             axes.set_xlim(0, row[unit])
             axes.grid(axis="x", visible=False)

@@ -10,11 +10,11 @@ function compare(a, b) {
 
 function sorted(rows, column, order) {
   if (order === "none") return rows;
-  const held = rows.filter((row) => !("none" in row.cells[column].dataset));
+  const filled = rows.filter((row) => !("none" in row.cells[column].dataset));
   const empty = rows.filter((row) => "none" in row.cells[column].dataset);
   const sign = order === "ascending" ? 1 : -1;
-  held.sort((a, b) => sign * compare(a.cells[column], b.cells[column]));
-  return [...held, ...empty];
+  filled.sort((a, b) => sign * compare(a.cells[column], b.cells[column]));
+  return [...filled, ...empty];
 }
 
 for (const table of document.querySelectorAll("table")) {

@@ -109,15 +109,15 @@ def _plot(rows: list[dict[str, Any]], settings: dict[str, Any], unit: Unit) -> P
         taken = [weights + max(at["prompt"], at["decoding"]) / size for at in row["curve"]]
         axes.plot(tokens, taken, label=row["recipe"], markersize=4, **style)
         highest = max(highest, *taken)
-    place = ("axes fraction", "data")
+    coordinates = ("axes fraction", "data")
     axes.axhline(weights, color="#000000", linestyle=":", linewidth=1.2)
-    axes.annotate("weights alone", (0.99, weights), (0, -3), place, "offset points", ha="right", va="top", fontsize=9)
+    axes.annotate("weights alone", (0.99, weights), (0, -3), coordinates, "offset points", ha="right", va="top", fontsize=9)
     caption = "Lower is better."
     if settings["memory"] is not None:
         limit = (settings["memory"] - settings["reserve"]) / size
         highest = min(highest, 2 * limit)
         axes.axhline(limit, color="#000000", linestyle="--", linewidth=1.2)
-        axes.annotate("what each GPU has", (0.01, limit), (0, 2), place, "offset points", va="bottom", fontsize=9)
+        axes.annotate("what each GPU has", (0.01, limit), (0, 2), coordinates, "offset points", va="bottom", fontsize=9)
         caption = "Where a line crosses the dashed one, the recipe's longest context ends."
     axes.set_ylim(weights / (highest / weights) ** 0.08, 1.1 * highest)
     if all(row["limited"] for row in rows):

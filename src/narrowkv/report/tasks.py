@@ -47,15 +47,15 @@ def _scores(rows: list[dict[str, Any]], by_depth: bool) -> Scores:
 
 
 def _recipes(scores: Scores) -> list[str]:
-    return list(dict.fromkeys(recipe for held in scores.values() for recipe in held))
+    return list(dict.fromkeys(recipe for by_recipe in scores.values() for recipe in by_recipe))
 
 
 def _baselines(scores: Scores) -> dict[str, float]:
     """The mean score of the model itself in each task."""
     found: dict[str, list[float]] = {}
-    for (task, _, _), held in scores.items():
-        if BASELINE in held:
-            found.setdefault(task, []).append(held[BASELINE])
+    for (task, _, _), by_recipe in scores.items():
+        if BASELINE in by_recipe:
+            found.setdefault(task, []).append(by_recipe[BASELINE])
     return {task: sum(means) / len(means) for task, means in found.items()}
 
 
@@ -69,12 +69,12 @@ def _cannot(scores: Scores) -> str:
 
 def _table(scores: Scores, by_depth: bool) -> Table:
     recipes = _recipes(scores)
-    places = ["length", "depth"] if by_depth else ["length"]
+    columns = ["length", "depth"] if by_depth else ["length"]
     cells: list[list[Cell]] = [
-        [task, *([length, depth] if by_depth else [length]), *(_percent(held.get(recipe)) for recipe in recipes)]
-        for (task, length, depth), held in scores.items()
+        [task, *([length, depth] if by_depth else [length]), *(_percent(by_recipe.get(recipe)) for recipe in recipes)]
+        for (task, length, depth), by_recipe in scores.items()
     ]
-    return Table("Rows answered without error, %", ["task", *places, *recipes], cells, dict.fromkeys(recipes, 0))
+    return Table("Rows answered without error, %", ["task", *columns, *recipes], cells, dict.fromkeys(recipes, 0))
 
 
 def _percent(score: float | None) -> float | None:
@@ -159,9 +159,9 @@ def _file_table(rows: list[dict[str, Any]]) -> Table:
     recipes = list(dict.fromkeys(row["recipe"] for row in rows))
     cells: list[list[Cell]] = []
     for task in dict.fromkeys(row["task"] for row in rows):
-        held = {row["recipe"]: row for row in rows if row["task"] == task}
-        first = next(iter(held.values()))
+        by_recipe = {row["recipe"]: row for row in rows if row["task"] == task}
+        first = next(iter(by_recipe.values()))
         name = "/".join(Path(task).parts[-2:])
-        scores = [_percent(held[recipe]["score"]) if recipe in held else None for recipe in recipes]
+        scores = [_percent(by_recipe[recipe]["score"]) if recipe in by_recipe else None for recipe in recipes]
         cells.append([name, first["measure"], first["rows"], first["length"], *scores])
     return Table("Scores", ["file", "measure", "questions", "mean tokens", *recipes], cells, dict.fromkeys(recipes, 1))

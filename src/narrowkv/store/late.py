@@ -17,10 +17,10 @@ def begin_late(store: LayerStore, keys: Tensor, values: Tensor, missing: int, va
     store.first, store.missing = missing - gap, missing  # so that the same tokens share a block
     if valid is None:
         valid = keys.new_ones(len(keys), missing + keys.shape[2], dtype=torch.bool)
-    places = store.sinks.find(~valid[:, :missing])
-    if places is not None:
+    sinks = store.sinks.find(~valid[:, :missing])
+    if sinks is not None:
         gone = [part[:, :, :1].expand(-1, -1, missing, -1) for part in (keys, values)]
-        store.sinks.take(gone[0], gone[1], 0, places)
+        store.sinks.take(gone[0], gone[1], 0, sinks)
     valid = torch.cat([valid.new_zeros(len(valid), gap), valid[:, missing:]], dim=1)
     keys, values = (torch.cat([part[:, :, :1].expand(-1, -1, gap, -1), part], dim=2) for part in (keys, values))
     store.append(keys, values, valid)

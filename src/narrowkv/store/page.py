@@ -62,9 +62,8 @@ class PackedTensor:
         a channel; or token-major [slots, kv_heads, 64, bytes of the codes of a token]. One tensor per plane of bits. Exact
         elements lie as they come: [slots, kv_heads, 64, head_dim].
     ranges: [slots, ...] stored online ranges, by name, as `Scheme.range_forms` has it for 64 tokens.
-    outlier_values, outlier_index: [capacity] 16-bit value and index token * places + place, sorted by slot, head, token, place
-    (a
-        code, or what `QuantizedTensor.places` says); those of slot s and head h begin at outlier_offsets[s * kv_heads + h].
+    outlier_values, outlier_index: [capacity] 16-bit value and index within a block and head (`QuantizedTensor.outlier_shape`),
+        sorted by slot, head and index; those of slot s and head h begin at outlier_offsets[s * kv_heads + h].
     outliers_used: how many there are.
     """
 
@@ -135,8 +134,8 @@ class PackedTensor:
         """
         stop = slot + blocks.codes.shape[0]
         self._pack([plane[slot:stop] for plane in self.planes], blocks.codes)
-        for name, held in self.ranges.items():
-            held[slot:stop] = blocks.ranges[name]
+        for name, stored in self.ranges.items():
+            stored[slot:stop] = blocks.ranges[name]
         if self.outlier_offsets is not None:
             assert blocks.outlier_index is not None and blocks.outlier_values is not None
             heads, size = self.shape[0], self.shape[1] * self.shape[2]

@@ -1,4 +1,4 @@
-"""What backends make of an object to read it fast: held beside it from call to call, freed with it."""
+"""What backends make of an object to read it fast: stored alongside it from call to call, freed with it."""
 
 from typing import Any, Protocol, TypeVar
 
@@ -23,23 +23,23 @@ class Plans:
     """
 
     def __init__(self) -> None:
-        self._held: dict[type[Plan], Any] = {}
+        self._plans: dict[type[Plan], Any] = {}
 
     def __deepcopy__(self, memo: dict) -> "Plans":
         return Plans()
 
     def get(self, kind: type[AnyPlan]) -> AnyPlan | None:
         """The plan of this class, None before the first."""
-        return self._held.get(kind)
+        return self._plans.get(kind)
 
     def put(self, plan: AnyPlan) -> AnyPlan:
-        """Hold a plan in place of the one of its class; returns it."""
-        self._held[type(plan)] = plan
+        """Store a plan, instead of the one of its class; returns it."""
+        self._plans[type(plan)] = plan
         return plan
 
     def tensors(self) -> list[Tensor]:
         """All stored tensors."""
-        return [tensor for plan in self._held.values() for tensor in plan.tensors()]
+        return [tensor for plan in self._plans.values() for tensor in plan.tensors()]
 
     @property
     def nbytes(self) -> int:

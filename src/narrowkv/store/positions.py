@@ -15,49 +15,49 @@ class PositionBuffer:
 
     def reset(self) -> None:
         """Remove all entries."""
-        self._held: Tensor | None = None  # [batch, capacity, ...], of the tokens from `first` on
+        self._storage: Tensor | None = None  # [batch, capacity, ...], of the tokens from `first` on
         self.length = 0
         self.first = 0
         self._starts: dict[tuple[int, int], Tensor | None] = {}  # as `starts` found them, until something changes
 
     def tensors(self) -> list[Tensor]:
-        return [] if self._held is None else [self._held]
+        return [] if self._storage is None else [self._storage]
 
     def append(self, entries: Tensor) -> None:
         """entries: [batch, new, ...], integer or floating point."""
-        new, held = entries.shape[1], self.length - self.first
+        new, stored = entries.shape[1], self.length - self.first
         self.reserve(new, entries)
-        self.buffer[:, held : held + new] = entries
+        self.buffer[:, stored : stored + new] = entries
         self.length += new
         self._starts.clear()
 
     def reserve(self, new: int, like: Tensor) -> None:
         """Make sure that this many more entries, such as those of `like`, fit; raises CacheUseError for another form."""
-        if self._held is not None and self._held.shape[2:] != like.shape[2:]:
+        if self._storage is not None and self._storage.shape[2:] != like.shape[2:]:
             raise CacheUseError("The cache has angles of another form than the model's; call cache.reset().")
-        held = self.length - self.first
-        if self._held is None or held + new > self._held.shape[1]:
-            self._resize(like, held + new + held // 16)
+        stored = self.length - self.first
+        if self._storage is None or stored + new > self._storage.shape[1]:
+            self._resize(like, stored + new + stored // 16)
 
-    def step(self, entries: Tensor, place: Tensor) -> None:
-        """Write entries [1 or batch, 1, ...] to position `place` [1] int64 of the buffer, on the device; `length` stays."""
+    def step(self, entries: Tensor, offset: Tensor) -> None:
+        """Write entries [1 or batch, 1, ...] to offset `offset` [1] int64 of the buffer, on the device; `length` stays."""
         entries = entries.to(self.buffer.dtype).expand(len(self.buffer), *entries.shape[1:])
-        self.buffer.index_copy_(1, place, entries)
+        self.buffer.index_copy_(1, offset, entries)
         self._starts.clear()
 
     @property
     def buffer(self) -> Tensor:
         """Entries of the tokens from `first` on, and space for more: [batch, capacity, ...]."""
-        assert self._held is not None
-        return self._held
+        assert self._storage is not None
+        return self._storage
 
     def _resize(self, like: Tensor, buffer: int) -> None:
-        held = self.length - self.first
+        stored = self.length - self.first
         dtype = like.dtype if like.is_floating_point() else torch.int32
         resized = like.new_empty((like.shape[0], buffer, *like.shape[2:]), dtype=dtype)
-        if self._held is not None:
-            resized[:, :held] = self._held[:, :held]
-        self._held = resized
+        if self._storage is not None:
+            resized[:, :stored] = self._storage[:, :stored]
+        self._storage = resized
 
     def read(self, start: int, stop: int) -> Tensor:
         """Entries of the tokens from `start` to before `stop`: [batch, stop - start, ...]."""
@@ -79,17 +79,17 @@ class PositionBuffer:
 
     def evict(self, before: int) -> None:
         """Let go of tokens older than the token `before`, once they are half of what is stored."""
-        if self._held is None or 2 * (before - self.first) <= self.length - self.first:
+        if self._storage is None or 2 * (before - self.first) <= self.length - self.first:
             return
-        self._held = self._held[:, before - self.first :]
+        self._storage = self._storage[:, before - self.first :]
         self.first = before
-        self._resize(self._held, self.length - self.first)
+        self._resize(self._storage, self.length - self.first)
         self._starts.clear()
 
     def select(self, rows: Tensor) -> None:
         """Keep these sequences [n] int64."""
-        if self._held is not None:
-            self._held = self._held[rows.to(self._held.device)]
+        if self._storage is not None:
+            self._storage = self._storage[rows.to(self._storage.device)]
             self._starts.clear()
 
     def crop(self, length: int) -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-Places = tuple[Tensor, Tensor, Tensor]
+SinkSlots = tuple[Tensor, Tensor, Tensor]
 
 
 class Sinks:
@@ -33,7 +33,7 @@ class Sinks:
             self.found = bool((self.index[:, -1] >= 0).all())
         return self.found
 
-    def find(self, skip: Tensor) -> Places | None:
+    def find(self, skip: Tensor) -> SinkSlots | None:
         """Row, token and slot of the sinks among new tokens, which are then skipped too; None once all were seen.
 
         skip: [batch, new] bool, padding; changed in place.
@@ -46,7 +46,7 @@ class Sinks:
         skip[row, token] = True
         return row, token, rank[row, token]
 
-    def take(self, keys: Tensor, values: Tensor, before: int, places: Places) -> None:
+    def take(self, keys: Tensor, values: Tensor, before: int, found: SinkSlots) -> None:
         """Keep the sinks among new tokens [batch, kv_heads, new, head_dim], which follow `before` others."""
         batch, heads, _, dim = keys.shape
         if self.index is None:
@@ -54,10 +54,10 @@ class Sinks:
             blank = (batch, heads, self.count, dim)
             self.elements = (keys.new_zeros(blank), values.new_zeros(blank))
         assert self.elements is not None
-        row, token, place = places
-        self.index[row, place] = token + before
-        for held, elements in zip(self.elements, (keys, values), strict=True):
-            held[row, :, place] = elements[row, :, token]
+        row, token, slot = found
+        self.index[row, slot] = token + before
+        for stored, elements in zip(self.elements, (keys, values), strict=True):
+            stored[row, :, slot] = elements[row, :, token]
 
     def put(self, start: int, pair: tuple[Tensor, Tensor]) -> None:
         """Put sinks in place among dequantized tokens; start, pair: like those of `put_sinks`."""
@@ -77,13 +77,13 @@ class Sinks:
             self.index = self.index[rows]
 
 
-def put_sinks(start: int, pair: tuple[Tensor, Tensor], index: Tensor, held: tuple[Tensor, Tensor]) -> None:
+def put_sinks(start: int, pair: tuple[Tensor, Tensor], index: Tensor, exact: tuple[Tensor, Tensor]) -> None:
     """Put sinks in place among dequantized tokens, the first of which is the token `start`.
 
-    pair: keys and values [batch, kv_heads, tokens, head_dim]. index: [batch, sinks]; held: [batch, kv_heads, sinks, head_dim].
+    pair: keys and values [batch, kv_heads, tokens, head_dim]. index: [batch, sinks]; exact: [batch, kv_heads, sinks, head_dim]
     """
     inside = (index >= start) & (index < start + pair[0].shape[2])
-    row, place = inside.nonzero(as_tuple=True)
-    token = index[row, place] - start
-    for elements, exact in zip(pair, held, strict=True):
-        elements[row, :, token] = exact[row, :, place].to(elements.dtype)
+    row, slot = inside.nonzero(as_tuple=True)
+    token = index[row, slot] - start
+    for elements, sinks in zip(pair, exact, strict=True):
+        elements[row, :, token] = sinks[row, :, slot].to(elements.dtype)

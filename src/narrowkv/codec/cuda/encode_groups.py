@@ -39,17 +39,17 @@ class GroupEncoder:
         assert group is not None
         x = x if x.stride(3) == 1 else x.contiguous()
         batch, heads, tokens, dim = x.shape
-        held = (buffer.codes, buffer.ranges["scale"], buffer.ranges["zero"], counts, self.boundaries, first, buffer.tokens)
+        shared = (buffer.codes, buffer.ranges["scale"], buffer.ranges["zero"], counts, self.boundaries, first, buffer.tokens)
         shape = {"HEADS": heads, "DIM": dim, "GROUP": group, "BOUNDARIES": len(self.boundaries), "enable_fp_fusion": False}
         with torch.cuda.device_of(x):
             if self.scheme.strategy == "channel":
                 marks = counts if skip is None else skip.contiguous().view(torch.uint8)
                 encode_groups.encode_token_groups[(batch, tokens // group, heads)](
-                    x, marks, *held, *x.stride()[:3], tokens,
+                    x, marks, *shared, *x.stride()[:3], tokens,
                     WIDE=triton.next_power_of_2(dim), SKIPS=skip is not None, **shape,
                 )  # fmt: skip
             else:
                 encode_groups.encode_channel_groups[(batch, tokens)](
-                    x, *held, *x.stride()[:3],
+                    x, *shared, *x.stride()[:3],
                     GROUPS=triton.next_power_of_2(heads * dim // group), WIDE=triton.next_power_of_2(group), **shape,
                 )  # fmt: skip

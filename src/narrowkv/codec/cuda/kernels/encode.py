@@ -34,20 +34,20 @@ def encode_tokens(
     at = x + row.to(tl.int64) * x_batch + own.to(tl.int64) * x_head + token.to(tl.int64) * x_token + channel
     element = tl.load(at, mask=live, other=0.0).to(tl.float32)
     overflow = tl.sum((live & no_number(element)).to(tl.int32), 0)
-    place = ((row * HEADS + own) * capacity + first + token) * DIM + channel  # in the flattened codes
+    index_of_code = ((row * HEADS + own) * capacity + first + token) * DIM + channel  # in the flattened codes
     of_channel = own * DIM + channel
     if FIXED:
         range_scale = tl.load(fixed_scale + of_channel, mask=live, other=0.0)
         range_zero = tl.load(fixed_zero + of_channel, mask=live, other=0.0)
     else:
         low, high = inner_range(element.to(x.dtype.element_ty), live, TAIL)
-        held_scale, held_zero = ((high - low) / 2).to(tl.float16), ((high + low) / 2).to(tl.float16)
+        stored_scale, stored_zero = ((high - low) / 2).to(tl.float16), ((high + low) / 2).to(tl.float16)
         of_token = (row if HEADS_PER_PROGRAM == HEADS else row * HEADS + head) * capacity + first + token
-        tl.store(scale + of_token, held_scale)
-        tl.store(zero + of_token, held_zero)
-        range_scale, range_zero = held_scale.to(tl.float32), held_zero.to(tl.float32)
+        tl.store(scale + of_token, stored_scale)
+        tl.store(zero + of_token, stored_zero)
+        range_scale, range_zero = stored_scale.to(tl.float32), stored_zero.to(tl.float32)
         overflow += (no_number(range_scale) | no_number(range_zero)).to(tl.int32)
-    tl.store(codes + place, code_of(element, range_scale, range_zero, boundaries, BOUNDARIES), mask=live)
+    tl.store(codes + index_of_code, code_of(element, range_scale, range_zero, boundaries, BOUNDARIES), mask=live)
     if OUTLIERS:
         if FIXED:
             low = tl.load(lower + of_channel, mask=live, other=0.0)
@@ -59,7 +59,7 @@ def encode_tokens(
         overflow += tl.sum((outside & no_number(rounded.to(tl.float32))).to(tl.int32), 0)
         begin = tl.atomic_add(counts, tl.sum(outside.to(tl.int32), 0))
         to = begin + tl.cumsum(outside.to(tl.int32), 0) - 1
-        tl.store(index + to, place.to(tl.int64), mask=outside & (to < free))
+        tl.store(index + to, index_of_code.to(tl.int64), mask=outside & (to < free))
         tl.store(values + to, rounded, mask=outside & (to < free))
     tl.atomic_add(counts + 1, overflow, mask=overflow > 0)
 

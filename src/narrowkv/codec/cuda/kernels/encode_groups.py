@@ -30,7 +30,7 @@ def encode_token_groups(
         lows, highs = tl.where(left_out, float("inf"), element), tl.where(left_out, float("-inf"), element)
     of_head = (row * HEADS + head).to(tl.int64) * capacity
     of_group = (of_head // GROUP + first // GROUP + group) * DIM + channel
-    range_scale, range_zero = held_range(
+    range_scale, range_zero = store_range(
         tl.min(lows, 0)[None, :], tl.max(highs, 0)[None, :], live, scale, zero, counts, of_group
     )
     code = code_of(element, range_scale, range_zero, boundaries, BOUNDARIES)
@@ -51,27 +51,27 @@ def encode_channel_groups(
     row, token = tl.program_id(0), tl.program_id(1)
     group, i = tl.arange(0, GROUPS)[:, None], tl.arange(0, WIDE)[None, :]
     head, channel = group * GROUP // DIM, group * GROUP % DIM + i
-    held = head < HEADS
-    live = held & (i < GROUP)
+    any_head = head < HEADS
+    live = any_head & (i < GROUP)
     at = x + row.to(tl.int64) * x_batch + head.to(tl.int64) * x_head + token.to(tl.int64) * x_token + channel
     element = tl.load(at, mask=live, other=0.0).to(tl.float32)
     low = tl.min(tl.where(live, element, float("inf")), 1)[:, None]
     high = tl.max(tl.where(live, element, float("-inf")), 1)[:, None]
     of_token = (row * HEADS + head).to(tl.int64) * capacity + first + token
     of_group = of_token * (DIM // GROUP) + group % (DIM // GROUP)
-    range_scale, range_zero = held_range(low, high, held, scale, zero, counts, of_group)
+    range_scale, range_zero = store_range(low, high, any_head, scale, zero, counts, of_group)
     code = code_of(element, range_scale, range_zero, boundaries, BOUNDARIES)
     tl.store(codes + of_token * DIM + channel, code, mask=live)
 
 
 @triton.jit
-def held_range(low, high, live, scale, zero, counts, to):
+def store_range(low, high, live, scale, zero, counts, to):
     """Scale and zero of ranges, stored, and returned as stored; 0 of a group of which all is left out."""
     low, high = tl.where(low <= high, low, 0.0), tl.where(low <= high, high, 0.0)
-    held_scale, held_zero = ((high - low) * 0.5).to(tl.float16), ((high + low) * 0.5).to(tl.float16)
-    tl.store(scale + to, held_scale, mask=live)
-    tl.store(zero + to, held_zero, mask=live)
-    range_scale, range_zero = held_scale.to(tl.float32), held_zero.to(tl.float32)
+    stored_scale, stored_zero = ((high - low) * 0.5).to(tl.float16), ((high + low) * 0.5).to(tl.float16)
+    tl.store(scale + to, stored_scale, mask=live)
+    tl.store(zero + to, stored_zero, mask=live)
+    range_scale, range_zero = stored_scale.to(tl.float32), stored_zero.to(tl.float32)
     overflow = live & ~((tl.abs(range_scale) < float("inf")) & (tl.abs(range_zero) < float("inf")))
     count = tl.sum(tl.sum(overflow.to(tl.int32), 1), 0)
     tl.atomic_add(counts + 1, count, mask=count > 0)

@@ -14,10 +14,10 @@ def pack_codes(
     codes: [blocks, heads, rows, LENGTH] uint8 by strides; LENGTH: a multiple of 8, and WIDE the power of 2 from it on. low,
     high: [blocks, heads, rows, bytes] planes of LOW and HIGH bits, the latter 0 where there is none.
     """
-    place, row = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    block, head = place // heads, place % heads
+    batch_head, row = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    block, head = batch_head // heads, batch_head % heads
     at = codes + block.to(tl.int64) * block_stride + head.to(tl.int64) * head_stride + row[:, None] * row_stride
-    to, live = place.to(tl.int64) * rows + row[:, None], row[:, None] < rows
+    to, live = batch_head.to(tl.int64) * rows + row[:, None], row[:, None] < rows
     pack_plane(at, low, to, live, code_stride, LENGTH, WIDE, LOW, 0)
     if HIGH:
         pack_plane(at, high, to, live, code_stride, LENGTH, WIDE, HIGH, LOW)
