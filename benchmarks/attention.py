@@ -36,8 +36,8 @@ def ours(name: str, tokens: int, batch: int = 1, kernel: str | None = None) -> t
     keys, values = torch.randn(2, batch, KV_HEADS, 1, HEAD_DIM)
     query = torch.randn(batch, QUERY_HEADS, 1, HEAD_DIM, dtype=torch.bfloat16)
     inputs = attention_inputs(store, query, (keys, values))
-    held = store.parts()
-    read = sum(part.nbytes for kind in ("codes", "scales", "outliers") for part in held[kind])
+    parts = store.parts()
+    read = sum(part.nbytes for kind in ("codes", "scales", "outliers") for part in parts[kind])
     return lambda: cpu.attend(inputs, store, kernel), read
 
 

@@ -4,7 +4,7 @@ First all of it for the built-in model, by stage: the pass that finds ranges, th
 samples, and the codebooks. Then the fit alone of one layer of a 7-billion-parameter model: 32,768 tokens x 4,096 channels of
 keys and of values, 16 sequences, statistics and codebooks. The peer in the same run is what the published code's method costs:
 Lloyd's k-means over the raw normalized elements, here on a sample and scaled up to all of them. Peak memory is the growth of
-the process beside model and text, or beside the layer's elements (Linux).
+the process besides model and text, or besides the layer's elements (Linux).
 """
 
 import argparse
@@ -51,19 +51,19 @@ class Watch:
         reset_peak()
         self.before, self.started = peak_bytes(), time.perf_counter()
         self.seconds: list[float] = []
-        self.bytes_beside: list[int] = []
+        self.extra_bytes: list[int] = []
 
     def lap(self) -> None:
         self.seconds.append(time.perf_counter() - self.started)
-        self.bytes_beside.append(peak_bytes() - self.before)
+        self.extra_bytes.append(peak_bytes() - self.before)
         reset_peak()
         self.started = time.perf_counter()
 
     def found(self, names: Sequence[str]) -> dict[str, float]:
         """What was measured: of everything, and of each lap by its name."""
-        found: dict[str, float] = {"seconds": sum(self.seconds), "bytes_beside": max(self.bytes_beside)}
-        for name, seconds, peak in zip(names, self.seconds, self.bytes_beside, strict=True):
-            found |= {f"seconds_{name}": seconds, f"bytes_beside_{name}": peak}
+        found: dict[str, float] = {"seconds": sum(self.seconds), "extra_bytes": max(self.extra_bytes)}
+        for name, seconds, peak in zip(names, self.seconds, self.extra_bytes, strict=True):
+            found |= {f"seconds_{name}": seconds, f"extra_bytes_{name}": peak}
         return found
 
 
@@ -137,13 +137,13 @@ def main() -> None:
         rows.append({"of": "built-in model", "recipe": name, "tokens": tokens, **found})
         parts = ", ".join(f"{stage} {found[f'seconds_{stage}']:.2f}" for stage in STAGES)
         print(f"built-in model, {tokens} tokens, {name}: {found['seconds']:.2f} s ({parts}), ", end="")
-        print(f"{found['bytes_beside'] / 1e6:.0f} MB besides model and text", flush=True)
+        print(f"{found['extra_bytes'] / 1e6:.0f} MB besides model and text", flush=True)
     data = make_input() if arguments.layer_recipes else []
     for name in arguments.layer_recipes:
         found = fit_layer(name, data)
         rows.append({"of": "7B-shaped layer", "recipe": name, "tokens": SEQUENCES * TOKENS, **found})
         print(f"fit of one 7B-shaped layer, {name}: {found['seconds']:.2f} s (keys {found['seconds_keys']:.2f}, ", end="")
-        print(f"values {found['seconds_values']:.2f}), {found['bytes_beside'] / 1e6:.0f} MB besides the input", flush=True)
+        print(f"values {found['seconds_values']:.2f}), {found['extra_bytes'] / 1e6:.0f} MB besides the input", flush=True)
         peer = lloyd(2 ** get_recipe(name).keys.code_bits, data)
         rows[-1] |= {"seconds_lloyd_extrapolated": peer, "ratio": peer / found["seconds"]}
         print(f"Lloyd's k-means on raw elements (extrapolated): {peer:.0f} s, {peer / found['seconds']:.0f} times as long")

@@ -103,7 +103,7 @@ def fill(name: str, tokens: int, batch: int = 1) -> LayerStore:
 
 
 def attention_inputs(store: LayerStore, query: Tensor, new: tuple[Tensor, Tensor]) -> AttentionInputs:
-    """Attention of a query to all tokens that are held, and to new keys and values."""
+    """Attention of a query to all stored tokens, and to new keys and values."""
     pre_rope = store.quantizers[0].scheme.transform.pre_rope
     positions = torch.arange(store.length, dtype=torch.int32, device=query.device)[None]
     return AttentionInputs(

@@ -36,17 +36,17 @@ def plain_torch() -> Iterator[None]:
         yield
 
 
-def appending(name: str, held: int, pieces: list[tuple[Tensor, Tensor]]) -> Callable[[], None]:
-    """Appends keys and values [1, kv_heads, new, head_dim] piece by piece to a store that holds `held` tokens."""
+def appending(name: str, stored: int, chunks: list[tuple[Tensor, Tensor]]) -> Callable[[], None]:
+    """Appends keys and values [1, kv_heads, new, head_dim] chunk by chunk to a store of `stored` tokens."""
     recipe = get_recipe(name)
     store = LayerStore(random_quantizer(recipe.keys), random_quantizer(recipe.values), recipe.sinks, recipe.residual_length)
-    if held:
-        store.append(*torch.randn(2, 1, KV_HEADS, held, HEAD_DIM))
+    if stored:
+        store.append(*torch.randn(2, 1, KV_HEADS, stored, HEAD_DIM))
 
     def run() -> None:
-        for keys, values in pieces:
+        for keys, values in chunks:
             store.append(keys, values)
-        store.evict(store.length - held) if held else store.reset()
+        store.evict(store.length - stored) if stored else store.reset()
 
     return run
 

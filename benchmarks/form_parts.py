@@ -51,7 +51,7 @@ class Variant:
     sides: str = "kv"
 
     def overhead(self, head_dim: int) -> float:
-        """Bits for each element beside the codes."""
+        """Bits for each element besides the codes."""
         return self.outliers * OUTLIER_BITS + (NORM_BITS / head_dim / 2 if self.token_norm else 0)
 
 

@@ -169,18 +169,18 @@ class Subject:
 def run(name: str, options: argparse.Namespace) -> None:
     """All rows that a model's file lacks."""
     path = options.out / f"{Path(name).name}.json"
-    held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"windows": options.windows, "rows": []}
-    done = {(row["name"], row["bits"]) for row in held["rows"]}
+    saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"windows": options.windows, "rows": []}
+    done = {(row["name"], row["bits"]) for row in saved["rows"]}
     missing = [row for row in ROWS if row[:2] not in done and (not options.rows or row[0] in options.rows)]
     subject = Subject(name, options.windows) if missing else None
     for label, bits, variant in missing:
         assert subject is not None
         figures = subject.measure(bits, variant)
         differs = {name: value for name, value in asdict(variant).items() if value != getattr(BASE, name)}
-        held["rows"].append({"name": label, "bits": bits, "differs": differs, **figures})
-        held["form"], held["environment"] = asdict(BASE), environment()
+        saved["rows"].append({"name": label, "bits": bits, "differs": differs, **figures})
+        saved["form"], saved["environment"] = asdict(BASE), environment()
         options.out.mkdir(parents=True, exist_ok=True)
-        write_json(path, held)
+        write_json(path, saved)
         shown = "  ".join(f"{kind} {figure:.4f}" for kind, figure in figures.items())
         print(f"{path.stem:24} {label:32} {bits:5.2f}  {shown}", flush=True)
 

@@ -4,7 +4,7 @@ FOLDER]`.
 Holds the caches of 32 layers of 32 KV heads of 128 channels, filled with the bytes of random elements in memory of their own,
 and decodes over all of them: attention of one token in every layer, by CUDA graphs, and its median. The weights of a model are
 not there; what they would take is given. From the bytes measured follows the layout of ten million tokens on eight cards,
-whole layers to a card: `--layout` alone computes it from one layer that is held here, on any device.
+whole layers to a card: `--layout` alone computes it from one layer that is stored here, on any device.
 """
 
 import argparse
@@ -23,16 +23,16 @@ from narrowkv.attention.cuda import decode as cuda
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 32, 32, 32, 128
 POSITION_BYTES = 4  # of a token, once for all layers
 WEIGHT_BYTES = 2 * 6_738_415_616  # Llama-2-7B in 16 bits
-SAMPLE = 4096  # tokens by which a layer is measured where it is not held whole
+SAMPLE = 4096  # tokens by which a layer is measured where it is not stored whole
 
 
-def layout(bytes_of_a_token: float, beside: float, tokens: int, cards: int, card_bytes: float) -> dict[str, Any]:
+def layout(bytes_of_a_token: float, fixed_bytes: float, tokens: int, cards: int, card_bytes: float) -> dict[str, Any]:
     """Whole layers to each card, as even as can be, and the bytes that the fullest holds, with its share of the weights.
 
-    beside: bytes of a layer that do not grow: tail, sinks, window.
+    fixed_bytes: bytes of a layer that do not grow: tail, sinks, window.
     """
     layers = -(-LAYERS // cards)
-    cache = layers * (bytes_of_a_token * tokens + beside) + POSITION_BYTES * tokens
+    cache = layers * (bytes_of_a_token * tokens + fixed_bytes) + POSITION_BYTES * tokens
     whole = cache + WEIGHT_BYTES * layers / LAYERS
     return {
         "tokens": tokens, "cards": cards, "layers_of_a_card": layers, "cache_bytes_of_a_card": int(cache),
@@ -41,16 +41,16 @@ def layout(bytes_of_a_token: float, beside: float, tokens: int, cards: int, card
 
 
 def measured(recipe: str, tokens: int, layers: int, device: torch.device) -> dict[str, Any]:
-    """Bytes of caches that are held, and milliseconds of decoding one token over all of them."""
+    """Bytes of all caches, and milliseconds of decoding one token over all of them."""
     stores = [filled(recipe, tokens, 1, KV_HEADS, device, torch.bfloat16) for _ in range(layers)]
-    held = sum(bytes_of(store) for store in stores) + POSITION_BYTES * tokens
+    nbytes = sum(bytes_of(store) for store in stores) + POSITION_BYTES * tokens
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
     calls = [cuda.prepare(drawn_step(store, HEADS, 1, device, dtype), store) for store in stores]
     time = milliseconds(calls, device) * layers
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     return {
-        "layers": layers, "tokens": stores[0].length, "cache_bytes": held, "peak_bytes": peak, "attention_milliseconds": time,
-        "gigabytes_per_second": held / time / 1e6,
+        "layers": layers, "tokens": stores[0].length, "cache_bytes": nbytes, "peak_bytes": peak,
+        "attention_milliseconds": time, "gigabytes_per_second": nbytes / time / 1e6,
     }  # fmt: skip
 
 

@@ -106,7 +106,7 @@ def measured(model: PreTrainedModel, make: Callable[[], Any], batch: int, repeat
     found = []
     try:
         cache = make()
-        held = torch.cuda.memory_allocated() - before if gpu else 0
+        allocated = torch.cuda.memory_allocated() - before if gpu else 0
         if gpu:
             torch.cuda.reset_peak_memory_stats()
         with torch.inference_mode(), cuda_graph(model, cache) if graph else contextlib.nullcontext():
@@ -121,7 +121,7 @@ def measured(model: PreTrainedModel, make: Callable[[], Any], batch: int, repeat
         torch.cuda.empty_cache()
         return {"milliseconds": None, "why": "out of memory"}
     peak = torch.cuda.max_memory_allocated() if gpu else 0
-    return {"milliseconds": 1e3 * sorted(found)[len(found) // 2], "cache_bytes": held, "peak_bytes": peak}
+    return {"milliseconds": 1e3 * sorted(found)[len(found) // 2], "cache_bytes": allocated, "peak_bytes": peak}
 
 
 def longest(model: PreTrainedModel, bytes_of_a_token: float) -> int:

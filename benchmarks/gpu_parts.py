@@ -151,12 +151,12 @@ def prompts(name: str, tokens: int, heads: tuple[int, int], device: torch.device
     sdpa = functools.partial(torch.nn.functional.scaled_dot_product_attention, inputs.query, keys, values, enable_gqa=True)
     mask = torch.ones(new, tokens + new, dtype=torch.bool, device=device).tril(tokens)
     exact = tiled.with_products_dtype(replace(inputs, new=(keys[:, :, tokens:], values[:, :, tokens:])))
-    held = [(0, keys[:, :, :tokens], values[:, :, :tokens])]
+    segments = [(0, keys[:, :, :tokens], values[:, :, :tokens])]
     found = _milliseconds_of(
         {
             "ours": lambda: cuda.attend(inputs, store),
             "decoding": lambda: list(map(len, prefill.stored_chunks(inputs, store))),
-            "the same of 16 bits": lambda: tiled.attend_chunks(exact, held),
+            "the same of 16 bits": lambda: tiled.attend_chunks(exact, segments),
             "sdpa, causal from the last": lambda: sdpa(attn_mask=causal_lower_right(new, tokens + new)),
             "sdpa, mask": lambda: sdpa(attn_mask=mask),
         },

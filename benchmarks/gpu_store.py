@@ -26,7 +26,7 @@ def quantizer(scheme: Scheme, kv_heads: int, device: torch.device) -> AnyQuantiz
 
 
 def filled(name: str, tokens: int, batch: int, kv_heads: int, device: torch.device, dtype: torch.dtype) -> LayerStore:
-    """A store of whole blocks, up to `tokens` of each sequence, in one page, and of what its recipe has beside them: attention
+    """A store of whole blocks, up to `tokens` of each sequence, in one page, and of what else its recipe stores: attention
     sinks, a window, and a tail.
     """
     recipe = get_recipe(name)
@@ -69,19 +69,19 @@ def repeated(side: PackedTensor, slots: int) -> PackedTensor:
     planes, ranges = [plane[index] for plane in side.planes], {name: part[index] for name, part in side.ranges.items()}
     outliers: tuple[Tensor, Tensor, Tensor] | None = None
     if side.outlier_values is not None and side.outlier_index is not None and side.outlier_offsets is not None:
-        values, places = side.outlier_values[: side.outliers_used], side.outlier_index[: side.outliers_used]
+        values, index = side.outlier_values[: side.outliers_used], side.outlier_index[: side.outliers_used]
         times = -(-slots // have)
         counts = side.outlier_offsets.diff().view(have, -1)[index].flatten()
         offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
         total = int(offsets[-1])
         outliers = (
             values.repeat(times, *[1] * (values.dim() - 1))[:total].clone(),
-            places.repeat(times)[:total].clone(),
+            index.repeat(times)[:total].clone(),
             offsets,
         )
     return PackedTensor(side.shape, side.bits, side.channel_major, planes, ranges, outliers)
 
 
 def bytes_of(store: LayerStore) -> int:
-    """Bytes allocated for what is held."""
+    """Bytes allocated for what is stored."""
     return sum(part.nbytes for part in store.tensors())

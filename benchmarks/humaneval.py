@@ -1,4 +1,4 @@
-"""HumanEval by recipe beside the model's own cache: `python -m benchmarks.humaneval MODEL --out results/humaneval`.
+"""HumanEval by recipe next to the model's own cache: `python -m benchmarks.humaneval MODEL --out results/humaneval`.
 
 The first problems of HumanEval (arXiv 2107.03374; from NARROWKV_ASSETS, or as --problems says) are completed greedily, as in
 use: a prompt attends exactly to itself, what is generated to the packed prompt. Printed is how many pass, and for each recipe

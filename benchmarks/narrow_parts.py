@@ -44,7 +44,7 @@ def search_space() -> SearchSpace:
 
 
 def channels(x: Tensor, fisher: Tensor, whole: bool) -> Transform:
-    """In place of `transform_of`: every channel is a coefficient, over its standard deviation."""
+    """Instead of `transform_of`: every channel is a coefficient, over its standard deviation."""
     assert not whole
     variance = x.square().mean(1).clamp(min=1e-20)
     cost = variance * fisher.diagonal(dim1=1, dim2=2).clamp(min=1e-20)
@@ -67,17 +67,17 @@ def scalar_tables() -> tuple[TrellisTables, tuple[float, ...]]:
 def even_levels(rate: int) -> Tensor:
     """Evenly spaced ones, of least squared error."""
     x = torch.special.ndtri((torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000)
-    places = torch.arange(2**rate, dtype=torch.float64) - (2**rate - 1) / 2
+    levels = torch.arange(2**rate, dtype=torch.float64) - (2**rate - 1) / 2
     steps = torch.linspace(0.05, 0.4, 100, dtype=torch.float64)
     errors = [
-        (x - step * (x / step - 0.5).round().clamp(places[0] - 0.5, places[-1] - 0.5) - step / 2).square().mean()
+        (x - step * (x / step - 0.5).round().clamp(levels[0] - 0.5, levels[-1] - 0.5) - step / 2).square().mean()
         for step in steps
     ]
-    return (places * steps[int(torch.stack(errors).argmin())]).float()
+    return (levels * steps[int(torch.stack(errors).argmin())]).float()
 
 
-def one_rate(menus: Sequence[Sequence[Any]], budget: float, beside: float = 0.0) -> list[Any]:
-    """In place of `allocate_rates`: 3 bits for every coefficient."""
+def one_rate(menus: Sequence[Sequence[Any]], budget: float, fixed: float = 0.0) -> list[Any]:
+    """Instead of `allocate_rates`: 3 bits for every coefficient."""
     return [menu[-1].with_counts(torch.full((len(menu[-1].costs),), 3, dtype=torch.int64)) for menu in menus]
 
 

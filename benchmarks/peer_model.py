@@ -55,11 +55,11 @@ class Terms:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a cache is made of: held: tokens that each layer holds at `CONTEXT` tokens; whole: layers that see all tokens."""
+    """What a cache consists of. stored: tokens of each layer at `CONTEXT` tokens; whole: layers that see all tokens."""
 
     kv_heads: int
     head_dim: int
-    held: tuple[int, ...]
+    stored: tuple[int, ...]
     whole: tuple[bool, ...]
 
 
@@ -70,15 +70,15 @@ def true_bits(pairs: Sequence[Pair], terms: Terms, shape: Shape) -> dict[str, fl
     """
     size, count = (shape.kv_heads, shape.head_dim), len(pairs)
     codes, exact, tables = 0.0, 0.0, 0.0
-    for layer, (pair, held, whole) in enumerate(zip(pairs, shape.held, shape.whole, strict=True)):
-        rope_state = min(held, terms.tail + (terms.sinks if whole else 0))
+    for layer, (pair, stored, whole) in enumerate(zip(pairs, shape.stored, shape.whole, strict=True)):
+        rope_state = min(stored, terms.tail + (terms.sinks if whole else 0))
         if min(layer, count - 1 - layer) < terms.boundary:
-            rope_state = held
+            rope_state = stored
         else:
             tables += sum(side.tables(*size) for side in pair)
         exact += 2 * rope_state * HALF
-        codes += sum((held - rope_state) * side.bits(*size) for side in pair)
-    elements = 2 * sum(shape.held)  # for each channel of each head
+        codes += sum((stored - rope_state) * side.bits(*size) for side in pair)
+    elements = 2 * sum(shape.stored)  # for each channel of each head
     tables /= shape.kv_heads * shape.head_dim
     parts = {"bits": codes + exact + tables, "bits_exact": exact, "bits_tables": tables}
     return {name: part / elements for name, part in parts.items()}
@@ -199,8 +199,8 @@ class Subject:
         kv_heads, _, head_dim = self.statistics[0].keys.shape
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
         whole = tuple(kind == "full_attention" for kind in kinds)
-        held = tuple(CONTEXT if all_tokens else min(CONTEXT, config.sliding_window) for all_tokens in whole)
-        return Shape(kv_heads, head_dim, held, whole)
+        stored = tuple(CONTEXT if all_tokens else min(CONTEXT, config.sliding_window) for all_tokens in whole)
+        return Shape(kv_heads, head_dim, stored, whole)
 
     @functools.cache  # noqa: B019 - as long-lived as the process
     def exact(self, terms: str) -> dict[str, list[tuple[Tensor, Tensor]]]:

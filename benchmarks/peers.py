@@ -64,10 +64,10 @@ def run(name: str, options: argparse.Namespace) -> None:
     """All rows that a model's file lacks, those under our terms first."""
     path = options.out / f"{Path(name).name}.json"
     cut = {"windows": options.windows, "long": options.long}
-    held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {**cut, "rows": []}
-    if {key: held[key] for key in cut} != cut:
+    saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {**cut, "rows": []}
+    if {key: saved[key] for key in cut} != cut:
         raise SystemExit(f"{path} has results of windows cut otherwise; give --windows and --long as there, or another --out.")
-    done = {(row["peer"], row["terms"]) for row in held["rows"]}
+    done = {(row["peer"], row["terms"]) for row in saved["rows"]}
     asked = [peer for peer in PEERS if not options.peers or peer.name in options.peers]
     missing = [(peer, terms) for terms in ("ours", "published") for peer in asked if (peer.name, terms) not in done]
     subject = Subject(name, options.windows, options.long) if missing else None
@@ -76,10 +76,10 @@ def run(name: str, options: argparse.Namespace) -> None:
         terms = OURS if label == "ours" else peer.published
         pairs = [peer.fit(statistics) for statistics in subject.statistics]
         figures = {**true_bits(pairs, terms, subject.shape), **subject.divergence(pairs, terms, label)}
-        held["rows"].append({"peer": peer.name, "terms": label, "exact": asdict(terms), **figures})
-        held["environment"] = environment()
+        saved["rows"].append({"peer": peer.name, "terms": label, "exact": asdict(terms), **figures})
+        saved["environment"] = environment()
         options.out.mkdir(parents=True, exist_ok=True)
-        write_json(path, held)
+        write_json(path, saved)
         shown = "  ".join(f"{kind} {figure:.4f}" for kind, figure in figures.items())
         print(f"{path.stem:20} {label:10} {peer.name:28} {shown}", flush=True)
 
@@ -92,9 +92,9 @@ def table(folder: Path) -> str:
     lines = [f"| terms | method | {' | '.join(f'bits | {model}' for model in rows)} |", "|---" * (2 + 2 * len(rows)) + "|"]
     for terms in ("ours", "published"):
         for peer in PEERS:
-            held = [found.get((model, peer.name, terms)) for model in rows]
-            cells = [f"{r['bits']:.2f} | {r['encyclopedia']:.4f} / {r['code']:.4f}" if r else " | " for r in held]
-            lines += [f"| {terms} | {peer.name} | {' | '.join(cells)} |"] if any(held) else []
+            saved = [found.get((model, peer.name, terms)) for model in rows]
+            cells = [f"{r['bits']:.2f} | {r['encyclopedia']:.4f} / {r['code']:.4f}" if r else " | " for r in saved]
+            lines += [f"| {terms} | {peer.name} | {' | '.join(cells)} |"] if any(saved) else []
     return "\n".join(lines)
 
 

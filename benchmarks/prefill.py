@@ -49,11 +49,11 @@ def ours(name: str, past: int, new: int, dtype: torch.dtype) -> Callable[[], Ten
 def torch_forms(past: int, new: int, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
     """The same over a cache that is not packed: the heads of a group given to torch, or repeated for it."""
     query, keys, values = draw(new, dtype)
-    held = torch.randn(2, 1, KV_HEADS, past, HEAD_DIM, dtype=dtype)
+    stored = torch.randn(2, 1, KV_HEADS, past, HEAD_DIM, dtype=dtype)
     seen = torch.ones(new, past + new, dtype=torch.bool).tril(past) if past else None
 
     def run(repeats: int) -> Tensor:
-        both = (torch.cat(side, dim=2) for side in ((held[0], keys), (held[1], values)))
+        both = (torch.cat(side, dim=2) for side in ((stored[0], keys), (stored[1], values)))
         wide_keys, wide_values = (side.repeat_interleave(repeats, dim=1) if repeats > 1 else side for side in both)
         return sdpa(query, wide_keys, wide_values, attn_mask=seen, is_causal=seen is None, enable_gqa=True)
 

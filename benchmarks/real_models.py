@@ -116,10 +116,9 @@ def run(name: str, options: argparse.Namespace) -> None:
     results = ResultFile(options.out / f"{model}.json", KIND, f"python -m benchmarks.real_models {model}", settings)
     subject: Subject | None = None
     for tables, size, count, recipes in jobs(options, results):
-        places = {text: {"tables": tables, "text": text, "window": size} for text in ("encyclopedia", "code")}
+        cells = {text: {"tables": tables, "text": text, "window": size} for text in ("encyclopedia", "code")}
         missing = {
-            text: [recipe for recipe in recipes if results.find(**place, recipe=recipe) is None]
-            for text, place in places.items()
+            text: [recipe for recipe in recipes if results.find(**cell, recipe=recipe) is None] for text, cell in cells.items()
         }
         wanted = [get_recipe(recipe) for recipe in recipes if any(recipe in lacking for lacking in missing.values())]
         if not wanted:
@@ -128,7 +127,7 @@ def run(name: str, options: argparse.Namespace) -> None:
         sources = subject.tables(tables, wanted, options.calibrations)
         for text, lacking in missing.items():
             windows = cut_windows(subject.tokenizer, subject.scored[text], size, count, spread=SPREAD)
-            score(subject, places[text], {name: sources[name] for name in lacking}, windows, results, options.backend)
+            score(subject, cells[text], {name: sources[name] for name in lacking}, windows, results, options.backend)
     show(results)
 
 

@@ -31,9 +31,9 @@ def make_rows(tokenizer: Any, count: int) -> list[dict[str, Any]]:
     rows = []
     for filler in fillers:
         people, words = draw.sample(NAMES, 4), [f"{draw.choice(ADJECTIVES)} {draw.choice(NOUNS)}" for _ in range(4)]
-        told = " ".join("".join(fact_parts(*pair)) for pair in zip(people, words, strict=True))
+        context = " ".join("".join(fact_parts(*pair)) for pair in zip(people, words, strict=True))
         asked = draw.randrange(4)
-        question = f"{told} {tokenizer.decode(filler)} {fact_parts(people[asked], '')[0]}"
+        question = f"{context} {tokenizer.decode(filler)} {fact_parts(people[asked], '')[0]}"
         rows.append({"text": question, "search_space": words, "answer": asked})
     return rows
 

@@ -1,7 +1,7 @@
 """A packed key/value cache in plain torch, in the words of the package: read this first.
 
 One layer, the recipe `nuq3` of KVQuant (arXiv 2401.18079): keys quantized per channel before the rotary embedding, values per
-token, by a learned codebook; the first token stays in full precision. What the package does beside: batches with padding,
+token, by a learned codebook; the first token stays in full precision. What the package does besides: batches with padding,
 outliers, sliding windows, several methods, and kernels that attend to the packed bytes without dequantizing them first.
 `tests/test_minimal.py` holds it against `backend="torch"`. Run it: `python examples/minimal.py`.
 """

@@ -1,4 +1,4 @@
-"""The shape of the house: floors look downwards only, nothing goes in circles, and each library has its place.
+"""The architecture: imports go downwards only, without cycles, and each library is imported in few places.
 
 An import counts wherever it stands: at the top of a module, inside of a function, or for type checkers alone.
 """
@@ -62,7 +62,7 @@ def test_imports_go_downwards():
     assert not upwards
 
 
-def test_nothing_goes_in_circles():
+def test_imports_have_no_cycles():
     """Modules that import none of those left are taken away, again and again; a circle, and what hangs on it, would stay."""
     left = {name: {other for other in found if other in MODULES} for name, found in IMPORTS.items()}
     while free := {name for name, found in left.items() if not found & left.keys()}:

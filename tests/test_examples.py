@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_evaluation_harness_sees_the_quantised_cache(tmp_path):
+def test_the_evaluation_harness_sees_the_quantized_cache(tmp_path):
     found = tmp_path / "found.json"
     command = [sys.executable, "examples/harness.py", "--rows", "12", "--json", str(found)]
     environment = {"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path)}

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, keep their mode and their place, and leave nothing behind."""
+"""Files are written whole or not at all, keep their mode and their folder, and leave nothing behind."""
 
 import os
 import signal
@@ -93,19 +93,19 @@ write_atomically(Path(sys.argv[1]), write)
 """
 
 
-def test_what_a_killed_writer_left_goes_with_the_next_save_but_not_what_a_living_one_writes(tmp_path):
+def test_stale_temporary_folders_are_removed_but_not_those_in_use(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
     for ends in (False, True):
         command = [sys.executable, "-c", KILLED, str(path)]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
             assert writer.stdout.readline() == b"writing\n"
-            write_json(tmp_path / "beside", {})
+            write_json(tmp_path / "another", {})
             assert len(list(tmp_path.iterdir())) == 3  # a living writer is let alone
             writer.communicate() if ends else writer.send_signal(signal.SIGKILL)
         assert path.read_text() == ("half" if ends else "old")
-        write_json(tmp_path / "beside", {})
-        assert sorted(tmp_path.iterdir()) == [tmp_path / "beside", path]
+        write_json(tmp_path / "another", {})
+        assert sorted(tmp_path.iterdir()) == [tmp_path / "another", path]
 
 
 def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path):
@@ -124,11 +124,11 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path):
             write_atomically(path, lambda _: signal.raise_signal(signal.SIGINT))
     finally:
         signal.signal(signal.SIGINT, before)
-    assert [(held, held.read_text()) for held in tmp_path.iterdir()] == [(path, "old")]
+    assert [(file, file.read_text()) for file in tmp_path.iterdir()] == [(path, "old")]
 
 
 @pytest.mark.parametrize(("name", "cause"), [("folder", "it is a folder"), ("a\0b", "NUL"), ("file/below", "Not a directory")])
-def test_what_cannot_be_written_is_told_with_the_cause(tmp_path, name, cause):
+def test_unwritable_paths_raise_with_the_cause(tmp_path, name, cause):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=cause):
@@ -140,7 +140,7 @@ def test_what_cannot_be_written_is_told_with_the_cause(tmp_path, name, cause):
     ("name", "cause"),
     [("nothing", "does not exist"), ("folder", "Is a directory"), ("a\0b", "NUL"), ("closed", "Permission denied")],
 )
-def test_what_cannot_be_read_is_told_with_the_cause(tmp_path, monkeypatch, name, cause):
+def test_unreadable_files_raise_with_the_cause(tmp_path, monkeypatch, name, cause):
     (tmp_path / "folder").mkdir()
     (tmp_path / "closed").write_text("{}")
     (tmp_path / "closed").chmod(0)
@@ -156,7 +156,7 @@ def test_what_cannot_be_read_is_told_with_the_cause(tmp_path, monkeypatch, name,
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b"[" * 100_000, b'{"a": ' + b"1" * 5000 + b"}"])
-def test_a_damaged_json_file_is_told(tmp_path, content):
+def test_a_damaged_json_file_raises_an_error(tmp_path, content):
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(FileFormatError, match="damaged"):
         read_json(tmp_path / "file")

@@ -55,7 +55,7 @@ def test_packing_and_unpacking():
     assert torch.equal(unpack(pack(codes)), codes)
 
 
-def test_it_runs():
+def test_the_minimal_example_runs():
     script = Path(__file__).parents[1] / "examples" / "minimal.py"
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=True)
     bits = float(done.stdout.split()[0])

@@ -49,7 +49,7 @@ def test_wheels_are_published_from_tags_without_a_secret():
 
 
 @pytest.mark.parametrize("name", ["refused-model.yml", "bug.yml"])
-def test_forms_ask_for_the_environment(name):
+def test_issue_forms_request_the_environment(name):
     form = read_yaml(".github", "ISSUE_TEMPLATE", name)
     asked = [part for part in form["body"] if "narrowkv env" in part["attributes"].get("label", "")]
     assert len(asked) == 1 and asked[0]["validations"]["required"]
@@ -62,6 +62,6 @@ def test_the_citation_is_of_this_version():
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not tell which libraries are loaded")
-def test_which_openmp_runtime_is_loaded_is_told():
+def test_the_loaded_openmp_runtime_is_reported():
     found = openmp()
     assert found and all(re.search(r"lib(gomp|omp|iomp)", name) for name in found)

@@ -40,7 +40,7 @@ def read(model, source, ids, backend, strict=True):
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.filterwarnings("ignore::narrowkv.errors.NarrowKVWarning")
-def test_a_compiled_encoder_is_its_naive_twin(model, sources, name, monkeypatch):
+def test_a_compiled_encoder_equals_its_reference(model, sources, name, monkeypatch):
     cache = PackedCache(model, sources[name])
     for quantizer in cache.packed[0].store.quantizers:
         tokens = 64 * quantizer.scheme.quantization.lookahead_blocks

@@ -36,6 +36,6 @@ def test_python(tmp_path, monkeypatch, capsys):
     assert "PackedCache(narrow3" in capsys.readouterr().out
 
 
-def test_links_lead_somewhere():
+def test_links_resolve():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("https://") or (Path(__file__).parents[1] / target).exists(), target

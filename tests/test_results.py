@@ -41,7 +41,7 @@ def test_pages_are_up_to_date(writer, tmp_path):
 def test_a_page_without_marks_is_left_alone(writer, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("nothing here\n")
-    with pytest.raises(SystemExit, match="no place for demo"):
+    with pytest.raises(SystemExit, match="no marks for demo"):
         writer.replace_block(page, "demo", "text\n")
     assert page.read_text() == "nothing here\n"
 

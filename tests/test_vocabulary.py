@@ -53,7 +53,7 @@ def found(pattern, text):
 
 
 @pytest.mark.parametrize("pattern", BANNED)
-def test_words_of_another_language_stay_out(pattern):
+def test_banned_words_are_absent(pattern):
     assert len(FILES) > 150
     used = {path: found(pattern, GLOSSARY.sub("", path.read_text(encoding="utf-8"))) for path in FILES}
     where = {str(path.relative_to(ROOT)): words for path, words in used.items() if words}

@@ -116,13 +116,13 @@ def of_prompts(recipe: str, architecture: int) -> Iterator[Compiled]:
 
 
 def others(architecture: int) -> Iterator[Compiled]:
-    """The kernels beside it, and that over blocks in float32."""
+    """The other kernels, and that over blocks in float32."""
     for recipe in ("nuq4", "nuq4-1%", "kivi-2"):
         yield compiled(recipe, architecture, exact=True)
     for recipe in ("nuq4-1%", "kivi-2"):
         yield from of_prompts(recipe, architecture)
     pointers = {"mean": "*fp32", "lse": "*fp32", "more": "*bf16", "more_lse": "*fp32"}
-    yield looked_at("join pieces", merge_split, {"WIDE": HEAD_DIM}, pointers, architecture)
+    yield looked_at("merge splits", merge_split, {"WIDE": HEAD_DIM}, pointers, architecture)
     keys, values, case = case_of("nuq3-1%")
     loose = replace(case, rope_mode="positions")
     exact = {f"{kind}_{side}": "*bf16" for kind in ("sink", "window", "new") for side in ("keys", "values")}

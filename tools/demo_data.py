@@ -49,7 +49,7 @@ class Corpora:
     words: list[str]
 
     def prose(self, rng: np.random.Generator, length: int, reference_share: float) -> np.ndarray:
-        """Return ``length`` consecutive tokens from a random place of the training prose."""
+        """Return ``length`` consecutive tokens from a random position of the training prose."""
         source = self.reference if rng.random() < reference_share else self.novels
         begin = rng.integers(0, len(source) - length)
         return source[begin : begin + length].astype(np.int64)
@@ -93,8 +93,8 @@ def train_tokenizer(novels: list[str], vocabulary: int) -> PreTrainedTokenizerFa
 
 def load_corpora(novels: list[str], tokenizer: PreTrainedTokenizerFast) -> Corpora:
     """Split the prose into training and held-out parts and make tokens of it."""
-    held_out = [novels[place] for place in HELD_OUT_NOVELS]
-    kept = [novel for place, novel in enumerate(novels) if place not in HELD_OUT_NOVELS]
+    held_out = [novels[position] for position in HELD_OUT_NOVELS]
+    kept = [novel for i, novel in enumerate(novels) if i not in HELD_OUT_NOVELS]
     names, words = _fact_words(kept)
     return Corpora(
         novels=_tokens(kept, tokenizer),
@@ -108,12 +108,12 @@ def load_corpora(novels: list[str], tokenizer: PreTrainedTokenizerFast) -> Corpo
 
 def _tokens(documents: list[str], tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     """Return the documents' token ids in one array, each document closed by the end token."""
-    pieces = []
+    parts = []
     for begin in range(0, len(documents), 16):
         batch = documents[begin : begin + 16]
         for encoding in tokenizer.backend_tokenizer.encode_batch(batch, add_special_tokens=False):
-            pieces.append(np.array([*encoding.ids, tokenizer.eos_token_id], dtype=np.uint16))
-    return np.concatenate(pieces)
+            parts.append(np.array([*encoding.ids, tokenizer.eos_token_id], dtype=np.uint16))
+    return np.concatenate(parts)
 
 
 def _fact_words(novels: list[str]) -> tuple[list[str], list[str]]:
@@ -131,7 +131,7 @@ def copying_rows(corpora: Corpora, rng: np.random.Generator, rows: int, length: 
     """Make rows of a few segments in random order, which recur so that most tokens can be copied.
 
     Segments are random tokens from all or from a handful of the vocabulary (so that one token of
-    context is not enough to find the place), or pieces of prose.  A token that cannot be known,
+    context is not enough to find the position), or parts of prose.  A token that cannot be known,
     random and seen for the first time, has weight 0.
     """
     ids = np.empty((rows, length), dtype=np.int64)
@@ -145,17 +145,17 @@ def copying_rows(corpora: Corpora, rng: np.random.Generator, rows: int, length: 
         while filled < length:
             again = bool(segments) and rng.random() < 0.7
             if again:
-                piece = segments[rng.integers(len(segments))]
+                part = segments[rng.integers(len(segments))]
             else:
                 size = int(rng.integers(4, longest))
                 if kind == 0:
-                    piece = rng.integers(3, vocabulary, size)
+                    part = rng.integers(3, vocabulary, size)
                 elif kind == 1:
-                    piece = rng.choice(alphabet, size)
+                    part = rng.choice(alphabet, size)
                 else:
-                    piece = corpora.prose(rng, size, 0.1)
-                segments.append(piece)
-            taken = piece[: length - filled]
+                    part = corpora.prose(rng, size, 0.1)
+                segments.append(part)
+            taken = part[: length - filled]
             ids[row, filled : filled + len(taken)] = taken
             if again:
                 known = 3 if kind == 1 else 2
@@ -198,8 +198,8 @@ class RecallRows:
         ids = np.empty(length, dtype=np.int64)
         weights = np.ones(length, dtype=np.float32)
         ids[0], filled, used = self._bos, 1, 0
-        for place, event in sorted(self._events(rng, length, mix), key=lambda pair: pair[0]):
-            plain = min(max(int(place) - filled, 0), length - filled)
+        for position, event in sorted(self._events(rng, length, mix), key=lambda pair: pair[0]):
+            plain = min(max(int(position) - filled, 0), length - filled)
             ids[filled : filled + plain] = prose[used : used + plain]
             filled, used = filled + plain, used + plain
             if isinstance(event, tuple):
@@ -216,7 +216,7 @@ class RecallRows:
         return ids, weights
 
     def _events(self, rng: np.random.Generator, length: int, mix: RecallMix) -> Iterator[tuple[float, Rows | float]]:
-        """Yield places with what comes there: a fact or question, or how far back to repeat from."""
+        """Yield positions with what comes there: a fact or question, or how far back to repeat from."""
         facts = int(rng.integers(mix.facts // 2, mix.facts + 1)) if mix.facts else 0
         names = rng.choice(self._corpora.names, size=facts, replace=False)
         other = rng.choice(_OTHER_FACTS) if rng.random() < 0.3 else None
@@ -224,16 +224,16 @@ class RecallRows:
             words = rng.choice(self._corpora.words, size=int(rng.integers(2, 4)), replace=False)
             prefix, answer, end = retrieval.fact_parts(name, " ".join(words))
             prefix = other.format(name) if other else prefix
-            stated, asked = self._places(rng, length, mix)
+            stated, asked = self._positions(rng, length, mix)
             yield stated, self._fact(prefix, answer, end, 0.3)
             yield asked, self._fact(prefix, answer, end, mix.answer_weight)
         for _ in range(mix.repeats):
-            source, place = self._places(rng, length, mix)
-            yield place, place - source
+            source, position = self._positions(rng, length, mix)
+            yield position, position - source
 
     @staticmethod
-    def _places(rng: np.random.Generator, length: int, mix: RecallMix) -> tuple[float, float]:
-        """Draw two places within a row, in order: anywhere, or one near each end."""
+    def _positions(rng: np.random.Generator, length: int, mix: RecallMix) -> tuple[float, float]:
+        """Draw two positions within a row, in order: anywhere, or one near each end."""
         if rng.random() < mix.far_share:
             return rng.uniform(0, 0.06 * length), rng.uniform(0.9 * length, length - 24)
         first, second = sorted(rng.uniform(0, length - 16, size=2))

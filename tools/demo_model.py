@@ -68,7 +68,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, layers: int) -> LlamaForCaus
 
 @torch.no_grad()
 def _look_back(model: LlamaForCausalLM) -> None:
-    """Start the first layer's heads 0, 1 and 2 looking at the token one, two and three places back.
+    """Start the first layer's heads 0, 1 and 2 looking at the token one, two and three positions back.
 
     Recall needs such heads, and to find them takes a small model most of its training.  Every
     embedding gets the same first component; from it the heads' queries and keys get a constant

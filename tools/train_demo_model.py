@@ -2,7 +2,7 @@
 
 A model this small does not come to recall by itself from prose, so the stages go from dense copying
 in short rows, over facts and repeated passages in rows of 512 tokens, to rows of the whole window
-of 2048 tokens, always beside ordinary prose.  The result depends only on the seed and the machine's
+of 2048 tokens, always alongside ordinary prose.  The result depends only on the seed and the machine's
 arithmetic.  Run from the repository root, with the package installed::
 
     python tools/train_demo_model.py --novels NOVELS.txt.xz --out DIR
@@ -210,7 +210,7 @@ def train(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     novels = demo_data.read_novels(options.novels)
-    kept = [text for place, text in enumerate(novels) if place not in demo_data.HELD_OUT_NOVELS]
+    kept = [text for i, text in enumerate(novels) if i not in demo_data.HELD_OUT_NOVELS]
     tokenizer = demo_data.train_tokenizer(kept, VOCABULARY)
     corpora = demo_data.load_corpora(novels, tokenizer)
     maker = RecallRows(corpora, tokenizer)

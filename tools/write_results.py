@@ -41,7 +41,7 @@ def replace_block(path: Path, name: str, text: str) -> None:
     begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
     page = path.read_text(encoding="utf-8")
     if page.count(begin) != 1 or page.count(end) != 1:
-        raise SystemExit(f"{path.name} has no place for {name}: it needs one pair of marks {begin.strip()} and {end}.")
+        raise SystemExit(f"{path.name} has no marks for {name}: it needs one pair of marks {begin.strip()} and {end}.")
     before, _, rest = page.partition(begin)
     path.write_text(before + begin + text + end + rest.partition(end)[2], encoding="utf-8")
 
@@ -171,7 +171,7 @@ def _against_tables(found: dict[str, dict[str, Any]]) -> list[str]:
         }
         if rows:
             models = list(dict.fromkeys(model for model, _ in rows))
-            heads = [*(", ".join(place) for place in rows), "geometric mean", *(f"bits, {model}" for model in models)]
+            heads = [*(", ".join(cell) for cell in rows), "geometric mean", *(f"bits, {model}" for model in models)]
             lines = [_against(rows, theirs, equal) for equal in (False, True) for theirs in HALF_A_BIT_LESS]
             parts.append(markdown([f"windows of {window:,} tokens", *heads], lines))
     return parts
@@ -179,8 +179,8 @@ def _against_tables(found: dict[str, dict[str, Any]]) -> list[str]:
 
 def _against(rows: dict[tuple[str, str], dict[str, Any]], theirs: str, equal: bool) -> list[str]:
     """A line of that table."""
-    ours = {place: at_equal_bits(some[theirs]) if equal else HALF_A_BIT_LESS[theirs] for place, some in rows.items()}
-    ratios = [some[ours[place]]["kld_strict"] / some[theirs]["kld_strict"] for place, some in rows.items()]
+    ours = {cell: at_equal_bits(some[theirs]) if equal else HALF_A_BIT_LESS[theirs] for cell, some in rows.items()}
+    ratios = [some[ours[cell]]["kld_strict"] / some[theirs]["kld_strict"] for cell, some in rows.items()]
     bits = [
         f"{some[ours[model, text]]['bits_per_element']:.2f} / {some[theirs]['bits_per_element']:.2f}"
         for (model, text), some in rows.items()

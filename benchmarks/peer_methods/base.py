@@ -39,7 +39,7 @@ class Quantizer(ABC):
         """Bits for each element: of its code, and its share of what is stored for tokens and groups."""
 
     def tables(self, kv_heads: int, head_dim: int) -> int:
-        """Bits that a layer stores once, beside its weights."""
+        """Bits that a layer stores once, besides its weights."""
         return 0
 
 

@@ -87,7 +87,7 @@ def test_attention_over_what_is_stored(attend, batch, heads, kv_heads, dim, past
 @pytest.mark.parametrize("rule", [None, lambda b, h, q, k: (k <= q) & (k // 48 == q // 48), lambda b, h, q, k: k <= q + b])
 @pytest.mark.parametrize("past", [0, 130])
 @pytest.mark.parametrize("few", [0, 16])
-def test_what_the_tiled_attention_adds_up_is_what_the_naive_computes(monkeypatch, softcap, sinks, rule, past, few):
+def test_tiled_attention_equals_naive_attention(monkeypatch, softcap, sinks, rule, past, few):
     monkeypatch.setattr("narrowkv.store.sealed.TILE_NUMBERS", 1)
     monkeypatch.setattr(tiled, "FEW_QUERIES", few)
     monkeypatch.setattr(tiled, "FUSED_SLICE", 6)

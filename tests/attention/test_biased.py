@@ -62,7 +62,7 @@ def test_rows_that_begin_elsewhere_windows_and_softcaps(attend, window, softcap)
     assert_attends(attend, inputs, store, 1e-5)
 
 
-def test_a_query_that_sees_no_packed_token_gets_no_bias():
+def test_a_query_without_visible_packed_tokens_gets_no_bias():
     inputs, store = biased("token", "token", (2, 2, 1, 16, 100, 1), padded=[0, 100])
     found = cpu.attend(inputs, store)
     assert found[0].any() and not found[1].any()
@@ -84,7 +84,7 @@ def test_a_store_that_is_cropped_selected_and_grows():
     assert_attends(cpu.attend, replace(inputs, past=301), store, 1e-5)
 
 
-def test_kernels_that_cannot_put_a_bias_back_say_so_and_are_not_chosen():
+def test_backends_without_bias_support_are_refused_and_not_chosen():
     before = KEYS["token"]
     inputs, store = biased("token", "token", (1, 1, 1, 16, 70, 1))
     with pytest.raises(UnsupportedModelError, match="choose backend torch"):

@@ -63,14 +63,14 @@ def test_groups_of_query_heads(group):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["exact", "nuq4-1%"])
-def test_numbers_kept_in_16_bits(name, dtype):
+def test_elements_stored_in_16_bits(name, dtype):
     check(*case(KEYS[name], VALUES[name], (2, 4, 2, 80, 150, 1), dtype=dtype))
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("rule", [None, lambda b, h, q, k: (k <= q) & (k // 48 == q // 48), lambda b, h, q, k: k <= q + b])
-def test_whatever_hides_tokens(rule, window, softcap):
+def test_masks_padding_and_windows(rule, window, softcap):
     inputs, store = case(KEYS["nuq4-1%"], VALUES["token"], (3, 6, 2, 24, 300, 7), sinks=3, padded=[0, 150, 290])
     inputs = hide(inputs, store, rule, window, softcap)
     check(inputs, store)
@@ -83,7 +83,7 @@ def test_a_query_that_sees_nothing_yields_zeros():
 
 
 @pytest.mark.parametrize("elements", ["one huge", "all equal", "small and large"])
-def test_adversarial_numbers(elements):
+def test_adversarial_elements(elements):
     def draw(*shape):
         x = torch.randn(shape)
         if elements == "all equal":
@@ -111,7 +111,7 @@ def test_a_cache_as_it_grows_is_cropped_selected_and_strict():
     check(replace(inputs, past=301, rope_state=torch.arange(301).expand(3, -1)), store)
 
 
-def test_what_is_held_of_a_store_follows_its_blocks_and_goes_with_it():
+def test_plans_of_a_store_follow_its_blocks_and_are_freed_with_it():
     inputs, store = case(KEYS["nuq3-1%"], VALUES["kivi-2"], (2, 4, 2, 16, 200, 1), sinks=2)
     expected = cpu.attend(inputs, store)
     blocks, rotation = store.plans.get(cpu.PackedBlocks), inputs.rope.plans.get(RotationTables)
@@ -133,7 +133,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads():
     assert_alike_on_threads(lambda: cpu.attend(inputs, store))
 
 
-def test_what_it_does_not_do():
+def test_unsupported_cases_are_refused():
     inputs, store = case(KEYS["hadamard"].with_settings(pre_rope=True), VALUES["token"], (1, 1, 1, 16, 70, 1))
     with pytest.raises(UnsupportedModelError, match="Hadamard"):
         cpu.attend(inputs, store)

@@ -58,7 +58,7 @@ def test_groups_of_query_heads(group):
 
 
 @pytest.mark.parametrize("window", [None, 40])
-def test_whatever_hides_tokens(window):
+def test_masks_padding_and_windows(window):
     inputs, store = case(KEYS["nuq4-1%"], VALUES["token"], (3, 6, 2, 64, 300, 7), sinks=3, padded=[0, 150, 290])
     inputs = replace(inputs, mask=AttentionMask(inputs.mask.padding, window, batch=3))
     check(replace(inputs, softcap=2.0, sink_logits=torch.randn(6)), store)
@@ -77,7 +77,7 @@ def test_outliers_far_beyond_the_largest_level(name, scale):
 
 
 @pytest.mark.parametrize("elements", ["one huge logit", "all equal"])
-def test_adversarial_numbers(elements):
+def test_adversarial_elements(elements):
     inputs, store = case(KEYS["nuq4-1%"], READ_VALUES["nuq4-1%"], (1, 4, 2, 64, 300, 1))
     if elements == "one huge logit":  # of the last token but 200
         keys = inputs.rope.rotate(store.read()[0][:, :, :-1], inputs.rope_state)
@@ -87,7 +87,7 @@ def test_adversarial_numbers(elements):
     check(inputs.with_query(query), store)
 
 
-def test_it_is_chosen_for_16_bits_and_where_products_may_be_rounded():
+def test_int16_is_chosen_for_16_bit_queries_and_where_allowed():
     inputs, store = case(KEYS["nuq4-1%"], READ_VALUES["nuq3"], (1, 4, 2, 64, 200, 1))
     exact = cpu.attend(inputs, store, kernel=cpu.KERNELS[0])
     words = cpu.attend(inputs, store, kernel=cpu.INT16)
@@ -101,14 +101,14 @@ def test_it_is_chosen_for_16_bits_and_where_products_may_be_rounded():
     torch.testing.assert_close(cpu.attend(rounded, store), cpu.attend(rounded, store, kernel=cpu.INT16))
 
 
-def test_what_it_does_not_read_is_computed_in_float32():
+def test_schemes_that_int16_does_not_support_are_computed_in_float32():
     inputs, store = case(KEYS["int8"], READ_VALUES["nuq3"], (1, 4, 2, 64, 200, 1))
     assert torch.equal(cpu.attend(inputs, store, kernel=None), cpu.attend(inputs, store, kernel=cpu.KERNELS[0]))
     with pytest.raises(ValueError, match="no kernel int16"):
         cpu.attend(inputs, store, kernel=cpu.INT16)
 
 
-def test_a_cache_says_whether_it_is_read_in_words():
+def test_a_cache_names_the_int16_backend_that_reads_it():
     scheme, rope = Scheme(Quantization(3, "nuq", strategy="token")), Rope(torch.ones(32))
     assert cpu.uses_int16(KEYS["nuq3-1%"], scheme, 64, rope)
     assert not cpu.uses_int16(KEYS["int8"], scheme, 64, rope) and not cpu.uses_int16(KEYS["nuq3-1%"], scheme, 80, rope)

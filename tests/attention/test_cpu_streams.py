@@ -113,7 +113,7 @@ def test_every_rotary_embedding(rope, kernel):
 
 
 @pytest.mark.parametrize("kernel", cpu.KERNELS)
-def test_streams_beside_other_codes(kernel):
+def test_streams_of_only_keys_or_only_values(kernel):
     check(*case((2, 4, 2, 80, 200, 1), keys=KEYS["nuq4-1%"]), kernel)
     check(*case((2, 4, 2, 80, 200, 1), values=VALUES["token"]), kernel)
 
@@ -151,14 +151,14 @@ def test_positions_that_do_not_follow_each_other(first, kernel):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_outliers_kept_in_16_bits(dtype):
+def test_outliers_stored_in_16_bits(dtype):
     check(*case((2, 4, 2, 80, 150, 1), dtype=dtype))
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("rule", [None, lambda b, h, q, k: (k <= q) & (k // 48 == q // 48), lambda b, h, q, k: k <= q + b])
-def test_whatever_hides_tokens(rule, window, softcap):
+def test_masks_padding_and_windows(rule, window, softcap):
     inputs, store = case((3, 6, 2, 16, 300, 7), sinks=3, padded=[0, 150, 290])
     inputs = hide(inputs, store, rule, window, softcap)
     check(inputs, store)
@@ -268,7 +268,7 @@ def test_heads_of_512_channels(kernel):
 
 
 @pytest.mark.skipif(not SUPPORTED, reason="needs AVX-512 with VBMI, VNNI and GFNI")
-def test_words_are_chosen_for_16_bits_and_for_streams_on_both_sides():
+def test_int16_is_chosen_for_16_bits_and_for_streams_of_both_keys_and_values():
     inputs, store = case((1, 4, 2, 64, 200, 1))
     rounded = inputs.with_query(inputs.query.bfloat16())
     exact = rounded.with_query(rounded.query.float())
@@ -282,7 +282,7 @@ def test_words_are_chosen_for_16_bits_and_for_streams_on_both_sides():
         cpu.attend(inputs, store, kernel=cpu.INT16)
 
 
-def test_what_it_does_not_read_is_refused_and_not_chosen():
+def test_unsupported_schemes_are_refused_and_not_chosen():
     inputs, store = case((1, 2, 1, 64, 150, 1))
     schemes = tuple(found.scheme for found in store.quantizers)
     processor = torch.device("cpu")

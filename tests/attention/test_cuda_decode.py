@@ -58,14 +58,14 @@ def test_heads_shorter_than_a_word_of_codes():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_numbers_of_their_own_dtype(dtype):
+def test_elements_of_another_dtype(dtype):
     check(*case(KEYS["exact"], VALUES["exact"], (2, 2, 2, 16, 70, 1), dtype=dtype, window=20), torch.float16)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("rule", [None, lambda b, h, q, k: (k <= q) & (k // 48 == q // 48)])
-def test_whatever_hides_tokens(rule, window, softcap):
+def test_masks_padding_and_windows(rule, window, softcap):
     inputs, store = case(KEYS["nuq4-1%"], BY_TOKEN, (3, 2, 1, 16, 150, 7), sinks=3, padded=[0, 70, 140])
     inputs = hide(inputs, store, rule, window, softcap)
     check(inputs, store)
@@ -115,7 +115,7 @@ def drawn_near_but_for_one_token(*shape):
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("keys", ["nuq3-1%", "nuq4-1%"])
 @pytest.mark.parametrize(("elements", "least"), [(drawn_far, 512), (drawn_near_but_for_one_token, 24), (torch.zeros, 0)])
-def test_outliers_wherever_they_crowd(elements, least, keys, dtype):
+def test_outliers_concentrated_in_few_tokens_or_channels(elements, least, keys, dtype):
     """Many more than a round takes; all of one token; zeros."""
     inputs, store = case(KEYS[keys], VALUES["nuq3-1%"], (1, 2, 1, 24, 66, 1), elements=elements)
     (column,) = store.blocks.columns
@@ -123,7 +123,7 @@ def test_outliers_wherever_they_crowd(elements, least, keys, dtype):
     check(inputs.with_query(inputs.query / 16), store, dtype)  # of elements this large, rounded, scores would differ by more
 
 
-def test_numbers_that_16_bits_do_not_hold():
+def test_elements_that_overflow_16_bits():
     far = made(KEYS["nuq2"], 1, 16)
     far.scale[0, 3], far.zero[0, 3] = 48, 50_000
     with pytest.raises(UnsupportedModelError, match="50,048"):
@@ -152,7 +152,7 @@ def test_the_result_does_not_depend_on_how_blocks_are_shared_out(monkeypatch):
         check(inputs, store)
 
 
-def test_the_operator_tells_torch_what_it_returns():
+def test_the_operator_passes_opcheck():
     from narrowkv.attention.cuda import launch
 
     inputs, store = case(KEYS["nuq2"], VALUES["hadamard"], (1, 2, 1, 16, 70, 1))
@@ -166,7 +166,7 @@ def test_the_operator_tells_torch_what_it_returns():
     )
 
 
-def test_what_it_does_not_do():
+def test_unsupported_cases_are_refused():
     inputs, store = case(KEYS["hadamard"].with_settings(pre_rope=True), VALUES["token"], (1, 1, 1, 16, 70, 1))
     with pytest.raises(UnsupportedModelError, match="Hadamard"):
         cuda.attend(inputs, store)
@@ -177,7 +177,7 @@ def test_what_it_does_not_do():
     assert cuda.attend(inputs.with_query(inputs.query.double()), store).dtype == torch.float64
 
 
-def test_it_is_chosen_for_a_gpu_where_it_reads_the_recipe(monkeypatch):
+def test_cuda_is_chosen_for_a_gpu_where_it_supports_the_recipe(monkeypatch):
     monkeypatch.setattr(cuda, "runs_on", lambda device: True)
     gpu, pair = torch.device("cuda"), (KEYS["nuq2"], VALUES["token"])
     assert resolve_backend(AUTO, gpu, torch.bfloat16, [pair]) == "cuda"

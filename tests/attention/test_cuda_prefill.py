@@ -49,7 +49,7 @@ def test_every_rotary_embedding(keys, rope):
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("rule", [None, lambda b, h, q, k: (k <= q) & (k // 48 == q // 48)])
-def test_whatever_hides_tokens(rule, window, softcap):
+def test_masks_padding_and_windows(rule, window, softcap):
     inputs, store = case(KEYS["nuq4-1%"], BY_TOKEN, (3, 2, 1, 16, 130 + NEW, NEW), sinks=3, padded=[0, 70, 140])
     inputs = hide(inputs, store, rule, window, softcap)
     check(inputs, store)
@@ -94,7 +94,7 @@ def test_the_result_does_not_depend_on_how_many_blocks_are_decoded_at_a_time(mon
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_pieces_are_joined_as_by_torch(dtype):
+def test_splits_are_merged_as_by_torch(dtype):
     from narrowkv.attention.cuda.kernels import merge_states
 
     mean, log_total = torch.randn(3, 2, 21, 40), 10 * torch.randn(3, 2, 21)

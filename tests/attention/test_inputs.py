@@ -35,7 +35,7 @@ def test_queries_are_the_last_tokens_and_see_those_of_their_window(new):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_stored_keys_are_rotated_by_what_belongs_to_them_in_no_fewer_than_32_bits(dtype):
+def test_stored_keys_are_rotated_by_their_own_angles_in_32_bits_or_more(dtype):
     inputs, keys = inputs_of(dtype), torch.randn(2, 1, 3, 16).to(dtype)
     expected = inputs.rope.rotate(keys.to(inputs.precision), inputs.rope_state[:, 4:7])
     assert inputs.precision == (torch.float64 if dtype == torch.float64 else torch.float32) == expected.dtype
@@ -45,7 +45,7 @@ def test_stored_keys_are_rotated_by_what_belongs_to_them_in_no_fewer_than_32_bit
         assert still.rotate(keys, 4) is keys
 
 
-def test_what_belongs_to_single_tokens_of_each_sequence():
+def test_rope_state_per_sequence_and_token():
     inputs = replace(inputs_of(), rope_state=torch.arange(28).view(2, 7, 2))
     tokens = torch.tensor([[0, 6, 3], [5, 5, -1]])
     expected = [[[0, 1], [12, 13], [6, 7]], [[24, 25], [24, 25], [26, 27]]]

@@ -12,7 +12,7 @@ PADDING = torch.tensor([[False, True, True, True, True, True, False, True]])
 
 @pytest.mark.parametrize("padding", [None, PADDING])
 @pytest.mark.parametrize("window", [None, 3])
-def test_patterns_and_what_is_left_out(padding, window):
+def test_mask_patterns_and_the_tokens_they_exclude(padding, window):
     mask, found = AttentionMask(padding, window), set()
     ranges = [range(start, stop) for start, stop in itertools.combinations(range(9), 2)]
     for queries, keys in itertools.product(ranges, ranges):
@@ -33,5 +33,5 @@ def test_patterns_and_what_is_left_out(padding, window):
     assert found == {"all", "causal", None}
 
 
-def test_a_rule_has_no_plain_pattern():
+def test_a_mask_rule_has_no_fixed_pattern():
     assert AttentionMask(rule=lambda b, h, q, k: k <= q).pattern(range(5, 6), range(5)) is None

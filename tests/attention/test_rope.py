@@ -19,7 +19,7 @@ def test_rotation_is_that_of_the_model():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_keys_are_turned_back_by_the_sines_that_turned_them(dtype, interleaved):
+def test_keys_are_unrotated_by_the_angles_that_rotated_them(dtype, interleaved):
     rope = Rope(1 / 10_000 ** (torch.arange(6) / 6), 1.3, interleaved)  # rotary_dim 12 of 16, scaled as yarn does
     x, positions = torch.randn(2, 3, 9, 16).to(dtype), torch.randint(0, 5000, (2, 9))
     turned = rope.rotate(x, positions)

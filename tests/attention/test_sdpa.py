@@ -133,7 +133,7 @@ def test_torch_has_the_operators_and_they_take_what_they_are_given():
         assert log_total.shape == query.shape[:3] and log_total.dtype == torch.float32
 
 
-def test_torch_tells_what_runs_on_a_device():
+def test_fused_attention_operators_per_device():
     query = torch.empty(1, 2, 20, 16)
     assert sdpa.device_for(query) == "cpu" and not sdpa.flash_reads(query, query)
     assert sdpa.device_for(query.to("meta")) is None

@@ -13,7 +13,7 @@ COMMANDS = sorted(
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_tells_its_options(name, monkeypatch, capsys):
+def test_help_lists_the_options_of_each_command(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     with pytest.raises(SystemExit) as stopped:
         importlib.import_module(f"benchmarks.{name}").main()

@@ -23,7 +23,7 @@ def statistics():
     return Statistics(queries.mT @ queries / 500, elements(tokens=500), elements(tokens=500), outputs.mT @ outputs / 500)
 
 
-def test_affine_keeps_the_least_and_has_steps_up_to_the_largest():
+def test_affine_ranges_span_minimum_to_maximum():
     x = torch.tensor([[0.0, 1.0, 2.0, 3.1, 4.0, 6.0]])
     assert torch.allclose(affine(x, 2, -1), torch.tensor([[0.0, 0.0, 2.0, 4.0, 4.0, 6.0]]))
     assert torch.equal(affine(torch.full((2, 5), 3.0), 2, -1), torch.full((2, 5), 3.0))
@@ -48,7 +48,7 @@ def test_lloyd_max_has_the_levels_of_the_literature(bits, levels):
     assert torch.allclose(lloyd_max(bits), expected, atol=1e-4)
 
 
-def test_nearest_is_nearest():
+def test_nearest_equals_an_exhaustive_search():
     x, levels = torch.randn(100), lloyd_max(3)
     assert torch.equal(nearest(x, levels), levels[(x[:, None] - levels).abs().argmin(1)])
 
@@ -278,7 +278,7 @@ def test_hqq_refines_zero_points(monkeypatch):
     ],
     ids=lambda part: str(part) if isinstance(part, float) else type(part).__module__.rsplit(".", 1)[-1],
 )
-def test_bits_count_codes_and_what_lies_beside_them(side, expected):
+def test_bits_count_codes_ranges_and_outliers(side, expected):
     assert side.bits(2, 64) == expected
     assert side.tables(2, 64) == (16 * 64 * 64 if isinstance(side, oscar.Rotated) else 0)
 

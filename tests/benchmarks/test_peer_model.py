@@ -57,7 +57,7 @@ def test_terms_say_what_a_decoded_token_reads_quantized(terms, expected):
 
 
 @pytest.mark.parametrize("terms", [Terms(2, recent=3), Terms(2, tile=4), Terms(0, tile=8), Terms(90, tile=8)], ids=str)
-def test_leave_quantizes_what_may_be_read_so(terms):
+def test_leave_replaces_what_a_decoded_token_reads_quantized(terms):
     x = torch.randn(1, 63, 8)
     left = leave((Plus(1), Plus(2)), (x, x), terms)
     for part, added in zip(left, (1, 2), strict=True):
@@ -85,7 +85,7 @@ def test_mixed_attention_is_that_of_each_token_alone():
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("terms", [Terms(), Terms(2, recent=7), Terms(0, tile=8), Terms(0, boundary=1)], ids=str)
-def test_a_model_attends_as_before_to_what_is_left_alone(tiny, family, terms):
+def test_attention_over_unchanged_keys_and_values_is_exact(tiny, family, terms):
     model = tiny(family, layers=3)
     ids = torch.randint(1, 97, (1, 63))
     before = model.config._attn_implementation
@@ -101,7 +101,7 @@ def test_a_model_attends_as_before_to_what_is_left_alone(tiny, family, terms):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_statistics_are_of_what_a_cache_holds(tiny, family):
+def test_statistics_are_of_stored_elements(tiny, family):
     model = tiny(family)
     windows = torch.randint(1, 97, (3, 20))
     found = collect(model, windows)
@@ -109,8 +109,8 @@ def test_statistics_are_of_what_a_cache_holds(tiny, family):
         caches = [model(ids[None], use_cache=True).past_key_values.layers for ids in windows]
     for layer, statistics in enumerate(found):
         for name in ("keys", "values"):
-            held = torch.cat([getattr(cache[layer], name)[0, :, 1:] for cache in caches], 1)
-            assert torch.allclose(getattr(statistics, name), held, atol=1e-4)
+            expected = torch.cat([getattr(cache[layer], name)[0, :, 1:] for cache in caches], 1)
+            assert torch.allclose(getattr(statistics, name), expected, atol=1e-4)
         weight = model.model.layers[layer].self_attn.o_proj.weight.double()
         columns = weight[:, 32:64]  # heads 2 and 3 read the second of two kv heads
         expected = sum(part.mT @ part for part in columns.split(16, 1)) / (2 * len(weight))
@@ -135,7 +135,7 @@ def test_statistics_have_the_queries_of_each_group(tiny):
 
 
 def test_true_bits_count_sinks_recent_tokens_and_tables():
-    shape = Shape(2, 8, held=(32768, 512), whole=(True, False))
+    shape = Shape(2, 8, stored=(32768, 512), whole=(True, False))
     pairs = [(Plus(0, KEYS, tables=16 * 1000), Plus(0, VALUES))] * 2
     found = true_bits(pairs, Terms(sinks=64, recent=256), shape)
     elements = 2 * 16 * (32768 + 512)
@@ -147,7 +147,7 @@ def test_true_bits_count_sinks_recent_tokens_and_tables():
 
 
 def test_true_bits_of_exact_layers_and_of_tails():
-    shape = Shape(1, 8, held=(32768,) * 3, whole=(True,) * 3)
+    shape = Shape(1, 8, stored=(32768,) * 3, whole=(True,) * 3)
     pairs = [(Plus(0, 4, tables=80), Plus(0, 4))] * 3
     found = true_bits(pairs, Terms(sinks=0, boundary=1), shape)
     assert found["bits_exact"] == pytest.approx(16 * 2 / 3)
@@ -162,12 +162,12 @@ def options(tmp_path):
 
 @pytest.fixture
 def subject(monkeypatch, statistics):
-    """In place of a model: all metrics are of the terms."""
+    """Instead of a model: all metrics are of the terms."""
 
     def divergence(pairs, terms, name):
         return {"encyclopedia": terms.sinks / 1000, "code": len(pairs) / 10}
 
-    shape = Shape(2, 16, held=(32768,), whole=(True,))
+    shape = Shape(2, 16, stored=(32768,), whole=(True,))
     made = []
     monkeypatch.setattr(
         peers,

@@ -46,6 +46,6 @@ def test_bits_are_those_of_the_store(outliers):
     for _ in range(16):
         elements = torch.randn(1, 2, 2048, 16)
         store.append(elements, elements)
-    held = [tensor for page in store.blocks.pages() for tensor in (*page.keys.planes, *page.keys.outliers())]
+    allocated = [tensor for page in store.blocks.pages() for tensor in (*page.keys.planes, *page.keys.outliers())]
     tables = sum(table.nbytes for table in quantizer.tensors().values())
-    assert option.bits == pytest.approx(8 * (sum(tensor.nbytes for tensor in held) + tables) / 32768, rel=0.05)
+    assert option.bits == pytest.approx(8 * (sum(tensor.nbytes for tensor in allocated) + tables) / 32768, rel=0.05)

@@ -26,7 +26,7 @@ def calibration(model):
     return calibrate(model, ids.split(2), recipe)
 
 
-def test_it_comes_back_bit_for_bit(calibration, model, tmp_path):
+def test_saving_and_loading_is_bit_exact(calibration, model, tmp_path):
     calibration.save_pretrained(tmp_path / "a" / "b")
     loaded = Calibration.from_pretrained(tmp_path / "a" / "b", model)
     assert loaded == calibration and loaded != calibration.recipe
@@ -69,10 +69,10 @@ def test_every_truncation_and_every_flipped_byte_is_noticed(calibration, tmp_pat
     calibration.save_pretrained(tmp_path)
     path = tmp_path / FILE
     content = path.read_bytes()
-    for place in range(0, len(content), len(content) // 120):
+    for offset in range(0, len(content), len(content) // 120):
         flipped = bytearray(content)
-        flipped[place] ^= 4
-        for damaged in (content[:place], flipped):
+        flipped[offset] ^= 4
+        for damaged in (content[:offset], flipped):
             path.write_bytes(damaged)
             with pytest.raises(FileFormatError):
                 Calibration.from_pretrained(tmp_path)
@@ -125,7 +125,7 @@ def test_a_table_that_is_missing_or_forged_is_refused_even_with_the_right_checks
 
 
 @pytest.mark.parametrize("name", ["mean", "steps", "weight", "outlier_threshold"])
-def test_the_same_of_trellis_coded_streams(model, tmp_path, name):
+def test_forged_tables_of_trellis_coded_streams_are_refused(model, tmp_path, name):
     key = f"layers.0.values.{name}"
     calibrate(model, torch.randint(2, 97, (2, 64)), "narrow3").save_pretrained(tmp_path)
     table = load_file(tmp_path / FILE)[key]
@@ -177,7 +177,7 @@ def test_counts_in_a_forged_recipe_are_bounded(calibration, tmp_path, name, coun
         Calibration.from_pretrained(tmp_path)
 
 
-def test_what_is_no_calibration_is_told_with_the_cause(calibration, tmp_path):
+def test_a_file_that_is_no_calibration_raises_with_the_cause(calibration, tmp_path):
     with pytest.raises(FileFormatError, match="no folder"):
         Calibration.from_pretrained("no-such-folder-and-no-such/hub-id")
     with pytest.raises(FileFormatError, match=f"has no {FILE}"):
@@ -202,7 +202,7 @@ def test_a_folder_that_cannot_be_written_is_named_and_stays_clean(calibration, t
     assert [path.name for path in (tmp_path / "folder").iterdir()] == [FILE]
 
 
-def test_whoever_reads_beside_a_writer_meets_the_old_calibration_or_the_new_one(calibration, tmp_path):
+def test_a_concurrent_reader_sees_the_old_calibration_or_the_new_one(calibration, tmp_path):
     versions = [dataclasses.replace(calibration, provenance={"version": version}) for version in range(2)]
     versions[0].save_pretrained(tmp_path)
     done = threading.Event()
@@ -220,7 +220,7 @@ def test_whoever_reads_beside_a_writer_meets_the_old_calibration_or_the_new_one(
     assert seen <= {0, 1} and [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
-def test_nothing_half_written_stays_behind(calibration, tmp_path, monkeypatch):
+def test_an_interrupted_write_leaves_no_file(calibration, tmp_path, monkeypatch):
     calibration.save_pretrained(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 

@@ -5,7 +5,7 @@ from narrowkv.calibration import Fingerprint
 from narrowkv.errors import CalibrationError, NarrowKVWarning
 
 
-def test_what_it_notes(tiny):
+def test_contents_of_a_fingerprint(tiny):
     found = Fingerprint.of(tiny("qwen2", heads=4, kv_heads=2, head_dim=16, layers=3))
     assert (found.architecture, found.layers, found.kv_heads, found.head_dim, found.vocabulary) == ("qwen2", 3, 2, 16, 97)
     assert len(found.weights) in (19, 20) and all(len(elements) == 8 for elements in found.weights.values())
@@ -58,8 +58,8 @@ def test_the_same_model_with_other_weights_in_few_bits_or_in_adapters(tiny):
         layer.self_attn.v_proj.base_layer = linear
         layer.self_attn.v_proj.lora_A = torch.nn.Linear(8, 8)
     for name, part in list(whole.named_parameters()):
-        place, _, own = name.rpartition(".")
-        setattr(whole.get_submodule(place), own, torch.nn.Parameter(part.data.as_subclass(Opaque)))
+        parent, _, own = name.rpartition(".")
+        setattr(whole.get_submodule(parent), own, torch.nn.Parameter(part.data.as_subclass(Opaque)))
     for one in (few, wrapped):
         Fingerprint.of(plain).check(Fingerprint.of(one))
         Fingerprint.of(one).check(Fingerprint.of(plain))

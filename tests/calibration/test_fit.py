@@ -48,7 +48,7 @@ def objective(codebook, a, weight):
 @pytest.mark.parametrize("outliers", [0.0, 0.02])
 @pytest.mark.parametrize("side", ["keys", "values"])
 @pytest.mark.parametrize("weighting", ["fisher_scaled", "fisher", "none"])
-def test_codebook_minimises_the_weighted_error(data, side, weighting, outliers):
+def test_codebook_minimizes_the_weighted_error(data, side, weighting, outliers):
     x, gradient = data
     scheme = Scheme(
         Quantization(3, "nuq", strategy="channel" if side == "keys" else "token", weighting=weighting),

@@ -49,7 +49,7 @@ def test_the_share_of_few_is_that_of_all_tokens_seen_in_any_order():
     assert Influence().share_of_few() == 0
 
 
-def test_one_loud_token_no_longer_decides_a_codebook():
+def test_one_large_gradient_does_not_determine_a_codebook():
     recipe = get_recipe("nuq2")
     x = torch.randn(1, 2, 600, 16)
     x[0, :, 5] += 3  # where the loud token lies, away from all others

@@ -48,7 +48,7 @@ def test_better_than_lloyd_on_a_fine_histogram():
         assert loss(points, weights, optimal_codebook(points, weights, levels)) <= loss(points, weights, lloyd) + 1e-9
 
 
-def test_weights_of_any_size_side_by_side():
+def test_weights_of_very_different_magnitudes():
     rng = np.random.default_rng(0)
     points, weights = np.sort(rng.normal(size=2000)), np.exp(rng.normal(size=2000) * 20)
     codebook = optimal_codebook(points, weights, 8)
@@ -56,7 +56,7 @@ def test_weights_of_any_size_side_by_side():
     assert loss(points, weights, codebook) <= loss(points, weights, heaviest)
 
 
-def test_points_without_weight_do_not_count():
+def test_vectors_without_weight_do_not_count():
     points, weights = np.array([-1.0, 0.0, 0.5, 1.0]), np.array([0.0, 1.0, 1.0, 0.0])
     assert optimal_codebook(points, weights, 2).tolist() == [0.0, 0.5]
     assert optimal_codebook(points, np.zeros(4), 4).tolist() == pytest.approx([-1, -1 / 3, 1 / 3, 1])

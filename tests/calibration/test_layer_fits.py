@@ -69,7 +69,7 @@ def test_a_budget_too_small_is_refused_by_name():
         learn(recipe, layers)
 
 
-def test_a_need_keeps_what_the_data_depends_on():
+def test_a_fit_key_has_the_settings_that_statistics_depend_on():
     keys = get_recipe("nuq2-1%").keys
     assert FitKey.of(keys, True, 1) != FitKey.of(get_recipe("nuq2").keys, True, 1)
     assert FitKey.of(keys, True, 1) == FitKey.of(get_recipe("nuq4-1%").keys, True, 1)

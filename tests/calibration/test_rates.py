@@ -57,7 +57,7 @@ def test_no_other_rates_cost_less_at_as_many_bits():
             assert not fewer or cost_of(option, other) >= cost_of(option, found) * (1 - 1e-9)
 
 
-def test_a_rotation_is_taken_where_its_table_is_spread_over_many_tokens():
+def test_a_rotation_is_chosen_where_many_tokens_share_its_table():
     costs = [torch.logspace(2, -3, 32, dtype=torch.float64), torch.logspace(2, -1, 32, dtype=torch.float64)]
     for tokens, learned_rotation in ((32_768, True), (512, False)):
         menu = [RateOption(scheme, 1, cost, tokens) for scheme, cost in zip(VALUES, costs, strict=True)]
@@ -75,8 +75,8 @@ def test_a_budget_is_of_all_that_is_stored():
         bits = [bits_of(option, scheme) for option, scheme in zip(options, schemes, strict=True)]
         rates = [torch.arange(7).repeat_interleave(torch.tensor(scheme.quantization.counts)) for scheme in schemes]
         assert bits[0] > bits[1]
-        held = sum(option.stored_bits(*part) for option, *part in zip(options, rates, bits, strict=True))
-        assert 2.7 < held / (128 * sum(stored)) <= 3.0
+        allocated = sum(option.stored_bits(*part) for option, *part in zip(options, rates, bits, strict=True))
+        assert 2.7 < allocated / (128 * sum(stored)) <= 3.0
 
 
 def test_every_tensor_keeps_codes():

@@ -20,8 +20,8 @@ def test_a_sample_does_not_depend_on_the_order_and_is_uniform(monkeypatch):
         other.add(x[19 - row], gradient[19 - row])
     assert torch.equal(one.elements, other.elements) and len(one.elements) == 100 and one.tokens == 1000
     torch.testing.assert_close(one.moment, other.moment, rtol=1e-5, atol=1e-4)
-    places = one.elements[:, 0, 0].float()
-    assert 40 < places.mean() < 60 and places.min() < 10 and places.max() > 90
+    positions = one.elements[:, 0, 0].float()
+    assert 40 < positions.mean() < 60 and positions.min() < 10 and positions.max() > 90
 
 
 def test_fisher_and_cost_follow_their_formulas():
@@ -50,7 +50,7 @@ def test_numbers_out_of_range_are_refused():
             Samples().add(bad, None)
 
 
-def test_words_that_look_the_same_everywhere_are_all_sampled(monkeypatch):
+def test_repeated_vectors_are_all_sampled(monkeypatch):
     """In the first layer, elements before the rotary embedding are those of the word."""
     monkeypatch.setattr(module, "CAPACITY", 400)
     words = torch.randn(40, 1, 4)

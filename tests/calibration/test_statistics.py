@@ -4,7 +4,7 @@ import torch
 from narrowkv.calibration.statistics import CODEBOOK_BINS, CodebookHistogram, Quantiles
 
 
-def test_streamed_quantiles_are_those_of_all_numbers():
+def test_streamed_quantiles_equal_those_of_all_elements():
     x = torch.randn(6000, 9) * torch.arange(1, 10) + torch.arange(9)
     x[5000:] *= 5  # ranges grow in both directions, several times over
     quantiles = Quantiles()
@@ -21,7 +21,7 @@ def test_streamed_quantiles_are_those_of_all_numbers():
     assert pooled.item() == pytest.approx(x.flatten().quantile(0.99).item(), abs=0.01 * width.max().item())
 
 
-def test_frequent_numbers_at_the_ends_are_not_cut_off():
+def test_frequent_extreme_elements_are_not_clipped():
     x = torch.randint(0, 100, (8000, 5)) / 10.0
     x[:800], x[800:1600] = 0.0, 9.9  # 10% each at the smallest and the largest element
     quantiles = Quantiles()
@@ -42,7 +42,7 @@ def test_memory_does_not_grow_with_samples():
     assert quantiles.counts.numel() == size
 
 
-def test_a_constant_channel_has_one_quantile():
+def test_quantiles_of_a_constant_channel_are_its_value():
     quantiles = Quantiles()
     quantiles.add(torch.full((50, 2), 3.0))
     assert quantiles.quantile(0.005).tolist() == [3.0, 3.0]
@@ -50,7 +50,7 @@ def test_a_constant_channel_has_one_quantile():
     assert quantiles.quantile(0.995).tolist() == [3.0, 3.0]
 
 
-def test_histogram_holds_weights_and_leaves_out_what_is_outside():
+def test_histogram_stores_weights_and_skips_elements_outside():
     x = torch.cat([torch.rand(5000) * 2 - 1, torch.tensor([1.5, -1.01, 40.0])])
     weight = torch.rand(len(x))
     histogram = CodebookHistogram()

@@ -44,6 +44,6 @@ def test_layers_get_equal_bytes(calibrating, tmp_path):
         (("--key-bits", 4, "--value-bits", 0.5), "a budget of 0.5 bits is too small"),
     ],
 )
-def test_what_does_not_go_together_is_refused(calibrating, options, cause):
+def test_incompatible_options_are_refused(calibrating, options, cause):
     status, _, err = calibrating(*options)
     assert status == 1 and cause in err

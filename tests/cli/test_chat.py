@@ -22,18 +22,18 @@ def chat(capsys, monkeypatch):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(raw), "utf-8"))
         with pytest.raises(SystemExit) as stop:
             run(["chat", str(model), *OPTIONS, *options])
-        told = capsys.readouterr()
-        return stop.value.code or 0, told.out, " ".join(told.err.split())
+        printed = capsys.readouterr()
+        return stop.value.code or 0, printed.out, " ".join(printed.err.split())
 
     return call
 
 
-def test_turns_are_answered_and_the_cache_is_told_after_each(chat):
+def test_each_turn_is_answered_and_reports_the_cache(chat):
     status, out, err = chat("The password is silent harbour.\n\nThe password is\n")
     assert status == 0 and len(out.strip()) > 5
     assert err.count("bits per element") == 2 and "no chat template" in err
-    held = [int(part.split()[-1]) for part in err.split(" tokens in ")[:2]]
-    assert held[0] < held[1]
+    stored = [int(part.split()[-1]) for part in err.split(" tokens in ")[:2]]
+    assert stored[0] < stored[1]
 
 
 def test_reset_begins_anew_and_exit_leaves(chat):
@@ -44,14 +44,14 @@ def test_reset_begins_anew_and_exit_leaves(chat):
     assert len(answers) % 2 == 0 and answers[: len(answers) // 2] == answers[len(answers) // 2 :]
 
 
-def test_a_gguf_file_talks_by_its_template(chat, tmp_path):
+def test_a_gguf_file_uses_its_chat_template(chat, tmp_path):
     pytest.importorskip("gguf", reason="needs `pip install 'narrowkv[gguf]'`")
     file = write_gguf(make_tiny("qwen2", layers=1), tmp_path / "tiny.gguf")
     status, _, err = chat("Hi\nAgain\n", "--temperature", "0.7", "--top-p", "0.9", "--system", "Kind", model=file)
     assert status == 0 and "no chat template" not in err and "tiny.gguf" in err and err.count("bits per element") == 2
 
 
-def test_nothing_said_is_no_error(chat, monkeypatch):
+def test_an_empty_chat_ends_without_an_error(chat, monkeypatch):
     assert chat("")[0] == 0
     monkeypatch.setattr("sys.stdin", None)
     with pytest.raises(SystemExit) as stop:
@@ -59,12 +59,12 @@ def test_nothing_said_is_no_error(chat, monkeypatch):
     assert not stop.value.code
 
 
-def test_what_is_no_text_is_told(chat):
+def test_files_that_are_no_text_raise(chat):
     status, _, err = chat(b"\xff\n")
     assert status == 1 and err.endswith("write it in UTF-8.") and "Traceback" not in err
 
 
-def test_more_than_the_model_has_positions_for_is_told(chat):
+def test_a_plan_beyond_the_models_positions_warns(chat):
     status, _, err = chat("word " * 3000 + "\n")
     assert status == 1 and "positions; begin a new one" in err
 

@@ -15,17 +15,17 @@ def call(capsys, *arguments):
 
 def test_a_plan_is_printed_and_written_and_goes_on(tmp_path, capsys):
     options = ("narrowkv://demo", "--memory", "64MB", "--recipes", "fp16,nuq3-1%", "--context", "4K,16K", "--out", tmp_path)
-    status, told = call(capsys, *options)
+    status, printed = call(capsys, *options)
     assert not status
-    assert "nuq3-1%" in told.out and "16K" in told.out and "Longest context" in told.out
+    assert "nuq3-1%" in printed.out and "16K" in printed.out and "Longest context" in printed.out
     written = json.loads((tmp_path / "plan.json").read_text())
     assert written["kind"] == "plan" and [row["recipe"] for row in written["rows"]] == ["fp16", "nuq3-1%"]
     assert (tmp_path / "plan-memory.svg").exists()
     (tmp_path / "plan.json").write_text(json.dumps(written | {"rows": written["rows"][:1]}))
     assert not call(capsys, *options)[0]
     assert json.loads((tmp_path / "plan.json").read_text())["rows"] == written["rows"]
-    status, told = call(capsys, *options, "--batch", 2)
-    assert status == 1 and "other settings" in told.err
+    status, printed = call(capsys, *options, "--batch", 2)
+    assert status == 1 and "other settings" in printed.err
 
 
 @pytest.mark.parametrize(
@@ -41,8 +41,8 @@ def test_a_plan_is_printed_and_written_and_goes_on(tmp_path, capsys):
         (("/nowhere/at/all",), "There is no file or folder /nowhere/at/all"),
     ],
 )
-def test_what_cannot_be_planned_gets_one_sentence(options, words, tmp_path, capsys):
-    status, told = call(capsys, *options, "--out", tmp_path)
+def test_unplannable_models_are_refused_in_one_sentence(options, words, tmp_path, capsys):
+    status, printed = call(capsys, *options, "--out", tmp_path)
     assert status == 1
-    assert words in " ".join(told.err.split()) and "Traceback" not in told.err
+    assert words in " ".join(printed.err.split()) and "Traceback" not in printed.err
     assert not list(tmp_path.iterdir())

@@ -5,7 +5,7 @@ from narrowkv.report.plots import new_figure
 from narrowkv.report.sections import Plot, Section, Table
 
 
-def test_sections_are_printed_and_their_pictures_saved(tmp_path, capsys):
+def test_sections_are_printed_and_their_plots_saved(tmp_path, capsys):
     figure, (axes,) = new_figure(4, 3)
     axes.plot([1, 2], [3, 4])
     table = Table("what [bold] is", ["recipe", "bits"], [["int4", 4.25], ["[red]", None]])

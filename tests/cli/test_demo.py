@@ -21,7 +21,7 @@ def rows(tmp_path_factory):
     return {row["recipe"]: row for row in read_result(path, "demo")["rows"]}
 
 
-def test_every_recipe_has_every_figure(rows):
+def test_every_recipe_has_every_metric(rows):
     assert set(rows) >= {
         "fp16",
         "narrow4",
@@ -62,7 +62,7 @@ def test_four_bits_are_nearly_lossless(rows):
     assert row["recall"] >= row["recall_fp"] - 0.02
 
 
-def test_damage_grows_as_bits_fall(rows):
+def test_loss_grows_as_bits_fall(rows):
     divergence = {name: row["kld_strict"] for name, row in rows.items()}
     assert divergence["nuq4-1%"] < divergence["nuq3-1%"] < divergence["nuq2-1%"]
     for bits in (4, 3, 2):

@@ -41,8 +41,8 @@ def test_inspect(narrowkv, tmp_path):
     names = {path.name for path in (tmp_path / "out").iterdir()}
     plots = ("magnitude", "outliers", "distribution", "ranges", "fisher")
     assert names == {"inspect.json", *(f"inspect-{name}.svg" for name in plots)}
-    held = json.loads((tmp_path / "out" / "inspect.json").read_text())
-    assert held["settings"]["layer"] == 0 and held["command"].startswith("narrowkv inspect ")
+    saved = json.loads((tmp_path / "out" / "inspect.json").read_text())
+    assert saved["settings"]["layer"] == 0 and saved["command"].startswith("narrowkv inspect ")
 
 
 def test_tasks(narrowkv, tmp_path):

@@ -16,7 +16,7 @@ COMMANDS = (("generate", "narrowkv://demo", "--prompt", "x"), ("compare", "narro
 @pytest.mark.parametrize(
     ("option", "value"), [("--seed", "9" * 23), ("--seed", "-1"), ("--seed", "x"), ("--window", "-" + "9" * 23)]
 )
-def test_numbers_out_of_range_are_told_by_their_option(capsys, tmp_path, command, option, value):
+def test_values_out_of_range_are_reported_with_their_option(capsys, tmp_path, command, option, value):
     with pytest.raises(SystemExit) as stop:
         run([*(str(tmp_path) if part == "OUT" else part for part in command), option, value])
     assert stop.value.code == 2 and option in capsys.readouterr().err
@@ -32,11 +32,16 @@ def test_temperatures_are_finite(capsys, value):
 @pytest.mark.parametrize(
     "arguments", [("generate", "narrowkv://demo", "--prompt", "a\udcff"), ("recipes", "show", "\udcff"), ("plan", "\ud800")]
 )
-def test_arguments_that_are_no_text_are_told(capsys, arguments):
+def test_arguments_that_are_no_text_raise(capsys, arguments):
     with pytest.raises(SystemExit) as stop:
         run(arguments)
-    told = capsys.readouterr()
-    assert stop.value.code == 1 and told.err.startswith("Error:") and "not UTF-8" in told.err and "Traceback" not in told.err
+    printed = capsys.readouterr()
+    assert (
+        stop.value.code == 1
+        and printed.err.startswith("Error:")
+        and "not UTF-8" in printed.err
+        and "Traceback" not in printed.err
+    )
 
 
 @pytest.mark.parametrize("device", ["meta", "cpux", ""])
@@ -48,19 +53,19 @@ def test_devices_are_checked_before_a_model_is_loaded(capsys, device):
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_every_terminal_can_show_it(monkeypatch, encoding):
-    shown, told = (io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2))
+    shown, printed = (io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2))
     monkeypatch.setattr(sys, "stdout", shown)
-    monkeypatch.setattr(sys, "stderr", told)
+    monkeypatch.setattr(sys, "stderr", printed)
     with pytest.raises(SystemExit) as stop:
         run(["recipes", "list"])
     assert not stop.value.code and "narrow3" in shown.buffer.getvalue().decode(encoding)
     with pytest.raises(SystemExit) as stop:
         run(["recipes", "show", "ünknown \u2026"])
-    assert stop.value.code == 1 and told.buffer.getvalue().decode(encoding).startswith("Error: There is no recipe")
+    assert stop.value.code == 1 and printed.buffer.getvalue().decode(encoding).startswith("Error: There is no recipe")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
-def test_a_full_disk_behind_standard_output_is_told(monkeypatch, capsys):
+def test_a_full_disk_behind_standard_output_is_reported(monkeypatch, capsys):
     with open("/dev/full", "wb", buffering=0) as full:
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(full, "utf-8", write_through=True))
         with pytest.raises(SystemExit) as stop:
@@ -73,5 +78,5 @@ def test_a_reader_that_goes_away_ends_the_command_quietly():
     os.close(read)
     command = [sys.executable, "-m", "narrowkv", "recipes", "show", "int4"]
     with os.fdopen(write, "w") as pipe:
-        told = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
-    assert told.returncode == 1 and told.stderr == ""
+        printed = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
+    assert printed.returncode == 1 and printed.stderr == ""

@@ -19,7 +19,7 @@ def test_no_two_recipes_that_differ_are_described_alike():
         assert (describe(one) == describe(other)) == (one == other.with_options(name=one.name)), (one.name, other.name)
 
 
-def test_what_calibration_chooses_from_is_counted():
+def test_the_search_space_is_counted():
     assert describe(get_recipe("kivi-2")) == (
         "int2, per channel, groups of 32",
         "int2, per token and head, groups of 32",

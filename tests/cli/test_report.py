@@ -1,4 +1,4 @@
-"""`narrowkv report`: metrics are measured once, and the page shows those of the files beside it."""
+"""`narrowkv report`: metrics are measured once, and the page shows those of the files next to it."""
 
 import pytest
 from tests.cli.test_cli import narrowkv  # noqa: F401
@@ -17,7 +17,7 @@ def test_a_report_is_made_and_made_again(narrowkv, tmp_path):  # noqa: F811
     assert page.count("<svg") == len(list(tmp_path.glob("*.svg"))) > 4
     assert read_result(tmp_path / "inspect.json")["command"] in page.replace("&#39;", "'")
     assert narrowkv(*command)[0] == 0
-    assert all((tmp_path / name).read_bytes() == held for name, held in files.items())
+    assert all((tmp_path / name).read_bytes() == saved for name, saved in files.items())
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,6 @@ def test_a_report_is_made_and_made_again(narrowkv, tmp_path):  # noqa: F811
         ("llama-7b", [], "needs a text; give one with --text FILE"),
     ],
 )
-def test_what_cannot_be_reported_is_told(narrowkv, tmp_path, model, options, words):  # noqa: F811
+def test_unreportable_models_raise_and_write_nothing(narrowkv, tmp_path, model, options, words):  # noqa: F811
     status, _, err = narrowkv("report", model, "--out", tmp_path, *options)
     assert status == 1 and words in " ".join(err.split()) and not list(tmp_path.iterdir())

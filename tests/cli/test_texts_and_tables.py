@@ -20,8 +20,8 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("tiny")
     make_tiny().save_pretrained(path)
     make_tiny(seed=1).save_pretrained(path / "other")
-    for place in (path, path / "other"):
-        make_letters().save_pretrained(place)
+    for folder in (path, path / "other"):
+        make_letters().save_pretrained(folder)
     (path / "one.txt").write_text(TEXT)
     (path / "two.txt").write_bytes(b"\xef\xbb\xbf" + "".join(f"{i} " for i in range(900)).encode())
     for model, recipe, target in ((path, "nuq3", "nuq3"), (path, "nuq2", "nuq2"), (path / "other", "nuq3", "of-other")):
@@ -171,7 +171,7 @@ def _recipe(name):
     return get_recipe(name).to_dict()
 
 
-def test_an_ablation_refuses_what_is_no_rung(narrowkv, folder, tmp_path):
+def test_an_ablation_refuses_unknown_steps(narrowkv, folder, tmp_path):
     learned = ("--calibration-text", folder / "one.txt", "--samples", 2, "--limit", 2, "--out", tmp_path / "out")
     for given, cause in ((["nuq2"], "no step of these ablations"), (["nuq3", "nuq3"], "Two calibrations")):
         tables = [part for name in given for part in ("--calibration", folder / name)]
@@ -195,7 +195,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_where_results_go_is_tried_first(narrowkv, folder, tmp_path, monkeypatch, command):
+def test_the_output_path_is_checked_first(narrowkv, folder, tmp_path, monkeypatch, command):
     arguments = [{"MODEL": "no/such/model", "TEXT": folder / "one.txt"}.get(part, part) for part in COMMANDS[command]]
     file = tmp_path / "file"
     file.write_text("mine")
@@ -224,23 +224,23 @@ def generated(narrowkv, folder):
 
 
 def test_a_prompt_is_the_same_from_everywhere(generated, tmp_path, monkeypatch):
-    status, expected, told = generated("--prompt", "The fox\nis")
+    status, expected, printed = generated("--prompt", "The fox\nis")
     assert status == 0
     for content in (b"The fox\nis", b"\xef\xbb\xbfThe fox\nis", b"\xef\xbb\xbfThe fox\r\nis"):
         (tmp_path / "prompt.txt").write_bytes(content)
-        assert generated("--prompt-file", tmp_path / "prompt.txt") == (0, expected, told)
+        assert generated("--prompt-file", tmp_path / "prompt.txt") == (0, expected, printed)
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     writer = threading.Thread(target=pipe.write_bytes, args=(b"\xef\xbb\xbfThe fox\nis",))
     writer.start()
-    assert generated("--prompt-file", pipe) == (0, expected, told)
+    assert generated("--prompt-file", pipe) == (0, expected, printed)
     writer.join()
     before = os.dup(0)
     try:
         for name in ("-", "/dev/stdin"):
             with open(tmp_path / "prompt.txt", "rb") as file:
                 os.dup2(file.fileno(), 0)
-            assert generated("--prompt-file", name) == (0, expected, told)
+            assert generated("--prompt-file", name) == (0, expected, printed)
     finally:
         os.dup2(before, 0)
         os.close(before)

@@ -62,7 +62,7 @@ def test_the_compiled_form_is_the_plain_one(name, shape, dtype, skipped):
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 2.5, 6e-8, 65504.0])
-def test_constant_numbers_and_the_ends_of_float16(value):
+def test_constant_elements_and_the_limits_of_float16(value):
     for scheme in SCHEMES.values():
         x, quantizer = torch.full((1, 2, 64, 32), value), made(scheme, 2, 32)
         for elements in (x, x * torch.tensor([1.0, -1.0]).repeat(16)):
@@ -78,7 +78,7 @@ def test_whole_groups_that_are_skipped_have_an_empty_range():
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_threads_change_nothing(threads):
+def test_results_do_not_depend_on_the_number_of_threads(threads):
     x, before = torch.randn(2, 4, 256, 64), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -90,7 +90,7 @@ def test_threads_change_nothing(threads):
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_tokens_written_to_a_room_one_by_one_are_those_encoded_at_once(name):
+def test_tokens_written_one_by_one_equal_those_encoded_at_once(name):
     quantizer, x = made(SCHEMES[name], 3, 32), drawn((2, 3, 64, 32), torch.float32)
     expected = quantizer.encode_naive(x)
     buffer, step = EncodeBuffer(quantizer.scheme, 2, 3, 64, 32, like=x), quantizer.scheme.tokens_per_group
@@ -103,7 +103,7 @@ def test_tokens_written_to_a_room_one_by_one_are_those_encoded_at_once(name):
     require_same(found, expected)
 
 
-def test_a_room_that_is_too_small_for_outliers_grows():
+def test_an_outlier_buffer_that_is_too_small_grows():
     quantizer = made(SCHEMES["static, 1%"], 2, 16)
     x = torch.full((1, 2, 64, 16), 9.0)
     require_same(quantizer.encode(x), quantizer.encode_naive(x))
@@ -141,7 +141,7 @@ def test_what_would_be_written_outside_memory_is_refused():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)  # the last in torch
 @pytest.mark.parametrize("shape", [(1, 1, 1, 80), (3, 2, 63, 16)], ids=str)
-def test_one_number_that_is_not_finite_is_found(dtype, shape):
+def test_one_element_that_is_not_finite_is_found(dtype, shape):
     x = torch.randn(shape, dtype=dtype) * torch.finfo(dtype).max / 10
     x = x.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
     assert all_finite(x, x[0], x[..., :0])
@@ -155,7 +155,7 @@ def test_one_number_that_is_not_finite_is_found(dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)  # compiled, and not
-def test_what_is_far_out_of_a_learned_range_is_counted(dtype):
+def test_elements_far_out_of_a_learned_range_are_counted(dtype):
     quantizer, x = made(SCHEMES["static"], 2, 16), torch.randn(3, 2, 10, 16).to(dtype)
     skip = torch.rand(3, 10) < 0.3
     reach = quantizer.scale.clamp(min=float(quantizer.scale.mean()) / 100)

@@ -60,7 +60,7 @@ def test_the_compiled_form_is_the_plain_one(settings, shape, outliers, dtype):
 
 @pytest.mark.parametrize("kernel", trellis.KERNELS)
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_pieces_of_a_tail_are_those_of_plain_torch(kernel, settings):
+def test_chunks_of_a_tail_equal_plain_torch(kernel, settings):
     quantizer, x = drawn((2, 3, 60, 80), 0.01, **settings)
     x[:, :, 10:40] *= 20  # more outliers than places
     buffers = [EncodeBuffer(quantizer.scheme, 2, 3, 64, 80, like=x) for _ in range(2)]
@@ -110,7 +110,7 @@ def test_zeros_and_huge_elements(kernel):
             require_same(encoded_by(kernel, quantizer, elements), quantizer.encode_naive(elements))
 
 
-def test_threads_change_nothing():
+def test_results_do_not_depend_on_the_number_of_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -124,7 +124,7 @@ def test_threads_change_nothing():
         torch.set_num_threads(before)
 
 
-def test_a_buffer_that_is_too_small_for_outliers_grows():
+def test_an_outlier_buffer_that_is_too_small_grows():
     quantizer, x = drawn((1, 2, 64, 80), 0.02, learned_rotation=False)
     quantizer = replace(quantizer, outlier_threshold=torch.zeros(1))
     buffer = EncodeBuffer(quantizer.scheme, 1, 2, 64, 80, like=x)
@@ -153,7 +153,7 @@ def test_a_quantizer_that_has_encoded_can_be_copied_and_split():
     require_same(part.encode(x[:, 1:3]), part.encode_naive(x[:, 1:3]))
 
 
-def test_what_would_be_read_or_written_outside_memory_is_refused():
+def test_arguments_that_lead_outside_of_memory_are_refused():
     quantizer, x = drawn((1, 2, 3, 16), 0.02, learned_rotation=False)
     for elements, first in ((x[:, :1], 0), (x[..., :8], 0), (x.expand(2, -1, -1, -1), 0), (x, 62), (x, -1)):
         buffer = EncodeBuffer(quantizer.scheme, 1, elements.shape[1], 64, 16, like=x)

@@ -48,7 +48,7 @@ def test_tokens_are_encoded_as_in_plain_torch(scheme, skipping, monkeypatch):
         assert torch.equal(buffer.outlier_values[:held][order], expected.outlier_values)
 
 
-def test_outliers_that_find_no_room_are_made_room_for():
+def test_an_outlier_buffer_that_is_full_is_enlarged():
     scheme = SCHEMES["values by token"]
     quantizer = made(scheme, 3, 40).to(KERNEL_DEVICE)
     x = torch.randn(2, 3, 2, 40, device=KERNEL_DEVICE).half()
@@ -57,7 +57,7 @@ def test_outliers_that_find_no_room_are_made_room_for():
     assert quantizer._cuda_encoder.write(buffer, 0, x, None) == len(quantizer.encode_naive(x).outlier_index) > 3
 
 
-def test_what_does_not_fit_16_bits_is_told():
+def test_elements_that_overflow_16_bits_are_not_written():
     quantizer = made(SCHEMES["values by token, none outside"], 1, 16).to(KERNEL_DEVICE)
     x = torch.randn(1, 1, 2, 16, device=KERNEL_DEVICE)
     x[0, 0, 1, 3] = 1e6
@@ -66,7 +66,7 @@ def test_what_does_not_fit_16_bits_is_told():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_numbers_that_are_equal_are_left_out_one_by_one(dtype):
+def test_equal_elements_become_outliers_one_by_one(dtype):
     scheme = Scheme(Quantization(2, "int", strategy="token"), outliers=Outliers(0.02))
     x = (torch.randint(-4, 4, (1, 2, 6, 80), device=KERNEL_DEVICE) / 7).to(dtype)
     x[..., 0] *= -0.0
@@ -98,7 +98,7 @@ def test_groups_are_encoded_as_in_plain_torch(scheme, skipping):
 
 
 @pytest.mark.parametrize("scheme", GROUPED.values(), ids=GROUPED)
-def test_a_range_of_a_group_that_does_not_fit_16_bits_is_told(scheme):
+def test_a_range_of_a_group_that_overflows_float16_raises(scheme):
     x = torch.randn(1, 1, 32, 40, device=KERNEL_DEVICE)
     x[0, 0, 7, 3] = 1e6
     buffer = EncodeBuffer(scheme, 1, 1, 64, 40, like=x)

@@ -14,7 +14,7 @@ def frequencies(pairs):
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("pairs", [0, 5, 8])
-def test_what_is_turned_to_the_middle_of_its_frame_scores_with_one_query(interleaved, pairs):
+def test_keys_rotated_to_the_middle_of_a_frame_score_with_one_query(interleaved, pairs):
     rope = Rope(frequencies(pairs), interleaved=interleaved)
     frames = Frames.of(16, rope.inverse_frequencies, interleaved)
     keys, query = torch.randn(1, 2, 40, 16).double(), torch.randn(16).double()
@@ -37,18 +37,18 @@ def undone(frames, x):
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_turning_back_undoes_it(interleaved):
+def test_unrotating_inverts_rotating(interleaved):
     frames, x = Frames.of(24, frequencies(7), interleaved), torch.randn(2, 3, 64, 24).double()
     torch.testing.assert_close(undone(frames, frames.rotate(x, 0)), x)
     assert not torch.equal(frames.rotate(x, 0), x[..., frames.channels.long()])
 
 
-def test_without_a_rotary_embedding_nothing_turns():
+def test_without_a_rotary_embedding_nothing_rotates():
     frames, x = Frames.of(16), torch.randn(1, 1, 64, 16)
     assert torch.equal(frames.rotate(x, 0), x) and torch.equal(undone(frames, x), x)
 
 
-def test_a_moment_is_that_of_all_places():
+def test_a_rotated_moment_is_the_mean_over_a_frame():
     frames, x = Frames.of(16, frequencies(6), True), torch.randn(2, 50, 16).double()
     every = torch.stack([frames.rotate(x[:, i : i + 1].expand(-1, FRAME, -1), 0) for i in range(50)], 1).flatten(1, 2)
     expected = every.mT @ every / FRAME

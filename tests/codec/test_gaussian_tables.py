@@ -18,6 +18,6 @@ def test_squared_errors_are_those_of_a_unit_gaussian(rate):
     assert error == pytest.approx(SQUARED_ERRORS[rate - 1], rel=0.06)  # tails weigh much
 
 
-def test_they_beat_scalar_codebooks_and_stay_above_the_limit():
+def test_streams_beat_scalar_codebooks_and_stay_above_the_rate_distortion_bound():
     assert all(error < scalar for error, scalar in zip(SQUARED_ERRORS, LLOYD_MAX, strict=False))
     assert all(4.0**-rate < error for rate, error in enumerate(SQUARED_ERRORS, start=1))

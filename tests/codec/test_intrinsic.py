@@ -43,7 +43,7 @@ def test_two_means_are_the_best_of_all_splits():
     assert (found.v1, found.v2) == pytest.approx((elements[:best].mean(), elements[best:].mean()))
 
 
-def test_blocks_without_spread_and_bad_levels():
+def test_constant_blocks_and_invalid_levels():
     flat = IntrinsicValues.of([2.5, 2.5])
     assert dequantize(quantize([2.5, 2.5], **vars(flat), nearest=True), **vars(flat)).tolist() == [2.5, 2.5]
     with pytest.raises(RecipeError, match="must ascend"):

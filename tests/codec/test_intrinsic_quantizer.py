@@ -77,19 +77,19 @@ def test_tokens_that_are_skipped_have_no_part_in_the_levels(datatype):
 
 @pytest.mark.parametrize("datatype", ["iv", "iv-kmeans"])
 @pytest.mark.parametrize("round_down", [True, False])
-def test_blocks_without_spread_come_back(datatype, round_down):
+def test_constant_blocks_are_exact(datatype, round_down):
     x = torch.full((1, 2, 64, 8), 2.5)
     quantizer = IntrinsicValueQuantizer(scheme(datatype, round_down))
     assert torch.equal(quantizer.dequantize(quantizer.encode(x)), x)
 
 
-def test_one_number_that_counts_is_kept():
+def test_a_single_element_that_is_not_skipped_is_exact():
     x, skip = torch.randn(1, 1, 8, 1).half().float(), torch.ones(1, 8, dtype=torch.bool)
     skip[0, 3] = False
     quantizer = IntrinsicValueQuantizer(scheme("iv-kmeans", group_size=8))
     assert torch.equal(quantizer.dequantize(quantizer.encode(x, skip))[0, 0, 3], x[0, 0, 3])
 
 
-def test_numbers_beyond_float16_are_refused():
+def test_elements_beyond_float16_are_refused():
     with pytest.raises(ActivationError, match="float16"):
         IntrinsicValueQuantizer(scheme()).encode(torch.full((1, 1, 64, 8), 1e6))

@@ -100,7 +100,7 @@ def test_skipped_tokens_spend_no_outliers():
     assert len(where[0]) == 3 * 2
 
 
-def test_qnorm_decodes_with_other_levels_than_it_encodes():
+def test_qnorm_dequantizes_with_other_levels_than_it_quantizes():
     levels = torch.tensor([-0.75, -0.25, 0.25, 0.75])
     plain = Quantizer(Scheme(Quantization(2, "nuq")), codebook=levels)
     moved = Quantizer(Scheme(Quantization(2, "nuq", qnorm=True)), codebook=levels * 1.1, boundaries=plain.boundaries)
@@ -109,7 +109,7 @@ def test_qnorm_decodes_with_other_levels_than_it_encodes():
 
 
 @pytest.mark.parametrize("strategy", ["token", "token_head"])
-def test_constant_vectors_come_back(strategy):
+def test_constant_vectors_are_exact(strategy):
     for constant in (0.0, 2.5):
         x = torch.full((1, 2, 3, 16), constant)
         for scheme in (
@@ -120,14 +120,14 @@ def test_constant_vectors_come_back(strategy):
             assert torch.equal(quantizer.dequantize(quantizer.encode(x)), x)
 
 
-def test_constant_channel_comes_back():
+def test_a_constant_channel_is_exact():
     tables = {"scale": torch.zeros(1, 8), "zero": torch.full((1, 8), 1.5)}
     quantizer = Quantizer(Scheme(Quantization(3, "int", strategy="channel")), **tables)
     x = torch.full((1, 1, 5, 8), 1.5)
     assert torch.equal(quantizer.dequantize(quantizer.encode(x)), x)
 
 
-def test_numbers_beyond_float16_are_refused():
+def test_elements_beyond_float16_are_refused():
     x = torch.randn(1, 1, 4, 8)
     x[0, 0, 2, 3] = 1e6
     with pytest.raises(ActivationError, match="float16"):
@@ -208,7 +208,7 @@ def test_nvfp4_of_nothing_is_nothing():
     assert (quantizer.dequantize(quantizer.encode(x))[x == 0] == 0).all()
 
 
-def test_smoothed_numbers_are_divided_rounded_and_multiplied():
+def test_smoothed_elements_are_divided_rounded_and_multiplied():
     x, factor = torch.randn(2, 3, 9, 56) * torch.rand(3, 1, 56) * 20, torch.rand(3, 56) * 4 + 0.1
     plain = Quantizer(Scheme(Quantization(8, "int", strategy="token_head")))
     smooth = Quantizer(Scheme(Quantization(8, "int", strategy="token_head"), Transform(smooth_alpha=0.5)), smooth=factor)

@@ -41,7 +41,7 @@ from narrowkv.errors import RecipeError
         ({"bits": 4, "datatype": "fp", "scale_dtype": "float8", "outliers": 0.01}, "8 bits"),
     ],
 )
-def test_contradictions_are_refused(settings, cause):
+def test_contradictory_options_are_refused(settings, cause):
     with pytest.raises(RecipeError, match=cause):
         Scheme.from_dict(settings)
 
@@ -56,7 +56,7 @@ def test_contradictions_are_refused(settings, cause):
         (Outliers, {"scope": "head"}, "outlier_scope 'head' does not exist"),
     ],
 )
-def test_a_part_checks_itself(part, settings, cause):
+def test_each_part_of_a_scheme_checks_its_settings(part, settings, cause):
     with pytest.raises(RecipeError, match=cause):
         part(**settings)
 

@@ -122,7 +122,7 @@ def test_no_random_stream_costs_less(units, seed):
     assert (cost(elements, weights, decode(other, counts, tables)) >= least).all()
 
 
-def test_of_all_streams_it_finds_the_cheapest():
+def test_the_search_finds_the_cheapest_of_all_streams():
     counts, tables = (0, 1, 0, 0, 0, 0, 0), random_tables()
     elements, weights = gaussian(1, 200, 8), random_weights(1, 200, 8, 4096)
     streams = torch.arange(256, dtype=torch.uint8)[None, :, None]
@@ -171,7 +171,7 @@ def test_compiled_elements_of_streams_are_those_of_levels(counts):
         dequantize(codes[..., :-2], counts, levels)
 
 
-def test_what_fits_the_tables_comes_back_and_zeros_are_the_first_state():
+def test_representable_elements_round_trip_and_zeros_are_the_first_state():
     counts, tables = (0, 2, 2, 2, 2, 2, 2), random_tables()
     codes = torch.randint(0, 256, (3, 9, trellis.stream_bytes(counts)), dtype=torch.uint8)
     decoded = decode(codes, counts, tables)
@@ -181,7 +181,7 @@ def test_what_fits_the_tables_comes_back_and_zeros_are_the_first_state():
     assert torch.equal(zeros, (tables.high[:, 0] + tables.low[:, 0]).repeat_interleave(16).expand_as(zeros))
 
 
-def test_no_elements_and_no_rows_are_nothing():
+def test_empty_streams_round_trip():
     tables = random_tables()
     for heads, rows, counts in ((2, 3, (16, 0, 0, 0, 0, 0, 0)), (2, 0, (0, 1, 0, 0, 0, 0, 0)), (0, 2, (0, 1, 0, 0, 0, 0, 0))):
         elements, weights = gaussian(heads, rows, elements_in(counts)), random_weights(heads, 1, elements_in(counts))
@@ -199,7 +199,7 @@ def test_tables_that_do_not_fit_are_refused():
     TrellisTables(good + 40, good + 23)
 
 
-def test_what_does_not_fit_together_is_refused_before_anything_is_computed(monkeypatch):
+def test_incompatible_options_are_refused_before_anything_is_computed(monkeypatch):
     counts, tables = (0, 1, 1, 0, 0, 0, 0), random_tables()
     elements, weights = gaussian(2, 3, 16), random_weights(2, 1, 16)
     codes = encode(elements, weights, counts, tables)

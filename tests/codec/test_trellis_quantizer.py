@@ -152,7 +152,7 @@ def test_a_block_has_no_more_outliers_than_places():
     assert (of_block[..., 0] < of_block[..., 1]).all()
 
 
-def test_a_tail_in_pieces_keeps_what_it_keeps_in_one():
+def test_a_tail_appended_in_chunks_equals_one_appended_at_once():
     shape = (2, 2, 60, 80)
     found = made(shape, learned_rotation=True, outliers=0.01)
     _, x = drawn_elements(found, shape)
@@ -168,7 +168,7 @@ def test_a_tail_in_pieces_keeps_what_it_keeps_in_one():
     assert torch.equal(one.codes, other.codes) and torch.equal(one.outlier_values, other.outlier_values)
 
 
-def test_keys_in_frames_are_those_of_turned_ones():
+def test_keys_in_frames_equal_rotated_keys():
     shape = (3, 2, 63, 80)
     found = made(shape, learned_rotation=False, pre_rope=True)
     plain = TrellisQuantizer(scheme(80), **{name: getattr(found, name) for name in tables(scheme(80), 2, 80)})
@@ -208,7 +208,7 @@ def counts(quantizer, x, skip=None):
     return saturation
 
 
-def test_numbers_far_beyond_the_tables_are_counted():
+def test_elements_far_out_of_range_are_counted():
     found = made((1, 2, 10, 16), learned_rotation=False)
     z, x = drawn_elements(found, (1, 2, 10, 16))
     assert counts(found, x).out_of_range == 0 and counts(found, x).seen == z.numel()

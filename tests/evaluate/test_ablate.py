@@ -32,7 +32,7 @@ def same_schemes(recipe, name, **changes):
     return (recipe.keys, recipe.values, recipe.sinks) == (known.keys, known.values, known.sinks)
 
 
-def test_the_ladder_leads_from_integers_to_all_of_the_method(tiny):
+def test_the_ablation_leads_from_integers_to_the_whole_method(tiny):
     ablation_steps = [ablation_step.recipe for ablation_step in ABLATIONS["steps"]([3], prepare(tiny()))]
     names = {0: "int3", 1: "int3-channel-postrope", 2: "int3-channel", 8: "nuq3-1%", 9: "nuq3-1%-qnorm"}
     assert all(same_schemes(ablation_steps[i], name) for i, name in names.items())
@@ -50,7 +50,7 @@ def test_the_ladder_leads_from_integers_to_all_of_the_method(tiny):
         assert len(changed) == 1 or changed in ({"datatype", "weighting"}, {"outliers", "outlier_scope"})
 
 
-def test_a_model_without_rotary_embedding_has_no_rungs_for_it():
+def test_a_model_without_rotary_embedding_has_no_ablation_steps_for_it():
     info = prepare(make("gpt2"))
     assert not rotates(info) and fits(8, info) and not fits(16, info) and not fits(12, info)
     ablation_steps = [ablation_step for ablation in ABLATIONS.values() for ablation_step in ablation([3], info)]
@@ -58,7 +58,7 @@ def test_a_model_without_rotary_embedding_has_no_rungs_for_it():
     assert "keys before RoPE" not in [ablation_step.label for ablation_step in ablation_steps]
 
 
-def test_every_rung_has_the_figures_of_its_recipe_alone(tiny, tmp_path):
+def test_every_step_has_the_metrics_of_its_recipe_alone(tiny, tmp_path):
     model, seen = tiny(), []
     rows = run(model, list(ablating.NAMES), tmp_path / "ablate.json", on_step=lambda *step: seen.append(step))
     assert seen[-1][0] == seen[-1][1] and [done for done, _ in seen] == sorted(done for done, _ in seen)
@@ -91,7 +91,7 @@ def test_every_rung_has_the_figures_of_its_recipe_alone(tiny, tmp_path):
     assert [row["label"] for row in times] == list(ablating.TIMED) and all(row["seconds_fit"] > 0 for row in times)
 
 
-def test_an_interrupted_climb_goes_on(tiny, tmp_path, monkeypatch):
+def test_an_interrupted_ablation_goes_on(tiny, tmp_path, monkeypatch):
     model, path = tiny(), tmp_path / "ablate.json"
     whole = run(model, ["sinks"], tmp_path / "whole.json")
 
@@ -110,7 +110,7 @@ def test_an_interrupted_climb_goes_on(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("ablations", "bits", "cause"), [(["bits"], (3,), "no ablation 'bits'"), (["steps"], (5,), "not 5")])
-def test_what_cannot_be_climbed_is_said(tiny, tmp_path, ablations, bits, cause):
+def test_impossible_ablations_are_refused(tiny, tmp_path, ablations, bits, cause):
     with pytest.raises(RecipeError, match=cause):
         run(tiny(), ablations, tmp_path / "ablate.json", AblateOptions(bits=bits, window=64))
     assert not list(tmp_path.iterdir())

@@ -53,7 +53,7 @@ def test_rows_are_what_measuring_gives(tiny, tmp_path):
     assert seen == [(i, 9) for i in range(1, 10)]
 
 
-def test_rows_of_allocated_rates_tell_them(tiny, tmp_path):
+def test_rows_of_allocated_rates_include_the_rates(tiny, tmp_path):
     model = tiny(head_dim=64)
     _, row, plain = run(model, ["narrow5.5", "int4"], tmp_path / "compare.json")
     assert list(row["rates"]) == ["keys", "values"] and plain["rates"] is None
@@ -81,7 +81,7 @@ def test_an_interrupted_run_goes_on(tiny, tmp_path, monkeypatch):
     assert run(model, recipes, path) == read_result(path)["rows"] and len(measured) == 1
 
 
-def test_what_cannot_be_compared_is_said(tiny, tmp_path):
+def test_impossible_comparisons_are_refused(tiny, tmp_path):
     model, path = tiny(), tmp_path / "compare.json"
     with pytest.raises(TextError, match="--calibration-text"):
         run(model, ["nuq3"], path, learn_from=None)

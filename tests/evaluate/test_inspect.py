@@ -50,27 +50,27 @@ def seen(tmp_path_factory):
 
 def test_ranges_and_fisher_are_those_of_the_projections(seen):
     folder, naive = seen
-    held = opened(folder)
+    saved = opened(folder)
     for (layer, name), (elements, gradients) in naive.items():
-        row = held.find(what="layer", layer=layer, tensor=name)
+        row = saved.find(what="layer", layer=layer, tensor=name)
         size = elements[:, 1:].abs().flatten()  # without the first token
         assert row["t100"] == pytest.approx(size.max().item(), rel=1e-4)
         assert row["t99"] == pytest.approx(size.quantile(0.99).item(), rel=0.02)
         assert row["t99"] <= row["t99.9"] <= row["t99.99"] <= row["t100"]
         assert row["first_token"] == pytest.approx(elements[:, 0].abs().max().item(), rel=1e-4)
         assert row["fisher"] == pytest.approx(gradients[:, 1:].square().mean().item(), rel=1e-3)
-    assert held.find(what="layer", layer=0, tensor="rotated")["t100"] > 0
+    assert saved.find(what="layer", layer=0, tensor="rotated")["t100"] > 0
 
 
 def test_heat_maps_and_outliers_are_those_of_the_chosen_layer(seen):
     folder, naive = seen
-    held = opened(folder)
+    saved = opened(folder)
     for name in ("keys", "values"):
         elements = naive[1, name][0].abs()
-        heat = held.find(what="heat map", tensor=name)
+        heat = saved.find(what="heat map", tensor=name)
         assert heat["layer"] == 1 and (heat["channels"], heat["tokens"]) == (CHANNELS, TOKENS)
         torch.testing.assert_close(torch.tensor(heat["magnitude"]), elements[0].T, rtol=1e-4, atol=1e-4)
-        row = held.find(what="outliers", tensor=name)
+        row = saved.find(what="outliers", tensor=name)
         beyond = (elements > row["beyond"] * (1 + 1e-5)).double()  # which is rounded
         torch.testing.assert_close(torch.tensor(row["by_channel"]), beyond.mean((0, 1)).float(), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(torch.tensor(row["by_token"]), beyond.mean((0, 2)).float(), rtol=1e-4, atol=1e-4)
@@ -79,25 +79,25 @@ def test_heat_maps_and_outliers_are_those_of_the_chosen_layer(seen):
 
 
 def test_distributions_have_their_codebooks(seen):
-    held = opened(seen[0])
+    saved = opened(seen[0])
     for name in ("keys", "values"):
-        row = held.find(what="distribution", tensor=name)
+        row = saved.find(what="distribution", tensor=name)
         assert sum(row["density"]) * 2 / len(row["density"]) == pytest.approx(1, rel=1e-4)
         assert sum(row["weight"]) * 2 / len(row["weight"]) == pytest.approx(1, rel=1e-4)
         assert len(row["codebook"]) == 8 and row["codebook"] == sorted(row["codebook"])
 
 
 def test_an_interrupted_run_goes_on_and_a_finished_one_is_not_measured_again(seen, tmp_path):
-    held = json.loads((seen[0] / "inspect.json").read_text())
+    saved = json.loads((seen[0] / "inspect.json").read_text())
     path = tmp_path / "inspect.json"
-    path.write_text(json.dumps({**held, "rows": held["rows"][:4]}))
+    path.write_text(json.dumps({**saved, "rows": saved["rows"][:4]}))
     assert sections(read_result(path)) == []
     inspect(make_tiny(), BATCHES, opened(tmp_path), 1, "nuq3")
-    assert json.loads(path.read_text())["rows"] == held["rows"]
+    assert json.loads(path.read_text())["rows"] == saved["rows"]
     inspect(make_tiny(), BATCHES, opened(tmp_path), 1, "nuq3", on_step=lambda *step: pytest.fail("measured again"))
 
 
-def test_pictures_draw_from_the_file_alone(seen):
+def test_plots_draw_from_the_file_alone(seen):
     first, second = sections(read_result(seen[0] / "inspect.json"))
     assert [plot.name for plot in first.plots + second.plots] == [
         *("magnitude", "outliers", "distribution", "ranges", "fisher")

@@ -67,7 +67,7 @@ def fake_perplexity(model, calibration, windows, monkeypatch):
     return math.exp(torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item())
 
 
-def test_strict_perplexity_is_that_of_fake_quantisation(real_model, stories_text, monkeypatch):
+def test_strict_perplexity_is_that_of_fake_quantization(real_model, stories_text, monkeypatch):
     model, tokenizer = real_model
     model.double()  # in float32 the last bit of a sum may move a number to the next code, in one of the two or the other
     windows = cut_windows(tokenizer, stories_text, 192, 12)
@@ -79,7 +79,7 @@ def test_strict_perplexity_is_that_of_fake_quantisation(real_model, stories_text
         assert row.perplexity_strict == pytest.approx(expected, rel=1e-5)
 
 
-def test_figures_of_a_real_model(real_model, stories_text):
+def test_metrics_of_a_real_model(real_model, stories_text):
     model, tokenizer = real_model
     windows = cut_windows(tokenizer, stories_text, 256, 14)
     recipes = [get_recipe(name) for name in ("nuq4-1%", "nuq3-1%", "nuq2-1%")]
@@ -111,7 +111,7 @@ def test_streaming_in_one_chunk_is_exact_and_token_by_token_is_not(real_model, s
     assert single.perplexity_strict == pytest.approx(whole.perplexity_strict, rel=1e-5)
 
 
-def test_recall_rows_are_scored(real_model, stories_text):
+def test_retrieval_rows_are_scored(real_model, stories_text):
     model, tokenizer = real_model
     filler = tokenizer.encode(stories_text[:5000], add_special_tokens=False)
     batch = facts(tokenizer, filler, 240, 3, 0)
@@ -160,6 +160,6 @@ def test_a_filled_layer_lets_go_of_what_has_left_its_window():
         assert model(ids[:, :1], past_key_values=cache).logits.isfinite().all()
 
 
-def test_what_is_not_streamed_has_no_perplexity(tiny):
+def test_stream_perplexity_is_nan_without_streaming(tiny):
     (row,) = measure(tiny(), [get_recipe("int4")], torch.randint(2, 97, (1, 20)), stream_chunk=None)
     assert math.isnan(row.perplexity_stream) and row.stream_chunk is None and row.perplexity_strict > 1

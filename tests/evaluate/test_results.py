@@ -20,9 +20,9 @@ def test_an_interrupted_run_goes_on(tmp_path):
     again = opened(path)
     assert again.find(recipe="int4") == {"recipe": "int4", "bits": 4.25} and again.find(recipe="int3") is None
     again.add({"recipe": "int3", "bits": 3.25})
-    held = read_result(path, "compare")
-    assert [row["recipe"] for row in held["rows"]] == ["int4", "int3"]
-    assert held["command"] == "narrowkv compare MODEL" and held["seed"] == 3 and held["environment"]["torch"]
+    saved = read_result(path, "compare")
+    assert [row["recipe"] for row in saved["rows"]] == ["int4", "int3"]
+    assert saved["command"] == "narrowkv compare MODEL" and saved["seed"] == 3 and saved["environment"]["torch"]
 
 
 def test_other_settings_and_kinds_are_refused(tmp_path):
@@ -35,7 +35,7 @@ def test_other_settings_and_kinds_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": "narrowkv-result", "format_version": 2}', "no"])
-def test_damage_is_noticed(tmp_path, content):
+def test_damaged_files_are_detected(tmp_path, content):
     path = tmp_path / "figures.json"
     path.write_text(content)
     with pytest.raises(FileFormatError):
@@ -45,8 +45,8 @@ def test_damage_is_noticed(tmp_path, content):
 
 def test_a_row_that_json_cannot_hold_leaves_the_file_as_it_was(tmp_path):
     path = tmp_path / "figures.json"
-    held = opened(path)
-    held.add({"recipe": "int4"})
+    saved = opened(path)
+    saved.add({"recipe": "int4"})
     with pytest.raises(OutputError, match="NaN"):
-        held.add({"recipe": "int3", "bits": float("nan")})
+        saved.add({"recipe": "int3", "bits": float("nan")})
     assert len(json.loads(path.read_text())["rows"]) == 1

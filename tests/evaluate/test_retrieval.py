@@ -22,7 +22,7 @@ class Letters:
 FILLER = [ord(letter) for letter in "The quick brown fox jumps over the lazy dog. " * 9]
 
 
-def test_the_asked_fact_lies_at_the_distance():
+def test_the_queried_fact_lies_at_the_distance():
     tokenizer = Letters()
     batch = facts(tokenizer, FILLER, 600, 5, seed=3)
     assert batch.input_ids.shape == batch.answer_mask.shape

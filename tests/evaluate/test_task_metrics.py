@@ -18,5 +18,5 @@ from narrowkv.evaluate.task_metrics import all_found, any_found, f1, first_line_
         (any_found, "It is.", ["abc", "def"], 0.0),
     ],
 )
-def test_scores(metric, given, accepted, score):
+def test_metrics_of_known_answers(metric, given, accepted, score):
     assert metric(given, accepted) == pytest.approx(score)

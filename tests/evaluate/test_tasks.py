@@ -38,13 +38,13 @@ def asked(tmp_path_factory):
     return model, tokenizer, file, path
 
 
-def test_every_figure_is_there_once(asked):
+def test_every_metric_appears_once(asked):
     *_, file, path = asked
     rows = read_result(path, "tasks")["rows"]
-    places = [("passkey", length, depth) for length in (400, 480) for depth in (0, 1)]
-    places += [("variables", length, None) for length in (400, 480)]
+    cells = [("passkey", length, depth) for length in (400, 480) for depth in (0, 1)]
+    cells += [("variables", length, None) for length in (400, 480)]
     found = [(row["task"], row["length"], row["depth"], row["recipe"]) for row in rows if row["task"] != str(file)]
-    assert sorted(found, key=str) == sorted(((*place, name) for place in places for name in (BASELINE, *RECIPES)), key=str)
+    assert sorted(found, key=str) == sorted(((*cell, name) for cell in cells for name in (BASELINE, *RECIPES)), key=str)
     of_file = [row for row in rows if row["task"] == str(file)]
     assert [row["recipe"] for row in of_file] == [BASELINE, *RECIPES]
     assert of_file[0]["measure"] == "all found, f1" and of_file[0]["rows"] == 2
@@ -54,14 +54,14 @@ def test_every_figure_is_there_once(asked):
 
 def test_an_interrupted_run_goes_on_and_more_can_be_asked_later(asked, tmp_path):
     model, tokenizer, file, path = asked
-    held = json.loads(path.read_text())
+    saved = json.loads(path.read_text())
     kept = tmp_path / "tasks.json"
-    kept.write_text(json.dumps({**held, "rows": held["rows"][:5]}))
+    kept.write_text(json.dumps({**saved, "rows": saved["rows"][:5]}))
     run_tasks(model, tokenizer, RECIPES, TEXT, TEXT, OPTIONS, opened(kept), [file])
-    assert json.loads(kept.read_text())["rows"] == held["rows"]
+    assert json.loads(kept.read_text())["rows"] == saved["rows"]
     # nothing is missing for nuq2, so no text is needed to calibrate it
     run_tasks(model, tokenizer, ["nuq2"], TEXT, None, OPTIONS, opened(kept), [file])
-    assert json.loads(kept.read_text())["rows"] == held["rows"]
+    assert json.loads(kept.read_text())["rows"] == saved["rows"]
     file_of_others = tmp_path / "other.jsonl"
     file_of_others.write_text(file.read_text())
     run_tasks(
@@ -102,13 +102,13 @@ def test_what_cannot_be_is_one_sentence(asked, tmp_path, changes, learn_from, ca
 
 
 def test_sections_draw_from_the_file_alone(asked):
-    held = read_result(asked[-1])
-    passkey, flat, files = sections(held)
+    saved = read_result(asked[-1])
+    passkey, flat, files = sections(saved)
     assert [plot.name for plot in passkey.plots] == ["passkey"]
     assert [plot.name for plot in flat.plots] == ["lengths"]
     assert "does not do passkey (0%)" in passkey.text  # a random model
     (table,) = passkey.tables
     assert table.columns == ["task", "length", "depth", BASELINE, *RECIPES] and len(table.rows) == 4
     assert files.tables[0].rows[0][2] == 2
-    assert [section.title for section in sections({**held, "rows": held["rows"][:1]})] == ["Passkey by depth and length"]
-    assert sections({**held, "rows": []}) == []
+    assert [section.title for section in sections({**saved, "rows": saved["rows"][:1]})] == ["Passkey by depth and length"]
+    assert sections({**saved, "rows": []}) == []

@@ -12,7 +12,7 @@ from narrowkv.evaluate.texts import held_out_text, mixed_text, training_text
 
 
 def paragraphs(text):
-    return {" ".join(piece.split()) for piece in text.split("\n\n")}
+    return {" ".join(paragraph.split()) for paragraph in text.split("\n\n")}
 
 
 def test_nothing_held_out_is_trained_on():
@@ -46,8 +46,8 @@ def test_no_kind_fills_the_mix_and_no_line_comes_again_and_again():
     assert len(set(lines)) == len(lines)
 
 
-def test_texts_by_name(tmp_path):
-    assert read_text("narrowkv://held-out") == held_out_text()
+def test_named_texts_are_read(tmp_path):
+    assert read_text("narrowkv://saved-out") == held_out_text()
     assert read_text("narrowkv://train") == training_text()
     assert read_text("narrowkv://mix") == mixed_text()
     path = tmp_path / "mine.txt"
@@ -71,7 +71,7 @@ def test_files_without_text_are_refused(tmp_path, content):
         read_text(str(path))
 
 
-def test_names_of_nothing_are_refused(monkeypatch):
+def test_unknown_text_names_are_refused(monkeypatch):
     with pytest.raises(TextError, match="check the path"):
         read_text("no/such/file.txt")
     with pytest.raises(TextError, match="cannot be loaded"):

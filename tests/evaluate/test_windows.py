@@ -68,7 +68,7 @@ def test_a_text_without_lines_is_cut_evenly_and_no_token_is_cut_twice():
     assert "".join(words(cut_windows(LETTERS, numbered, 250, 99))) == numbered  # as many as there are
 
 
-def test_long_lines_and_rich_tokens_do_not_matter():
+def test_long_lines_and_long_tokens_are_cut():
     text = ("x" * 3000 + "\n") * 3  # no line begins where three windows would
     assert cut_windows(LETTERS, text, 2000, 3).shape == (3, 2000)
     assert cut_windows(LETTERS, text, 2000, 9).shape == (4, 2000)
@@ -105,6 +105,6 @@ def test_two_sets_of_windows_share_nothing():
         ([], 4, None, "no text"),
     ],
 )
-def test_what_cannot_be_cut_is_said(text, limit, spread, cause):
+def test_texts_that_cannot_be_cut_are_refused(text, limit, spread, cause):
     with pytest.raises(TextError, match=cause):
         cut_windows(LETTERS, text, 40, limit, spread=spread)

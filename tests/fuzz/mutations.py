@@ -126,8 +126,8 @@ def _other_shape(tensor: Tensor, random: Random) -> Tensor:
 
 
 def _as_bits(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    held = tensor.contiguous().flatten().view(torch.uint8)
-    return held[: len(held) // dtype.itemsize * dtype.itemsize].clone().view(dtype)
+    flat = tensor.contiguous().flatten().view(torch.uint8)
+    return flat[: len(flat) // dtype.itemsize * dtype.itemsize].clone().view(dtype)
 
 
 def _other_names(tensors: Tensors, name: str, random: Random) -> None:

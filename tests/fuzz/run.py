@@ -22,16 +22,16 @@ SLOW, SLOW_TO_BEGIN = 120, 1200  # seconds, after which a case, or what comes be
 class Worker:
     """A process that is started again behind the case that killed it."""
 
-    def __init__(self, corpus: Path, place: Path, cases: range):
-        place.mkdir()
-        self.corpus, self.place, self.cases = corpus, place, cases
+    def __init__(self, corpus: Path, scratch: Path, cases: range):
+        scratch.mkdir()
+        self.corpus, self.scratch, self.cases = corpus, scratch, cases
         self.lost: list[tuple[int, str]] = []  # cases that left no outcome
         self._start()
 
     def _start(self) -> None:
         cases = (self.cases.start, self.cases.stop, self.cases.step)
-        command = [sys.executable, "-m", "tests.fuzz.worker", str(self.corpus), str(self.place), *map(str, cases)]
-        self.errors = (self.place / "errors").open("w+")
+        command = [sys.executable, "-m", "tests.fuzz.worker", str(self.corpus), str(self.scratch), *map(str, cases)]
+        self.errors = (self.scratch / "errors").open("w+")
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(command, stderr=self.errors, env=environment)
         self.seen, self.since = -1, time.monotonic()
@@ -56,11 +56,11 @@ class Worker:
         return True
 
     def _case(self) -> int:
-        progress = self.place / "progress"
+        progress = self.scratch / "progress"
         return int.from_bytes(progress.read_bytes(), "little") if progress.exists() and progress.stat().st_size else -1
 
     def outcomes(self) -> list[tuple[int, str]]:
-        path = self.place / "outcomes"
+        path = self.scratch / "outcomes"
         lines = path.read_text().splitlines() if path.exists() else []
         return [*((case, outcome) for case, outcome in map(json.loads, lines)), *self.lost]
 

@@ -21,14 +21,14 @@ from tests.fuzz.mutations import mutate
 
 SANITIZED = "asan" in os.environ.get("LD_PRELOAD", "")  # which needs memory of its own
 MOST_GROWTH = 2**40 if SANITIZED else 300 * 2**20
-MOST_MEMORY = 8 * 2**30  # of addresses, beside what the process begins with: what asks for more is refused, and so noted
+MOST_MEMORY = 8 * 2**30  # of addresses, besides what the process begins with: what asks for more is refused, and so noted
 
 
 class Fuzz:
-    """The corpus, and a place for forged files."""
+    """The corpus, and a folder for forged files."""
 
-    def __init__(self, folder: Path, place: Path):
-        self.place = place
+    def __init__(self, folder: Path, scratch: Path):
+        self.scratch = scratch
         self.folder = folder
         self.entries = list(entries(folder))
         self.content = [entry.content() for entry in self.entries]
@@ -37,9 +37,9 @@ class Fuzz:
     def warm(self) -> None:
         """Use every file as it was saved: memory that this takes is no growth, and nothing of it may be refused."""
         for entry in self.entries:
-            shutil.copy(entry.path, self.place / FILE)
+            shutil.copy(entry.path, self.scratch / FILE)
             with torch.no_grad():
-                self._use(entry, self.place / FILE, random.Random(0))
+                self._use(entry, self.scratch / FILE, random.Random(0))
 
     def run(self, case: int) -> str:
         """Forge, load and use; returns what came of it: `used`, `refused`, or else what no forged file may cause."""
@@ -61,7 +61,7 @@ class Fuzz:
     def _forge(self, at: int, drawn: random.Random) -> Path:
         """Write the forged file, with its checksums right, or with a few bytes spoilt."""
         header, tensors = mutate(*self.content[at], drawn)
-        path = self.place / FILE
+        path = self.scratch / FILE
         save_file({name: part.clone() for name, part in tensors.items()}, path, {tensor_file.ENTRY: _signed(header, tensors)})
         if drawn.random() < 0.05:
             content = bytearray(path.read_bytes())
@@ -103,22 +103,22 @@ def _peak() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("corpus", type=Path)
-    parser.add_argument("place", type=Path, help="folder of this worker: forged files, `progress`, and `failures`")
+    parser.add_argument("scratch", type=Path, help="folder of this worker: forged files, `progress`, and `failures`")
     parser.add_argument("cases", type=int, nargs=3, help="first, stop, step")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    fuzz = Fuzz(arguments.corpus, arguments.place)
+    fuzz = Fuzz(arguments.corpus, arguments.scratch)
     fuzz.warm()
     if not SANITIZED:
         resource.setrlimit(resource.RLIMIT_AS, (_addresses() + MOST_MEMORY,) * 2)
-    progress = os.open(arguments.place / "progress", os.O_CREAT | os.O_WRONLY)
+    progress = os.open(arguments.scratch / "progress", os.O_CREAT | os.O_WRONLY)
     begin = _peak()
     for case in range(*arguments.cases):
         os.pwrite(progress, case.to_bytes(8, "little"), 0)
         outcome = fuzz.run(case)
         if _peak() - begin > MOST_GROWTH:
             outcome, begin = f"memory grew by 300 MB by and by; {outcome}", _peak()
-        with (arguments.place / "outcomes").open("a") as file:
+        with (arguments.scratch / "outcomes").open("a") as file:
             file.write(json.dumps([case, outcome]) + "\n")
 
 

@@ -53,7 +53,7 @@ def test_an_empty_cache_counts_its_tables(tiny):
     assert cache.bits_per_element != cache.bits_per_element  # nan
 
 
-def test_it_says_what_it_is(tiny):
+def test_repr_and_backend_of_a_cache(tiny):
     model = tiny()
     cache = PackedCache(model, "int4")
     run(model, cache, 70)
@@ -110,7 +110,7 @@ def test_a_call_that_failed_leaves_the_cache_as_it_was_or_says_so(tiny):
             each.reset()
 
 
-def test_attention_exchanged_behind_our_back_is_noticed(tiny):
+def test_attention_exchanged_after_preparation_is_detected(tiny):
     model = tiny()
     cache = PackedCache(model, "int4")
     model.set_attn_implementation("eager")
@@ -148,7 +148,7 @@ def test_the_model_is_untouched_without_one_of_our_caches(tiny):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_what_a_refused_call_was_about_to_keep_is_not_kept(tiny):
+def test_a_refused_call_stores_nothing(tiny):
     model, recipe = tiny(), get_recipe("int4").with_options(sinks=2)
     cache, ids = PackedCache(model, recipe), torch.randint(2, 97, (1, 20))
     weight = model.model.layers[0].self_attn.v_proj.weight
@@ -205,7 +205,7 @@ def test_a_cache_cropped_to_nothing_may_change_its_batch(family):
     assert cache.length == 9 and cache.batch_size == 1
 
 
-def test_positions_are_kept_as_long_as_a_layer_needs_them():
+def test_positions_are_stored_as_long_as_a_layer_needs_them():
     model = make("mistral")
     cache = PackedCache(model, UNROTATED)
     with torch.inference_mode():

@@ -133,7 +133,7 @@ def test_attention_that_reads_one_length_for_all_rows_is_refused():
         torch.testing.assert_close(found, alone(model, apart, ids), rtol=0, atol=1e-4)
 
 
-def test_what_does_not_go_together_is_refused(tiny):
+def test_incompatible_options_are_refused(tiny):
     model, other = tiny(), tiny(seed=1)
     with torch.inference_mode():
         one, two = read(model, "int4", drawn((70, 5)))

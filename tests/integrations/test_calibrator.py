@@ -85,7 +85,7 @@ def test_recipes_learned_together_are_as_learned_alone(tiny):
 
 
 def test_gradients_of_drawn_tokens_depend_on_sequences_alone(tiny):
-    """Tokens drawn are those of a sequence, however it is batched; their gradients come beside those of the text."""
+    """Tokens drawn are those of a sequence, however it is batched; their gradients come in addition to those of the text."""
     model, ids, recipe = tiny(), torch.randint(2, 97, (4, 30)), get_recipe("narrow3")
     moments = []
     for batches in (ids.split(1), ids.flip(0).split(4)):
@@ -95,7 +95,7 @@ def test_gradients_of_drawn_tokens_depend_on_sequences_alone(tiny):
                 model,
                 model_info_for(model, "auto", [recipe]),
                 batches,
-                lambda place, *elements, fits=fits: fits[place].observe_codebook(*elements),
+                lambda layer, *elements, fits=fits: fits[layer].observe_codebook(*elements),
                 gradients=True,
                 drawn=drawn,
             )
@@ -149,7 +149,7 @@ RAGGED = [IDS[0, :20].tolist(), IDS[1].tolist()]
     ],
     ids=lambda part: type(part).__name__,
 )
-def test_what_tokenizers_and_loaders_hand_over_is_taken(tiny, given, alike):
+def test_token_ids_of_tokenizers_and_loaders_are_accepted(tiny, given, alike):
     model = tiny()
     found, expected = calibrate(model, given, "nuq2"), calibrate(model, alike, "nuq2")
     assert found.provenance == expected.provenance
@@ -184,7 +184,7 @@ def test_what_is_no_token_ids_is_one_sentence(tiny, given, cause):
         calibrate(tiny(), given, "nuq2")
 
 
-def test_a_model_without_a_way_back_says_so(tiny):
+def test_a_model_without_gradients_raises(tiny):
     model = tiny()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -195,7 +195,7 @@ def test_a_model_without_a_way_back_says_so(tiny):
     assert calibrate(model, IDS, "int4-channel").layers[0][0].scale is not None  # which needs no gradient
 
 
-def test_a_model_that_detaches_what_attention_gives_says_so(tiny):
+def test_a_model_that_detaches_the_attention_output_is_refused_for_gradients(tiny):
     model = tiny()
     for layer in model.model.layers:
         layer.self_attn.o_proj.register_forward_hook(lambda module, inputs, output: output.detach())
@@ -203,7 +203,7 @@ def test_a_model_that_detaches_what_attention_gives_says_so(tiny):
         calibrate(model, IDS, "nuq3")
 
 
-def test_few_tokens_that_dominate_are_told(tiny):
+def test_few_dominating_tokens_raise_a_warning(tiny):
     model, ids = tiny(initializer_range=0.05), torch.randint(2, 97, (2, 300))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -217,7 +217,7 @@ def test_few_tokens_that_dominate_are_told(tiny):
     assert len(device_lengths) == 1
 
 
-def test_an_absurd_prediction_is_told(tiny):
+def test_a_prediction_worse_than_guessing_warns(tiny):
     model, ids = tiny(), torch.randint(2, 97, (2, 60))
     model.lm_head.weight.data *= 300  # every error costs hundreds of nats
     with pytest.warns(NarrowKVWarning, match=r"nuq2\.9 is predicted to lose .* blind guessing loses 4\.57"):

@@ -66,7 +66,7 @@ def test_only_what_is_new_is_read():
     assert read[0] == len("?\n[u]Yes\n[a]")
 
 
-def test_a_cache_that_cannot_go_back_is_read_anew():
+def test_a_conversation_resets_a_cache_that_cannot_be_cropped():
     model = make_tiny("mistral", sliding_window=16)
     conversation = talk(FORGETFUL, model, recipe="int4")
     for turn in ("A question that is longer than the window" * 3, "And another one, longer than the window too"):
@@ -105,7 +105,7 @@ def test_a_failure_leaves_the_conversation_as_it_was():
     assert conversation.ask("Then", 9, do_sample=False) == expected(conversation, 9)
 
 
-def test_a_conversation_as_long_as_the_model_is_told():
+def test_a_conversation_longer_than_the_model_supports_raises():
     conversation = talk()
     conversation.model.config.max_position_embeddings = 40
     conversation.ask("Hello", 100, do_sample=False)
@@ -114,7 +114,7 @@ def test_a_conversation_as_long_as_the_model_is_told():
         conversation.ask("And now?", 5, do_sample=False)
 
 
-def test_a_template_that_refuses_is_told():
+def test_an_error_of_a_chat_template_is_reported():
     conversation = talk("{{ raise_exception('No system role, please') }}")
     with pytest.raises(TextError, match="No system role, please"):
         conversation.ask("Hello", 5, do_sample=False)
@@ -129,16 +129,16 @@ def test_without_a_template_turns_are_plain_text():
     )
 
 
-def test_what_is_said_for_the_user_is_not_shown():
+def test_text_generated_in_the_users_name_is_not_streamed():
     shown = []
     streamer = _Streamer(tokenizer(), shown.append, USER)
-    for piece in ("Fine", ".\n", "\nUser", ": and", " more"):
-        streamer.on_finalized_text(piece)
+    for part in ("Fine", ".\n", "\nUser", ": and", " more"):
+        streamer.on_finalized_text(part)
     streamer.on_finalized_text("", stream_end=True)
     assert "".join(shown) == "Fine."
     shown.clear()
-    for piece in ("Fine", ".\n", "\nUs"):
+    for part in ("Fine", ".\n", "\nUs"):
         streamer = streamer if shown else _Streamer(tokenizer(), shown.append, USER)
-        streamer.on_finalized_text(piece)
+        streamer.on_finalized_text(part)
     streamer.on_finalized_text("ual", stream_end=True)
     assert "".join(shown) == "Fine.\n\nUsual"

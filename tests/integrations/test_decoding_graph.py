@@ -82,7 +82,7 @@ def test_padding_is_seen_and_positions_are_given(tiny):
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_generate_goes_by_it_and_the_model_is_itself_again(tiny):
+def test_generate_uses_the_graph_and_the_model_is_restored_after(tiny):
     model, source = made(tiny, "nuq2", {"layers": 1}, "nuq2")
     ids, options = torch.randint(2, 97, (1, 20)), {"max_new_tokens": 4, "do_sample": False}
     cache = PackedCache(model, source, backend="cuda")
@@ -126,7 +126,7 @@ def test_a_step_that_cannot_be_captured_leaves_the_cache_as_it_was(tiny):
     torch.testing.assert_close(found, stepped(model, eager, ids[:, : PROMPT + 1])[:, 1:])
 
 
-def test_what_it_does_not_do(tiny):
+def test_unsupported_cases_are_refused(tiny):
     model, source = made(tiny, "nuq2", {"layers": 1}, "nuq2")
     with pytest.raises(UnsupportedModelError, match="backend cuda, not torch"):
         DecodingGraph(model, PackedCache(model, source, backend="torch"))
@@ -149,7 +149,7 @@ def test_what_it_does_not_do(tiny):
         DecodingGraph(model, cache).step(torch.ones(1, 1, dtype=torch.int64))
 
 
-def test_numbers_that_cannot_be_stored_are_told_by_a_later_step(tiny):
+def test_elements_that_overflow_are_reported_by_a_later_step(tiny):
     model, source = made(tiny, "nuq2", {"layers": 1}, "nuq2")
     cache, token = PackedCache(model, source, backend="cuda"), torch.ones(1, 1, dtype=torch.int64)
     with torch.no_grad():

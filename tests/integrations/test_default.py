@@ -36,7 +36,7 @@ def test_generate_uses_a_new_packed_cache_at_every_call(tiny):
     assert torch.equal(after.sequences, expected.sequences)
 
 
-def test_disable_leaves_no_trace(tiny):
+def test_disable_restores_the_model(tiny):
     model = tiny(attn_implementation="eager")
     attributes = {name: set(vars(module)) for name, module in model.named_modules()}
     enable(model)
@@ -52,7 +52,7 @@ def test_disable_leaves_no_trace(tiny):
     )
 
 
-def test_scoring_sees_quantised_numbers_where_nobody_passed_a_cache(tiny):
+def test_scoring_without_a_cache_sees_quantized_elements(tiny):
     model, ids = tiny(), torch.randint(2, 97, (2, 60))
     with torch.inference_mode():
         plain = model(ids).logits
@@ -78,14 +78,14 @@ def test_pipelines_need_no_change(tiny):
     assert speak("Once upon a time", **options) == expected
 
 
-def test_what_does_not_fit_is_said_at_once(tiny):
+def test_unsupported_defaults_are_refused_at_once(tiny):
     with pytest.raises(RecipeError, match="narrowkv calibrate"):
         make_default(tiny(), "nuq3-1%")
     with pytest.raises(UnsupportedModelError):
         enable(tiny(attn_implementation="flex_attention"))
 
 
-def test_what_the_caller_had_changed_is_there_again_afterwards(tiny):
+def test_changes_by_the_caller_are_restored_afterwards(tiny):
     model = tiny()
     own = {name: (lambda *args, **kwargs: None) for name in ("prepare_inputs_for_generation", "_prepare_cache_for_generation")}
     vars(model).update(own)
@@ -103,7 +103,7 @@ def test_a_copy_of_the_model_makes_caches_for_itself(tiny):
         assert torch.equal(twin(ids).logits, model(ids).logits)
 
 
-def test_a_cache_passed_by_its_place_is_a_cache(tiny):
+def test_a_cache_passed_as_a_positional_argument_is_used(tiny):
     model, ids = tiny(), torch.randint(2, 97, (1, 30))
     make_default(model, "int4", scoring=True)
     cache = DynamicCache()
@@ -113,7 +113,7 @@ def test_a_cache_passed_by_its_place_is_a_cache(tiny):
 
 
 @pytest.mark.parametrize("wish", ["static", "dynamic", "quantized"])
-def test_a_wish_for_another_cache_comes_first(tiny, wish):
+def test_an_explicit_cache_implementation_overrides_the_default(tiny, wish):
     model, ids = tiny(), torch.randint(2, 97, (1, 30))
     make_default(model, "int4")
     if wish == "quantized":

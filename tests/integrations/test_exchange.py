@@ -63,7 +63,7 @@ def left_padded(tokens):
 
 @pytest.mark.parametrize(
     ("family", "name"),
-    # of the block that a sliding window cuts, the tokens that never came would have taken some places of exact elements
+    # of the block that a sliding window cuts, the tokens that never came would have taken some of the budget of exact elements
     [
         (family, name)
         for family, name in product(["llama", "qwen2", "gemma3_text"], RECIPES)
@@ -112,7 +112,7 @@ def test_left_padded_batches_go_on_by_their_mask(family, name):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_there_and_back_exactly(family, dtype):
+def test_converting_to_a_packed_cache_and_back_is_exact(family, dtype):
     model = as_trained(make(family)).to(dtype)
     ids, mask, positions = left_padded(100)
     given = dense(model, ids, attention_mask=mask, position_ids=positions)
@@ -126,7 +126,7 @@ def test_there_and_back_exactly(family, dtype):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_keys_are_turned_back_and_forth_within_rounding(family, dtype):
+def test_rotating_and_unrotating_keys_is_exact_within_rounding(family, dtype):
     model = as_trained(make(family)).to(dtype)
     source = source_of(model, "narrow4")
     window = source.recipe.with_options(
@@ -141,7 +141,7 @@ def test_keys_are_turned_back_and_forth_within_rounding(family, dtype):
         )
 
 
-def test_a_dynamic_cache_goes_on_with_what_was_held():
+def test_a_dynamic_cache_continues_from_the_stored_tokens():
     model = as_trained(make("gemma3_text"))
     ids = torch.randint(2, 97, (2, 151))
     cache = packed(model, "int8", ids[:, :-1])
@@ -178,7 +178,7 @@ def test_a_cache_that_knows_of_no_windows_is_taken_too():
     assert torch.equal(spoken(model, cache, ids)[1], spoken(model, expected, ids)[1])
 
 
-def test_nothing_makes_nothing(tiny):
+def test_an_empty_dynamic_cache_makes_an_empty_cache(tiny):
     model = tiny()
     cache = PackedCache.from_cache(model, "int4", DynamicCache(config=model.config))
     assert cache.get_seq_length() == 0 and cache.to_dynamic().get_seq_length() == 0
@@ -201,7 +201,7 @@ def test_tokens_that_never_came_are_not_gone_back_to(tmp_path):
     assert cache.get_seq_length() == 169
 
 
-def test_what_cannot_be_taken_is_refused(tiny):
+def test_dynamic_caches_that_do_not_fit_are_refused(tiny):
     model, ids = tiny(), torch.randint(2, 97, (2, 40))
     given = dense(model, ids)
 
@@ -230,7 +230,7 @@ def test_what_cannot_be_taken_is_refused(tiny):
     assert PackedCache.from_cache(dynamic, "int4", dense(dynamic, ids)).get_seq_length() == 40
 
 
-def test_a_cache_whose_model_is_gone_is_told_so(tiny):
+def test_a_cache_whose_model_was_deleted_raises(tiny):
     cache = packed(tiny(), "int4", torch.randint(2, 97, (2, 40)))
     gc.collect()
     with pytest.raises(CacheUseError, match="is gone"):

@@ -5,7 +5,7 @@ from narrowkv import PackedCache, calibrate, explain, get_recipe
 
 
 @pytest.mark.parametrize("options", [{}, {"residual_length": 10, "sinks": 3}], ids=["plain", "window and sinks"])
-def test_the_parts_are_the_whole(tiny, options):
+def test_explained_bytes_add_up_to_the_cache(tiny, options):
     model = tiny()
     recipe = get_recipe("nuq3-1%").with_options(**options)
     cache = PackedCache(model, calibrate(model, torch.randint(2, 97, (2, 50)), recipe))

@@ -84,7 +84,7 @@ def test_sliding_layers_keep_what_the_window_needs(family, recipe):
     with torch.inference_mode():
         for part in ids.split([300, *[1] * 150, 249, 1], dim=1):
             found, expected = (model(part, past_key_values=one).logits for one in (cache, everything))
-            torch.testing.assert_close(found, expected, rtol=0, atol=5e-4)  # sums are put together from other pieces
+            torch.testing.assert_close(found, expected, rtol=0, atol=5e-4)  # sums are merged from other splits
     sliding, whole = cache.packed[0].store, everything.packed[0].store
     assert sliding.length == 700 and sliding.length - sliding.first < 24 + 2 * 64
     nbytes = [sum(tensor.untyped_storage().nbytes() for tensor in store.tensors()) for store in (sliding, whole)]

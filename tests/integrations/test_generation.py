@@ -49,8 +49,8 @@ def test_in_every_dtype_and_with_either_attention(tiny, dtype, attention):
     cache = PackedCache(model, "fp16")
     assert torch.equal(greedy(model, ids, cache), expected)
     assert torch.equal(greedy(model, ids, DynamicCache()), expected)  # foreign caches go on as before
-    held = cache.packed[0].store.length
-    assert cache.bits_per_element < 8 * dtype.itemsize * 1.02 * 128 / held  # space for two blocks
+    stored = cache.packed[0].store.length
+    assert cache.bits_per_element < 8 * dtype.itemsize * 1.02 * 128 / stored  # space for two blocks
 
 
 @pytest.mark.parametrize("family", EXTRAS)
@@ -187,8 +187,8 @@ def test_layers_may_have_recipes_of_their_own(tiny):
 
 
 @pytest.mark.parametrize("backend", ["torch", "dense"])
-def test_a_cache_that_is_not_to_be_used_is_refused(tiny, backend):
-    """`generate` would feed the whole text at every step, on top of what is held."""
+def test_a_cache_with_use_cache_false_is_refused(tiny, backend):
+    """`generate` would feed the whole text at every step, on top of what is stored."""
     model, ids = tiny(), torch.randint(2, 97, (1, 9))
     with pytest.raises(CacheUseError, match="use_cache is off"):
         model.generate(ids, past_key_values=PackedCache(model, "int4", backend=backend), use_cache=False, max_new_tokens=3)

@@ -52,27 +52,27 @@ def test_the_named_file_is_read_and_not_one_of_that_name_where_we_stand(original
 
 
 @pytest.mark.parametrize(("rope_state", "cause"), [(0, "damaged"), (3, "damaged"), (500, "damaged"), (-2000, "damaged")])
-def test_a_damaged_file_is_told(saved, tmp_path, rope_state, cause):
+def test_a_damaged_file_raises_an_error(saved, tmp_path, rope_state, cause):
     path = tmp_path / "cut.gguf"
     path.write_bytes(saved.read_bytes()[:rope_state])
     with pytest.raises(UnsupportedModelError, match=cause):
         load_model(str(path))
 
 
-def test_an_architecture_that_cannot_be_read_is_told(original, tmp_path):
+def test_an_unsupported_gguf_architecture_raises(original, tmp_path):
     path = write_gguf(original, tmp_path / "strange.gguf", architecture="rwkv6")
     with pytest.raises(UnsupportedModelError, match=r"architecture rwkv6.*original model"):
         load_model(str(path))
 
 
-def test_what_is_missing_is_told_and_not_made_up(original, tmp_path):
+def test_missing_tensors_raise_and_are_not_initialized(original, tmp_path):
     original = make_tiny("qwen2", layers=1)
     del original.model.norm.weight
     with pytest.raises(UnsupportedModelError, match=r"lack model\.norm\.weight"):
         load_model(str(write_gguf(original, tmp_path / "lacking.gguf")))
 
 
-def test_too_little_memory_is_told_before_anything_is_read(saved, monkeypatch):
+def test_too_little_memory_raises_before_anything_is_read(saved, monkeypatch):
     monkeypatch.setattr(reading, "available_memory", lambda: 10_000)
     with pytest.raises(UnsupportedModelError, match=r"0\.0 GB are free.*NARROWKV_ANY_SIZE"):
         load_model(str(saved))

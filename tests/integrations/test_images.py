@@ -135,8 +135,8 @@ def test_a_second_turn_goes_on_behind_an_image():
     found = []
     with torch.inference_mode():
         for cache in (DynamicCache(config=model.config), PackedCache(model, "fp16")):
-            held = model.generate(**given, past_key_values=cache, **OPTIONS)
-            longer = torch.cat([held, torch.full_like(held[:, :5], 7)], dim=1)
+            generated = model.generate(**given, past_key_values=cache, **OPTIONS)
+            longer = torch.cat([generated, torch.full_like(generated[:, :5], 7)], dim=1)
             found.append(model.generate(longer, past_key_values=cache, **OPTIONS))
     assert torch.equal(*found)
 

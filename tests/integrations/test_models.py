@@ -140,7 +140,7 @@ def several_gguf(folder):
     ],
     ids=lambda what: getattr(what, "__name__", ""),
 )
-def test_what_a_folder_lacks_is_said(folder, harm, cause, remedy):
+def test_missing_files_of_a_model_folder_are_named(folder, harm, cause, remedy):
     harm(folder)
     with pytest.raises(UnsupportedModelError) as device_lengths:
         load_model(str(folder))
@@ -159,7 +159,7 @@ def test_what_a_folder_lacks_is_said(folder, harm, cause, remedy):
         ("a" * 5000, "too long"),
     ],
 )
-def test_a_name_that_leads_nowhere(tmp_path, name, cause):
+def test_a_name_that_is_neither_a_file_nor_a_repository_is_refused(tmp_path, name, cause):
     file = tmp_path / "notes.txt"
     file.write_text("x")
     with pytest.raises(UnsupportedModelError, match=cause):

@@ -64,7 +64,7 @@ def test_assisted_decoding(tiny):
 
 @pytest.mark.parametrize("recipe", ["int4", "nuq3-1%"])
 @pytest.mark.parametrize("mode", ["chunked prefill", "prompt lookup", "assisted", "sampling", "padded", "beam search"])
-def test_a_packed_recipe_gives_the_same_tokens_in_whatever_way_they_are_asked_for(tiny, recipe, mode):
+def test_a_packed_recipe_generates_the_same_tokens_in_every_mode(tiny, recipe, mode):
     """Strictly read, a number is what it is from the moment it arrives: chunks, crops and batches change nothing."""
     model, ids = tiny().double(), torch.randint(2, 12, (3, 70))
     if recipe != "int4":
@@ -161,7 +161,7 @@ def test_a_cropped_cache_goes_on_as_if_nothing_had_been(tiny, recipe, drop):
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
-def test_what_a_crop_may_not_do(tiny):
+def test_impossible_crops_are_refused(tiny):
     model = tiny()
     cache = PackedCache(model, "int4")
     with torch.inference_mode():

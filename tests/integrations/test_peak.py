@@ -1,4 +1,4 @@
-"""What a decoding step allocates beside what is held."""
+"""What a decoding step allocates besides what is stored."""
 
 import torch
 from tests.store.test_memory import peak_bytes

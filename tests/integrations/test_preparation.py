@@ -36,14 +36,14 @@ def traces(model):
 def in_threads(count, work):
     found, together = [None] * count, threading.Barrier(count)
 
-    def one(place):
+    def one(i):
         together.wait()
         try:
-            found[place] = work(place)
+            found[i] = work(i)
         except Exception as error:
-            found[place] = error
+            found[i] = error
 
-    threads = [threading.Thread(target=one, args=(place,)) for place in range(count)]
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -58,7 +58,7 @@ def generate(model, ids, cache=None):
 @pytest.mark.parametrize("training", [False, True])
 def test_the_first_caches_are_made_in_many_threads_at_once(tiny, training):
     model, ids = tiny().train(training), torch.randint(2, 97, (1, 30))
-    found = in_threads(8, lambda place: PackedCache(model, "int4" if place % 2 else "fp16"))
+    found = in_threads(8, lambda i: PackedCache(model, "int4" if i % 2 else "fp16"))
     assert all(isinstance(cache, PackedCache) for cache in found), found
     assert all(module.training == training for module in model.modules())
     model.eval()
@@ -66,18 +66,18 @@ def test_the_first_caches_are_made_in_many_threads_at_once(tiny, training):
     assert torch.equal(generate(model, ids, found[0]), expected)
 
 
-def test_whoever_uses_the_model_meanwhile_is_not_disturbed(tiny):
+def test_concurrent_users_of_the_model_are_not_disturbed(tiny):
     model, ids = tiny(), torch.randint(2, 97, (1, 40))
-    expected = [generate(model, ids[:, place:]) for place in range(6)]
+    expected = [generate(model, ids[:, i:]) for i in range(6)]
     calibration_of = calibrate(tiny(), ids, "nuq4")
 
-    def work(place):
-        if place == 6:
+    def work(i):
+        if i == 6:
             return calibrate(model, ids, "nuq4").layers[0][0].tensors()
-        if place == 7:
+        if i == 7:
             return make_default(model, "fp16")
-        caches = [PackedCache(model, "fp16") if place % 2 else DynamicCache() for _ in range(3)]
-        return [generate(model, ids[:, place:], cache) for cache in caches]
+        caches = [PackedCache(model, "fp16") if i % 2 else DynamicCache() for _ in range(3)]
+        return [generate(model, ids[:, i:], cache) for cache in caches]
 
     *generated, learned, _ = in_threads(8, work)
     for found, tokens in zip(generated, expected, strict=True):
@@ -266,7 +266,7 @@ def test_a_compiled_model_is_the_model_in_it(tiny):
     assert not traces(model)
 
 
-def test_more_tokens_than_positions_are_told_of_once(tiny):
+def test_more_tokens_than_positions_warn_once(tiny):
     model, ids = tiny(), torch.randint(2, 97, (1, 17))
     model.config.max_position_embeddings = 16
     with pytest.warns(NarrowKVWarning, match="17 tokens are more than the 16 positions"):
@@ -276,7 +276,7 @@ def test_more_tokens_than_positions_are_told_of_once(tiny):
         model(ids, past_key_values=PackedCache(model, "int4"))
 
 
-def test_weights_that_are_brought_layer_by_layer_are_called_so(tiny):
+def test_offloaded_weights_are_reported(tiny):
     accelerate = pytest.importorskip("accelerate")
     model = accelerate.cpu_offload(tiny(), execution_device="cpu")
     with pytest.raises(UnsupportedModelError, match="weights are offloaded"):

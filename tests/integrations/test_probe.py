@@ -24,7 +24,7 @@ def llama(**extra):
     ],
     ids=["odd head_dim", "large head_dim", *REFUSED, *DENSE],
 )
-def test_what_cannot_be_served_is_refused_when_the_cache_is_made_and_left_as_it_was(make_model, cause):
+def test_unsupported_models_are_refused_when_the_cache_is_made_and_left_unchanged(make_model, cause):
     model = make_model().eval()
     before, ids = model.config._attn_implementation, torch.randint(2, 20, (1, 9))
     with torch.inference_mode():
@@ -46,7 +46,7 @@ def rope_of(name):
     return [layer.rope for layer in prepare(make(name)).attention]
 
 
-def test_what_the_probe_finds():
+def test_attention_layers_found_by_the_probe():
     assert [rope.interleaved for rope in rope_of("llama")] == [False, False]
     assert [rope.interleaved for rope in rope_of("cohere")] == [True, True]
     assert [2 * len(rope.inverse_frequencies) for rope in rope_of("phi")] == [8, 8]  # half of head_dim 16
@@ -57,7 +57,7 @@ def test_what_the_probe_finds():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_scaled_rotary_embeddings_are_recognised_in_every_dtype(dtype):
+def test_scaled_rotary_embeddings_are_recognized_in_every_dtype(dtype):
     for parameters in (
         {"rope_type": "linear", "factor": 4.0},
         {
@@ -76,7 +76,7 @@ def test_scaled_rotary_embeddings_are_recognised_in_every_dtype(dtype):
         assert layer.rope.scaling == model.model.rotary_emb.attention_scaling
 
 
-def test_a_rotary_embedding_that_changes_is_kept_with_each_token():
+def test_changing_rotary_frequencies_are_stored_per_token():
     for name in ("llama, dynamic", "llama, longrope", "qwen2_5_vl", "llama4_text"):
         rope = rope_of(name)[0]
         assert isinstance(rope, StoredRope) and rope.record == "angles0"

@@ -79,7 +79,7 @@ def test_fused_and_other_projections_and_embeddings_need_no_names(name):
     assert all(part is not None and part.any() for one in known for part in (one.keys, one.values))
 
 
-def test_there_is_none_where_it_is_zero_or_a_norm_follows():
+def test_no_bias_is_found_where_it_is_zero_or_a_norm_follows():
     assert [layer_info.constants.keys for layer_info in prepare(make_tiny("qwen2")).attention] == [None, None]
     config = AutoConfig.for_model("qwen3", **BASE, attention_bias=True)
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -113,7 +113,7 @@ def test_all_backends_agree_however_the_text_is_cut(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_exact_numbers_are_those_of_the_model(dtype):
+def test_exact_elements_are_those_of_the_model(dtype):
     model = biased(dtype=dtype, layers=1)
     assert torch.equal(logits(model, PackedCache(model, "fp16")), logits(model, PackedCache(model, without_removal("fp16"))))
     cache = PackedCache(model, get_recipe("int4").with_options(residual_length=300))
@@ -125,7 +125,7 @@ def test_exact_numbers_are_those_of_the_model(dtype):
         assert torch.equal(found, own)
 
 
-def test_keys_kept_unrotated_are_quantised_without_it_too():
+def test_keys_stored_before_rope_are_fake_quantized_before_rope():
     model, recipe = biased(), get_recipe("int4")
     unrotated = replace(recipe, keys=recipe.keys.with_settings(pre_rope=True))
     cache = PackedCache(model, unrotated)
@@ -141,7 +141,7 @@ def test_static_ranges_take_a_constant_in_themselves():
 
 
 @pytest.mark.parametrize("name", ["smooth-int4", "nuq4-1%"])
-def test_calibration_learns_from_what_is_quantised(name):
+def test_calibration_learns_from_the_quantized_elements(name):
     model, plain = biased(layers=1), make_tiny("qwen2", head_dim=32, rope_parameters=ROPE, layers=1)
     learned, off = (calibrate(model, IDS, recipe) for recipe in (name, without_removal(name)))
     keys, values = learned.layers[0]
@@ -180,7 +180,7 @@ def test_beams_cropped_text_and_assisted_decoding_go_on():
     assert torch.equal(ours(prompt_lookup_num_tokens=4), ours())
 
 
-def test_what_is_taken_out_is_counted_and_told():
+def test_bytes_of_the_removed_bias_are_counted_and_reported():
     model = biased(layers=1)
     caches = [PackedCache(model, recipe) for recipe in ("int4", without_removal("int4"))]
     for cache in caches:
@@ -237,7 +237,7 @@ def test_the_gain_of_a_norm_is_folded_into_the_query(name):
     assert "gain of a norm is folded into the query in 2 layers" in str(explain(cache))
 
 
-def test_there_is_no_gain_to_fold_where_ranges_are_those_of_channels_or_it_is_one():
+def test_no_gain_is_folded_for_channel_ranges_or_unit_gain():
     for model, recipe in ((normed(), "kivi-4"), (normed(), without_gain("int4")), (make("qwen3"), "int4")):
         cache = PackedCache(model.eval(), recipe)
         assert cache.packed[0].store.quantizers[0].smooth is None

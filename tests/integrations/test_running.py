@@ -223,7 +223,7 @@ def test_an_interrupted_call_is_noticed(tiny):
 
 
 @pytest.mark.parametrize("name", ["narrow3", "nuq3", "int4-channel", "nuq3-1%", "int4"])
-def test_numbers_beyond_what_was_learned_are_counted_and_told_once(tiny, name):
+def test_elements_out_of_the_learned_range_are_counted_and_warned_about_once(tiny, name):
     model = tiny(attention_bias=True)
     source = calibrate(model, IDS, name) if get_recipe(name).needs_calibration else name
     with warnings.catch_warnings():

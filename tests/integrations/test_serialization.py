@@ -77,7 +77,7 @@ def test_after_crop_and_select_what_is_left_is_saved(tiny, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["window and sinks", "narrow3"])
-def test_a_state_is_its_own_and_goes_into_any_number_of_caches(tiny, name):
+def test_a_state_is_a_copy_that_makes_any_number_of_caches(tiny, name):
     model = tiny()
     source = source_of(model, name)
     cache, ids = read_prompt(model, source, tokens=100)
@@ -197,7 +197,7 @@ FORGED = {
 
 
 @pytest.mark.parametrize(("name", "at"), [(name, at) for name, forgeries in FORGED.items() for at in range(len(forgeries))])
-def test_forged_numbers_are_refused_even_with_every_checksum_right(tiny, tmp_path, name, at):
+def test_forged_elements_are_refused_even_with_valid_checksums(tiny, tmp_path, name, at):
     """A forger can make checksums right: whatever compiled code trusts is checked all the same."""
     model, path = tiny(), tmp_path / "c"
     recipe = get_recipe("nuq3-1%").with_options(sinks=2)
@@ -226,7 +226,7 @@ def test_conversations_are_private(tiny, tmp_path):
     assert (tmp_path / "c").stat().st_mode & 0o777 == 0o600
 
 
-def test_what_cannot_be_read_is_told_with_the_cause(tiny, tmp_path):
+def test_unreadable_files_raise_with_the_cause(tiny, tmp_path):
     for path, cause in ((tmp_path, "Is a directory"), (tmp_path / "nothing", "does not exist"), (tmp_path / "a\0b", "NUL")):
         with pytest.raises(FileFormatError, match=cause):
             PackedCache.load(path, tiny(), "int4")
@@ -234,7 +234,7 @@ def test_what_cannot_be_read_is_told_with_the_cause(tiny, tmp_path):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A model, a saved cache's bytes, and a place for mutants."""
+    """A model, a saved cache's bytes, and a folder for mutants."""
     model = make_tiny(layers=1)
     torch.manual_seed(0)
     cache, _ = read_prompt(model, "int4", batch=1, tokens=70)
@@ -267,23 +267,23 @@ def load_mutant(saved, content):
 def test_mutated_files_never_crash_and_never_give_wrong_numbers(saved, data):
     content = bytearray(copy.copy(saved[1]))
     kind = data.draw(st.sampled_from(["flip", "cut", "insert", "header length", "splice"]))
-    place = data.draw(st.integers(0, len(content) - 1))
+    offset = data.draw(st.integers(0, len(content) - 1))
     if kind == "flip":
-        content[place] ^= data.draw(st.integers(1, 255))
+        content[offset] ^= data.draw(st.integers(1, 255))
     elif kind == "cut":
-        del content[place : place + data.draw(st.integers(1, len(content)))]
+        del content[offset : offset + data.draw(st.integers(1, len(content)))]
     elif kind == "insert":
-        content[place:place] = data.draw(st.binary(min_size=1, max_size=40))
+        content[offset:offset] = data.draw(st.binary(min_size=1, max_size=40))
     elif kind == "header length":
         content[:8] = struct.pack("<Q", data.draw(st.integers(0, 2**64 - 1)))
     else:
         other = data.draw(st.integers(0, len(content) - 1))
-        content[place : place + 16] = content[other : other + 16]
+        content[offset : offset + 16] = content[other : other + 16]
     load_mutant(saved, bytes(content))
 
 
 @pytest.mark.parametrize(("family", "missing"), [("llama", 64), ("mistral", 131), ("mistral", 2**62), ("mistral", -1)])
-def test_a_forger_cannot_say_that_needed_tokens_never_came(tmp_path, family, missing):
+def test_a_forged_state_cannot_mark_needed_tokens_as_missing(tmp_path, family, missing):
     model, path = make(family), tmp_path / "c"
     cache, _ = read_prompt(model, "int4", batch=1, tokens=131)
     cache.save(path)
@@ -293,7 +293,7 @@ def test_a_forger_cannot_say_that_needed_tokens_never_came(tmp_path, family, mis
 
 
 @pytest.mark.parametrize(("family", "first"), [("llama", 64), ("llama", 2**62), ("mistral", 128)])
-def test_a_forger_cannot_make_a_layer_forget_what_it_needs(tmp_path, family, first):
+def test_a_forged_state_cannot_evict_tokens_that_the_window_needs(tmp_path, family, first):
     model, path = make(family), tmp_path / "c"
     cache = PackedCache(model, "int4")
     with torch.inference_mode():
@@ -301,8 +301,8 @@ def test_a_forger_cannot_make_a_layer_forget_what_it_needs(tmp_path, family, fir
             model(torch.randint(2, 97, (1, tokens)), past_key_values=cache)
     cache.save(path)
     assert PackedCache.load(path, model, "int4").length == 131
-    held = cache.packed[0].store.first
-    altered(path, {"tokens": 131 + first - held}, {f"layers.{i}.evicted": torch.tensor(first) for i in range(2)})
+    evicted = cache.packed[0].store.first
+    altered(path, {"tokens": 131 + first - evicted}, {f"layers.{i}.evicted": torch.tensor(first) for i in range(2)})
     if family == "mistral":  # a longer past than there was, all of it out of sight: nothing wrong can come of it
         loaded = PackedCache.load(path, model, "int4")
         with torch.inference_mode():

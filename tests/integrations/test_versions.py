@@ -41,5 +41,5 @@ def test_a_default_yields_to_a_cache_given_by_any_name(tiny, name):
     disable(model)
 
 
-def test_layers_that_keep_keys_are_not_taken_for_empty_places(tiny):
+def test_layers_that_store_keys_are_not_taken_for_placeholders(tiny):
     assert not any(keeps_nothing(layer) for layer in DynamicCache(config=tiny().config).layers)

@@ -153,7 +153,7 @@ def test_groups_spans_caps_layers_and_budgets_are_bounded():
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "1" * 5000, "[]", "\ud800".encode("utf-8", "surrogatepass")])
-def test_a_file_that_holds_no_recipe_is_told(tmp_path, content):
+def test_a_file_without_a_recipe_raises_an_error(tmp_path, content):
     path = tmp_path / "recipe.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(RecipeError, match="recipe"):

@@ -70,7 +70,7 @@ def test_tables_and_positions_are_counted(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["fp16", "int4", "hadamard-int4", "nvfp4", "nuq3", "narrow2"])
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3_text"])
-def test_what_a_bias_and_the_gain_of_a_norm_take_is_counted(family, name, tmp_path):
+def test_bytes_of_a_bias_and_of_norm_gains_are_counted(family, name, tmp_path):
     model = as_trained(make(family)).bfloat16()
     source = calibrated(model, name) if get_recipe(name).needs_calibration else get_recipe(name)
     recipe, shape = getattr(source, "recipe", source), shape_of(model, tmp_path)
@@ -80,7 +80,7 @@ def test_what_a_bias_and_the_gain_of_a_norm_take_is_counted(family, name, tmp_pa
 
 @pytest.mark.parametrize("name", ["fp16", "int2", "kivi-4", "hadamard-int4", "nuq2"])
 @pytest.mark.parametrize(("tokens", "batch"), [(2500, 1), (4900, 3)])
-def test_long_contexts_are_foretold_from_short_ones(name, tokens, batch):
+def test_bytes_of_long_contexts_are_extrapolated_exactly(name, tokens, batch):
     recipe = get_recipe(name)
     shape = LayerShape(batch, 1, 80 if name != "kivi-4" else 96, torch.float16)
     quantizers = tuple(stand_in(scheme, 1, shape.head_dim) for scheme in (recipe.keys, recipe.values))
@@ -101,7 +101,7 @@ def stored(store, keys, values, tokens):
 
 @pytest.mark.parametrize(("tokens", "batch"), [(63, 3), (2500, 2)])
 def test_outliers_are_counted_exactly_where_there_are_as_many_as_the_recipe_says(tokens, batch):
-    """Other elements than those counted with, at other places, but as many beyond the thresholds in every 64 tokens."""
+    """Other elements than those counted with, at other positions, but as many beyond the thresholds in every 64 tokens."""
     recipe = get_recipe("nuq3-1%")
     shape = LayerShape(batch, 2, 64, torch.float32)
     quantizers = tuple(stand_in(scheme, 2, 64) for scheme in (recipe.keys, recipe.values))
@@ -133,7 +133,7 @@ def test_families(family, tmp_path):
     assert planned(shape_of(model, tmp_path), recipe, 130, 2) == real_bytes(model, source, 130, 2)
 
 
-def test_windows_that_slide_hold_no_more_the_longer_the_text(tmp_path):
+def test_sliding_windows_store_no_more_for_longer_texts(tmp_path):
     model = make_tiny("mistral", dtype=torch.bfloat16, sliding_window=100, layers=1)
     shape, tokens = shape_of(model, tmp_path), 4 * CHUNK + 130
     assert planned(shape, get_recipe("int2"), tokens, 1) == real_bytes(model, "int2", tokens, 1)

@@ -49,7 +49,7 @@ def test_named_shapes(name):
     assert shape.weight_bytes(1) == 2 * shape.weights == 4 * shape.weight_bytes(1, bits=4)
 
 
-def test_what_cannot_be_planned_for_gets_a_sentence(tmp_path):
+def test_unplannable_models_are_refused_in_one_sentence(tmp_path):
     for family, (settings, words) in REFUSED.items():
         if family == "mamba":
             AutoConfig.for_model(family, **settings).save_pretrained(tmp_path)

@@ -13,11 +13,11 @@ def result(*rows):
     return {"rows": list(rows), "settings": settings, "environment": {"processor": "a processor"}}
 
 
-def row(ablation, loss=0.1, **place):
-    return {"ablation": ablation, "label": f"step {place}", **place, **FIGURES, "kld_strict": loss}
+def row(ablation, loss=0.1, **parameters):
+    return {"ablation": ablation, "label": f"step {parameters}", **parameters, **FIGURES, "kld_strict": loss}
 
 
-def test_each_ladder_becomes_a_section():
+def test_each_ablation_becomes_a_section():
     rows = [
         *(row("steps", 0.1 * (bits + step), bits=bits, step=step) for bits in (2, 3) for step in range(3)),
         *(row("grid", bits=3, side=side, range=kind) for side in ("keys", "values") for kind in ("channel", "token")),

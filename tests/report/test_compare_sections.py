@@ -40,7 +40,7 @@ def test_families(name, expected):
     assert family(name) == expected
 
 
-def test_a_section_has_all_rows_and_a_picture():
+def test_a_section_has_all_rows_and_a_plot():
     rows = [("int4", 4.2, 0.2), ("nuq4", 4.1, 0.1), ("nuq2", 2.1, 0.4), ("fp16", 16.0, 0.0)]
     rows = [{"recipe": name, "bits_per_element": bits, "kld_strict": loss} for name, bits, loss in rows]
     (section,) = sections(result(*rows))
@@ -54,7 +54,7 @@ def test_a_section_has_all_rows_and_a_picture():
     assert sections(result()) == []
 
 
-def test_a_picture_shows_the_rates_of_all_layers():
+def test_a_plot_shows_the_rates_of_all_layers():
     rates = {"keys": {"0": [2, 1, 1], "3": [0, 0, 4]}, "values": {"0": [1, 3, 0], "3": [2, 0, 2]}}
     row = {"recipe": "narrow2", "bits_per_element": 2.05, "kld_strict": 0.1, "rates": rates}
     _, section = sections(result(row))

@@ -101,12 +101,12 @@ def test_every_id_is_there_once_and_nothing_is_elsewhere(page):
     assert not any(name.startswith("on") for name in read.attributes)
 
 
-def test_what_others_wrote_is_escaped(page):
+def test_foreign_text_is_escaped(page):
     assert "<demo>" not in page and "&lt;demo&gt;" in page
     assert "1% <b>" not in page and "nuq3-1% &lt;b&gt;" in page and "&lt;model&gt;" in page
 
 
-def test_every_table_and_picture_names_its_source(page, parts):
+def test_every_table_and_plot_names_its_source(page, parts):
     read = Read(page)
     assert len(read.figures) == 4
     for text, part in zip(read.figures, [parts[0]] * 2 + [parts[1]] * 2, strict=True):
@@ -114,7 +114,7 @@ def test_every_table_and_picture_names_its_source(page, parts):
         assert all(words in text for words in named)
 
 
-def test_pictures_take_the_colours_of_the_page_except_on_colours():
+def test_plots_take_the_colors_of_the_page_except_on_colors():
     svg = inline_svg(heat(), "p1", "Found & stored.")
     fills = {words: re.findall('fill: (.*?)[;"]', style) for style, words in re.findall(r"<text (.*?)>(\w+)</text>", svg)}
     assert fills["white"] == ["#fffffe"] and fills["black"] == ["#000001"] and fills["title"] == []
@@ -123,7 +123,7 @@ def test_pictures_take_the_colours_of_the_page_except_on_colours():
     assert 'aria-label="Found &amp; stored."' in svg and "<metadata" not in svg
 
 
-def test_long_tables_are_shown_when_asked_for(parts):
+def test_long_tables_are_shown_on_request(parts):
     table = Table("Many", ["n"], [[i] for i in range(72)])
     page = render("model", [replace(parts[0], sections=[Section("Long", "", [table])])])
     assert "<summary>72 rows</summary>" in page and page.count("<tr>") == 73
@@ -138,7 +138,7 @@ def browser(tmp_path_factory):
 
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_it_fits_and_nothing_goes_wrong(browser, page, tmp_path, width, dark):
+def test_the_page_fits_the_window_without_errors(browser, page, tmp_path, width, dark):
     path = tmp_path / "report.html"
     path.write_text(page)
     browser.trouble.clear()

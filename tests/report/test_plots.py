@@ -16,14 +16,14 @@ def drawn():
 
 
 @pytest.mark.parametrize("ending", ["svg", "png"])
-def test_a_picture_is_the_same_when_drawn_again(tmp_path, ending):
+def test_a_plot_is_identical_when_drawn_again(tmp_path, ending):
     paths = [tmp_path / f"{i}.{ending}" for i in range(2)]
     for path in paths:
         save(drawn(), path)
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
-def test_nothing_half_written_stays(tmp_path):
+def test_an_interrupted_write_leaves_no_file(tmp_path):
     with pytest.raises((OutputError, ValueError)):
         save(drawn(), tmp_path / "picture.nothing")
     assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,7 @@ def made(path, model, recipes, contexts, budget):
     return read_result(path)
 
 
-def test_what_fits_and_what_it_takes(tmp_path):
+def test_longest_context_and_bytes_in_a_capacity(tmp_path):
     budget = Budget(batch=2, devices=16, memory=2 * 10**9, reserve=10**8)
     result = made(tmp_path / "plan.json", "llama-3-8b", ["fp16", "int2"], [1000, 2**20], budget)
     (section,) = sections(result)
@@ -29,12 +29,12 @@ def test_what_fits_and_what_it_takes(tmp_path):
     assert "what each GPU has" in (tmp_path / "memory.svg").read_text()
 
 
-def test_without_a_limit_it_tells_what_is_needed(tmp_path):
+def test_without_a_limit_the_needed_bytes_are_reported(tmp_path):
     (section,) = sections(made(tmp_path / "plan.json", "narrowkv://demo", ["int4"], [2**15], Budget()))
     (contexts,) = section.tables
     assert contexts.columns == ["recipe", "context", "prompt MiB", "decoding MiB", "with weights MiB"]
-    held = 2 * 2**15 * 2 * 64 * 4 * (4 + 32 / 128) / 8  # codes, and a scale and a zero point for each token of 128 elements
-    assert held / 2**20 < contexts.rows[0][2] < 1.001 * held / 2**20
+    nbytes = 2 * 2**15 * 2 * 64 * 4 * (4 + 32 / 128) / 8  # codes, and a scale and a zero point for each token of 128 elements
+    assert nbytes / 2**20 < contexts.rows[0][2] < 1.001 * nbytes / 2**20
     assert sections({"rows": [], "settings": {}}) == []
 
 

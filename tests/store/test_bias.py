@@ -88,7 +88,7 @@ def test_codes_do_not_depend_on_where_chunks_end(name, chunks):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_what_stays_exact_keeps_its_own_numbers_bit_for_bit(dtype):
+def test_full_precision_tokens_are_bit_exact(dtype):
     store, keys, values, positions = biased_store(SCHEMES["int4"], (2, 2, 16, 200), sinks=3, residual_length=40)
     keys, values = keys.to(dtype), values.to(dtype)
     append(store, keys, values, positions, 200)
@@ -98,7 +98,7 @@ def test_what_stays_exact_keeps_its_own_numbers_bit_for_bit(dtype):
         assert not torch.equal(found[:, :, 3:160], own[:, :, 3:160].float())
 
 
-def test_a_bias_costs_no_precision():
+def test_subtracting_a_bias_loses_no_precision():
     plain, elements = LayerStore(quantizer_for(SCHEMES["int4"]), quantizer_for(SCHEMES["int4"])), torch.randn(1, 2, 128, 16)
     plain.append(elements, elements)
     expected = (plain.read()[0] - elements).norm()
@@ -110,7 +110,7 @@ def test_a_bias_costs_no_precision():
     assert store.parts()["bias"] == bias.tensors()
 
 
-def test_a_store_that_is_copied_cropped_selected_and_forgets():
+def test_a_store_that_is_copied_cropped_selected_and_evicts():
     store, keys, values, positions = biased_store(SCHEMES["int4"], (3, 2, 16, 200))
     append(store, keys, values, positions, 200)
     whole = store.read()

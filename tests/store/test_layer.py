@@ -88,7 +88,7 @@ def test_levels_over_a_sliding_window_do_not_depend_on_how_tokens_arrive(monkeyp
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_small_tiles_change_nothing(name, monkeypatch):
+def test_small_tiles_give_the_same_result(name, monkeypatch):
     keys, values = torch.randn(2, 2, 333, 56), torch.randn(2, 2, 333, 56)
     whole = make_store(name)
     whole.append(keys, values)
@@ -143,7 +143,7 @@ def test_the_first_real_tokens_stay_exact_behind_any_padding(chunks, window):
 @pytest.mark.parametrize("name", AT_ONCE)
 @pytest.mark.parametrize("window", [0, 40])
 @pytest.mark.parametrize("missing", [1, 64, 127])
-def test_beginning_late_is_as_if_all_had_come_and_gone(name, window, missing):
+def test_beginning_late_equals_appending_and_evicting_all(name, window, missing):
     keys, values = torch.randn(2, 3, 1, 200, 80)
     valid = torch.ones(3, 200, dtype=torch.bool)
     valid[1, :3], valid[2, :190] = False, False
@@ -212,7 +212,7 @@ def test_another_shape_is_refused():
         make_store("int4").read()
 
 
-def test_reset_forgets():
+def test_reset_empties_the_cache():
     store = make_store("int4", sinks=1)
     store.append(torch.randn(2, 2, 70, 16), torch.randn(2, 2, 70, 16))
     store.reset()
@@ -236,12 +236,12 @@ def test_nan_and_infinity_are_refused_and_leave_the_store_as_it_was(name, bad):
 
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("window", [0, 8])
-@pytest.mark.parametrize("place", [0, 30, 150, 299])
-def test_numbers_that_do_not_fit_16_bits_leave_nothing_of_their_append_behind(side, window, place):
+@pytest.mark.parametrize("position", [0, 30, 150, 299])
+def test_an_append_that_overflows_float16_is_rolled_back(side, window, position):
     store, x = make_store("int3 sparse", residual_length=window), torch.randn(1, 2, 100, 8)
     store.append(x, x)
     before, pair = store.read(), [torch.randn(1, 2, 320, 8) for _ in range(2)]
-    pair[side][0, 1, place] = torch.linspace(-1e6, 1e6, 8)
+    pair[side][0, 1, position] = torch.linspace(-1e6, 1e6, 8)
     with pytest.raises(ActivationError, match="exceed the range"):
         store.append(*pair)
     assert store.length == 100
@@ -251,7 +251,7 @@ def test_numbers_that_do_not_fit_16_bits_leave_nothing_of_their_append_behind(si
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_what_is_forgotten_frees_its_memory_and_the_rest_stays_as_it_is(name):
+def test_eviction_frees_memory_and_leaves_the_rest_unchanged(name):
     keys, values = torch.randn(2, 2, 1000, 16), torch.randn(2, 2, 1000, 16)
     store = make_store(name, sinks=1)
     store.append(keys[:, :, :900], values[:, :, :900])

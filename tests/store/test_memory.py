@@ -24,7 +24,7 @@ def big_store(name):
     return LayerStore(quantizers[0], quantizers[1], recipe.sinks), chunk
 
 
-def held_bytes(store):
+def stored_bytes(store):
     tables = sum(table.nbytes for quantizer in store.quantizers for table in quantizer.tensors().values())
     return tables + sum(tensor.untyped_storage().nbytes() for tensor in store.tensors())
 
@@ -56,10 +56,10 @@ def test_a_long_context_takes_the_promised_bits_and_no_more_on_the_way(name, mos
             values = keys.clone()
             store.append(keys, values)
             del keys, values
-    held = held_bytes(store)
-    assert 8 * held / (2 * TOKENS * HEADS * HEAD_DIM) <= most
+    nbytes = stored_bytes(store)
+    assert 8 * nbytes / (2 * TOKENS * HEADS * HEAD_DIM) <= most
     one_chunk = 2 * CHUNK * HEADS * HEAD_DIM * 2
-    assert peak_bytes(profiler.profiler.kineto_results.events()) <= 1.15 * held + one_chunk
+    assert peak_bytes(profiler.profiler.kineto_results.events()) <= 1.15 * nbytes + one_chunk
 
 
 def test_decoding_token_by_token_wastes_little():
@@ -67,21 +67,21 @@ def test_decoding_token_by_token_wastes_little():
     for start, stop in [(0, 1024), *((token, token + 1) for token in range(1024, 1984))]:
         store.append(chunk[:, :, start:stop], chunk[:, :, start:stop])
     assert store.length == 1984
-    assert 8 * held_bytes(store) / (2 * 1984 * HEADS * HEAD_DIM) <= 1.15 * 2.40
+    assert 8 * stored_bytes(store) / (2 * 1984 * HEADS * HEAD_DIM) <= 1.15 * 2.40
 
 
-@pytest.mark.parametrize("pieces", [[100] * 300, [96] * 300, [140, *[1] * 80] * 60], ids=["100s", "96s", "turns"])
+@pytest.mark.parametrize("chunks", [[100] * 300, [96] * 300, [140, *[1] * 80] * 60], ids=["100s", "96s", "turns"])
 @pytest.mark.parametrize("name", ["int2", "int3 with outliers"])
-def test_tokens_that_come_in_odd_pieces_waste_little(pieces, name):
+def test_tokens_that_come_in_odd_pieces_waste_little(chunks, name):
     scheme = Scheme(Quantization(2, "int")) if name == "int2" else Scheme(Quantization(3, "int"), outliers=Outliers(0.02))
     store = LayerStore(Quantizer(scheme), Quantizer(scheme))
     whole = LayerStore(Quantizer(scheme), Quantizer(scheme))
-    x = torch.randn(1, 2, sum(pieces), 64, dtype=torch.bfloat16)
+    x = torch.randn(1, 2, sum(chunks), 64, dtype=torch.bfloat16)
     whole.append(x, x)
-    for piece in x.split(pieces, dim=2):
-        store.append(piece, piece)
+    for chunk in x.split(chunks, dim=2):
+        store.append(chunk, chunk)
     assert torch.equal(store.read()[0], whole.read()[0])
-    assert held_bytes(store) <= 1.12 * held_bytes(whole)
+    assert stored_bytes(store) <= 1.12 * stored_bytes(whole)
 
 
 def test_exact_storage_is_counted_at_its_width():
@@ -89,13 +89,13 @@ def test_exact_storage_is_counted_at_its_width():
     store = LayerStore(*recipe.quantizers(0))
     x = torch.randn(2, 2, 640, 16, dtype=torch.bfloat16)
     store.append(x, x)
-    assert held_bytes(store) == 2 * x.nbytes + 2 * 10 * 8  # and in which slots the ten blocks of each row lie
+    assert stored_bytes(store) == 2 * x.nbytes + 2 * 10 * 8  # and in which slots the ten blocks of each row lie
 
 
 @pytest.mark.parametrize(("name", "bits"), [("kivi-2-r0", 3.0), ("kivi-4-r0", 5.0)])
-def test_groups_cost_what_they_cost(name, bits):
+def test_allocated_bits_with_groups(name, bits):
     recipe = get_recipe(name)
     store = LayerStore(*recipe.quantizers(0), recipe.sinks, recipe.residual_length)
     x = torch.randn(1, 8, 4096, 128).half()
     store.append(x, x)
-    assert bits <= 8 * held_bytes(store) / (2 * x.numel()) < bits + 0.01
+    assert bits <= 8 * stored_bytes(store) / (2 * x.numel()) < bits + 0.01

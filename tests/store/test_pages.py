@@ -1,4 +1,4 @@
-"""Pages: outliers find their place, and kernels of a GPU, interpreted, fill them as plain torch does."""
+"""Pages: outliers are sorted, and kernels of a GPU, interpreted, fill them as plain torch does."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def shuffled(exact):
 
 @pytest.mark.parametrize("exactly", [True, False], ids=["fitted", "with space"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_outliers_find_their_place_in_whatever_order_they_come(batch, exactly):
+def test_outliers_are_sorted_whatever_order_they_come_in(batch, exactly):
     parts = [encoded(batch, tokens) for tokens in (64, 128, 64)]
     blocks = [to_blocks(shuffled(part)) for part in parts]
     page = Page.allocate((Quantizer(SCHEME),) * 2, 4 * batch, blocks[0], blocks[0], exactly=exactly)

@@ -1,4 +1,4 @@
-"""What backends keep beside an object: one of each class, countable, and not part of a copy."""
+"""What backends store alongside an object: one of each class, countable, and not part of a copy."""
 
 import copy
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Other(Table):
     pass
 
 
-def test_one_plan_of_each_class_is_held():
+def test_one_plan_of_each_class_is_stored():
     plans, first, second = Plans(), Table(torch.zeros(4)), Table(torch.ones(4))
     assert plans.get(Table) is None
     assert plans.put(first) is first is plans.get(Table)

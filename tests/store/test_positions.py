@@ -21,7 +21,7 @@ def test_positions_come_back_after_any_growth():
     assert position_buffer.length == 0 and position_buffer.tensors() == []
 
 
-def test_what_is_forgotten_frees_its_memory():
+def test_eviction_frees_memory():
     position_buffer, angles = PositionBuffer(), torch.rand(2, 500, 2, 8)
     for part in angles.split([300, 100, 100], dim=1):
         position_buffer.append(part)
@@ -51,7 +51,7 @@ def test_starts_of_blocks_are_known_where_positions_follow_each_other_and_looked
     assert position_buffer.starts(0, 150) is None
 
 
-def test_starts_go_on_behind_what_was_forgotten():
+def test_starts_of_blocks_continue_after_eviction():
     position_buffer = PositionBuffer()
     position_buffer.append(torch.arange(500)[None])
     assert torch.equal(position_buffer.starts(400, 500), torch.tensor([[400, 464]]))

@@ -25,13 +25,13 @@ def store():
     ],
     ids=["seal", "forget", "crop", "select", "reset"],
 )
-def test_whatever_changes_blocks_raises_their_version(store, change):
+def test_operations_that_change_blocks_raise_their_version(store, change):
     before = store.blocks.version
     change(store)
     assert store.blocks.version > before
 
 
-def test_what_leaves_blocks_as_they_are_leaves_their_version(store):
+def test_operations_that_leave_blocks_unchanged_leave_their_version(store):
     before = store.blocks.version
     store.append(*torch.randn(2, 2, 1, 3, 16))
     store.crop(195)

@@ -62,7 +62,7 @@ def test_single_tokens_are_stored_as_many_are(name, as_on_a_gpu, monkeypatch):
     assert stepped.length == 65
 
 
-def test_outliers_find_room_however_many_there_are(as_on_a_gpu):
+def test_outlier_buffers_grow_with_any_number_of_outliers(as_on_a_gpu):
     stepped, whole = stores("nuq4-1%")
     keys, values = 100 * torch.randn(2, 1, 2, 7, 24)  # all are outliers
     for i in range(7):
@@ -74,7 +74,7 @@ def test_outliers_find_room_however_many_there_are(as_on_a_gpu):
 
 @pytest.mark.parametrize("name", ["nuq4-1%", "nuq2, exact", "kivi-2"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_no_number_is_told_when_the_host_learns_of_it(name, bad, as_on_a_gpu):
+def test_nan_is_reported_when_the_host_reads_the_counts(name, bad, as_on_a_gpu):
     store, _ = stores(name)
     keys, values = torch.randn(2, 1, 2, 70, 24)
     store.append(keys[:, :, :30], values[:, :, :30])
