@@ -112,12 +112,15 @@ def calibrate_many(
 ) -> list[Calibration]:
     """Learn several recipes from the same two passes over the data.
 
-    batches: token ids [batch, tokens], or anything else that `token_batches` takes. backend: that of the caches to be made,
-    of which only `dense` matters here. group: of torch.distributed, each of whose processes has the model and a part of the
-    data; all get what one process would have learned from all of it. on_batch: called with (batches done, batches in both
-    passes). Returns one Calibration per recipe, and warns (NarrowKVWarning) where few tokens outweigh all others or the loss
-    predicted is absurd. Raises CalibrationError where the data is empty or something else or no gradient comes back,
-    ActivationError where the model computes NaN or infinity, UnsupportedModelError and RecipeError as PackedCache does.
+    batches: token ids [n, tokens] int64, each row read alone, or an iterable of batches [batch, tokens]: tensors, arrays and
+    lists of integers, or dictionaries with `input_ids` and perhaps `attention_mask`. recipes: names or Recipes. backend: that
+    of the caches to be made, of which only `dense` matters here. group: of torch.distributed, each of whose processes has the
+    model and a part of the data; all get what one process would have learned from all of it. on_batch: called with (batches
+    done, batches in both passes). Returns one Calibration per recipe, and warns (NarrowKVWarning) where few tokens outweigh
+    all others or the loss predicted exceeds that of guessing. The formulas are named where they are computed
+    (`calibration/fit.py`, `calibration/trellis_fit.py`). Raises CalibrationError where the data is empty, is no token ids, or
+    no gradient comes back, ActivationError where the model computes NaN or infinity, UnsupportedModelError and RecipeError as
+    PackedCache does.
     """
     model, chosen = unwrapped(model), [get_recipe(recipe) for recipe in recipes]
     require_head(model)
@@ -201,14 +204,18 @@ def calibrate(
     group: Group = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Calibration:
-    """Learn a recipe's tables from a model and token ids; see `calibrate_many`."""
+    """Learn a recipe's tables from a model and token ids, in two passes over them.
+
+    Parameters, warnings and errors are those of `calibrate_many`. Returns the Calibration, to be passed to `PackedCache` or
+    saved (`save_pretrained`).
+    """
     return calibrate_many(model, batches, [recipe], backend=backend, group=group, on_batch=on_batch)[0]
 
 
 def _warn_where_few_dominate(fits: Mapping[int, LayerFits]) -> None:
     """Warn if a hundredth of the tokens has more than half of the Fisher information of many tensors, or nearly all."""
     shares = {(layer, side): share for layer, fit in fits.items() for side, share in fit.dominated().items()}
-    dominated = {layer: share for layer, share in shares.items() if share > MOST_OF_FEW}
+    dominated = {tensor: share for tensor, share in shares.items() if share > MOST_OF_FEW}
     if dominated and (len(dominated) > len(shares) / 4 or max(dominated.values()) > ALL_OF_FEW):
         (layer, side), share = max(dominated.items(), key=lambda item: item[1])
         warnings.warn(

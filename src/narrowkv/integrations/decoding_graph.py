@@ -86,8 +86,9 @@ def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
 
 
 class DecodingGraph:
-    """Steps of one token for each sequence, by a model with a packed cache after a prompt.
+    """Decode one token of each sequence at a time by replaying one CUDA graph of the model, after a prompt was read.
 
+    cache: a PackedCache of the model, with backend `cuda`. `cuda_graph` uses a graph in `generate`.
     Raises UnsupportedModelError where the cache does not decode by backend `cuda`, or a layer is not packed, CacheUseError
     where it is no packed cache, or another model's.
     """
