@@ -46,7 +46,7 @@ def random_quantizer(scheme: Scheme) -> AnyQuantizer:
 
 def random_streams(scheme: Scheme) -> TrellisQuantizer:
     """Trellis-coded streams of the rates of a scheme."""
-    n, universal = scheme.outlier_places(HEAD_DIM), gaussian_tables()
+    n, universal = scheme.outlier_positions(HEAD_DIM), gaussian_tables()
     tables = {
         "mean": torch.randn(KV_HEADS, HEAD_DIM).half(),
         "entries": torch.stack([universal.high, universal.low], dim=1)[None],
@@ -73,9 +73,9 @@ def draw_codes(scheme: Scheme, x: Tensor, skip: Tensor | None = None, saturation
     if scheme.quantization.token_norm:
         encoded.codes[..., -1] = NORM_ZERO
     if scheme.outliers.fraction:
-        encoded.outlier_places = scheme.outlier_places(HEAD_DIM)
-        places = x.shape[:3].numel() * encoded.outlier_places
-        encoded.outlier_index = torch.rand(places).lt(scheme.outliers.fraction).nonzero()[:, 0]
+        encoded.outlier_positions = scheme.outlier_positions(HEAD_DIM)
+        positions = x.shape[:3].numel() * encoded.outlier_positions
+        encoded.outlier_index = torch.rand(positions).lt(scheme.outliers.fraction).nonzero()[:, 0]
         encoded.outlier_values = torch.randn(len(encoded.outlier_index)).half()
     return encoded
 

@@ -122,8 +122,8 @@ def encoding(
     row: Row = {"recipe": name, "batch": batch, "heads": list(heads)}
     fresh = another(store)  # steps that are done again and again count as many tokens on the device as they are done
     if store.prepare_step(new[0], new[1]):  # on a GPU
-        places = torch.zeros(2, dtype=torch.int32, device=device)
-        row["step"] = milliseconds([lambda: store.write(new[0], new[1], places=places)] * 16, device)
+        offsets = torch.zeros(2, dtype=torch.int32, device=device)
+        row["step"] = milliseconds([lambda: store.write(new[0], new[1], offsets=offsets)] * 16, device)
 
     readback = CountReadback()
 

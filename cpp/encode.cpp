@@ -181,7 +181,7 @@ private:
         return fits ? found : DOES_NOT_FIT;
     }
 
-    // A number as it is stored beside codes.
+    // An element as it is stored alongside codes.
     uint16_t exact(const char* from, int64_t channel, float element) {
         if (elements.kind != DType::single) return reinterpret_cast<const uint16_t*>(from)[channel];
         const uint16_t rounded = half_from_single(element);

@@ -137,8 +137,8 @@ def others(architecture: int) -> Iterator[Compiled]:
     yield looked_at("tail", dequantize_tail, {"K": keys, "V": values}, types, architecture)
     types |= {"codes": "*u8", "scale": "*fp16", "zero": "*fp16", "index": "*i64", "values": "*bf16", "elements": "*fp32"}
     tables = dict.fromkeys(("boundaries", "fixed_scale", "fixed_zero", "lower", "upper"), "*fp32")
-    types |= tables | {"x": "*bf16", "skip": "*u8", "counts": "*i32", "places": "*i32"}
-    shape = {"DIM": 128, "OUTLIERS": True, "SKIPS": True, "PLACED": True, "BOUNDARIES": 15}
+    types |= tables | {"x": "*bf16", "skip": "*u8", "counts": "*i32", "offsets": "*i32"}
+    shape = {"DIM": 128, "OUTLIERS": True, "SKIPS": True, "HAS_OFFSETS": True, "BOUNDARIES": 15}
     for name, heads, fixed, tail in (("keys", 8, True, 0), ("values", 8, False, 5), ("values of 32 heads", 32, False, 20)):
         choice = {"HEADS": heads, "HEADS_PER_PROGRAM": heads, "WIDE": 128 * heads, "FIXED": fixed, "TAIL": tail}
         yield looked_at(f"encode {name}", encode_tokens, shape | choice, types, architecture)
@@ -152,7 +152,7 @@ def others(architecture: int) -> Iterator[Compiled]:
         planes = {"LENGTH": length, "WIDE": length, "ROWS": 32, "LOW": 2, "HIGH": 1, along: 1}
         yield looked_at(name, pack_codes, planes, types, architecture)
     types |= {"buffer": "*bf16"}
-    yield looked_at("put tokens", put_tokens, {"HEADS": 8, "DIM": 128, "WIDE": 128, "PLACED": True}, types, architecture)
+    yield looked_at("put tokens", put_tokens, {"HEADS": 8, "DIM": 128, "WIDE": 128, "HAS_OFFSETS": True}, types, architecture)
 
 
 def looked_at(name: str, kernel: Any, constants: dict[str, Any], types: dict[str, str], architecture: int) -> Compiled:

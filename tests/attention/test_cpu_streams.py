@@ -26,7 +26,7 @@ from narrowkv.attention.cpu.int16 import SUPPORTED
 from narrowkv.attention.cuda import decode as cuda
 from narrowkv.calibration.trellis_fit import in_bytes
 from narrowkv.codec import Outliers, Quantization, Scheme, Transform, TrellisQuantizer
-from narrowkv.codec.frames import Frames, place_dtype
+from narrowkv.codec.frames import Frames, index_dtype
 from narrowkv.codec.gaussian_tables import STEPS, gaussian_tables
 from narrowkv.errors import UnsupportedModelError
 
@@ -53,7 +53,7 @@ def quantizer(heads, dim, *, keys, learned_rotation=False, outliers=0.0, rope=No
         Transform(pre_rope=keys, learned_rotation=learned_rotation),
         Outliers(outliers),
     )
-    n, universal = scheme.outlier_places(dim), gaussian_tables()
+    n, universal = scheme.outlier_positions(dim), gaussian_tables()
     tables = {
         "mean": (torch.randn(heads, dim) / 2).half(),
         "entries": torch.stack([universal.high, universal.low], dim=1)[None],
@@ -66,7 +66,7 @@ def quantizer(heads, dim, *, keys, learned_rotation=False, outliers=0.0, rope=No
         tables |= in_bytes(torch.linalg.qr(torch.randn(heads, dim, dim).double()).Q[:, :n])
     else:
         tables["pairs"] = (0.3 * torch.randn(heads, dim // 2, 2, 2) + torch.eye(2)).half()
-        tables["order"] = torch.stack([torch.randperm(dim)[:n] for _ in range(heads)]).to(place_dtype(dim))
+        tables["order"] = torch.stack([torch.randperm(dim)[:n] for _ in range(heads)]).to(index_dtype(dim))
     if keys:
         tables |= vars(Frames.of(dim) if rope is None else Frames.of(dim, rope.inverse_frequencies, rope.interleaved))
     return TrellisQuantizer(scheme, **tables)

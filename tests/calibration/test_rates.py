@@ -22,7 +22,7 @@ def bits_of(option, scheme):
     units, heads = len(option.costs), option.kv_heads
     forms = TrellisQuantizer.forms(scheme, heads, 8 * units).values()
     tables = 8 * sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in forms) / option.tokens
-    exact = 32 * scheme.outliers.fraction * scheme.outlier_places(8 * units) * heads + (
+    exact = 32 * scheme.outliers.fraction * scheme.outlier_positions(8 * units) * heads + (
         0.5 * heads if scheme.outliers.fraction else 0
     )
     return 8 * heads * scheme.codes(8 * units) + tables + exact

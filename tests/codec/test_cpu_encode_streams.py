@@ -93,7 +93,7 @@ def test_the_compiled_form_counts_what_is_out_of_range_as_the_plain_one(settings
     for skip in (None, torch.rand(batch, tokens) < 0.3, torch.ones(batch, tokens, dtype=torch.bool)):
         expected = Saturation()
         quantizer.encode_naive(elements, skip, expected)
-        assert expected.seen == batch * heads * tokens * quantizer.scheme.outlier_places(dim)
+        assert expected.seen == batch * heads * tokens * quantizer.scheme.outlier_positions(dim)
         if skip is None or skip.all():
             assert (expected.out_of_range > 0) == (skip is None)
         for kernel in trellis.KERNELS:

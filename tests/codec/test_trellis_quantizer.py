@@ -25,7 +25,7 @@ def scheme(dim, *, learned_rotation=False, outliers=0.0, **settings):
 
 
 def tables(scheme, heads, dim, outlier_threshold=40.0):
-    n = scheme.outlier_places(dim)
+    n = scheme.outlier_positions(dim)
     universal, steps = gaussian_tables(), torch.tensor(STEPS)
     matrix = torch.linalg.qr(torch.randn(heads, dim, dim)).Q[:, :n] * torch.linspace(0.2, 3, n)[:, None]
     made = {
@@ -58,7 +58,7 @@ def head_rotation(found):
 def drawn_elements(found, shape):
     """Elements whose coefficients are Gaussian, and those coefficients."""
     batch, heads, tokens, dim = shape
-    z = torch.randn(batch, heads, tokens, found.scheme.outlier_places(dim))
+    z = torch.randn(batch, heads, tokens, found.scheme.outlier_positions(dim))
     if found.scheme.transform.learned_rotation:
         return z, z @ head_rotation(found) + found.mean[:, None]
     every = torch.randn(shape)
@@ -128,7 +128,7 @@ def test_what_costs_more_than_the_limit_is_exact(learned_rotation):
     cost = found.cost(x)
     found = replace(found, outlier_threshold=cost.flatten().kthvalue(int(0.98 * cost.numel())).values[None])
     encoded = found.encode(x)
-    assert encoded.outlier_places == 16 and torch.equal(encoded.outlier_index, places_by_hand(cost, found, 0.01))
+    assert encoded.outlier_positions == 16 and torch.equal(encoded.outlier_index, places_by_hand(cost, found, 0.01))
     norm = 2 ** ((encoded.codes[..., -1:].float() - 128) / 16) if learned_rotation else torch.ones_like(z[..., :1])
     torch.testing.assert_close(
         encoded.outlier_values.float(), (z / norm).flatten()[encoded.outlier_index], atol=1e-2, rtol=1e-2
@@ -137,7 +137,7 @@ def test_what_costs_more_than_the_limit_is_exact(learned_rotation):
     assert missed < ((plain.dequantize(plain.encode(x)) - x) ** 2).mean()
     skip = torch.arange(200)[None] < torch.tensor([[50], [200]])
     skipped = found.encode(x, skip)
-    token = torch.unravel_index(skipped.outlier_index, skipped.places)
+    token = torch.unravel_index(skipped.outlier_index, skipped.outlier_shape)
     assert len(token[0]) and not skip[token[0], token[2]].any()
 
 
@@ -147,8 +147,8 @@ def test_a_block_has_no_more_outliers_than_places():
     _, x = drawn_elements(found, shape)
     x[:, :, 64:] *= 100
     index = found.encode(x).outlier_index
-    of_block = torch.bincount(index // (64 * found.scheme.outlier_places(80)), minlength=12).view(2, 2, 3)
-    assert (of_block[..., 1:] == round(0.01 * 64 * found.scheme.outlier_places(80))).all()
+    of_block = torch.bincount(index // (64 * found.scheme.outlier_positions(80)), minlength=12).view(2, 2, 3)
+    assert (of_block[..., 1:] == round(0.01 * 64 * found.scheme.outlier_positions(80))).all()
     assert (of_block[..., 0] < of_block[..., 1]).all()
 
 

@@ -11,7 +11,7 @@ from narrowkv.calibration.samples import SampleFit
 from narrowkv.calibration.statistics import metric_axes, quantile
 from narrowkv.calibration.trellis_tables import learned_tables, on_grid
 from narrowkv.codec import Scheme, TrellisQuantizer
-from narrowkv.codec.frames import Frames, place_dtype
+from narrowkv.codec.frames import Frames, index_dtype
 from narrowkv.codec.gaussian_tables import STEPS, gaussian_tables
 from narrowkv.codec.pairs import from_pairs, to_pairs
 from narrowkv.codec.ranges import to_16_bits
@@ -79,7 +79,7 @@ class TrellisFit(SampleFit):
 
     def _fitted(self, shape: tuple[int, ...], scheme: Scheme) -> TrellisQuantizer:
         assert scheme.quantization.counts is not None
-        found, n = self.transform(scheme.transform.learned_rotation), scheme.outlier_places(shape[1])
+        found, n = self.transform(scheme.transform.learned_rotation), scheme.outlier_positions(shape[1])
         order = found.cost.argsort(-1)[:, shape[1] - n :]  # cheapest first
         universal = gaussian_tables()
         steps = torch.tensor(STEPS, dtype=torch.float32, device="cpu")
@@ -94,7 +94,7 @@ class TrellisFit(SampleFit):
         else:
             tables |= {
                 "pairs": to_16_bits(found.matrix, torch.float16, "Transforms"),
-                "order": order.to(place_dtype(shape[1])),
+                "order": order.to(index_dtype(shape[1])),
             }
         if self.frames is not None:
             tables |= {"channels": self.frames.channels, "frequencies": self.frames.frequencies}

@@ -1,4 +1,4 @@
-"""EncodeBuffer: memory for the codes of some tokens, which are written in place as they come."""
+"""EncodeBuffer: memory for the codes of some tokens, which are written in position as they come."""
 
 from typing import Any
 
@@ -27,13 +27,13 @@ class EncodeBuffer:
     def __init__(self, scheme: Scheme, batch: int, kv_heads: int, tokens: int, head_dim: int, like: Tensor, ahead: int = 0):
         """like: elements to be encoded, whose device and dtype count. ahead: how many outliers fit beyond those expected."""
         dtype, device = like.dtype, like.device
-        codes, self._places = scheme.codes(head_dim), scheme.outlier_places(head_dim)
+        codes, self._outlier_positions = scheme.codes(head_dim), scheme.outlier_positions(head_dim)
         shape = (batch, kv_heads, tokens, codes)
         self.scheme = scheme
         self.codes = torch.zeros(shape, dtype=dtype if scheme.bits == 16 else torch.uint8, device=device)
         self.ranges = {
-            name: torch.zeros(batch, *form, dtype=held, device=device)
-            for name, (form, held) in scheme.range_forms(kv_heads, tokens, codes).items()
+            name: torch.zeros(batch, *form, dtype=stored_dtype, device=device)
+            for name, (form, stored_dtype) in scheme.range_forms(kv_heads, tokens, codes).items()
         }
         self.tokens, self.outliers = tokens, 0
         self.addresses: tuple[int, ...] | None = None
@@ -43,8 +43,8 @@ class EncodeBuffer:
             stored = dtype if dtype.itemsize == 2 else torch.float16
             self.outlier_index = torch.zeros(0, dtype=torch.int64, device=device)
             self.outlier_values = torch.zeros(0, dtype=stored, device=device)
-            places = batch * kv_heads * tokens * self._places
-            self.reserve(int(1.125 * scheme.outliers.fraction * places) + 1 + ahead)
+            positions = batch * kv_heads * tokens * self._outlier_positions
+            self.reserve(int(1.125 * scheme.outliers.fraction * positions) + 1 + ahead)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy is made of, whose memory is elsewhere."""
@@ -59,7 +59,7 @@ class EncodeBuffer:
         if self.outlier_index is None or self.outlier_values is None:
             return QuantizedTensor(self.codes, self.ranges)
         index, values = self.outlier_index[: self.outliers], self.outlier_values[: self.outliers]
-        return QuantizedTensor(self.codes, self.ranges, index, values, self._places)
+        return QuantizedTensor(self.codes, self.ranges, index, values, self._outlier_positions)
 
     def reserve(self, outliers: int) -> None:
         """Make sure that this many more outliers fit."""
@@ -83,18 +83,20 @@ class EncodeBuffer:
             return 0
         self.reserve(len(encoded.outlier_index))
         assert self.outlier_index is not None and self.outlier_values is not None
-        row, head, token, place = torch.unravel_index(encoded.outlier_index, encoded.places)
-        held = self.outliers + len(encoded.outlier_index)
-        self.outlier_index[self.outliers : held] = ravel((row, head, token + first, place), self.encoded().places)
-        self.outlier_values[self.outliers : held] = encoded.outlier_values
-        return held
+        row, head, token, position = torch.unravel_index(encoded.outlier_index, encoded.outlier_shape)
+        outliers = self.outliers + len(encoded.outlier_index)
+        self.outlier_index[self.outliers : outliers] = ravel(
+            (row, head, token + first, position), self.encoded().outlier_shape
+        )
+        self.outlier_values[self.outliers : outliers] = encoded.outlier_values
+        return outliers
 
     def crop(self, tokens: int) -> None:
         """Remove outliers of the token `tokens` and later ones; their codes may be written over."""
         if self.outlier_index is None or self.outlier_values is None:
             return
         index = self.outlier_index[: self.outliers]
-        keep = index // self._places % self.tokens < tokens
+        keep = index // self._outlier_positions % self.tokens < tokens
         self.outliers = int(keep.sum())
         self.outlier_index[: self.outliers] = index[keep]
         self.outlier_values[: self.outliers] = self.outlier_values[: len(keep)][keep]

@@ -14,7 +14,7 @@ FRAME = 16  # tokens
 MIDDLE = FRAME // 2  # the token of a frame that is not rotated
 
 
-def place_dtype(head_dim: int) -> torch.dtype:
+def index_dtype(head_dim: int) -> torch.dtype:
     """The order in which a head's channels are stored."""
     return torch.uint8 if head_dim <= 256 else torch.int16
 
@@ -36,7 +36,7 @@ class Frames:
         """Those of a rotary embedding, as `attention.rope` has them; without one nothing rotates."""
         inverse = torch.zeros(0, dtype=torch.float32, device="cpu") if inverse_frequencies is None else inverse_frequencies
         pairs = len(inverse)
-        every = torch.arange(head_dim, dtype=place_dtype(head_dim), device=inverse.device)
+        every = torch.arange(head_dim, dtype=index_dtype(head_dim), device=inverse.device)
         rotary, rest = every[: 2 * pairs], every[2 * pairs :].tensor_split(2)
         first, second = (rotary[::2], rotary[1::2]) if interleaved else rotary.tensor_split(2)
         channels = torch.cat([first, rest[0], second, rest[1]])
@@ -70,8 +70,8 @@ class Frames:
         """Mean of second moments [kv_heads, head_dim, head_dim] float64 of what is equally likely at any offset in a frame."""
         one_side = moment[..., self.channels.long()].mT[..., self.channels.long()]
         mean = torch.zeros_like(one_side)
-        for place in range(FRAME):
-            turns = self.turns(place, 1)
+        for offset in range(FRAME):
+            turns = self.turns(offset, 1)
             mean += _rotated(_rotated(one_side, *turns).mT, *turns) / FRAME
         return mean
 

@@ -15,20 +15,20 @@ class QuantizedTensor:
     ranges: stored online ranges, by name, as `Scheme.range_forms` has it: `scale` and, unless it is symmetric,
         `zero`: [batch, 1 or kv_heads, tokens or groups, 1, groups or head_dim].
     outlier_index: [n] int64, ascending positions in the flattened codes; outlier_values: [n] in 16 bits. Or None.
-    outlier_places: of a token in one head, where these are not the codes (`Scheme.outlier_places`); None where they are.
+    outlier_positions: of a token in one head, where these are not the codes (`Scheme.outlier_positions`); None where they are.
     """
 
     codes: Tensor
     ranges: dict[str, Tensor] = field(default_factory=dict)
     outlier_index: Tensor | None = None
     outlier_values: Tensor | None = None
-    outlier_places: int | None = None
+    outlier_positions: int | None = None
 
     @property
-    def places(self) -> tuple[int, int, int, int]:
+    def outlier_shape(self) -> tuple[int, int, int, int]:
         """The shape that `outlier_index` counts in: batch, kv_heads, tokens, coefficients of a token in one head."""
         batch, heads, tokens, codes = self.codes.shape
-        return batch, heads, tokens, codes if self.outlier_places is None else self.outlier_places
+        return batch, heads, tokens, codes if self.outlier_positions is None else self.outlier_positions
 
     @property
     def tokens(self) -> int:
@@ -48,10 +48,10 @@ class QuantizedTensor:
         codes, ranges = cut(self.codes), {name: cut(part) for name, part in self.ranges.items()}
         if self.outlier_index is None or self.outlier_values is None:
             return QuantizedTensor(codes, ranges)
-        where, (batch, heads, _, places) = torch.unravel_index(self.outlier_index, self.places), self.places
+        where, (batch, heads, _, positions) = torch.unravel_index(self.outlier_index, self.outlier_shape), self.outlier_shape
         keep = where[2] < tokens
-        index, order = ravel([part[keep] for part in where], (batch, heads, tokens, places)).sort()
-        return QuantizedTensor(codes, ranges, index, self.outlier_values[keep][order], self.outlier_places)
+        index, order = ravel([part[keep] for part in where], (batch, heads, tokens, positions)).sort()
+        return QuantizedTensor(codes, ranges, index, self.outlier_values[keep][order], self.outlier_positions)
 
     def rows(self, rows: Tensor) -> "QuantizedTensor":
         """The batch rows named by `rows` [n] int64, in that order, repeats allowed; outliers of a row keep their order."""
@@ -59,11 +59,11 @@ class QuantizedTensor:
         codes, ranges = self.codes[rows], {name: part[rows] for name, part in self.ranges.items()}
         if self.outlier_index is None or self.outlier_values is None:
             return QuantizedTensor(codes, ranges)
-        size = math.prod(self.places[1:])
+        size = math.prod(self.outlier_shape[1:])
         at = self.outlier_index // size
         row, which = (at == rows[:, None]).nonzero(as_tuple=True)
         index = self.outlier_index[which] + (row - at[which]) * size
-        return QuantizedTensor(codes, ranges, index, self.outlier_values[which], self.outlier_places)
+        return QuantizedTensor(codes, ranges, index, self.outlier_values[which], self.outlier_positions)
 
 
 def ravel(where, shape) -> Tensor:

@@ -142,8 +142,8 @@ class Scheme:
             return stream_bytes(self.quantization.counts) + self.quantization.token_norm
         return head_dim
 
-    def outlier_places(self, head_dim: int) -> int:
-        """How many places of outliers a token has in one head: its codes, or, with `trellis`, the channels that have codes."""
+    def outlier_positions(self, head_dim: int) -> int:
+        """Elements of a token in one head that may be outliers: its codes, or, with `trellis`, the channels with codes."""
         return self.codes(head_dim) if self.quantization.counts is None else UNIT * sum(self.quantization.counts[1:])
 
     @cached_property

@@ -121,7 +121,7 @@ class PackedLayer(CacheLayerMixin):
         bias, key_bias = self.store.bias, None
         if bias.depends_on_position and rope_state is not None:
             key_bias = bias.rotated(rope_state)
-        self.store.write(keys, values, places=device_lengths[cuda.NUM_LENGTHS :], key_bias=key_bias)
+        self.store.write(keys, values, offsets=device_lengths[cuda.NUM_LENGTHS :], key_bias=key_bias)
         return self.store.length if self.strict else self.store.length - 1
 
     def evict(self) -> None:

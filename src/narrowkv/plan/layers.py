@@ -89,7 +89,7 @@ def _trellis_stand_in(scheme: Scheme, kv_heads: int, head_dim: int) -> TrellisQu
         name: torch.zeros(shape, dtype=dtype, device="cpu")
         for name, (shape, dtype) in TrellisQuantizer.forms(scheme, kv_heads, head_dim).items()
     }
-    n = scheme.outlier_places(head_dim)
+    n = scheme.outlier_positions(head_dim)
     for name in ("steps", "scales", "weight", *(("matrix_steps",) if scheme.transform.learned_rotation else ())):
         tables[name].fill_(1)
     if "outlier_threshold" in tables:
@@ -112,7 +112,7 @@ def typical_block(quantizer: AnyQuantizer, shape: LayerShape) -> Tensor:
     """
     scheme, (heads, dim) = quantizer.scheme, (shape.kv_heads, shape.head_dim)
     if getattr(quantizer, "lower", None) is not None or getattr(quantizer, "outlier_threshold", None) is not None:
-        codes = scheme.outlier_places(dim)
+        codes = scheme.outlier_positions(dim)
         total = BLOCK * heads * codes
         count = round(scheme.outliers.fraction * total)
         chosen = torch.zeros(total, dtype=torch.float32, device="cpu")

@@ -95,7 +95,7 @@ class LayerStore:
 
     def tensors(self) -> list[Tensor]:
         """All stored tensors, each once."""
-        return [tensor for held in self.parts().values() for tensor in held]
+        return [tensor for part in self.parts().values() for tensor in part]
 
     def fitting(self, keys: Tensor, values: Tensor) -> tuple[Shape, Dtypes]:
         """Shape and dtypes of new keys and values; raises CacheUseError if others are stored."""
@@ -106,9 +106,9 @@ class LayerStore:
                 f"{shape[0]}, {shape[1]} heads of {shape[2]}; call cache.reset() or make a new cache."
             )
         if self.dtypes is not None and dtypes != self.dtypes:
-            held, got = ("keys in {} and values in {}".format(*pair).replace("torch.", "") for pair in (self.dtypes, dtypes))
+            stored, got = ("keys in {} and values in {}".format(*pair).replace("torch.", "") for pair in (self.dtypes, dtypes))
             raise CacheUseError(
-                f"This cache stores {held}, but got {got}; go on as it was begun (autocast, the model's dtype), or call "
+                f"This cache stores {stored}, but got {got}; go on as it was begun (autocast, the model's dtype), or call "
                 "cache.reset()."
             )
         return shape, dtypes
@@ -127,10 +127,10 @@ class LayerStore:
             self.advance(keys.shape[2])
             return self.seal()
         require_finite("Keys or values", keys, values)  # before anything is stored, so that a refusal leaves all as it was
-        places = None
+        sinks = None
         if not self.sinks.found:
             skip = keys.new_zeros(shape[0], keys.shape[2], dtype=torch.bool) if skip is None else skip
-            places = self.sinks.find(skip)
+            sinks = self.sinks.find(skip)
         if self.shape is None:
             self.begin(shape, dtypes, keys.device)
         try:
@@ -141,8 +141,8 @@ class LayerStore:
         except ActivationError:
             self.reset() if self.length == 0 else None  # nothing was stored before either
             raise
-        if places is not None:
-            self.sinks.take(keys, values, self.length - keys.shape[2], places)
+        if sinks is not None:
+            self.sinks.take(keys, values, self.length - keys.shape[2], sinks)
 
     def _shift(self, num_to_flush: int, keys: Tensor, values: Tensor, skip: Tensor | None) -> None:
         """Take new tokens into the exact window, and encode the oldest of all, which leave it."""
@@ -161,9 +161,9 @@ class LayerStore:
         start = 0
         try:
             while start < new:
-                held, left = self.tail.tokens if self.tail else 0, new - start
-                whole = 0 if held or left < BLOCK else min(tile_tokens(keys), left // BLOCK * BLOCK)
-                stop = start + (whole or min(BLOCK - held, left))
+                filled, left = self.tail.tokens if self.tail else 0, new - start
+                whole = 0 if filled or left < BLOCK else min(tile_tokens(keys), left // BLOCK * BLOCK)
+                stop = start + (whole or min(BLOCK - filled, left))
                 parts = (keys, skip), (values, skip)
                 if self.biased or stop - start < keys.shape[2]:
                     parts = self._unbiased(keys, values, skip, start, stop)
@@ -230,20 +230,20 @@ class LayerStore:
         keys: Tensor,
         values: Tensor,
         skip: Tensor | None = None,
-        places: Tensor | None = None,
+        offsets: Tensor | None = None,
         key_bias: Tensor | None = None,
     ) -> None:
-        """Store new tokens where `prepare_step` made space: behind those stored, or at `places` [2] int32, in tail and window.
+        """Store new tokens where `prepare_step` made space: behind those stored, or at `offsets` [2] int32 of tail and window.
 
-        skip: [batch, new], if places are not given. key_bias: what is taken out of keys, where only the device knows where
+        skip: [batch, new], if offsets are not given. key_bias: what is taken out of keys, where only the device knows where
         they are.
         """
         if self.has_residual:
-            self.residual.step(keys, values, skip, places)
+            self.residual.step(keys, values, skip, offsets)
         elif self.tail:
-            if places is None:
+            if offsets is None:
                 key_bias = self.bias.key_bias(self.first + self.packed, keys.shape[2])
-            self.tail.step(*self.bias.subtract((keys, skip), (values, skip), key_bias, self.schemes), places)
+            self.tail.step(*self.bias.subtract((keys, skip), (values, skip), key_bias, self.schemes), offsets)
 
     def advance(self, new: int) -> None:
         """Count tokens that were, or will be, written."""
@@ -270,7 +270,7 @@ class LayerStore:
         """
         stop = self.length if stop is None else min(stop, self.length)
         start = self.first + (self.blocks.tokens if unsealed else 0)
-        for pair in self._pieces(stop, unsealed):
+        for pair in self._tensors_of_tiles(stop, unsealed):
             count = min(pair[0].shape[2], stop - start)
             if count <= 0:
                 return
@@ -279,7 +279,7 @@ class LayerStore:
             yield start, keys, values
             start += count
 
-    def _pieces(self, stop: int, unsealed: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    def _tensors_of_tiles(self, stop: int, unsealed: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """Of blocks, tail and window, free to be changed."""
         start = self.first
         for pair in () if unsealed else self.blocks.dequantize(stop - self.first):
@@ -293,10 +293,10 @@ class LayerStore:
 
     def read(self, stop: int | None = None) -> tuple[Tensor, Tensor]:
         """The stored tokens before `stop`, dequantized at once: keys, values [batch, kv_heads, stop - first, head_dim]."""
-        pieces = [(keys, values) for _, keys, values in self.tiles(stop)]
-        if not pieces:
+        tiles = [(keys, values) for _, keys, values in self.tiles(stop)]
+        if not tiles:
             raise CacheUseError("There is nothing to read: the cache has no token yet.")
-        keys, values = (torch.cat(parts, dim=2) for parts in zip(*pieces, strict=True))
+        keys, values = (torch.cat(parts, dim=2) for parts in zip(*tiles, strict=True))
         return keys, values
 
     def select(self, rows: Tensor) -> None:

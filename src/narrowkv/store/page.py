@@ -32,7 +32,7 @@ def to_blocks(encoded: QuantizedTensor) -> QuantizedTensor:
 
     Outliers are sorted. A GPU is not waited for.
     """
-    batch, heads, tokens, places = encoded.places
+    batch, heads, tokens, positions = encoded.outlier_shape
     count = tokens // BLOCK
 
     def cut(part: Tensor) -> Tensor:
@@ -42,12 +42,12 @@ def to_blocks(encoded: QuantizedTensor) -> QuantizedTensor:
     codes, ranges = cut(encoded.codes), {name: cut(part) for name, part in encoded.ranges.items()}
     if encoded.outlier_index is None or encoded.outlier_values is None:
         return QuantizedTensor(codes, ranges)
-    index, size = encoded.outlier_index, BLOCK * places
+    index, size = encoded.outlier_index, BLOCK * positions
     if count > 1:
         row_and_head, block = index // size // count, index // size % count
         index = (block * batch * heads + row_and_head) * size + index % size
     index, order = index.sort()
-    return QuantizedTensor(codes, ranges, index, encoded.outlier_values[order], encoded.outlier_places)
+    return QuantizedTensor(codes, ranges, index, encoded.outlier_values[order], encoded.outlier_positions)
 
 
 def from_blocks(blocks: Tensor, batch: int) -> Tensor:
@@ -117,7 +117,7 @@ class PackedTensor:
                 torch.empty(outlier_capacity, dtype=torch.int16, device=device),
                 torch.zeros(slots * heads + 1, dtype=torch.int32, device=device),
             )
-        side = cls((heads, BLOCK, like.places[3]), bits, channel_major, planes, ranges, outliers)
+        side = cls((heads, BLOCK, like.outlier_shape[3]), bits, channel_major, planes, ranges, outliers)
         side.outliers_used = 0
         return side
 
@@ -177,7 +177,7 @@ class PackedTensor:
         ranges = {name: part[slots] for name, part in self.ranges.items()}
         if self.outlier_offsets is None or self.outlier_index is None or self.outlier_values is None:
             return QuantizedTensor(codes, ranges)
-        heads, tokens, places = self.shape
+        heads, tokens, positions = self.shape
         offsets = self.outlier_offsets.long()
         begin = offsets[:-1].view(-1, heads)[slots].flatten()
         count = offsets[1:].view(-1, heads)[slots].flatten() - begin
@@ -185,8 +185,8 @@ class PackedTensor:
         position = (
             torch.arange(len(group), device=count.device, dtype=torch.int64) + (begin - (count.cumsum(0) - count))[group]
         )
-        index = group * (tokens * places) + self.outlier_index[position].long()
-        return QuantizedTensor(codes, ranges, index, self.outlier_values[position], places)
+        index = group * (tokens * positions) + self.outlier_index[position].long()
+        return QuantizedTensor(codes, ranges, index, self.outlier_values[position], positions)
 
 
 class Page:

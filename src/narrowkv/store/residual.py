@@ -77,16 +77,16 @@ class ResidualWindow:
             self.buffer[2][:, :, self.tokens :] = False
         self.counter.promise(1)
 
-    def step(self, keys: Tensor, values: Tensor, skip: Tensor | None, places: Tensor | None = None) -> None:
-        """Store tokens on a GPU, without waiting for it, behind those stored, or from places[1] on; `tokens` stays.
+    def step(self, keys: Tensor, values: Tensor, skip: Tensor | None, offsets: Tensor | None = None) -> None:
+        """Store tokens on a GPU, without waiting for it, behind those stored, or from offsets[1] on; `tokens` stays.
 
-        Nothing is skipped if places are given.
+        Nothing is skipped if offsets are given.
         """
         assert self.counter is not None
-        first = self.tokens if places is None else 0
+        first = self.tokens if offsets is None else 0
         for buffer, elements in zip(self.buffer, (keys, values), strict=False):
-            cuda.put(buffer, first, elements, self.counter.counts, None if places is None else places[1:])
-        if places is None:
+            cuda.put(buffer, first, elements, self.counter.counts, None if offsets is None else offsets[1:])
+        if offsets is None:
             new = slice(first, first + keys.shape[2])
             self.buffer[2][:, 0, new, 0] = False if skip is None else skip
 

@@ -149,7 +149,7 @@ def _require(holds: bool, name: str) -> None:
 
 def _load_side(reader: _Reader, name: str, quantizer: AnyQuantizer, slots: int, heads: int, dim: int) -> PackedTensor:
     scheme, channel_major = quantizer.scheme, is_channel_major(quantizer.scheme, name == "keys")
-    dim, places = scheme.codes(dim), scheme.outlier_places(dim)
+    dim, positions = scheme.codes(dim), scheme.outlier_positions(dim)
     rows, length = (dim, BLOCK) if channel_major else (BLOCK, dim)
     if scheme.bits == 16:
         exact = reader.take(f"{name}.plane0", (slots, heads, BLOCK, dim), reader.dtypes[name])
@@ -165,10 +165,10 @@ def _load_side(reader: _Reader, name: str, quantizer: AnyQuantizer, slots: int, 
         offsets = reader.take(f"{name}.outlier_offsets", (slots * heads + 1,), torch.int32)
         ordered = offsets[0] == 0 and offsets[-1] == len(values) and bool((offsets.diff() >= 0).all())
         _require(bool(ordered), f"{name}.outlier_offsets")
-        _require(bool(((index >= 0) & (index.int() < BLOCK * places)).all()), f"{name}.outlier_index")
+        _require(bool(((index >= 0) & (index.int() < BLOCK * positions)).all()), f"{name}.outlier_index")
         _require(_ascend_within(index, offsets), f"{name}.outlier_index")
         outliers = (values, index, offsets)
-    return PackedTensor((heads, BLOCK, places), scheme.code_bits, channel_major, planes, ranges, outliers)
+    return PackedTensor((heads, BLOCK, positions), scheme.code_bits, channel_major, planes, ranges, outliers)
 
 
 def _ascend_within(index: Tensor, offsets: Tensor) -> bool:
@@ -181,11 +181,11 @@ def _ascend_within(index: Tensor, offsets: Tensor) -> bool:
 
 def _load_tail(reader: _Reader, name: str, quantizer: AnyQuantizer, shape: tuple[int, int, int]) -> QuantizedTensor:
     scheme, (batch, heads, dim) = quantizer.scheme, shape
-    dim, places = scheme.codes(dim), scheme.outlier_places(dim)
+    dim, positions = scheme.codes(dim), scheme.outlier_positions(dim)
     dtype = reader.dtypes[name] if scheme.bits == 16 else torch.uint8
     codes = reader.take(f"tail.{name}.codes", (batch, heads, None, dim), dtype)
     _require(codes.shape[2] > 0, f"tail.{name}.codes")
-    encoded = QuantizedTensor(codes, outlier_places=places)
+    encoded = QuantizedTensor(codes, outlier_positions=positions)
     if scheme.bits == 16:
         return encoded
     _require(int(codes.max()) < 2**scheme.code_bits, f"tail.{name}.codes")
@@ -195,7 +195,7 @@ def _load_tail(reader: _Reader, name: str, quantizer: AnyQuantizer, shape: tuple
         index = reader.take(f"tail.{name}.outlier_index", (None,), torch.int64)
         encoded.outlier_values = reader.take(f"tail.{name}.outlier_values", (len(index),), reader.dtypes16[name])
         ordered = bool((index.diff() > 0).all()) and (
-            len(index) == 0 or bool(index[0] >= 0 and index[-1] < math.prod(encoded.places))
+            len(index) == 0 or bool(index[0] >= 0 and index[-1] < math.prod(encoded.outlier_shape))
         )
         _require(ordered, f"tail.{name}.outlier_index")
         encoded.outlier_index = index

@@ -52,9 +52,9 @@ class Tail:
             self.tokens += new
             return
         keys_buffer, values_buffer = self.buffers
-        keys_held = self.quantizers[0].encode_into(keys_buffer, self.tokens, *keys, saturation)
-        values_held = self.quantizers[1].encode_into(values_buffer, self.tokens, *values, saturation)
-        keys_buffer.outliers, values_buffer.outliers = keys_held, values_held
+        key_outliers = self.quantizers[0].encode_into(keys_buffer, self.tokens, *keys, saturation)
+        value_outliers = self.quantizers[1].encode_into(values_buffer, self.tokens, *values, saturation)
+        keys_buffer.outliers, values_buffer.outliers = key_outliers, value_outliers
         self.tokens += new
 
     def prepare_step(self, new: int) -> bool:
@@ -66,11 +66,11 @@ class Tail:
             buffer.promise(new * most)
         return True
 
-    def step(self, keys: Elements, values: Elements, places: Tensor | None = None) -> None:
-        """Encode tokens on a GPU, without waiting for it, behind those stored, or from places[0] on; `tokens` stays."""
-        first = self.tokens if places is None else 0
+    def step(self, keys: Elements, values: Elements, offsets: Tensor | None = None) -> None:
+        """Encode tokens on a GPU, without waiting for it, behind those stored, or from offsets[0] on; `tokens` stays."""
+        first = self.tokens if offsets is None else 0
         for token_encoder, buffer, (elements, skip) in zip(self.token_encoders, self.buffers, (keys, values), strict=True):
-            token_encoder.step(buffer, first, elements, skip, places)
+            token_encoder.step(buffer, first, elements, skip, offsets)
 
     def clear(self) -> None:
         """Remove all tokens; the next ones overwrite them."""

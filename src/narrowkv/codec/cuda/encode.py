@@ -44,8 +44,8 @@ class TokenEncoder(Protocol):
         """How many outliers a token has at most."""
         ...
 
-    def step(self, buffer: EncodeBuffer, first: int, x: Tensor, skip: Tensor | None, places: Tensor | None) -> None:
-        """Encode x [batch, kv_heads, tokens, head_dim] into the buffer from the token `first` on, and places[0] after it."""
+    def step(self, buffer: EncodeBuffer, first: int, x: Tensor, skip: Tensor | None, offsets: Tensor | None) -> None:
+        """Encode x [batch, kv_heads, tokens, head_dim] into the buffer from the token `first` on, and offsets[0] after it."""
         ...
 
 
@@ -82,10 +82,10 @@ class Encoder:
         vectors, elements = (1, kv_heads * head_dim) if self.scheme.strategy == "token" else (kv_heads, head_dim)
         return batch * vectors * 2 * self.tail(elements)
 
-    def step(self, buffer: EncodeBuffer, first: int, x: Tensor, skip: Tensor | None, places: Tensor | None) -> None:
+    def step(self, buffer: EncodeBuffer, first: int, x: Tensor, skip: Tensor | None, offsets: Tensor | None) -> None:
         """Like those of `TokenEncoder`."""
         assert buffer.counter is not None
-        self.launch(buffer, first, x, skip, buffer.counter.counts, places=places)
+        self.launch(buffer, first, x, skip, buffer.counter.counts, offsets=offsets)
 
     def write(self, buffer: EncodeBuffer, first: int, x: Tensor, skip: Tensor | None) -> int | None:
         """Encode x [batch, kv_heads, tokens, head_dim] into the buffer from the token `first` on.
@@ -96,7 +96,7 @@ class Encoder:
         while True:  # until outliers fit
             free = 0 if buffer.outlier_index is None else len(buffer.outlier_index) - buffer.outliers
             counts = torch.zeros(2, dtype=torch.int32, device=x.device)
-            self.launch(buffer, first, x, skip, counts, held=buffer.outliers)
+            self.launch(buffer, first, x, skip, counts, stored=buffer.outliers)
             if not self.scheme.outliers.fraction and self.scheme.static:
                 return 0
             found, overflow = counts.tolist()
@@ -114,12 +114,12 @@ class Encoder:
         skip: Tensor | None,
         counts: Tensor,
         *,
-        held: int = 0,
-        places: Tensor | None = None,
+        stored: int = 0,
+        offsets: Tensor | None = None,
     ) -> None:
         """The same without waiting: counts [2] int32 are added to, by outliers found and elements that do not fit.
 
-        Outliers are written behind the first `held` and as many as were counted before.
+        Outliers are written behind the first `stored` and as many as were counted before.
         """
         module = kernels()
         assert module is not None
@@ -130,20 +130,20 @@ class Encoder:
         elements = heads_per_program * dim
         index, values, other = buffer.outlier_index, buffer.outlier_values, counts
         if index is not None and values is not None:
-            index, values = index[held:], values[held:]
+            index, values = index[stored:], values[stored:]
         skip = None if skip is None else skip.contiguous().view(torch.uint8)
         fixed = (self.scale, self.zero, self.lower, self.upper)
         with torch.cuda.device_of(x):
             module.encode_tokens[(batch, tokens, -(-heads // heads_per_program))](
                 x, _or(skip, other), buffer.codes, _or(buffer.ranges.get("scale"), other),
                 _or(buffer.ranges.get("zero"), other),
-                _or(index, other), _or(values, other), counts, _or(places, other),
+                _or(index, other), _or(values, other), counts, _or(offsets, other),
                 self.boundaries, *(_or(part, other) for part in fixed),
                 first, buffer.tokens, 0 if index is None else len(index), x.stride(0), x.stride(1), x.stride(2), tokens,
                 HEADS=heads, DIM=dim, WIDE=_power_of_2(elements), HEADS_PER_PROGRAM=heads_per_program,
                 FIXED=self.scheme.static,
                 TAIL=self.tail(elements), OUTLIERS=self.scheme.outliers.fraction > 0, SKIPS=skip is not None,
-                PLACED=places is not None, BOUNDARIES=len(self.boundaries),
+                HAS_OFFSETS=offsets is not None, BOUNDARIES=len(self.boundaries),
                 enable_fp_fusion=False, num_warps=min(max(_power_of_2(elements) // 512, 4), 16),
             )  # fmt: skip
 
@@ -161,14 +161,14 @@ class IdentityEncoder:
         """How many outliers a token has at most."""
         return 0
 
-    def step(self, buffer: EncodeBuffer, first: int, x: Tensor, skip: Tensor | None, places: Tensor | None) -> None:
+    def step(self, buffer: EncodeBuffer, first: int, x: Tensor, skip: Tensor | None, offsets: Tensor | None) -> None:
         """Like those of `TokenEncoder`."""
         assert buffer.counter is not None
-        put(buffer.codes, first, x, buffer.counter.counts, places)
+        put(buffer.codes, first, x, buffer.counter.counts, offsets)
 
 
-def put(buffer: Tensor, first: int, x: Tensor, counts: Tensor, places: Tensor | None) -> None:
-    """Write x [batch, kv_heads, tokens, head_dim] into the buffer from the token `first` on, and places[0] after it.
+def put(buffer: Tensor, first: int, x: Tensor, counts: Tensor, offsets: Tensor | None) -> None:
+    """Write x [batch, kv_heads, tokens, head_dim] into the buffer from the token `first` on, and offsets[0] after it.
 
     Adds to counts[1] how many elements are NaN or infinite.
     """
@@ -178,8 +178,8 @@ def put(buffer: Tensor, first: int, x: Tensor, counts: Tensor, places: Tensor | 
     batch, heads, tokens, dim = x.shape
     with torch.cuda.device_of(x):
         module.put_tokens[(batch, tokens, heads)](
-            x, buffer, counts, _or(places, counts), first, buffer.shape[2], *x.stride()[:3],
-            HEADS=heads, DIM=dim, WIDE=_power_of_2(dim), PLACED=places is not None,
+            x, buffer, counts, _or(offsets, counts), first, buffer.shape[2], *x.stride()[:3],
+            HEADS=heads, DIM=dim, WIDE=_power_of_2(dim), HAS_OFFSETS=offsets is not None,
         )  # fmt: skip
 
 

@@ -112,9 +112,9 @@ class Quantizer(BaseQuantizer):
         if encoder is not None:
             batch, heads, tokens, dim = x.shape
             buffer = EncodeBuffer(self.scheme, batch, heads, tokens, dim, like=x)
-            held = encoder.write(buffer, 0, x, skip)
-            if held is not None:
-                buffer.outliers = held
+            outliers = encoder.write(buffer, 0, x, skip)
+            if outliers is not None:
+                buffer.outliers = outliers
                 return buffer.encoded()
         return self.encode_naive(x, skip)
 
@@ -122,12 +122,12 @@ class Quantizer(BaseQuantizer):
         self, buffer: EncodeBuffer, first: int, x: Tensor, skip: Tensor | None = None, saturation: Saturation | None = None
     ) -> int:
         encoder = self._encoder if x.is_cpu else self._encoder_on(x.device)
-        held = None if encoder is None else encoder.write(buffer, first, x, skip)
-        if held is None:
+        outliers = None if encoder is None else encoder.write(buffer, first, x, skip)
+        if outliers is None:
             return super().encode_into(buffer, first, x, skip, saturation)
         if saturation is not None:
             self._observe(x, skip, saturation)
-        return held
+        return outliers
 
     def _observe(self, x: Tensor, skip: Tensor | None, saturation: Saturation) -> None:
         """Count the elements that lie far beyond their channel's range."""

@@ -16,8 +16,8 @@ from narrowkv.codec import trellis
 from narrowkv.codec.cpu.encode import KINDS
 from narrowkv.codec.cpu.encode_streams import StreamEncoder
 from narrowkv.codec.encode_buffer import EncodeBuffer
-from narrowkv.codec.frames import Frames, place_dtype
-from narrowkv.codec.outlier_places import places_of_outliers, within_places
+from narrowkv.codec.frames import Frames, index_dtype
+from narrowkv.codec.outlier_budget import block_budget, within_budget
 from narrowkv.codec.pairs import times
 from narrowkv.codec.quantized import QuantizedTensor
 from narrowkv.codec.quantizers.base import BaseQuantizer, TableForm, require_table
@@ -74,7 +74,7 @@ class TrellisQuantizer(BaseQuantizer):
 
     @classmethod
     def forms(cls, scheme: Scheme, kv_heads: int, head_dim: int) -> dict[str, TableForm]:
-        n, place = scheme.outlier_places(head_dim), place_dtype(head_dim)
+        n, dtype = scheme.outlier_positions(head_dim), index_dtype(head_dim)
         forms: dict[str, TableForm] = {
             "mean": ((kv_heads, head_dim), torch.float16),
             "entries": ((1, MOST_RATE, 2, trellis.NIBBLE), torch.int8),
@@ -85,9 +85,9 @@ class TrellisQuantizer(BaseQuantizer):
         if scheme.transform.learned_rotation:
             forms |= {"matrix": ((kv_heads, n, head_dim), torch.int8), "matrix_steps": ((kv_heads, n), torch.bfloat16)}
         else:
-            forms |= {"pairs": ((kv_heads, head_dim // 2, 2, 2), torch.float16), "order": ((kv_heads, n), place)}
+            forms |= {"pairs": ((kv_heads, head_dim // 2, 2, 2), torch.float16), "order": ((kv_heads, n), dtype)}
         if scheme.transform.pre_rope:
-            forms |= {"channels": ((head_dim,), place), "frequencies": ((head_dim // 2,), torch.float32)}
+            forms |= {"channels": ((head_dim,), dtype), "frequencies": ((head_dim // 2,), torch.float32)}
         return forms | ({"outlier_threshold": ((1,), torch.float32)} if scheme.outliers.fraction else {})
 
     def _require_order(self) -> None:
@@ -97,10 +97,10 @@ class TrellisQuantizer(BaseQuantizer):
             require_table(table is None or bool((table > 0).all()), name, "elements that are not above 0")
         for name, found in (("weight", self.weight), ("outlier_threshold", self.outlier_threshold)):
             require_table(found is None or bool((found >= 0).all()), name, "elements below 0")
-        for name, places in (("order", self.order), ("channels", self.channels)):
-            if places is None:
+        for name, index in (("order", self.order), ("channels", self.channels)):
+            if index is None:
                 continue
-            ascending = places.int().sort(-1).values
+            ascending = index.int().sort(-1).values
             within = bool(((ascending >= 0) & (ascending < self.mean.shape[1])).all())
             require_table(within and bool((ascending.diff() > 0).all()), name, "channels that are not those of a head")
 
@@ -113,9 +113,9 @@ class TrellisQuantizer(BaseQuantizer):
         if x.is_cpu and x.dtype in KINDS and self._encoder is not None:
             batch, heads, tokens, dim = x.shape
             buffer = EncodeBuffer(self.scheme, batch, heads, tokens, dim, like=x)
-            held = self._encoder.write(buffer, 0, x, skip, saturation)
-            if held is not None:
-                buffer.outliers = held
+            outliers = self._encoder.write(buffer, 0, x, skip, saturation)
+            if outliers is not None:
+                buffer.outliers = outliers
                 return buffer.encoded()
         return self.encode_naive(x, skip, saturation)
 
@@ -133,27 +133,27 @@ class TrellisQuantizer(BaseQuantizer):
         self, buffer: EncodeBuffer, first: int, x: Tensor, skip: Tensor | None = None, saturation: Saturation | None = None
     ) -> int:
         """`encode_into` in plain torch."""
-        held = None
+        earlier = None
         if self.outlier_threshold is not None and first:
             before = buffer.encoded()
             assert before.outlier_index is not None
-            batch, heads, tokens, places = before.places
-            of_heads = before.outlier_index // (tokens * places)
-            held = torch.bincount(of_heads, minlength=batch * heads).view(batch, heads)
-        return buffer.put(first, self._encode(x, skip, saturation, first, held))
+            batch, heads, tokens, positions = before.outlier_shape
+            of_heads = before.outlier_index // (tokens * positions)
+            earlier = torch.bincount(of_heads, minlength=batch * heads).view(batch, heads)
+        return buffer.put(first, self._encode(x, skip, saturation, first, earlier))
 
     def _encode(
-        self, x: Tensor, skip: Tensor | None, saturation: Saturation | None, first: int, held: Tensor | None
+        self, x: Tensor, skip: Tensor | None, saturation: Saturation | None, first: int, earlier: Tensor | None
     ) -> QuantizedTensor:
-        """The same from a block's token `first` on. held: how many outliers earlier tokens have, [batch, kv_heads], if any."""
+        """The same from a block's token `first` on. earlier: outliers that earlier tokens have, [batch, kv_heads], if any."""
         coefficients, norm = self._coefficients(x, first)
         stream = self.search(coefficients)
-        encoded = QuantizedTensor(stream, outlier_places=coefficients.shape[-1])
+        encoded = QuantizedTensor(stream, outlier_positions=coefficients.shape[-1])
         if self.outlier_threshold is not None:
             missed = self._missed(coefficients, stream, norm)
             if skip is not None:
                 missed = missed.masked_fill(skip[:, None, :, None], 0)
-            outside = within_places(missed, missed > self.outlier_threshold, self.scheme.outliers.fraction, first, held)
+            outside = within_budget(missed, missed > self.outlier_threshold, self.scheme.outliers.fraction, first, earlier)
             encoded.codes = self._search_around(coefficients, stream, outside)
             keep_outliers(encoded, coefficients.flatten(), outside, None, x.dtype)
         if saturation is not None:
@@ -357,7 +357,7 @@ class TrellisQuantizer(BaseQuantizer):
             self.search_weight.int(),
             self._norms if self.scheme.quantization.token_norm else None,
             0.0 if threshold is None else float(threshold),
-            0 if threshold is None else places_of_outliers(fraction, self.weight.shape[1]),
+            0 if threshold is None else block_budget(fraction, self.weight.shape[1]),
         )
 
 

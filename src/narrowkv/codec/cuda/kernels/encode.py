@@ -8,23 +8,23 @@ from narrowkv.codec.cuda.kernels.ranges import code_of, inner_range
 
 @triton.jit(do_not_specialize=["first", "free"])
 def encode_tokens(
-    x, skip, codes, scale, zero, index, values, counts, places,
+    x, skip, codes, scale, zero, index, values, counts, offsets,
     boundaries, fixed_scale, fixed_zero, lower, upper,
     first, capacity, free, x_batch, x_head, x_token, skip_batch,
     HEADS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, HEADS_PER_PROGRAM: tl.constexpr, FIXED: tl.constexpr,
-    TAIL: tl.constexpr, OUTLIERS: tl.constexpr, SKIPS: tl.constexpr, PLACED: tl.constexpr, BOUNDARIES: tl.constexpr,
+    TAIL: tl.constexpr, OUTLIERS: tl.constexpr, SKIPS: tl.constexpr, HAS_OFFSETS: tl.constexpr, BOUNDARIES: tl.constexpr,
 ):  # fmt: skip
     """One token, this many of its heads TOGETHER: all if they share a range, one if not, any number if ranges are FIXED.
 
     x: [batch, heads, new, head_dim] by strides, channels side by side. skip: [batch, new], not 0 where no outlier is stored.
-    codes: [batch, heads, capacity, head_dim] uint8; the token is written to position `first` (PLACED: and places[0] after it),
+    codes: [batch, heads, capacity, head_dim] uint8; the token goes to position `first`, with HAS_OFFSETS offsets[0] behind,
     others behind it. scale, zero: [batch, 1 or heads, capacity, 1] float16, or FIXED by channel, with thresholds lower and
     upper. TAIL: how many outliers each end of a range has. index, values: [free] of outliers, in any order; counts: [2] how
     many there are already, and how many elements do not fit 16 bits or are none.
     """
     row, token, head = tl.program_id(0), tl.program_id(1), tl.program_id(2) * HEADS_PER_PROGRAM
-    if PLACED:
-        first += tl.load(places)
+    if HAS_OFFSETS:
+        first += tl.load(offsets)
     i = tl.arange(0, WIDE)
     channel = i % DIM
     own = i // DIM + head
@@ -72,15 +72,15 @@ def no_number(x):
 
 @triton.jit(do_not_specialize=["first"])
 def put_tokens(
-    x, buffer, counts, places, first, tokens, x_batch, x_head, x_token,
-    HEADS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, PLACED: tl.constexpr,
+    x, buffer, counts, offsets, first, tokens, x_batch, x_head, x_token,
+    HEADS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, HAS_OFFSETS: tl.constexpr,
 ):  # fmt: skip
-    """One token of a head, as it is. x, counts, places: like those of `encode_tokens`. buffer: [batch, heads, tokens,
+    """One token of a head, as it is. x, counts, offsets: like those of `encode_tokens`. buffer: [batch, heads, tokens,
     head_dim].
     """
     row, token, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if PLACED:
-        first += tl.load(places)
+    if HAS_OFFSETS:
+        first += tl.load(offsets)
     channel = tl.arange(0, WIDE)
     live = channel < DIM
     at = x + row.to(tl.int64) * x_batch + head.to(tl.int64) * x_head + token.to(tl.int64) * x_token + channel
