@@ -16,7 +16,7 @@ def learned_tables(quantizer: TrellisQuantizer, tables: Tensor, x: Tensor) -> Te
     search goes by those on the grid. x: [1, kv_heads, n, head_dim]. Returns tables of the same shape.
     """
     assert quantizer.scheme.quantization.counts is not None
-    coefficients, states, weight = quantizer.assigned(x)
+    coefficients, states, weight = assigned(quantizer, x)
     rates, found = trellis.rates_of(quantizer.scheme.quantization.counts, x.device), tables.clone()
     for rate in rates.unique().tolist():
         state, z, w = (part[..., rates == rate].flatten() for part in (states.long(), coefficients, weight))
@@ -26,6 +26,21 @@ def learned_tables(quantizer: TrellisQuantizer, tables: Tensor, x: Tensor) -> Te
         prior = (PRIOR * counts.sum() / trellis.STATES).clamp(min=torch.finfo(torch.float32).tiny)
         found[rate - 1] = additive((sums + prior * before) / (counts + prior), counts + prior)
     return found
+
+
+def assigned(quantizer: TrellisQuantizer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Coefficients, the states that they fall to (uint8) and what an error there costs: [1, kv_heads, n, coefficients] each.
+
+    Outliers weigh nothing.
+    """
+    assert quantizer.scheme.quantization.counts is not None and quantizer.weight is not None
+    coefficients, norm = quantizer.coefficients(x)
+    stream = quantizer.search(coefficients)
+    weight = (quantizer.norm_of(norm).square() * quantizer.weight[:, None]).expand_as(coefficients)
+    if quantizer.outlier_threshold is not None:
+        weight = weight.masked_fill(quantizer.missed(coefficients, stream, norm) > quantizer.outlier_threshold, 0)
+    states = trellis.states(stream.flatten(0, 1), quantizer.scheme.quantization.counts).unflatten(0, stream.shape[:2])
+    return coefficients, states, weight
 
 
 def additive(table: Tensor, counts: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from narrowkv.codec.cpu.encode_streams import StreamEncoder
 from narrowkv.codec.encode_buffer import EncodeBuffer
 from narrowkv.codec.frames import Frames, index_dtype
 from narrowkv.codec.outlier_budget import block_budget, within_budget
-from narrowkv.codec.pairs import times
+from narrowkv.codec.pairs import times, times_by_offset
 from narrowkv.codec.quantized import QuantizedTensor
 from narrowkv.codec.quantizers.base import BaseQuantizer, TableForm, require_table
 from narrowkv.codec.quantizers.scalar import keep_outliers
@@ -146,11 +146,11 @@ class TrellisQuantizer(BaseQuantizer):
         self, x: Tensor, skip: Tensor | None, saturation: Saturation | None, first: int, earlier: Tensor | None
     ) -> QuantizedTensor:
         """The same from a block's token `first` on. earlier: outliers that earlier tokens have, [batch, kv_heads], if any."""
-        coefficients, norm = self._coefficients(x, first)
+        coefficients, norm = self.coefficients(x, first)
         stream = self.search(coefficients)
         encoded = QuantizedTensor(stream, outlier_positions=coefficients.shape[-1])
         if self.outlier_threshold is not None:
-            missed = self._missed(coefficients, stream, norm)
+            missed = self.missed(coefficients, stream, norm)
             if skip is not None:
                 missed = missed.masked_fill(skip[:, None, :, None], 0)
             outside = within_budget(missed, missed > self.outlier_threshold, self.scheme.outliers.fraction, first, earlier)
@@ -195,28 +195,14 @@ class TrellisQuantizer(BaseQuantizer):
 
     def cost(self, x: Tensor) -> Tensor:
         """What codes, without outliers, miss each coefficient by, weighted: [batch, kv_heads, tokens, n] float32."""
-        coefficients, norm = self._coefficients(x)
+        coefficients, norm = self.coefficients(x)
         stream = self.search(coefficients)
-        return self._missed(coefficients, stream, norm)
+        return self.missed(coefficients, stream, norm)
 
-    def assigned(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Coefficients, the states that they fall to (uint8) and what an error there costs: [batch, kv_heads, tokens, n] each.
-
-        Outliers weigh nothing.
-        """
-        assert self.scheme.quantization.counts is not None and self.weight is not None
-        coefficients, norm = self._coefficients(x)
-        stream = self.search(coefficients)
-        weight = (self._norm(norm).square() * self.weight[:, None]).expand_as(coefficients)
-        if self.outlier_threshold is not None:
-            weight = weight.masked_fill(self._missed(coefficients, stream, norm) > self.outlier_threshold, 0)
-        states = trellis.states(stream.flatten(0, 1), self.scheme.quantization.counts).unflatten(0, stream.shape[:2])
-        return coefficients, states, weight
-
-    def _missed(self, coefficients: Tensor, stream: Tensor, norm: Tensor) -> Tensor:
+    def missed(self, coefficients: Tensor, stream: Tensor, norm: Tensor) -> Tensor:
         """What streams miss coefficients by, weighted: [batch, kv_heads, tokens, n] float32."""
         assert self.weight is not None
-        return ((coefficients - self._dequantized(stream)) * self._norm(norm)).square() * self.weight[:, None]
+        return ((coefficients - self._dequantized(stream)) * self.norm_of(norm)).square() * self.weight[:, None]
 
     def dequantize(self, encoded: QuantizedTensor) -> Tensor:
         """What the codes stand for: [batch, kv_heads, tokens, head_dim] float32."""
@@ -224,7 +210,7 @@ class TrellisQuantizer(BaseQuantizer):
         coefficients, norm = self._dequantized(encoded.codes), encoded.codes[..., -1:]
         if encoded.outlier_index is not None and encoded.outlier_values is not None:
             coefficients.view(-1)[encoded.outlier_index] = encoded.outlier_values.float()
-        return self.channels_of(coefficients * self._norm(norm)) + self.mean[:, None]
+        return self.channels_of(coefficients * self.norm_of(norm)) + self.mean[:, None]
 
     def channels_of(self, coefficients: Tensor) -> Tensor:
         """Coefficients [batch, kv_heads, tokens, n] of whole blocks, or their first tokens, as channels less their mean."""
@@ -244,7 +230,7 @@ class TrellisQuantizer(BaseQuantizer):
         assert self.scales is not None
         return self._tables.entries() * self.scales[:, None]
 
-    def _norm(self, codes: Tensor) -> Tensor:
+    def norm_of(self, codes: Tensor) -> Tensor:
         """Norms [batch, kv_heads, tokens, 1] float32 of their codes, 1 where there are none."""
         if not self.scheme.quantization.token_norm:
             return torch.ones_like(codes[..., :1], dtype=torch.float32)
@@ -257,7 +243,7 @@ class TrellisQuantizer(BaseQuantizer):
         codes = torch.arange(256, dtype=torch.float32, device=self.mean.device)
         return ((codes - NORM_ZERO) / NORM_STEPS).exp2()
 
-    def _coefficients(self, x: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+    def coefficients(self, x: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
         """Coefficients [batch, kv_heads, tokens, n] float32, and codes of their norms [batch, kv_heads, tokens, 1] uint8.
 
         first: the offset of the first token in its block. In float64, so that the codes do not depend on how many tokens come
@@ -276,21 +262,14 @@ class TrellisQuantizer(BaseQuantizer):
             return found.float(), torch.zeros(*found.shape[:-1], 1, dtype=torch.uint8, device=x.device)
         norm = found.square().mean(-1, keepdim=True).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
         codes = (norm.log2() * NORM_STEPS + NORM_ZERO).round().clamp(0, 255).to(torch.uint8)
-        return (found / self._norm(codes).double()).float(), codes
+        return (found / self.norm_of(codes).double()).float(), codes
 
     def _from_pairs(self, coefficients: Tensor) -> Tensor:
         """Channels of coefficients [batch, kv_heads, tokens, n] of pairs."""
         assert self.pairs is not None and self.order is not None
-        batch, heads, tokens, _ = coefficients.shape
-        offsets = self._pair_matrices.shape[4]
-        every = coefficients.new_zeros(batch, heads, -(-tokens // offsets) * offsets, 2 * self.pairs.shape[1])
-        every[:, :, :tokens].scatter_(-1, self.order.long()[:, None].expand_as(coefficients), coefficients)
-        first, second = every.unflatten(2, (-1, offsets)).chunk(2, dim=-1)  # [batch, kv_heads, frames, offsets, head_dim / 2]
-        from_first, from_second = self._pair_matrices
-        channels = torch.cat(
-            [torch.addcmul(first * a, second, b) for a, b in zip(from_first, from_second, strict=True)], dim=-1
-        )
-        channels = channels.flatten(2, 3)[:, :, :tokens]
+        every = coefficients.new_zeros(*coefficients.shape[:3], 2 * self.pairs.shape[1])
+        every.scatter_(-1, self.order.long()[:, None].expand_as(coefficients), coefficients)
+        channels = times_by_offset(every, self._pair_matrices)
         return channels if self.frames is None else self.frames.in_order(channels)
 
     @functools.cached_property
