@@ -30,17 +30,27 @@ from narrowkv import get_recipe
 from narrowkv.attention.cuda.block_table import layouts_of
 from narrowkv.attention.cuda.kernels.attend_dense import attend_dense, merge
 from narrowkv.attention.cuda.kernels.attend_packed import attend_blocks
+from narrowkv.attention.cuda.kernels.attend_streams import Masks, QueryTables, Sizes, attend_streams
 from narrowkv.attention.cuda.kernels.dequantize import dequantize_keys, dequantize_values, put_block_outliers, rotate_keys
+from narrowkv.attention.cuda.kernels.dequantize_streams import (
+    PairTables,
+    Span,
+    TailOutliers,
+    dequantize_stream_keys,
+    dequantize_stream_tail,
+    dequantize_stream_values,
+)
 from narrowkv.attention.cuda.kernels.dequantize_tail import dequantize_tail
-from narrowkv.attention.cuda.kernels.layout import DenseSegments, KernelConfig
+from narrowkv.attention.cuda.kernels.layout import DenseSegments, KernelConfig, StreamLayout
 from narrowkv.attention.cuda.kernels.merge_states import merge_split
+from narrowkv.attention.cuda.kernels.streams import Blocks, StreamCodes
 from narrowkv.attention.cuda.launch import WARPS, stages_of
 from narrowkv.codec.cuda.kernels.encode import encode_tokens, put_tokens
 from narrowkv.codec.cuda.kernels.encode_groups import encode_channel_groups, encode_token_groups
 from narrowkv.codec.cuda.kernels.pack import pack_codes
 
 ARCHITECTURES = (80, 90, 100)
-RECIPES = ("nuq4-1%", "nuq3-1%", "nuq2-1%", "nuq4", "nuq3", "nuq2", "kivi-4", "kivi-2")
+RECIPES = ("narrow4", "narrow3", "narrow2", "nuq4-1%", "nuq3-1%", "nuq2-1%", "nuq4", "nuq3", "nuq2", "kivi-4", "kivi-2")
 TYPES = {
     "query": "*bf16", "table": "*i64", "starts": "*i32", "bases": "*i32", "lengths": "*i32", "sums": "*fp32",
     "running_max": "*fp32", "tiles": "*fp16",
@@ -48,6 +58,16 @@ TYPES = {
     "value_table": "*fp32", "value_bytes": "*i32", "value_scale": "*fp32", "value_zero": "*fp32",
     "near": "*fp32", "cycles": "*fp64", "rope_state": "*i32", "padding": "*u8", "hidden": "*u8", "sink_index": "*i64",
     "scaling": "fp32", "softcap": "fp32", "rope_scale": "fp32",
+}  # fmt: skip
+STREAM_TYPES: dict[str, Any] = {
+    "p_query": "*bf16", "p_lengths": "*i32", "p_sums": "*fp32", "p_running_max": "*fp32", "p_tiles": "*fp16",
+    "blocks": Blocks("*i64", "*i32", "*i32"), "keys": StreamCodes("*i32", "*fp32", "*fp32"),
+    "values": StreamCodes("*i32", "*fp32", "*fp32"), "queries": QueryTables("*i32", "*fp32", "*fp32", "*fp64"),
+    "masks": Masks("*i32", "*u8", "*u8", "*i64"), "sizes": Sizes._make(["i32"] * 8), "scaling": "fp32", "softcap": "fp32",
+    "rope_scale": "fp32", "p_rope_state": "*i32", "span": Span._make(["i32"] * 6),
+    "pairs": PairTables("*i32", "*fp32", "*fp32", "*fp64"), "p_keys": "*bf16", "p_values": "*bf16",
+    "p_key_codes": "*u8", "p_value_codes": "*u8", "key_outliers": TailOutliers("*i64", "*bf16", "*i32"),
+    "value_outliers": TailOutliers("*i64", "*bf16", "*i32"),
 }  # fmt: skip
 STRIDES = ("x_batch", "x_head", "x_token", "capacity", "block_stride", "head_stride", "row_stride", "code_stride")
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -95,8 +115,21 @@ def compiled(recipe: str, architecture: int, exact: bool = False) -> Compiled:
     """Compile the kernel over blocks for one recipe and look at the result. exact: for queries in float32."""
     keys, values, case = case_of(recipe)
     constants = {"K": keys, "V": values, "C": case, "ELEMENT": tl.float32 if exact else tl.float16}
-    types = TYPES | ({"query": "*fp32", "tiles": "*fp32"} if exact else {})
-    return looked_at(f"{recipe}, float32" if exact else recipe, attend_blocks, constants, types, architecture)
+    streams = isinstance(keys, StreamLayout)
+    kernel, types = (attend_streams, STREAM_TYPES) if streams else (attend_blocks, TYPES)
+    if exact:
+        types = types | dict.fromkeys(("p_query", "p_tiles", "query", "tiles"), "*fp32")
+    return looked_at(f"{recipe}, float32" if exact else recipe, kernel, constants, types, architecture)
+
+
+def of_streams(recipe: str, architecture: int) -> Iterator[Compiled]:
+    """The kernels that dequantize streams, for prompts and of the tail."""
+    keys, values, case = case_of(recipe)
+    constants = {"K": keys, "V": values, "C": case, "ELEMENT": tl.float16}
+    yield looked_at(f"dequantize keys, {recipe}", dequantize_stream_keys, constants, STREAM_TYPES, architecture)
+    yield looked_at(f"dequantize values, {recipe}", dequantize_stream_values, constants, STREAM_TYPES, architecture)
+    types = STREAM_TYPES | {"p_keys": "*fp32", "p_values": "*fp32"}
+    yield looked_at("tail of streams", dequantize_stream_tail, constants, types, architecture)
 
 
 def of_prompts(recipe: str, architecture: int) -> Iterator[Compiled]:
@@ -117,10 +150,11 @@ def of_prompts(recipe: str, architecture: int) -> Iterator[Compiled]:
 
 def others(architecture: int) -> Iterator[Compiled]:
     """The other kernels, and that over blocks in float32."""
-    for recipe in ("nuq4", "nuq4-1%", "kivi-2"):
+    for recipe in ("nuq4", "nuq4-1%", "kivi-2", "narrow3"):
         yield compiled(recipe, architecture, exact=True)
     for recipe in ("nuq4-1%", "kivi-2"):
         yield from of_prompts(recipe, architecture)
+    yield from of_streams("narrow3", architecture)
     pointers = {"mean": "*fp32", "lse": "*fp32", "more": "*bf16", "more_lse": "*fp32"}
     yield looked_at("merge splits", merge_split, {"WIDE": HEAD_DIM}, pointers, architecture)
     keys, values, case = case_of("nuq3-1%")
@@ -130,7 +164,9 @@ def others(architecture: int) -> Iterator[Compiled]:
     parts = {"TAIL": loose, "OLD": loose, "NEW": case, "L": DenseSegments(0, 1, 2, 3), "ELEMENT": tl.bfloat16}
     yield looked_at("loose", attend_dense, parts, types, architecture)
     types |= {"sink_logits": "*fp32", "output": "*fp32"}
-    yield looked_at("merge", merge, {"SLOTS": 128, "WIDE": 128, "SINKS": 32, "APART": True}, types, architecture)
+    yield looked_at(
+        "merge", merge, {"SLOTS": 128, "WIDE": 128, "SINKS": 32, "APART": True, "SHARE": True}, types, architecture
+    )
     of_side = {"codes": "*u8", "scale": "*fp32", "zero": "*fp32", "index": "*i64", "outliers": "*bf16", "count": "*i32"}
     types |= {f"{side}_{part}": kind for side in ("key", "value") for part, kind in of_side.items()}
     types |= {"keys": "*fp32", "values": "*fp32"}
@@ -155,17 +191,17 @@ def others(architecture: int) -> Iterator[Compiled]:
     yield looked_at("put tokens", put_tokens, {"HEADS": 8, "DIM": 128, "WIDE": 128, "HAS_OFFSETS": True}, types, architecture)
 
 
-def looked_at(name: str, kernel: Any, constants: dict[str, Any], types: dict[str, str], architecture: int) -> Compiled:
+def looked_at(name: str, kernel: Any, constants: dict[str, Any], types: dict[str, Any], architecture: int) -> Compiled:
     """Compile a kernel and read what the compiler and the disassembler tell."""
     names = kernel.arg_names
+    constants = {name: constant for name, constant in constants.items() if name in names}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    whole = {name for name in names if signature[name].startswith("*") or (signature[name] == "i32" and name in STRIDES)}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in whole}
+    aligned = {place: [["tt.divisibility", 16]] for place, name, kind in _arguments(signature) if _is_whole(name, kind)}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     twice = kernel in (attend_dense, merge, rotate_keys) or constants.get("WIDE", 0) > 2048
     twice = twice or constants.get("ELEMENT") == tl.float32
     options = {"num_warps": 2 * WARPS if twice else WARPS}
-    if kernel is attend_dense:
+    if kernel in (attend_dense, attend_streams):
         options["num_stages"] = 1
     if kernel is attend_blocks:
         options["num_stages"] = stages_of(constants["K"], constants["V"], constants["ELEMENT"] == tl.float16)
@@ -181,6 +217,20 @@ def looked_at(name: str, kernel: Any, constants: dict[str, Any], types: dict[str
     spills = sum(operation in ("LDL", "STL") for operation in operations)
     matrix = sum(count for operation, count in Counter(loop).items() if "MMA" in operation)
     return Compiled(name, architecture, int(found[1]), spills, made.metadata.shared, len(operations), len(loop), matrix)
+
+
+def _arguments(signature: dict[str, Any]) -> Iterator[tuple[tuple[int, ...], str, str]]:
+    """Where each argument is, its name and type; those of tuples one by one."""
+    for i, (name, kind) in enumerate(signature.items()):
+        if isinstance(kind, tuple):
+            yield from (((i, j), f"{name}.{j}", part) for j, part in enumerate(kind))
+        else:
+            yield (i,), name, kind
+
+
+def _is_whole(name: str, kind: str) -> bool:
+    """Whether an argument is known to be a multiple of 16."""
+    return kind.startswith("*") or (kind == "i32" and name in STRIDES)
 
 
 def _run(tool: str, *arguments: str) -> str:

@@ -67,11 +67,17 @@ class ValueChannels:
         return cls(matrix.contiguous(), quantizer.mean.float())
 
     def channels(self, sums: Tensor, totals: Tensor) -> Tensor:
-        """Sums of coefficients [batch, query_heads, queries, head_dim], of which n count, and of weights, as channels."""
+        """Sums of coefficients [batch, query_heads, queries, n or more], of which n count, and of weights, as channels."""
         heads, n, _ = self.matrix.shape
         by_head = sums.reshape(len(sums), heads, -1, sums.shape[-1])[..., :n]
         found = by_head @ self.matrix + totals.reshape(len(sums), heads, -1, 1) * self.mean[:, None]
-        return found.view(sums.shape)
+        return found.view(*sums.shape[:-1], -1)
+
+    def elements(self, coefficients: Tensor) -> Tensor:
+        """Coefficients [batch, kv_heads, tokens, n or more] in grid steps, of which n count, as channels, in their dtype."""
+        dtype = coefficients.dtype
+        found = coefficients[..., : self.matrix.shape[1]] @ self.matrix.to(dtype)
+        return found.add_(self.mean[:, None].to(dtype))
 
 
 def grid_scales(quantizer: TrellisQuantizer) -> Tensor:

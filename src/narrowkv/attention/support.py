@@ -17,7 +17,7 @@ def unsupported_reason(backend: str, scheme: Scheme, keys: bool, biased: bool = 
     biased: keys of a model whose projections add a bias. stored: keys whose rotary embedding is a StoredRope.
     """
     if scheme.datatype == "trellis":
-        return _streams_reason(backend, scheme, keys, stored)
+        return _streams_reason(scheme, keys, stored)
     forms = scheme.range_forms(1, BLOCK, BLOCK)
     if any(name not in ("scale", "zero") or dtype != torch.float16 for name, (_, dtype) in forms.items()):
         return f"does not read {scheme.datatype} codes ranged by {', '.join(forms)}"
@@ -28,10 +28,8 @@ def unsupported_reason(backend: str, scheme: Scheme, keys: bool, biased: bool = 
     return None
 
 
-def _streams_reason(backend: str, scheme: Scheme, keys: bool, stored: bool) -> str | None:
+def _streams_reason(scheme: Scheme, keys: bool, stored: bool) -> str | None:
     """Why trellis-coded streams are not read; None if they are."""
-    if backend != "cpu":
-        return "does not read trellis-coded streams yet"
     if keys and (scheme.transform.learned_rotation or scheme.quantization.token_norm):
         return "does not read trellis-coded keys that are rotated as whole heads or have norms"
     if keys and scheme.transform.pre_rope and stored:
@@ -45,3 +43,5 @@ def require_supported(backend: str, store: LayerStore, rope: AnyRope | None) -> 
     for quantizer, keys in zip(store.quantizers, (True, False), strict=True):
         if why := unsupported_reason(backend, quantizer.scheme, keys, store.bias.keys is not None, stored):
             raise UnsupportedModelError(f"Backend {backend} {why}; choose backend torch.")
+    if backend == "cuda" and len({scheme.datatype == "trellis" for scheme in store.schemes}) > 1:
+        raise UnsupportedModelError("Backend cuda reads streams of both keys and values, or of none; choose backend torch.")

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from narrowkv.attention.cuda.codebooks import CodebookSet, codebooks_of, folds
-from narrowkv.attention.cuda.kernels.layout import PackedLayout, power_of_2
+from narrowkv.attention.cuda.kernels.layout import AnyLayout, PackedLayout, StreamLayout, power_of_2
 from narrowkv.attention.head_transform import head_rotation
 from narrowkv.attention.inputs import AttentionInputs
 from narrowkv.attention.rope import AnyRope, Rope
-from narrowkv.codec import AnyQuantizer
+from narrowkv.codec import AnyQuantizer, TrellisQuantizer
 from narrowkv.codec.packing import PLANES
 from narrowkv.errors import UnsupportedModelError
 from narrowkv.store import BLOCK, LayerStore, addresses
@@ -48,7 +48,7 @@ class BlockTable:
     is still them.
     """
 
-    layouts: tuple[PackedLayout, PackedLayout]
+    layouts: tuple[AnyLayout, AnyLayout]
     tables: tuple[CodebookSet, CodebookSet]
     head_rotations: tuple[Tensor | None, Tensor | None]
     rotated: tuple[bool, bool]  # whether queries are rotated before, sums after
@@ -88,7 +88,7 @@ class BlockTable:
         }
 
     def shared(self) -> dict[str, Tensor | None]:
-        """Its tensors, as `launch.SharedArgs` names them."""
+        """Its tensors, as `arguments.SharedArgs` names them."""
         some = self.count > 0
         return {
             "blocks": self.table if some else None,
@@ -144,7 +144,7 @@ def _made(store: LayerStore, rope: AnyRope | None, rope_state: Tensor | None) ->
     cycles = None if angles is None else angles.cycles
     head_rotations = [head_rotation(quantizer) for quantizer in store.quantizers]
     rotated = [
-        quantizer.scheme.transform.hadamard or matrix is not None
+        quantizer.scheme.transform.hadamard or matrix is not None or isinstance(quantizer, TrellisQuantizer)
         for quantizer, matrix in zip(store.quantizers, head_rotations, strict=True)
     ]
     return BlockTable(
@@ -182,6 +182,8 @@ def _add(known: BlockTable, store: LayerStore, rope_state: Tensor | None, paddin
         new, counts, ends = new[:reached], counts[:reached], ends[:reached]
     if not new:
         return
+    if isinstance(known.layouts[0], StreamLayout):
+        _require_streams(known.layouts, new)
     first, count = known.count, known.count + len(new)
     if count > known.capacity:
         more = count + max(count // GROWTH, LEAST_GROWTH) - known.capacity
@@ -196,6 +198,17 @@ def _add(known: BlockTable, store: LayerStore, rope_state: Tensor | None, paddin
     known.count = count
     known.sure = count if rope_state is None else first + int((ends <= rope_state.shape[1]).sum())
     known.ends = _ends(store.blocks.columns[: known.sure])
+
+
+def _require_streams(layouts: tuple[AnyLayout, ...], columns: list[BlockTableEntry]) -> None:
+    """Raise UnsupportedModelError where blocks hold streams of other lengths than their quantizers have."""
+    for page in {id(column.page): column.page for column in columns}.values():
+        for layout, side in zip(layouts, (page.keys, page.values), strict=True):
+            if side.planes[0].shape[2] != layout.rows:
+                raise UnsupportedModelError(
+                    f"Blocks of trellis-coded streams have {side.planes[0].shape[2]} bytes for a token, not the {layout.rows} "
+                    "of their rates; load the calibration that encoded them."
+                )
 
 
 def _bases(rope_state: Tensor, padding: Tensor | None, first: int, starts: list[int], ends: list[int]) -> tuple[Tensor, bool]:
@@ -227,8 +240,11 @@ def _ordered(quantizer: AnyQuantizer, keys: bool) -> bool:
 
 def layouts_of(
     quantizers: tuple[AnyQuantizer, AnyQuantizer], heads: int, dim: int, kinds: tuple[str, str]
-) -> tuple[PackedLayout, PackedLayout]:
+) -> tuple[AnyLayout, AnyLayout]:
     """The forms of keys and values. kinds: of exact elements."""
+    if isinstance(quantizers[0], TrellisQuantizer):
+        keys, values = (_stream_layout(*side, heads, dim) for side in zip(quantizers, kinds, strict=True))
+        return keys, values
     sides = list(zip(quantizers, (True, False), kinds, strict=True))
     planes = [PLANES[quantizer.scheme.code_bits][0] for quantizer, keys, _ in sides if _ordered(quantizer, keys)]
     order = max(planes, default=8)  # one for both, where their columns are tokens
@@ -252,7 +268,6 @@ def _layout(quantizer: AnyQuantizer, keys: bool, heads: int, dim: int, order: in
         shape, ranges = layouts["scale"][0], "stored"
     elif scheme.static and not own:
         shape, ranges = (heads, 1, dim), "fixed"
-    expected = scheme.outliers.fraction * BLOCK * dim
     return PackedLayout(
         bits=16 if exact else scheme.code_bits,
         dim=dim,
@@ -267,9 +282,28 @@ def _layout(quantizer: AnyQuantizer, keys: bool, heads: int, dim: int, order: in
         range_tokens=shape[1],
         range_channels=shape[2],
         zero=not scheme.symmetric,
-        nonzeros=min(max(power_of_2(int(1.25 * expected)), FEWEST_NONZEROS), MOST_NONZEROS) if expected else 0,
+        nonzeros=_nonzeros(scheme.outliers.fraction * BLOCK * dim),
         kind=kind,
     )
+
+
+def _stream_layout(quantizer: AnyQuantizer, kind: str, heads: int, dim: int) -> StreamLayout:
+    scheme = quantizer.scheme
+    codes = scheme.outlier_positions(dim)
+    return StreamLayout(
+        codes=codes,
+        dim=dim,
+        heads=heads,
+        stream_bytes=scheme.codes(dim),
+        norms=scheme.quantization.token_norm,
+        nonzeros=_nonzeros(scheme.outliers.fraction * BLOCK * codes),
+        kind=kind,
+    )
+
+
+def _nonzeros(expected: float) -> int:
+    """Outliers that are taken at once where this many are expected in a block."""
+    return min(max(power_of_2(int(1.25 * expected)), FEWEST_NONZEROS), MOST_NONZEROS) if expected else 0
 
 
 def _kind(store: LayerStore, side: int) -> str:

@@ -16,21 +16,23 @@ from torch import Tensor
 
 from narrowkv.attention import tiled
 from narrowkv.attention.cuda import prefill
-from narrowkv.attention.cuda.arguments import packed_tensor_args
+from narrowkv.attention.cuda.arguments import PackedTensorArgs, SharedArgs, packed_tensor_args
 from narrowkv.attention.cuda.block_table import BlockTable, block_table_of, kernel_rope_state
 from narrowkv.attention.cuda.kernels.layout import KernelConfig, power_of_2
+from narrowkv.attention.cuda.stream_tables import Streams
 from narrowkv.attention.head_transform import rotate_query, unrotate_output
 from narrowkv.attention.inputs import AttentionInputs
 from narrowkv.attention.rope import AnyRope, Rope
 from narrowkv.attention.support import require_supported
-from narrowkv.codec import AnyQuantizer
+from narrowkv.codec import AnyQuantizer, TrellisQuantizer
 from narrowkv.codec.cuda.encode import to_device_async
 from narrowkv.errors import UnsupportedModelError
 from narrowkv.store import LayerStore
 
 NUM_LENGTHS = 12  # elements of `lengths`
 MOST_HEAD_DIM = 256
-FEWEST_ROWS, MOST_ROWS = 8, 32  # queries that share a dequantized tile, half as many in float32: more are spilled
+# queries that share a dequantized tile, half as many in float32, and of streams: more are spilled
+FEWEST_ROWS, MOST_ROWS = 8, 32
 PROGRAMS = 4  # for each multiprocessor
 FEWEST_BLOCKS, MOST_SPLITS = 4, 128  # of a program; of a sequence's blocks
 
@@ -62,12 +64,15 @@ class DecodePlan:
     elements: tuple[float, float, float]
     quantizers: tuple[AnyQuantizer, AnyQuantizer]
     blocks: BlockTable
+    streams: Streams | None
 
     def __call__(self) -> Tensor:
         """[batch, query_heads, queries, head_dim] float32."""
         query, (keys, values), blocks = self.query, self.quantizers, self.blocks
         packed = rotate_query(keys, blocks.head_rotations[0], query.float()) if blocks.rotated[0] else query
         found: Tensor = self.launch.attend(packed, query, self.lengths, self.parts, self.plan, *self.elements)
+        if self.streams is not None:
+            return self.streams.sums.channels(found[0], found[0, ..., -1]) + found[1, ..., :-1]
         return unrotate_output(values, blocks.head_rotations[1], found[0]) + found[1] if self.plan.apart else found[0]
 
 
@@ -86,8 +91,8 @@ def prepare(inputs: AttentionInputs, store: LayerStore, device_lengths: Tensor |
         device_lengths = to_device_async(lengths(store, blocks, inputs.past, inputs.length, inputs.queries), query.device)
     elif mask.rule is not None:
         raise UnsupportedModelError("A mask by rule cannot be captured in a CUDA graph; decode without one.")
-    case = _case(inputs, store, blocks)
-    shared = launch.SharedArgs(
+    case, streams = _case(inputs, store, blocks), Streams.of(store, inputs.rope)
+    shared = SharedArgs(
         **blocks.shared(),
         rope_state=rope_state,
         padding=mask.padding.view(torch.uint8) if case.padding and mask.padding is not None else None,
@@ -97,7 +102,8 @@ def prepare(inputs: AttentionInputs, store: LayerStore, device_lengths: Tensor |
     )
     splits = _splits(query, store, blocks, case)
     plan = launch.LaunchConfig(*blocks.layouts, case, splits, blocks.rotated[1], query.dtype != torch.float32)
-    sides = [launch.PackedTensorArgs(**packed_tensor_args(store, blocks, i, new[i] if new else None)) for i in range(2)]
+    tables = (streams.keys, streams.values) if streams else (None, None)
+    sides = [PackedTensorArgs(**packed_tensor_args(store, blocks, i, new[i] if new else None, tables[i])) for i in range(2)]
     return DecodePlan(
         launch=launch,
         query=query.contiguous(),
@@ -107,6 +113,7 @@ def prepare(inputs: AttentionInputs, store: LayerStore, device_lengths: Tensor |
         elements=(inputs.scaling, inputs.softcap or 0.0, rope.scaling if isinstance(rope, Rope) else 1.0),
         quantizers=store.quantizers,
         blocks=blocks,
+        streams=streams,
     )
 
 
@@ -147,9 +154,10 @@ def _case(inputs: AttentionInputs, store: LayerStore, blocks: BlockTable) -> Ker
     rows = query.shape[1] // store.shape[1] * inputs.queries
     hidden = mask.rule is not None
     exact = torch.get_float32_matmul_precision() == "highest" and query.dtype == torch.float32
+    dearer = (query.dtype.itemsize != 2) + isinstance(store.quantizers[0], TrellisQuantizer)
     return KernelConfig(
         rows=rows,
-        capacity=min(max(power_of_2(rows), FEWEST_ROWS), MOST_ROWS // (1 if query.dtype.itemsize == 2 else 2)),
+        capacity=min(max(power_of_2(rows), FEWEST_ROWS), MOST_ROWS >> dearer),
         queries=inputs.queries,
         sinks=0 if store.sinks.index is None else store.sinks.index.shape[1],
         softcap=inputs.softcap is not None,

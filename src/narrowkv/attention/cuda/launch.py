@@ -7,16 +7,29 @@ So a CUDA graph that has captured the operator may be replayed as long as the st
 import functools
 import json
 from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from narrowkv.attention.cuda.arguments import PackedTensorArgs, SharedArgs
 from narrowkv.attention.cuda.kernels.attend_dense import attend_dense, merge
 from narrowkv.attention.cuda.kernels.attend_packed import attend_blocks
+from narrowkv.attention.cuda.kernels.attend_streams import Masks, Sizes, attend_streams, queries_of
+from narrowkv.attention.cuda.kernels.dequantize_streams import TOKENS as STREAM_TOKENS
+from narrowkv.attention.cuda.kernels.dequantize_streams import TailOutliers, dequantize_stream_tail, pairs_of
 from narrowkv.attention.cuda.kernels.dequantize_tail import TOKENS, dequantize_tail
-from narrowkv.attention.cuda.kernels.layout import DenseSegments, KernelConfig, PackedLayout, power_of_2
+from narrowkv.attention.cuda.kernels.layout import (
+    AnyLayout,
+    DenseSegments,
+    KernelConfig,
+    PackedLayout,
+    StreamLayout,
+    power_of_2,
+)
+from narrowkv.attention.cuda.kernels.streams import Blocks, codes_of
 from narrowkv.store import BLOCK
 
 MOST_CONFIGS = 256  # of which the text is stored
@@ -29,41 +42,6 @@ COLUMNS, SEALED, FIRST, QUERY, TAIL, SINKS, WINDOW, NEW, TAIL_START, WINDOW_STAR
 
 
 @dataclass(frozen=True)
-class PackedTensorArgs:
-    """Keys, or values: tables of `kernels.lookup`; what the tail holds; exact tokens. None where there is no such thing."""
-
-    table: Tensor | None = None  # [heads, head_dim, levels] or [levels] float32
-    bytes: Tensor | None = None  # like those of `block_table.Tables`, int32
-    scale: Tensor | None = None  # [heads, head_dim] float32, fixed ones
-    zero: Tensor | None = None
-    tail: Tensor | None = None  # [batch, heads, 64, head_dim] uint8, or exact
-    tail_scale: Tensor | None = None
-    tail_zero: Tensor | None = None
-    tail_outliers: Tensor | None = None
-    tail_index: Tensor | None = None
-    tail_count: Tensor | None = None  # [1 or more] int32, first of them how many outliers count
-    sinks: Tensor | None = None  # [batch, heads, n, head_dim]
-    window: Tensor | None = None
-    new: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class SharedArgs:
-    """What keys and values have in common; shapes like those of `attend_blocks`."""
-
-    blocks: Tensor | None = None  # [columns, batch, 2, 8] int64
-    starts: Tensor | None = None  # [columns + 1] int32
-    bases: Tensor | None = None  # [columns, batch] int32
-    near: Tensor | None = None  # [2, pairs, 64] float32
-    cycles: Tensor | None = None  # [pairs] float64
-    rope_state: Tensor | None = None  # [1 or batch, tokens] int32, or [1 or batch, tokens, 2, pairs]
-    padding: Tensor | None = None  # [batch, tokens] uint8
-    hidden: Tensor | None = None  # [1 or batch, queries, tokens] uint8
-    sink_index: Tensor | None = None  # [batch, sinks] int64
-    sink_logits: Tensor | None = None  # [query_heads]
-
-
-@dataclass(frozen=True)
 class LaunchConfig:
     """What is known before the elements are: forms of both sides, the case, how many programs share a sequence's blocks.
 
@@ -71,12 +49,21 @@ class LaunchConfig:
     are read from codes in 16 bits.
     """
 
-    keys: PackedLayout
-    values: PackedLayout
+    keys: AnyLayout
+    values: AnyLayout
     case: KernelConfig
     splits: int
     apart: bool
     rounded: bool
+
+    @property
+    def streams(self) -> bool:
+        """Whether both sides are trellis-coded streams."""
+        return isinstance(self.keys, StreamLayout)
+
+    def output_shape(self, query: Tensor) -> tuple[int, ...]:
+        """That of the result; of streams with one more element, the part of all weights that what was packed has."""
+        return 1 + self.apart, *query.shape[:3], query.shape[3] + self.streams
 
 
 @functools.lru_cache(MOST_CONFIGS)
@@ -89,8 +76,12 @@ def to_text(plan: LaunchConfig) -> str:
 def from_text(text: str) -> LaunchConfig:
     """Inverse of `to_text`."""
     parts = json.loads(text)
-    layouts = {side: PackedLayout(**parts[side]) for side in ("keys", "values")}
+    layouts = {side: _layout(parts[side]) for side in ("keys", "values")}
     return LaunchConfig(**parts | layouts | {"case": KernelConfig(**parts["case"])})
+
+
+def _layout(parts: dict[str, Any]) -> AnyLayout:
+    return StreamLayout(**parts) if "stream_bytes" in parts else PackedLayout(**parts)
 
 
 def attend(
@@ -101,7 +92,8 @@ def attend(
     plan: LaunchConfig,
     *elements: float,
 ) -> Tensor:
-    """[2 if apart else 1, batch, query_heads, queries, head_dim] float32: sums of what was packed and of what was exact.
+    """[2 if apart else 1, batch, query_heads, queries, head_dim] float32: sums of what was packed and of what was exact; of
+    streams as `LaunchConfig.output_shape` has it.
 
     packed_query: as codes of keys see it, else as `query`: [batch, query_heads, queries, head_dim]. elements: scaling,
     softcap, and the factor of the rotary embedding.
@@ -139,7 +131,7 @@ def attend_packed(
 
 @attend_packed.register_fake
 def _(packed_query, query, lengths, tensors, plan, scaling, softcap, rope_scale):
-    return query.new_empty(1 + from_text(plan).apart, *query.shape, dtype=torch.float32)
+    return query.new_empty(from_text(plan).output_shape(query), dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -166,22 +158,26 @@ class _Launch:
         sums = self.query.new_empty(batch * heads, slots, case.rows, case.dim, dtype=torch.float32)
         running_max = sums.new_empty(batch * heads, slots, case.rows, 2)
         if splits:
-            self.launch_packed(sums, running_max, splits)
+            (self.launch_streams if self.plan.streams else self.launch_packed)(sums, running_max, splits)
         if present:
             self.launch_dense(tail, present, sums, running_max, splits)
-        output = sums.new_empty(1 + self.plan.apart, *self.query.shape)
+        output = sums.new_empty(self.plan.output_shape(self.query))
         rows = batch * query_heads * case.queries
         merge[(rows,)](
             sums, running_max, _or(shared.sink_logits, running_max), output, rows, slots, splits + (tail[0] is not None),
             case.rows,
-            case.queries, case.dim, SLOTS=power_of_2(slots), WIDE=case.wide,
-            SINKS=0 if shared.sink_logits is None else query_heads, APART=self.plan.apart, num_warps=2 * WARPS,
+            case.queries, case.dim, output.shape[-1], SLOTS=power_of_2(slots), WIDE=case.wide,
+            SINKS=0 if shared.sink_logits is None else query_heads, APART=self.plan.apart, SHARE=self.plan.streams,
+            num_warps=2 * WARPS,
         )  # fmt: skip
         return output
 
     @property
     def _layouts(self) -> tuple[PackedLayout, PackedLayout]:
-        return self.plan.keys, self.plan.values
+        """Those of codes that are not streams."""
+        keys, values = self.plan.keys, self.plan.values
+        assert isinstance(keys, PackedLayout) and isinstance(values, PackedLayout)
+        return keys, values
 
     def launch_packed(self, sums: Tensor, running_max: Tensor, splits: int) -> None:
         shared, lengths, plan = self.shared, self.lengths, self.plan
@@ -196,8 +192,39 @@ class _Launch:
             _or(shared.near, lengths), _or(shared.cycles, lengths), *self.mask_args, _or(shared.sink_index, lengths),
             shared.blocks.shape[1], sums.shape[1], splits, *self.strides, *self.elements,
             K=plan.keys, V=plan.values, C=plan.case, ELEMENT=ELEMENTS[dtype],
-            num_warps=WARPS if plan.rounded else 2 * WARPS, num_stages=stages_of(plan.keys, plan.values, plan.rounded),
+            num_warps=WARPS if plan.rounded else 2 * WARPS, num_stages=stages_of(*self._layouts, plan.rounded),
         )  # fmt: skip
+
+    def launch_streams(self, sums: Tensor, running_max: Tensor, splits: int) -> None:
+        shared, lengths, plan, (keys, values) = self.shared, self.lengths, self.plan, self.sides
+        assert shared.blocks is not None
+        dtype = torch.float16 if plan.rounded else torch.float32
+        programs = splits * len(sums) * self.chunks
+        tiles = sums.new_empty(programs * (plan.keys.tile + plan.values.tile), dtype=dtype)
+        attend_streams[(splits, len(sums), self.chunks)](
+            self.query, Blocks(shared.blocks, shared.starts, _or(shared.bases, lengths)), lengths, sums, running_max, tiles,
+            codes_of(keys), queries_of(keys), codes_of(values), Masks(*self.mask_args, _or(shared.sink_index, lengths)),
+            Sizes(shared.blocks.shape[1], sums.shape[1], splits, *self.strides), *self.elements[:2],
+            K=plan.keys, V=plan.values, C=plan.case, ELEMENT=ELEMENTS[dtype],
+            num_warps=WARPS if plan.rounded else 2 * WARPS, num_stages=1,
+        )  # fmt: skip
+
+    def stream_tail_elements(self) -> list[Tensor | None]:
+        """Of streams: keys of the tail as channels, not rotated, and values as coefficients in grid steps."""
+        (keys, values), (key_layout, value_layout) = self.sides, (self.plan.keys, self.plan.values)
+        if keys.tail is None or values.tail is None:
+            return [None, None]
+        shape = 2, len(keys.tail), key_layout.heads, BLOCK, key_layout.dim
+        found = self.query.new_empty(shape, dtype=torch.float32).unbind()
+        outliers = (
+            TailOutliers(*(_or(part, self.lengths) for part in (side.tail_index, side.tail_outliers, side.tail_count)))
+            for side in self.sides
+        )
+        dequantize_stream_tail[(len(keys.tail) * key_layout.heads, BLOCK // STREAM_TOKENS.value, 2)](
+            keys.tail, values.tail, codes_of(keys), codes_of(values), pairs_of(keys), *outliers, *found,
+            K=key_layout, V=value_layout, C=self.plan.case, num_warps=WARPS,
+        )  # fmt: skip
+        return [*found]
 
     def launch_dense(
         self, tail: list[Tensor | None], present: list[str], sums: Tensor, running_max: Tensor, slot: int
@@ -223,6 +250,8 @@ class _Launch:
 
     def tail_elements(self) -> list[Tensor | None]:
         """Keys and values of the tail [batch, heads, 64, head_dim], not rotated; those that are exact as they lie."""
+        if self.plan.streams:
+            return self.stream_tail_elements()
         found: list[Tensor | None] = [side.tail for side in self.sides]
         tail = found[0]
         coded = [layout.bits < 16 for layout in self._layouts]

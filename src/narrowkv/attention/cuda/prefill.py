@@ -15,6 +15,7 @@ from torch import Tensor
 from narrowkv.attention import tiled
 from narrowkv.attention.cuda.block_table import BlockTable, block_table_of, kernel_rope_state
 from narrowkv.attention.cuda.kernels.layout import KernelConfig
+from narrowkv.attention.cuda.stream_tables import Streams
 from narrowkv.attention.head_transform import unrotate_output
 from narrowkv.attention.inputs import AttentionInputs
 from narrowkv.attention.rope import Rope
@@ -63,7 +64,7 @@ def _unsealed(inputs: AttentionInputs, store: LayerStore) -> Iterator[Chunk]:
 
 def _runs(inputs: AttentionInputs, store: LayerStore, sealed: int, most: int) -> Iterator[Chunk]:
     """All where `sealed` tokens are in sealed blocks."""
-    decode = _kernels("dequantize").dequantize
+    streams = Streams.of(store, inputs.rope)
     assert store.shape is not None
     batch, heads, dim = store.shape
     rope, stored = inputs.rope if inputs.rope_state is not None else None, inputs.past - store.first
@@ -82,11 +83,16 @@ def _runs(inputs: AttentionInputs, store: LayerStore, sealed: int, most: int) ->
         capacity = (stored if end == sealed else end) - begin
         shape, dtype = (batch, heads, capacity, dim), inputs.query.dtype
         pair = tuple(torch.empty(shape, dtype=dtype, device=blocks.table.device) for _ in range(2))
-        decode(pair, blocks, case, rope_state, rope_scale, range(column, stop), range(begin, end))
-        keys, values = (
-            _unrotated(quantizer, matrix, elements)
-            for quantizer, matrix, elements in zip(store.quantizers, blocks.head_rotations, pair, strict=True)
-        )
+        span = case, rope_state, rope_scale, range(column, stop), range(begin, end)
+        if streams is None:
+            _kernels("dequantize").dequantize(pair, blocks, *span)
+            keys, values = (
+                _unrotated(quantizer, matrix, elements)
+                for quantizer, matrix, elements in zip(store.quantizers, blocks.head_rotations, pair, strict=True)
+            )
+        else:
+            _kernels("dequantize_streams").dequantize_streams(pair, blocks, streams, *span)
+            keys, values = pair[0], streams.sums.elements(pair[1])
         if sinks is not None and store.sinks.index is not None:
             put_sinks(store.first + begin, (keys, values), store.sinks.index, sinks)
         if end == sealed:

@@ -121,12 +121,13 @@ def attend_part(
 
 @triton.jit(do_not_specialize=["total_rows", "slots", "packed"])
 def merge(
-    sums, running_max, sink_logits, output, total_rows, slots, packed, group_rows, queries, dim,
-    SLOTS: tl.constexpr, WIDE: tl.constexpr, SINKS: tl.constexpr, APART: tl.constexpr,
+    sums, running_max, sink_logits, output, total_rows, slots, packed, group_rows, queries, dim, width,
+    SLOTS: tl.constexpr, WIDE: tl.constexpr, SINKS: tl.constexpr, APART: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
-    """One row of the result, [rows of all, head_dim], from the parts of all slots, [heads of all, slots, rows of a group, ..].
+    """One row of the result, [rows of all, width], from the parts of all slots, [heads of all, slots, rows of a group, ..].
 
-    APART: the sum of the first `packed` slots goes to output[0], that of the others to output[1].
+    APART: the sum of the first `packed` slots goes to output[0], that of the others to output[1]. SHARE: behind the former
+    goes what part of all weights it has.
     """
     row = tl.program_id(0)
     head, within = row // group_rows, row % group_rows
@@ -148,7 +149,9 @@ def merge(
     parts = tl.load(sums + at[:, None] * dim + channel[None, :], mask=inside, other=0.0) * weights[:, None]
     if APART:
         own = tl.sum(tl.where((slot < packed)[:, None], parts, 0.0), 0)
-        tl.store(output + row * dim + channel, own, mask=channel < dim)
+        tl.store(output + row * width + channel, own, mask=channel < dim)
+        if SHARE:
+            tl.store(output + row * width + dim, tl.sum(tl.where(slot < packed, weights * total, 0.0), 0))
         parts = tl.where((slot < packed)[:, None], 0.0, parts)
-        output += total_rows * dim
-    tl.store(output + row * dim + channel, tl.sum(parts, 0), mask=channel < dim)
+        output += total_rows * width
+    tl.store(output + row * width + channel, tl.sum(parts, 0), mask=channel < dim)

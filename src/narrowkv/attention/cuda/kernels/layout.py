@@ -1,6 +1,7 @@
 """What kernels written in Triton are compiled for: the form of a side of the packed cache, and the case of a call."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from narrowkv.codec.packing import PLANES
 from narrowkv.store import BLOCK
@@ -149,6 +150,45 @@ class PackedLayout:
     def groups(self) -> int:
         """How many ranges a row has."""
         return self.length // self.group_size
+
+
+@dataclass(frozen=True)
+class StreamLayout:
+    """The keys, or the values, of blocks in trellis-coded streams.
+
+    codes: coefficients with codes. dim: head_dim. heads: KV heads. stream_bytes: of a token, its norm included. norms: whether
+    it has one. nonzeros: outliers taken at once, 0 where there are none. kind: of outliers, "fp16" or "bf16".
+    """
+
+    codes: int
+    dim: int
+    heads: int
+    stream_bytes: int
+    norms: bool
+    nonzeros: int
+    kind: str
+
+    bits: ClassVar = 8
+    planes: ClassVar = (8,)
+    row_bytes: ClassVar = (BLOCK,)  # of the one plane
+
+    @property
+    def rows(self) -> int:
+        """Rows of bytes of a head in a block."""
+        return self.stream_bytes
+
+    @property
+    def capacity(self) -> int:
+        """Coefficients of a tile, those without codes included."""
+        return max(power_of_2(self.dim), 16)
+
+    @property
+    def tile(self) -> int:
+        """Elements of a tile for outliers."""
+        return self.codes * BLOCK if self.nonzeros else 0
+
+
+AnyLayout = PackedLayout | StreamLayout
 
 
 @dataclass(frozen=True)
