@@ -3,7 +3,9 @@
 #if defined(__x86_64__)
 
 #include "avx512.h"
-#include "int16_kernel.h"
+#include "int16_values.h"
+#include "stream_int16_keys.h"
+#include "stream_int16_values.h"
 
 namespace narrowkv {
 void attend_int16(const Problems& problems, int threads) {

@@ -8,8 +8,8 @@
 #include <array>
 #include <cstring>
 
-#include "decode.h"
 #include "each.h"
+#include "int16_worker.h"
 
 namespace narrowkv {
 namespace {
@@ -122,40 +122,7 @@ inline __m512i look_up_int16(__m512i codes, const uint8_t* table) {
     return _mm512_permutexvar_epi16(codes, _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)table)));
 }
 
-// Memory that will be read next, prefetched little by little: a burst would wait for the few lines that can be on their way.
-constexpr int kSteps = 8;  // taken together where registers would have to be put by
-
-class Prefetcher {
-  public:
-    // The codes of a head.
-    void add(const PackedTensor& side, const Block& block, int head) {
-        if (side.streams) return add(block.planes[0], head, side.streams->bytes * kBlock);
-        for (int plane = 0; plane < 2 && kPlanes[side.bits][plane]; ++plane) {
-            add(block.planes[plane], head, side.codes * kBlock * kPlanes[side.bits][plane] / 8);
-        }
-    }
-    // In how many steps all is to be prefetched.
-    void spread(int steps) { rate = (lines << 16) / steps + 1; }
-    void step(int steps) {
-        for (due += steps * rate; due >= 1 << 16 && at < count; due -= 1 << 16) {
-            __builtin_prefetch(parts[at].from, 0, 2);
-            if ((parts[at].from += 64) >= parts[at].to) ++at;
-        }
-    }
-
-  private:
-    struct Part {
-        const uint8_t *from, *to;
-    };
-    Part parts[24];
-    int count = 0, lines = 0, at = 0, rate = 0, due = 0;  // rate, due: lines times 65536
-
-    void add(const uint8_t* plane, int head, int bytes) {
-        const uint8_t* from = plane + int64_t(head) * bytes;
-        parts[count++] = {from, from + bytes};
-        lines += (bytes + 63) / 64;
-    }
-};
+constexpr int kSteps = 8;  // of the prefetcher, taken together where registers would have to be put by
 
 // Elements, rounded, as the two words of a lane.
 inline __m512i to_lanes(__m512 first, __m512 second) {

@@ -10,7 +10,6 @@
 namespace narrowkv {
 namespace {
 
-constexpr float kMostSum = 2.1e9f, kMaxInt16 = 32767.0f, kMaxRotated = 32700.0f;  // kMaxRotated: safe of rounding
 
 class Int16Keys {
   public:

@@ -10,13 +10,6 @@ namespace narrowkv {
 namespace {
 
 constexpr int kSpan = 4 * kBlock;  // tokens whose weights share a unit
-constexpr int kMostSpan = 8 * kBlock;  // the same, of any form of values
-
-// Blocks of a span of a sequence; those of which nothing is seen are left out.
-struct Span {
-    const Block* sides[kMostSpan / kBlock];  // keys, then values; or null
-    int length;
-};
 
 // Add tokens of a block, weighted, to the sums of 64 channels, [queries][dim]: those from 32 * set on and as many half the
 // codes further on, whose codes may share bytes. weights: of these two groups of channels, [queries][stride].

@@ -12,7 +12,7 @@
 namespace narrowkv {
 namespace {
 
-constexpr int kFrames = kBlock / kFrame, kTogether = 8;  // kTogether: queries
+constexpr int kTogether = 8;  // queries
 constexpr int kWords = 32;  // of a register
 
 // Where the byte of a token stands: of each lane of 32 bits that two bytes of two coefficients become, the frame is known by
@@ -195,21 +195,6 @@ class Int16StreamKeys : StreamKeys {
         for (int i = 0; i < width; i += 16) {
             store(&along[q * width + i], element(unrotated, 0, i)), store(&across[q * width + i], element(crossed, 1, i));
         }
-    }
-
-    // The position of each frame; false where tokens of one do not share theirs.
-    bool find_positions(int64_t start, int count, int32_t* found) const {
-        const Rotation& rotation = problem.rotation;
-        if (!rotation.pairs) return true;
-        const int32_t* positions = rotation.positions + row * rotation.position_stride + start;
-        bool shared = true;
-        for (int frame = 0; frame < kFrames; ++frame) {
-            const int left = count - frame * kFrame;
-            const __mmask16 some = left >= kFrame ? 0xffff : left > 0 ? (1 << left) - 1 : 0;
-            found[frame] = positions[left > 0 ? frame * kFrame : 0];
-            shared &= !_mm512_mask_cmpneq_epi32_mask(some, _mm512_maskz_loadu_epi32(some, positions + frame * kFrame), _mm512_set1_epi32(found[frame]));
-        }
-        return shared;
     }
 
     void rotate_to(const int32_t* positions) {

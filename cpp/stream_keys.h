@@ -13,6 +13,8 @@
 namespace narrowkv {
 namespace {
 
+constexpr int kFrames = kBlock / kFrame;
+
 // Scores [queries][16] of some queries, `stride` apart, and a frame's coefficients, [coded][64], and offsets, [head_dim][16].
 template <int queries>
 inline void score_frame(const float* query, int stride, const int32_t* query_index, const int8_t* tile, const float* offsets, int coded,
@@ -100,6 +102,20 @@ class StreamKeys {
     Buffer<float> found;                   // [rows][16] scores of a frame
     Buffer<int8_t> tile;                   // [coded][64]
     Misses misses;
+
+    // The position of each frame of a block; false where tokens of one do not share theirs.
+    bool find_positions(int64_t start, int count, int32_t* found) const {
+        const Rotation& rotation = problem.rotation;
+        if (!rotation.pairs) return true;
+        const int32_t* positions = rotation.positions + row * rotation.position_stride + start;
+        bool shared = true;
+        for (int frame = 0; frame < kFrames; ++frame) {
+            const int first = frame * kFrame, left = count - first;
+            found[frame] = positions[left > 0 ? first : 0];
+            for (int i = 0; i < std::min(left, kFrame); ++i) shared &= positions[first + i] == found[frame];
+        }
+        return shared;
+    }
 
   private:
     void score(int64_t start, int count, float* scores) {

@@ -53,9 +53,9 @@ inline Lanes nibble(const Lanes* bytes) {
 }
 
 // Eight coefficients of rate k of 64 tokens, whose bytes begin in a row of the codes. ordered: puts a row's tokens in the
-// order that the tile is to have.
-template <int k, typename Ordered>
-NARROWKV_INLINE inline void decode_unit(const Streams& streams, const uint8_t* codes, int row, const Ordered& ordered, int8_t* tile) {
+// order in which they are wanted. put: takes each coefficient, whose number is a type, of a register of tokens from one on.
+template <int k, typename Ordered, typename Put>
+NARROWKV_INLINE inline void decode_unit(const Streams& streams, const uint8_t* codes, int row, const Ordered& ordered, const Put& put) {
     alignas(64) static const uint8_t nothing[kBlock] = {};
     const Lanes high = simd::repeated(streams.high + (k - 1) * 16), low = simd::repeated(streams.low + (k - 1) * 16);
     const uint8_t *own = codes + row * kBlock, *before = row ? own - kBlock : nothing;
@@ -64,10 +64,17 @@ NARROWKV_INLINE inline void decode_unit(const Streams& streams, const uint8_t* c
         each<k>([&](auto i) NARROWKV_INLINE { bytes[i + 1] = ordered(load_lanes(own + i * kBlock + token)); });
         each<kUnit>([&](auto i) NARROWKV_INLINE {
             constexpr int end = 8 + k * (i + 1);
-            const Lanes value = simd::pick(high, nibble<end - 8>(bytes)) + simd::pick(low, nibble<end - 4>(bytes));
-            std::memcpy(tile + i * kBlock + token, &value, sizeof value);
+            put(i, token, simd::pick(high, nibble<end - 8>(bytes)) + simd::pick(low, nibble<end - 4>(bytes)));
         });
     }
+}
+
+// The same, [8][64].
+template <int k, typename Ordered>
+NARROWKV_INLINE inline void decode_unit(const Streams& streams, const uint8_t* codes, int row, const Ordered& ordered, int8_t* tile) {
+    decode_unit<k>(streams, codes, row, ordered, [&](auto i, int token, Lanes value) NARROWKV_INLINE {
+        std::memcpy(tile + i * kBlock + token, &value, sizeof value);
+    });
 }
 
 struct AsTheyLie {
@@ -92,6 +99,11 @@ inline void decode_streams(const Streams& streams, const uint8_t* codes, const u
     });
 }
 
+// What a state of rate k stands for.
+inline int8_t decode_state(const Streams& streams, int k, int state) {
+    return int8_t(streams.high[(k - 1) * 16 + (state >> 4)] + streams.low[(k - 1) * 16 + (state & 15)]);
+}
+
 // The same of `count` tokens whose streams lie one after the other; of those beyond zeros.
 inline void decode_stream_tail(const Streams& streams, const uint8_t* codes, int count, int8_t* tile) {
     std::memset(tile, 0, size_t(streams.coded()) * kBlock);
@@ -101,8 +113,7 @@ inline void decode_stream_tail(const Streams& streams, const uint8_t* codes, int
             for (int i = 0; i < kUnit * streams.counts[k - 1]; ++i, to += kBlock) {
                 end += k;
                 const int last = (end - 1) / 8, two = (last ? codes[last - 1] << 8 : 0) | codes[last];
-                const int state = two >> (8 * last + 8 - end) & 255;
-                *to = int8_t(streams.high[(k - 1) * 16 + (state >> 4)] + streams.low[(k - 1) * 16 + (state & 15)]);
+                *to = decode_state(streams, k, two >> (8 * last + 8 - end) & 255);
             }
         }
     }

@@ -3,37 +3,80 @@
 // Codebooks hold words, in units of their own; queries and weights become words as large as sums in 32 bits allow. Blocks are
 // taken four at a time: scores of all, one softmax, then the values. Elements are multiplied in the registers they are looked
 // up in: memory that is written and read again costs more than the arithmetic. Outliers are added in float32, as what they
-// differ by.
+// differ by. Compiled once for each instruction set: included after `simd`.
 
 #pragma once
 
-#include "stream_int16_keys.h"
-#include "stream_int16_values.h"
-#include "int16_values.h"
+#include "kernel.h"
 
 namespace narrowkv {
 namespace {
 
+constexpr float kMostSum = 2.1e9f, kMaxInt16 = 32767.0f, kMaxRotated = 32700.0f;  // kMaxRotated: safe of rounding
+constexpr int kMostSpan = 8 * kBlock;  // tokens whose weights share a unit, of any form of values
+
+// Blocks of a span of a sequence; those of which nothing is seen are left out.
+struct Span {
+    const Block* sides[kMostSpan / kBlock];  // keys, then values; or null
+    int length;
+};
+
+// Memory that will be read next, prefetched little by little: a burst would wait for the few lines that can be on their way.
+class Prefetcher {
+  public:
+    // The codes of a head.
+    void add(const PackedTensor& side, const Block& block, int head) {
+        if (side.streams) return add(block.planes[0], head, side.streams->bytes * kBlock);
+        for (int plane = 0; plane < 2 && kPlanes[side.bits][plane]; ++plane) {
+            add(block.planes[plane], head, side.codes * kBlock * kPlanes[side.bits][plane] / 8);
+        }
+    }
+    // In how many steps all is to be prefetched.
+    void spread(int steps) { rate = (lines << 16) / steps + 1; }
+    void step(int steps) {
+        for (due += steps * rate; due >= 1 << 16 && at < count; due -= 1 << 16) {
+            __builtin_prefetch(parts[at].from, 0, 2);
+            if ((parts[at].from += 64) >= parts[at].to) ++at;
+        }
+    }
+
+  private:
+    struct Part {
+        const uint8_t *from, *to;
+    };
+    Part parts[24];
+    int count = 0, lines = 0, at = 0, rate = 0, due = 0;  // rate, due: lines times 65536
+
+    void add(const uint8_t* plane, int head, int bytes) {
+        const uint8_t* from = plane + int64_t(head) * bytes;
+        parts[count++] = {from, from + bytes};
+        lines += (bytes + 63) / 64;
+    }
+};
+
 // Turn scores into weights relative to the largest so far, as `weigh` of float32 does, but only as exact as words are.
 inline float weigh_shortly(float* scores, int count, float& largest, float& total) {
-    __m512 most = _mm512_set1_ps(largest), sum = {};
-    for (int i = 0; i < count; i += 16) most = _mm512_max_ps(most, _mm512_load_ps(scores + i));
-    const float highest = _mm512_reduce_max_ps(most);
+    Floats most = all(largest), sum = {};
+    const auto larger = [](Floats x, Floats y) { return x > y ? x : y; };
+    for (int i = 0; i < count; i += simd::width) most = larger(load(scores + i), most);
+    float highest = largest;
+    for (int lane = 0; lane < simd::width; ++lane) highest = std::max(highest, most[lane]);
     if (highest == -INFINITY) {
         std::fill(scores, scores + count, 0.0f);
         return 1.0f;
     }
     constexpr float kLog2 = 1.44269504f;
-    for (int i = 0; i < count; i += 16) {
-        const __m512 x = _mm512_max_ps(_mm512_load_ps(scores + i) * kLog2 - highest * kLog2, _mm512_set1_ps(-126.0f));
-        const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = x - n;
-        const __m512 p = (((r * 9.6181291e-3f + 5.5504109e-2f) * r + 2.4022651e-1f) * r + 6.9314718e-1f) * r + 1.0f;  // 2^r, Taylor
-        const __m512 weight = _mm512_scalef_ps(p, n);
+    for (int i = 0; i < count; i += simd::width) {
+        const Floats x = larger(load(scores + i) * kLog2 - highest * kLog2, all(-126.0f));
+        const Floats shifted = x + 12582912.0f, r = x - (shifted - 12582912.0f);  // 1.5 * 2^23: the nearest integer lies in the last bits
+        const Floats p = (((r * 9.6181291e-3f + 5.5504109e-2f) * r + 2.4022651e-1f) * r + 6.9314718e-1f) * r + 1.0f;  // 2^r, Taylor
+        const Floats weight = Floats(Ints(p) + (Ints(shifted) << 23));
         sum += weight;
-        _mm512_store_ps(scores + i, weight);
+        store(scores + i, weight);
     }
     const float rescale = highest == largest ? 1.0f : std::exp(largest - highest);
-    total = total * rescale + _mm512_reduce_add_ps(sum);
+    total *= rescale;
+    for (int lane = 0; lane < simd::width; ++lane) total += sum[lane];
     largest = highest;
     return rescale;
 }
