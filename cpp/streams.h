@@ -146,38 +146,47 @@ struct Miss {
 class Misses {
   public:
     const Miss* begin() const { return found.data(); }
-    const Miss* end() const { return found.data() + found.size(); }
+    const Miss* end() const { return found.data() + count; }
 
     // decoded: the grid steps of a coefficient and token.
     template <typename Decoded>
     void of_block(const PackedTensor& side, const Block& block, int head, const Decoded& decoded) {
-        found.clear();
-        if (!block.outlier_offsets) return;
-        for (int i = block.outlier_offsets[head]; i < block.outlier_offsets[head + 1]; ++i) {
-            add(side, block.outlier_index[i], block.outlier_values, i, decoded);
+        count = 0;
+        const int coded = side.streams->coded();
+        if (!block.outlier_offsets || !coded) return;
+        const int first = block.outlier_offsets[head], last = block.outlier_offsets[head + 1];
+        reserve(last - first);
+        const uint64_t reciprocal = (uint64_t(1) << 32) / coded + 1;  // of 16 bits, a product and a shift divide exactly
+        for (int i = first; i < last; ++i) {
+            const int index = block.outlier_index[i], token = int(index * reciprocal >> 32);
+            if (token < kBlock) add(side, token, index - token * coded, block.outlier_values, i, decoded);
         }
     }
 
     template <typename Decoded>
     void of_tail(const PackedTensor& side, const Tail& tail, int64_t batch_head, const Decoded& decoded) {
-        found.clear();
+        count = 0;
+        const int coded = side.streams->coded();
+        reserve(tail.outliers);
         for (int64_t i = 0; i < tail.outliers; ++i) {
-            add(side, tail.outlier_index[i] - batch_head * kBlock * side.streams->coded(), tail.outlier_values, i, decoded);
+            const int64_t index = tail.outlier_index[i] - batch_head * kBlock * coded;
+            if (index >= 0 && index < int64_t(kBlock) * coded) add(side, int(index) / coded, int(index) % coded, tail.outlier_values, i, decoded);
         }
-        std::stable_sort(found.begin(), found.end(), [](const Miss& a, const Miss& b) { return a.token < b.token; });
+        std::stable_sort(found.begin(), found.begin() + count, [](const Miss& a, const Miss& b) { return a.token < b.token; });
     }
 
   private:
-    std::vector<Miss> found;
+    std::vector<Miss> found;  // of which `count` count
+    int64_t count = 0;
+
+    void reserve(int64_t most) {
+        if (int64_t(found.size()) < most) found.resize(most);
+    }
 
     template <typename Decoded>
-    void add(const PackedTensor& side, int64_t index, const void* values, int64_t i, const Decoded& decoded) {
-        const Streams& streams = *side.streams;
-        const int coded = streams.coded();
-        if (index < 0 || index >= int64_t(kBlock) * coded) return;
-        const int token = int(index) / coded, coefficient = int(index) % coded;
+    NARROWKV_INLINE void add(const PackedTensor& side, int token, int coefficient, const void* values, int64_t i, const Decoded& decoded) {
         const float exact = to_single(static_cast<const uint16_t*>(values)[i], side.outlier);
-        found.push_back({token, coefficient, exact * streams.finer[coefficient] - decoded(coefficient, token)});
+        found[count++] = {token, coefficient, exact * side.streams->finer[coefficient] - decoded(coefficient, token)};
     }
 };
 
