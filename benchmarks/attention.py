@@ -30,9 +30,17 @@ BANDWIDTH_BYTES = 2**28
 AVX2_ALONE = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 
-def ours(name: str, tokens: int, batch: int = 1, kernel: str | None = None) -> tuple[Callable[[], Tensor], int]:
-    """One step of decoding as the cache calls it, and the bytes that it reads."""
+def ours(
+    name: str, tokens: int, batch: int = 1, kernel: str | None = None, avx2: bool = False
+) -> tuple[Callable[[], Tensor], int]:
+    """One step of decoding as the cache calls it, and the bytes that it reads.
+
+    kernel: by default what would be chosen here, or, if `avx2`, on a processor with AVX2 alone.
+    """
     store = fill(name, tokens, batch)
+    if avx2 and kernel is None:
+        streams = all(quantizer.scheme.datatype == "trellis" for quantizer in store.quantizers)
+        kernel = cpu.AVX2_INT16 if streams else "avx2"
     keys, values = torch.randn(2, batch, KV_HEADS, 1, HEAD_DIM)
     query = torch.randn(batch, QUERY_HEADS, 1, HEAD_DIM, dtype=torch.bfloat16)
     inputs = attention_inputs(store, query, (keys, values))
@@ -56,11 +64,17 @@ def torch_forms(tokens: int, batch: int, dtype: torch.dtype) -> dict[str, Callab
 
 
 def measure(
-    recipes: list[str], tokens: int, batch: int, threads: int, repeats: int, kernel: str | None = None
+    recipes: list[str],
+    tokens: int,
+    batch: int,
+    threads: int,
+    repeats: int,
+    kernel: str | None = None,
+    avx2: bool = False,
 ) -> list[dict[str, Any]]:
     """One row for each recipe."""
     torch.set_num_threads(threads)
-    made = {name: ours(name, tokens, batch, kernel) for name in recipes}
+    made = {name: ours(name, tokens, batch, kernel, avx2) for name in recipes}
     peers = {kind: torch_forms(tokens, batch, getattr(torch, kind)) for kind in ("bfloat16", "float32")}
     block = torch.ones(BANDWIDTH_BYTES // 4)
     steps: dict[str, Callable[[], Any]] = {"read": block.sum, **{name: step for name, (step, _) in made.items()}}
@@ -131,17 +145,18 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[32_768, 2048])
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
-    parser.add_argument("--kernel", choices=[cpu.INT16, *cpu.KERNELS], help="in place of the one that would be chosen")
+    parser.add_argument(
+        "--kernel", choices=[cpu.INT16, cpu.AVX2_INT16, *cpu.KERNELS], help="in place of the one that would be chosen"
+    )
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--avx2", action="store_true", help="our kernel for AVX2, against torch with AVX2 alone and as it is")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
     on_avx2 = limited(sys.argv[1:]) if arguments.avx2 and AVX2_ALONE.items() - os.environ.items() else []
-    arguments.kernel = "avx2" if arguments.avx2 else arguments.kernel
     cases = [(n, batch, threads) for n in arguments.tokens for batch in arguments.batch for threads in arguments.threads]
     for tokens, batch, threads in cases:
-        found = measure(arguments.recipes, tokens, batch, threads, arguments.repeats, arguments.kernel)
+        found = measure(arguments.recipes, tokens, batch, threads, arguments.repeats, arguments.kernel, arguments.avx2)
         rows += found
         for row in found:
             print(
@@ -151,7 +166,11 @@ def main() -> None:
                 f"{100 * row['share_of_bandwidth']:.0f}% of {row['bandwidth_gigabytes_per_second']:.1f}",
                 flush=True,
             )
-    write(arguments.json, on_avx2 + rows, kernel=arguments.kernel or "as chosen for queries in bf16")
+    write(
+        arguments.json,
+        on_avx2 + rows,
+        kernel=arguments.kernel or f"as chosen for queries in bf16{' on AVX2' * arguments.avx2}",
+    )
     if arguments.plot:
         draw(rows, arguments.plot)
 

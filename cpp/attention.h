@@ -137,5 +137,6 @@ void attend_generic(const Problems& problems, int threads);
 void attend_avx2(const Problems& problems, int threads);
 void attend_avx512(const Problems& problems, int threads);
 void attend_int16(const Problems& problems, int threads);
+void attend_avx2_int16(const Problems& problems, int threads);
 
 }  // namespace narrowkv

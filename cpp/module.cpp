@@ -208,11 +208,13 @@ void attend(const std::string& kernel, int threads, const std::vector<const Owne
     Problems problems;
     for (const OwnedProblem* one : owned) {
         require(one && (kernel != "int16" || one->int16), "there is no kernel int16 for what is attended to");
+        require(kernel != "avx2-int16" || (one->int16 && one->problem.keys.streams), "there is no kernel avx2-int16 for what is attended to");
         problems.push_back(&one->problem);
     }
     nb::gil_scoped_release release;
 #if defined(__x86_64__)
     if (kernel == "int16") return attend_int16(problems, threads);
+    if (kernel == "avx2-int16") return attend_avx2_int16(problems, threads);
     if (kernel == "avx512") return attend_avx512(problems, threads);
     if (kernel == "avx2") return attend_avx2(problems, threads);
 #endif

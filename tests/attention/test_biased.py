@@ -40,7 +40,7 @@ def test_every_form_of_codes_on_a_cpu(form, shape, kernel):
 @pytest.mark.parametrize(("keys", "values"), [("kivi-2", "fp4"), ("token_head groups", "hadamard"), ("hadamard", "fp4")])
 def test_whole_numbers_of_16_bits(keys, values, shape):
     inputs, store = biased(keys, values, shape)
-    assert cpu._blocks(store, None).uses_int16
+    assert cpu._blocks(store, None).int16_kernels == [cpu.INT16]
     assert_attends(partial(cpu.attend, kernel=cpu.INT16), inputs, store, 2e-3)
 
 

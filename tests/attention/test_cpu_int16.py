@@ -30,7 +30,7 @@ SHAPES = [
 
 
 def check(inputs, store):
-    assert cpu._blocks(store, inputs.rope).uses_int16
+    assert cpu._blocks(store, inputs.rope).int16_kernels == [cpu.INT16]
     assert_attends(partial(cpu.attend, kernel=cpu.INT16), inputs, store, 2e-3)
 
 

@@ -17,9 +17,9 @@ from tests.cases import (
 from tests.stream_cases import ROPES, case
 
 from narrowkv import _kernels
-from narrowkv.attention import AUTO, AttentionMask, Rope, StoredRope, resolve_backend
+from narrowkv.attention import AUTO, AttentionMask, Rope, StoredRope, describe_backend, resolve_backend
 from narrowkv.attention.cpu import decode as cpu
-from narrowkv.attention.cpu.int16 import SUPPORTED
+from narrowkv.attention.cpu.int16 import AVX2_INT16, INT16, STREAM_KERNELS
 from narrowkv.errors import UnsupportedModelError
 
 SHAPES = [
@@ -34,9 +34,8 @@ def check(inputs, store, kernel=cpu.KERNELS[0], tolerance=2e-6):
     assert_attends(partial(cpu.attend, kernel=kernel), inputs, store, max(tolerance, WITHIN.get(kernel, 0.0)))
 
 
-IN_WORDS = [cpu.INT16] if SUPPORTED else []
-FORMS = [*cpu.KERNELS, *IN_WORDS]
-WITHIN = {cpu.INT16: 2e-3}  # else float32 is as exact as can be
+FORMS = [*cpu.KERNELS, *STREAM_KERNELS]
+WITHIN = {INT16: 2e-3, AVX2_INT16: 2e-3}  # else float32 is as exact as can be
 
 
 @pytest.mark.parametrize("kernel", FORMS)
@@ -73,8 +72,8 @@ def test_each_code_is_decoded_as_torch_decodes_it(kernel):
         torch.testing.assert_close(found[0, 0, 0], values[0, 0, token], atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kernel", [cpu.KERNELS[0], *IN_WORDS])
-@pytest.mark.parametrize("group", [1, 2, 3, 5, 7, 16])
+@pytest.mark.parametrize("kernel", [cpu.KERNELS[0], *STREAM_KERNELS])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 16])
 def test_groups_of_query_heads(group, kernel):
     check(*case((2, 2 * group, 2, 16, 150, 3)), kernel)
 
@@ -99,13 +98,29 @@ def test_outliers_stored_in_16_bits(dtype):
     check(*case((2, 4, 2, 80, 150, 1), dtype=dtype))
 
 
+@pytest.mark.parametrize("kernel", [cpu.KERNELS[0], *STREAM_KERNELS])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("rule", [None, lambda b, h, q, k: (k <= q) & (k // 48 == q // 48), lambda b, h, q, k: k <= q + b])
-def test_masks_padding_and_windows(rule, window, softcap):
+def test_masks_padding_and_windows(rule, window, softcap, kernel):
     inputs, store = case((3, 6, 2, 16, 300, 7), sinks=3, padded=[0, 150, 290])
     inputs = hide(inputs, store, rule, window, softcap)
-    check(inputs, store)
+    check(inputs, store, kernel)
+
+
+@pytest.mark.parametrize("kernel", STREAM_KERNELS)
+@pytest.mark.parametrize("factor", [0.0, 5.0])
+def test_attention_that_is_flat_or_of_few_tokens(factor, kernel):
+    inputs, store = case((1, 4, 2, 64, 700, 1))
+    check(inputs.with_query(factor * inputs.query), store, kernel)
+
+
+@pytest.mark.parametrize("kernel", STREAM_KERNELS)
+def test_a_query_that_one_channel_rules(kernel):
+    inputs, store = case((1, 6, 1, 80, 700, 1))
+    query = inputs.query.clone()
+    query[..., 7] *= 1000
+    check(inputs.with_query(query / query.norm(dim=-1, keepdim=True)), store, kernel)
 
 
 def test_a_query_that_sees_nothing_yields_zeros():
@@ -206,24 +221,31 @@ def test_blocks_of_other_streams_are_refused():
         cpu.attend(inputs, store)
 
 
-@pytest.mark.parametrize("kernel", [cpu.KERNELS[0], *IN_WORDS])
+@pytest.mark.parametrize("kernel", [cpu.KERNELS[0], *STREAM_KERNELS])
 def test_heads_of_512_channels(kernel):
     check(*case((1, 2, 1, 512, 140, 1)), kernel)
 
 
-@pytest.mark.skipif(not SUPPORTED, reason="needs AVX-512 with VBMI, VNNI and GFNI")
+@pytest.mark.skipif(not STREAM_KERNELS, reason="needs AVX2")
 def test_int16_is_chosen_for_16_bits_and_for_streams_of_both_keys_and_values():
     inputs, store = case((1, 4, 2, 64, 200, 1))
     rounded = inputs.with_query(inputs.query.bfloat16())
     exact = rounded.with_query(rounded.query.float())
-    words = cpu.attend(exact, store, kernel=cpu.INT16)
+    words = cpu.attend(exact, store, kernel=STREAM_KERNELS[0])
     assert torch.equal(cpu.attend(rounded, store), words)
     assert not torch.equal(cpu.attend(exact, store), words)
     schemes = [found.scheme for found in store.quantizers]
     assert cpu.uses_int16(*schemes, 64, inputs.rope) and not cpu.uses_int16(schemes[0], VALUES["token"], 64, inputs.rope)
     inputs, store = case((1, 4, 2, 80, 200, 1), values=VALUES["token"])
-    with pytest.raises(ValueError, match="no kernel int16"):
-        cpu.attend(inputs, store, kernel=cpu.INT16)
+    for kernel in STREAM_KERNELS:
+        with pytest.raises(ValueError, match=f"no kernel {kernel}"):
+            cpu.attend(inputs, store, kernel=kernel)
+
+
+@pytest.mark.parametrize(("supported", "named"), [(True, "cpu (avx512, int16)"), (False, "cpu (avx2, int16)")])
+def test_the_backend_says_which_instructions_words_need(supported, named, monkeypatch):
+    monkeypatch.setattr("narrowkv.attention.SUPPORTED", supported)
+    assert describe_backend("cpu", True) == named
 
 
 def test_unsupported_schemes_are_refused_and_not_chosen():
@@ -241,7 +263,7 @@ def test_unsupported_schemes_are_refused_and_not_chosen():
         cpu.attend(replace(inputs, rope=Rope(frequencies(32) / 2)), store)
 
 
-@pytest.mark.parametrize("kernel", [*cpu.KERNELS, *([cpu.INT16] if SUPPORTED else [])])
+@pytest.mark.parametrize("kernel", FORMS)
 def test_several_sequences_in_one_call_are_attended_to_bit_for_bit_as_one_by_one(kernel):
     shapes = [(1, 4, 2, 64, 700, 1), (2, 4, 2, 64, 65, 3), (1, 4, 2, 64, 20, 1), (1, 2, 1, 64, 1400, 2)]
     assert_as_one_by_one([case(shape) for shape in shapes], kernel)

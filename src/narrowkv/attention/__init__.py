@@ -7,6 +7,7 @@ from torch import Tensor
 
 from narrowkv.attention import naive, tiled
 from narrowkv.attention.cpu import decode as cpu
+from narrowkv.attention.cpu.int16 import SUPPORTED
 from narrowkv.attention.cuda import decode as cuda
 from narrowkv.attention.inputs import AttentionInputs
 from narrowkv.attention.mask import AttentionMask
@@ -64,7 +65,9 @@ def describe_backend(backend: str, int16: bool, in_torch: Sequence[str] = ()) ->
     slow = f", {' and '.join(in_torch)} encoded in torch" if in_torch and backend in ("cpu", "cuda") else ""
     if backend != "cpu":
         return f"{backend}{slow}"
-    return f"cpu ({cpu.KERNELS[0]}{', int16' if int16 else ''}){slow}"
+    if not int16:
+        return f"cpu ({cpu.KERNELS[0]}){slow}"
+    return f"cpu ({'avx512' if SUPPORTED else 'avx2'}, int16){slow}"
 
 
 __all__ = [

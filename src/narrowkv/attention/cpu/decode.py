@@ -12,7 +12,7 @@ from torch import Tensor
 
 import narrowkv._kernels as _kernels
 from narrowkv.attention import tiled
-from narrowkv.attention.cpu.int16 import SUPPORTED, supports
+from narrowkv.attention.cpu.int16 import AVX2_INT16, INT16, STREAM_KERNELS, supports
 from narrowkv.attention.cpu.streams import Streams, StreamValues, steps_to_anchors
 from narrowkv.attention.cpu.tables import packed_tensor_args, rope_tables, rotary_layout
 from narrowkv.attention.head_transform import bias_scores, head_rotation, rotate_query, rotate_value_bias, unrotate_output
@@ -29,7 +29,6 @@ SPLITS = 64  # about this many splits of work for any number of threads, so that
 SHORTEST_SPLIT, LONGEST_SPLIT = 8, 64  # blocks
 KERNELS = [name for name in ("avx512", "avx2") if name in _kernels.instruction_sets()] + ["generic"]
 MOST_HEAD_DIM = 512  # that kernels have space for
-INT16 = "int16"  # the kernel that multiplies int16
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class PackedBlocks:
     sides: tuple[_kernels.PackedTensor, _kernels.PackedTensor]
     head_rotations: tuple[Tensor | None, Tensor | None]  # by which keys, and values, are rotated
     value_bias: Tensor | None  # as the codes see it
-    uses_int16: bool  # whether INT16 reads them
+    int16_kernels: list[str]  # that read them, fastest first
     stream_values: StreamValues | None
     anchors: Tensor | None  # of keys in streams, by `steps_to_anchors`
     tables: list[Tensor]  # that `sides` point into
@@ -103,9 +102,10 @@ class Prepared:
 def attend(inputs: AttentionInputs, store: LayerStore, kernel: str | None = None) -> Tensor:
     """Attention of the newest queries over the packed cache; result like that of `naive.attend`.
 
-    kernel: one of KERNELS, which compute in float32, or INT16; by default INT16, if it reads such a cache, for queries of 16
-    bits and where `torch.set_float32_matmul_precision` lets products of float32 be rounded. Caches without a sealed block,
-    more than 16 queries (so prompts are read), heads of more than 512 channels, and queries in float64 go to `tiled.attend`.
+    kernel: one of KERNELS, which compute in float32, or INT16 or AVX2_INT16; by default the fastest of the latter two that
+    reads such a cache, for queries of 16 bits and where `torch.set_float32_matmul_precision` lets products of float32 be
+    rounded. Caches without a sealed block, more than 16 queries (so prompts are read), heads of more than 512 channels, and
+    queries in float64 go to `tiled.attend`.
     Raises UnsupportedModelError off the CPU, for elements stored in float64, and for keys rotated by Hadamard before the
     rotary embedding.
     """
@@ -140,7 +140,7 @@ def _prepare(inputs: AttentionInputs, store: LayerStore, kernel: str | None) -> 
     rope = inputs.rope if inputs.rope_state is not None else None
     blocks = _blocks(store, rope)
     if kernel is None:
-        kernel = INT16 if allows_int16(query.dtype) and blocks.uses_int16 else KERNELS[0]
+        kernel = blocks.int16_kernels[0] if allows_int16(query.dtype) and blocks.int16_kernels else KERNELS[0]
     query = query.float().contiguous()
     tail = min(store.tail.tokens, inputs.past - store.first - sealed) if store.tail else 0
     keys, values, tokens = _exact(inputs, store, sealed + tail)
@@ -149,7 +149,7 @@ def _prepare(inputs: AttentionInputs, store: LayerStore, kernel: str | None) -> 
     packed_query = rotate_query(store.quantizers[0], blocks.head_rotations[0], query)
     rope_tables_ = rope_tables(rope, blocks.rope_state_of(inputs.rope_state, sealed + tail), query.shape[0])
     positions = rope_tables_.positions
-    if rope_tables_.angles is not None and kernel == INT16:
+    if rope_tables_.angles is not None and kernel in (INT16, AVX2_INT16):
         kernel = KERNELS[0]
     hidden = _hidden(inputs, store, sealed + tail, tokens)
     sinks = None if store.sinks.index is None else (store.sinks.index - store.first).contiguous()
@@ -215,12 +215,12 @@ def allows_int16(dtype: torch.dtype) -> bool:
 
 
 def uses_int16(keys: Scheme, values: Scheme, head_dim: int, rope: AnyRope | None) -> bool:
-    """Whether INT16 reads such a cache; rope: of its keys."""
+    """Whether a kernel in int16 reads such a cache; rope: of its keys."""
     rotated = rope if keys.transform.pre_rope else None
     if rotated is not None and not isinstance(rotated, Rope):
         return False
     if "trellis" in (keys.datatype, values.datatype):
-        return SUPPORTED and keys.datatype == values.datatype
+        return bool(STREAM_KERNELS) and keys.datatype == values.datatype
     return supports(keys, True, head_dim, rotary_layout(rotated)) and supports(values, False, head_dim, (0, False))
 
 
@@ -246,13 +246,19 @@ def _blocks(store: LayerStore, rope: AnyRope | None) -> PackedBlocks:
             sides=sides,
             head_rotations=head_rotations,
             value_bias=rotate_value_bias(store.quantizers[1], head_rotations[1], store.bias.values),
-            uses_int16=all(side.uses_int16 for side in sides) and (streams.keys is None) == (streams.values is None),
+            int16_kernels=_int16_kernels(sides, streams),
             stream_values=streams.values,
             anchors=None if streams.keys is None else steps_to_anchors(starts),
             tables=key_tables + value_tables,
         )
         known = store.plans.put(found)
     return known
+
+
+def _int16_kernels(sides: tuple[_kernels.PackedTensor, _kernels.PackedTensor], streams: Streams) -> list[str]:
+    if not all(side.uses_int16 for side in sides) or (streams.keys is None) != (streams.values is None):
+        return []
+    return [INT16] if streams.keys is None else STREAM_KERNELS
 
 
 def _exact(inputs: AttentionInputs, store: LayerStore, packed: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,7 +19,10 @@ LARGEST_VALUE = 2**13 - 1  # the larger they are, the smaller are the weights th
 FEWEST_LEVELS = 16
 ROWS = (64, 128, 256)  # how many codes a row of tokens may have
 
-SUPPORTED = {"avx512", "avx512vbmi", "avx512vbmi2", "avx512vnni", "gfni"} <= set(_kernels.instruction_sets())
+INT16, AVX2_INT16 = "int16", "avx2-int16"  # kernels that multiply int16; the second one reads trellis-coded streams alone
+SUPPORTED = {"avx512", "avx512vbmi", "avx512vbmi2", "avx512vnni", "gfni"} <= set(_kernels.instruction_sets())  # by INT16
+AVX2_SUPPORTED = "avx2" in _kernels.instruction_sets()
+STREAM_KERNELS = [*([INT16] if SUPPORTED else []), *([AVX2_INT16] if AVX2_SUPPORTED else [])]  # of streams, fastest first
 
 
 @dataclass(frozen=True)

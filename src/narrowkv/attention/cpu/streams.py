@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import narrowkv._kernels as _kernels
-from narrowkv.attention.cpu.int16 import SUPPORTED
+from narrowkv.attention.cpu.int16 import STREAM_KERNELS
 from narrowkv.attention.cpu.tables import compiled
 from narrowkv.attention.rope import AnyRope
 from narrowkv.attention.streams import KeyCoefficients, ValueChannels, grid_scales
@@ -33,7 +33,7 @@ def key_streams(quantizer: TrellisQuantizer, rope: AnyRope | None) -> tuple[_ker
         channels=found.frames.channels.int(),
         query_rotations=found.query_rotations,
         offsets=found.offsets.float().contiguous(),
-        int16=_int16_keys(quantizer, found.offsets) if SUPPORTED else None,
+        int16=_int16_keys(quantizer, found.offsets) if STREAM_KERNELS else None,
     )
 
 
@@ -129,6 +129,6 @@ def _streams(
         channels=channels,
         query_rotations=query_rotations,
         offsets=offsets,
-        uses_int16=SUPPORTED if query_index is None else int16 is not None,
+        uses_int16=bool(STREAM_KERNELS) if query_index is None else int16 is not None,
         **(int16 or {}),
     )
