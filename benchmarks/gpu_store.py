@@ -22,7 +22,7 @@ def quantizer(scheme: Scheme, kv_heads: int, device: torch.device) -> AnyQuantiz
     made = drawn.random_quantizer(scheme)
     heads = torch.arange(kv_heads) % drawn.KV_HEADS
     tables = {name: table[heads] if table.dim() > 1 and len(table) > 1 else table for name, table in made.tensors().items()}
-    return type(made)(scheme, **tables).to(device)
+    return type(made)(made.scheme, **tables).to(device)
 
 
 def filled(name: str, tokens: int, batch: int, kv_heads: int, device: torch.device, dtype: torch.dtype) -> LayerStore:
@@ -65,13 +65,13 @@ def columns_of(page: Page, blocks: int, batch: int) -> list[BlockTableEntry]:
 def repeated(side: PackedTensor, slots: int) -> PackedTensor:
     """The first blocks of a side again and again, `slots` in all."""
     have = len(side.planes[0])
-    index = torch.arange(slots, device=side.planes[0].device) % have
-    planes, ranges = [plane[index] for plane in side.planes], {name: part[index] for name, part in side.ranges.items()}
+    block = torch.arange(slots, device=side.planes[0].device) % have  # which of them each slot repeats
+    planes, ranges = [plane[block] for plane in side.planes], {name: part[block] for name, part in side.ranges.items()}
     outliers: tuple[Tensor, Tensor, Tensor] | None = None
     if side.outlier_values is not None and side.outlier_index is not None and side.outlier_offsets is not None:
         values, index = side.outlier_values[: side.outliers_used], side.outlier_index[: side.outliers_used]
         times = -(-slots // have)
-        counts = side.outlier_offsets.diff().view(have, -1)[index].flatten()
+        counts = side.outlier_offsets.diff().view(have, -1)[block].flatten()
         offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
         total = int(offsets[-1])
         outliers = (
