@@ -48,6 +48,7 @@ from narrowkv.attention.cuda.launch import WARPS, stages_of
 from narrowkv.codec.cuda.kernels.encode import encode_tokens, put_tokens
 from narrowkv.codec.cuda.kernels.encode_groups import encode_channel_groups, encode_token_groups
 from narrowkv.codec.cuda.kernels.pack import pack_codes
+from narrowkv.codec.cuda.kernels.trellis import search_streams
 
 ARCHITECTURES = (80, 90, 100)
 RECIPES = ("narrow4", "narrow3", "narrow2", "nuq4-1%", "nuq3-1%", "nuq2-1%", "nuq4", "nuq3", "nuq2", "kivi-4", "kivi-2")
@@ -188,6 +189,9 @@ def others(architecture: int) -> Iterator[Compiled]:
         planes = {"LENGTH": length, "WIDE": length, "ROWS": 32, "LOW": 2, "HIGH": 1, along: 1}
         yield looked_at(name, pack_codes, planes, types, architecture)
     types |= {"buffer": "*bf16"}
+    constants = {"COUNTS": (1, 3, 4, 6, 1, 0), "N": 120, "BYTES": 48, "BY_ROW": False}
+    types |= {"p_elements": "*i16", "p_weights": "*u16", "p_entries": "*i32", "p_codes": "*u8", "p_history": "*u8"}
+    yield looked_at("search streams", search_streams, constants, types, architecture)
     yield looked_at("put tokens", put_tokens, {"HEADS": 8, "DIM": 128, "WIDE": 128, "HAS_OFFSETS": True}, types, architecture)
 
 
@@ -201,6 +205,8 @@ def looked_at(name: str, kernel: Any, constants: dict[str, Any], types: dict[str
     twice = kernel in (attend_dense, merge, rotate_keys) or constants.get("WIDE", 0) > 2048
     twice = twice or constants.get("ELEMENT") == tl.float32
     options = {"num_warps": 2 * WARPS if twice else WARPS}
+    if kernel is search_streams:
+        options["num_warps"] = 1
     if kernel in (attend_dense, attend_streams):
         options["num_stages"] = 1
     if kernel is attend_blocks:

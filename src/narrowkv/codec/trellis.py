@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 import narrowkv._kernels as _kernels
+from narrowkv.codec.cuda import encode as cuda
+from narrowkv.codec.cuda.trellis import search
 from narrowkv.codec.memory import address
 from narrowkv.codec.scheme_parts import MOST_RATE, UNIT, stream_bytes
 from narrowkv.errors import RecipeError
@@ -53,7 +55,7 @@ class TrellisTables:
 
 
 def encode(elements: Tensor, weights: Tensor, counts: Sequence[int], tables: TrellisTables) -> Tensor:
-    """The bit stream of least weighted squared error of each row; compiled for the CPU, `encode_naive` elsewhere.
+    """The bit stream of least weighted squared error of each row; compiled for the CPU, by Triton on a GPU.
 
     elements: [heads, rows, n] int16, in 1/512 of a grid step. weights: [heads, rows or 1, n] uint16, what a squared error
     costs: 0 where any is free, the largest near 65535, for costs are integers. counts: units of 8 elements of each rate
@@ -61,6 +63,8 @@ def encode(elements: Tensor, weights: Tensor, counts: Sequence[int], tables: Tre
     together.
     """
     _require_fit(elements, weights, counts, tables)
+    if cuda.runs_on(elements.device):
+        return search(elements, weights, counts, tables.entries() * GRID_STEP)
     if not elements.is_cpu:
         return encode_naive(elements, weights, counts, tables)
     return encode_compiled(elements, weights, counts, tables, KERNELS[0])

@@ -15,6 +15,7 @@ from torch import Tensor
 from narrowkv.codec import trellis
 from narrowkv.codec.cpu.encode import KINDS
 from narrowkv.codec.cpu.encode_streams import StreamEncoder
+from narrowkv.codec.cuda import encode as cuda
 from narrowkv.codec.encode_buffer import EncodeBuffer
 from narrowkv.codec.frames import Frames, index_dtype
 from narrowkv.codec.outlier_budget import block_budget, within_budget
@@ -178,7 +179,9 @@ class TrellisQuantizer(BaseQuantizer):
         return by_token.transpose(1, 2).contiguous()
 
     def encodes_in_torch(self, device: torch.device) -> bool:
-        return device.type != "cpu" or not self.scheme.differs_only_in(StreamEncoder.SUPPORTS)
+        if device.type != "cpu":  # what comes before the search is a few products of matrices
+            return not cuda.runs_on(device)
+        return not self.scheme.differs_only_in(StreamEncoder.SUPPORTS)
 
     def search(self, coefficients: Tensor, weight: Tensor | None = None) -> Tensor:
         """Streams [batch, kv_heads, tokens, bytes] uint8 of coefficients [batch, kv_heads, tokens, n] float32.
