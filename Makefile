@@ -18,7 +18,7 @@ WITH_TRANSFORMERS := tests/calibration tests/cli tests/evaluate tests/integratio
   tests/test_readme.py tests/test_start.py
 TRANSFORMERS := $(patsubst constraints/%.txt,build/versions/%,$(wildcard constraints/*.txt))
 
-.PHONY: demo test test-all test-versions lint fuzz sanitize wheel cross results measure measure-real docs format clean
+.PHONY: demo test test-all test-versions lint fuzz sanitize wheel cross results measure measure-real gpu docs format clean
 
 $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard cpp/*)
 	$(PYTHON) -m venv $(VENV)
@@ -119,6 +119,10 @@ measure-real: $(TOOLS)
 	$(BIN)/python -m benchmarks.peers $(MODELS) --out results/peers
 	$(if $(RUN_GENERATED_CODE),$(BIN)/python -m benchmarks.humaneval $(MODELS) --out results/humaneval \
 	  --calibrations build/calibrations --run-generated-code)
+
+# every check and measurement that waits for a GPU, in 12 minutes on one card: results/gpu-*.json and a page of it
+gpu: $(TOOLS)
+	$(BIN)/python -m benchmarks.gpu_all
 
 docs: $(TOOLS)
 	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --clean

@@ -32,8 +32,8 @@ from benchmarks import gpu_model, gpu_parts
 from benchmarks.gpu_clock import bandwidth
 from benchmarks.gpu_parts import Row, Rows
 
-RECIPES = ("nuq4-1%", "nuq3-1%", "nuq2-1%", "kivi-2", "kivi-4")
-EVERY = (*RECIPES, "nuq4", "nuq3", "nuq2", "int4", "int2", "fp16")
+RECIPES = ("narrow3", "nuq4-1%", "narrow2", "narrow4", "nuq2-1%", "kivi-2")
+EVERY = (*RECIPES, "nuq3-1%", "kivi-4", "nuq4", "nuq2", "int4", "fp16")
 SHAPES = (
     (1000, 1, (32, 8), 1),
     (330, 3, (6, 2), 5),

@@ -25,8 +25,9 @@ MODELS = {
     "Llama-3-8B": {"num_key_value_heads": 8, "intermediate_size": 14_336, "vocab_size": 128_256},
     "Llama-2-7B": {"num_key_value_heads": 32, "intermediate_size": 11_008, "vocab_size": 32_000},
 }
-RECIPES = ("nuq3-1%", "kivi-2")
-STEPPED = ("nuq4-1%", *RECIPES)
+GRAPHS = ("nuq3-1%", "kivi-2")  # that are decoded by CUDA graphs too
+RECIPES = ("narrow3", *GRAPHS)
+STEPPED = ("nuq4-1%", *GRAPHS)
 CASES = ((32_768, 1), (32_768, 8), (131_072, 1))
 TINY = {"num_key_value_heads": 1, "intermediate_size": 64, "vocab_size": 64, "hidden_size": 256, "num_hidden_layers": 1}
 
@@ -141,7 +142,7 @@ def rows(device: torch.device, tiny: bool) -> Rows:
                 make: Callable[[], Any] = functools.partial(exact, model, tokens, batch)
                 if cache in RECIPES:
                     make = functools.partial(packed, model, cache, tokens, batch)
-                for graph in (False, True) if cache in RECIPES and device.type == "cuda" else (False,):
+                for graph in (False, True) if cache in GRAPHS and device.type == "cuda" else (False,):
                     known = {"model": name, "cache": cache, "tokens": tokens, "batch": batch, "graph": graph}
                     label = f"{name}, {cache}, {batch} x {tokens} tokens{', CUDA graph' if graph else ''}"
                     yield label, functools.partial(row, known, model, make, 2 if tiny else 20)

@@ -1,4 +1,4 @@
-"""`docs/gpu.md` from the results of `benchmarks.gpu`: `python tools/gpu_table.py results/gpu-*.json > docs/gpu.md`."""
+"""`docs/gpu.md` from results of `make gpu`: `python tools/gpu_table.py results/gpu-*.json > docs/gpu.md`."""
 
 import json
 import sys
@@ -35,6 +35,10 @@ def page(found: dict[str, Any]) -> str:
     ):  # fmt: skip
         if found.get(name):
             parts.append(make(found[name]))
+    if found.get("tests"):
+        parts.append(f"Tests of kernels that need no interpreter: {found['tests'][0]}.")
+    if found.get("million"):
+        parts.append(million(found["million"]))
     if found["left_out"]:
         parts.append("Left out: " + "; ".join(found["left_out"]) + ".")
     return "\n\n".join(parts)
@@ -97,12 +101,21 @@ def models(rows: list[Row]) -> str:
     return "Whole models with random weights:\n\n" + table(head, cells)
 
 
+def million(found: Row) -> str:
+    measured = found.get("measured") or {}
+    cells = [
+        [
+            found["recipe"], measured.get("tokens"), measured.get("cache_bytes", 0) / 1e9,
+            measured.get("attention_milliseconds"), measured.get("gigabytes_per_second"),
+        ]
+    ]  # fmt: skip
+    head = ["recipe", "tokens", "cache of 32 layers, GB", "attention of a token, all layers, ms", "GB/s"]
+    return "A million tokens on the card:\n\n" + table(head, cells)
+
+
 def main() -> None:
     pages = [page(json.loads(Path(name).read_text(encoding="utf-8"))) for name in sys.argv[1:]]
-    print(
-        "# On a GPU\n\nWritten by `tools/gpu_table.py` from the results of `python -m benchmarks.gpu`.\n\n"
-        + "\n\n".join(pages)
-    )
+    print("# On a GPU\n\nWritten by `tools/gpu_table.py` from the results of `make gpu`.\n\n" + "\n\n".join(pages))
 
 
 if __name__ == "__main__":
