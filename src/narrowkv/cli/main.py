@@ -10,7 +10,22 @@ import typer
 from rich.markup import escape
 
 from narrowkv._version import __version__
-from narrowkv.cli import ablate, calibrate, chat, compare, demo, env, eval, generate, inspect, plan, recipes, report, tasks
+from narrowkv.cli import (
+    ablate,
+    calibrate,
+    chat,
+    compare,
+    demo,
+    env,
+    eval,
+    generate,
+    inspect,
+    plan,
+    recipes,
+    report,
+    serve,
+    tasks,
+)
 from narrowkv.cli.common import GIVEN, err, out
 from narrowkv.errors import NarrowKVError, NarrowKVWarning, TextError
 
@@ -19,6 +34,7 @@ app.command()(demo.demo)
 app.command()(calibrate.calibrate)
 app.command()(generate.generate)
 app.command()(chat.chat)
+app.command()(serve.serve)
 app.command("eval")(eval.evaluate)
 app.command()(compare.compare)
 app.command()(ablate.ablate)

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server: continuous batching over packed caches, prefixes shared between requests."""
