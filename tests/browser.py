@@ -65,12 +65,16 @@ class Browser:
 
     def open(self, path, width, dark=False):
         """Show a file at a width in CSS pixels, two device pixels each."""
+        self.visit(path.resolve().as_uri(), width, dark)
+
+    def visit(self, address, width, dark=False):
+        """Show what is at an address, at such a width."""
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.send("Emulation.setEmulatedMedia", features=scheme)
         size = {"width": width, "height": 844, "deviceScaleFactor": 2, "mobile": width < 600}
         self.send("Emulation.setDeviceMetricsOverride", **size)
         self.events.clear()
-        self.send("Page.navigate", url=path.resolve().as_uri())
+        self.send("Page.navigate", url=address)
         while "Page.loadEventFired" not in self.events:
             self._read()
         self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")

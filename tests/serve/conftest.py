@@ -10,9 +10,6 @@ import time
 from contextlib import contextmanager
 
 import pytest
-
-pytest.importorskip("uvicorn", reason="needs narrowkv[serve]")
-
 import uvicorn
 
 from narrowkv import load_model

@@ -117,6 +117,16 @@ def test_a_short_prompt_goes_before_the_rest_of_a_long_one(demo, make_engine):
     assert [event.chosen.token for event in listeners[0].events] == alone(demo[0], long, 8)[0]
 
 
+def test_prompts_that_begin_alike_are_read_once_though_they_come_together(demo, make_engine):
+    engine = make_engine()
+    ids = prompt(demo, 300)
+    together = [Listener(engine, [*ids[:length], 5 + length]) for length in (299, 210, 130)]
+    engine.start()
+    assert [listener.wait().job.reused for listener in together] == [192, 128, 0]  # the shortest is read first
+    for listener in together:
+        assert listener.tokens() == alone(demo[0], listener.job.ids, 8)[0]
+
+
 def test_several_choices_of_one_prompt_are_read_once(demo, make_engine):
     engine = make_engine(rows=3)
     engine.start()

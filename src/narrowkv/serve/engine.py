@@ -113,14 +113,18 @@ class Engine:
     def _run(self) -> None:
         with torch.inference_mode():
             while self._wait():
-                self._drop_cancelled()
-                self._admit()
-                self._guarded(self._read_chunk, lambda: [job for job in [self._current] if job])
-                self._guarded(self._decode, lambda: [answer.job for answer in self._running])
-                self._measure()
+                self.step()
             self._fail([*self._waiting, *self._reading, *(answer.job for answer in self._running)], _stopped())
             if self.folder is not None:
                 self._save()
+
+    def step(self) -> None:
+        """Read a chunk of a prompt, and decode a token of each answer under way; called by the thread, or instead of it."""
+        self._drop_cancelled()
+        self._admit()
+        self._guarded(self._read_chunk, lambda: [job for job in [self._current] if job])
+        self._guarded(self._decode, lambda: [answer.job for answer in self._running])
+        self._measure()
 
     def _save(self) -> None:
         assert self.folder is not None
@@ -162,11 +166,21 @@ class Engine:
                 self._reading.append(job)
 
     def _next_to_read(self) -> Job:
-        """The prompt that is nearest to its end, unless the oldest was passed over long enough."""
-        oldest = self._reading[0]
-        chosen = oldest if oldest.passed_over >= PATIENCE else min(self._reading, key=lambda job: job.unread)
+        """The prompt that is nearest to its end, unless the oldest was passed over long enough.
+
+        One whose beginning another is reading waits for that.
+        """
+        ready = [job for job in self._reading if not any(self._shared(job, other) > other.read for other in self._reading)]
+        oldest = ready[0]
+        chosen = oldest if oldest.passed_over >= PATIENCE else min(ready, key=lambda job: job.unread)
         oldest.passed_over = 0 if chosen is oldest else oldest.passed_over + 1
         return chosen
+
+    def _shared(self, job: Job, other: Job) -> int:
+        """How many tokens a prompt that has not begun may take from one that has."""
+        if job.cache is not None or other.cache is None or job.scope != other.scope or not self.prefixes.budget:
+            return 0
+        return self.prefixes.shared(job.ids, other.ids)
 
     def _read_chunk(self) -> None:
         if not self._reading:
@@ -182,7 +196,8 @@ class Engine:
         logits = self._logits([job.ids[job.read : stop]], job.cache, **self._last_only)
         job.read = stop
         self.metrics.add("chunks")
-        if stop == self.prefixes.usable(len(job.ids)):
+        wanted = any(self._shared(other, job) == stop for other in self._reading)
+        if wanted or stop == self.prefixes.usable(len(job.ids)):
             self.prefixes.add(job.ids[:stop], job.scope, job.cache)
         if not job.unread:
             self._reading.remove(job)

@@ -70,6 +70,11 @@ class Prefixes:
         """Up to where a prompt of this many tokens may be taken from a prefix: one token at least is read."""
         return (tokens - 1) // self.multiple * self.multiple
 
+    def shared(self, ids: list[int], other: list[int]) -> int:
+        """How much of a prompt may be taken from another one that is read as far as `usable`."""
+        common = _common(np.asarray(ids, dtype=np.int64), np.asarray(other, dtype=np.int64))
+        return min(common // self.multiple * self.multiple, self.usable(len(ids)), self.usable(len(other)))
+
     def find(self, ids: list[int], scope: str) -> tuple[PackedCache, int] | None:
         """A cache of the longest stored beginning of a prompt, and of how many tokens; None where there is none."""
         wanted, most = np.asarray(ids, dtype=np.int64), self.usable(len(ids))

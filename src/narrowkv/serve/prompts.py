@@ -1,4 +1,4 @@
-"""From messages or text to token ids, within the model's positions: done by threads beside the event loop."""
+"""From messages or text to token ids, within the model's positions: done by threads, off the event loop."""
 
 import json
 from typing import Any
@@ -24,7 +24,7 @@ class Prompts:
         self.tokenizer = tokenizer
         self.positions = int(getattr(config, "max_position_embeddings", None) or torch.iinfo(torch.int32).max)
         self.most_tokens = min(most_tokens or self.positions - 1, self.positions - 1)
-        self.vocabulary = int(model.get_input_embeddings().num_embeddings)
+        self.vocabulary = len(model.get_input_embeddings().weight)
         self.template = getattr(tokenizer, "chat_template", None)
         if isinstance(self.template, dict):
             self.template = self.template.get("default")

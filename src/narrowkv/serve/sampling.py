@@ -12,7 +12,7 @@ FEW = 4096  # of the most likely tokens, among which those of top_p nearly alway
 @dataclass(frozen=True)
 class Sampling:
     """temperature: 0 is greedy. top_p, top_k: sampled from the most likely tokens of this probability, or of this number (0:
-    all). top: how many of the most likely are named beside each token; None: no logprobs.
+    all). top: how many of the most likely are named with each token; None: no logprobs.
     """
 
     temperature: float = 1.0

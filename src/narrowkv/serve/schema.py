@@ -146,7 +146,7 @@ class ChatRequest(Request):
 
     @property
     def top(self) -> int | None:
-        """How many of the most likely tokens are named beside each token; None without logprobs."""
+        """How many of the most likely tokens are named with each token; None without logprobs."""
         if self.top_logprobs and not self.logprobs:
             raise bad("'top_logprobs' needs 'logprobs': true; set it.", "top_logprobs")
         return (self.top_logprobs or 0) if self.logprobs else None
@@ -166,7 +166,7 @@ class CompletionRequest(Request):
 
     @property
     def top(self) -> int | None:
-        """How many of the most likely tokens are named beside each token; None without logprobs."""
+        """How many of the most likely tokens are named with each token; None without logprobs."""
         return self.logprobs
 
     @property
