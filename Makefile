@@ -18,7 +18,7 @@ WITH_TRANSFORMERS := tests/calibration tests/cli tests/evaluate tests/integratio
   tests/test_readme.py tests/test_start.py
 TRANSFORMERS := $(patsubst constraints/%.txt,build/versions/%,$(wildcard constraints/*.txt))
 
-.PHONY: demo test test-all test-versions lint fuzz sanitize wheel cross results measure measure-real gpu docs format clean
+.PHONY: demo test test-all test-versions lint fuzz soak sanitize wheel cross results measure measure-real gpu docs format clean
 
 $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard cpp/*)
 	$(PYTHON) -m venv $(VENV)
@@ -63,6 +63,10 @@ build/versions/transformers-%: constraints/transformers-%.txt $(TOOLS)
 # forged files of every form, loaded and used (half an hour)
 fuzz: $(TOOLS)
 	$(BIN)/python -m tests.fuzz.run --cases 100000 --processes 2
+
+# mixed requests to a server, cancelled and malformed ones among them (ten minutes at most)
+soak: $(TOOLS)
+	$(BIN)/python -m benchmarks.soak
 
 # the package built with checks, in an environment that borrows everything else from .venv
 sanitize: $(TOOLS)

@@ -1,0 +1,135 @@
+"""What batches and prefixes of the server's engine gain on a model, as ratios within one run.
+
+    python -m benchmarks.serve FOLDER --recipe int4
+
+Rows: tokens per second of 8 rows over those of one. Requests: 8 of 1,000-token prompts and 128 new tokens at once, over one by
+one. Turns: time to the first token of a second turn over that of the first, behind a long prefix. Short: how long a short
+request waits behind a long prompt, in chunks.
+"""
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from narrowkv import CacheGroup, Calibration, load_model
+from narrowkv.evaluate.results import processor
+from narrowkv.serve.engine import Engine, Limits
+from narrowkv.serve.sampling import Sampling
+from narrowkv.serve.sequences import Delta, Event, Job
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+class Run:
+    """Jobs of one engine that is stepped by hand, so that other load on the machine is no part of it."""
+
+    def __init__(self, engine: Engine, clock: Callable[[], float]):
+        self.engine, self.clock = engine, clock
+        self.first: dict[int, float] = {}
+        self.left = 0
+
+    def submit(self, ids: list[int], tokens: int) -> None:
+        """Queue a greedy job."""
+        job = Job(ids, "", Sampling(temperature=0.0), tokens, ignore_eos=True)
+        job.put = lambda event: self._take(id(job), event)
+        self.left += 1
+        self.engine.submit(job)
+        self.first[id(job)] = 0.0
+
+    def _take(self, job: int, event: Event) -> None:
+        assert isinstance(event, Delta)
+        self.first[job] = self.first[job] or self.clock()
+        self.left -= event.finish is not None
+
+    def finish(self) -> tuple[float, list[float]]:
+        """Seconds until all jobs were done, and until the first token of each."""
+        begun = self.clock()
+        while self.left:
+            self.engine.step()
+        seconds = self.clock() - begun
+        return seconds, [first - begun for first in self.first.values()]
+
+
+def decode_rows(engine: Engine, ids: list[int], clock: Callable[[], float], steps: int = 5) -> dict[str, float]:
+    """Tokens per second of 1, 2, 4 and 8 rows behind a prompt, best of a few steps."""
+    cache = copy.deepcopy(engine.empty)
+    for part in torch.tensor([ids]).split(engine.limits.chunk, dim=1):
+        engine.model(input_ids=part, past_key_values=cache, logits_to_keep=1)
+    found = {}
+    for rows in (1, 2, 4, 8):
+        caches = [copy.deepcopy(cache) for _ in range(rows)]
+        group: Any = CacheGroup(caches) if rows > 1 else caches[0]
+        times = []
+        for _ in range(steps):
+            begun = clock()
+            engine.model(input_ids=torch.full((rows, 1), 5), past_key_values=group)
+            times.append(clock() - begun)
+        found[f"tokens per second of {rows} rows"] = rows / min(times)
+    found["8 rows over one"] = found["tokens per second of 8 rows"] / found["tokens per second of 1 rows"]
+    return found
+
+
+def measure(model: Any, tokenizer: Any, source: Any, arguments: argparse.Namespace) -> dict[str, float]:
+    """All ratios."""
+    clock, scale = CLOCKS[arguments.clock], arguments.scale
+    torch.manual_seed(0)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    drawn = lambda n: torch.randint(10, vocabulary - 10, (max(int(n * scale), 8),)).tolist()  # noqa: E731
+    fresh = lambda **limits: Run(Engine(model, tokenizer, source, Limits(**limits)), clock)  # noqa: E731
+    found = decode_rows(fresh().engine, drawn(1000), clock)
+    prompts, tokens = [drawn(1000) for _ in range(8)], max(int(128 * scale), 2)
+    apart = 0.0
+    run = fresh()
+    for ids in prompts:
+        run.submit(ids, tokens)
+        apart += run.finish()[0]
+    run = fresh()
+    for ids in prompts:
+        run.submit(ids, tokens)
+    found["8 requests at once over one after another"] = apart / run.finish()[0]
+    prefix = drawn(4000)
+    run = fresh()
+    run.submit(prefix, 8)
+    first = run.finish()[1][-1]
+    run.submit([*prefix, *drawn(20 / scale)], 8)
+    second = run.finish()[1][-1]
+    found |= {"seconds to the first token of a first turn": first, "second turn over the first": second / first}
+    chunks = -(-len(prefix) // run.engine.limits.chunk)
+    run = fresh(cache_bytes=0)
+    run.submit(drawn(4000), 8)
+    run.engine.step()
+    run.submit(drawn(20 / scale), 8)
+    found["wait of a short request behind a long prompt, in chunks"] = run.finish()[1][-1] / (first / chunks)
+    return found
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--recipe", default="int4")
+    parser.add_argument("--calibration")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--clock", choices=CLOCKS, default="cpu", help="cpu: processor seconds, which other load leaves alone")
+    parser.add_argument("--scale", type=float, default=1.0, help="of all lengths")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    model, tokenizer = load_model(arguments.model, arguments.dtype)
+    source = Calibration.from_pretrained(arguments.calibration) if arguments.calibration else arguments.recipe
+    with torch.inference_mode():
+        found = measure(model, tokenizer, source, arguments)
+    for name, value in found.items():
+        print(f"{name}: {value:.3g}")
+    print(f"{processor()}, {torch.get_num_threads()} threads, {arguments.clock} clock, {model.dtype}, {source}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
