@@ -6,14 +6,12 @@
 #include <cstdint>
 #include <vector>
 
+#include "sizes.h"
+
 namespace narrowkv {
 
-constexpr int kBlock = 64;  // tokens of a block
 constexpr int kMostDim = 512;  // channels of a head: an index of an outlier in a block has 15 bits
 constexpr int kRopeTokens = 32;  // tokens of a tile of keys: with their angles it has space in the nearest cache
-
-constexpr int kFrame = 16;  // tokens of a frame: codec/frames.py
-constexpr int kMostRate = 6, kUnit = 8;  // of streams: bits of a coefficient, coefficients of one rate
 
 enum class DType : int { half, bfloat, single };  // how exact elements are stored
 

@@ -23,7 +23,7 @@ public:
         range_heads = codec.sharing == Sharing::token ? 1 : elements.heads;
         width = codec.sharing == Sharing::channel ? elements.dim : codec.group ? elements.dim / codec.group : 1;
         steps = elements.tokens / together;
-        padded_dim = (elements.dim + LANES - 1) / LANES * LANES;
+        padded_dim = (elements.dim + kLanes - 1) / kLanes * kLanes;
         if (codec.sharing != Sharing::fixed) low.resize(size_t(elements.batch * range_heads * steps * width)), high = low;
         else spread_fixed();
         if (codec.outliers > 0) counts.resize(size_t(elements.batch * elements.heads * elements.tokens));
@@ -34,7 +34,7 @@ public:
 #pragma omp parallel for collapse(2) num_threads(threads)
             for (int64_t row = 0; row < elements.batch * range_heads; ++row)
                 for (int64_t step = 0; step < steps; ++step) find_ranges(row / range_heads, row % range_heads, step);
-            if (!fits) return DOES_NOT_FIT;
+            if (!fits) return kDoesNotFit;
         }
 #pragma omp parallel for collapse(2) num_threads(threads)
         for (int64_t row = 0; row < elements.batch * elements.heads; ++row)
@@ -48,7 +48,7 @@ private:
     const uint8_t* skip;
     const EncodeBuffer& buffer;
     int64_t together, range_heads, width, steps;  // of tokens that are encoded at once
-    int64_t padded_dim;                             // head_dim, rounded up to whole LANES
+    int64_t padded_dim;                             // head_dim, rounded up to whole kLanes
     std::vector<float> fixed;                     // [heads, 2, padded_dim], zeros and inverse scales
     std::vector<float> low, high;                 // [batch, range_heads, steps, width], online thresholds
     std::vector<int32_t> counts;                  // [batch, heads, tokens], outliers
@@ -88,8 +88,8 @@ private:
 
     void ends_of_channels(int64_t row, int64_t head, int64_t step, float* lower, float* upper) {
         float* x = scratch_of(elements.dim);
-        std::fill_n(lower, elements.dim, INFINITE);
-        std::fill_n(upper, elements.dim, -INFINITE);
+        std::fill_n(lower, elements.dim, kInfinite);
+        std::fill_n(upper, elements.dim, -kInfinite);
         for (int64_t token = step * together; token < (step + 1) * together; ++token) {
             if (skipped(row, token)) continue;
             load(elements.kind, row_of(elements, row, head, token), elements.dim, x);
@@ -178,7 +178,7 @@ private:
                 buffer.outlier_values[next++] = exact(from, c, x[c]);
             }
         }
-        return fits ? found : DOES_NOT_FIT;
+        return fits ? found : kDoesNotFit;
     }
 
     // An element as it is stored alongside codes.

@@ -48,10 +48,10 @@ struct EncodeBuffer {
     int64_t outlier_capacity;
 };
 
-constexpr int64_t DOES_NOT_FIT = -1;
+constexpr int64_t kDoesNotFit = -1;
 
 // Write new tokens to their buffer. skip: [batch, tokens] or null, tokens that have no outliers, nor a part in ranges of
-// several tokens. Returns how many outliers there are (none is written where they exceed the capacity), or DOES_NOT_FIT where
+// several tokens. Returns how many outliers there are (none is written where they exceed the capacity), or kDoesNotFit where
 // a range or an outlier does not fit 16 bits.
 int64_t encode(const Codec& codec, const TensorView& elements, const uint8_t* skip, const EncodeBuffer& buffer, int threads);
 

@@ -17,10 +17,10 @@
 namespace narrowkv {
 namespace {
 
-constexpr int64_t LANES = 16;
-typedef float Floats __attribute__((vector_size(4 * LANES)));  // left to itself, GCC makes vectors of boundaries, not of elements
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-constexpr float INFINITE = std::numeric_limits<float>::infinity();
+constexpr int64_t kLanes = 16;
+typedef float Floats __attribute__((vector_size(4 * kLanes)));  // left to itself, GCC makes vectors of boundaries, not of elements
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+constexpr float kInfinite = std::numeric_limits<float>::infinity();
 
 const char* row_of(const TensorView& elements, int64_t row, int64_t head, int64_t token) {
     const int64_t size = elements.kind == DType::single ? 4 : 2;
@@ -52,7 +52,7 @@ FOR_EACH_INSTRUCTION_SET void widen(const float* x, int64_t count, float* low, f
 
 inline bool any_outside(const float* x, float low, float high) {
     int outside = 0;
-    for (int64_t l = 0; l < LANES; ++l) outside |= int(x[l] < low) | int(x[l] > high);
+    for (int64_t l = 0; l < kLanes; ++l) outside |= int(x[l] < low) | int(x[l] > high);
     return outside != 0;
 }
 
@@ -76,18 +76,18 @@ private:
 // The smallest and the largest number of a vector once `per_tail` are left out at either end. That many elements lie at or
 // beyond the ends of as many lanes: only what lies beyond these has to be seen one by one.
 FOR_EACH_INSTRUCTION_SET void find_ends(const float* x, int64_t count, int64_t per_tail, float* low, float* high) {
-    const int64_t whole = count / LANES * LANES;
-    float lows[LANES], highs[LANES];
-    std::fill_n(lows, LANES, INFINITE), std::fill_n(highs, LANES, -INFINITE);
-    for (int64_t c = 0; c < whole; c += LANES) widen(x + c, LANES, lows, highs);
-    const bool enough = per_tail < LANES;
-    if (enough) std::nth_element(lows, lows + per_tail, lows + LANES);
-    if (enough) std::nth_element(highs, highs + per_tail, highs + LANES, std::greater<float>());
-    First<std::less<float>> smallest(per_tail + 1, enough ? lows[per_tail] : INFINITE);
-    First<std::greater<float>> largest(per_tail + 1, enough ? highs[per_tail] : -INFINITE);
-    for (int64_t c = 0; c < count; c += LANES) {
+    const int64_t whole = count / kLanes * kLanes;
+    float lows[kLanes], highs[kLanes];
+    std::fill_n(lows, kLanes, kInfinite), std::fill_n(highs, kLanes, -kInfinite);
+    for (int64_t c = 0; c < whole; c += kLanes) widen(x + c, kLanes, lows, highs);
+    const bool enough = per_tail < kLanes;
+    if (enough) std::nth_element(lows, lows + per_tail, lows + kLanes);
+    if (enough) std::nth_element(highs, highs + per_tail, highs + kLanes, std::greater<float>());
+    First<std::less<float>> smallest(per_tail + 1, enough ? lows[per_tail] : kInfinite);
+    First<std::greater<float>> largest(per_tail + 1, enough ? highs[per_tail] : -kInfinite);
+    for (int64_t c = 0; c < count; c += kLanes) {
         if (c < whole && !any_outside(x + c, smallest.last(), largest.last())) continue;
-        for (int64_t l = c; l < std::min(c + LANES, count); ++l) smallest.see(x[l]), largest.see(x[l]);
+        for (int64_t l = c; l < std::min(c + kLanes, count); ++l) smallest.see(x[l]), largest.see(x[l]);
     }
     *low = smallest.last();
     *high = largest.last();
@@ -99,10 +99,10 @@ FOR_EACH_INSTRUCTION_SET void invert(float* scale, int64_t dim) {
 }
 
 // Codes of the elements of one token of one head: how many boundaries lie below each, once it is normalized. What is read has
-// space for whole LANES.
+// space for whole kLanes.
 FOR_EACH_INSTRUCTION_SET void quantize(const float* x, const float* zero, const float* inverse, const float* boundaries,
                                        int64_t boundary_count, int64_t dim, uint8_t* codes) {
-    for (int64_t begin = 0; begin < dim; begin += LANES) {
+    for (int64_t begin = 0; begin < dim; begin += kLanes) {
         Floats element, middle, by;
         std::memcpy(&element, x + begin, sizeof element);
         std::memcpy(&middle, zero + begin, sizeof middle);
@@ -110,9 +110,9 @@ FOR_EACH_INSTRUCTION_SET void quantize(const float* x, const float* zero, const 
         const Floats normal = (element - middle) * by;
         Ints below = {};
         for (int64_t b = 0; b < boundary_count; ++b) below -= normal > boundaries[b];  // true is -1
-        uint8_t found[LANES];
-        for (int64_t l = 0; l < LANES; ++l) found[l] = uint8_t(below[l]);
-        std::memcpy(codes + begin, found, size_t(std::min(LANES, dim - begin)));
+        uint8_t found[kLanes];
+        for (int64_t l = 0; l < kLanes; ++l) found[l] = uint8_t(below[l]);
+        std::memcpy(codes + begin, found, size_t(std::min(kLanes, dim - begin)));
     }
 }
 

@@ -93,7 +93,7 @@ void pack_plane(uint64_t codes, std::array<int64_t, 3> shape, std::array<int64_t
 
 // shape: heads, rows, rows of weights. counts: units of each rate from 1 on.
 void encode_trellis(const std::string& kernel, uint64_t elements, uint64_t weights, uint64_t high, uint64_t low, uint64_t codes,
-                    std::array<int64_t, 3> shape, std::array<int64_t, MOST_RATE> counts, int threads) {
+                    std::array<int64_t, 3> shape, std::array<int64_t, kMostRate> counts, int threads) {
     const Trellis problem{shape[0],           shape[1],  counts, at<const int16_t>(elements), at<const uint16_t>(weights), shape[2] > 1,
                           at<const int8_t>(high), at<const int8_t>(low), at<uint8_t>(codes), threads};
     nb::gil_scoped_release release;
@@ -106,10 +106,10 @@ void encode_trellis(const std::string& kernel, uint64_t elements, uint64_t weigh
 }
 
 // shape: rows, bytes from one to the next, elements of a row. counts: units of each rate from 1 on.
-void decode_streams(uint64_t codes, uint64_t levels, uint64_t elements, std::array<int64_t, 3> shape, std::array<int64_t, MOST_RATE> counts,
+void decode_streams(uint64_t codes, uint64_t levels, uint64_t elements, std::array<int64_t, 3> shape, std::array<int64_t, kMostRate> counts,
                     int threads) {
     int64_t n = 0, bytes = 0;
-    for (int k = 1; k <= MOST_RATE; ++k) n += counts[size_t(k - 1)] * UNIT, bytes += counts[size_t(k - 1)] * k;
+    for (int k = 1; k <= kMostRate; ++k) n += counts[size_t(k - 1)] * kUnit, bytes += counts[size_t(k - 1)] * k;
     require(*std::min_element(counts.begin(), counts.end()) >= 0 && n == shape[2] && bytes <= shape[1], "streams are not of these rates");
     nb::gil_scoped_release release;
     decode_trellis({shape[0], shape[1], n, counts, at<const uint8_t>(codes), at<const float>(levels), at<float>(elements), threads});
@@ -136,26 +136,26 @@ bool are_places(const std::optional<Array<const int32_t>>& places, int64_t dim) 
 }
 
 // Nothing is read beyond what these sizes tell.
-void make_stream_codec(HeldStreamCodec* held, std::array<int64_t, MOST_RATE> counts, Array<const int8_t> high, Array<const int8_t> low,
+void make_stream_codec(HeldStreamCodec* held, std::array<int64_t, kMostRate> counts, Array<const int8_t> high, Array<const int8_t> low,
                        Array<const float, nb::ndim<2>> mean, Table steps, Table scales, Table weight, Array<const int32_t> search_weight,
                        std::optional<Array<const int32_t>> channels, std::optional<Array<const double>> turns, std::optional<Array<const double>> pairs,
                        std::optional<Array<const int32_t>> order, std::optional<Table> matrix, std::optional<Table> norms, float threshold, int64_t most) {
     StreamCodec codec{};
     codec.heads = int64_t(mean.shape(0)), codec.dim = int64_t(mean.shape(1)), codec.counts = counts;
-    for (int k = 1; k <= MOST_RATE; ++k) {
+    for (int k = 1; k <= kMostRate; ++k) {
         const int64_t units = counts[size_t(k - 1)];
-        require(units >= 0 && units <= codec.dim / UNIT, "streams have more units than a head");
-        codec.n += units * UNIT, codec.bytes += units * k;
+        require(units >= 0 && units <= codec.dim / kUnit, "streams have more units than a head");
+        codec.n += units * kUnit, codec.bytes += units * k;
     }
     const int64_t heads = codec.heads, dim = codec.dim, n = codec.n;
     require(n <= dim && dim % 2 == 0, "streams have more coefficients than a head");
-    require(int64_t(high.size()) == MOST_RATE * 16 && high.size() == low.size(), "tables of streams are [6, 16]");
+    require(int64_t(high.size()) == kMostRate * 16 && high.size() == low.size(), "tables of streams are [6, 16]");
     require(int64_t(steps.size()) == n && int64_t(scales.size()) == n && int64_t(weight.size()) == heads * n && int64_t(search_weight.size()) == heads * n,
             "tables are smaller than what is read of them");
-    require(!channels == !turns && holds(channels, dim) && holds(turns, FRAME_TOKENS * dim) && are_places(channels, dim), "rotations do not fit a head");
+    require(!channels == !turns && holds(channels, dim) && holds(turns, kFrame * dim) && are_places(channels, dim), "rotations do not fit a head");
     require(!pairs == !order && !pairs == !!matrix && holds(pairs, heads * 2 * dim) && holds(order, heads * n) && are_places(order, dim) && holds(matrix, heads * n * dim),
             "what makes coefficients does not fit a head");
-    require(holds(norms, NORMS), "norms have 256 codes");
+    require(holds(norms, kNorms), "norms have 256 codes");
     new (held) HeldStreamCodec{codec, high, low, Table(mean), steps, scales, weight, channels, order, turns, pairs, matrix, norms, {}};
     held->search_weight.assign(search_weight.data(), search_weight.data() + search_weight.size());
     codec.high = high.data(), codec.low = low.data(), codec.mean = mean.data();

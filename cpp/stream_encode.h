@@ -7,23 +7,21 @@
 #include <cstdint>
 
 #include "encode.h"
+#include "sizes.h"
 #include "trellis.h"
 
 namespace narrowkv {
 
-constexpr int FRAME_TOKENS = 16;  // of keys that are rotated to its middle
-constexpr int BLOCK_TOKENS = 64;  // in which a head has places for outliers
-constexpr int NORMS = 256;        // codes of norms
-constexpr int TOP = 63;           // magnitude of a table's entry, in grid steps
+constexpr int kMaxLevel = 63;  // magnitude of a table's entry, in grid steps
 
 // What is the same for all tokens; n coefficients of a head have codes. mean: [heads, dim]. channels: [dim], which channel
-// lies where, and turns: [FRAME_TOKENS, 2, dim / 2], cosines and sines, or both null. Coefficients are products with pairs:
+// lies where, and turns: [kFrame, 2, dim / 2], cosines and sines, or both null. Coefficients are products with pairs:
 // [heads, 4, dim / 2], of the first and the second elements of pairs what goes to the first and to the second, taken in order:
-// [heads, n]; or with matrix: [heads, n / UNIT, dim, UNIT]. steps, scales: [n]. weight, search_weight: [heads, n].
-// norms: [NORMS], or null. Coefficients whose error costs more than the threshold are outliers, `most` of a head in a block.
+// [heads, n]; or with matrix: [heads, n / kUnit, dim, kUnit]. steps, scales: [n]. weight, search_weight: [heads, n].
+// norms: [kNorms], or null. Coefficients whose error costs more than the threshold are outliers, `most` of a head in a block.
 struct StreamCodec {
     int64_t heads, dim, n, bytes;
-    std::array<int64_t, MOST_RATE> counts;
+    std::array<int64_t, kMostRate> counts;
     const int8_t* high;
     const int8_t* low;
     const float* mean;

@@ -18,7 +18,7 @@
 namespace narrowkv {
 namespace {
 
-constexpr int DOUBLES = sizeof(Doubles) / sizeof(double);
+constexpr int kDoubles = sizeof(Doubles) / sizeof(double);
 typedef float Singles __attribute__((vector_size(sizeof(Doubles) / 2)));
 
 // Rounded to an integer, of two to the even one, if it is less than 2^22.
@@ -30,7 +30,7 @@ inline float rounded(float x) {
 // To `rows` of sums [n], what `units` units of a matrix make of rows of x [dim].
 template <int rows, int units>
 inline void multiply(const double* x, int64_t dim, const float* matrix, double* sums, int64_t n) {
-    constexpr int parts = UNIT / DOUBLES;
+    constexpr int parts = kUnit / kDoubles;
     Doubles sum[rows][units * parts] = {};
     for (int64_t c = 0; c < dim; ++c) {
         Doubles elements[rows];
@@ -39,7 +39,7 @@ inline void multiply(const double* x, int64_t dim, const float* matrix, double* 
 #pragma GCC unroll 16
         for (int part = 0; part < units * parts; ++part) {
             Singles factors;
-            std::memcpy(&factors, matrix + (part / parts * dim + c) * UNIT + part % parts * DOUBLES, sizeof factors);
+            std::memcpy(&factors, matrix + (part / parts * dim + c) * kUnit + part % parts * kDoubles, sizeof factors);
             const Doubles wide = __builtin_convertvector(factors, Doubles);
 #pragma GCC unroll 4
             for (int row = 0; row < rows; ++row) sum[row][part] = product_and_sum(elements[row], wide, sum[row][part]);
@@ -53,11 +53,11 @@ inline void multiply(const double* x, int64_t dim, const float* matrix, double* 
 void multiply_rows(const double* x, int64_t count, int64_t dim, const float* matrix, int64_t n, double* sums) {
     int64_t row = 0;
     for (; row + 4 <= count; row += 4)
-        for (int64_t at = 0; at < n; at += UNIT) multiply<4, 1>(x + row * dim, dim, matrix + at * dim, sums + row * n + at, n);
+        for (int64_t at = 0; at < n; at += kUnit) multiply<4, 1>(x + row * dim, dim, matrix + at * dim, sums + row * n + at, n);
     for (; row < count; ++row) {
         int64_t at = 0;
-        for (; at + 4 * UNIT <= n; at += 4 * UNIT) multiply<1, 4>(x + row * dim, dim, matrix + at * dim, sums + row * n + at, n);
-        for (; at < n; at += UNIT) multiply<1, 1>(x + row * dim, dim, matrix + at * dim, sums + row * n + at, n);
+        for (; at + 4 * kUnit <= n; at += 4 * kUnit) multiply<1, 4>(x + row * dim, dim, matrix + at * dim, sums + row * n + at, n);
+        for (; at < n; at += kUnit) multiply<1, 1>(x + row * dim, dim, matrix + at * dim, sums + row * n + at, n);
     }
 }
 
@@ -122,7 +122,7 @@ public:
         if (codec.most == 0) return;
         again.clear();
         for (int64_t sequence = first; sequence < last; ++sequence) {
-            int64_t used = call.held && start + call.buffer.at < BLOCK_TOKENS ? call.held[sequence] : 0;
+            int64_t used = call.held && start + call.buffer.at < kBlock ? call.held[sequence] : 0;
             for (int64_t token = start; token < stop; ++token) keep_outliers(sequence, token, (sequence - first) * tokens + token - start, used, chosen);
         }
         encode_rows(call.search, again.data(), int64_t(again.size()), decisions.data());
@@ -149,7 +149,7 @@ private:
         for (int64_t token = start; token < stop; ++token) {
             double* to = centered.data() + (at + token - start) * dim;
             center(sequence, token, to);
-            if (codec.turns) turn(to, codec.turns + (call.buffer.at + token) % FRAME_TOKENS * dim);
+            if (codec.turns) turn(to, codec.turns + (call.buffer.at + token) % kFrame * dim);
             if (codec.pairs) multiply_pairs(to, head, found.data() + (at + token - start) * n);
         }
         if (codec.matrix) multiply_rows(centered.data() + at * dim, stop - start, dim, codec.matrix + head * n * dim, n, found.data() + at * n);
@@ -212,8 +212,8 @@ private:
         int32_t far_out = 0;
         for (int64_t i = 0; i < n; ++i) {
             float step = to[i] / codec.steps[i];
-            far_out += std::fabs(step) > float(3 * TOP);
-            step *= float(GRID_STEP);
+            far_out += std::fabs(step) > float(3 * kMaxLevel);
+            step *= float(kGridStep);
             step = step > -32768.0f ? step : -32768.0f;
             step = step < 32767.0f ? step : 32767.0f;
             grid_steps[i] = int16_t(int32_t(rounded(step)));
@@ -262,7 +262,7 @@ private:
         int64_t i = 0;
         Search::for_rates([&](auto rate) {
             const int8_t *high = codec.high + 16 * (rate - 1), *low = codec.low + 16 * (rate - 1);
-            for (const int64_t end = i + UNIT * codec.counts[rate - 1]; i < end; ++i) grid[size_t(i)] = float(high[reached[i] >> 4] + low[reached[i] & 15]);
+            for (const int64_t end = i + kUnit * codec.counts[rate - 1]; i < end; ++i) grid[size_t(i)] = float(high[reached[i] >> 4] + low[reached[i] & 15]);
         });
         int64_t count = 0;
         for (i = 0; i < n; ++i) {
@@ -292,20 +292,20 @@ private:
 
 inline StreamCounts StreamEncoder::run(int threads) {
     const int64_t sequences = elements.batch * elements.heads, at = buffer.at, tokens = elements.tokens;
-    const int64_t block = at / BLOCK_TOKENS, blocks = (at + tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS - block;
-    const int64_t together = tokens < TOGETHER ? TOGETHER / tokens : 1, groups = (sequences + together - 1) / together;
+    const int64_t block = at / kBlock, blocks = (at + tokens + kBlock - 1) / kBlock - block;
+    const int64_t together = tokens < kTogether ? kTogether / tokens : 1, groups = (sequences + together - 1) / together;
     std::vector<std::vector<Outlier>> chosen(size_t(groups * blocks));
 #pragma omp parallel num_threads(threads)
     {
-        Tile tile(*this, together * std::min<int64_t>(tokens, BLOCK_TOKENS));
+        Tile tile(*this, together * std::min<int64_t>(tokens, kBlock));
 #pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < groups * blocks; ++item) {
-            const int64_t first = item / blocks * together, start = (block + item % blocks) * BLOCK_TOKENS - at;
-            tile.encode(first, std::min(first + together, sequences), std::max<int64_t>(start, 0), std::min(start + BLOCK_TOKENS, tokens), chosen[size_t(item)]);
+            const int64_t first = item / blocks * together, start = (block + item % blocks) * kBlock - at;
+            tile.encode(first, std::min(first + together, sequences), std::max<int64_t>(start, 0), std::min(start + kBlock, tokens), chosen[size_t(item)]);
         }
         out_of_range += tile.out_of_range;
     }
-    if (!fits) return {DOES_NOT_FIT, 0};
+    if (!fits) return {kDoesNotFit, 0};
     int64_t count = 0;
     for (const auto& part : chosen) count += int64_t(part.size());
     if (count > buffer.outlier_capacity) return {count, out_of_range};

@@ -42,7 +42,7 @@ class StreamValues {
         : problem(problem), rows(problem.group * problem.queries), dim(problem.head_dim) {
         if (!problem.values.streams) return;
         tile.resize(size_t(dim) * kBlock);
-        for (int code = 0; code < 256; ++code) norms[code] = std::exp2((code - 128) / 16.0f);  // codec/quantizers/trellis.py
+        for (int code = 0; code < kNorms; ++code) norms[code] = std::exp2((code - 128) / 16.0f);  // codec/quantizers/trellis.py
     }
 
     // Add a block to sums [rows][head_dim][width]. weights: [rows][64], which are multiplied by norms.
@@ -68,7 +68,7 @@ class StreamValues {
     const Problem& problem;
     const int rows, dim;
     Buffer<int8_t> tile;  // [coded][64]
-    float norms[256];
+    float norms[kNorms];
     Misses misses;
 
     void scale_weights(const uint8_t* codes, int apart, float* weights) const {

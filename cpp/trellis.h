@@ -15,18 +15,18 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "sizes.h"
+
 namespace narrowkv {
 
-constexpr int MOST_RATE = 6;        // bits of an element
-constexpr int UNIT = 8;             // elements of one rate, which take `rate` whole bytes
-constexpr int STATES = 256;         // of a window of 8 bits
-constexpr int16_t GRID_STEP = 512;  // of an element
+constexpr int kStates = 256;        // of a window of 8 bits
+constexpr int16_t kGridStep = 512;  // of an element
 
 // elements: [heads, rows, n]. weights: [heads, rows or 1, n]. codes: [heads, rows, bytes]. counts: units of each rate from 1
 // on, which lie in ascending order. high, low: [rates from 1 on, 16].
 struct Trellis {
     int64_t heads, rows;
-    std::array<int64_t, MOST_RATE> counts;
+    std::array<int64_t, kMostRate> counts;
     const int16_t* elements;
     const uint16_t* weights;
     bool weights_by_row;
@@ -42,7 +42,7 @@ struct Trellis {
     }
     int64_t bytes() const {
         int64_t sum = 0;
-        for (int k = 1; k <= MOST_RATE; ++k) sum += k * counts[size_t(k - 1)];
+        for (int k = 1; k <= kMostRate; ++k) sum += k * counts[size_t(k - 1)];
         return sum;
     }
 };
@@ -51,7 +51,7 @@ struct Trellis {
 // [rows, n].
 struct TrellisStreams {
     int64_t rows, stride, n;
-    std::array<int64_t, MOST_RATE> counts;
+    std::array<int64_t, kMostRate> counts;
     const uint8_t* codes;
     const float* levels;
     float* elements;

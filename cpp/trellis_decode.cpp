@@ -13,8 +13,8 @@ template <int k>
 inline void decode_unit(const float* levels, const uint8_t* codes, uint64_t& state, float* to) {
     uint64_t bits = state;
     for (int i = 0; i < k; ++i) bits = bits << 8 | codes[i];
-    for (int i = 0; i < UNIT; ++i) to[i] = levels[bits >> k * (UNIT - 1 - i) & (STATES - 1)];
-    state = bits & (STATES - 1);
+    for (int i = 0; i < kUnit; ++i) to[i] = levels[bits >> k * (kUnit - 1 - i) & (kStates - 1)];
+    state = bits & (kStates - 1);
 }
 
 }  // namespace
@@ -25,9 +25,9 @@ void decode_trellis(const TrellisStreams& streams) {
         const uint8_t* codes = streams.codes + row * streams.stride;
         float* to = streams.elements + row * streams.n;
         uint64_t state = 0;
-        each<MOST_RATE>([&](auto i) {
+        each<kMostRate>([&](auto i) {
             constexpr int k = i + 1;
-            for (int64_t unit = 0; unit < streams.counts[i]; ++unit, codes += k, to += UNIT) decode_unit<k>(streams.levels + i * STATES, codes, state, to);
+            for (int64_t unit = 0; unit < streams.counts[i]; ++unit, codes += k, to += kUnit) decode_unit<k>(streams.levels + i * kStates, codes, state, to);
         });
     }
 }
