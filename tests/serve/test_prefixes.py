@@ -71,14 +71,14 @@ def test_blocks_are_shared_and_counted_once(model):
     prefixes.add([*IDS[:256]], "a", cache)
     alone = prefixes.nbytes
     prefixes.add([*IDS[:256]], "b", cache)
-    assert alone <= prefixes.nbytes < 1.2 * alone and len(prefixes.held) == 2
+    assert alone <= prefixes.nbytes < 1.2 * alone and len(prefixes.stored) == 2
 
 
 def test_a_longer_prefix_takes_the_place_of_a_shorter_one(model):
     prefixes = with_prefix(model, 128)
     prefixes.add(IDS[:320], "", read(model, IDS[:320]))
     prefixes.add(IDS[:192], "", read(model, IDS[:192]))
-    assert [len(prefix.ids) for prefix in prefixes.held] == [320]
+    assert [len(prefix.ids) for prefix in prefixes.stored] == [320]
 
 
 def test_the_least_recently_used_goes_first(model):
@@ -91,7 +91,7 @@ def test_the_least_recently_used_goes_first(model):
     prefixes.add(starts[2], "", read(model, starts[2]))
     found = [prefixes.find([*ids, 5], "") is not None for ids in starts]
     assert found == [True, False, True] and prefixes.nbytes <= prefixes.budget
-    assert not with_prefix(model, budget=100).held and not with_prefix(model, budget=0).held
+    assert not with_prefix(model, budget=100).stored and not with_prefix(model, budget=0).stored
 
 
 def test_scopes_do_not_see_each_other(model):
@@ -130,7 +130,7 @@ def test_prefixes_survive_a_restart(model, tmp_path):
         rest = torch.tensor([IDS[256:300]])
         logits = [model(input_ids=rest, past_key_values=one).logits for one in (reused, read(model, IDS[:256]))]
     torch.testing.assert_close(*logits, rtol=0, atol=1e-4)  # loaded blocks are dequantized in other tiles
-    again.held = again.held[:1]
+    again.stored = again.stored[:1]
     assert again.save(folder) == 1 and len(list(folder.iterdir())) == 1
 
 

@@ -275,7 +275,7 @@ class Engine:
             self.metrics.set(bits_per_element=longest.bits_per_element)
         self.metrics.set(
             running_bytes=sum(cache.nbytes for cache in caches),
-            prefixes=len(self.prefixes.held),
+            prefixes=len(self.prefixes.stored),
             prefix_bytes=self.prefixes.nbytes,
         )
 

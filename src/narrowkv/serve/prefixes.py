@@ -61,7 +61,7 @@ class Prefixes:
 
     def __init__(self, budget: int, multiple: int):
         self.budget, self.multiple = budget, multiple
-        self.held: list[Prefix] = []
+        self.stored: list[Prefix] = []
         self.uses = 0
         self.nbytes = 0
         self._files: set[str] = set()  # that were loaded
@@ -79,7 +79,7 @@ class Prefixes:
         """A cache of the longest stored beginning of a prompt, and of how many tokens; None where there is none."""
         wanted, most = np.asarray(ids, dtype=np.int64), self.usable(len(ids))
         best, length = None, 0
-        for prefix in self.held:
+        for prefix in self.stored:
             common = min(_common(prefix.ids, wanted), most) // self.multiple * self.multiple
             if common > length and prefix.scope == scope and (common == len(prefix.ids) or croppable(prefix.cache)):
                 best, length = prefix, common
@@ -96,16 +96,18 @@ class Prefixes:
         if not self.budget or not ids:
             return
         read = np.asarray(ids, dtype=np.int64)
-        known = next((one for one in self.held if one.scope == scope and _common(one.ids, read) == len(read)), None)
+        known = next((one for one in self.stored if one.scope == scope and _common(one.ids, read) == len(read)), None)
         if known and (len(known.ids) == len(read) or croppable(known.cache)):
             return self._touch(known)
         self._put(Prefix(read, scope, copy.deepcopy(cache)))
 
     def _put(self, prefix: Prefix) -> None:
         if croppable(prefix.cache):  # it serves whatever a shorter one serves
-            self.held = [one for one in self.held if one.scope != prefix.scope or _common(one.ids, prefix.ids) < len(one.ids)]
+            self.stored = [
+                one for one in self.stored if one.scope != prefix.scope or _common(one.ids, prefix.ids) < len(one.ids)
+            ]
         self._touch(prefix)
-        self.held.append(prefix)
+        self.stored.append(prefix)
         self._fit()
 
     def _touch(self, prefix: Prefix) -> None:
@@ -114,25 +116,25 @@ class Prefixes:
 
     def _fit(self) -> None:
         """Let the least recently used go until all fit into the budget; memory that several share counts once."""
-        self.held.sort(key=lambda prefix: -prefix.used)
+        self.stored.sort(key=lambda prefix: -prefix.used)
         storages: dict[int, int] = {}
-        for i, prefix in enumerate(self.held):
+        for i, prefix in enumerate(self.stored):
             together = storages | prefix.storages
             if sum(together.values()) > self.budget:
-                self.held = self.held[:i]
+                self.stored = self.stored[:i]
                 break
             storages = together
         self.nbytes = sum(storages.values())
 
     def clear(self) -> None:
         """Let all go."""
-        self.held, self.nbytes = [], 0
+        self.stored, self.nbytes = [], 0
 
     def save(self, folder: Path) -> int:
         """Write all to a folder, each to a file, without those dropped since they were loaded; returns how many."""
         require_private(folder)
         written: set[str] = set()
-        for prefix in reversed(self.held):  # the most recently used last, as `load` reads them
+        for prefix in reversed(self.stored):  # the most recently used last, as `load` reads them
             try:
                 _write(folder / prefix.name, prefix)
                 written.add(prefix.name)
@@ -154,7 +156,7 @@ class Prefixes:
                 self._files.add(path.name)
             except NarrowKVError as error:
                 LOG.warning("The prefix in %s is not used: %s", path.name, error)
-        return len(self.held)
+        return len(self.stored)
 
 
 def _common(one: Ids, other: Ids) -> int:
