@@ -68,21 +68,21 @@ private:
     }
 
     void find_ranges(int64_t row, int64_t head, int64_t step) {
-        const int64_t place = ((row * range_heads + head) * steps + step) * width;
-        float* lower = low.data() + place;
-        float* upper = high.data() + place;
+        const int64_t offset = ((row * range_heads + head) * steps + step) * width;
+        float* lower = low.data() + offset;
+        float* upper = high.data() + offset;
         if (codec.sharing == Sharing::channel)
             ends_of_channels(row, head, step, lower, upper);
         else
             ends_of_token(row, head, step, lower, upper);
         const int64_t capacity_steps = buffer.tokens / together, at = buffer.at / together + step;
-        const int64_t held = ((row * range_heads + head) * capacity_steps + at) * width;
+        const int64_t buffer_offset = ((row * range_heads + head) * capacity_steps + at) * width;
         for (int64_t c = 0; c < width; ++c) {
             // of a group in which all tokens are left out
             if (!(lower[c] <= upper[c]) || std::isinf(lower[c]) || std::isinf(upper[c])) lower[c] = upper[c] = 0;
-            buffer.scale[held + c] = half_from_single((upper[c] - lower[c]) / 2);
-            buffer.zero[held + c] = half_from_single((upper[c] + lower[c]) / 2);
-            if (!is_finite_half(buffer.scale[held + c]) || !is_finite_half(buffer.zero[held + c])) fits = false;
+            buffer.scale[buffer_offset + c] = half_from_single((upper[c] - lower[c]) / 2);
+            buffer.zero[buffer_offset + c] = half_from_single((upper[c] + lower[c]) / 2);
+            if (!is_finite_half(buffer.scale[buffer_offset + c]) || !is_finite_half(buffer.zero[buffer_offset + c])) fits = false;
         }
     }
 
@@ -120,9 +120,9 @@ private:
     Thresholds thresholds(int64_t row, int64_t head, int64_t step, float* scratch) const {
         const int64_t dim = elements.dim;
         if (codec.sharing == Sharing::fixed) return {codec.lower + head * dim, codec.upper + head * dim};
-        const int64_t place = ((row * range_heads + head % range_heads) * steps + step) * width;
-        spread(scratch, [&](int64_t c) { return low[size_t(place + c)]; });
-        spread(scratch + dim, [&](int64_t c) { return high[size_t(place + c)]; });
+        const int64_t offset = ((row * range_heads + head % range_heads) * steps + step) * width;
+        spread(scratch, [&](int64_t c) { return low[size_t(offset + c)]; });
+        spread(scratch + dim, [&](int64_t c) { return high[size_t(offset + c)]; });
         return {scratch, scratch + dim};
     }
 
@@ -134,9 +134,9 @@ private:
             zero = fixed.data() + 2 * head * padded_dim, inverse = zero + padded_dim;
         } else {
             const int64_t at = buffer.at / together + step, capacity_steps = buffer.tokens / together;
-            const int64_t held = ((row * range_heads + head % range_heads) * capacity_steps + at) * width;
-            spread(online, [&](int64_t c) { return single_from_half(buffer.zero[held + c]); });
-            spread(online + padded_dim, [&](int64_t c) { return single_from_half(buffer.scale[held + c]); });
+            const int64_t buffer_offset = ((row * range_heads + head % range_heads) * capacity_steps + at) * width;
+            spread(online, [&](int64_t c) { return single_from_half(buffer.zero[buffer_offset + c]); });
+            spread(online + padded_dim, [&](int64_t c) { return single_from_half(buffer.scale[buffer_offset + c]); });
             invert(online + padded_dim, dim);
         }
         Thresholds outside{};
@@ -160,9 +160,9 @@ private:
         std::vector<uint8_t> marks;
         marks.resize(size_t(dim));
         int64_t next = 0;
-        for (int64_t place = 0; place < int64_t(counts.size()); ++place) {
-            if (counts[size_t(place)] == 0) continue;
-            const int64_t sequence = place / elements.tokens, token = place % elements.tokens;
+        for (int64_t i = 0; i < int64_t(counts.size()); ++i) {
+            if (counts[size_t(i)] == 0) continue;
+            const int64_t sequence = i / elements.tokens, token = i % elements.tokens;
             const int64_t row = sequence / elements.heads, head = sequence % elements.heads;
             const Thresholds outside = thresholds(row, head, token / together, x + dim);
             const char* from = row_of(elements, row, head, token);

@@ -43,38 +43,38 @@ EncodeBuffer buffer_from(const TensorView& elements, int64_t width, std::array<i
 }
 
 // A Codec and the tables that it points into.
-struct HeldCodec {
+struct OwnedCodec {
     Codec codec{};
     Table boundaries;
     std::optional<Table> scale, zero, lower, upper;
 };
 
-void make_codec(HeldCodec* held, int sharing, int64_t group, double outliers, Table boundaries,
+void make_codec(OwnedCodec* owned, int sharing, int64_t group, double outliers, Table boundaries,
                 std::optional<Table> scale, std::optional<Table> zero, std::optional<Table> lower, std::optional<Table> upper) {
-    new (held) HeldCodec{{}, boundaries, scale, zero, lower, upper};
-    held->codec = Codec{Sharing(sharing),    group,
-                        outliers,            int64_t(boundaries.size()),
-                        boundaries.data(),   data_or_null(scale),
-                        data_or_null(zero),  data_or_null(lower),
-                        data_or_null(upper)};
+    new (owned) OwnedCodec{{}, boundaries, scale, zero, lower, upper};
+    owned->codec = Codec{Sharing(sharing),    group,
+                         outliers,            int64_t(boundaries.size()),
+                         boundaries.data(),   data_or_null(scale),
+                         data_or_null(zero),  data_or_null(lower),
+                         data_or_null(upper)};
 }
 
 // What ranges learned offline are read of is there, for this many channels of all heads.
-void require_tables(const HeldCodec& held, int64_t channels) {
-    if (held.codec.sharing != Sharing::fixed) return;
+void require_tables(const OwnedCodec& owned, int64_t channels) {
+    if (owned.codec.sharing != Sharing::fixed) return;
     const auto holds = [&](const std::optional<Table>& table) { return table && int64_t(table->size()) >= channels; };
-    if (!holds(held.scale) || !holds(held.zero) || (held.codec.outliers > 0 && (!holds(held.lower) || !holds(held.upper))))
+    if (!holds(owned.scale) || !holds(owned.zero) || (owned.codec.outliers > 0 && (!holds(owned.lower) || !holds(owned.upper))))
         throw std::invalid_argument("tables are smaller than what is read of them");
 }
 
-int64_t encode_tokens(const HeldCodec& held, int kind, uint64_t data, std::array<int64_t, 4> shape, std::array<int64_t, 4> strides,
+int64_t encode_tokens(const OwnedCodec& owned, int kind, uint64_t data, std::array<int64_t, 4> shape, std::array<int64_t, 4> strides,
                       uint64_t skip, std::array<int64_t, 4> codes, int64_t first, std::array<uint64_t, 5> parts,
                       std::array<int64_t, 2> outliers, int threads) {
     const TensorView elements = view_from(kind, data, shape, strides);
     const EncodeBuffer buffer = buffer_from(elements, elements.dim, codes, first, parts, outliers);
-    require_tables(held, shape[1] * shape[3]);
+    require_tables(owned, shape[1] * shape[3]);
     nb::gil_scoped_release release;
-    return encode(held.codec, elements, at<const uint8_t>(skip), buffer, threads);
+    return encode(owned.codec, elements, at<const uint8_t>(skip), buffer, threads);
 }
 
 bool are_finite(int kind, uint64_t data, std::array<int64_t, 4> shape, std::array<int64_t, 4> strides, int threads) {
@@ -116,7 +116,7 @@ void decode_streams(uint64_t codes, uint64_t levels, uint64_t elements, std::arr
 }
 
 // A StreamCodec and the tables that it points into.
-struct HeldStreamCodec {
+struct OwnedStreamCodec {
     StreamCodec codec{};
     Array<const int8_t> high, low;
     Table mean, steps, scales, weight;
@@ -131,12 +131,12 @@ bool holds(const std::optional<Part>& part, int64_t elements) {
     return !part || int64_t(part->size()) == elements;
 }
 
-bool are_places(const std::optional<Array<const int32_t>>& places, int64_t dim) {
-    return !places || std::all_of(places->data(), places->data() + places->size(), [&](int32_t place) { return place >= 0 && place < dim; });
+bool are_indices(const std::optional<Array<const int32_t>>& index, int64_t dim) {
+    return !index || std::all_of(index->data(), index->data() + index->size(), [&](int32_t i) { return i >= 0 && i < dim; });
 }
 
 // Nothing is read beyond what these sizes tell.
-void make_stream_codec(HeldStreamCodec* held, std::array<int64_t, kMostRate> counts, Array<const int8_t> high, Array<const int8_t> low,
+void make_stream_codec(OwnedStreamCodec* owned, std::array<int64_t, kMostRate> counts, Array<const int8_t> high, Array<const int8_t> low,
                        Array<const float, nb::ndim<2>> mean, Table steps, Table scales, Table weight, Array<const int32_t> search_weight,
                        std::optional<Array<const int32_t>> channels, std::optional<Array<const double>> turns, std::optional<Array<const double>> pairs,
                        std::optional<Array<const int32_t>> order, std::optional<Table> matrix, std::optional<Table> norms, float threshold, int64_t most) {
@@ -152,41 +152,41 @@ void make_stream_codec(HeldStreamCodec* held, std::array<int64_t, kMostRate> cou
     require(int64_t(high.size()) == kMostRate * 16 && high.size() == low.size(), "tables of streams are [6, 16]");
     require(int64_t(steps.size()) == n && int64_t(scales.size()) == n && int64_t(weight.size()) == heads * n && int64_t(search_weight.size()) == heads * n,
             "tables are smaller than what is read of them");
-    require(!channels == !turns && holds(channels, dim) && holds(turns, kFrame * dim) && are_places(channels, dim), "rotations do not fit a head");
-    require(!pairs == !order && !pairs == !!matrix && holds(pairs, heads * 2 * dim) && holds(order, heads * n) && are_places(order, dim) && holds(matrix, heads * n * dim),
+    require(!channels == !turns && holds(channels, dim) && holds(turns, kFrame * dim) && are_indices(channels, dim), "rotations do not fit a head");
+    require(!pairs == !order && !pairs == !!matrix && holds(pairs, heads * 2 * dim) && holds(order, heads * n) && are_indices(order, dim) && holds(matrix, heads * n * dim),
             "what makes coefficients does not fit a head");
     require(holds(norms, kNorms), "norms have 256 codes");
-    new (held) HeldStreamCodec{codec, high, low, Table(mean), steps, scales, weight, channels, order, turns, pairs, matrix, norms, {}};
-    held->search_weight.assign(search_weight.data(), search_weight.data() + search_weight.size());
+    new (owned) OwnedStreamCodec{codec, high, low, Table(mean), steps, scales, weight, channels, order, turns, pairs, matrix, norms, {}};
+    owned->search_weight.assign(search_weight.data(), search_weight.data() + search_weight.size());
     codec.high = high.data(), codec.low = low.data(), codec.mean = mean.data();
     codec.channels = data_or_null(channels), codec.turns = data_or_null(turns), codec.pairs = data_or_null(pairs);
     codec.order = data_or_null(order), codec.matrix = data_or_null(matrix), codec.norms = data_or_null(norms);
-    codec.steps = steps.data(), codec.scales = scales.data(), codec.weight = weight.data(), codec.search_weight = held->search_weight.data();
+    codec.steps = steps.data(), codec.scales = scales.data(), codec.weight = weight.data(), codec.search_weight = owned->search_weight.data();
     codec.threshold = threshold, codec.most = most;
-    held->codec = codec;
+    owned->codec = codec;
 }
 
 // Returns both of StreamCounts.
-std::array<int64_t, 2> encode_stream_tokens(const HeldStreamCodec& held, const std::string& kernel, int kind, uint64_t data, std::array<int64_t, 4> shape,
+std::array<int64_t, 2> encode_stream_tokens(const OwnedStreamCodec& owned, const std::string& kernel, int kind, uint64_t data, std::array<int64_t, 4> shape,
                              std::array<int64_t, 4> strides, uint64_t skip, std::array<int64_t, 4> codes, int64_t first, std::array<uint64_t, 5> parts,
                              std::array<int64_t, 2> outliers, bool halves, int threads) {
-    const StreamCodec& codec = held.codec;
+    const StreamCodec& codec = owned.codec;
     const TensorView elements = view_from(kind, data, shape, strides);
     require(shape[1] == codec.heads && shape[3] == codec.dim, "elements are not those of such streams");
     const EncodeBuffer buffer = buffer_from(elements, codec.bytes + (codec.norms ? 1 : 0), codes, first, parts, outliers);
     const int64_t* index = at<const int64_t>(parts[3]);
-    std::vector<int32_t> used;
+    std::vector<int32_t> stored_outliers;
     if (first > 0 && codec.most > 0) {
-        used.resize(size_t(shape[0] * codec.heads));
+        stored_outliers.resize(size_t(shape[0] * codec.heads));
         for (int64_t i = 0; i < outliers[0]; ++i) {
             const int64_t sequence = index[i] / (buffer.tokens * codec.n);
-            require(sequence >= 0 && sequence < int64_t(used.size()), "an outlier has no place");
-            ++used[size_t(sequence)];
+            require(sequence >= 0 && sequence < int64_t(stored_outliers.size()), "an outlier lies outside the buffer");
+            ++stored_outliers[size_t(sequence)];
         }
     }
     const auto call = [&](EncodeStreams& encode) -> std::array<int64_t, 2> {
         nb::gil_scoped_release release;
-        const StreamCounts found = encode(codec, elements, at<const uint8_t>(skip), buffer, used.empty() ? nullptr : used.data(), halves, threads);
+        const StreamCounts found = encode(codec, elements, at<const uint8_t>(skip), buffer, stored_outliers.empty() ? nullptr : stored_outliers.data(), halves, threads);
         return {found.outliers, found.out_of_range};
     };
 #if defined(__x86_64__)
@@ -200,12 +200,12 @@ std::array<int64_t, 2> encode_stream_tokens(const HeldStreamCodec& held, const s
 }  // namespace
 
 void define_encode(nb::module_& module) {
-    nb::class_<HeldCodec>(module, "Codec", "What is the same for all tokens that a quantizer encodes; see codec/cpu/encode.py.")
+    nb::class_<OwnedCodec>(module, "Codec", "What is the same for all tokens that a quantizer encodes; see codec/cpu/encode.py.")
         .def("__init__", &make_codec, nb::kw_only(), "sharing"_a, "group"_a, "outliers"_a, "boundaries"_a,
              "scale"_a.none(), "zero"_a.none(), "lower"_a.none(), "upper"_a.none())
         .def("encode", &encode_tokens, "kind"_a, "data"_a, "shape"_a, "strides"_a, "skip"_a, "codes"_a, "first"_a, "parts"_a,
              "outliers"_a, "threads"_a, "Write codes, ranges and outliers of new tokens to their buffer; see codec/cpu/encode.py.");
-    nb::class_<HeldStreamCodec>(module, "StreamCodec", "What is the same for all tokens that become trellis-coded streams; see codec/cpu/encode_streams.py.")
+    nb::class_<OwnedStreamCodec>(module, "StreamCodec", "What is the same for all tokens that become trellis-coded streams; see codec/cpu/encode_streams.py.")
         .def("__init__", &make_stream_codec, nb::kw_only(), "counts"_a, "high"_a, "low"_a, "mean"_a, "steps"_a, "scales"_a, "weight"_a,
              "search_weight"_a, "channels"_a.none(), "turns"_a.none(), "pairs"_a.none(), "order"_a.none(), "matrix"_a.none(), "norms"_a.none(),
              "threshold"_a, "most"_a)

@@ -15,7 +15,7 @@ namespace narrowkv {
 constexpr int kMaxLevel = 63;  // magnitude of a table's entry, in grid steps
 
 // What is the same for all tokens; n coefficients of a head have codes. mean: [heads, dim]. channels: [dim], which channel
-// lies where, and turns: [kFrame, 2, dim / 2], cosines and sines, or both null. Coefficients are products with pairs:
+// each element is, and turns: [kFrame, 2, dim / 2], cosines and sines, or both null. Coefficients are products with pairs:
 // [heads, 4, dim / 2], of the first and the second elements of pairs what goes to the first and to the second, taken in order:
 // [heads, n]; or with matrix: [heads, n / kUnit, dim, kUnit]. steps, scales: [n]. weight, search_weight: [heads, n].
 // norms: [kNorms], or null. Coefficients whose error costs more than the threshold are outliers, `most` of a head in a block.
@@ -45,10 +45,10 @@ struct StreamCounts {
     int64_t outliers, out_of_range;
 };
 
-// What `encode` of encode.h does, for codes: [batch, heads, tokens, bytes and one of a norm]. held: [batch, heads], outliers
-// that the block has already, or null. halves: whether outliers are stored in float16, else in bfloat16.
+// What `encode` of encode.h does, for codes: [batch, heads, tokens, bytes and one of a norm]. stored_outliers: [batch, heads],
+// those that the block has already, or null. halves: whether outliers are stored in float16, else in bfloat16.
 using EncodeStreams = StreamCounts(const StreamCodec& codec, const TensorView& elements, const uint8_t* skip, const EncodeBuffer& buffer,
-                                   const int32_t* held, bool halves, int threads);
+                                   const int32_t* stored_outliers, bool halves, int threads);
 
 EncodeStreams encode_streams_generic;
 #if defined(__x86_64__)

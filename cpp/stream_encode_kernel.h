@@ -63,7 +63,7 @@ void multiply_rows(const double* x, int64_t count, int64_t dim, const float* mat
 
 // An outlier that was found.
 struct Outlier {
-    int64_t place;
+    int64_t index;
     uint16_t value;
 };
 
@@ -73,7 +73,7 @@ struct StreamEncoder {
     const TensorView& elements;
     const uint8_t* skip;
     const EncodeBuffer& buffer;
-    const int32_t* held;
+    const int32_t* stored_outliers;
     const bool halves;
     const Search search;
     std::atomic<bool> fits{true};
@@ -113,7 +113,7 @@ public:
             for (int64_t i = at; i < at + tokens; ++i) {
                 const int64_t far_out = scale(i);
                 if (!is_skipped(sequence, start + i - at)) out_of_range += far_out;
-                uint8_t* codes = call.buffer.codes + place_of(sequence, start + i - at) * call.code_bytes();
+                uint8_t* codes = call.buffer.codes + token_offset(sequence, start + i - at) * call.code_bytes();
                 if (codec.norms) codes[codec.bytes] = norms[size_t(i)];
                 rows.push_back({inputs.data() + i * n, codec.search_weight + head * n, codes, states.data() + i * n});
             }
@@ -122,7 +122,7 @@ public:
         if (codec.most == 0) return;
         again.clear();
         for (int64_t sequence = first; sequence < last; ++sequence) {
-            int64_t used = call.held && start + call.buffer.at < kBlock ? call.held[sequence] : 0;
+            int64_t used = call.stored_outliers && start + call.buffer.at < kBlock ? call.stored_outliers[sequence] : 0;
             for (int64_t token = start; token < stop; ++token) keep_outliers(sequence, token, (sequence - first) * tokens + token - start, used, chosen);
         }
         encode_rows(call.search, again.data(), int64_t(again.size()), decisions.data());
@@ -139,7 +139,7 @@ private:
     std::vector<Row> rows, again;
     std::vector<int32_t> outside;
 
-    int64_t place_of(int64_t sequence, int64_t token) const { return sequence * call.buffer.tokens + call.buffer.at + token; }
+    int64_t token_offset(int64_t sequence, int64_t token) const { return sequence * call.buffer.tokens + call.buffer.at + token; }
 
     bool is_skipped(int64_t sequence, int64_t token) const { return call.skip && call.skip[sequence / codec.heads * call.elements.tokens + token]; }
 
@@ -155,7 +155,7 @@ private:
         if (codec.matrix) multiply_rows(centered.data() + at * dim, stop - start, dim, codec.matrix + head * n * dim, n, found.data() + at * n);
     }
 
-    // A token's head less the mean, in places.
+    // A token's head less the mean, in the order of `channels`.
     void center(int64_t sequence, int64_t token, double* to) {
         const TensorView& x = call.elements;
         const int64_t row = sequence / codec.heads, head = sequence % codec.heads, dim = codec.dim;
@@ -230,7 +230,7 @@ private:
         return uint8_t(code > 0 ? code < 255 ? code : 255.0 : 0.0);
     }
 
-    // Choose a row's outliers, and have it searched again where there are any. used: places of its block, raised.
+    // Choose a row's outliers, and have it searched again where there are any. used: outliers of its block, raised.
     void keep_outliers(int64_t sequence, int64_t token, int64_t row, int64_t& used, std::vector<Outlier>& chosen) {
         const int64_t n = codec.n, head = sequence % codec.heads, left = codec.most - used;
         if (is_skipped(sequence, token)) return;
@@ -247,7 +247,7 @@ private:
         std::copy_n(searched.weights, n, free);
         for (const int32_t i : outside) {
             free[i] = 0;
-            chosen.push_back({place_of(sequence, token) * n + i, exact(coefficients[size_t(row * n + i)])});
+            chosen.push_back({token_offset(sequence, token) * n + i, exact(coefficients[size_t(row * n + i)])});
         }
         searched.weights = free;
         again.push_back(searched);
@@ -311,14 +311,14 @@ inline StreamCounts StreamEncoder::run(int threads) {
     if (count > buffer.outlier_capacity) return {count, out_of_range};
     int64_t next = 0;
     for (const auto& part : chosen)
-        for (const Outlier& outlier : part) buffer.outlier_index[next] = outlier.place, buffer.outlier_values[next++] = outlier.value;
+        for (const Outlier& outlier : part) buffer.outlier_index[next] = outlier.index, buffer.outlier_values[next++] = outlier.value;
     return {count, out_of_range};
 }
 
 StreamCounts encode_all_streams(const StreamCodec& codec, const TensorView& elements, const uint8_t* skip, const EncodeBuffer& buffer,
-                                const int32_t* held, bool halves, int threads) {
+                                const int32_t* stored_outliers, bool halves, int threads) {
     if (elements.tokens == 0 || elements.batch == 0) return {0, 0};
-    return StreamEncoder{codec, elements, skip, buffer, held, halves, Search(codec.counts, codec.high, codec.low)}.run(threads);
+    return StreamEncoder{codec, elements, skip, buffer, stored_outliers, halves, Search(codec.counts, codec.high, codec.low)}.run(threads);
 }
 
 }  // namespace

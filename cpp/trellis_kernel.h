@@ -168,7 +168,7 @@ struct Rows {
         for (int state = 0; state < kStates; state += width) store(cost[t] + state, costs(state));
     }
 
-    // Follow the decisions of a unit back to its first element, and write its bytes, the first bit in the highest place.
+    // Follow the decisions of a unit back to its first element, and write its bytes, the most significant bit first.
     template <int rate>
     NARROWKV_INLINE void backward(int64_t last, int64_t end) {
         uint64_t bits[together] = {};

@@ -162,7 +162,7 @@ def test_arguments_that_lead_outside_of_memory_are_refused():
     buffer = EncodeBuffer(quantizer.scheme, 1, 2, 64, 16, like=x)
     buffer.outliers = quantizer.encode_into(buffer, 0, x * 100)
     buffer.outlier_index[0] = 2**40
-    with pytest.raises(ValueError, match="no place"):
+    with pytest.raises(ValueError, match="outside the buffer"):
         quantizer._encoder.write(buffer, 3, x, None)
 
 

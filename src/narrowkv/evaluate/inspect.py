@@ -23,7 +23,7 @@ KIND = "inspect"
 TENSORS = ("keys", "rotated", "values")  # before and after the rotary embedding
 FRACTIONS = {"t99": 0.99, "t99.9": 0.999, "t99.99": 0.9999, "t100": 1.0}
 HEAT_CHANNELS, HEAT_TOKENS = 128, 64  # cells of a heat map
-PLACES = 128  # parts into which channels and tokens are cut where outliers are counted
+BINS = 128  # parts into which channels and tokens are cut where outliers are counted
 BINS = 64  # of a distribution
 FULLEST = 0.1  # of the channels, or tokens, whose share of the outliers is reported
 
@@ -167,8 +167,8 @@ def _outliers_row(layer: int, name: str, tensor: _Tensor) -> dict[str, Any]:
         "beyond": _short(tensor.largest(FRACTIONS["t99"])),
         "channels": channels,
         "tokens": tokens,
-        "by_channel": _plain(_means(tensor.channels / (tokens * sequences), PLACES)),
-        "by_token": _plain(_means(tensor.tokens / (channels * sequences), PLACES)),
+        "by_channel": _plain(_means(tensor.channels / (tokens * sequences), BINS)),
+        "by_token": _plain(_means(tensor.tokens / (channels * sequences), BINS)),
         "in_fullest_channels": _short(_in_fullest(tensor.channels)),
         "in_fullest_tokens": _short(_in_fullest(tensor.tokens)),
     }

@@ -97,7 +97,7 @@ class StreamEncoder:
         x = x.detach()
         x = x if x.stride(3) == 1 else x.contiguous()
         batch, heads, new, _ = x.shape
-        skip = None if skip is None else skip.contiguous()  # held as long as its address is used
+        skip = None if skip is None else skip.contiguous()  # referenced as long as its address is used
         skipped = 0 if skip is None else address(skip, torch.bool, shape=(batch, new))
         threads = 1 if batch * heads * new <= trellis.FEW else torch.get_num_threads()
         while True:
