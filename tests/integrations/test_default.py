@@ -153,3 +153,13 @@ def test_a_model_that_generates_by_an_inner_one():
     assert isinstance(found.past_key_values, PackedCache) and torch.equal(found.sequences, expected.sequences)
     disable(model)
     assert isinstance(model.generate(**options).past_key_values, DynamicCache)
+
+
+def test_generate_batch_is_refused_until_the_default_is_removed(tiny):
+    """Its paged cache would not be packed, and nothing would say so."""
+    model = tiny()
+    make_default(model, "int4")
+    with pytest.raises(UnsupportedModelError, match="CacheGroup"):
+        model.generate_batch([[3, 4, 5]])
+    disable(model)
+    assert "init_continuous_batching" not in vars(model)

@@ -18,6 +18,11 @@ from narrowkv.integrations.versions import CACHE, cache_of
 from narrowkv.methods import Recipe, get_recipe
 
 PREPARES = "_prepare_cache_for_generation"  # the method of transformers with which `generate` makes its cache
+BATCHES = "init_continuous_batching"  # that with which `generate_batch` makes one of its own
+NO_BATCHES = (
+    "transformers' generate_batch has a paged cache of its own and takes no packed one; make sequences rows of a "
+    "narrowkv.CacheGroup, run `narrowkv serve`, or call narrowkv.disable(model) first."
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ def make_default(model: PreTrainedModel, source: Calibration | Recipe | str, *, 
             vars(generator)["narrowkv_default"] = Default(source, options, before, hook)
             # bound to the model, so that a copy of the model makes caches for itself; a method would not survive pickling
             vars(generator)[PREPARES] = functools.partial(prepare_packed, generator)
+            vars(generator)[BATCHES] = refuse_batches
 
 
 def prepare_packed(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -70,6 +76,11 @@ def prepare_packed(self: Any, generation_config: Any, model_kwargs: dict[str, An
     kind: Any = type(self)
     own = default.before or functools.partial(getattr(kind, PREPARES), self)
     return own(generation_config, model_kwargs, *args, **kwargs)
+
+
+def refuse_batches(*args: Any, **kwargs: Any) -> None:
+    """What `generate_batch` calls to create its cache, which would not be packed: raises UnsupportedModelError."""
+    raise UnsupportedModelError(NO_BATCHES)
 
 
 def score_packed(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -134,6 +145,7 @@ def _makes_caches(model: Any) -> bool:
 def _remove_default(model: Any) -> None:
     default: Default | None = vars(model).pop("narrowkv_default", None)
     if default is not None:
+        vars(model).pop(BATCHES, None)
         _put_back(model, default.before)
         if default.hook is not None:
             default.hook.remove()
