@@ -48,12 +48,13 @@ class Run:
         self.left -= event.finish is not None
 
     def finish(self) -> tuple[float, list[float]]:
-        """Seconds until all jobs were done, and until the first token of each."""
+        """Seconds until all jobs were done, and until the first token of each, in their order; jobs before are left out."""
         begun = self.clock()
         while self.left:
             self.engine.step()
         seconds = self.clock() - begun
-        return seconds, [first - begun for first in self.first.values()]
+        first, self.first = self.first, {}
+        return seconds, [one - begun for one in first.values()]
 
 
 def decode_rows(engine: Engine, ids: list[int], clock: Callable[[], float], steps: int = 5) -> dict[str, float]:
@@ -75,37 +76,48 @@ def decode_rows(engine: Engine, ids: list[int], clock: Callable[[], float], step
     return found
 
 
+def turns(fresh: Callable[..., Run], prefix: list[int], question: list[int]) -> dict[str, float]:
+    """A second turn behind a long prefix, and a short request that comes once a long prompt is being read."""
+    run = fresh()
+    run.submit(prefix, 8)
+    first = run.finish()[1][-1]
+    run.submit([*prefix, *question], 8)
+    second = run.finish()[1][-1]
+    chunk = first / -(-len(prefix) // run.engine.limits.chunk)
+    run = fresh(cache_bytes=0)
+    run.submit(prefix, 8)
+    run.engine.step()
+    run.submit(question, 8)
+    return {
+        "seconds to the first token of a first turn": first,
+        "second turn over the first": second / first,
+        "wait of a short request behind a long prompt, in chunks": run.finish()[1][-1] / chunk,
+    }
+
+
 def measure(model: Any, tokenizer: Any, source: Any, arguments: argparse.Namespace) -> dict[str, float]:
-    """All ratios."""
+    """The ratios that are wanted."""
     clock, scale = CLOCKS[arguments.clock], arguments.scale
     torch.manual_seed(0)
     vocabulary = model.get_input_embeddings().num_embeddings
     drawn = lambda n: torch.randint(10, vocabulary - 10, (max(int(n * scale), 8),)).tolist()  # noqa: E731
     fresh = lambda **limits: Run(Engine(model, tokenizer, source, Limits(**limits)), clock)  # noqa: E731
-    found = decode_rows(fresh().engine, drawn(1000), clock)
-    prompts, tokens = [drawn(1000) for _ in range(8)], max(int(128 * scale), 2)
-    apart = 0.0
-    run = fresh()
-    for ids in prompts:
-        run.submit(ids, tokens)
-        apart += run.finish()[0]
-    run = fresh()
-    for ids in prompts:
-        run.submit(ids, tokens)
-    found["8 requests at once over one after another"] = apart / run.finish()[0]
-    prefix = drawn(4000)
-    run = fresh()
-    run.submit(prefix, 8)
-    first = run.finish()[1][-1]
-    run.submit([*prefix, *drawn(20 / scale)], 8)
-    second = run.finish()[1][-1]
-    found |= {"seconds to the first token of a first turn": first, "second turn over the first": second / first}
-    chunks = -(-len(prefix) // run.engine.limits.chunk)
-    run = fresh(cache_bytes=0)
-    run.submit(drawn(4000), 8)
-    run.engine.step()
-    run.submit(drawn(20 / scale), 8)
-    found["wait of a short request behind a long prompt, in chunks"] = run.finish()[1][-1] / (first / chunks)
+    found: dict[str, float] = {}
+    if "rows" in arguments.parts:
+        found |= decode_rows(fresh().engine, drawn(1000), clock)
+    if "requests" in arguments.parts:
+        prompts, tokens = [drawn(1000) for _ in range(8)], max(int(128 * scale), 2)
+        apart = 0.0
+        run = fresh()
+        for ids in prompts:
+            run.submit(ids, tokens)
+            apart += run.finish()[0]
+        run = fresh()
+        for ids in prompts:
+            run.submit(ids, tokens)
+        found["8 requests at once over one after another"] = apart / run.finish()[0]
+    if "turns" in arguments.parts:
+        found |= turns(fresh, drawn(4000), drawn(20 / scale))
     return found
 
 
@@ -118,6 +130,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--clock", choices=CLOCKS, default="cpu", help="cpu: processor seconds, which other load leaves alone")
     parser.add_argument("--scale", type=float, default=1.0, help="of all lengths")
+    parser.add_argument("--parts", default="rows,requests,turns")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     model, tokenizer = load_model(arguments.model, arguments.dtype)

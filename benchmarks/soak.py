@@ -146,20 +146,22 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=500)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--compared", type=int, default=60, help="greedy answers that are sent again alone")
-    parser.add_argument("--options", default="--cache-bytes 20000000", help="further options of narrowkv serve")
+    parser.add_argument("--options", default="--cache-bytes 5000000", help="further options of narrowkv serve")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     server, url = start(arguments)
     process, found, begun = psutil.Process(server.pid), Found(), time.monotonic()
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=8, timeout=300)
-    with ThreadPoolExecutor(arguments.clients) as pool:
-        list(pool.map(lambda seed: run(client, seed, found, process), range(arguments.requests)))
-    seconds = time.monotonic() - begun
-    different, wrong = differences(client, found.greedy[: arguments.compared])
-    if server.poll() is not None:
-        found.failures.append("the server has ended")
-    server.terminate()
-    status = server.wait(60)
+    try:
+        with ThreadPoolExecutor(arguments.clients) as pool:
+            list(pool.map(lambda seed: run(client, seed, found, process), range(arguments.requests)))
+        seconds = time.monotonic() - begun
+        different, wrong = differences(client, found.greedy[: arguments.compared])
+        if server.poll() is not None:
+            found.failures.append("the server has ended")
+    finally:
+        server.terminate()
+        status = server.wait(60)
     warm, last = found.memory[min(WARM, len(found.memory) // 2) :], found.memory[-len(found.memory) // 10 :]
     growth = (sum(last) / len(last)) / max(warm[: len(last)], default=1)
     results = {
@@ -169,6 +171,7 @@ def main() -> None:
         "refused": found.refused,
         "seconds": round(seconds, 1),
         "memory_growth": round(growth, 4),
+        "megabytes": [round(found.memory[i * (len(found.memory) - 1) // 10] / 1e6) for i in range(11)],
         "compared": min(len(found.greedy), arguments.compared),
         "different": different,
         "wrong": wrong,
