@@ -31,30 +31,33 @@ class Run:
 
     def __init__(self, engine: Engine, clock: Callable[[], float]):
         self.engine, self.clock = engine, clock
-        self.first: dict[int, float] = {}
-        self.left = 0
+        self.left = self.tokens = 0
 
     def submit(self, ids: list[int], tokens: int) -> None:
         """Queue a greedy job."""
         job = Job(ids, "", Sampling(temperature=0.0), tokens, ignore_eos=True)
-        job.put = lambda event: self._take(id(job), event)
+        job.put = self._take
         self.left += 1
         self.engine.submit(job)
-        self.first[id(job)] = 0.0
 
-    def _take(self, job: int, event: Event) -> None:
+    def _take(self, event: Event) -> None:
         assert isinstance(event, Delta)
-        self.first[job] = self.first[job] or self.clock()
+        self.tokens += 1
         self.left -= event.finish is not None
 
-    def finish(self) -> tuple[float, list[float]]:
-        """Seconds until all jobs were done, and until the first token of each, in their order; jobs before are left out."""
+    def finish(self) -> float:
+        """Seconds until all jobs are done."""
         begun = self.clock()
         while self.left:
             self.engine.step()
-        seconds = self.clock() - begun
-        first, self.first = self.first, {}
-        return seconds, [one - begun for one in first.values()]
+        return self.clock() - begun
+
+    def first_token(self) -> float:
+        """Seconds until the next token of any job."""
+        begun, before = self.clock(), self.tokens
+        while self.tokens == before:
+            self.engine.step()
+        return self.clock() - begun
 
 
 def decode_rows(engine: Engine, ids: list[int], clock: Callable[[], float], steps: int = 5) -> dict[str, float]:
@@ -79,19 +82,19 @@ def decode_rows(engine: Engine, ids: list[int], clock: Callable[[], float], step
 def turns(fresh: Callable[..., Run], prefix: list[int], question: list[int]) -> dict[str, float]:
     """A second turn behind a long prefix, and a short request that comes once a long prompt is being read."""
     run = fresh()
-    run.submit(prefix, 8)
-    first = run.finish()[1][-1]
-    run.submit([*prefix, *question], 8)
-    second = run.finish()[1][-1]
+    run.submit(prefix, 1)
+    first = run.first_token()
+    run.submit([*prefix, *question], 1)
+    second = run.first_token()
     chunk = first / -(-len(prefix) // run.engine.limits.chunk)
     run = fresh(cache_bytes=0)
-    run.submit(prefix, 8)
+    run.submit(prefix, 1)
     run.engine.step()
-    run.submit(question, 8)
+    run.submit(question, 1)
     return {
         "seconds to the first token of a first turn": first,
         "second turn over the first": second / first,
-        "wait of a short request behind a long prompt, in chunks": run.finish()[1][-1] / chunk,
+        "wait of a short request behind a long prompt, in chunks": run.first_token() / chunk,
     }
 
 
@@ -111,11 +114,11 @@ def measure(model: Any, tokenizer: Any, source: Any, arguments: argparse.Namespa
         run = fresh()
         for ids in prompts:
             run.submit(ids, tokens)
-            apart += run.finish()[0]
+            apart += run.finish()
         run = fresh()
         for ids in prompts:
             run.submit(ids, tokens)
-        found["8 requests at once over one after another"] = apart / run.finish()[0]
+        found["8 requests at once over one after another"] = apart / run.finish()
     if "turns" in arguments.parts:
         found |= turns(fresh, drawn(4000), drawn(20 / scale))
     return found
