@@ -30,11 +30,10 @@ from narrowkv import get_recipe
 from narrowkv.attention.cuda.block_table import layouts_of
 from narrowkv.attention.cuda.kernels.attend_dense import attend_dense, merge
 from narrowkv.attention.cuda.kernels.attend_packed import attend_blocks
-from narrowkv.attention.cuda.kernels.attend_streams import Masks, QueryTables, Sizes, attend_streams
+from narrowkv.attention.cuda.kernels.attend_streams import Masks, QueryTables, Results, attend_streams
 from narrowkv.attention.cuda.kernels.dequantize import dequantize_keys, dequantize_values, put_block_outliers, rotate_keys
 from narrowkv.attention.cuda.kernels.dequantize_streams import (
     PairTables,
-    Span,
     TailOutliers,
     dequantize_stream_keys,
     dequantize_stream_tail,
@@ -61,11 +60,11 @@ TYPES = {
     "scaling": "fp32", "softcap": "fp32", "rope_scale": "fp32",
 }  # fmt: skip
 STREAM_TYPES: dict[str, Any] = {
-    "p_query": "*bf16", "p_lengths": "*i32", "p_sums": "*fp32", "p_running_max": "*fp32", "p_tiles": "*fp16",
+    "p_query": "*bf16", "p_lengths": "*i32", "results": Results("*fp32", "*fp32"), "p_tiles": "*fp16",
     "blocks": Blocks("*i64", "*i32", "*i32"), "keys": StreamCodes("*i32", "*fp32", "*fp32"),
     "values": StreamCodes("*i32", "*fp32", "*fp32"), "queries": QueryTables("*i32", "*fp32", "*fp32", "*fp64"),
-    "masks": Masks("*i32", "*u8", "*u8", "*i64"), "sizes": Sizes._make(["i32"] * 8), "scaling": "fp32", "softcap": "fp32",
-    "rope_scale": "fp32", "p_rope_state": "*i32", "span": Span._make(["i32"] * 6),
+    "masks": Masks("*i32", "*u8", "*u8", "*i64"), "scaling": "fp32", "softcap": "fp32",
+    "rope_scale": "fp32", "p_rope_state": "*i32",
     "pairs": PairTables("*i32", "*fp32", "*fp32", "*fp64"), "p_keys": "*bf16", "p_values": "*bf16",
     "p_key_codes": "*u8", "p_value_codes": "*u8", "key_outliers": TailOutliers("*i64", "*bf16", "*i32"),
     "value_outliers": TailOutliers("*i64", "*bf16", "*i32"),

@@ -17,7 +17,7 @@ from torch import Tensor
 from narrowkv.attention.cuda.arguments import PackedTensorArgs, SharedArgs
 from narrowkv.attention.cuda.kernels.attend_dense import attend_dense, merge
 from narrowkv.attention.cuda.kernels.attend_packed import attend_blocks
-from narrowkv.attention.cuda.kernels.attend_streams import Masks, Sizes, attend_streams, queries_of
+from narrowkv.attention.cuda.kernels.attend_streams import Masks, Results, attend_streams, queries_of
 from narrowkv.attention.cuda.kernels.dequantize_streams import TOKENS as STREAM_TOKENS
 from narrowkv.attention.cuda.kernels.dequantize_streams import TailOutliers, dequantize_stream_tail, pairs_of
 from narrowkv.attention.cuda.kernels.dequantize_tail import TOKENS, dequantize_tail
@@ -202,9 +202,10 @@ class _Launch:
         programs = splits * len(sums) * self.chunks
         tiles = sums.new_empty(programs * (plan.keys.tile + plan.values.tile), dtype=dtype)
         attend_streams[(splits, len(sums), self.chunks)](
-            self.query, Blocks(shared.blocks, shared.starts, _or(shared.bases, lengths)), lengths, sums, running_max, tiles,
+            self.query, Blocks(shared.blocks, shared.starts, _or(shared.bases, lengths)), lengths, Results(sums, running_max),
+            tiles,
             codes_of(keys), queries_of(keys), codes_of(values), Masks(*self.mask_args, _or(shared.sink_index, lengths)),
-            Sizes(shared.blocks.shape[1], sums.shape[1], splits, *self.strides), *self.elements[:2],
+            sums.shape[1], *self.strides[:-1], *self.elements[:2],
             K=plan.keys, V=plan.values, C=plan.case, ELEMENT=ELEMENTS[dtype],
             num_warps=WARPS if plan.rounded else 2 * WARPS, num_stages=1,
         )  # fmt: skip

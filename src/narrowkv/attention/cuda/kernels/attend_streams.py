@@ -52,22 +52,18 @@ class Masks(NamedTuple):
     p_sink_index: object
 
 
-class Sizes(NamedTuple):
-    """Integers that change while a cache grows, or from model to model."""
+class Results(NamedTuple):
+    """Pointers that `write_part` takes."""
 
-    batch: int
-    slots: int
-    splits: int
-    rope_state_stride: int
-    padding_stride: int
-    hidden_batch: int
-    hidden_stride: int
-    window: int
+    p_sums: object
+    p_running_max: object
 
 
-@triton.jit(do_not_specialize=["sizes"])
+# integers that change while a cache grows: a kernel would be compiled anew for multiples of 16, and for 1
+@triton.jit(do_not_specialize=["slots", "rope_state_stride", "padding_stride", "hidden_stride"])
 def attend_streams(
-    p_query, blocks, p_lengths, p_sums, p_running_max, p_tiles, keys, queries, values, masks, sizes, scaling, softcap,
+    p_query, blocks, p_lengths, results, p_tiles, keys, queries, values, masks,
+    slots, rope_state_stride, padding_stride, hidden_batch, hidden_stride, scaling, softcap,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, ELEMENT: tl.constexpr,
 ):  # fmt: skip
     """p_query: [batch, heads, rows, head_dim]. blocks: `streams.Blocks`. p_lengths: as `launch` has them. p_tiles: of each
@@ -79,12 +75,13 @@ def attend_streams(
     rows = tl.program_id(2) * C.capacity + tl.arange(0, C.capacity)
     count, sealed = tl.load(p_lengths), tl.load(p_lengths + 1)
     first, query_positions = tl.load(p_lengths + 2), tl.load(p_lengths + 3)
-    share = (count + sizes.splits - 1) // sizes.splits
+    splits, batch = tl.num_programs(0), tl.num_programs(1) // K.heads
+    share = (count + splits - 1) // splits
     begin = split * share
     end = tl.minimum(begin + share, count)
-    p_rope_state = masks.p_rope_state + row.to(tl.int64) * sizes.rope_state_stride + tl.load(p_lengths + 11)
-    p_padding = masks.p_padding + row.to(tl.int64) * sizes.padding_stride
-    p_hidden = masks.p_hidden + (row % sizes.hidden_batch).to(tl.int64) * C.queries * sizes.hidden_stride
+    p_rope_state = masks.p_rope_state + row.to(tl.int64) * rope_state_stride + tl.load(p_lengths + 11)
+    p_padding = masks.p_padding + row.to(tl.int64) * padding_stride
+    p_hidden = masks.p_hidden + (row % hidden_batch).to(tl.int64) * C.queries * hidden_stride
 
     coefficient, token = tl.arange(0, K.capacity), tl.arange(0, 64)
     b_still, b_quarter = read_coefficients(p_query, batch_head, head, rows, coefficient, queries, scaling, K, C)
@@ -100,7 +97,7 @@ def attend_streams(
     key_rows, value_rows = code_rows(keys, coefficient, ELEMENT, K), code_rows(values, coefficient, ELEMENT, V)
     offsets = read_offsets(queries, head, coefficient, K).to(ELEMENT)
 
-    program = (tl.program_id(2) * tl.num_programs(1) + batch_head) * sizes.splits + split
+    program = (tl.program_id(2) * tl.num_programs(1) + batch_head) * splits + split
     p_key_tile = p_tiles + program.to(tl.int64) * (K.tile + V.tile)
     p_value_tile = p_key_tile + K.tile
     for i in range(0, K.tile + V.tile, 1024):
@@ -111,11 +108,11 @@ def attend_streams(
     sums = tl.full([V.capacity, C.capacity], 0, tl.float32)
     reached = -(2**31)  # where queries are rotated to, if a block begins there
     for i in range(begin, end):
-        entry = blocks.p_table + (i * sizes.batch + row) * 16
+        entry = blocks.p_table + (i * batch + row) * 16
         start = tl.load(blocks.p_starts + i)
         live = token < tl.minimum(tl.load(blocks.p_starts + i + 1), sealed) - start
         if C.rope_mode == "near":
-            base = tl.load(blocks.p_bases + i * sizes.batch + row)
+            base = tl.load(blocks.p_bases + i * batch + row)
             if base == reached and (i - begin) % ROTATED_BLOCKS != 0:
                 b_still, b_quarter = rotated(b_still, b_quarter, cos_4[:, None], sin_4[:, None])
             else:
@@ -124,7 +121,7 @@ def attend_streams(
                 b_still, b_quarter = rotated(still / size, quarter / size, cos[:, None], sin[:, None])
             reached = base + 64
         if K.nonzeros + V.nonzeros > 0:  # such a loop the compiler does not read ahead in
-            following = blocks.p_table + (tl.minimum(i + 1, end - 1) * sizes.batch + row) * 16
+            following = blocks.p_table + (tl.minimum(i + 1, end - 1) * batch + row) * 16
             next_keys, next_values = addresses_of(following), addresses_of(following + 8)
             tl.debug_barrier()  # until tiles are cleared
         if K.nonzeros > 0:
@@ -157,9 +154,7 @@ def attend_streams(
         norms, largest_norm = norms_of(entry + 8, head, token, live, V)
         for j in tl.static_range(tl.constexpr(C.sinks)):
             live &= first + start + token != tl.load(masks.p_sink_index + row * C.sinks + j)
-        sees = seen(
-            rows, start + token, live, first, query_positions, p_padding, p_hidden, sizes.hidden_stride, sizes.window, C
-        )
+        sees = seen(rows, start + token, live, first, query_positions, p_padding, p_hidden, hidden_stride, C.window, C)
         weights, rescale, running_max = weigh(tl.where(sees, scores, float("-inf")), running_max)
         denominators = denominators * rescale[None, :] + weights
         even, odd = read_steps(entry + 8, head, coefficient, value_rows, values, ELEMENT, V)
@@ -175,8 +170,8 @@ def attend_streams(
             clear_stream_outliers(p_key_tile, entry, key_begin, key_end, key_first, K)
         if V.nonzeros > 0:
             clear_stream_outliers(p_value_tile, entry + 8, value_begin, value_end, value_first, V)
-    slot = batch_head * sizes.slots + split
-    write_part(p_sums, p_running_max, sums, tl.sum(denominators, 0), running_max, coefficient, rows, slot, C)
+    slot = batch_head * slots + split
+    write_part(results.p_sums, results.p_running_max, sums, tl.sum(denominators, 0), running_max, coefficient, rows, slot, C)
 
 
 @triton.jit

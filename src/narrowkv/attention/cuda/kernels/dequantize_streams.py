@@ -56,30 +56,24 @@ class TailOutliers(NamedTuple):
     p_count: object
 
 
-class Span(NamedTuple):
-    """Which columns are dequantized: from `column` on, tokens from `begin` to before `stop` of those stored."""
-
-    batch: int
-    column: int
-    begin: int
-    stop: int
-    capacity: int
-    rope_state_stride: int
+SPAN = ["column", "begin", "stop", "capacity", "rope_state_stride"]  # prompts of any length are one program
 
 
-@triton.jit(do_not_specialize=["span"])
+@triton.jit(do_not_specialize=SPAN)
 def dequantize_stream_keys(
-    p_keys, blocks, p_rope_state, p_tiles, keys, pairs, span, rope_scale,
+    p_keys, blocks, p_rope_state, p_tiles, keys, pairs, column, begin, stop, capacity, rope_state_stride, rope_scale,
     K: tl.constexpr, C: tl.constexpr, ELEMENT: tl.constexpr,
 ):  # fmt: skip
-    """p_keys: [batch, heads, capacity, head_dim]. p_rope_state: positions. rope_scale: the factor of the rotary embedding.
+    """Keys of columns from `column` on, of the tokens from `begin` to before `stop` of those stored.
+
+    p_keys: [batch, heads, capacity, head_dim]. p_rope_state: positions. rope_scale: the factor of the rotary embedding.
     p_tiles: of each program, for outliers; other parameters like those of `attend_streams`.
     """
-    i, batch_head = span.column + tl.program_id(0), tl.program_id(1)
-    row, head = batch_head // K.heads, batch_head % K.heads
-    entry = blocks.p_table + (i * span.batch + row) * 16
+    i, batch_head = column + tl.program_id(0), tl.program_id(1)
+    row, head, batch = batch_head // K.heads, batch_head % K.heads, tl.num_programs(1) // K.heads
+    entry = blocks.p_table + (i * batch + row) * 16
     start = tl.load(blocks.p_starts + i)
-    count = tl.minimum(tl.load(blocks.p_starts + i + 1), span.stop) - start
+    count = tl.minimum(tl.load(blocks.p_starts + i + 1), stop) - start
     p_tile = own_tile(p_tiles, entry, head, keys, ELEMENT, K)
     slot_a, slot_b, channel_a, channel_b = read_pairs(pairs, head, K, C)
     elements_a = by_frames(steps_with_outliers(entry, head, slot_a, p_tile, keys, ELEMENT, K)).to(tl.float32)
@@ -90,9 +84,9 @@ def dequantize_stream_keys(
     if C.rope_mode != "none":
         cycles = tl.load(pairs.p_cycles + head * K.dim + slot_a, mask=slot_a < K.dim, other=0.0)[None, None, :]
         if C.rope_mode == "near":
-            position = tl.load(blocks.p_bases + i * span.batch + row) + 16 * tl.arange(0, 4)[:, None, None] + 8
+            position = tl.load(blocks.p_bases + i * batch + row) + 16 * tl.arange(0, 4)[:, None, None] + 8
         else:
-            at = p_rope_state + row.to(tl.int64) * span.rope_state_stride + start + token
+            at = p_rope_state + row.to(tl.int64) * rope_state_stride + start + token
             position = tl.load(at, mask=token < count, other=0) + 8 - token % 16
         cos, sin = cos_sin(position, cycles)
         factor = tl.where(tl.arange(0, C.lanes) < C.pairs, rope_scale, 1.0)[None, None, :]
@@ -100,26 +94,28 @@ def dequantize_stream_keys(
         elements_a, elements_b = elements_a * cos - elements_b * sin, elements_b * cos + elements_a * sin
     token = tl.arange(0, 64)
     inside = (token < count)[:, None] & (slot_a < K.dim)[None, :]
-    p_keys += (batch_head.to(tl.int64) * span.capacity + (start - span.begin)) * K.dim
+    p_keys += (batch_head.to(tl.int64) * capacity + (start - begin)) * K.dim
     at = p_keys + token[:, None] * K.dim
     tl.store(at + channel_a[None, :], tl.reshape(elements_a, [64, C.lanes]), mask=inside)
     tl.store(at + channel_b[None, :], tl.reshape(elements_b, [64, C.lanes]), mask=inside)
 
 
-@triton.jit(do_not_specialize=["span"])
-def dequantize_stream_values(p_values, blocks, p_tiles, values, span, V: tl.constexpr, ELEMENT: tl.constexpr):
+@triton.jit(do_not_specialize=SPAN[:-1])
+def dequantize_stream_values(
+    p_values, blocks, p_tiles, values, column, begin, stop, capacity, V: tl.constexpr, ELEMENT: tl.constexpr
+):
     """Values of columns as coefficients, p_values: [batch, heads, capacity, head_dim]; those without codes are 0."""
-    i, batch_head = span.column + tl.program_id(0), tl.program_id(1)
-    row, head = batch_head // V.heads, batch_head % V.heads
-    entry = blocks.p_table + (i * span.batch + row) * 16 + 8
+    i, batch_head = column + tl.program_id(0), tl.program_id(1)
+    row, head, batch = batch_head // V.heads, batch_head % V.heads, tl.num_programs(1) // V.heads
+    entry = blocks.p_table + (i * batch + row) * 16 + 8
     start = tl.load(blocks.p_starts + i)
     coefficient, token = tl.arange(0, V.capacity), tl.arange(0, 64)
-    live = token < tl.minimum(tl.load(blocks.p_starts + i + 1), span.stop) - start
+    live = token < tl.minimum(tl.load(blocks.p_starts + i + 1), stop) - start
     p_tile = own_tile(p_tiles, entry, head, values, ELEMENT, V)
     steps = by_frames(steps_with_outliers(entry, head, coefficient, p_tile, values, ELEMENT, V)).to(tl.float32)
     norms, largest = norms_of(entry, head, token, live, V)
     elements = tl.reshape(steps, [64, V.capacity]) * (norms * largest)[:, None]
-    p_values += (batch_head.to(tl.int64) * span.capacity + (start - span.begin)) * V.dim
+    p_values += (batch_head.to(tl.int64) * capacity + (start - begin)) * V.dim
     inside = live[:, None] & (coefficient < V.dim)[None, :]
     tl.store(p_values + token[:, None] * V.dim + coefficient[None, :], elements, mask=inside)
 
@@ -245,10 +241,10 @@ def dequantize_streams(
 ) -> None:
     """`dequantize.dequantize` of trellis-coded streams; values are written as coefficients in grid steps, times norms."""
     keys, values = pair
-    batch, element = len(keys), tl.float32 if keys.dtype == torch.float32 else tl.float16
-    grid = (len(columns), batch * keys.shape[1])
+    element = tl.float32 if keys.dtype == torch.float32 else tl.float16
+    grid = (len(columns), len(keys) * keys.shape[1])
     stride = 0 if rope_state is None or len(rope_state) == 1 else rope_state.stride(0)
-    span = Span(batch, columns.start, tokens.start, tokens.stop, keys.shape[2], stride)
+    span = columns.start, tokens.start, tokens.stop, keys.shape[2]
     key_layout, value_layout = blocks.layouts
     size = grid[0] * grid[1] * max(key_layout.tile, value_layout.tile, 1)
     tiles = torch.empty(size, dtype=torch.float32 if element is tl.float32 else torch.float16, device=keys.device)
@@ -256,8 +252,8 @@ def dequantize_streams(
     with torch.cuda.device_of(keys):
         dequantize_stream_keys[grid](
             keys, table, blocks.starts if rope_state is None else rope_state, tiles, codes_of(streams.keys),
-            pairs_of(streams.keys), span, rope_scale, K=key_layout, C=case, ELEMENT=element, num_warps=WARPS,
+            pairs_of(streams.keys), *span, stride, rope_scale, K=key_layout, C=case, ELEMENT=element, num_warps=WARPS,
         )  # fmt: skip
         dequantize_stream_values[grid](
-            values, table, tiles, codes_of(streams.values), span, V=value_layout, ELEMENT=element, num_warps=WARPS
+            values, table, tiles, codes_of(streams.values), *span, V=value_layout, ELEMENT=element, num_warps=WARPS
         )
