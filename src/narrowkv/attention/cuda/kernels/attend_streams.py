@@ -26,7 +26,7 @@ from narrowkv.attention.cuda.kernels.stream_outliers import (
 )
 from narrowkv.attention.cuda.kernels.streams import by_frames, code_rows, joined, norms_of, read_steps
 
-ROTATED_BLOCKS = tl.constexpr(32)  # blocks for which queries are rotated on from one to the next, before they are rotated anew
+ROTATED_BLOCKS = tl.constexpr(16)  # blocks for which queries are rotated on from one to the next, before they are rotated anew
 
 
 class QueryTables(NamedTuple):
@@ -88,12 +88,9 @@ def attend_streams(
     size = tl.max(tl.abs(b_still) + tl.abs(b_quarter), 0)  # which none exceeds at any angle: so that 16 bits hold them
     size = tl.where(size > 0, size, 1.0)[None, :]
     b_still, b_quarter = b_still / size, b_quarter / size  # later rotated to the first frame of a block
-    cycles = tl.load(queries.p_cycles + head * K.dim + coefficient, mask=coefficient < K.dim, other=0.0)
     if C.rope_mode == "near":
-        cos_1, sin_1 = cos_sin(coefficient * 0 + 16, cycles)
-        cos_2, sin_2 = cos_sin(coefficient * 0 + 32, cycles)
-        cos_3, sin_3 = cos_sin(coefficient * 0 + 48, cycles)
-        cos_4, sin_4 = cos_sin(coefficient * 0 + 64, cycles)
+        frame_cos, frame_sin = cos_sin(coefficient * 0 + 16, read_cycles(queries, head, coefficient, K))
+        frame_cos, frame_sin = frame_cos[:, None], frame_sin[:, None]
     key_rows, value_rows = code_rows(keys, coefficient, ELEMENT, K), code_rows(values, coefficient, ELEMENT, V)
     offsets = read_offsets(queries, head, coefficient, K).to(ELEMENT)
 
@@ -113,10 +110,8 @@ def attend_streams(
         live = token < tl.minimum(tl.load(blocks.p_starts + i + 1), sealed) - start
         if C.rope_mode == "near":
             base = tl.load(blocks.p_bases + i * batch + row)
-            if base == reached and (i - begin) % ROTATED_BLOCKS != 0:
-                b_still, b_quarter = rotated(b_still, b_quarter, cos_4[:, None], sin_4[:, None])
-            else:
-                cos, sin = cos_sin(base + 16, cycles)
+            if base != reached or (i - begin) % ROTATED_BLOCKS == 0:
+                cos, sin = cos_sin(base + 16, read_cycles(queries, head, coefficient, K))
                 still, quarter = read_coefficients(p_query, batch_head, head, rows, coefficient, queries, scaling, K, C)
                 b_still, b_quarter = rotated(still / size, quarter / size, cos[:, None], sin[:, None])
             reached = base + 64
@@ -135,13 +130,18 @@ def attend_streams(
             even, odd = with_stream_outliers(even, odd, p_key_tile, coefficient, K)
         steps = joined(even, odd, ELEMENT)
         if C.rope_mode == "positions":
+            cycles = read_cycles(queries, head, coefficient, K)
             cos, sin = cos_sin_of_tokens(p_rope_state + start, token, live, cycles)
             scores = scores_of_tokens(steps, offsets, cos, sin, b_still, b_quarter, C, ELEMENT)
         elif C.rope_mode == "near":
-            frame_1 = (b_still * cos_1[:, None] + b_quarter * sin_1[:, None]).to(ELEMENT)
-            frame_2 = (b_still * cos_2[:, None] + b_quarter * sin_2[:, None]).to(ELEMENT)
-            frame_3 = (b_still * cos_3[:, None] + b_quarter * sin_3[:, None]).to(ELEMENT)
-            scores = scores_of_frames(steps, offsets, b_still.to(ELEMENT), frame_1, frame_2, frame_3, C)
+            frame_0 = b_still.to(ELEMENT)
+            b_still, b_quarter = rotated(b_still, b_quarter, frame_cos, frame_sin)
+            frame_1 = b_still.to(ELEMENT)
+            b_still, b_quarter = rotated(b_still, b_quarter, frame_cos, frame_sin)
+            frame_2 = b_still.to(ELEMENT)
+            b_still, b_quarter = rotated(b_still, b_quarter, frame_cos, frame_sin)
+            scores = scores_of_frames(steps, offsets, frame_0, frame_1, frame_2, b_still.to(ELEMENT), C)
+            b_still, b_quarter = rotated(b_still, b_quarter, frame_cos, frame_sin)  # to the next block
         else:
             frame = b_still.to(ELEMENT)
             scores = scores_of_frames(steps, offsets, frame, frame, frame, frame, C)
@@ -193,6 +193,12 @@ def read_coefficients(p_query, batch_head, head, rows, coefficient, queries, sca
 
 
 @triton.jit
+def read_cycles(queries, head, coefficient, K: tl.constexpr):
+    """How many cycles coefficients rotate by from a position to the next: float64."""
+    return tl.load(queries.p_cycles + head * K.dim + coefficient, mask=coefficient < K.dim, other=0.0)
+
+
+@triton.jit
 def read_offsets(queries, head, coefficient, K: tl.constexpr):
     """What the mean of keys adds at the tokens of a frame: [16, capacity] float32."""
     at = queries.p_offsets + (head * 16 + tl.arange(0, 16))[:, None] * K.dim + coefficient[None, :]
@@ -215,10 +221,11 @@ def scores_of_frames(steps, offsets, frame_0, frame_1, frame_2, frame_3, C: tl.c
     rows: tl.constexpr = frame_0.shape[1]
     every = tl.join(tl.join(frame_0, frame_1), tl.join(frame_2, frame_3))
     every = tl.reshape(tl.permute(every, (0, 3, 2, 1)), [n, 4 * rows])
-    scores = tl.reshape(tl.dot(tl.trans(steps), every, input_precision=C.precision), [64, 4, rows])
+    added = tl.dot(offsets, every, input_precision=C.precision)
+    added = tl.reshape(tl.broadcast_to(added[None, :, :], [4, 16, 4 * rows]), [64, 4 * rows])
+    scores = tl.reshape(tl.dot(tl.trans(steps), every, added, input_precision=C.precision), [64, 4, rows])
     own = (tl.arange(0, 64) // 16)[:, None, None] == tl.arange(0, 4)[None, :, None]
-    added = tl.reshape(tl.dot(offsets, every, input_precision=C.precision), [16, 4, rows])
-    return tl.sum(tl.where(own, scores, 0.0), 1) + tl.reshape(tl.permute(added, (1, 0, 2)), [64, rows])
+    return tl.sum(tl.where(own, scores, 0.0), 1)
 
 
 @triton.jit
