@@ -28,6 +28,6 @@ def test_kernels_compile_without_spills(architecture, tmp_path):
     assert run.returncode == 0, run.stderr
     for row in json.loads(found.read_text(encoding="utf-8"))["rows"]:
         kernel, exact, _ = row["kernel"].partition(", float32")
-        few = 128 if kernel.startswith("narrow") else 64 if exact else 0
+        few = (192 if exact else 96) if kernel.startswith("narrow") else 64 if exact else 0
         assert row["spills"] <= few and row["shared"] < 100_000, row
         assert row["matrix"] > 0 or kernel not in recipe_names(), row
