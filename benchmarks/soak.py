@@ -3,8 +3,8 @@
     python -m benchmarks.soak narrowkv://demo --requests 500 --clients 16
 
 Greedy answers are compared with those of the same requests sent one by one afterwards. Where they differ, the two most likely
-tokens at the first difference have to be nearly equal: several rows are rounded otherwise than one. In float32, since for products
-of 16 bits torch stores code for each length of a chunk: memory then grows until each was met once.
+tokens at the first difference have to be nearly equal: several rows are rounded otherwise than one. In float32, since for
+products of 16 bits torch stores code for each length of a chunk: memory then grows until each was met once.
 """
 
 import argparse
