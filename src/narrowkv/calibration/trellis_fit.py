@@ -122,7 +122,7 @@ class TrellisFit(SampleFit):
                 x.device
             )
             part = x[:, :, some]
-            tables = learned_tables(with_outlier_threshold(quantizer, part), tables, part)
+            tables = learned_tables(quantizer, tables, part)
             entries, steps = on_grid(tables)
             quantizer = replace(
                 quantizer, entries=entries[None], steps=steps, scales=_unbiased(steps, errors, quantizer.scheme)

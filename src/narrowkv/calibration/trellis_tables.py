@@ -31,14 +31,12 @@ def learned_tables(quantizer: TrellisQuantizer, tables: Tensor, x: Tensor) -> Te
 def assigned(quantizer: TrellisQuantizer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Coefficients, the states that they fall to (uint8) and what an error there costs: [1, kv_heads, n, coefficients] each.
 
-    Outliers weigh nothing.
+    Outliers count like others, so that codes reach what is out of a block's budget of outliers.
     """
     assert quantizer.scheme.quantization.counts is not None and quantizer.weight is not None
     coefficients, norm = quantizer.coefficients(x)
     stream = quantizer.search(coefficients)
     weight = (quantizer.norm_of(norm).square() * quantizer.weight[:, None]).expand_as(coefficients)
-    if quantizer.outlier_threshold is not None:
-        weight = weight.masked_fill(quantizer.missed(coefficients, stream, norm) > quantizer.outlier_threshold, 0)
     states = trellis.states(stream.flatten(0, 1), quantizer.scheme.quantization.counts).unflatten(0, stream.shape[:2])
     return coefficients, states, weight
 

@@ -151,7 +151,7 @@ class TrellisQuantizer(BaseQuantizer):
         stream = self.search(coefficients)
         encoded = QuantizedTensor(stream, outlier_positions=coefficients.shape[-1])
         if self.outlier_threshold is not None:
-            missed = self.missed(coefficients, stream, norm)
+            missed = self._missed(coefficients, stream, norm)
             if skip is not None:
                 missed = missed.masked_fill(skip[:, None, :, None], 0)
             outside = within_budget(missed, missed > self.outlier_threshold, self.scheme.outliers.fraction, first, earlier)
@@ -200,9 +200,9 @@ class TrellisQuantizer(BaseQuantizer):
         """What codes, without outliers, miss each coefficient by, weighted: [batch, kv_heads, tokens, n] float32."""
         coefficients, norm = self.coefficients(x)
         stream = self.search(coefficients)
-        return self.missed(coefficients, stream, norm)
+        return self._missed(coefficients, stream, norm)
 
-    def missed(self, coefficients: Tensor, stream: Tensor, norm: Tensor) -> Tensor:
+    def _missed(self, coefficients: Tensor, stream: Tensor, norm: Tensor) -> Tensor:
         """What streams miss coefficients by, weighted: [batch, kv_heads, tokens, n] float32."""
         assert self.weight is not None
         return ((coefficients - self._dequantized(stream)) * self.norm_of(norm)).square() * self.weight[:, None]
