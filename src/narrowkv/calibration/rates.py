@@ -1,5 +1,6 @@
 """Rate allocation: how many bits each unit of 8 coefficients of each tensor has, under one budget for the whole cache."""
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -65,27 +66,29 @@ class RateOption:
 
     def bits(self) -> tuple[Tensor, float]:
         """Bits of each token: of a unit by its rate [7] float64, and those that do not depend on rates."""
-        units, heads = len(self.costs), self.kv_heads
-        one, all_units = (
-            self._table_bits(torch.tensor([1] * coded + [0] * (units - coded), dtype=torch.int64, device="cpu"))
-            for coded in (1, units)
-        )
-        with_codes = (all_units - one) / max(units - 1, 1) + 8 * OUTLIER_BYTES * self.scheme.outliers.fraction * UNIT * heads
+        heads, fraction = self.kv_heads, self.scheme.outliers.fraction
+        first, further = self._table_bits
+        with_codes = further + 8 * OUTLIER_BYTES * fraction * UNIT * heads
         rates = torch.arange(MOST_RATE + 1, dtype=torch.float64, device="cpu")
-        fixed = one - (all_units - one) / max(units - 1, 1) + heads * (8 * self.scheme.quantization.token_norm)
-        return rates * UNIT * heads + (rates > 0) * with_codes, fixed + heads * OFFSET_BITS * (
-            self.scheme.outliers.fraction > 0
-        )
+        fixed = first - further + heads * (8 * self.scheme.quantization.token_norm + OFFSET_BITS * (fraction > 0))
+        return rates * UNIT * heads + (rates > 0) * with_codes, fixed
 
     def stored_bits(self, rates: Tensor, bits: float) -> float:
         """What is stored at 32,768 tokens with these rates, which take `bits` of each token."""
-        tables = self._table_bits(rates)
+        first, further = self._table_bits
+        tables = first + further * (int(rates.count_nonzero()) - 1)
         return (bits - tables) * self.counted_tokens + tables * self.tokens
 
-    def _table_bits(self, rates: Tensor) -> float:
-        forms = TrellisQuantizer.forms(self.with_counts(rates), self.kv_heads, UNIT * len(rates))
-        size = sum(dtype.itemsize * torch.Size(shape).numel() for shape, dtype in forms.values())
-        return 8 * size / self.tokens
+    @functools.cached_property
+    def _table_bits(self) -> tuple[float, float]:
+        """Bits of tables for each token: where one unit has codes, and of each further one that has."""
+        units = len(self.costs)
+        sizes = []
+        for coded in (1, units):
+            rates = torch.tensor([1] * coded + [0] * (units - coded), dtype=torch.int64, device="cpu")
+            forms = TrellisQuantizer.forms(self.with_counts(rates), self.kv_heads, UNIT * units)
+            sizes.append(8 * sum(dtype.itemsize * torch.Size(shape).numel() for shape, dtype in forms.values()) / self.tokens)
+        return sizes[0], (sizes[1] - sizes[0]) / max(units - 1, 1)
 
 
 def allocate_rates(menus: Sequence[Sequence[RateOption]], budget: float, overhead: float = 0.0) -> list[Scheme]:
@@ -98,7 +101,7 @@ def allocate_rates(menus: Sequence[Sequence[RateOption]], budget: float, overhea
     """
     highest = max(float(option.costs.max()) for menu in menus for option in menu)
     low, high = 1e-18 * highest, max(2 * highest, torch.finfo(torch.float32).tiny)
-    schemes, least = _at_price(menus, high, overhead)
+    taken, least = _at_price(menus, high, overhead)
     if least > budget:
         raise too_small(budget, least)
     for _ in range(HALVINGS):
@@ -107,8 +110,8 @@ def allocate_rates(menus: Sequence[Sequence[RateOption]], budget: float, overhea
         if used > budget:
             low = price
         else:
-            high, schemes = price, found
-    return schemes
+            high, taken = price, found
+    return [option.with_counts(rates) for option, rates in taken]
 
 
 def too_small(budget: float, least: float) -> RecipeError:
@@ -118,23 +121,24 @@ def too_small(budget: float, least: float) -> RecipeError:
     )
 
 
-def _at_price(menus: Sequence[Sequence[RateOption]], price: float, overhead: float) -> tuple[list[Scheme], float]:
-    """What is best where a bit of each token costs `price`, and what that takes of each element that is stored."""
-    schemes, stored = [], 0.0
+def _at_price(
+    menus: Sequence[Sequence[RateOption]], price: float, overhead: float
+) -> tuple[list[tuple[RateOption, Tensor]], float]:
+    """What is best where a bit of each token costs `price`, with its rates, and what that takes of each stored element."""
+    taken, stored = [], 0.0
     for menu in menus:
-        _, scheme, used = min((_best_rates(option, price) for option in menu), key=lambda part: part[0])
-        schemes.append(scheme)
+        _, option, rates, used = min((_best_rates(option, price) for option in menu), key=lambda part: part[0])
+        taken.append((option, rates))
         stored += used
-    return schemes, stored / sum(menu[0].elements * menu[0].counted_tokens for menu in menus) + overhead
+    return taken, stored / sum(menu[0].elements * menu[0].counted_tokens for menu in menus) + overhead
 
 
-def _best_rates(option: RateOption, price: float) -> tuple[float, Scheme, float]:
-    """Cost with the price of its bits, the scheme with its rates, and the bits of all that is stored at 32,768 tokens."""
+def _best_rates(option: RateOption, price: float) -> tuple[float, RateOption, Tensor, float]:
+    """Cost with the price of its bits, the option with its rates, and the bits of all that is stored at 32,768 tokens."""
     bits, fixed = option.bits()
-    errors = squared_errors()
-    costs = option.costs.cpu().double()[:, None] * errors
-    priced = costs + price * bits
+    priced = option.costs.cpu().double()[:, None] * squared_errors() + price * bits
     priced[0, 0] = torch.inf
-    rates = priced.argmin(1)
-    cost = float(priced.gather(1, rates[:, None]).sum()) + price * fixed
-    return cost, option.with_counts(rates), option.stored_bits(rates, float(bits[rates].sum()) + fixed)
+    least = priced.min(1)
+    cost = float(least.values.sum()) + price * fixed
+    rates = least.indices
+    return cost, option, rates, option.stored_bits(rates, float(bits[rates].sum()) + fixed)
