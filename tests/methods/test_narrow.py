@@ -17,7 +17,7 @@ IDS = torch.arange(2 * 200).view(2, 200) ** 2 % 89 + 3
 def test_names_say_the_budget():
     budgets = {name: get_recipe(name).search_space.budget for name in ("narrow2", "narrow3", "narrow4", "narrow2.7")}
     assert budgets == {"narrow2": 2.05, "narrow3": 3.05, "narrow4": 4.05, "narrow2.7": 2.7}
-    assert [get_recipe(name).keys.outliers.fraction for name in budgets] == [0.0, 0.0025, 0.005, 0.0025]
+    assert [get_recipe(name).keys.outliers.fraction for name in budgets] == [0.0025, 0.0025, 0.005, 0.0025]
     for name in ("narrow5", "narrow2.", "narrow", "narrow-k4", "narrow-v2", "narrow-k5-v2", "narrow-k4-v"):
         with pytest.raises(RecipeError, match="There is no recipe"):
             get_recipe(name)
