@@ -13,7 +13,7 @@ from transformers import DynamicCache, StaticCache
 from narrowkv import PackedCache
 from narrowkv.errors import CacheUseError
 
-RECIPES = ["fp16", "nuq3", "kivi-2-g16-r40", "window and sinks", "narrow3", "narrow2.25", "narrow3-postrope"]
+RECIPES = ["fp16", "nuq3", "kivi-2-g16-r40", "window and sinks", "narrow3", "narrow without outliers", "narrow3-postrope"]
 FAMILIES = ["llama", "qwen2", "gemma3_text", "phi", "llama, yarn", "glm"]
 
 
@@ -89,7 +89,7 @@ def test_generation_goes_on_as_from_a_packed_prompt(family, name):
     torch.testing.assert_close(logits, wanted_logits, atol=2e-2, rtol=1e-2)
 
 
-@pytest.mark.parametrize("name", ["fp16", "int4", "narrow2.25"])
+@pytest.mark.parametrize("name", ["fp16", "int4", "narrow without outliers"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_left_padded_batches_go_on_by_their_mask(family, name):
     model = as_trained(make(family))

@@ -3,6 +3,7 @@
 import copy
 import json
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,9 +24,15 @@ RECIPES = [
 
 
 def source_of(model, name):
-    recipe = get_recipe("int3") if name == "window and sinks" else get_recipe(name)
     if name == "window and sinks":
-        recipe = recipe.with_options(residual_length=20, sinks=3)
+        recipe = get_recipe("int3").with_options(residual_length=20, sinks=3)
+    elif name == "narrow without outliers":
+        recipe = get_recipe("narrow2.25")
+        sides = (recipe.search_space.keys, recipe.search_space.values)
+        keys, values = (tuple(scheme.with_settings(outliers=0.0) for scheme in side) for side in sides)
+        recipe = replace(recipe, search_space=replace(recipe.search_space, keys=keys, values=values))
+    else:
+        recipe = get_recipe(name)
     return calibrate(model, torch.randint(2, 97, (2, 60)), recipe) if recipe.needs_calibration else recipe
 
 
