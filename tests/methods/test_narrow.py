@@ -17,7 +17,7 @@ IDS = torch.arange(2 * 200).view(2, 200) ** 2 % 89 + 3
 def test_names_say_the_budget():
     budgets = {name: get_recipe(name).search_space.budget for name in ("narrow2", "narrow3", "narrow4", "narrow2.7")}
     assert budgets == {"narrow2": 2.05, "narrow3": 3.05, "narrow4": 4.05, "narrow2.7": 2.7}
-    assert [get_recipe(name).keys.outliers.fraction for name in budgets] == [0.0025, 0.0025, 0.005, 0.0025]
+    assert [get_recipe(name).keys.outliers.fraction for name in budgets] == [0.0, 0.0025, 0.005, 0.0025]
     for name in ("narrow5", "narrow2.", "narrow", "narrow-k4", "narrow-v2", "narrow-k5-v2", "narrow-k4-v"):
         with pytest.raises(RecipeError, match="There is no recipe"):
             get_recipe(name)
@@ -28,7 +28,7 @@ def test_keys_and_values_may_have_budgets_of_their_own(tiny):
     assert recipe.search_space.budgets == (4.05, 2.25) and (
         recipe.keys.outliers.fraction,
         recipe.values.outliers.fraction,
-    ) == (0.005, 0.0025)
+    ) == (0.005, 0.0)
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
     assert get_recipe("narrow-k4-v2-postrope").keys.transform.pre_rope is False
     assert narrow.of_budget(3.5, value_bits=2.25) == get_recipe("narrow-k3.5-v2.25")

@@ -55,7 +55,7 @@ def with_equal_layers(recipe: Recipe) -> Recipe:
 
 
 def _scheme(bits: float) -> Scheme:
-    outliers = 0.005 if bits >= 3.5 else 0.0025
+    outliers = 0.005 if bits >= 3.5 else 0.0025 if bits >= 2.5 else 0.0  # at 2 bits those of keys take more than they give
     return Scheme(Quantization(bits, "trellis", strategy="channel"), outliers=Outliers(outliers))
 
 
