@@ -47,7 +47,7 @@ def test_no_kind_fills_the_mix_and_no_line_comes_again_and_again():
 
 
 def test_named_texts_are_read(tmp_path):
-    assert read_text("narrowkv://saved-out") == held_out_text()
+    assert read_text("narrowkv://held-out") == held_out_text()
     assert read_text("narrowkv://train") == training_text()
     assert read_text("narrowkv://mix") == mixed_text()
     path = tmp_path / "mine.txt"
