@@ -56,7 +56,13 @@ def tile_offsets(entry, start, end, ELEMENT: tl.constexpr, F: tl.constexpr):
 def put_some(tile, entry, at, start, F: tl.constexpr):
     """A round of `put_outliers`."""
     which = start + tl.arange(0, F.nonzeros)
-    exact = fitting(outlier_values(entry, which, at >= 0, F), tile.dtype.element_ty)
+    store_exact(tile, at, outlier_values(entry, which, at >= 0, F))
+
+
+@triton.jit
+def store_exact(tile, at, exact):
+    """Write exact elements [n] float32 to their offsets in the tile, none at -1; what is 0 is the smallest element there."""
+    exact = fitting(exact, tile.dtype.element_ty)
     exact = tl.where(exact == 0.0, 6e-8 if exact.dtype == tl.float16 else 1e-37, exact).to(exact.dtype)
     tl.store(tile + at, exact, mask=at >= 0)
 
@@ -87,6 +93,12 @@ def with_outliers(elements, tile, rows, live, F: tl.constexpr):
     else:
         at = rows[:, None] * F.columns + tl.arange(0, F.columns)[None, :]
         exact = tl.load(tile + at, mask=live[:, None], other=0.0)
+    return exact_or(elements, exact)
+
+
+@triton.jit
+def exact_or(elements, exact):
+    """Exact elements where they are not zero."""
     if INTERPRETED or elements.dtype != tl.float16:
         return tl.where(exact != 0.0, exact, elements)
     else:  # two elements at once, of which one is zero or taken zero times

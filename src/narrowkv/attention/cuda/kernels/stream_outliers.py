@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 
 from narrowkv.attention.cuda.kernels.lookup import halves
-from narrowkv.attention.cuda.kernels.outliers import clear_some, outlier_values
+from narrowkv.attention.cuda.kernels.outliers import clear_some, exact_or, outlier_values, store_exact
 from narrowkv.attention.cuda.kernels.prefetch import outlier_range
-from narrowkv.attention.cuda.kernels.unpack import INTERPRETED, fitting, interleave
+from narrowkv.attention.cuda.kernels.unpack import interleave
 
 
 @triton.jit
@@ -36,14 +36,12 @@ def clear_stream_outliers(tile, entry, begin, end, first, F: tl.constexpr):
 
 @triton.jit
 def put_steps(tile, entry, start, end, codes, F: tl.constexpr):
-    """A round of outliers from `start` on; returns their offsets in the tile [n]. What is 0 is the smallest element there."""
+    """A round of outliers from `start` on; returns their offsets in the tile [n]."""
     index = coefficients_of(entry, start, end, F)
     exact = outlier_values(entry, start + tl.arange(0, F.nonzeros), index >= 0, F)
     exact *= tl.load(codes.p_finer + index % F.codes, mask=index >= 0, other=0.0)
-    exact = fitting(exact, tile.dtype.element_ty)
-    exact = tl.where(exact == 0.0, 6e-8 if exact.dtype == tl.float16 else 1e-37, exact).to(exact.dtype)
     at = tile_offsets(index, tile.dtype.element_ty, F)
-    tl.store(tile + at, exact, mask=at >= 0)
+    store_exact(tile, at, exact)
     return at
 
 
@@ -74,7 +72,7 @@ def with_stream_outliers(even, odd, tile, rows, F: tl.constexpr):
         return exact_or(even, pairs_at(tile, rows, live, 0, F)), exact_or(odd, pairs_at(tile, rows, live, 1, F))
     else:
         exact = tl.load(tile + rows[:, None] * 64 + tl.arange(0, 64)[None, :], mask=live, other=0.0)
-        steps = tl.where(exact != 0.0, exact, even)
+        steps = exact_or(even, exact)
         return steps, steps
 
 
@@ -85,19 +83,3 @@ def pairs_at(tile, rows, live, odd: tl.constexpr, F: tl.constexpr):
     first = tl.load(at + (odd * F.codes + rows[:, None]) * 8, mask=live, other=0)
     second = tl.load(at + ((2 + odd) * F.codes + rows[:, None]) * 8, mask=live, other=0)
     return halves(interleave(first, second))
-
-
-@triton.jit
-def exact_or(steps, exact):
-    """Exact elements where they are not zero."""
-    if INTERPRETED:
-        return tl.where(exact != 0.0, exact, steps)
-    else:  # two elements at once, of which one is zero or taken zero times
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 none; set.eq.f16x2.f16x2 none, $2, $3; fma.rn.f16x2 $0, $1, none, $2; }",
-            "=r,r,r,r",
-            [steps, exact, tl.zeros_like(exact)],
-            dtype=tl.float16,
-            is_pure=True,
-            pack=2,
-        )
