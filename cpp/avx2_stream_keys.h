@@ -24,7 +24,7 @@ class Avx2StreamKeys : StreamKeys {
     explicit Avx2StreamKeys(const Problem& problem)
         : StreamKeys(problem), streams(*problem.keys.streams), half(dim / 2), width(round_up(dim, kWords)), along(rows * width),
           across(rows * width), query(kFrames * rows * width), slots(width), angles(round_up(half, 8) * kOfPair), scale_weights(half),
-          factors(3 * width), inverse(rows), apart(rows * kBlock) {}
+          factors(3 * width), inverse(rows) {}
 
     int steps() const { return streams.coded() / kUnit; }
 
@@ -47,11 +47,7 @@ class Avx2StreamKeys : StreamKeys {
     // Scores of a block, [rows][stride], whose first token is `start`; `count` of its tokens count.
     void score(const Block& block, int64_t start, int count, Prefetcher& prefetcher, float* scores, int stride) {
         int32_t positions[kFrames] = {};
-        if (!find_positions(start, std::min(count, kBlock), positions)) {
-            take_block(block, block, start, count, apart.data());
-            for (int q = 0; q < rows; ++q) std::copy_n(&apart[q * kBlock], kBlock, scores + q * stride);
-            return;
-        }
+        if (!find_positions(start, std::min(count, kBlock), positions)) return take_apart(block, start, count, scores, stride);
         const uint8_t* codes = block.planes[0] + int64_t(head) * streams.bytes * kBlock;
         by_units(streams, [&](auto k, int row, int unit) NARROWKV_INLINE {
             int8_t* to = tile.data() + unit * kUnit * kBlock;
@@ -85,7 +81,7 @@ class Avx2StreamKeys : StreamKeys {
     Buffer<int16_t> angles;         // [pairs][2][frames]: cosines, sines
     Buffer<int32_t> scale_weights;  // [dim / 2]: of two coefficients
     Buffer<float> factors;  // [3][width]: what elements of a query are multiplied by, those a quarter of a cycle further, and the largest words they meet
-    Buffer<float> inverse, apart;
+    Buffer<float> inverse;
 
     // A query as words as large as sums allow.
     void take(int q, const int32_t* query_index) {

@@ -43,9 +43,7 @@ class Avx2StreamValues {
     void add(const Span& span, const float* weight, const float* rescale, Prefetcher& prefetcher) {
         const uint8_t* codes[blocks] = {};
         const int count = span.length / kBlock;
-        for (int i = 0; i < count; ++i) {
-            if (span.sides[i]) codes[i] = span.sides[i][1].planes[0] + int64_t(head) * streams.bytes * kBlock;
-        }
+        span.find_values(streams, head, codes);
         quantize_weights(codes, count, weight);
         by_units(streams, [&](auto k, int row, int unit) NARROWKV_INLINE {
             alignas(64) int8_t tile[blocks][kUnit * kBlock];  // [32 tokens] of each coefficient, then of the next tokens

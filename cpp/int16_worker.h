@@ -19,6 +19,13 @@ constexpr int kMostSpan = 8 * kBlock;  // tokens whose weights share a unit, of 
 struct Span {
     const Block* sides[kMostSpan / kBlock];  // keys, then values; or null
     int length;
+
+    // Where the streams of a head's values begin in each block; unchanged where nothing is seen.
+    void find_values(const Streams& streams, int head, const uint8_t** codes) const {
+        for (int i = 0; i < length / kBlock; ++i) {
+            if (sides[i]) codes[i] = sides[i][1].planes[0] + int64_t(head) * streams.bytes * kBlock;
+        }
+    }
 };
 
 // Memory that will be read next, prefetched little by little: a burst would wait for the few lines that can be on their way.

@@ -119,7 +119,7 @@ class Int16StreamKeys : StreamKeys {
     explicit Int16StreamKeys(const Problem& problem)
         : StreamKeys(problem), streams(*problem.keys.streams), half(dim / 2), width(round_up(dim, kWords)), capacity(round_up(half, 2 * kWords)),
           along(rows * width), across(rows * width), query(kTogether * kFrames * width), order(width), natural(2 * kFrames * capacity),
-          angles(2 * kFrames * width), scale_weights(2 * dim), query_index(width), factors(3 * width), inverse(rows), apart(rows * kBlock),
+          angles(2 * kFrames * width), scale_weights(2 * dim), query_index(width), factors(3 * width), inverse(rows),
           int16(round_up(rows, 4) * dim), lane_of(dim), lanes(kFrames * capacity), more(4 * kBlock) {}
 
     int steps() const { return streams.coded() / kUnit; }
@@ -144,11 +144,7 @@ class Int16StreamKeys : StreamKeys {
     // Scores of a block, [rows][stride], whose first token is `start`; `count` of its tokens count.
     void score(const Block& block, int64_t start, int count, Prefetcher& prefetcher, float* scores, int stride) {
         int32_t positions[kFrames] = {};
-        if (!find_positions(start, std::min(count, kBlock), positions)) {
-            take_block(block, block, start, count, apart.data());
-            for (int q = 0; q < rows; ++q) std::copy_n(&apart[q * kBlock], kBlock, scores + q * stride);
-            return;
-        }
+        if (!find_positions(start, std::min(count, kBlock), positions)) return take_apart(block, start, count, scores, stride);
         const uint8_t* codes = block.planes[0] + int64_t(head) * streams.bytes * kBlock;
         by_units(streams, [&](auto k, int row, int unit) NARROWKV_INLINE {
             decode_unit<k>(streams, codes, row, ByFrames(), tile.data() + unit * kUnit * kBlock);
@@ -169,7 +165,7 @@ class Int16StreamKeys : StreamKeys {
     Buffer<int16_t> angles;          // [2][frames][width]: those of words
     Buffer<int32_t> scale_weights, query_index;  // query_index: of words
     Buffer<float> factors;            // [3][width]: what elements of a query are multiplied by, those a quarter of a cycle further, and the largest words they meet
-    Buffer<float> inverse, apart;
+    Buffer<float> inverse;
     bool any_outliers = false;
     Buffer<int32_t> int16;    // [rows / 4][dim][4]: queries as outliers meet them, both elements in a lane
     Buffer<int32_t> lane_of;  // where among the lanes of a frame a coefficient's angle is

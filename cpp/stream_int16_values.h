@@ -53,9 +53,7 @@ class Int16StreamValues {
     void add(const Span& span, const float* weight, const float* rescale, Prefetcher& prefetcher) {
         const uint8_t* codes[blocks] = {};
         const int count = span.length / kBlock;
-        for (int i = 0; i < count; ++i) {
-            if (span.sides[i]) codes[i] = span.sides[i][1].planes[0] + int64_t(head) * streams.bytes * kBlock;
-        }
+        span.find_values(streams, head, codes);
         weigh_in_bytes(codes, count, weight);
         bool outliers = false;  // before the sums, so that these need not wait for them
         for (int i = 0; i < count; ++i) {

@@ -103,6 +103,13 @@ class StreamKeys {
     Buffer<int8_t> tile;                   // [coded][64]
     Misses misses;
 
+    // Scores [rows][stride] of a block whose frames have no positions of their own, in float32.
+    void take_apart(const Block& block, int64_t start, int count, float* scores, int stride) {
+        Buffer<float> found(rows * kBlock);
+        take_block(block, block, start, count, found.data());
+        for (int q = 0; q < rows; ++q) std::copy_n(&found[q * kBlock], kBlock, scores + q * stride);
+    }
+
     // The position of each frame of a block; false where tokens of one do not share theirs.
     bool find_positions(int64_t start, int count, int32_t* found) const {
         const Rotation& rotation = problem.rotation;
