@@ -6,6 +6,7 @@ from narrowkv.calibration.trellis_fit import in_bytes
 from narrowkv.codec import Outliers, Quantization, Scheme, Transform, TrellisQuantizer
 from narrowkv.codec.frames import Frames, index_dtype
 from narrowkv.codec.gaussian_tables import STEPS, gaussian_tables
+from narrowkv.codec.trellis import rates_of, states
 from tests.cases import PreciseRope, filled, frequencies, made, positions
 
 COUNTS = {16: (0, 1, 0, 1, 0, 0, 0), 80: (2, 3, 2, 1, 1, 0, 1), 64: (1, 1, 1, 1, 1, 1, 2), 512: (60, 1, 0, 1, 1, 0, 1)}
@@ -56,3 +57,8 @@ def case(shape, *, learned_rotation=False, outliers=0.02, rope="half", padded=No
     )
     valid, rope_state = positions(shape, padded)
     return filled(quantizers, shape, turning, rope_state, valid, **options)
+
+
+def decode(codes, counts, tables):
+    """What streams stand for, in grid steps, by their definition: [heads, rows, n] int8; codes: [heads, rows, bytes] uint8."""
+    return tables.entries().to(torch.int8)[rates_of(counts, codes.device) - 1, states(codes, counts)]

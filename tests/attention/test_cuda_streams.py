@@ -5,12 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from tests.cases import KEYS, VALUES, assert_attends, hide
-from tests.stream_cases import case
+from tests.stream_cases import case, decode
 
 from narrowkv.attention import AUTO, Rope, StoredRope, resolve_backend
 from narrowkv.attention.cuda import decode as cuda
 from narrowkv.attention.cuda.stream_tables import LARGEST, StreamTables
-from narrowkv.codec import trellis
 from narrowkv.errors import UnsupportedModelError
 
 pytestmark = pytest.mark.skipif(
@@ -45,7 +44,7 @@ def test_codes_are_decoded_as_torch_decodes_them(keys, dtype):
     element = tl.float32 if dtype == torch.float32 else tl.float16
     decode_block[(2,)](found, address, codes_of(tables), F=layout, ELEMENT=element)
     streams = side.planes[0][0].mT[..., : layout.stream_bytes - layout.norms].contiguous()
-    expected = trellis.decode(streams, quantizer.scheme.quantization.counts, quantizer._tables)
+    expected = decode(streams, quantizer.scheme.quantization.counts, quantizer._tables)
     assert torch.equal(found[:, : layout.codes], expected.mT.to(dtype)) and not found[:, layout.codes :].any()
 
 

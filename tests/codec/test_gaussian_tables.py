@@ -1,8 +1,9 @@
 import pytest
 import torch
+from tests.stream_cases import decode
 
 from narrowkv.codec.gaussian_tables import SQUARED_ERRORS, STEPS, gaussian_tables
-from narrowkv.codec.trellis import decode, encode
+from narrowkv.codec.trellis import encode
 
 LLOYD_MAX = (0.3634, 0.1175, 0.03454, 0.009497, 0.002499)  # squared errors of the best scalar codebooks: Max 1960
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.stream_cases import decode
 
 from narrowkv.codec import trellis
 from narrowkv.codec.trellis import (
     KERNELS,
     TrellisTables,
-    decode,
     dequantize,
     dequantize_naive,
     encode,

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.stream_cases import decode
 
 from narrowkv.calibration.trellis_fit import in_bytes
 from narrowkv.codec import Outliers, Quantization, Scheme, Transform, TrellisQuantizer, load_quantizer, trellis
@@ -81,7 +82,7 @@ def test_codes_are_a_stream_and_a_norm_and_decode_as_defined(shape, learned_rota
     stream = encoded.codes[..., : sum(rates) // 8].flatten(0, 1)
     assert encoded.codes.shape == (batch, heads, tokens, sum(rates) // 8 + learned_rotation) and not encoded.ranges
     tables_of_it = trellis.TrellisTables(found.entries[0, :, 0], found.entries[0, :, 1])
-    grid = trellis.decode(stream, COUNTS[dim], tables_of_it).float().unflatten(0, (batch, heads))
+    grid = decode(stream, COUNTS[dim], tables_of_it).float().unflatten(0, (batch, heads))
     norm = torch.ones(batch, heads, tokens, 1)
     if learned_rotation:
         norm = 2 ** ((encoded.codes[..., -1:].float() - 128) / 16)

@@ -49,7 +49,8 @@ class Frames:
     def turns(self, first: int, tokens: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines [tokens, head_dim / 2] float64 of what `rotate` rotates pairs by."""
         at = torch.arange(first, first + tokens, dtype=torch.int64, device=self.frequencies.device) % FRAME - MIDDLE
-        return self._turns_by(at)
+        angles = at[:, None].double() * self.frequencies.double()
+        return angles.cos(), angles.sin()
 
     def back(self) -> Tensor:
         """What undoes `rotate`, at each offset in a frame: [16, head_dim / 2, 2, 2] float64, by which pairs are multiplied."""
@@ -74,11 +75,6 @@ class Frames:
             turns = self.turns(offset, 1)
             mean += _rotated(_rotated(one_side, *turns).mT, *turns) / FRAME
         return mean
-
-    def _turns_by(self, at: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [n, head_dim / 2] float64 of pairs that are rotated by this many positions [n]."""
-        angles = at[:, None].double() * self.frequencies.double()
-        return angles.cos(), angles.sin()
 
 
 def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:

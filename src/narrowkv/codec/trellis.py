@@ -147,15 +147,6 @@ def states(codes: Tensor, counts: Sequence[int]) -> Tensor:
     return two >> (8 * last - end) & (STATES - 1)
 
 
-def decode(codes: Tensor, counts: Sequence[int], tables: TrellisTables) -> Tensor:
-    """What streams stand for, in grid steps: [heads, rows, n] int8; codes: [heads, rows, bytes] uint8, from `encode`.
-
-    Raises RecipeError where these do not fit together.
-    """
-    found = states(codes, counts)
-    return tables.entries().to(torch.int8)[rates_of(counts, codes.device) - 1, found]
-
-
 def dequantize(codes: Tensor, counts: Sequence[int], levels: Tensor) -> Tensor:
     """The elements that streams stand for: [..., n] float32; compiled for the CPU, `dequantize_naive` elsewhere.
 

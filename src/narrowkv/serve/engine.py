@@ -207,7 +207,7 @@ class Engine:
     def _begin_answers(self, job: Job, logits: Tensor) -> None:
         assert job.cache is not None
         caches = [job.cache, *(copy.deepcopy(job.cache) for _ in range(job.choices - 1))]
-        job.left, job.cache = job.choices, None
+        job.cache = None
         for choice, cache in enumerate(caches):
             words = Words(self.tokenizer, job.stops, job.skip_special)
             self._take(Answer(job, choice, cache, Sampler(job.sampling, choice), words), logits)

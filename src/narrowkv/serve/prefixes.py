@@ -6,7 +6,6 @@ reading it again would store, and what follows attends to the same elements.
 
 import copy
 import hashlib
-import json
 import logging
 import os
 import stat
@@ -126,10 +125,6 @@ class Prefixes:
             storages = together
         self.nbytes = sum(storages.values())
 
-    def clear(self) -> None:
-        """Let all go."""
-        self.stored, self.nbytes = [], 0
-
     def save(self, folder: Path) -> int:
         """Write all to a folder, each to a file, without those dropped since they were loaded; returns how many."""
         require_private(folder)
@@ -199,6 +194,5 @@ def _read(path: Path, multiple: int, model: Any, source: Any, **options: Any) ->
         raise FileFormatError("it has contents that NarrowKV never writes")
     if not len(ids) or len(ids) % multiple:
         raise FileFormatError(f"it has {len(ids)} tokens, no multiple of {multiple}")
-    state = json.loads(json.dumps(state))
     cache = PackedCache.from_state(CacheState(state, tensors), model, source, token_ids=ids[None], **options)
     return Prefix(ids.numpy(), scope, cache)

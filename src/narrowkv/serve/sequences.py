@@ -44,7 +44,6 @@ class Job:
     reused: int = 0
     passed_over: int = 0
     generated: int = 0
-    left: int = 0  # answers that go on
     cache: PackedCache | None = None
     put: Callable[[Event], None] = lambda event: None
 
@@ -80,5 +79,4 @@ class Answer:
             finish = "stop" if self.words.stopped else finish
         if finish:
             self.done = True
-            self.job.left -= 1
         self.job.put(Delta(self.choice, text, chosen, finish))
