@@ -64,6 +64,7 @@ class RateOption:
             counts=tuple(counts), bits=sum(k * count for k, count in enumerate(counts)) / len(rates)
         )
 
+    @functools.cached_property
     def bits(self) -> tuple[Tensor, float]:
         """Bits of each token: of a unit by its rate [7] float64, and those that do not depend on rates."""
         heads, fraction = self.kv_heads, self.scheme.outliers.fraction
@@ -135,7 +136,7 @@ def _at_price(
 
 def _best_rates(option: RateOption, price: float) -> tuple[float, RateOption, Tensor, float]:
     """Cost with the price of its bits, the option with its rates, and the bits of all that is stored at 32,768 tokens."""
-    bits, fixed = option.bits()
+    bits, fixed = option.bits
     priced = option.costs.cpu().double()[:, None] * squared_errors() + price * bits
     priced[0, 0] = torch.inf
     least = priced.min(1)

@@ -73,7 +73,7 @@ class Filling:
         errors = squared_errors()
         whole = [option.costs.cpu().double() for option in options]
         saved = [costs[:, None] * -errors.diff() for costs in whole]
-        taken, fixed = zip(*(option.bits() for option in options), strict=True)
+        taken, fixed = zip(*(option.bits for option in options), strict=True)
         wanted = [part.clone() for part in saved]
         for part in wanted:
             part[0, 0] = torch.inf  # the dearest unit of each tensor has codes

@@ -75,6 +75,10 @@ class CacheGroup(NarrowCache):
             return GroupLayer([row for row in rows if isinstance(row, PackedLayer)])
         return rows[0] if keeps_nothing(rows[0]) else merged(rows)
 
+    def _states(self) -> list[int]:
+        """Layers without attention that keep a state, which is that of all rows."""
+        return [i for i, layer in enumerate(self.layers) if not isinstance(layer, GroupLayer) and not keeps_nothing(layer)]
+
     @property
     def lengths(self) -> list[int]:
         """Tokens of each row."""
@@ -115,9 +119,8 @@ class CacheGroup(NarrowCache):
                 self.finish(failed=True)
                 raise
             self.running.append(cache)
-        for i, layer in enumerate(self.layers):  # caches may have read something since the group was made
-            if not isinstance(layer, GroupLayer) and not keeps_nothing(layer):
-                self.layers[i] = merged([cache.layers[i] for cache in self.caches])
+        for i in self._states():  # caches may have read something since the group was made
+            self.layers[i] = merged([cache.layers[i] for cache in self.caches])
 
     def _require_positions(self, positions: Any) -> None:
         """Raise CacheUseError for one row of positions, or equal ones, of rows of different lengths."""
@@ -130,9 +133,8 @@ class CacheGroup(NarrowCache):
     def finish(self, failed: bool) -> None:
         """Called when the language model has run to its end, or has failed."""
         if self.running and not failed:
-            for i, layer in enumerate(self.layers):
-                if not isinstance(layer, GroupLayer) and not keeps_nothing(layer):
-                    split(layer, [cache.layers[i] for cache in self.caches])
+            for i in self._states():
+                split(self.layers[i], [cache.layers[i] for cache in self.caches])
         while self.running:
             self.running.pop().finish(failed)
 

@@ -23,11 +23,15 @@ class Words:
     def _decode(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=self.skip_special, clean_up_tokenization_spaces=False))
 
+    def _around(self) -> tuple[str, str]:
+        """The text of the last tokens that were shown, and of these with all that came since."""
+        recent = self._tokens[max(self._shown - LOOK_BACK, 0) :]
+        return self._decode(recent[: min(self._shown, LOOK_BACK)]), self._decode(recent)
+
     def add(self, token: int) -> str:
         """The text that is certain with one more token."""
         self._tokens.append(token)
-        first = max(self._shown - LOOK_BACK, 0)
-        before, after = self._decode(self._tokens[first : self._shown]), self._decode(self._tokens[first:])
+        before, after = self._around()
         if after.endswith(BROKEN) and len(self._tokens) - self._shown < LOOK_BACK:
             return ""
         self._shown = len(self._tokens)
@@ -35,8 +39,7 @@ class Words:
 
     def end(self) -> str:
         """What was still withheld."""
-        first = max(self._shown - LOOK_BACK, 0)
-        before, after = self._decode(self._tokens[first : self._shown]), self._decode(self._tokens[first:])
+        before, after = self._around()
         self._shown = len(self._tokens)
         text = self._until_stop(after[len(before) :])
         text, self._pending = text + self._pending, ""
