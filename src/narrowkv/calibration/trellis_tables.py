@@ -34,7 +34,7 @@ def assigned(quantizer: TrellisQuantizer, x: Tensor) -> tuple[Tensor, Tensor, Te
     Outliers count like others, so that codes reach what is out of a block's budget of outliers.
     """
     assert quantizer.scheme.quantization.counts is not None and quantizer.weight is not None
-    coefficients, norm = quantizer.coefficients(x)
+    coefficients, norm = quantizer.coefficients(x.detach())
     stream = quantizer.search(coefficients)
     weight = (quantizer.norm_of(norm).square() * quantizer.weight[:, None]).expand_as(coefficients)
     states = trellis.states(stream.flatten(0, 1), quantizer.scheme.quantization.counts).unflatten(0, stream.shape[:2])

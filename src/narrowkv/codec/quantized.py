@@ -34,6 +34,13 @@ class QuantizedTensor:
     def tokens(self) -> int:
         return self.codes.shape[2]
 
+    def outlier_mask(self) -> Tensor:
+        """Which elements, or coefficients, outliers replace: bool of `outlier_shape`."""
+        mask = torch.zeros(self.outlier_shape, dtype=torch.bool, device=self.codes.device)
+        if self.outlier_index is not None:
+            mask.view(-1)[self.outlier_index] = True
+        return mask
+
     def tensors(self) -> list[Tensor]:
         """All stored tensors."""
         parts = (self.codes, *self.ranges.values(), self.outlier_index, self.outlier_values)

@@ -147,7 +147,7 @@ class TrellisQuantizer(BaseQuantizer):
         self, x: Tensor, skip: Tensor | None, saturation: Saturation | None, first: int, earlier: Tensor | None
     ) -> QuantizedTensor:
         """The same from a block's token `first` on. earlier: outliers that earlier tokens have, [batch, kv_heads], if any."""
-        coefficients, norm = self.coefficients(x, first)
+        coefficients, norm = self.coefficients(x.detach(), first)
         stream = self.search(coefficients)
         encoded = QuantizedTensor(stream, outlier_positions=coefficients.shape[-1])
         if self.outlier_threshold is not None:
@@ -198,7 +198,7 @@ class TrellisQuantizer(BaseQuantizer):
 
     def cost(self, x: Tensor) -> Tensor:
         """What codes, without outliers, miss each coefficient by, weighted: [batch, kv_heads, tokens, n] float32."""
-        coefficients, norm = self.coefficients(x)
+        coefficients, norm = self.coefficients(x.detach())
         stream = self.search(coefficients)
         return self._missed(coefficients, stream, norm)
 
@@ -253,7 +253,7 @@ class TrellisQuantizer(BaseQuantizer):
         at once.
         """
         assert self.mean is not None
-        centered = x.detach().double() - self.mean[:, None].double()
+        centered = x.double() - self.mean[:, None].double()
         if self.frames is not None:
             centered = self.frames.rotate(centered, first)
         if self.order is None:
