@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -51,6 +51,8 @@ class PackedCache(RunningCache):
 
     Raises UnsupportedModelError, RecipeError or CalibrationError if model, source and backend do not go together.
     """
+
+    layer_kind: ClassVar[type[PackedLayer]] = PackedLayer
 
     def __init__(
         self,
@@ -124,7 +126,7 @@ class PackedCache(RunningCache):
         position_buffer = self.position_buffers.setdefault(rope.record, PositionBuffer()) if rope and recorded else None
         bias.position_buffer = position_buffer if bias.depends_on_position else None
         store = LayerStore(keys, values, self.recipe.sinks, self.recipe.residual_length, bias)
-        kind = DenseLayer if self.dense else PackedLayer
+        kind = DenseLayer if self.dense else self.layer_kind
         return kind(store, rope, position_buffer, backend, strict, getattr(own, "sliding_window", None))
 
     @runs_undisturbed

@@ -94,6 +94,11 @@ class Hold:
         every = {id(config): config for config in (*(config for config, _ in self.configs), *configs)}
         self.configs = [(config, plain_name(config)) for config in every.values()]
 
+    @property
+    def is_in_use(self) -> bool:
+        """Whether `in_use` lasts, in any thread."""
+        return any(module == id(self) for _, module in self.runs)
+
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
         """Within, configurations name our attention, as while one of our caches is in use."""

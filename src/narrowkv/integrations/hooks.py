@@ -132,10 +132,16 @@ class Handle(Protocol):
 
 
 def model_attention(
-    module: nn.Module, query: Tensor, keys: Tensor, values: Tensor, mask: LazyMask | Tensor | None, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: LazyMask | Tensor | None,
+    implementation: str | None = None,
+    **kwargs: Any,
 ):
-    """The attention that the user has chosen for the model, on ordinary tensors; returns what that returns."""
-    implementation = plain_name(module.config)
+    """The attention that the user has chosen for the model, or another one, on ordinary tensors; returns what that returns."""
+    implementation = implementation or plain_name(module.config)
     if isinstance(mask, LazyMask):
         mask = mask.dense(implementation)
     eager: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward

@@ -32,8 +32,8 @@ LAYOUTS: tuple[Any, ...] = ("halves", "repeated", "once")
 
 @dataclass(frozen=True)
 class AttentionLayerInfo:
-    """One attention module that keeps keys and values: its layer, kv_heads, head_dim, how it rotates keys (None: not), and
-    what all its keys and values have in common.
+    """One attention module that keeps keys and values: its layer, kv_heads, head_dim, how it rotates keys (None: not), what
+    all its keys and values have in common, and by which name it takes a cache.
     """
 
     module: nn.Module
@@ -42,6 +42,7 @@ class AttentionLayerInfo:
     head_dim: int
     rope: AnyRope | None
     constants: Constants = NOTHING_KNOWN
+    cache_argument: str = CACHE
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,9 @@ class AttentionTrace:
 
     def info(self, rope: AnyRope | None, constants: Constants = NOTHING_KNOWN) -> AttentionLayerInfo:
         """What is known of the module, given how it rotates keys."""
-        return AttentionLayerInfo(self.module, self.layer, self.keys[0].shape[1], self.keys[0].shape[3], rope, constants)
+        name = next((name for name, part in self.kwargs.items() if isinstance(part, Cache)), CACHE)
+        _, kv_heads, _, head_dim = self.keys[0].shape
+        return AttentionLayerInfo(self.module, self.layer, kv_heads, head_dim, rope, constants, name)
 
     def run(self, running: list["AttentionTrace"], factor: float = 1.0) -> tuple[Tensor, Tensor]:
         """Keys and values [1, kv_heads, tokens, head_dim] of the hidden states times a factor, without rotary embedding."""
