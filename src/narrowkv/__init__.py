@@ -63,7 +63,10 @@ _ELSEWHERE = {
     "get_recipe": "methods",
     "recipe_names": "methods",
 }  # all others are in `integrations`
-_PACKAGES = ("attention", "calibration", "codec", "errors", "evaluate", "integrations", "methods", "plan", "report", "store")
+_PACKAGES = (
+    *("attention", "calibration", "codec", "errors", "evaluate", "integrations", "methods", "plan", "report", "store"),
+    "training",
+)
 
 
 def __getattr__(name: str) -> Any:

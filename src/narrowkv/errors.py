@@ -33,6 +33,10 @@ class ActivationError(NarrowKVError, ValueError):
     """Keys or values that cannot be stored: NaN, infinity, or beyond the range of 16 bits."""
 
 
+class TrainingError(NarrowKVError, RuntimeError):
+    """Training that cannot go on: there is nothing to train, or its loss is no number any more."""
+
+
 class BudgetError(NarrowKVError, ValueError):
     """Memory, devices or a context for which no plan exists."""
 
