@@ -14,7 +14,6 @@ it was interrupted.
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,9 +24,9 @@ import torch
 from benchmarks.peer_methods import block_gtq, kvarn, oscar, oscar_norms, quantized_cache, turboquant, wush_kv
 from benchmarks.peer_methods.base import Pair, Statistics
 from benchmarks.peer_model import Subject, Terms, true_bits
-from narrowkv.evaluate.results import environment
-from narrowkv.files import write_json
+from narrowkv.evaluate.results import ResultFile, read_result
 
+KIND = "peers"
 OURS = Terms()
 
 
@@ -62,32 +61,27 @@ PEERS = (
 
 def run(name: str, options: argparse.Namespace) -> None:
     """All rows that a model's file lacks, those under our terms first."""
-    path = options.out / f"{Path(name).name}.json"
-    cut = {"windows": options.windows, "long": options.long}
-    saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {**cut, "rows": []}
-    if {key: saved[key] for key in cut} != cut:
-        raise SystemExit(f"{path} has results of windows cut otherwise; give --windows and --long as there, or another --out.")
-    done = {(row["peer"], row["terms"]) for row in saved["rows"]}
+    model = Path(name).name
+    settings = {"model": model, "windows": options.windows, "long": options.long}
+    results = ResultFile(options.out / f"{model}.json", KIND, f"python -m benchmarks.peers {model}", settings)
     asked = [peer for peer in PEERS if not options.peers or peer.name in options.peers]
-    missing = [(peer, terms) for terms in ("ours", "published") for peer in asked if (peer.name, terms) not in done]
+    terms_of = [(peer, label) for label in ("ours", "published") for peer in asked]
+    missing = [(peer, label) for peer, label in terms_of if results.find(peer=peer.name, terms=label) is None]
     subject = Subject(name, options.windows, options.long) if missing else None
     for peer, label in missing:
         assert subject is not None
         terms = OURS if label == "ours" else peer.published
         pairs = [peer.fit(statistics) for statistics in subject.statistics]
         figures = {**true_bits(pairs, terms, subject.shape), **subject.divergence(pairs, terms, label)}
-        saved["rows"].append({"peer": peer.name, "terms": label, "exact": asdict(terms), **figures})
-        saved["environment"] = environment()
-        options.out.mkdir(parents=True, exist_ok=True)
-        write_json(path, saved)
+        results.add({"peer": peer.name, "terms": label, "exact": asdict(terms), **figures})
         shown = "  ".join(f"{kind} {figure:.4f}" for kind, figure in figures.items())
-        print(f"{path.stem:20} {label:10} {peer.name:28} {shown}", flush=True)
+        print(f"{model:20} {label:10} {peer.name:28} {shown}", flush=True)
 
 
 def table(folder: Path) -> str:
     """Markdown: for each method, terms and model the true bits and the divergence on encyclopedia text / source code."""
     paths = sorted(folder.glob("*.json"))
-    rows = {path.stem: json.loads(path.read_text(encoding="utf-8"))["rows"] for path in paths}
+    rows = {path.stem: read_result(path, KIND)["rows"] for path in paths}
     found = {(model, row["peer"], row["terms"]): row for model, parts in rows.items() for row in parts}
     lines = [f"| terms | method | {' | '.join(f'bits | {model}' for model in rows)} |", "|---" * (2 + 2 * len(rows)) + "|"]
     for terms in ("ours", "published"):

@@ -20,6 +20,7 @@ from benchmarks.peer_model import (
 )
 
 from benchmarks import peers
+from narrowkv.errors import OutputError
 
 KEYS, VALUES = 3, 5
 
@@ -199,5 +200,5 @@ def test_a_file_goes_on_where_it_was_interrupted(options, subject, capsys):
     assert subject == [("models/tiny", 2, 2048)] * 2  # a third was not needed
     assert "| ours | KVarN, K4V2 | 4.6" in peers.table(options.out)
     options.windows = 4
-    with pytest.raises(SystemExit, match="cut otherwise"):
+    with pytest.raises(OutputError, match="other settings"):
         peers.run("models/tiny", options)
