@@ -22,6 +22,7 @@ from narrowkv.cli import (
     inspect,
     plan,
     recipes,
+    replay,
     report,
     serve,
     tasks,
@@ -42,6 +43,7 @@ app.command()(inspect.inspect)
 app.command()(tasks.tasks)
 app.command()(plan.plan)
 app.command()(report.report)
+app.command()(replay.replay)
 app.add_typer(recipes.app, name="recipes")
 app.command()(env.env)
 _SHOW = warnings.showwarning
