@@ -101,6 +101,7 @@ cross:
 # tables and pictures of README.md and docs from the files of figures in results/
 results: $(TOOLS)
 	PYTHONPATH=. $(BIN)/python tools/write_results.py
+	PYTHONPATH=. $(BIN)/python tools/write_claims.py
 
 # those files, measured anew; pictures are drawn by `make results`
 measure: $(TOOLS)
