@@ -13,7 +13,7 @@ from safetensors.torch import load
 
 from narrowkv import tensor_file
 from narrowkv.errors import FileFormatError, OutputError
-from narrowkv.files import PRIVATE, read_json, require_readable, write_atomically, write_json
+from narrowkv.files import PRIVATE, link_or_copy, read_json, require_readable, write_atomically, write_json, written_at_once
 
 
 def mode_of(path):
@@ -160,3 +160,47 @@ def test_a_damaged_json_file_raises_an_error(tmp_path, content):
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(FileFormatError, match="damaged"):
         read_json(tmp_path / "file")
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_folder_appears_at_once(tmp_path, umask, there):
+    target = tmp_path / "new" / "folder"
+    if there:
+        target.mkdir(parents=True)
+    with written_at_once(target) as folder:
+        (folder / "file").write_text("mine")
+        write_json(folder / "other", {})
+        assert not target.exists() or not any(target.iterdir())
+    assert sorted(path.name for path in target.iterdir()) == ["file", "other"] and mode_of(target) == 0o755
+    assert [path.name for path in target.parent.iterdir()] == ["folder"]
+
+
+def test_a_folder_that_cannot_be_finished_does_not_appear(tmp_path):
+    def fail(error):
+        with written_at_once(tmp_path / "folder") as folder:
+            (folder / "file").write_text("mine")
+            raise error
+
+    for error, raised in ((OSError(28, "No space left"), OutputError), (ValueError("mine"), ValueError)):
+        with pytest.raises(raised):
+            fail(error)
+        assert not any(tmp_path.iterdir())
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_text("old")
+    with pytest.raises(OutputError, match="has files already"), written_at_once(tmp_path / "folder"):
+        pass
+    assert (tmp_path / "folder" / "file").read_text() == "old"
+
+
+def test_a_file_is_copied_where_it_cannot_be_linked(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    link_or_copy(tmp_path / "link", tmp_path / "one")
+
+    def refuse(*_):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    link_or_copy(tmp_path / "link", tmp_path / "two")
+    assert os.path.samefile(tmp_path / "file", tmp_path / "one") and not (tmp_path / "one").is_symlink()
+    assert (tmp_path / "two").read_text() == "mine" and not os.path.samefile(tmp_path / "file", tmp_path / "two")

@@ -50,6 +50,42 @@ def write_atomically(path: Path, write: Callable[[Path], object], mode: int = PU
         raise OutputError(f"Cannot write {path}: {reason(error)}; choose a folder that is writable and has space.") from error
 
 
+def require_new_folder(path: Path) -> None:
+    """Raise OutputError where there are files in the folder already."""
+    if path.is_dir() and any(path.iterdir()):
+        raise OutputError(f"The folder {path} has files already; name a new one.")
+
+
+@contextlib.contextmanager
+def written_at_once(path: Path) -> Iterator[Path]:
+    """A folder to write files into, which gets the name `path` when all are there, and is gone if that fails.
+
+    Raises OutputError where `path` has files already, or where writing fails.
+    """
+    require_new_folder(path)
+    target = Path(os.path.realpath(path))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(target.parent)
+        with _folder_next_to(target) as folder:
+            made = folder / target.name
+            made.mkdir()
+            yield made
+            os.replace(made, target)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"Cannot write {path}: {reason(error)}; choose a folder that is writable and has space.") from error
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name, or copy it where file systems differ; raises OSError."""
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write readable JSON, atomically."""
     try:

@@ -8,19 +8,22 @@ from narrowkv.errors import FileFormatError, OutputError
 MISSING = "needs the package huggingface_hub; install it (`pip install huggingface_hub`), or name a local folder"
 
 
-def download(repo_id: str, file: str) -> Path:
-    """The folder that a repository's file was read into; raises FileFormatError where the hub gives none of that name."""
+def download(repo_id: str, *files: str) -> Path:
+    """The folder that a repository's files, or patterns of them, were read into.
+
+    Raises FileFormatError where the hub gives none of that name.
+    """
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError as error:
         raise FileFormatError(f"There is no folder {repo_id}, and to ask the hub for it {MISSING}.") from error
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=[file]))
+        return Path(snapshot_download(repo_id, allow_patterns=[*files]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise FileFormatError(
-            f"There is no folder {repo_id}, and the hub gives none of that name ({reason}); name a calibration's folder."
+            f"There is no folder {repo_id}, and the hub gives none of that name ({reason}); name a local folder."
         ) from error
 
 
