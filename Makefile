@@ -14,11 +14,15 @@ INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet -
 SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # the tests that touch transformers
-WITH_TRANSFORMERS := tests/calibration tests/cli tests/evaluate tests/integrations tests/methods tests/plan tests/processes \
+WITH_TRANSFORMERS := tests/calibration tests/cli tests/evaluate tests/exports tests/integrations tests/methods tests/plan tests/processes \
   tests/test_readme.py tests/test_start.py
 TRANSFORMERS := $(patsubst constraints/%.txt,build/versions/%,$(wildcard constraints/*.txt))
 
-.PHONY: demo test test-all test-versions lint fuzz soak sanitize wheel cross results measure measure-real gpu docs format clean
+# what reads scales, and what that needs besides
+ENGINES := compressed-tensors==0.20.1 loguru==0.7.3 \
+  onnxruntime-genai==0.18.0 onnxruntime==1.32.0 onnx==1.23.2 onnx-ir==1.1.0 ml_dtypes==0.6.0 protobuf==7.36.2 flatbuffers==25.12.19
+
+.PHONY: demo test test-all test-exports test-versions lint fuzz soak sanitize wheel cross results measure measure-real gpu docs format clean
 
 $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard cpp/*)
 	$(PYTHON) -m venv $(VENV)
@@ -59,6 +63,15 @@ build/versions/transformers-%: constraints/transformers-%.txt $(TOOLS)
 	packages=$$($@/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
 	PIP_CONSTRAINT=$< $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $$packages transformers && \
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > $$packages/beside.pth
+
+# scales read back by the libraries that they are for, in an environment that borrows everything else from .venv
+test-exports: $(TOOLS)
+	rm -rf build/engines
+	$(PYTHON) -m venv --without-pip build/engines
+	packages=$$(build/engines/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $$packages $(ENGINES) && \
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > $$packages/beside.pth
+	OMP_NUM_THREADS=1 build/engines/bin/python -m pytest tests/exports/test_engines.py
 
 # forged files of every form, loaded and used (half an hour)
 fuzz: $(TOOLS)

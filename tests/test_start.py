@@ -9,6 +9,7 @@ import narrowkv
 from narrowkv import defaults
 from narrowkv.evaluate.ablate import NAMES
 from narrowkv.evaluate.task_rows import MAKERS
+from narrowkv.exports.formats import FORMATS
 from narrowkv.plan import SHAPES
 
 
@@ -48,6 +49,7 @@ def test_every_public_name_is_found_and_listed():
 
 
 def test_names_that_help_shows_are_those_there_are():
+    assert tuple(FORMATS) == defaults.EXPORT_FORMATS
     assert defaults.ABLATIONS == NAMES and tuple(MAKERS) == defaults.TASKS and tuple(SHAPES) == defaults.SHAPES
 
 

@@ -20,3 +20,4 @@ TASK_DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 TASK_ROWS = 16
 NEW_TOKENS = 64
 INSPECTED = "nuq3-1%"  # the recipe whose codebook is drawn
+EXPORT_FORMATS = ("compressed-tensors", "onnxruntime-genai", "vllm-scales")

@@ -190,6 +190,7 @@ COMMANDS = {
     "eval": ("eval", "MODEL", "--text", "TEXT", "--recipe", "int4", "--json"),
     "demo": ("demo", "--json"),
     "env": ("env", "--json"),
+    "export": ("export", "MODEL", "--format", "onnxruntime-genai", "--text", "TEXT", "--out"),
     "recipes": ("recipes", "show", "int4", "--json"),
 }
 

@@ -18,6 +18,7 @@ from narrowkv.cli import (
     demo,
     env,
     eval,
+    export,
     generate,
     inspect,
     plan,
@@ -44,6 +45,7 @@ app.command()(tasks.tasks)
 app.command()(plan.plan)
 app.command()(report.report)
 app.command()(replay.replay)
+app.command()(export.export)
 app.add_typer(recipes.app, name="recipes")
 app.command()(env.env)
 _SHOW = warnings.showwarning
