@@ -18,4 +18,7 @@ struct Packing {
 
 void pack(const Packing& problem, int threads);
 
+// One matrix of them.
+void pack_matrix(const Packing& problem, const uint8_t* codes, uint8_t* packed);
+
 }  // namespace narrowkv
