@@ -270,10 +270,16 @@ def before_attention(module: Any, args: tuple, kwargs: dict[str, Any]):
     if not isinstance(mask, LazyMask):
         raise UnsupportedModelError(TWO_DIMENSIONS)
     if not kwargs.keys() <= GIVEN_TENSORS:  # what a module does not name itself goes on to our attention
-        _require_known(kwargs, GIVEN_TENSORS | inspect.signature(type(module).forward).parameters.keys())
+        _require_known(kwargs, GIVEN_TENSORS | _named(type(module).forward))
     autocast = torch.is_autocast_enabled(hidden.device.type)
     cache.begin(module, LayerInputs(kwargs.get("position_ids"), tables, mask, autocast))
     return None if tables is None else (args, {**kwargs, "position_embeddings": identity(tables)})
+
+
+@functools.cache
+def _named(forward: Callable[..., Any]) -> frozenset[str]:
+    """The parameters of a module's forward, for which Python takes as long as our attention of a short text."""
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def require_inputs(inputs: LayerInputs | None) -> LayerInputs:
