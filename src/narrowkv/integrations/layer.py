@@ -240,19 +240,29 @@ class PackedHandle:
             return rotated, *layer.store.read()
         return rotated, layer.rotate(self.keys, self.rope_state, self.precision), self.values
 
+    def _rotated(self, query: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The query in its dtype, and new keys in float32 at least, unless these too are read as stored."""
+        layer, precise = self.layer, torch.promote_types(query.dtype, torch.float32)
+        if layer.backend == "cpu" and not layer.strict and self.keys.shape[2] == 1:  # one set of small operators, not two
+            both = layer.rotate(torch.cat([query.to(precise), self.keys.to(precise)], dim=1), self.rope_state)
+            return both[:, : query.shape[1]].to(query.dtype), both[:, query.shape[1] :]
+        query_positions = None if self.rope_state is None else self.rope_state[:, -query.shape[2] :]
+        rotated = layer.rotate(query.to(precise), query_positions).to(query.dtype)
+        return rotated, None if layer.strict else layer.rotate(self.keys.to(precise), self.rope_state)
+
     def inputs(self, query: Tensor, mask: LazyMask, scaling: float, **kwargs: Any) -> AttentionInputs:
         """What the cache's backend is given: the query rotated, new tokens unless they too are read as stored."""
-        layer, precise = self.layer, torch.promote_types(query.dtype, torch.float32)
+        layer = self.layer
         past, buffer = layer.store.length if layer.strict else self.past, layer.position_buffer
-        query_positions = None if self.rope_state is None else self.rope_state[:, -query.shape[2] :]
+        rotated, new_keys = self._rotated(query)
         rope, rope_state = layer.rope if layer.rotates_on_read else None, None
         if rope and buffer:
             captured = layer.device_lengths is not None
             rope_state = buffer.buffer if captured else buffer.read(layer.store.first, past)
         return AttentionInputs(
-            query=layer.rotate(query.to(precise), query_positions).to(query.dtype),
+            query=rotated,
             past=past,
-            new=None if layer.strict else (layer.rotate(self.keys.to(precise), self.rope_state), self.values),
+            new=None if new_keys is None else (new_keys, self.values),
             rope=rope,
             rope_state=rope_state,
             mask=mask.attention_mask,
