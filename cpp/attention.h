@@ -97,7 +97,19 @@ struct Rotation {
     const float* steps;
     const int16_t* int16;  // [pairs, 2, 64] of 0 to 63, times 32767; of 32 the even ones first
     const int32_t* lanes;  // [2, pairs, 64] of 0 to 63: two words, what the first number of a pair becomes, or the second; then not rotated
-    const float* angles;   // [batch, tokens + tail, 2, pairs]
+    const float* angles;   // [batch, stored, 2, pairs]
+};
+
+// Exact tokens: elements [batch, kv_heads, tokens, head_dim] of keys, and of values, where they lie.
+struct ExactTokens {
+    struct Side {
+        const void* elements;
+        DType kind;
+        int64_t strides[3];  // in elements, of batch, kv_heads and tokens; the channels of each lie side by side
+    };
+    Side sides[2];
+    int tokens;
+    bool rotates;  // whether keys are yet to be rotated
 };
 
 struct Problem {
@@ -105,8 +117,9 @@ struct Problem {
     int blocks;                                     // of each sequence
     int64_t tokens;                                 // in blocks, as far as they are to be seen
     int tail;                                       // tokens that follow them
-    int dense;                                      // exact tokens, after those
+    int exact;                                      // exact tokens: sinks, then those that follow the tail
     int sinks;                                      // tokens of each sequence that are not to be read from blocks
+    int64_t stored;                                 // tokens that are not new ones, which positions or angles are given for
     int hidden_batch;                               // rows of `hidden`: 1 or batch
     int chunk;                                      // blocks that make one split of work
     float scaling, softcap;  // softcap 0: none
@@ -115,17 +128,19 @@ struct Problem {
     const Block* table;          // [blocks, batch, 2]
     const int64_t* starts;       // [blocks + 1] index of the first token of each block
     const float* packed_query;   // [batch, query_heads, queries, head_dim]
-    const float* dense_query;    // the same, for exact tokens
-    const float* dense_keys;     // [batch, kv_heads, dense, head_dim]
-    const float* dense_values;   // the same
+    const float* exact_query;    // the same, for exact tokens
+    ExactTokens exact_parts[3];  // sinks, the window, new ones
     Tail tails[2];               // of keys, and of values
-    const uint8_t* hidden;       // [hidden_batch, queries, tokens + tail + dense], or null
-    const int64_t* sink_index;   // [batch, sinks]
+    const Block* tail_table;     // [batch, 2], the tail packed as a block; whoever attends makes it
+    const uint8_t* hidden;       // [hidden_batch, queries, tokens + tail + exact], or null
+    const int64_t* sink_index;   // [batch, sinks] among the tokens stored; other sinks than those of blocks and tail are not seen
     const float* sink_logits;    // [query_heads], or null
     const float* key_offsets;    // [batch, query_heads, queries, tokens + tail] added to scores; or null
     const float* value_bias;     // [kv_heads, head_dim] added to each value of blocks and of the tail; or null
-    float* totals;               // [batch, query_heads, queries] weights of blocks and of the tail, added up; or null
-    float* output;               // [2, batch, query_heads, queries, head_dim]: what blocks and what exact tokens contribute
+    const float* value_matrix;   // [kv_heads, value_rows, head_dim rounded up to 16] by which sums over codes are multiplied; or null
+    const float* value_mean;     // [kv_heads, head_dim] that is then added by the sum of their weights; or null
+    int value_rows;
+    float* output;               // [batch, query_heads, queries, head_dim]
 };
 
 // Those of one call, attended to in one parallel region: sequences of different lengths, say.

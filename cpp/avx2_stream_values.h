@@ -29,7 +29,6 @@ class Avx2StreamValues {
                 ends.push_back({k, last * kBlock, 8 * last + 8 - end});
             }
         });
-        for (int code = 0; code < 256; ++code) sizes[code] = std::exp2((code - 128) / 16.0f);  // codec/quantizers/trellis.py
     }
 
     void begin(int of_head) {
@@ -79,7 +78,6 @@ class Avx2StreamValues {
     Buffer<float> weights;          // [rows][span], times norms
     Buffer<float> norms, shares, sums;  // shares: what a sum of 1 stands for
     std::vector<End> ends;          // [coded]
-    float sizes[256];               // of norms
     Misses misses;
     int head = 0;
 
@@ -88,7 +86,7 @@ class Avx2StreamValues {
         for (int i = 0; i < count; ++i) {
             if (!codes[i] || !streams.norms) continue;
             const uint8_t* from = codes[i] + (streams.bytes - 1) * kBlock;
-            for (int token = 0; token < kBlock; ++token) norms[i * kBlock + token] = sizes[from[token]];
+            for (int token = 0; token < kBlock; ++token) norms[i * kBlock + token] = narrowkv::norms()[from[token]];
         }
         for (int row = 0; row < rows; ++row) {
             float* to = &weights[row * span];

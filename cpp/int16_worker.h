@@ -120,7 +120,8 @@ class Int16Worker : AttentionMask {
     void take_span(const Split& split, int first, int last) {
         Span span{{}, (last - first) * kBlock};
         for (int block = first; block < last; ++block) {
-            const int64_t start = problem.starts[block], stop = std::min(problem.starts[block + 1], problem.tokens);
+            const int64_t start = start_of(block);
+            const int count = count_of(block);
             const Block* sides = sides_of(split, block);
             const auto later = [&](int blocks) { return sides_of(split, std::min(block + blocks, split.last - 1)); };
             Prefetcher prefetcher;
@@ -132,7 +133,6 @@ class Int16Worker : AttentionMask {
             for (int side = 0; side < 2; ++side) {
                 if (const int32_t* offsets = later(2)[side].outlier_offsets) __builtin_prefetch(offsets + split.head);
             }
-            const int count = int(stop - start);
             const bool visible = count > 0 && !sees_nothing(split.row, start, count);
             float* to = &scores[(block - first) * kBlock];
             if (visible) span.sides[block - first] = sides, keys.score(sides[0], start, count, prefetcher, to, Values::span);

@@ -5,6 +5,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdlib>
 #include <optional>
 #include <type_traits>
@@ -12,6 +13,7 @@
 
 #include "attention.h"
 #include "decode.h"
+#include "exact.h"
 #include "rotation.h"
 #include "scratch.h"
 #include "stream_keys.h"
@@ -22,10 +24,10 @@
 namespace narrowkv {
 namespace {
 
-// One split of work: blocks [first, last) of a head of a sequence, or the tail, or the exact tokens that follow.
+// One split of work: blocks [first, last) of a head of a sequence, the tail among them, or its exact tokens, in runs of 64.
 struct Split {
     int row, head;
-    bool tail, dense, streamed;  // streamed: sums are those of streams, whose lanes are added up at the end
+    bool exact, streamed;  // streamed: sums are those of streams, whose lanes are added up at the end
     int first, last;
     float* result;  // [rows] largest, [rows] total, [rows][head_dim] sum
 };
@@ -39,9 +41,19 @@ class AttentionMask {
     explicit AttentionMask(const Problem& problem) : problem(problem), rows(problem.group * problem.queries), dim(problem.head_dim) {}
 
     // Keys, then values.
-    const Block* sides_of(const Split& split, int block) const { return problem.table + (int64_t(block) * problem.batch + split.row) * 2; }
+    const Block* sides_of(const Split& split, int block) const {
+        const Block* column = block < problem.blocks ? problem.table + int64_t(block) * problem.batch * 2 : problem.tail_table;
+        return column + split.row * 2;
+    }
 
-    int64_t length() const { return problem.tokens + problem.tail + problem.dense; }
+    // The first token of a block, and how many of its tokens are to be seen.
+    int64_t start_of(int block) const { return problem.starts[block]; }
+    int count_of(int block) const {
+        if (block == problem.blocks) return problem.tail;
+        return int(std::min(problem.starts[block + 1], problem.tokens) - problem.starts[block]);
+    }
+
+    int64_t length() const { return problem.tokens + problem.tail + problem.exact; }
 
     const uint8_t* hidden(int row, int64_t token) const {
         return problem.hidden + (problem.hidden_batch > 1 ? row : 0) * problem.queries * length() + token;
@@ -77,7 +89,8 @@ class AttentionMask {
         }
     }
 
-    // Tokens beyond the last, those that a mask hides, and of blocks those that stay exact elsewhere. scores: [rows][stride].
+    // Tokens beyond the last, those that a mask hides, of blocks those that stay exact elsewhere, and exact ones that are read
+    // from none. scores: [rows][stride].
     void hide(const Split& split, int64_t token, int count, float* scores, int stride) const {
         for (int i = 0; i < rows; ++i, scores += stride) {
             for (int t = count; t < kBlock; ++t) scores[t] = -INFINITY;
@@ -85,9 +98,13 @@ class AttentionMask {
                 const uint8_t* hides = hidden(split.row, token) + i % problem.queries * length();
                 for (int t = 0; t < count; ++t) scores[t] = hides[t] ? -INFINITY : scores[t];
             }
-            for (int sink = 0; sink < problem.sinks && !split.dense; ++sink) {
+            for (int sink = 0; sink < problem.sinks && !split.exact; ++sink) {
                 const int64_t at = problem.sink_index[int64_t(split.row) * problem.sinks + sink] - token;
                 if (at >= 0 && at < count) scores[at] = -INFINITY;
+            }
+            for (int sink = 0; split.exact && sink < problem.sinks; ++sink) {
+                const int64_t at = problem.tokens + problem.tail + sink - token;
+                if (at >= 0 && at < count && stored_index(problem, split.row, sink) < 0) scores[at] = -INFINITY;
             }
         }
     }
@@ -100,17 +117,15 @@ class Worker : AttentionMask {
 
     void run(const Split& split) {
         read_query(split);
-        if (!split.tail && !split.dense) {
+        if (!split.exact) {
             tables[0] = tables_of(problem.keys, split.head, scratch.tables[0]);
             tables[1] = tables_of(problem.values, split.head, scratch.tables[1]);
         }
-        if (problem.keys.streams && !split.dense) stream_keys.begin(split.row, split.head);
+        if (problem.keys.streams && !split.exact) stream_keys.begin(split.row, split.head);
         const int stride = sum_stride(split);
         for (int i = 0; i < rows; ++i) scratch.largest[i] = -INFINITY, scratch.total[i] = 0.0f;
         for (int64_t i = 0; i < int64_t(rows) * stride; ++i) scratch.sum[i] = 0.0f;
-        for (int block = split.first; block < split.last; ++block) {
-            split.tail ? take_tail(split) : split.dense ? take_dense(split, block) : take_block(split, block);
-        }
+        for (int block = split.first; block < split.last; ++block) split.exact ? take_exact(split, block) : take_block(split, block);
         finish(split);
     }
 
@@ -122,16 +137,19 @@ class Worker : AttentionMask {
 
     int sum_stride(const Split& split) const { return split.streamed ? dim * simd::width : round_up(dim, 16); }
 
+    // Of exact tokens as far apart as what is read of these.
     void read_query(const Split& split) {
-        const float* query = split.dense ? problem.dense_query : problem.packed_query;
+        const float* query = split.exact ? problem.exact_query : problem.packed_query;
+        const int stride = split.exact ? round_up(dim, 16) : dim;
         query += (int64_t(split.row) * problem.kv_heads + split.head) * rows * dim;
-        for (int i = 0; i < rows * dim; ++i) scratch.query[i] = query[i] * problem.scaling;
+        for (int i = 0; i < rows; ++i) {
+            for (int d = 0; d < stride; ++d) scratch.query[i * stride + d] = d < dim ? query[i * dim + d] * problem.scaling : 0.0f;
+        }
     }
 
     void take_block(const Split& split, int block) {
-        const int64_t start = problem.starts[block];
-        const int64_t stop = problem.starts[block + 1] < problem.tokens ? problem.starts[block + 1] : problem.tokens;
-        const int count = int(stop - start);
+        const int64_t start = start_of(block);
+        const int count = count_of(block);
         if (count <= 0 || sees_nothing(split.row, start, count)) return;
         const auto later = [&](int blocks) { return sides_of(split, block + blocks < split.last ? block + blocks : split.last - 1); };
         const Block *sides = later(0), *next = later(1), *after = later(2);
@@ -162,65 +180,29 @@ class Worker : AttentionMask {
     void take_values_of(const Split& split, Source values, int count) {
         for (int from = 0; from < count; from += kRopeTokens) {
             decode(values, {from, kRopeTokens}, scratch.ranges, scratch.tile);
-            take_values(split, from);
+            add_values(split, from, kRopeTokens);
         }
-    }
-
-    void take_tail(const Split& split) {
-        const int64_t batch_head = int64_t(split.row) * problem.kv_heads + split.head;
-        const int count = problem.tail;
-        if (sees_nothing(split.row, problem.tokens, count)) return;
-        const auto read = [&](const PackedTensor& side, const Tail& tail) {
-            read_tail(side, tail, batch_head, split.head, problem.kv_heads, count, dim, scratch.tail);
-        };
-        if (problem.keys.streams) {
-            stream_keys.take_tail(problem.tails[0], scratch.scores);
-        } else {
-            read(problem.keys, problem.tails[0]);
-            for (int from = 0; from < count; from += kRopeTokens) {
-                rotate_and_take_keys(split, problem.tokens, from, fill_tile(scratch.tail, from, count, true));
-            }
-        }
-        add_offsets(split, problem.tokens, count, scratch.scores, kBlock);
-        weigh_all(split, problem.tokens, count);
-        if (problem.values.streams) return stream_values.take_tail(problem.tails[1], batch_head, scratch.scores, scratch.sum);
-        read(problem.values, problem.tails[1]);
-        for (int from = 0; from < count; from += kRopeTokens) {
-            fill_tile(scratch.tail, from, count, false);
-            take_values(split, from);
-        }
-    }
-
-    // Elements [count][head_dim] from a token on, as a tile; returns how many tokens of it count.
-    int fill_tile(const float* elements, int from, int count, bool channel_major) {
-        const int some = count - from < kRopeTokens ? count - from : kRopeTokens;
-        for (int i = 0; i < round_up(dim, 16) * kRopeTokens; ++i) scratch.tile[i] = 0.0f;
-        copy_exact(elements, DType::single, {from, kRopeTokens}, some, dim, channel_major, scratch.tile);
-        return some;
     }
 
     // Scores of a tile of packed keys, `from` tokens into those that begin at `start`.
     void rotate_and_take_keys(const Split& split, int64_t start, int from, int some) {
         if (!problem.rotation.pairs) return take_keys(scratch.query, from);
         std::memcpy(scratch.rotated, scratch.query, sizeof(float) * rows * dim);
-        const float* angles = relative_angles(problem.rotation, split.row, problem.tokens + problem.tail, start + from, some, rows, dim,
+        const float* angles = relative_angles(problem.rotation, split.row, problem.stored, start + from, some, rows, dim,
                                               scratch.rotated, scratch.angles);
         rotate(scratch.tile, angles, problem.rotation.pairs, problem.rotation.interleaved);
         take_keys(scratch.rotated, from);
     }
 
-    void take_dense(const Split& split, int block) {
-        const int start = block * kBlock, count = problem.dense - start < kBlock ? problem.dense - start : kBlock;
-        const int64_t first = ((int64_t(split.row) * problem.kv_heads + split.head) * problem.dense + start) * dim;
-        for (int from = 0; from < count; from += kRopeTokens) {
-            fill_tile(problem.dense_keys + first, from, count, true);
-            take_keys(scratch.query, from);
-        }
-        weigh_all(split, problem.tokens + problem.tail + start, count);
-        for (int from = 0; from < count; from += kRopeTokens) {
-            fill_tile(problem.dense_values + first, from, count, false);
-            take_values(split, from);
-        }
+    void take_exact(const Split& split, int block) {
+        const int first = block * kBlock, count = std::min(problem.exact - first, kBlock), stride = sum_stride(split);
+        read_exact(problem, split.row, split.head, 0, first, count, stride, scratch.tile);
+        by_fours(rows, [&](int row, auto queries) {
+            score_exact<queries>(scratch.query + row * stride, scratch.tile, count, stride, scratch.scores + row * kBlock);
+        });
+        weigh_all(split, problem.tokens + problem.tail + first, count);
+        read_exact(problem, split.row, split.head, 1, first, count, stride, scratch.tile);
+        add_values(split, 0, count);
     }
 
     // Scores of the tokens of a tile of keys, which begins `from` tokens into the block.
@@ -242,10 +224,11 @@ class Worker : AttentionMask {
         }
     }
 
-    void take_values(const Split& split, int from) {
+    // Add the values of a tile of `count` tokens, which begins `from` tokens into the block.
+    void add_values(const Split& split, int from, int count) {
         const int stride = sum_stride(split);
         by_fours(rows, [&](int row, auto queries) {
-            mix<queries>(scratch.scores + row * kBlock + from, scratch.tile, stride, scratch.sum + int64_t(row) * stride);
+            mix<queries>(scratch.scores + row * kBlock + from, kBlock, scratch.tile, count, stride, scratch.sum + int64_t(row) * stride);
         });
     }
 
@@ -260,73 +243,87 @@ class Worker : AttentionMask {
                 for (int lane = 0; lane < lanes; ++lane) to += scratch.sum[int64_t(i) * stride + d * lanes + lane];
             }
         }
-        if (!split.dense) add_value_bias(split, scratch.total, sum);
+        if (!split.exact) add_value_bias(split, scratch.total, sum);
     }
 };
 
+// Add what was found in codes to the output of a head, [rows][head_dim]. sums: [rows][head_dim rounded up to 16].
+void add_packed(const Problem& problem, int head, const Buffer<float>& sums, const Buffer<float>& totals, float* output) {
+    const int rows = problem.group * problem.queries, dim = problem.head_dim, stride = round_up(dim, 16), n = problem.value_rows;
+    Buffer<float> found(problem.value_matrix ? rows * stride : 0);
+    const float* mean = problem.value_mean ? problem.value_mean + int64_t(head) * dim : nullptr;
+    if (problem.value_matrix) {
+        const float* matrix = problem.value_matrix + int64_t(head) * n * stride;
+        by_fours(rows, [&](int row, auto queries) { mix<queries>(&sums[row * stride], stride, matrix, n, stride, &found[row * stride]); });
+    }
+    const float* channels = problem.value_matrix ? found.data() : sums.data();
+    for (int i = 0; i < rows; ++i) {
+        for (int d = 0; d < dim; ++d) output[i * dim + d] += channels[i * stride + d] + (mean ? totals[i] * mean[d] : 0.0f);
+    }
+}
+
 // Merge the results of a head's splits: the last is that of the exact tokens.
 void merge(const Problem& problem, int row, int head, const float* results, int splits, int64_t size) {
-    const int rows = problem.group * problem.queries, dim = problem.head_dim;
-    const int64_t all = int64_t(problem.batch) * problem.kv_heads * rows * dim;
+    const int rows = problem.group * problem.queries, dim = problem.head_dim, stride = round_up(dim, 16);
+    Buffer<float> packed(rows * stride), totals(rows);  // of blocks and tail: sums, and weights
+    float* const output = problem.output + (int64_t(row) * problem.kv_heads + head) * rows * dim;
+    std::fill_n(output, rows * dim, 0.0f);
     for (int i = 0; i < rows; ++i) {
         const float sink = problem.sink_logits ? problem.sink_logits[head * problem.group + i / problem.queries] : -INFINITY;
         float largest = sink;
         for (int p = 0; p < splits; ++p) largest = std::fmax(largest, results[p * size + i]);
-        float* output = problem.output + ((int64_t(row) * problem.kv_heads + head) * rows + i) * dim;
-        for (int d = 0; d < dim; ++d) output[d] = output[all + d] = 0.0f;
-        float* packed = problem.totals ? problem.totals + (int64_t(row) * problem.kv_heads + head) * rows + i : nullptr;
-        if (packed) *packed = 0.0f;
         if (largest == -INFINITY) continue;
         float total = std::exp(sink - largest);
         for (int p = 0; p < splits; ++p) total += std::exp(results[p * size + i] - largest) * results[p * size + rows + i];
         for (int p = 0; p < splits; ++p) {
             const float weight = std::exp(results[p * size + i] - largest) / total;
             const float* sum = results + p * size + 2 * rows + int64_t(i) * dim;
-            float* to = output + (p == splits - 1 ? all : 0);
-            if (packed && p < splits - 1) *packed += weight * results[p * size + rows + i];
+            float* to = p < splits - 1 ? &packed[i * stride] : output + i * dim;
+            if (p < splits - 1) totals[i] += weight * results[p * size + rows + i];
             for (int d = 0; d < dim; ++d) to[d] += weight * sum[d];
         }
     }
+    add_packed(problem, head, packed, totals, output);
 }
 
-// The splits of one problem among those of others: blocks, tail and exact tokens of each head, numbered from `first` on.
+// The splits of one problem among those of others: blocks and exact tokens of each head, numbered from `first` on.
 struct Share {
-    const Problem& problem;
+    Problem problem;
+    PackedTail tail;
     int runs, splits, heads;
     int64_t size, first, first_head;  // size: floats of the result of a split
     float* results;
 
-    Share(const Problem& problem, int64_t first, int64_t first_head)
-        : problem(problem),
+    Share(const Problem& given, int64_t first, int64_t first_head)
+        : problem(given),
+          tail(given),
           runs((problem.blocks + problem.chunk - 1) / problem.chunk),
-          splits(runs + 2),
+          splits(runs + 1),
           heads(problem.batch * problem.kv_heads),
           size(round_up(problem.group * problem.queries * (problem.head_dim + 2), 16)),
           first(first),
           first_head(first_head),
-          results(nullptr) {}
+          results(nullptr) {
+        problem.tail_table = tail.table.data();
+    }
 
     Split split(int i) const {
         const int head = i % heads, run = i / heads;
-        const bool streamed = problem.values.streams && run <= runs;
-        Split found{head / problem.kv_heads, head % problem.kv_heads, run == runs, run > runs, streamed, 0, 0, result(head, run)};
-        if (found.tail || found.dense) {
-            found.last = found.tail ? problem.tail > 0 : (problem.dense + kBlock - 1) / kBlock;
-        } else {
-            found.first = run * problem.chunk;
-            found.last = problem.blocks < found.first + problem.chunk ? problem.blocks : found.first + problem.chunk;
-        }
+        const bool exact = run == runs, streamed = problem.values.streams && !exact;
+        Split found{head / problem.kv_heads, head % problem.kv_heads, exact, streamed, 0, (problem.exact + kBlock - 1) / kBlock, result(head, run)};
+        if (!exact) found.first = run * problem.chunk, found.last = run < runs - 1 ? found.first + problem.chunk : problem.blocks + (problem.tail > 0);
         return found;
     }
 
     float* result(int head, int run) const { return results + (int64_t(head) * splits + run) * size; }
 };
 
-// Packed: the worker that takes blocks; all others are taken in float32. How a problem is split depends on it alone, so its
+// Packed: the worker that takes blocks; exact tokens are taken in float32. How a problem is split depends on it alone, so its
 // sums are the same whatever else is attended to.
 template <typename Packed>
 void attend(const Problems& problems, int threads) {
     std::vector<Share> shares;
+    shares.reserve(problems.size());
     int64_t splits = 0, heads = 0, floats = 0;
     for (const Problem* problem : problems) {
         const Share& share = shares.emplace_back(*problem, splits, heads);
@@ -335,11 +332,17 @@ void attend(const Problems& problems, int threads) {
     float* results = static_cast<float*>(std::aligned_alloc(64, sizeof(float) * floats));
     float* next = results;
     for (Share& share : shares) share.results = next, next += share.size * share.splits * share.heads;
+    const auto of_head = [&](int64_t i) -> Share& { return *(std::upper_bound(shares.begin(), shares.end(), i, [](int64_t i, const Share& share) { return i < share.first_head; }) - 1); };
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         std::optional<Packed> packed;
         std::optional<Worker> exact;
         const Share* share = nullptr;  // the work of a thread goes from the first problem to the last
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < heads; ++i) {
+            Share& owner = of_head(i);
+            owner.tail.pack(int(i - owner.first_head));
+        }
 #pragma omp for schedule(monotonic : dynamic, 1)
         for (int64_t i = 0; i < splits; ++i) {
             const Share* before = share;
@@ -347,14 +350,13 @@ void attend(const Problems& problems, int threads) {
             while (share + 1 < shares.data() + shares.size() && share[1].first <= i) ++share;
             if (share != before) packed.emplace(share->problem), exact.emplace(share->problem);
             const Split split = share->split(int(i - share->first));
-            split.tail || split.dense ? exact->run(split) : packed->run(split);
+            split.exact ? exact->run(split) : packed->run(split);
         }
-        share = shares.data();
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < heads; ++i) {
-            while (share + 1 < shares.data() + shares.size() && share[1].first_head <= i) ++share;
-            const int head = int(i - share->first_head), kv_heads = share->problem.kv_heads;
-            merge(share->problem, head / kv_heads, head % kv_heads, share->result(head, 0), share->splits, share->size);
+            const Share& owner = of_head(i);
+            const int head = int(i - owner.first_head), kv_heads = owner.problem.kv_heads;
+            merge(owner.problem, head / kv_heads, head % kv_heads, owner.result(head, 0), owner.splits, owner.size);
         }
     }
     std::free(results);

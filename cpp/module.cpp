@@ -146,6 +146,17 @@ Tail tail_from(const std::vector<int64_t>& parts) {
     return {at<const void>(parts[0]), at<const uint16_t>(parts[1]), at<const uint16_t>(parts[2]), at<const void>(parts[3]), at<const int64_t>(parts[4]), parts[5]};
 }
 
+// Of keys, then of values: address, kind, three strides; then how many, and whether keys are yet to be rotated.
+ExactTokens exact_from(const std::vector<int64_t>& parts) {
+    if (parts.size() != 12) throw std::invalid_argument("exact tokens are twelve integers");
+    ExactTokens found{{}, int(parts[10]), parts[11] != 0};
+    for (int side = 0; side < 2; ++side) {
+        const int64_t* from = &parts[5 * side];
+        found.sides[side] = {at<const void>(from[0]), DType(from[1]), {from[2], from[3], from[4]}};
+    }
+    return found;
+}
+
 // A problem, and whether it can be read in int16. What it points into is of whoever makes it, for as long as it is used.
 struct OwnedProblem {
     Problem problem{};
@@ -153,11 +164,12 @@ struct OwnedProblem {
 };
 
 void make_problem(OwnedProblem* owned, const OwnedPackedTensor& keys, const OwnedPackedTensor& values, const OwnedRotation& rotation, int chunk,
-                  const std::vector<int>& shape, int blocks, int64_t tokens, int tail, int dense, uintptr_t output, uintptr_t totals,
-                  uintptr_t packed_query, uintptr_t dense_query, uintptr_t dense_keys, uintptr_t dense_values,
-                  const std::vector<int64_t>& keys_tail, const std::vector<int64_t>& values_tail, uintptr_t positions, int64_t position_stride,
-                  uintptr_t angles, uintptr_t table, uintptr_t starts, uintptr_t hidden, int hidden_batch, uintptr_t sink_index, int sinks,
-                  uintptr_t sink_logits, uintptr_t key_offsets, uintptr_t value_bias, float scaling, float softcap) {
+                  const std::vector<int>& shape, int blocks, int64_t tokens, int tail, int64_t stored, uintptr_t output, uintptr_t packed_query,
+                  uintptr_t exact_query, const std::vector<std::vector<int64_t>>& exact, const std::vector<int64_t>& keys_tail,
+                  const std::vector<int64_t>& values_tail, uintptr_t positions, int64_t position_stride, uintptr_t angles, uintptr_t table,
+                  uintptr_t starts, uintptr_t hidden, int hidden_batch, uintptr_t sink_index, int sinks, uintptr_t sink_logits,
+                  uintptr_t key_offsets, uintptr_t value_bias, uintptr_t value_matrix, uintptr_t value_mean, int value_rows, float scaling,
+                  float softcap) {
     static_assert(sizeof(Block) == 8 * sizeof(int64_t), "a block is eight addresses");
     if (shape.size() != 5) throw std::invalid_argument("a shape is batch, query heads, KV heads, queries and head_dim");
     if (shape[4] > kMostDim) throw std::invalid_argument("heads have at most 512 channels");
@@ -173,8 +185,12 @@ void make_problem(OwnedProblem* owned, const OwnedPackedTensor& keys, const Owne
     problem.blocks = blocks;
     problem.tokens = tokens;
     problem.tail = tail;
-    problem.dense = dense;
+    require(exact.size() <= std::size(problem.exact_parts), "there are at most three kinds of exact tokens");
+    for (size_t i = 0; i < exact.size(); ++i) problem.exact_parts[i] = exact_from(exact[i]), problem.exact += problem.exact_parts[i].tokens;
+    require(sinks <= problem.exact_parts[0].tokens, "sinks are the first exact tokens");
+    require(value_rows <= shape[4], "sums of values have more elements than a head");
     problem.sinks = sinks;
+    problem.stored = stored;
     problem.hidden_batch = hidden_batch;
     problem.chunk = chunk;
     problem.scaling = scaling;
@@ -190,15 +206,15 @@ void make_problem(OwnedProblem* owned, const OwnedPackedTensor& keys, const Owne
     problem.table = at<const Block>(table);
     problem.starts = at<const int64_t>(starts);
     problem.packed_query = at<const float>(packed_query);
-    problem.totals = at<float>(totals);
-    problem.dense_query = at<const float>(dense_query);
-    problem.dense_keys = at<const float>(dense_keys);
-    problem.dense_values = at<const float>(dense_values);
+    problem.exact_query = at<const float>(exact_query);
     problem.hidden = at<const uint8_t>(hidden);
     problem.sink_index = at<const int64_t>(sink_index);
     problem.sink_logits = at<const float>(sink_logits);
     problem.key_offsets = at<const float>(key_offsets);
     problem.value_bias = at<const float>(value_bias);
+    problem.value_matrix = at<const float>(value_matrix);
+    problem.value_mean = at<const float>(value_mean);
+    problem.value_rows = value_rows;
     problem.output = at<float>(output);
     const bool int16 = uses_int16(keys) && uses_int16(values) && !keys.streams == !values.streams && (!problem.rotation.pairs || problem.rotation.int16);
     new (owned) OwnedProblem{problem, int16};
@@ -245,10 +261,10 @@ NB_MODULE(_kernels, module) {
              "lanes"_a.none() = nb::none());
     nb::class_<OwnedProblem>(module, "Problem", "A few queries of some sequences, and what they attend to: blocks, a tail and exact tokens.")
         .def("__init__", &make_problem, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::kw_only(), "keys"_a,
-             "values"_a, "rotation"_a, "chunk"_a, "shape"_a, "blocks"_a, "tokens"_a, "tail"_a, "dense"_a, "output"_a, "totals"_a,
-             "packed_query"_a, "dense_query"_a, "dense_keys"_a, "dense_values"_a, "keys_tail"_a, "values_tail"_a, "positions"_a,
-             "position_stride"_a, "angles"_a, "table"_a, "starts"_a, "hidden"_a, "hidden_batch"_a, "sink_index"_a, "sinks"_a,
-             "sink_logits"_a, "key_offsets"_a, "value_bias"_a, "scaling"_a, "softcap"_a);
+             "values"_a, "rotation"_a, "chunk"_a, "shape"_a, "blocks"_a, "tokens"_a, "tail"_a, "stored"_a, "output"_a, "packed_query"_a,
+             "exact_query"_a, "exact"_a, "keys_tail"_a, "values_tail"_a, "positions"_a, "position_stride"_a, "angles"_a, "table"_a, "starts"_a,
+             "hidden"_a, "hidden_batch"_a, "sink_index"_a, "sinks"_a, "sink_logits"_a, "key_offsets"_a, "value_bias"_a, "value_matrix"_a,
+             "value_mean"_a, "value_rows"_a, "scaling"_a, "softcap"_a);
     module.def("attend", &attend, nb::kw_only(), "kernel"_a, "threads"_a, "problems"_a,
                "Attention of all problems, whose splits fill one parallel region; each is computed as if it were alone.");
 }

@@ -29,6 +29,21 @@ inline void angles_at(const Rotation& rotation, int32_t position, float* __restr
     }
 }
 
+// Cosines and sines [pairs] of a stored token, or of a position so far behind it, less than 64.
+inline void stored_angles(const Problem& problem, int row, int64_t token, int further, float* cos, float* sin) {
+    const Rotation& rotation = problem.rotation;
+    if (!rotation.angles) return angles_at(rotation, rotation.positions[row * rotation.position_stride + token] + further, cos, sin);
+    const int pairs = rotation.pairs;
+    const float* given = rotation.angles + (row * problem.stored + token) * 2 * pairs;
+    std::memcpy(cos, given, sizeof(float) * pairs), std::memcpy(sin, given + pairs, sizeof(float) * pairs);
+    if (!further) return;
+    const float* step = rotation.steps + further * 2 * pairs;
+    for (int pair = 0; pair < pairs; ++pair) {
+        const float x = cos[pair], y = sin[pair];
+        cos[pair] = x * step[pair] - y * step[pairs + pair], sin[pair] = y * step[pair] + x * step[pairs + pair];
+    }
+}
+
 // Rotate queries [rows][head_dim] back by the angle of a position, and scale them.
 inline void unrotate(const Rotation& rotation, int32_t position, int rows, int head_dim, float* query) {
     const int pairs = rotation.pairs;

@@ -13,7 +13,7 @@ namespace {
 
 // Scratch memory of one thread. sum: of token-major values [rows][head_dim rounded up], else [rows][head_dim][width].
 struct Scratch {
-    float *tile, *ranges, *tail, *angles, *query, *rotated, *scores, *sum, *largest, *total, *tables[2];
+    float *tile, *ranges, *angles, *query, *rotated, *scores, *sum, *largest, *total, *tables[2];
     void* memory;
 
     explicit Scratch(const Problem& problem) {
@@ -22,7 +22,6 @@ struct Scratch {
         const std::pair<float**, size_t> parts[] = {
             {&tile, dim * kBlock},
             {&ranges, 2 * dim * kBlock},
-            {&tail, dim * kBlock},
             {&angles, dim * kBlock},
             {&query, dim * rows},
             {&rotated, dim * rows},

@@ -85,14 +85,6 @@ class StreamKeys {
         score(start, count, scores);
     }
 
-    void take_tail(const Tail& tail, float* scores) {
-        const Streams& streams = *problem.keys.streams;
-        const int64_t batch_head = int64_t(row) * problem.kv_heads + head;
-        decode_stream_tail(streams, static_cast<const uint8_t*>(tail.codes) + batch_head * kBlock * streams.bytes, problem.tail, tile.data());
-        misses.of_tail(problem.keys, tail, batch_head, InTile{tile.data()});
-        score(problem.tokens, problem.tail, scores);
-    }
-
   protected:
     const Problem& problem;
     const int rows, dim;
@@ -110,7 +102,7 @@ class StreamKeys {
         for (int q = 0; q < rows; ++q) std::copy_n(&found[q * kBlock], kBlock, scores + q * stride);
     }
 
-    // The position of each frame of a block; false where tokens of one do not share theirs.
+    // The position that all tokens of each frame of a block are rotated to; false where those of one have none in common.
     bool find_positions(int64_t start, int count, int32_t* found) const {
         const Rotation& rotation = problem.rotation;
         if (!rotation.pairs) return true;
@@ -118,8 +110,8 @@ class StreamKeys {
         bool shared = true;
         for (int frame = 0; frame < kFrames; ++frame) {
             const int first = frame * kFrame, left = count - first;
-            found[frame] = positions[left > 0 ? first : 0];
-            for (int i = 0; i < std::min(left, kFrame); ++i) shared &= positions[first + i] == found[frame];
+            found[frame] = positions[left > 0 ? first : 0] + kFrame;
+            for (int i = 0; i < std::min(left, kFrame); ++i) shared &= positions[first + i] - positions[first] == i;
         }
         return shared;
     }
@@ -131,7 +123,7 @@ class StreamKeys {
             const int stop = count < from + kFrame ? count : from + kFrame;
             for (int first = from; first < stop;) {
                 const int end = together(start, first, stop);
-                const float* query = rotate(start + first);
+                const float* query = rotate(start + first, kFrame - first % kFrame);
                 score_some(query, from, first, end, missed, scores);
                 first = end;
             }
@@ -146,22 +138,15 @@ class StreamKeys {
         if (rotation.angles) return first + 1;
         const int32_t* positions = rotation.positions + row * rotation.position_stride + start;
         int end = first + 1;
-        while (end < stop && positions[end] == positions[first]) ++end;
+        while (end < stop && positions[end] - positions[first] == end - first) ++end;
         return end;
     }
 
-    // Queries as coefficients of a token see them.
-    const float* rotate(int64_t token) {
-        const Rotation& rotation = problem.rotation;
+    // Queries as coefficients of a token see them, which are rotated `further` than it stands.
+    const float* rotate(int64_t token, int further) {
         const int half = dim / 2;
-        if (!rotation.pairs) return unrotated.data();
-        if (rotation.angles) {
-            const float* given = rotation.angles + (row * (problem.tokens + problem.tail) + token) * 2 * rotation.pairs;
-            std::copy(given, given + rotation.pairs, cos.begin());
-            std::copy(given + rotation.pairs, given + 2 * rotation.pairs, sin.begin());
-        } else {
-            angles_at(rotation, rotation.positions[row * rotation.position_stride + token], cos.data(), sin.data());
-        }
+        if (!problem.rotation.pairs) return unrotated.data();
+        stored_angles(problem, row, token, further, cos.data(), sin.data());
         const float *c = cos.data(), *s = sin.data(), *x = unrotated.data(), *y = crossed.data();
         float* __restrict to = rotated.data();
         for (int i = 0; i < 2 * rows; ++i, x += half, y += half, to += half) {

@@ -42,7 +42,6 @@ class StreamValues {
         : problem(problem), rows(problem.group * problem.queries), dim(problem.head_dim) {
         if (!problem.values.streams) return;
         tile.resize(size_t(dim) * kBlock);
-        for (int code = 0; code < kNorms; ++code) norms[code] = std::exp2((code - 128) / 16.0f);  // codec/quantizers/trellis.py
     }
 
     // Add a block to sums [rows][head_dim][width]. weights: [rows][64], which are multiplied by norms.
@@ -51,16 +50,7 @@ class StreamValues {
         const int64_t at = int64_t(head) * streams.bytes * kBlock;
         decode_streams(streams, block.planes[0] + at, next.planes[0] + at, tile.data());
         misses.of_block(problem.values, block, head, InTile{tile.data()});
-        scale_weights(block.planes[0] + at + (streams.bytes - 1) * kBlock, 1, weights);
-        add(weights, sums);
-    }
-
-    void take_tail(const Tail& tail, int64_t batch_head, float* weights, float* sums) {
-        const Streams& streams = *problem.values.streams;
-        const uint8_t* codes = static_cast<const uint8_t*>(tail.codes) + batch_head * kBlock * streams.bytes;
-        decode_stream_tail(streams, codes, problem.tail, tile.data());
-        misses.of_tail(problem.values, tail, batch_head, InTile{tile.data()});
-        scale_weights(codes + streams.bytes - 1, streams.bytes, weights);
+        scale_weights(block.planes[0] + at + (streams.bytes - 1) * kBlock, weights);
         add(weights, sums);
     }
 
@@ -68,13 +58,12 @@ class StreamValues {
     const Problem& problem;
     const int rows, dim;
     Buffer<int8_t> tile;  // [coded][64]
-    float norms[kNorms];
     Misses misses;
 
-    void scale_weights(const uint8_t* codes, int apart, float* weights) const {
+    void scale_weights(const uint8_t* codes, float* weights) const {
         if (!problem.values.streams->norms) return;
         float factors[kBlock];
-        for (int token = 0; token < kBlock; ++token) factors[token] = norms[codes[token * apart]];
+        for (int token = 0; token < kBlock; ++token) factors[token] = norms()[codes[token]];
         for (int row = 0; row < rows; ++row) {
             for (int token = 0; token < kBlock; ++token) weights[row * kBlock + token] *= factors[token];
         }

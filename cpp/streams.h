@@ -1,9 +1,10 @@
-// Trellis-coded streams of a block, or of the tail, decoded to grid steps. Compiled once for each instruction set: included
+// Trellis-coded streams of a block, decoded to grid steps. Compiled once for each instruction set: included
 // after `simd`. codec/trellis.py says what a stream is; a block holds byte i of the streams of its 64 tokens side by side.
 
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -99,24 +100,19 @@ inline void decode_streams(const Streams& streams, const uint8_t* codes, const u
     });
 }
 
+// What codes of norms stand for: codec/quantizers/trellis.py.
+inline const float* norms() {
+    static const auto found = [] {
+        std::array<float, kNorms> sizes;
+        for (int code = 0; code < kNorms; ++code) sizes[code] = std::exp2((code - 128) / 16.0f);
+        return sizes;
+    }();
+    return found.data();
+}
+
 // What a state of rate k stands for.
 inline int8_t decode_state(const Streams& streams, int k, int state) {
     return int8_t(streams.high[(k - 1) * 16 + (state >> 4)] + streams.low[(k - 1) * 16 + (state & 15)]);
-}
-
-// The same of `count` tokens whose streams lie one after the other; of those beyond zeros.
-inline void decode_stream_tail(const Streams& streams, const uint8_t* codes, int count, int8_t* tile) {
-    std::memset(tile, 0, size_t(streams.coded()) * kBlock);
-    for (int token = 0; token < count; ++token, codes += streams.bytes) {
-        int8_t* to = tile + token;
-        for (int k = 1, end = 0; k <= kMostRate; ++k) {
-            for (int i = 0; i < kUnit * streams.counts[k - 1]; ++i, to += kBlock) {
-                end += k;
-                const int last = (end - 1) / 8, two = (last ? codes[last - 1] << 8 : 0) | codes[last];
-                *to = decode_state(streams, k, two >> (8 * last + 8 - end) & 255);
-            }
-        }
-    }
 }
 
 // Run `part`, which is given how many queries at once as a type, over all rows, `most` at a time: each time dequantized
@@ -161,18 +157,6 @@ class Misses {
             const int index = block.outlier_index[i], token = int(index * reciprocal >> 32);
             if (token < kBlock) add(side, token, index - token * coded, block.outlier_values, i, decoded);
         }
-    }
-
-    template <typename Decoded>
-    void of_tail(const PackedTensor& side, const Tail& tail, int64_t batch_head, const Decoded& decoded) {
-        count = 0;
-        const int coded = side.streams->coded();
-        reserve(tail.outliers);
-        for (int64_t i = 0; i < tail.outliers; ++i) {
-            const int64_t index = tail.outlier_index[i] - batch_head * kBlock * coded;
-            if (index >= 0 && index < int64_t(kBlock) * coded) add(side, int(index) / coded, int(index) % coded, tail.outlier_values, i, decoded);
-        }
-        std::stable_sort(found.begin(), found.begin() + count, [](const Miss& a, const Miss& b) { return a.token < b.token; });
     }
 
   private:

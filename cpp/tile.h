@@ -53,19 +53,20 @@ inline void score(const float* query, const float* tile, int head_dim, float* sc
     }
 }
 
-// Add a token-major tile of 32 tokens, weighted, to the sums of some queries, [queries][stride].
+// Add rows [tokens][stride], weighted, to the sums of some queries, [queries][stride]; apart: from the weights of one query to
+// those of the next.
 template <int queries, int wide>
-inline int mix_tokens(const float* weights, const float* tile, int stride, int from, float* sums) {
+inline int mix_tokens(const float* weights, int apart, const float* rows, int tokens, int stride, int from, float* sums) {
     int d = from;
     for (; d + wide * simd::width <= stride; d += wide * simd::width) {
         Floats sum[queries][wide];
         for (int q = 0; q < queries; ++q) {
             for (int i = 0; i < wide; ++i) sum[q][i] = load(sums + q * stride + d + i * simd::width);
         }
-        for (int token = 0; token < kRopeTokens; ++token) {
-            const float* values = tile + token * stride + d;
+        for (int token = 0; token < tokens; ++token) {
+            const float* values = rows + int64_t(token) * stride + d;
             for (int q = 0; q < queries; ++q) {
-                const Floats weight = all(weights[q * kBlock + token]);
+                const Floats weight = all(weights[q * apart + token]);
                 for (int i = 0; i < wide; ++i) sum[q][i] += weight * load(values + i * simd::width);
             }
         }
@@ -77,8 +78,8 @@ inline int mix_tokens(const float* weights, const float* tile, int stride, int f
 }
 
 template <int queries>
-inline void mix(const float* weights, const float* tile, int stride, float* sums) {
-    mix_tokens<queries, 1>(weights, tile, stride, mix_tokens<queries, kWide>(weights, tile, stride, 0, sums), sums);
+inline void mix(const float* weights, int apart, const float* rows, int tokens, int stride, float* sums) {
+    mix_tokens<queries, 1>(weights, apart, rows, tokens, stride, mix_tokens<queries, kWide>(weights, apart, rows, tokens, stride, 0, sums), sums);
 }
 
 // Run `part`, which is given how many queries at once as a type, over all rows: four at a time, then two, then one.

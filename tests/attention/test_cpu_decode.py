@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.cases import KEYS, VALUES, assert_alike_on_threads, assert_as_one_by_one, assert_attends, case, hide
 
+from narrowkv.attention import AttentionMask
 from narrowkv.attention.cpu import decode as cpu
 from narrowkv.attention.cpu.tables import RotationTables
 from narrowkv.errors import UnsupportedModelError
@@ -109,6 +110,59 @@ def test_a_cache_as_it_grows_is_cropped_selected_and_strict():
     check(inputs, store)
     store.append(torch.randn(3, 2, 100, 16), torch.randn(3, 2, 100, 16))
     check(replace(inputs, past=301, rope_state=torch.arange(301).expand(3, -1)), store)
+
+
+ALL_KERNELS = [*cpu.KERNELS, *([cpu.INT16] if cpu.INT16 in cpu.STREAM_KERNELS else [])]
+
+
+@pytest.mark.parametrize("kernel", ALL_KERNELS)
+@pytest.mark.parametrize("name", ["nuq4-1%", "nuq3-1%", "kivi-2"])
+def test_a_tail_that_grew_token_by_token_holds_nothing_that_was_not_written(name, kernel):
+    inputs, store = case(KEYS[name], VALUES["token"], (3, 4, 2, 64, 129, 1), sinks=2)
+    for _ in range(3 if store.tokens_per_group == 1 else 32):
+        store.append(torch.randn(3, 2, 1, 64), torch.randn(3, 2, 1, 64))
+    past = store.length
+    rope_state = torch.arange(past).expand(3, -1) if inputs.rope else None
+    inputs = replace(inputs, past=past, rope_state=rope_state, mask=AttentionMask(), new=None)
+    check(inputs, store, kernel)
+    expected = cpu.attend(inputs, store, kernel)
+    for buffer in store.tail.buffers:
+        buffer.codes[:, :, store.tail.tokens :] = 255
+        for part in buffer.ranges.values():
+            part[:, :, -(-store.tail.tokens * part.shape[2] // 64) :] = torch.nan
+    assert torch.equal(cpu.attend(inputs, store, kernel), expected)
+
+
+@pytest.mark.parametrize("name", ["exact", "nuq2"])
+def test_a_tail_of_exact_elements_holds_nothing_that_was_not_written(name):
+    inputs, store = case(KEYS["exact"], VALUES[name], (2, 4, 2, 16, 100, 1), dtype=torch.bfloat16)
+    expected = cpu.attend(inputs, store)
+    store.tail.buffers[0].codes[:, :, store.tail.tokens :] = torch.nan
+    assert torch.equal(cpu.attend(inputs, store), expected)
+
+
+def test_outliers_of_a_tail_in_any_order_and_of_no_head():
+    inputs, store = case(KEYS["nuq4-1%"], VALUES["nuq3-1%"], (2, 4, 2, 64, 120, 1))
+    expected = cpu.attend(inputs, store)
+    buffer = store.tail.buffers[0]
+    assert buffer.outliers > 10
+    order = torch.randperm(buffer.outliers)
+    for part in (buffer.outlier_index, buffer.outlier_values):
+        part[: buffer.outliers] = part[order]
+    assert torch.equal(cpu.attend(inputs, store), expected)
+    buffer.outlier_index[: buffer.outliers] += 2**40
+    none_there = cpu.attend(inputs, store)
+    buffer.outliers = 0
+    assert torch.equal(cpu.attend(inputs, store), none_there)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_exact_tokens_are_read_wherever_they_lie(dtype):
+    inputs, store = case(KEYS["nuq2"], VALUES["nuq2"], (2, 4, 2, 24, 200, 3), sinks=3, window=70, dtype=dtype)
+    new = tuple(part.to(dtype).transpose(1, 2).contiguous().transpose(1, 2) for part in inputs.new)
+    check(replace(inputs, new=new), store)
+    channels_apart = tuple(part.transpose(2, 3).contiguous().transpose(2, 3) for part in new)
+    assert torch.equal(cpu.attend(replace(inputs, new=channels_apart), store), cpu.attend(replace(inputs, new=new), store))
 
 
 def test_plans_of_a_store_follow_its_blocks_and_are_freed_with_it():

@@ -1,11 +1,13 @@
 """Attention of a few queries on a CPU, compiled: reads packed blocks in place, a tile in the nearest cache at a time.
 
-The open tail is dequantized alongside, and what is exact (attention sinks, the window, new tokens) goes as one split. All is
-computed in float32, or in int16.
+The open tail is packed as one more block, and what is exact (attention sinks, the window, new tokens) is read where it lies.
+All is computed in float32, or in int16; one call leads from queries to channels.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,15 +15,15 @@ from torch import Tensor
 import narrowkv._kernels as _kernels
 from narrowkv.attention import tiled
 from narrowkv.attention.cpu.int16 import AVX2_INT16, INT16, STREAM_KERNELS, supports
-from narrowkv.attention.cpu.streams import Streams, StreamValues, steps_to_anchors
-from narrowkv.attention.cpu.tables import packed_tensor_args, rope_tables, rotary_layout
-from narrowkv.attention.head_transform import bias_scores, head_rotation, rotate_query, rotate_value_bias, unrotate_output
+from narrowkv.attention.cpu.streams import Streams
+from narrowkv.attention.cpu.tables import ValueMatrix, packed_tensor_args, rope_tables, rotary_layout
+from narrowkv.attention.head_transform import bias_scores, head_rotation, rotate_query, rotate_value_bias
 from narrowkv.attention.inputs import AttentionInputs
 from narrowkv.attention.rope import AnyRope, Rope
 from narrowkv.attention.support import require_supported
 from narrowkv.codec import Scheme
-from narrowkv.codec.cpu.encode import KINDS
-from narrowkv.codec.memory import HALVES, address
+from narrowkv.codec.cpu.encode import KINDS, locate
+from narrowkv.codec.memory import address
 from narrowkv.errors import UnsupportedModelError
 from narrowkv.store import LayerStore, addresses
 
@@ -36,67 +38,30 @@ class PackedBlocks:
     """The sealed blocks of a store, as the kernel reads them."""
 
     version: int  # of `SealedBlocks`
+    rope: AnyRope | None  # of keys that are stored before it
     table: Tensor  # [columns, batch, 2, 8] int64 addresses
     starts: Tensor  # [columns + 1] int64
     sides: tuple[_kernels.PackedTensor, _kernels.PackedTensor]
-    head_rotations: tuple[Tensor | None, Tensor | None]  # by which keys, and values, are rotated
+    key_rotation: Tensor | None  # by which keys are rotated as whole heads
     value_bias: Tensor | None  # as the codes see it
+    value_matrix: ValueMatrix
     int16_kernels: list[str]  # that read them, fastest first
-    stream_values: StreamValues | None
-    anchors: Tensor | None  # of keys in streams, by `steps_to_anchors`
     tables: list[Tensor]  # that `sides` point into
 
     def tensors(self) -> list[Tensor]:
         """All stored tensors."""
-        parts = (self.table, self.starts, *self.head_rotations, self.value_bias, self.anchors, *self.tables)
+        parts = (self.table, self.starts, self.key_rotation, self.value_bias, *self.value_matrix.tensors(), *self.tables)
         return [part for part in parts if part is not None]
-
-    def rope_state_of(self, rope_state: Tensor | None, tokens: int) -> Tensor | None:
-        """What the rotary embedding needs of each token in blocks and tail."""
-        if rope_state is None:
-            return None
-        return rope_state[:, :tokens] if self.anchors is None else rope_state[:, :tokens] + self.anchors[:tokens]
-
-    def channels(self, store: LayerStore, sums: Tensor, totals: Tensor | None) -> Tensor:
-        """Sums of values as their codes see them, rotated back. totals: of weights, where values are streams."""
-        if self.stream_values is None or totals is None:
-            return unrotate_output(store.quantizers[1], self.head_rotations[1], sums)
-        return self.stream_values.sums.channels(sums, totals)
-
-
-@dataclass(frozen=True)
-class RotatedSinks:
-    """The keys of attention sinks, rotated, and what they were rotated from."""
-
-    rope: AnyRope
-    keys: Tensor
-    rope_state: Tensor
-    rotated: Tensor
-
-    def tensors(self) -> list[Tensor]:
-        """All stored tensors."""
-        return [self.keys, self.rope_state, self.rotated]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A call of the kernel, and what it points into.
-
-    output: [2, batch, query_heads, queries, head_dim], what blocks and what exact tokens contribute; totals: of weights, where
-    values are streams.
-    """
+    """A call of the kernel, where its result will be, [batch, query_heads, queries, head_dim], and what it points into."""
 
     kernel: str
     problem: _kernels.Problem
     output: Tensor
-    totals: Tensor | None
-    blocks: PackedBlocks
-    store: LayerStore
-    tensors: list[Tensor | None]
-
-    def result(self) -> Tensor:
-        """Attention, once the kernel has run."""
-        return self.blocks.channels(self.store, self.output[0], self.totals) + self.output[1]
+    used: list[Any]
 
 
 def attend(inputs: AttentionInputs, store: LayerStore, kernel: str | None = None) -> Tensor:
@@ -122,63 +87,58 @@ def attend_each(parts: Sequence[tuple[AttentionInputs, LayerStore]], kernel: str
     for name, some in problems.items():
         _kernels.attend(kernel=name, threads=torch.get_num_threads(), problems=some)
     return [
-        tiled.attend(inputs, store) if one is None else one.result()
+        tiled.attend(inputs, store) if one is None else one.output
         for one, (inputs, store) in zip(prepared, parts, strict=True)
     ]
 
 
 def _prepare(inputs: AttentionInputs, store: LayerStore, kernel: str | None) -> Prepared | None:
     """A call of the kernel, named by `kernel` or chosen; None where plain torch attends."""
-    query, scaling, sink_logits = inputs.query, inputs.scaling, inputs.sink_logits
+    query, sink_logits = inputs.query, inputs.sink_logits
     if query.device.type != "cpu":
         raise UnsupportedModelError(f"Backend cpu reads memory of the CPU, not of {query.device}; choose backend torch.")
-    require_supported("cpu", store, inputs.rope)
-    sealed = min(store.blocks.tokens, inputs.past - store.first)
-    beyond = query.shape[2] > tiled.FEW_QUERIES or query.dtype == torch.float64 or query.shape[3] > MOST_HEAD_DIM
-    if beyond or sealed <= 0:
-        return None
     rope = inputs.rope if inputs.rope_state is not None else None
     blocks = _blocks(store, rope)
+    stored = inputs.past - store.first
+    sealed = min(store.blocks.tokens, stored)
+    beyond = query.shape[2] > tiled.FEW_QUERIES or query.dtype == torch.float64 or query.shape[3] > MOST_HEAD_DIM
+    if blocks is None or beyond or sealed <= 0:
+        return None
+    tables = rope_tables(rope, inputs.rope_state, len(query))
     if kernel is None:
         kernel = blocks.int16_kernels[0] if allows_int16(query.dtype) and blocks.int16_kernels else KERNELS[0]
-    query = query.float().contiguous()
-    tail = min(store.tail.tokens, inputs.past - store.first - sealed) if store.tail else 0
-    keys, values, tokens = _exact(inputs, store, sealed + tail)
-    output = query.new_empty(2, *query.shape)
-    totals = None if blocks.stream_values is None else query.new_empty(query.shape[:3])
-    packed_query = rotate_query(store.quantizers[0], blocks.head_rotations[0], query)
-    rope_tables_ = rope_tables(rope, blocks.rope_state_of(inputs.rope_state, sealed + tail), query.shape[0])
-    positions = rope_tables_.positions
-    if rope_tables_.angles is not None and kernel in (INT16, AVX2_INT16):
+    if tables.angles is not None and kernel in (INT16, AVX2_INT16):
         kernel = KERNELS[0]
-    hidden = _hidden(inputs, store, sealed + tail, tokens)
-    sinks = None if store.sinks.index is None else (store.sinks.index - store.first).contiguous()
+    query = query.float().contiguous()
+    tail = min(store.tail.tokens, stored - sealed) if store.tail else 0
+    exact = _exact(inputs, store, sealed + tail)
+    output, heads = torch.empty_like(query), blocks.value_matrix.heads
+    packed_query = rotate_query(store.quantizers[0], blocks.key_rotation, query)
+    hidden = _hidden(inputs, store, sealed + tail, exact)
+    sinks = None if store.sinks.index is None else (store.sinks.index - store.first if store.first else store.sinks.index)
     sink_logits = None if sink_logits is None else sink_logits.float().contiguous()
-    heads = keys.shape[1]
-    key_offsets = bias_scores(query, store.bias, store.first, sealed + tail, scaling)
+    key_offsets = bias_scores(query, store.bias, store.first, sealed + tail, inputs.scaling)
     problem = _kernels.Problem(
         keys=blocks.sides[0],
         values=blocks.sides[1],
-        rotation=rope_tables_.rotation,
+        rotation=tables.rotation,
         chunk=min(max(len(blocks.table) * len(query) * heads // SPLITS, SHORTEST_SPLIT), LONGEST_SPLIT) // 4 * 4,
         shape=[len(query), query.shape[1], heads, query.shape[2], query.shape[3]],
         blocks=len(blocks.table),
         tokens=sealed,
         tail=tail,
-        dense=keys.shape[2],
-        output=address(output, torch.float32),
-        totals=address(totals, torch.float32),
+        stored=stored,
+        output=output.data_ptr(),
         packed_query=address(packed_query, torch.float32, shape=query.shape),
-        dense_query=address(query, torch.float32),
-        dense_keys=address(keys, torch.float32),
-        dense_values=address(values, torch.float32, shape=keys.shape),
+        exact_query=query.data_ptr(),
+        exact=[part.place() for part in exact],
         keys_tail=_tail(store, 0),
         values_tail=_tail(store, 1),
-        positions=0 if positions is None else address(positions[0], torch.int32),  # rows are strides apart
-        position_stride=0 if positions is None else positions.stride(0),
-        angles=address(rope_tables_.angles, torch.float32),
-        table=address(blocks.table, torch.int64),
-        starts=address(blocks.starts, torch.int64, shape=[len(blocks.table) + 1]),
+        positions=tables.positions,
+        position_stride=tables.position_stride,
+        angles=address(tables.angles, torch.float32),
+        table=blocks.table.data_ptr(),
+        starts=blocks.starts.data_ptr(),
         hidden=address(hidden, torch.bool),
         hidden_batch=0 if hidden is None else len(hidden),
         sink_index=address(sinks, torch.int64),
@@ -186,11 +146,14 @@ def _prepare(inputs: AttentionInputs, store: LayerStore, kernel: str | None) -> 
         sink_logits=address(sink_logits, torch.float32, shape=[query.shape[1]]),
         key_offsets=address(key_offsets, torch.float32),
         value_bias=address(blocks.value_bias, torch.float32),
-        scaling=scaling,
+        value_matrix=address(blocks.value_matrix.matrix, torch.float32),
+        value_mean=address(blocks.value_matrix.mean, torch.float32),
+        value_rows=blocks.value_matrix.rows,
+        scaling=inputs.scaling,
         softcap=inputs.softcap or 0.0,
     )
-    used = [query, keys, values, packed_query, positions, rope_tables_.angles, hidden, sinks, sink_logits, key_offsets]
-    return Prepared(kernel, problem, output, totals, blocks, store, used)
+    used = [query, packed_query, tables, hidden, sinks, sink_logits, key_offsets, exact, blocks, store]
+    return Prepared(kernel, problem, output, used)
 
 
 def _tail(store: LayerStore, side: int) -> list[int]:
@@ -198,15 +161,8 @@ def _tail(store: LayerStore, side: int) -> list[int]:
     if store.tail is None:
         return [0] * 6
     buffer = store.tail.buffers[side]
-    codes = address(buffer.codes, *((torch.uint8,) if buffer.scheme.bits < 16 else KINDS))
-    ranges = (address(buffer.ranges.get(name), torch.float16) for name in ("scale", "zero"))
-    return [
-        codes,
-        *ranges,
-        address(buffer.outlier_values, *HALVES),
-        address(buffer.outlier_index, torch.int64),
-        buffer.outliers,
-    ]
+    codes, scale, zero, outlier_index, outlier_values = buffer.addresses or locate(buffer)
+    return [codes, scale, zero, outlier_values, outlier_index, buffer.outliers]
 
 
 def allows_int16(dtype: torch.dtype) -> bool:
@@ -224,35 +180,40 @@ def uses_int16(keys: Scheme, values: Scheme, head_dim: int, rope: AnyRope | None
     return supports(keys, True, head_dim, rotary_layout(rotated)) and supports(values, False, head_dim, (0, False))
 
 
-def _blocks(store: LayerStore, rope: AnyRope | None) -> PackedBlocks:
-    """The store's blocks; made again only where columns have come, gone or changed. rope: of keys stored before it."""
+def _blocks(store: LayerStore, rope: AnyRope | None) -> PackedBlocks | None:
+    """The store's blocks, None if it has none; made again only where columns have come, gone or changed.
+
+    rope: of keys stored before it. Raises UnsupportedModelError where the kernel does not read such a cache.
+    """
     known = store.plans.get(PackedBlocks)
-    if known is None or known.version != store.blocks.version:
-        columns = store.blocks.columns
-        page = columns[0].page
-        keys, values = store.quantizers
-        streams = Streams.of(store, rope)
-        of_values = streams.values.streams if streams.values else None
-        key_side, key_tables = packed_tensor_args(keys, page.keys, True, rope, streams.keys)
-        value_side, value_tables = packed_tensor_args(values, page.values, False, None, of_values)
-        sides = (key_side, value_side)
-        counts = [column.count for column in columns]
-        starts = torch.tensor([0, *counts], dtype=torch.int64, device="cpu").cumsum(0)
-        head_rotations = (head_rotation(store.quantizers[0]), head_rotation(store.quantizers[1]))
-        found = PackedBlocks(
+    if known is not None and known.version == store.blocks.version and known.rope is rope:
+        return known
+    require_supported("cpu", store, rope)
+    columns = store.blocks.columns
+    if not columns or store.shape is None:
+        return None
+    page = columns[0].page
+    keys, values = store.quantizers
+    streams = Streams.of(store, rope)
+    of_values = streams.values.streams if streams.values else None
+    key_side, key_tables = packed_tensor_args(keys, page.keys, True, rope, streams.keys)
+    value_side, value_tables = packed_tensor_args(values, page.values, False, None, of_values)
+    sides = (key_side, value_side)
+    starts = torch.tensor([0, *(column.count for column in columns)], dtype=torch.int64, device="cpu").cumsum(0)
+    return store.plans.put(
+        PackedBlocks(
             version=store.blocks.version,
+            rope=rope,
             table=addresses(columns),
             starts=starts,
             sides=sides,
-            head_rotations=head_rotations,
-            value_bias=rotate_value_bias(store.quantizers[1], head_rotations[1], store.bias.values),
+            key_rotation=head_rotation(keys),
+            value_bias=rotate_value_bias(values, head_rotation(values), store.bias.values),
+            value_matrix=streams.values.matrix if streams.values else ValueMatrix.of(values, *store.shape[1:]),
             int16_kernels=_int16_kernels(sides, streams),
-            stream_values=streams.values,
-            anchors=None if streams.keys is None else steps_to_anchors(starts),
             tables=key_tables + value_tables,
         )
-        known = store.plans.put(found)
-    return known
+    )
 
 
 def _int16_kernels(sides: tuple[_kernels.PackedTensor, _kernels.PackedTensor], streams: Streams) -> list[str]:
@@ -261,58 +222,54 @@ def _int16_kernels(sides: tuple[_kernels.PackedTensor, _kernels.PackedTensor], s
     return [INT16] if streams.keys is None else STREAM_KERNELS
 
 
-def _exact(inputs: AttentionInputs, store: LayerStore, packed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens that are read neither from blocks nor from the tail: sinks, what is in the exact window, new ones.
+@dataclass(frozen=True)
+class ExactTokens:
+    """Keys and values [batch, kv_heads, n, head_dim], read where they lie. rotates: whether keys are yet to be rotated."""
 
-    packed: how many tokens blocks and tail have. Returns keys (rotated) and values, [batch, kv_heads, n, head_dim] float32
-    each, and where they stand, [batch or 1, n] int64 from the first token stored on; -1 for a sink that is hidden.
-    """
-    parts: list[tuple[Tensor, Tensor]] = []
-    tokens = []
-    if store.sinks.elements is not None and store.sinks.index is not None:
-        at = store.sinks.index - store.first
-        at = at.masked_fill((at < 0) | (at >= packed), -1)
-        parts.append(_sinks(inputs, store, at))
-        tokens.append(at)
+    keys: Tensor
+    values: Tensor
+    rotates: bool = False
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor, rotates: bool = False) -> "ExactTokens":
+        """In a dtype that the kernel reads, the channels of each side by side."""
+        return cls(_readable(keys), _readable(values), rotates)
+
+    def place(self) -> list[int]:
+        """Addresses, kinds and strides, as the kernel takes them."""
+        sides = ((side.data_ptr(), KINDS[side.dtype], *side.stride()[:3]) for side in (self.keys, self.values))
+        return [*itertools.chain.from_iterable(sides), self.keys.shape[2], self.rotates]
+
+
+def _readable(elements: Tensor) -> Tensor:
+    elements = elements if elements.dtype in KINDS else elements.float()
+    return elements if elements.stride(3) == 1 else elements.contiguous()
+
+
+def _exact(inputs: AttentionInputs, store: LayerStore, packed: int) -> list[ExactTokens]:
+    """Tokens that are not read from the `packed` ones of blocks and tail: sinks, what is in the exact window, new ones."""
+    parts = []
+    rotates = inputs.rope is not None and inputs.rope_state is not None
+    if store.sinks.elements is not None:
+        parts.append(ExactTokens.of(*store.sinks.elements, rotates))
     window = inputs.past - store.first - packed
     if window > 0:
         keys, values, _ = store.residual.stored()
-        parts.append((inputs.rotate(keys[:, :, :window].float(), packed), values[:, :, :window].float()))
+        parts.append(ExactTokens.of(keys[:, :, :window], values[:, :, :window], rotates))
     if inputs.new:
-        parts.append((inputs.new[0].float(), inputs.new[1].float()))
-    if not parts:
-        assert store.shape is not None
-        parts.append((torch.zeros(store.shape[0], store.shape[1], 0, store.shape[2], dtype=torch.float32, device="cpu"),) * 2)
-    every_key, every_value = zip(*parts, strict=True)
-    keys, values = torch.cat(every_key, dim=2).contiguous(), torch.cat(every_value, dim=2).contiguous()
-    last = packed + keys.shape[2] - (store.sinks.count if tokens else 0)
-    tokens.append(torch.arange(packed, last, dtype=torch.int64, device="cpu").expand(len(tokens[0]) if tokens else 1, -1))
-    return keys, values, torch.cat(tokens, dim=1)
+        parts.append(ExactTokens.of(*inputs.new))
+    return parts
 
 
-def _sinks(inputs: AttentionInputs, store: LayerStore, at: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys (rotated) and values of sinks, float32; rotated again only where they, or their positions, have changed."""
-    assert store.sinks.elements is not None
-    keys, values = store.sinks.elements
-    rope = inputs.rope
-    if rope is None or inputs.rope_state is None:
-        return keys.float(), values.float()
-    rope_state = inputs.rope_state_at(at)
-    known = store.plans.get(RotatedSinks)
-    fits = known is not None and known.rope is rope and torch.equal(keys, known.keys)
-    if known is None or not fits or not torch.equal(rope_state, known.rope_state):
-        known = store.plans.put(RotatedSinks(rope, keys.clone(), rope_state, rope.rotate(keys.float(), rope_state)))
-    return known.rotated, values.float()
-
-
-def _hidden(inputs: AttentionInputs, store: LayerStore, packed: int, tokens: Tensor) -> Tensor | None:
+def _hidden(inputs: AttentionInputs, store: LayerStore, packed: int, exact: list[ExactTokens]) -> Tensor | None:
     """What each query does not see: [batch or 1, queries, packed + exact tokens] bool, None where all see everything."""
     mask, queries = inputs.mask, inputs.query.shape[2]
-    plain = mask.rule is None and mask.padding is None and mask.sliding_window is None
-    if plain and queries == 1 and not bool((tokens < 0).any()):
+    if mask.rule is None and mask.padding is None and mask.sliding_window is None and queries == 1:
         return None
     hidden = inputs.hidden(store.first)[:, 0]  # [batch or 1, queries, all tokens]
-    rows = max(len(hidden), len(tokens))
-    hidden, tokens = hidden.expand(rows, -1, -1), tokens.expand(rows, -1)
-    exact = hidden.gather(2, tokens.clamp(min=0)[:, None].expand(-1, queries, -1)) | (tokens < 0)[:, None]
-    return torch.cat([hidden[..., :packed], exact], dim=2)
+    if store.sinks.index is None:
+        return hidden.contiguous()
+    sinks = (store.sinks.index - store.first).clamp(min=0)
+    hidden = hidden.expand(len(sinks), -1, -1)
+    of_sinks = hidden.gather(2, sinks[:, None].expand(-1, queries, -1))
+    return torch.cat([hidden[..., :packed], of_sinks, hidden[..., packed:]], dim=2)

@@ -11,12 +11,11 @@ from torch import Tensor
 
 import narrowkv._kernels as _kernels
 from narrowkv.attention.cpu.int16 import STREAM_KERNELS
-from narrowkv.attention.cpu.tables import compiled
+from narrowkv.attention.cpu.tables import ValueMatrix, compiled
 from narrowkv.attention.rope import AnyRope
 from narrowkv.attention.streams import KeyCoefficients, ValueChannels, grid_scales
 from narrowkv.codec import AnyQuantizer, TrellisQuantizer
-from narrowkv.codec.frames import FRAME
-from narrowkv.store import BLOCK, LayerStore
+from narrowkv.store import LayerStore
 
 LARGEST, MAX_KEY_SCALE = 2**15 - 1, 2**8 - 1  # of words
 
@@ -63,11 +62,12 @@ class StreamValues:
 
     streams: _kernels.Streams
     tables: list[Tensor]
-    sums: ValueChannels
+    matrix: ValueMatrix
 
     @classmethod
     def of(cls, quantizer: TrellisQuantizer) -> "StreamValues":
-        return cls(*_streams(quantizer), ValueChannels.of(quantizer))
+        found = ValueChannels.of(quantizer)
+        return cls(*_streams(quantizer), ValueMatrix.padded(found.matrix, found.mean.contiguous()))
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Streams:
 
     def tensors(self) -> list[Tensor]:
         """All stored tensors."""
-        of_values = [*self.values.tables, self.values.sums.matrix, self.values.sums.mean] if self.values else []
+        of_values = [*self.values.tables, *self.values.matrix.tensors()] if self.values else []
         return [*self.key_tables, *of_values]
 
     @classmethod
@@ -95,17 +95,6 @@ class Streams:
             of_values = StreamValues.of(values) if isinstance(values, TrellisQuantizer) else None
             known = store.plans.put(cls(store.quantizers, rope, of_keys, tables, of_values))
         return known
-
-
-def steps_to_anchors(starts: Tensor) -> Tensor:
-    """What leads from a token's position to one that all tokens of a frame share where theirs follow each other.
-
-    starts: [blocks + 1] int64, the first token of each block and where the last one ends. Returns [tokens of blocks and of one
-    more] int32: to FRAME - MIDDLE behind the middle of the frame, which is not below 0 where positions are not.
-    """
-    lengths = torch.nn.functional.pad(starts.diff(), (0, 1), value=BLOCK)
-    every = torch.arange(int(starts[-1]) + BLOCK, dtype=torch.int64, device="cpu")
-    return (FRAME - (every - starts.repeat_interleave(lengths)) % FRAME).int()
 
 
 def _streams(

@@ -9,9 +9,11 @@ from torch import Tensor
 
 import narrowkv._kernels as _kernels
 from narrowkv.attention.cpu.int16 import int16_angles, int16_codebook
+from narrowkv.attention.head_transform import head_rotation, unrotate_output
 from narrowkv.attention.rope import AnyRope, Rope
 from narrowkv.codec import AnyQuantizer, Quantizer
 from narrowkv.codec.cpu.encode import KINDS
+from narrowkv.codec.frames import FRAME
 from narrowkv.errors import UnsupportedModelError
 from narrowkv.store import BLOCK
 from narrowkv.store.page import PackedTensor, is_channel_major
@@ -20,8 +22,6 @@ FEWEST_LEVELS, MOST_LEVELS = 16, 256  # of a codebook as the kernel reads it: on
 
 TILE = 32  # tokens that the kernel rotates at once
 FARTHEST = 2**20  # position that tables are made for, however few tokens there are
-
-NO_ROTATION = _kernels.Rotation()
 
 Compiled = TypeVar("Compiled")
 
@@ -103,36 +103,77 @@ def _padded(table: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class ValueMatrix:
+    """What makes channels of sums over codes of values, all float32; without a matrix they are channels.
+
+    heads: KV heads. matrix: [heads, rows, head_dim rounded up to 16]. mean: [heads, head_dim], added by the sum of weights.
+    """
+
+    heads: int
+    matrix: Tensor | None = None
+    mean: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """How many elements of sums it multiplies."""
+        return 0 if self.matrix is None else self.matrix.shape[1]
+
+    def tensors(self) -> list[Tensor]:
+        """All stored tensors."""
+        return [part for part in (self.matrix, self.mean) if part is not None]
+
+    @classmethod
+    def padded(cls, matrix: Tensor, mean: Tensor | None = None) -> "ValueMatrix":
+        """Of a matrix [heads, rows, head_dim]."""
+        return cls(len(matrix), torch.nn.functional.pad(matrix, (0, -matrix.shape[2] % 16)).contiguous(), mean)
+
+    @classmethod
+    def of(cls, quantizer: AnyQuantizer, heads: int, head_dim: int) -> "ValueMatrix":
+        """Of values that are rotated as whole heads, if they are."""
+        rotation = head_rotation(quantizer)
+        if rotation is None and not quantizer.scheme.transform.hadamard:
+            return cls(heads)
+        one_by_one = torch.eye(head_dim, dtype=torch.float32, device="cpu").expand(1, heads, -1, -1)
+        return cls.padded(unrotate_output(quantizer, rotation, one_by_one.contiguous())[0])
+
+
+@dataclass(frozen=True)
 class RopeTables:
-    """The rotary embedding of stored keys: tables of it, and of each token in blocks and tail its position [batch, tokens]
-    int32, or, where frequencies change with the position, cosines and sines [batch, tokens, 2, pairs].
+    """The rotary embedding of stored keys: tables of it, and of each stored token its position, int32, or, where frequencies
+    change with the position, cosines and sines [batch, tokens, 2, pairs].
+
+    positions: where they lie, in rows a stride apart. used: what is pointed into.
     """
 
     rotation: _kernels.Rotation
-    positions: Tensor | None = None
+    positions: int = 0
+    position_stride: int = 0
     angles: Tensor | None = None
+    used: Tensor | None = None
+
+
+NOTHING_ROTATES = RopeTables(_kernels.Rotation())
 
 
 def rope_tables(rope: AnyRope | None, rope_state: Tensor | None, batch: int) -> RopeTables:
-    """rope_state: what the rotary embedding needs of each token in blocks and tail, [1 or batch, tokens, ...]."""
+    """rope_state: what the rotary embedding needs of each stored token, [1 or batch, tokens, ...]."""
     if rope is None or rope_state is None:
-        return RopeTables(NO_ROTATION)
-    rope_state = rope_state.expand(batch, *rope_state.shape[1:])
-    if not isinstance(rope, Rope) or not _tabled(rope_state):
-        angles = torch.stack(rope.cos_sin(rope_state), dim=2).float().contiguous()
-        return RopeTables(_kernels.Rotation(pairs=angles.shape[-1], interleaved=rope.interleaved), angles=angles)
-    positions = (
-        rope_state
-        if rope_state.dtype == torch.int32 and rope_state.stride(1) == 1
-        else rope_state.to(torch.int32).contiguous()
-    )
-    return RopeTables(_rotation(rope, int(rope_state.max())), positions)
+        return NOTHING_ROTATES
+    least, most = (int(end) for end in torch.aminmax(rope_state)) if isinstance(rope, Rope) else (0, 0)
+    if not isinstance(rope, Rope) or not _tabled(least, most, rope_state.numel()):
+        angles = torch.stack(rope.cos_sin(rope_state.expand(batch, *rope_state.shape[1:])), dim=2).float().contiguous()
+        steps = _steps(rope.inverse_frequencies) if isinstance(rope, Rope) else None
+        return RopeTables(_kernels.Rotation(pairs=angles.shape[-1], interleaved=rope.interleaved, steps=steps), angles=angles)
+    positions = rope_state
+    if rope_state.dtype != torch.int32 or rope_state.stride(1) != 1:
+        positions = rope_state.to(torch.int32).contiguous()
+    stride = positions.stride(0) if len(positions) > 1 else 0
+    return RopeTables(_rotation(rope, most + FRAME), positions.data_ptr(), stride, used=positions)
 
 
-def _tabled(positions: Tensor) -> bool:
+def _tabled(least: int, most: int, tokens: int) -> bool:
     """Whether tables are as good for these positions: they take memory for all up to the largest, wherever tokens stand."""
-    least, most = torch.aminmax(positions)
-    return int(least) >= 0 and int(most) < max(FARTHEST, 8 * positions.numel())
+    return least >= 0 and most < max(FARTHEST, 8 * tokens)
 
 
 @dataclass(frozen=True)
@@ -165,15 +206,14 @@ def _angles(frequencies: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor]
     Returns those of 0 to 31, [pairs, 2, 32], of 0 to 63, [64, 2, pairs], and of 0, 64, 128, ..., [n, 2, pairs], float32. Taken
     in float64: a position times a frequency, rounded to float32 as models do, is off by as much as the position is large.
     """
-    count = 2 * (position // BLOCK + 1)  # twice as many as are needed now
     steps, far = (
-        torch.stack([angles.cos(), angles.sin()], dim=1).float()
-        for angles in (
-            steps[:, None] * frequencies.double()
-            for steps in (
-                torch.arange(BLOCK, dtype=torch.int64, device="cpu"),
-                torch.arange(count, dtype=torch.int64, device="cpu") * BLOCK,
-            )
-        )
-    )
+        _steps(frequencies),
+        _steps(frequencies, 2 * (position // BLOCK + 1), BLOCK),
+    )  # twice as many as are needed now
     return steps.permute(2, 1, 0)[..., :TILE].contiguous(), steps, far
+
+
+def _steps(frequencies: Tensor, count: int = BLOCK, step: int = 1) -> Tensor:
+    """Cosines and sines of the first `count` multiples of `step` times the frequencies [pairs]: [count, 2, pairs] float32."""
+    angles = (torch.arange(count, dtype=torch.int64, device="cpu") * step)[:, None] * frequencies.double()
+    return torch.stack([angles.cos(), angles.sin()], dim=1).float()

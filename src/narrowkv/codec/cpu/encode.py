@@ -106,7 +106,8 @@ def all_finite(*tensors: Tensor) -> bool:
 
 def locate(buffer: EncodeBuffer) -> tuple[int, ...]:
     """Where codes, scale, zero, outlier_index and outlier_values begin, 0 for what is not there; the buffer keeps it."""
+    kinds = KINDS if buffer.scheme.bits == 16 else (torch.uint8,)
     ranges = (address(buffer.ranges.get(name), torch.float16) for name in ("scale", "zero"))
     outliers = address(buffer.outlier_index, torch.int64), address(buffer.outlier_values, *HALVES)
-    buffer.addresses = (address(buffer.codes, torch.uint8), *ranges, *outliers)
+    buffer.addresses = (address(buffer.codes, *kinds), *ranges, *outliers)
     return buffer.addresses
