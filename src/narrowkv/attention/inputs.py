@@ -1,12 +1,23 @@
 """What attention is computed from besides the stored tokens, and what every backend derives from it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from narrowkv.attention.mask import AttentionMask
 from narrowkv.attention.rope import AnyRope
+
+
+class Stored(Protocol):
+    """Stored tokens as they are read everywhere: a `LayerStore`, or a `PagedSequence`. first: the first that is stored."""
+
+    @property
+    def first(self) -> int: ...
+    def read(self, stop: int) -> tuple[Tensor, Tensor]: ...
+    def tiles(self, stop: int) -> Iterator[tuple[int, Tensor, Tensor]]: ...
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,10 @@ It computes in float32, or in float64 for queries in float64.
 import torch
 from torch import Tensor
 
-from narrowkv.attention.inputs import AttentionInputs
-from narrowkv.store import LayerStore
+from narrowkv.attention.inputs import AttentionInputs, Stored
 
 
-def attend(inputs: AttentionInputs, store: LayerStore) -> Tensor:
+def attend(inputs: AttentionInputs, store: Stored) -> Tensor:
     """Attention of the newest queries over the packed cache.
 
     Returns [batch, query_heads, queries, head_dim] float32 (or float64); a query that sees nothing yields zeros.

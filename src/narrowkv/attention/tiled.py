@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from narrowkv.attention import sdpa
-from narrowkv.attention.inputs import AttentionInputs
+from narrowkv.attention.inputs import AttentionInputs, Stored
 from narrowkv.attention.mask import AttentionMask
 from narrowkv.attention.online_softmax import OnlineSoftmax, SdpaAccumulator, merge_states
-from narrowkv.store import LayerStore
 
 FEW_QUERIES = 16  # up to this many are computed exactly: dequantizing is what takes time there
 QUERY_SLICE = 128  # queries at a time, which bounds the memory of the scores
@@ -25,7 +24,7 @@ FUSED_SLICE = (
 )
 
 
-def attend(inputs: AttentionInputs, store: LayerStore) -> Tensor:
+def attend(inputs: AttentionInputs, store: Stored) -> Tensor:
     """Attention of the newest queries over the packed cache; result like that of `naive.attend`."""
     inputs = with_products_dtype(inputs)
     return attend_chunks(inputs, _stored(inputs, store, min(inputs.queries, FUSED_SLICE) if fuses(inputs) else 1))
@@ -83,7 +82,7 @@ def _sizes(inputs: AttentionInputs) -> tuple[int, int]:
     return FUSED_SLICE, FUSED_SLICE
 
 
-def _stored(inputs: AttentionInputs, store: LayerStore, least: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _stored(inputs: AttentionInputs, store: Stored, least: int) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(index of the first token, rotated keys, values) of what is stored, `least` tokens or more at a time until the last."""
     dtype = inputs.query.dtype
     chunks: list[tuple[Tensor, Tensor]] = []

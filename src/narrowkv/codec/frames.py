@@ -46,6 +46,14 @@ class Frames:
         """Channels [..., tokens, head_dim] float64 of tokens from a block's token `first` on, in stored order and rotated."""
         return _rotated(x[..., self.channels.long()], *self.turns(first, x.shape[-2]))
 
+    def to_middle(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """Channels [batch, heads, tokens, head_dim] float64, in their own order, rotated to the middle of their frames.
+
+        offsets: [batch, tokens] int64, of tokens in their frames.
+        """
+        angles = (offsets - MIDDLE)[:, None, :, None].double() * self.frequencies.double()
+        return self.in_order(_rotated(x[..., self.channels.long()], angles.cos(), angles.sin()))
+
     def turns(self, first: int, tokens: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines [tokens, head_dim / 2] float64 of what `rotate` rotates pairs by."""
         at = torch.arange(first, first + tokens, dtype=torch.int64, device=self.frequencies.device) % FRAME - MIDDLE

@@ -1,0 +1,342 @@
+"""Pages of an inference engine's own memory: where streams, outliers and the exact first token of 128 tokens lie in bytes.
+
+A page holds two blocks of 64 tokens of one sequence, keys and values of all heads. Tokens are written as they come, each into
+its column of the streams, so that no tail is open anywhere else; a block begins anew whenever its first token is written, and
+tokens written again (rejected drafts) replace what was there. A page means the same wherever it lies: engines share it between
+sequences, and copy it as bytes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from narrowkv.codec import QuantizedTensor, TrellisQuantizer
+from narrowkv.codec.encode_buffer import EncodeBuffer
+from narrowkv.codec.frames import FRAME, MIDDLE
+from narrowkv.codec.outlier_budget import block_budget
+from narrowkv.codec.ranges import require_finite
+from narrowkv.codec.scheme_parts import BLOCK
+from narrowkv.errors import RecipeError
+from narrowkv.store.plans import Plans
+
+BLOCKS = 2  # of a page
+PAGE = BLOCKS * BLOCK  # tokens
+TILE = 16  # blocks that are dequantized at a time
+
+
+class RotaryEmbedding(Protocol):
+    """A rotary embedding of fixed frequencies, as `attention.rope` has it."""
+
+    def unrotate(self, x: Tensor, rope_state: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class SideLayout:
+    """Where the keys, or the values, of a block lie, in bytes from where it begins.
+
+    streams: [kv_heads, stream_bytes, 64] uint8. offsets: [kv_heads + 1] int32, where the outliers of each head begin among
+    those of the block. values, index: [kv_heads * budget] float16 and uint16, `token * coefficients + coefficient`.
+    """
+
+    streams: int
+    stream_bytes: int
+    offsets: int
+    values: int
+    index: int
+    budget: int  # outliers of a head
+    coefficients: int  # of a head, that have codes
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """Where everything lies in a page: blocks one after the other, then the key and the value of the sequence's first token.
+
+    sink: [2, kv_heads, head_dim] in sink_dtype, written in a sequence's first page only. nbytes: of the page.
+    """
+
+    kv_heads: int
+    head_dim: int
+    sides: tuple[SideLayout, SideLayout]
+    block_bytes: int
+    sink: int
+    sink_dtype: torch.dtype
+    nbytes: int
+
+    @classmethod
+    def of(cls, quantizers: tuple[TrellisQuantizer, TrellisQuantizer], sink_dtype: torch.dtype) -> "PageLayout":
+        """That of a layer. sink_dtype: of keys and values as they come."""
+        assert quantizers[0].mean is not None
+        kv_heads, head_dim = quantizers[0].mean.shape
+        end, sides = 0, []
+        for quantizer in quantizers:
+            scheme = quantizer.scheme
+            stream_bytes, n = scheme.codes(head_dim), scheme.outlier_positions(head_dim)
+            budget = block_budget(scheme.outliers.fraction, n) if scheme.outliers.fraction else 0
+            offsets = end + kv_heads * stream_bytes * BLOCK
+            values = offsets + 4 * (kv_heads + 1)
+            index = values + 2 * kv_heads * budget
+            sides.append(SideLayout(end, stream_bytes, offsets, values, index, budget, n))
+            end = -(-(index + 2 * kv_heads * budget) // 4) * 4
+        sink = BLOCKS * end
+        nbytes = sink + 2 * kv_heads * head_dim * sink_dtype.itemsize
+        return cls(kv_heads, head_dim, (sides[0], sides[1]), end, sink, sink_dtype, nbytes)
+
+
+@dataclass(frozen=True)
+class Run:
+    """New tokens of one sequence that lie in one block.
+
+    page, block: of the page. first: the offset in the block. start: which of the new tokens is the first. position: its
+    position in the sequence.
+    """
+
+    page: int
+    block: int
+    first: int
+    tokens: int
+    start: int
+    position: int
+
+
+@dataclass(frozen=True)
+class RunGroup:
+    """Runs that are encoded in one call: of as many tokens from the same offset on, or of one token each at any offset."""
+
+    runs: list[Run]
+    rows: Tensor  # [runs, tokens] int64, which new token each is
+    positions: Tensor  # the same, in the sequence
+    sinks: Tensor | None  # [runs, tokens] bool, which are the first of their sequence; None where none is
+
+    @property
+    def single(self) -> bool:
+        return self.rows.shape[1] == 1
+
+    @property
+    def first(self) -> int:
+        """Where the encoder takes tokens to be: a single one is rotated to the middle of its frame before."""
+        return MIDDLE if self.single else self.runs[0].first
+
+
+def run_groups(starts: list[int], lengths: list[int], tables: list[list[int]]) -> list[RunGroup]:
+    """The new tokens of each sequence, by blocks.
+
+    starts: [sequences + 1], where each sequence's new tokens begin. lengths: of each with them. tables: the pages of each.
+    """
+    groups: dict[tuple[int, int], list[Run]] = {}
+    for start, stop, length, table in zip(starts[:-1], starts[1:], lengths, tables, strict=True):
+        at, position = start, length - (stop - start)
+        while at < stop:
+            first = position % BLOCK
+            tokens = min(BLOCK - first, stop - at)
+            run = Run(table[position // PAGE], position % PAGE // BLOCK, first, tokens, at, position)
+            groups.setdefault((first, tokens) if tokens > 1 else (0, 1), []).append(run)
+            at, position = at + tokens, position + tokens
+    return [_group(runs) for runs in groups.values()]
+
+
+def _group(runs: list[Run]) -> RunGroup:
+    steps = torch.arange(runs[0].tokens, dtype=torch.int64, device="cpu")
+    rows, positions = (
+        torch.tensor(first, dtype=torch.int64, device="cpu")[:, None] + steps
+        for first in ([run.start for run in runs], [run.position for run in runs])
+    )
+    sinks = positions == 0
+    return RunGroup(runs, rows, positions, sinks if bool(sinks.any()) else None)
+
+
+class PagedLayer:
+    """The pages of one layer. memory: [pages, bytes] uint8, of which `layout` describes each row; a row is contiguous.
+
+    rope: rotates keys; those that come are rotated, those that are stored are not, but for the first token.
+    """
+
+    def __init__(
+        self,
+        quantizers: tuple[TrellisQuantizer, TrellisQuantizer],
+        rope: RotaryEmbedding | None,
+        memory: Tensor,
+        sink_dtype: torch.dtype,
+    ):
+        self.quantizers, self.rope, self.memory = quantizers, rope, memory
+        self.layout = PageLayout.of(quantizers, sink_dtype)
+        self.plans = Plans()
+        if memory.shape[1] < self.layout.nbytes:
+            raise RecipeError(
+                f"A page of {PAGE} tokens takes {self.layout.nbytes} bytes, and the engine's has {memory.shape[1]}; "
+                "calibrate with equal layers."
+            )
+
+    def append(self, groups: list[RunGroup], keys: Tensor, values: Tensor) -> None:
+        """Encode new tokens [tokens, kv_heads, head_dim], keys rotated, into their pages; raises ActivationError on NaN."""
+        require_finite("Keys or values", keys[None], values[None])
+        for group in groups:
+            of_keys, of_values = (part[group.rows].transpose(1, 2) for part in (keys, values))
+            for row, run in enumerate(group.runs):
+                if run.position == 0:
+                    self._put_sink(run.page, of_keys[row, :, 0], of_values[row, :, 0])
+            self._encode(0, group, self._unrotated(of_keys, group))
+            self._encode(1, group, of_values.float())
+
+    def _unrotated(self, keys: Tensor, group: RunGroup) -> Tensor:
+        """Keys [runs, kv_heads, tokens, head_dim] as the encoder takes them, float32."""
+        if self.rope is None:
+            return keys.float()
+        found = self.rope.unrotate(keys, group.positions)
+        frames, mean = self.quantizers[0].frames, self.quantizers[0].mean
+        if group.single and frames is not None and mean is not None:
+            center = mean[:, None].double()  # which the encoder takes out before it rotates
+            found = frames.to_middle(found - center, group.positions % FRAME) + center
+        return found.float()
+
+    def _put_sink(self, page: int, key: Tensor, value: Tensor) -> None:
+        self._sink(page).copy_(torch.stack([key, value]))
+
+    def _sink(self, page: int) -> Tensor:
+        """The first token's key and value in a page: [2, kv_heads, head_dim]."""
+        layout = self.layout
+        return self.memory[page, layout.sink : layout.nbytes].view(layout.sink_dtype).view(2, layout.kv_heads, layout.head_dim)
+
+    def _encode(self, side: int, group: RunGroup, x: Tensor) -> None:
+        """x: [runs, kv_heads, tokens, head_dim] float32."""
+        quantizer, layout = self.quantizers[side], self.layout.sides[side]
+        blocks = [_BlockSide(self._block(run), layout, self.layout.kv_heads) for run in group.runs]
+        for block, run in zip(blocks, group.runs, strict=True):
+            block.crop(run.first)
+        batch, heads, tokens, dim = x.shape
+        buffer = EncodeBuffer(quantizer.scheme, batch, heads, group.first + tokens, dim, like=x)
+        _count_earlier(buffer, blocks)
+        earlier = buffer.outliers
+        buffer.outliers = quantizer.encode_into(buffer, group.first, x, group.sinks)
+        for row, (block, run) in enumerate(zip(blocks, group.runs, strict=True)):
+            block.put_streams(run.first, buffer.codes[row, :, group.first :])
+        if buffer.outliers > earlier:
+            self._put_outliers(group, blocks, buffer, earlier)
+
+    def _put_outliers(self, group: RunGroup, blocks: list["_BlockSide"], buffer: EncodeBuffer, earlier: int) -> None:
+        encoded = buffer.encoded()
+        assert encoded.outlier_index is not None and encoded.outlier_values is not None
+        index, order = encoded.outlier_index[earlier:].sort()
+        values = encoded.outlier_values[earlier:][order]
+        row, head, token, coefficient = torch.unravel_index(index, encoded.outlier_shape)
+        for i, (block, run) in enumerate(zip(blocks, group.runs, strict=True)):
+            own = row == i
+            if bool(own.any()):
+                at = (token[own] - group.first + run.first) * block.layout.coefficients + coefficient[own]
+                block.add_outliers(head[own], at, values[own])
+
+    def _block(self, run: Run) -> Tensor:
+        start = run.block * self.layout.block_bytes
+        return self.memory[run.page, start : start + self.layout.block_bytes]
+
+    def dequantize(self, pages: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """The tokens from `start`, where a block begins, to before `stop` of a sequence whose pages are these [n] int64.
+
+        Returns keys, not rotated, and values, [1, kv_heads, tokens, head_dim] float32, the first token as it came.
+        """
+        first, last = start // BLOCK, -(-stop // BLOCK)
+        size = self.layout.block_bytes
+        own = self.memory[pages[first // BLOCKS : -(-last // BLOCKS)], : BLOCKS * size].reshape(-1, size)
+        own = own[first % BLOCKS :][: last - first].contiguous()
+        found = [
+            quantizer.dequantize(_quantized(own, layout, self.layout.kv_heads)).transpose(0, 1).flatten(1, 2)[None]
+            for quantizer, layout in zip(self.quantizers, self.layout.sides, strict=True)
+        ]
+        keys, values = (part[:, :, : stop - start].contiguous() for part in found)
+        if start == 0:
+            key, value = self._sink(int(pages[0]))[:, None, :, None]
+            at = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
+            keys[:, :, :1], values[:, :, :1] = key if self.rope is None else self.rope.unrotate(key, at), value
+        return keys, values
+
+
+class PagedSequence:
+    """A sequence in pages, to be read like a `LayerStore`. pages: [n] int64. first: where what is stored begins."""
+
+    def __init__(self, layer: PagedLayer, pages: Tensor, first: int = 0):
+        self.layer, self.pages, self.first = layer, pages, first
+
+    def tiles(self, stop: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """As `LayerStore.tiles`."""
+        for start in range(self.first, stop, TILE * BLOCK):
+            yield start, *self.layer.dequantize(self.pages, start, min(start + TILE * BLOCK, stop))
+
+    def read(self, stop: int) -> tuple[Tensor, Tensor]:
+        """As `LayerStore.read`."""
+        return self.layer.dequantize(self.pages, self.first, stop)
+
+    def sink(self) -> tuple[Tensor, Tensor]:
+        """The first token's key, rotated, and its value: [1, kv_heads, 1, head_dim] float32 each."""
+        key, value = self.layer._sink(int(self.pages[0])).float()[:, None, :, None]
+        return key, value
+
+
+class _BlockSide:
+    """The keys, or the values, of a block in a page. block: [bytes] uint8, of which all here are views."""
+
+    def __init__(self, block: Tensor, layout: SideLayout, kv_heads: int):
+        self.layout = layout
+        self.streams = block[layout.streams : layout.offsets].view(kv_heads, layout.stream_bytes, BLOCK)
+        self.offsets = block[layout.offsets : layout.values].view(torch.int32)
+        self.values = block[layout.values : layout.index].view(torch.float16)
+        self.index = block[layout.index : layout.index + 2 * kv_heads * layout.budget].view(torch.int16)
+
+    def put_streams(self, first: int, codes: Tensor) -> None:
+        """codes: [kv_heads, tokens, bytes]."""
+        self.streams[:, :, first : first + codes.shape[1]] = codes.transpose(1, 2)
+
+    def outliers(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Heads [n] int64, indices in the head int64, and values of the outliers, in their order."""
+        stored = int(self.offsets[-1])
+        heads = torch.arange(len(self.offsets) - 1, dtype=torch.int64, device="cpu").repeat_interleave(self.offsets.diff())
+        return heads, self.index[:stored].long() & 0xFFFF, self.values[:stored]
+
+    def crop(self, first: int) -> None:
+        """Remove the outliers of the token `first` and later ones; of a new block all."""
+        if first == 0:
+            self.offsets.zero_()
+            return
+        heads, index, values = self.outliers()
+        keep = index < first * self.layout.coefficients
+        if not bool(keep.all()):
+            self._write(heads[keep], index[keep], values[keep])
+
+    def add_outliers(self, heads: Tensor, index: Tensor, values: Tensor) -> None:
+        """Add some of later tokens than those there."""
+        parts = zip(self.outliers(), (heads, index, values), strict=True)
+        heads, index, values = (torch.cat(both) for both in parts)
+        order = heads.argsort(stable=True)
+        self._write(heads[order], index[order], values[order])
+
+    def _write(self, heads: Tensor, index: Tensor, values: Tensor) -> None:
+        count = len(heads)
+        self.index[:count], self.values[:count] = index.short(), values.clone()
+        counts = torch.bincount(heads, minlength=len(self.offsets) - 1)
+        self.offsets[1:] = counts.cumsum(0)
+
+
+def _count_earlier(buffer: EncodeBuffer, blocks: list[_BlockSide]) -> None:
+    """Let the encoder know how many outliers each head of each block has, wherever they are."""
+    if buffer.outlier_index is None:
+        return
+    counts = torch.stack([block.offsets for block in blocks]).diff(dim=1).flatten()
+    total = int(counts.sum())
+    buffer.reserve(total + len(counts))
+    heads = torch.arange(len(counts), dtype=torch.int64, device="cpu").repeat_interleave(counts)
+    buffer.outlier_index[:total] = heads * (buffer.tokens * blocks[0].layout.coefficients)
+    buffer.outliers = total
+
+
+def _quantized(blocks: Tensor, layout: SideLayout, kv_heads: int) -> QuantizedTensor:
+    """Blocks [n, bytes] uint8 as codes [n, kv_heads, 64, bytes of a stream]."""
+    count = len(blocks)
+    streams = blocks[:, layout.streams : layout.offsets].reshape(count, kv_heads, layout.stream_bytes, BLOCK)
+    codes = streams.transpose(2, 3).contiguous()
+    if not layout.budget:
+        return QuantizedTensor(codes)
+    sides = [_BlockSide(block, layout, kv_heads).outliers() for block in blocks]
+    size = BLOCK * layout.coefficients
+    index = torch.cat([(i * kv_heads + heads) * size + index for i, (heads, index, _) in enumerate(sides)])
+    return QuantizedTensor(codes, {}, index, torch.cat([values for _, _, values in sides]), layout.coefficients)

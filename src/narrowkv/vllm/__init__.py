@@ -1,0 +1,6 @@
+"""Plug-in for vLLM on CPUs: its pages hold packed keys and values, and compiled attention reads them in place.
+
+It does nothing unless the variable NARROWKV_VLLM_CALIBRATION names a calibration; see docs/vllm.md.
+"""
+
+VARIABLE = "NARROWKV_VLLM_CALIBRATION"

@@ -1,0 +1,158 @@
+"""Scenes that vLLM plays in a process of its own, with the plug-in or without: `python -m tests.vllm.scenes SCENE MODEL`.
+
+The last line that a scene prints is what it found, as JSON. The plug-in is there if NARROWKV_VLLM_CALIBRATION is.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+from vllm import LLM, SamplingParams  # reads the variables as it is imported
+
+PASSWORD = "The password of Matilda is silent harbour.\n\nThe password of Matilda is"
+TEXT = "An assignment statement binds a name to a value, and the value may be anything that an expression has. " * 12
+PROMPTS = [PASSWORD, TEXT, TEXT + "So", "def f(x):", "for i in range(10):\n    "]
+
+
+def engine(model: str, **options: Any) -> LLM:
+    """An engine in this process; prompts are read in chunks of 128 tokens."""
+    defaults = {"enforce_eager": True, "max_model_len": 1024, "max_num_seqs": 4, "dtype": "float32"}
+    return LLM(model, **(defaults | {"kv_cache_memory_bytes": 2**26, "max_num_batched_tokens": 128} | options))
+
+
+def greedy(llm: LLM, prompts: list[Any], tokens: int = 40, **options: Any) -> list[dict[str, Any]]:
+    """What follows the prompts: token ids of each, and how many tokens of its prompt were found in the cache."""
+    found = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=tokens, **options), use_tqdm=False)
+    return [
+        {"ids": list(one.outputs[0].token_ids), "cached": one.num_cached_tokens, "text": one.outputs[0].text} for one in found
+    ]
+
+
+def capacity(model: str) -> Any:
+    """Tokens in 64 MiB, and what follows two prompts; dtype of 16 bits."""
+    llm = engine(model, dtype="bfloat16")
+    config = llm.llm_engine.vllm_config.cache_config
+    return {"tokens": config.num_gpu_blocks * config.block_size, "texts": [one["text"] for one in greedy(llm, PROMPTS[:2])]}
+
+
+def scores(model: str) -> Any:
+    """Log-probabilities of each token of a prompt that is read in chunks, and of those that follow it."""
+    llm = engine(model, enable_prefix_caching=False)
+    found = llm.generate([TEXT], SamplingParams(temperature=0, max_tokens=20, prompt_logprobs=0, logprobs=0), use_tqdm=False)[
+        0
+    ]
+    pairs = zip(found.prompt_token_ids[1:], found.prompt_logprobs[1:], strict=True)
+    return {
+        "prompt": list(found.prompt_token_ids),
+        "prompt_logprobs": [entry[token].logprob for token, entry in pairs],
+        "ids": list(found.outputs[0].token_ids),
+    }
+
+
+def sharing(model: str) -> Any:
+    """Prompts one by one and all at once, prefixes found again, several answers to one prompt, and a cancelled request."""
+    llm = engine(model)
+    alone = [greedy(llm, [prompt])[0] for prompt in PROMPTS]
+    together, again = greedy(llm, PROMPTS), greedy(llm, [TEXT])
+    sampled = SamplingParams(temperature=0.8, seed=3, max_tokens=12, n=3)
+    several = llm.generate([PASSWORD], sampled, use_tqdm=False)[0].outputs
+    singles = [
+        llm.generate([PASSWORD], SamplingParams(temperature=0.8, seed=3 + i, max_tokens=12), use_tqdm=False)[0].outputs[0]
+        for i in range(3)
+    ]
+    return {
+        "alone": alone,
+        "together": together,
+        "again": again,
+        "several": [list(one.token_ids) for one in several],
+        "singles": [list(one.token_ids) for one in singles],
+        "after": _cancel(llm),
+    }
+
+
+def _cancel(llm: LLM) -> list[dict[str, Any]]:
+    """Answers after one request was cancelled while it ran alongside another."""
+    core, sampling = llm.llm_engine, SamplingParams(temperature=0, max_tokens=60)
+    for name in ("stays", "goes"):
+        core.add_request(name, TEXT, sampling)
+    for _ in range(12):
+        core.step()
+    core.abort_request(["goes"], internal=False)
+    finished = []
+    while core.has_unfinished_requests():
+        finished += [one.request_id for one in core.step() if one.finished]
+    return [{"finished": finished}, *greedy(llm, PROMPTS)]
+
+
+def preemption(model: str) -> Any:
+    """Four requests that outgrow the cache, against each alone."""
+    llm = engine(model, num_gpu_blocks_override=8, enable_prefix_caching=False, max_model_len=768, disable_log_stats=False)
+    prompts = [TEXT[: 700 + 50 * i] for i in range(4)]
+    together = greedy(llm, prompts, 160)
+    alone = [greedy(llm, [prompt], 160)[0] for prompt in prompts]
+    counters = {metric.name: metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"}
+    return {"together": together, "alone": alone, "preemptions": sum(counters.values())}
+
+
+def drafts(model: str) -> Any:
+    """Greedy answers with drafts of n-grams, and without: see `sharing`."""
+    llm = engine(
+        model,
+        speculative_config={"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3},
+        disable_log_stats=False,
+    )
+    found = greedy(llm, PROMPTS)
+    accepted = sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:spec_decode_num_accepted_tokens")
+    return {"together": found, "accepted": accepted}
+
+
+def beams(model: str) -> Any:
+    """Beam search, twice."""
+    from vllm.sampling_params import BeamSearchParams
+
+    llm = engine(model)
+    params = BeamSearchParams(beam_width=3, max_tokens=10)
+    runs = [llm.beam_search([{"prompt": PASSWORD}], params) for _ in range(2)]
+    return {"runs": [[beam.text for beam in run[0].sequences] for run in runs]}
+
+
+def start(model: str) -> Any:
+    """Whether an engine starts, with options from NARROWKV_TEST_OPTIONS."""
+    engine(model, **json.loads(os.environ.get("NARROWKV_TEST_OPTIONS", "{}")))
+    return {"started": True}
+
+
+def real(model: str) -> Any:
+    """Of a real model: tokens in 1 GiB, questions about a text of 2,000 tokens, and 4 at once against one by one."""
+    llm = engine(model, dtype="auto", kv_cache_memory_bytes=2**30, max_model_len=4096, max_num_batched_tokens=512)
+    config = llm.llm_engine.vllm_config.cache_config
+    lines = [f"The code of room {i} is {i * 7919 % 900 + 100}.\n" for i in range(150)]
+    prompts = [
+        "".join(lines) + f"\nQuestion: which is the code of room {i}?\nAnswer: the code of room {i} is"
+        for i in (11, 60, 99, 140)
+    ]
+    together = greedy(llm, prompts, 8)
+    return {
+        "tokens": config.num_gpu_blocks * config.block_size,
+        "together": together,
+        "alone": [greedy(llm, [prompt], 8)[0] for prompt in prompts],
+        "expected": [str(i * 7919 % 900 + 100) for i in (11, 60, 99, 140)],
+    }
+
+
+SCENES: dict[str, Callable[[str], Any]] = {
+    scene.__name__: scene for scene in (capacity, scores, sharing, preemption, drafts, beams, start, real)
+}
+
+if __name__ == "__main__":
+    print(json.dumps(SCENES[sys.argv[1]](sys.argv[2])))

@@ -1,0 +1,162 @@
+"""The plug-in in vLLM itself, which `make test-vllm` installs: against vLLM without it, and against `PackedCache`.
+
+Each engine runs in a process of its own (scenes.py): what is registered with vLLM is registered for good.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from narrowkv import Calibration, PackedCache, calibrate, load_model
+from narrowkv.evaluate import cut_windows
+from narrowkv.evaluate.sources import read_text
+from narrowkv.vllm import VARIABLE
+
+pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed; run `make test-vllm`")
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "src" / "narrowkv" / "models" / "demo"
+CHUNK = 128
+
+
+def play(scene, model=DEMO, tables=None, **options):
+    """What a scene found; raises AssertionError with what it said if it failed."""
+    variables = {**os.environ, "NARROWKV_TEST_OPTIONS": json.dumps(options), "OMP_NUM_THREADS": "1"}
+    variables.pop(VARIABLE, None)
+    if tables is not None:
+        variables[VARIABLE] = str(tables)
+    command = [sys.executable, "-m", "tests.vllm.scenes", scene, str(model)]
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=ROOT, timeout=1200, check=False)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def refusal(scene="start", model=DEMO, tables=None, **options):
+    """What a scene said that ended with an error."""
+    with pytest.raises(AssertionError) as failed:
+        play(scene, model, tables, **options)
+    return str(failed.value)
+
+
+def learned(model, tokenizer, folder, recipe="narrow3.0-equal"):
+    batches = cut_windows(tokenizer, read_text("narrowkv://mix"), window=256, limit=8).split(4)
+    calibrate(model, batches, recipe).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo():
+    return load_model("narrowkv://demo", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def tables(tmp_path_factory, demo):
+    return learned(*demo, tmp_path_factory.mktemp("tables"))
+
+
+@pytest.fixture(scope="session")
+def shared(tables):
+    return play("sharing", tables=tables)
+
+
+def test_without_a_calibration_the_plug_in_does_nothing_and_with_one_a_cache_fits_five_times_the_tokens(tables):
+    plain, packed = play("capacity"), play("capacity", tables=tables)
+    assert packed["tokens"] > 5 * plain["tokens"]
+    assert packed["texts"][0][:60] == plain["texts"][0][:60]  # the password
+
+
+def test_scores_are_those_of_a_packed_cache(demo, tables):
+    """Chunks of 128 tokens each attend to themselves exactly and to what is packed before them, in vLLM as in transformers."""
+    found = play("scores", tables=tables)
+    model, cache = demo[0], PackedCache(demo[0], Calibration.from_pretrained(tables))
+    ids, logits = torch.tensor([found["prompt"]]), []
+    with torch.inference_mode():
+        for chunk in ids.split(CHUNK, dim=1):
+            logits.append(model(chunk, past_key_values=cache).logits)
+        expected = torch.cat(logits, dim=1)[0].log_softmax(-1)
+        last, written = expected[-1], []
+        for _ in found["ids"]:
+            written.append(int(last.argmax()))
+            last = model(torch.tensor([written[-1:]]), past_key_values=cache).logits[0, -1]
+    expected = expected[:-1].gather(1, ids[0, 1:, None])[:, 0]
+    missed = (torch.tensor(found["prompt_logprobs"]) - expected).abs()
+    assert missed[:CHUNK].max() < 1e-3  # exact in both
+    assert missed.mean() < 0.005 and found["ids"] == written
+
+
+def test_requests_at_once_answer_as_one_by_one(shared):
+    assert [one["ids"] for one in shared["together"]] == [one["ids"] for one in shared["alone"]]
+
+
+def test_prefixes_are_found_in_packed_pages(shared):
+    assert shared["again"][0]["cached"] >= CHUNK
+    assert shared["again"][0]["ids"] == shared["alone"][1]["ids"]
+
+
+def test_several_answers_share_the_pages_of_a_prompt(shared):
+    assert shared["several"] == shared["singles"]
+
+
+def test_a_cancelled_request_leaves_the_others_alone(shared):
+    finished, *after = shared["after"]
+    assert finished["finished"] == ["stays"]
+    assert [one["ids"] for one in after] == [one["ids"] for one in shared["alone"]]
+
+
+def test_requests_that_are_preempted_answer_as_alone(tables):
+    found = play("preemption", tables=tables)
+    assert found["preemptions"] > 0
+    assert [one["ids"] for one in found["together"]] == [one["ids"] for one in found["alone"]]
+
+
+def test_drafts_of_n_grams_are_accepted_and_change_nothing(tables, shared):
+    found = play("drafts", tables=tables)
+    assert found["accepted"] > 0
+    assert [one["ids"] for one in found["together"]] == [one["ids"] for one in shared["alone"]]
+
+
+def test_beams(tables):
+    found = play("beams", tables=tables)
+    assert found["runs"][0] == found["runs"][1] and len(found["runs"][0]) == 3
+
+
+def test_what_the_plug_in_cannot_serve_is_refused_at_start(tables, tmp_path, demo):
+    assert "NarrowKV's pages have 128 tokens, and this vLLM's blocks 64" in refusal(tables=tables, block_size=64)
+    assert "does not serve --kv-cache-dtype fp8" in refusal(tables=tables, kv_cache_dtype="fp8", dtype="bfloat16")
+    unequal = tmp_path / "unequal"
+    learned(*demo, unequal, "narrow3.0")
+    assert "Recipe narrow3.0 has no pages of one size" in refusal(tables=unequal)
+    assert "has no narrowkv.safetensors" in refusal(tables=tmp_path)
+
+
+@pytest.mark.parametrize("changed", ["weights", "rotation"])
+def test_another_model_is_refused(changed, tables, tmp_path, demo):
+    model, tokenizer = load_model("narrowkv://demo", dtype="float32")
+    if changed == "weights":
+        model.model.layers[1].self_attn.q_proj.weight.data.mul_(-1)
+        for part in model.parameters():
+            part.data.add_(0.3)
+    else:
+        model.config.rope_parameters["rope_theta"] = 10_000.0
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    said = {"weights": "belongs to another model", "rotation": "rotates keys otherwise"}
+    assert said[changed] in refusal(model=tmp_path, tables=tables)
+
+
+REAL = {name: os.environ.get(name) for name in ("NARROWKV_VLLM_MODEL", "NARROWKV_VLLM_TABLES")}
+
+
+@pytest.mark.skipif(None in REAL.values(), reason=f"set {' and '.join(REAL)} to a model's folder and its calibration's")
+def test_a_real_model_answers_as_without_the_plug_in():
+    model, tables = REAL.values()
+    plain, packed = play("real", model), play("real", model, tables)
+    assert packed["tokens"] > 5 * plain["tokens"]
+    assert [one["ids"] for one in packed["together"]] == [one["ids"] for one in packed["alone"]]
+    answers = [one["text"].split()[0].strip(".") for one in packed["together"]]
+    assert answers == [one["text"].split()[0].strip(".") for one in plain["together"]]
