@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TOOLS := $(VENV)/.tools
 SANITIZED := build/sanitized
+VLLM := build/vllm
 KERNEL_TESTS := tests/attention/test_cpu_decode.py tests/attention/test_cpu_int16.py tests/attention/test_cpu_streams.py tests/store/test_layer.py \
   tests/codec/test_cpu_encode.py tests/codec/test_packing.py tests/codec/test_trellis.py \
   tests/fuzz
@@ -22,7 +23,7 @@ TRANSFORMERS := $(patsubst constraints/%.txt,build/versions/%,$(wildcard constra
 ENGINES := compressed-tensors==0.20.1 loguru==0.7.3 \
   onnxruntime-genai==0.18.0 onnxruntime==1.32.0 onnx==1.23.2 onnx-ir==1.1.0 ml_dtypes==0.6.0 protobuf==7.36.2 flatbuffers==25.12.19
 
-.PHONY: demo test test-all test-exports test-versions lint fuzz soak sanitize wheel cross results measure measure-real gpu docs format clean
+.PHONY: demo test test-all test-exports test-versions test-vllm lint fuzz soak sanitize wheel cross results measure measure-real gpu docs format clean
 
 $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard cpp/*)
 	$(PYTHON) -m venv $(VENV)
@@ -72,6 +73,17 @@ test-exports: $(TOOLS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $$packages $(ENGINES) && \
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > $$packages/beside.pth
 	OMP_NUM_THREADS=1 build/engines/bin/python -m pytest tests/exports/test_engines.py
+
+# the plug-in in vLLM itself, in an environment of its own (3.5 GB; set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+# where pip's torch is built for CUDA); NARROWKV_VLLM_MODEL and NARROWKV_VLLM_TABLES: a real model's folder and its calibration
+test-vllm: $(VLLM)/.installed
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest --override-ini addopts= -v -ra tests/vllm tests/store/test_paged.py
+
+$(VLLM)/.installed: constraints/vllm/requirements.txt pyproject.toml CMakeLists.txt $(wildcard cpp/*)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+	PIP_CONSTRAINT=constraints.txt $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
 
 # forged files of every form, loaded and used (half an hour)
 fuzz: $(TOOLS)

@@ -10,7 +10,20 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "src" / "narrowkv"
 FOUNDATION = {"_kernels", "_version", "defaults", "errors", "files", "hub", "tensor_file"}
 CORE = ["codec", "methods", "store", "attention", "calibration"]
-FLOORS = ["foundation", *CORE, "vllm", "integrations", "evaluate", "training", "exports", "plan", "report", "serve", "cli", "top"]
+FLOORS = [
+    "foundation",
+    *CORE,
+    "vllm",
+    "integrations",
+    "evaluate",
+    "training",
+    "exports",
+    "plan",
+    "report",
+    "serve",
+    "cli",
+    "top",
+]
 MOST_LINES = 350
 FACTORIES = {"empty", "zeros", "ones", "full", "tensor", "arange", "linspace", "eye", "rand", "randn", "randint", "randperm"}
 

@@ -1,5 +1,7 @@
 """Pages of an engine's memory: what is read back, and attention over them, against the naive reference."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tests.stream_cases import ROPES, quantizer
@@ -196,3 +198,16 @@ def test_queries_of_16_bits_are_multiplied_in_int16():
     inputs, first = inputs_of(own, 150, 1, dtype=torch.bfloat16)
     prepared = paged._prepare(inputs, PagedSequence(own, torch.tensor(tables[0]), first), None)
     assert prepared.kernel == (STREAM_KERNELS or cpu.KERNELS)[0]
+
+
+@pytest.mark.parametrize("window", [None, 90])
+@pytest.mark.parametrize("queries", [1, 4, 40])
+def test_new_tokens_can_be_read_in_pages_too(queries, window):
+    own, tables = filled([150])
+    inputs, first = inputs_of(own, 150 - queries, queries, window=window)
+    at = torch.arange(first, 150)[None]
+    inputs = replace(inputs, past=150, new=None, rope_state=at)
+    sequence = PagedSequence(own, torch.tensor(tables[0]), first)
+    torch.testing.assert_close(
+        paged.attend_each([(inputs, sequence)])[0], naive.attend(inputs, sequence), atol=1e-5, rtol=1e-5
+    )

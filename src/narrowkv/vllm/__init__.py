@@ -4,3 +4,4 @@ It does nothing unless the variable NARROWKV_VLLM_CALIBRATION names a calibratio
 """
 
 VARIABLE = "NARROWKV_VLLM_CALIBRATION"
+STRICT = "NARROWKV_VLLM_STRICT"  # 1: new tokens see each other in packed form too, so that answers do not depend on chunks

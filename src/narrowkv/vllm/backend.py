@@ -1,10 +1,11 @@
 """vLLM's attention on a CPU over packed pages.
 
 A page of vLLM's is a block of 128 tokens, for which vLLM allocates as many bytes as `PageLayout` takes; so its own counts of
-blocks, tokens and usage are those of packed pages. What new tokens see of each other is exact, also in a chunk of a prompt;
-all before them is read in pages.
+blocks, tokens and usage are those of packed pages. What new tokens see of each other is exact, also in a chunk of a prompt,
+unless it is to be strict; all before them is read in pages.
 """
 
+import os
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -29,6 +30,7 @@ from narrowkv.attention.cpu import paged
 from narrowkv.codec.scheme_parts import BLOCK
 from narrowkv.errors import UnsupportedModelError
 from narrowkv.store.paged import PAGE, PagedLayer, PagedSequence, PageLayout, RunGroup, run_groups
+from narrowkv.vllm import STRICT
 from narrowkv.vllm.tables import Pair, calibration, quantizers, require_model, require_plain, rope_of
 
 logger = init_logger(f"vllm.{__name__}")
@@ -149,6 +151,7 @@ class PackedAttention(CPUAttentionBackendImpl):
                 "--kv-cache-dtype-skip-layers": bool(config.cache_config.kv_cache_dtype_skip_layers),
             }
         )
+        self._strict = os.environ.get(STRICT) == "1"
         self._pages: PagedLayer | None = None
         self._tables: tuple[Pair, Rope | None] | None = None
 
@@ -175,13 +178,16 @@ class PackedAttention(CPUAttentionBackendImpl):
         if not isinstance(attn_metadata, PackedMetadata):  # vLLM warms up
             return output
         pages = self._paged(pair, rope, kv_cache, key.dtype)
+        if self._strict:
+            pages.append(list(attn_metadata.groups), key, value)
         parts = []
         for start, stop, length, table in self._sequences(attn_metadata):
             own = (part[start:stop].transpose(0, 1)[None] for part in (query, key, value))
             parts.append(self._inputs(pages, *own, length=length, table=table))
         for (start, stop, _, _), found in zip(self._sequences(attn_metadata), paged.attend_each(parts), strict=True):
             output[start:stop] = found[0].transpose(0, 1)
-        pages.append(list(attn_metadata.groups), key, value)
+        if not self._strict:
+            pages.append(list(attn_metadata.groups), key, value)
         return output
 
     def _sequences(self, metadata: PackedMetadata) -> list[tuple[int, int, int, Tensor]]:
@@ -193,14 +199,14 @@ class PackedAttention(CPUAttentionBackendImpl):
     def _inputs(
         self, pages: PagedLayer, query: Tensor, key: Tensor, value: Tensor, *, length: int, table: Tensor
     ) -> tuple[AttentionInputs, PagedSequence]:
-        past = length - query.shape[2]
+        past = length if self._strict else length - query.shape[2]
         window = self.sliding_window if self.sliding_window > 0 else None
-        first = 0 if window is None else max(past + 1 - window, 0) // BLOCK * BLOCK
+        first = 0 if window is None else max(length - query.shape[2] + 1 - window, 0) // BLOCK * BLOCK
         rope = pages.rope
         inputs = AttentionInputs(
             query=query,
             past=past,
-            new=(key, value),
+            new=None if self._strict else (key, value),
             rope=rope if isinstance(rope, Rope) else None,
             rope_state=torch.arange(first, past, dtype=torch.int64, device="cpu")[None],
             mask=AttentionMask(sliding_window=window),

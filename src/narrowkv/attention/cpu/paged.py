@@ -88,7 +88,7 @@ def _side(layer: PagedLayer, streams: _kernels.Streams) -> tuple[_kernels.Packed
 def attend_each(parts: Sequence[tuple[AttentionInputs, PagedSequence]], kernel: str | None = None) -> list[Tensor]:
     """Attention of sequences of one layer; results like those of `naive.attend`.
 
-    Queries have rotated keys and values of their own in `new`; what is before them is read in pages. kernel: like that of
+    Queries may have rotated keys and values of their own in `new`; what is before them is read in pages. kernel: like that of
     `decode.attend`. More than 16 queries (so prompts are read), and those that nothing precedes, go to `tiled.attend`.
     """
     prepared = [_prepare(inputs, sequence, kernel) for inputs, sequence in parts]
@@ -178,8 +178,9 @@ def _prepare(inputs: AttentionInputs, sequence: PagedSequence, kernel: str | Non
 
 def _exact(inputs: AttentionInputs, sequence: PagedSequence) -> tuple[Tensor, Tensor]:
     """Keys and values that are not read in blocks: the first token's, if it is stored, and new ones."""
-    assert inputs.new is not None
-    pairs = [*([sequence.sink()] if sequence.first == 0 else []), inputs.new]
+    layout = sequence.layer.layout
+    nothing = inputs.query.new_zeros(1, layout.kv_heads, 0, layout.head_dim)
+    pairs = [*([sequence.sink()] if sequence.first == 0 else []), inputs.new or (nothing, nothing)]
     keys, values = (torch.cat([part.float() for part in side], dim=2).contiguous() for side in zip(*pairs, strict=True))
     return keys, values
 
