@@ -1,7 +1,12 @@
 """`narrowkv replay` as a user meets it."""
 
+import os
+import signal
+
 import pytest
 from tests.evaluate.claims import RESULT, write_clone
+
+from narrowkv.evaluate import replay
 
 
 @pytest.fixture
@@ -71,3 +76,19 @@ def test_outside_of_a_clone_one_sentence_says_so(tmp_path, monkeypatch, narrowkv
     monkeypatch.chdir(tmp_path)
     status, out, err = narrowkv("replay", "--all")
     assert status == 1 and not out and "is in no clone of NarrowKV" in err and "Traceback" not in err
+
+
+def test_a_signal_ends_the_command_too(clone, narrowkv, monkeypatch):
+    ended = []
+
+    def run(*given):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        finally:
+            ended.append(given)
+
+    monkeypatch.setattr(replay, "execute", run)
+    before = signal.getsignal(signal.SIGTERM)
+    assert narrowkv("replay", "toy")[0] == 128 + signal.SIGTERM and ended
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -1,7 +1,11 @@
 """`narrowkv replay`: the commands behind the figures of the pages run again, and the figures compared."""
 
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -48,14 +52,29 @@ def replay(
     wanted = choose(found, claims, everything)
     runs = Replay(found, folder or found.root / FOLDER, here, models, lambda command: note(f"Running {command}"))
     verdicts = []
-    for claim in wanted:
-        for outcome in runs.outcomes(claim):
-            out.print(line(outcome), highlight=False, markup=False, soft_wrap=True)
-            verdicts.append(outcome.verdict)
+    with ended_with_us():
+        for claim in wanted:
+            for outcome in runs.outcomes(claim):
+                out.print(line(outcome), highlight=False, markup=False, soft_wrap=True)
+                verdicts.append(outcome.verdict)
     counted = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in (OK, DIFFERS, SKIPPED))
     err.print(f"Figures: {counted}.", highlight=False)
     if DIFFERS in verdicts:
         raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def ended_with_us() -> Iterator[None]:
+    """Within, SIGTERM ends the command that runs too."""
+
+    def stop(*_: Any) -> None:
+        sys.exit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def choose(found: "Claims", names: list[str] | None, everything: bool) -> "list[Claim]":
