@@ -16,7 +16,7 @@ SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # the tests that touch transformers
 WITH_TRANSFORMERS := tests/calibration tests/cli tests/evaluate tests/exports tests/integrations tests/methods tests/plan tests/processes \
-  tests/test_readme.py tests/test_start.py
+  tests/test_docs.py tests/test_start.py
 TRANSFORMERS := $(patsubst constraints/%.txt,build/versions/%,$(wildcard constraints/*.txt))
 
 # what reads scales, and what that needs besides
@@ -126,6 +126,7 @@ cross:
 # tables and pictures of README.md and docs from the files of figures in results/
 results: $(TOOLS)
 	PYTHONPATH=. $(BIN)/python tools/write_results.py
+	PYTHONPATH=. $(BIN)/python tools/limits_tables.py
 	PYTHONPATH=. $(BIN)/python tools/write_claims.py
 
 # those files, measured anew; pictures are drawn by `make results`
