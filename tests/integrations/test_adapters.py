@@ -81,3 +81,18 @@ def test_a_calibration_serves_the_model_with_and_without_its_adapter(biased):
     assert PackedCache(biased, calibrate(model, IDS, "nuq3")).get_seq_length() == 0
     with pytest.raises(CalibrationError, match="another model"):  # whose weights are others
         PackedCache(model.merge_and_unload(), calibration)
+
+
+def test_a_calibration_serves_weights_in_few_bits_below_an_adapter(biased):
+    calibration, few = calibrate(biased, IDS, "nuq3"), copy.deepcopy(biased)
+    few.narrowkv_few_bits = True
+    for part in few.model.layers.parameters():  # 4 bits for each row, as QLoRA has them once they are dequantized
+        scale = part.data.abs().amax(-1, keepdim=True).clamp_min(1e-9) / 7
+        part.data = (part.data / scale).round() * scale
+    model = adapted(few)
+    assert PackedCache(model, calibration).get_seq_length() == 0
+    other = adapted(few)
+    for part in other.base_model.model.model.layers.parameters():
+        torch.nn.init.normal_(part)
+    with pytest.raises(CalibrationError, match="another model"):
+        PackedCache(other, calibration)
