@@ -127,6 +127,7 @@ cross:
 results: $(TOOLS)
 	PYTHONPATH=. $(BIN)/python tools/write_results.py
 	PYTHONPATH=. $(BIN)/python tools/limits_tables.py
+	$(BIN)/python tools/leaderboard.py
 	PYTHONPATH=. $(BIN)/python tools/write_claims.py
 
 # those files, measured anew; pictures are drawn by `make results`
