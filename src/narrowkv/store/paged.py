@@ -6,6 +6,7 @@ tokens written again (rejected drafts) replace what was there. A page means the 
 sequences, and copy it as bytes.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -106,7 +107,10 @@ class RunGroup:
     """Runs that are encoded in one call: of as many tokens from the same offset on, or of one token each at any offset."""
 
     runs: list[Run]
-    rows: Tensor  # [runs, tokens] int64, which new token each is
+    pages: Tensor  # [runs] int64
+    blocks: Tensor  # the same, of the page
+    offsets: Tensor  # [runs, tokens] int64, in the block
+    rows: Tensor  # the same, which new token each is
     positions: Tensor  # the same, in the sequence
     sinks: Tensor | None  # [runs, tokens] bool, which are the first of their sequence; None where none is
 
@@ -139,12 +143,13 @@ def run_groups(starts: list[int], lengths: list[int], tables: list[list[int]]) -
 
 def _group(runs: list[Run]) -> RunGroup:
     steps = torch.arange(runs[0].tokens, dtype=torch.int64, device="cpu")
-    rows, positions = (
-        torch.tensor(first, dtype=torch.int64, device="cpu")[:, None] + steps
-        for first in ([run.start for run in runs], [run.position for run in runs])
+    columns = [(run.page, run.block, run.first, run.start, run.position) for run in runs]
+    pages, blocks, first, start, position = torch.tensor(columns, dtype=torch.int64, device="cpu").T
+    sinks = [run for run in runs if run.position == 0]
+    positions = position[:, None] + steps
+    return RunGroup(
+        runs, pages, blocks, first[:, None] + steps, start[:, None] + steps, positions, positions == 0 if sinks else None
     )
-    sinks = positions == 0
-    return RunGroup(runs, rows, positions, sinks if bool(sinks.any()) else None)
 
 
 class PagedLayer:
@@ -168,6 +173,7 @@ class PagedLayer:
                 f"A page of {PAGE} tokens takes {self.layout.nbytes} bytes, and the engine's has {memory.shape[1]}; "
                 "calibrate with equal layers."
             )
+        self.sides = tuple(_SideViews(memory, self.layout, side) for side in self.layout.sides)
 
     def append(self, groups: list[RunGroup], keys: Tensor, values: Tensor) -> None:
         """Encode new tokens [tokens, kv_heads, head_dim], keys rotated, into their pages; raises ActivationError on NaN."""
@@ -201,48 +207,26 @@ class PagedLayer:
 
     def _encode(self, side: int, group: RunGroup, x: Tensor) -> None:
         """x: [runs, kv_heads, tokens, head_dim] float32."""
-        quantizer, layout = self.quantizers[side], self.layout.sides[side]
-        blocks = [_BlockSide(self._block(run), layout, self.layout.kv_heads) for run in group.runs]
-        for block, run in zip(blocks, group.runs, strict=True):
-            block.crop(run.first)
+        quantizer, views = self.quantizers[side], self.sides[side]
+        views.crop(group)
         batch, heads, tokens, dim = x.shape
         buffer = EncodeBuffer(quantizer.scheme, batch, heads, group.first + tokens, dim, like=x)
-        _count_earlier(buffer, blocks)
-        earlier = buffer.outliers
+        earlier = _count_earlier(buffer, views, group)
         buffer.outliers = quantizer.encode_into(buffer, group.first, x, group.sinks)
-        for row, (block, run) in enumerate(zip(blocks, group.runs, strict=True)):
-            block.put_streams(run.first, buffer.codes[row, :, group.first :])
+        views.put_streams(group, buffer.codes[:, :, group.first :])
         if buffer.outliers > earlier:
-            self._put_outliers(group, blocks, buffer, earlier)
-
-    def _put_outliers(self, group: RunGroup, blocks: list["_BlockSide"], buffer: EncodeBuffer, earlier: int) -> None:
-        encoded = buffer.encoded()
-        assert encoded.outlier_index is not None and encoded.outlier_values is not None
-        index, order = encoded.outlier_index[earlier:].sort()
-        values = encoded.outlier_values[earlier:][order]
-        row, head, token, coefficient = torch.unravel_index(index, encoded.outlier_shape)
-        for i, (block, run) in enumerate(zip(blocks, group.runs, strict=True)):
-            own = row == i
-            if bool(own.any()):
-                at = (token[own] - group.first + run.first) * block.layout.coefficients + coefficient[own]
-                block.add_outliers(head[own], at, values[own])
-
-    def _block(self, run: Run) -> Tensor:
-        start = run.block * self.layout.block_bytes
-        return self.memory[run.page, start : start + self.layout.block_bytes]
+            _put_outliers(views, group, buffer, earlier)
 
     def dequantize(self, pages: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """The tokens from `start`, where a block begins, to before `stop` of a sequence whose pages are these [n] int64.
 
         Returns keys, not rotated, and values, [1, kv_heads, tokens, head_dim] float32, the first token as it came.
         """
-        first, last = start // BLOCK, -(-stop // BLOCK)
-        size = self.layout.block_bytes
-        own = self.memory[pages[first // BLOCKS : -(-last // BLOCKS)], : BLOCKS * size].reshape(-1, size)
-        own = own[first % BLOCKS :][: last - first].contiguous()
+        blocks = torch.arange(start // BLOCK, -(-stop // BLOCK), dtype=torch.int64, device="cpu")
+        where = (pages[blocks // BLOCKS], blocks % BLOCKS)
         found = [
-            quantizer.dequantize(_quantized(own, layout, self.layout.kv_heads)).transpose(0, 1).flatten(1, 2)[None]
-            for quantizer, layout in zip(self.quantizers, self.layout.sides, strict=True)
+            quantizer.dequantize(views.take(*where)).transpose(0, 1).flatten(1, 2)[None]
+            for quantizer, views in zip(self.quantizers, self.sides, strict=True)
         ]
         keys, values = (part[:, :, : stop - start].contiguous() for part in found)
         if start == 0:
@@ -268,75 +252,105 @@ class PagedSequence:
         return self.layer.dequantize(self.pages, self.first, stop)
 
     def sink(self) -> tuple[Tensor, Tensor]:
-        """The first token's key, rotated, and its value: [1, kv_heads, 1, head_dim] float32 each."""
-        key, value = self.layer._sink(int(self.pages[0])).float()[:, None, :, None]
+        """The first token's key, rotated, and its value, where they lie: [1, kv_heads, 1, head_dim] each."""
+        key, value = self.layer._sink(int(self.pages[0]))[:, None, :, None]
         return key, value
 
 
-class _BlockSide:
-    """The keys, or the values, of a block in a page. block: [bytes] uint8, of which all here are views."""
+class _SideViews:
+    """The keys, or the values, of all blocks, as views of the pages [pages, 2, ...]: `SideLayout` says of what."""
 
-    def __init__(self, block: Tensor, layout: SideLayout, kv_heads: int):
-        self.layout = layout
-        self.streams = block[layout.streams : layout.offsets].view(kv_heads, layout.stream_bytes, BLOCK)
-        self.offsets = block[layout.offsets : layout.values].view(torch.int32)
-        self.values = block[layout.values : layout.index].view(torch.float16)
-        self.index = block[layout.index : layout.index + 2 * kv_heads * layout.budget].view(torch.int16)
+    def __init__(self, memory: Tensor, page: PageLayout, side: SideLayout):
+        def view(offset: int, dtype: torch.dtype, *shape: int) -> Tensor:
+            size = dtype.itemsize
+            strides = [*(math.prod(shape[i + 1 :]) for i in range(len(shape)))]
+            start = (memory.storage_offset() + offset) // size
+            shape = (len(memory), BLOCKS, *shape)
+            strides = [memory.stride(0) // size, page.block_bytes // size, *strides]
+            return torch.empty(0, dtype=dtype, device="cpu").set_(memory.untyped_storage(), start, shape, strides)
 
-    def put_streams(self, first: int, codes: Tensor) -> None:
-        """codes: [kv_heads, tokens, bytes]."""
-        self.streams[:, :, first : first + codes.shape[1]] = codes.transpose(1, 2)
+        heads = page.kv_heads
+        self.coefficients, self.budget = side.coefficients, side.budget
+        self.streams = view(side.streams, torch.uint8, heads, side.stream_bytes, BLOCK)
+        self.offsets = view(side.offsets, torch.int32, heads + 1)
+        self.values = view(side.values, torch.float16, heads * side.budget)
+        self.index = view(side.index, torch.int16, heads * side.budget)
 
-    def outliers(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Heads [n] int64, indices in the head int64, and values of the outliers, in their order."""
-        stored = int(self.offsets[-1])
-        heads = torch.arange(len(self.offsets) - 1, dtype=torch.int64, device="cpu").repeat_interleave(self.offsets.diff())
-        return heads, self.index[:stored].long() & 0xFFFF, self.values[:stored]
+    def put_streams(self, group: RunGroup, codes: Tensor) -> None:
+        """codes: [runs, kv_heads, tokens, bytes]."""
+        pages, blocks = group.pages[:, None], group.blocks[:, None]
+        self.streams[pages, blocks, :, :, group.offsets] = codes.transpose(1, 2)
 
-    def crop(self, first: int) -> None:
-        """Remove the outliers of the token `first` and later ones; of a new block all."""
-        if first == 0:
-            self.offsets.zero_()
+    def crop(self, group: RunGroup) -> None:
+        """Remove the outliers of tokens that are written again, and of later ones; of new blocks all."""
+        first = group.offsets[:, 0]
+        stored = self.offsets[group.pages, group.blocks]
+        stored[first == 0] = 0
+        self.offsets[group.pages, group.blocks] = stored
+        if not self.budget or not bool(stored[:, -1].any()):
             return
-        heads, index, values = self.outliers()
-        keep = index < first * self.layout.coefficients
-        if not bool(keep.all()):
-            self._write(heads[keep], index[keep], values[keep])
+        index = self.index[group.pages, group.blocks].int() & 0xFFFF
+        counted = torch.arange(index.shape[1], dtype=torch.int32, device="cpu") < stored[:, -1:]
+        for row in (counted & (index >= first[:, None] * self.coefficients)).any(1).nonzero()[:, 0].tolist():
+            at = (int(group.pages[row]), int(group.blocks[row]))
+            heads, kept, values = self.outliers(*at)
+            keep = kept < int(first[row]) * self.coefficients
+            self._write(at, heads[keep], kept[keep], values[keep])
 
-    def add_outliers(self, heads: Tensor, index: Tensor, values: Tensor) -> None:
+    def outliers(self, page: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Heads [n] int64, indices in the head int64, and values of a block's outliers, in their order."""
+        offsets = self.offsets[page, block]
+        stored = int(offsets[-1])
+        heads = torch.arange(len(offsets) - 1, dtype=torch.int64, device="cpu").repeat_interleave(offsets.diff())
+        return heads, self.index[page, block, :stored].long() & 0xFFFF, self.values[page, block, :stored].clone()
+
+    def add_outliers(self, page: int, block: int, heads: Tensor, index: Tensor, values: Tensor) -> None:
         """Add some of later tokens than those there."""
-        parts = zip(self.outliers(), (heads, index, values), strict=True)
+        parts = zip(self.outliers(page, block), (heads, index, values), strict=True)
         heads, index, values = (torch.cat(both) for both in parts)
         order = heads.argsort(stable=True)
-        self._write(heads[order], index[order], values[order])
+        self._write((page, block), heads[order], index[order], values[order])
 
-    def _write(self, heads: Tensor, index: Tensor, values: Tensor) -> None:
-        count = len(heads)
-        self.index[:count], self.values[:count] = index.short(), values.clone()
-        counts = torch.bincount(heads, minlength=len(self.offsets) - 1)
-        self.offsets[1:] = counts.cumsum(0)
+    def _write(self, at: tuple[int, int], heads: Tensor, index: Tensor, values: Tensor) -> None:
+        self.index[at][: len(heads)], self.values[at][: len(heads)] = index.short(), values
+        self.offsets[at][1:] = torch.bincount(heads, minlength=self.offsets.shape[2] - 1).cumsum(0)
+
+    def take(self, pages: Tensor, blocks: Tensor) -> QuantizedTensor:
+        """Blocks as codes [n, kv_heads, 64, bytes of a stream]. pages, blocks: [n] int64."""
+        codes = self.streams[pages, blocks].transpose(2, 3).contiguous()
+        if not self.budget:
+            return QuantizedTensor(codes)
+        heads, size = codes.shape[1], BLOCK * self.coefficients
+        offsets, index = self.offsets[pages, blocks], self.index[pages, blocks].long() & 0xFFFF
+        counted = torch.arange(index.shape[1], dtype=torch.int32, device="cpu") < offsets[:, -1:]
+        which = torch.arange(len(pages) * heads, dtype=torch.int64, device="cpu").repeat_interleave(offsets.diff().flatten())
+        return QuantizedTensor(
+            codes, {}, which * size + index[counted], self.values[pages, blocks][counted], self.coefficients
+        )
 
 
-def _count_earlier(buffer: EncodeBuffer, blocks: list[_BlockSide]) -> None:
-    """Let the encoder know how many outliers each head of each block has, wherever they are."""
+def _count_earlier(buffer: EncodeBuffer, views: _SideViews, group: RunGroup) -> int:
+    """Let the encoder know how many outliers each head of each block has, wherever they are; returns how many."""
     if buffer.outlier_index is None:
-        return
-    counts = torch.stack([block.offsets for block in blocks]).diff(dim=1).flatten()
+        return 0
+    counts = views.offsets[group.pages, group.blocks].diff(dim=1).flatten()
     total = int(counts.sum())
     buffer.reserve(total + len(counts))
     heads = torch.arange(len(counts), dtype=torch.int64, device="cpu").repeat_interleave(counts)
-    buffer.outlier_index[:total] = heads * (buffer.tokens * blocks[0].layout.coefficients)
+    buffer.outlier_index[:total] = heads * (buffer.tokens * views.coefficients)
     buffer.outliers = total
+    return total
 
 
-def _quantized(blocks: Tensor, layout: SideLayout, kv_heads: int) -> QuantizedTensor:
-    """Blocks [n, bytes] uint8 as codes [n, kv_heads, 64, bytes of a stream]."""
-    count = len(blocks)
-    streams = blocks[:, layout.streams : layout.offsets].reshape(count, kv_heads, layout.stream_bytes, BLOCK)
-    codes = streams.transpose(2, 3).contiguous()
-    if not layout.budget:
-        return QuantizedTensor(codes)
-    sides = [_BlockSide(block, layout, kv_heads).outliers() for block in blocks]
-    size = BLOCK * layout.coefficients
-    index = torch.cat([(i * kv_heads + heads) * size + index for i, (heads, index, _) in enumerate(sides)])
-    return QuantizedTensor(codes, {}, index, torch.cat([values for _, _, values in sides]), layout.coefficients)
+def _put_outliers(views: _SideViews, group: RunGroup, buffer: EncodeBuffer, earlier: int) -> None:
+    """Move the outliers that the encoder found to the blocks."""
+    encoded = buffer.encoded()
+    assert encoded.outlier_index is not None and encoded.outlier_values is not None
+    index, order = encoded.outlier_index[earlier:].sort()
+    values = encoded.outlier_values[earlier:][order]
+    rows, heads, tokens, coefficients = torch.unravel_index(index, encoded.outlier_shape)
+    at = group.offsets[rows, tokens - group.first] * views.coefficients + coefficients
+    for row, own in zip(*(part.tolist() for part in rows.unique_consecutive(return_counts=True)), strict=True):
+        run, start = group.runs[row], int((rows < row).sum())
+        part = slice(start, start + own)
+        views.add_outliers(run.page, run.block, heads[part], at[part], values[part])

@@ -208,7 +208,7 @@ class PackedAttention(CPUAttentionBackendImpl):
             past=past,
             new=None if self._strict else (key, value),
             rope=rope if isinstance(rope, Rope) else None,
-            rope_state=torch.arange(first, past, dtype=torch.int64, device="cpu")[None],
+            rope_state=None if rope is None else paged.counting_to(length).positions[None, first:past],
             mask=AttentionMask(sliding_window=window),
             scaling=self.scale,
             softcap=self.logits_soft_cap or None,

@@ -11,13 +11,21 @@ from torch import Tensor
 
 import narrowkv._kernels as _kernels
 from narrowkv.attention import tiled
-from narrowkv.attention.cpu.decode import KERNELS, LONGEST_SPLIT, MOST_HEAD_DIM, SHORTEST_SPLIT, SPLITS, allows_int16
+from narrowkv.attention.cpu.decode import (
+    KERNELS,
+    LONGEST_SPLIT,
+    MOST_HEAD_DIM,
+    SHORTEST_SPLIT,
+    SPLITS,
+    ExactTokens,
+    Prepared,
+    allows_int16,
+)
 from narrowkv.attention.cpu.int16 import STREAM_KERNELS
 from narrowkv.attention.cpu.streams import StreamValues, key_streams
 from narrowkv.attention.cpu.tables import compiled, rope_tables
 from narrowkv.attention.inputs import AttentionInputs
 from narrowkv.attention.rope import Rope
-from narrowkv.codec.frames import FRAME
 from narrowkv.codec.memory import address
 from narrowkv.store import BLOCK
 from narrowkv.store.paged import BLOCKS, PagedLayer, PagedSequence
@@ -38,7 +46,7 @@ class PagedTables:
 
     def tensors(self) -> list[Tensor]:
         """All stored tensors."""
-        return [self.parts, *self.tables]
+        return [self.parts, *self.values.matrix.tensors(), *self.tables]
 
     @classmethod
     def of(cls, layer: PagedLayer) -> "PagedTables":
@@ -99,90 +107,59 @@ def attend_each(parts: Sequence[tuple[AttentionInputs, PagedSequence]], kernel: 
     for name, some in problems.items():
         _kernels.attend(kernel=name, threads=torch.get_num_threads(), problems=some)
     return [
-        tiled.attend(inputs, sequence) if one is None else one.result()
+        tiled.attend(inputs, sequence) if one is None else one.output
         for one, (inputs, sequence) in zip(prepared, parts, strict=True)
     ]
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A call of the kernel, and what it points into. output, totals: as `decode.Prepared` has them."""
-
-    kernel: str
-    problem: _kernels.Problem
-    output: Tensor
-    totals: Tensor
-    values: StreamValues
-    tensors: list[Tensor | None]
-
-    def result(self) -> Tensor:
-        """Attention, once the kernel has run."""
-        return self.values.sums.channels(self.output[0], self.totals) + self.output[1]
-
-
 def _prepare(inputs: AttentionInputs, sequence: PagedSequence, kernel: str | None) -> Prepared | None:
-    query, first = inputs.query, sequence.first
+    query, first, layer = inputs.query, sequence.first, sequence.layer
     tokens, head_dim = inputs.past - first, query.shape[3]
     if tokens <= 0 or inputs.queries > tiled.FEW_QUERIES or query.dtype == torch.float64 or head_dim > MOST_HEAD_DIM:
         return None
-    layer = sequence.layer
-    tables, layout = PagedTables.of(layer), layer.layout
+    tables, heads = PagedTables.of(layer), layer.layout.kv_heads
     if kernel is None:
         kernel = tables.kernels[0] if allows_int16(query.dtype) and tables.kernels else KERNELS[0]
     query = query.float().contiguous()
-    keys, values = _exact(inputs, sequence)
-    hidden = _hidden(inputs, sequence)
-    table = _table(sequence, tables, inputs.past)
-    output, totals = query.new_empty(2, *query.shape), query.new_empty(query.shape[:3])
-    assert layer.rope is None or isinstance(layer.rope, Rope)
-    angles = rope_tables(layer.rope, None if layer.rope is None else _anchors(inputs.past)[None, first : inputs.past], 1)
-    positions, starts = angles.positions, _starts(len(table))
-    sink_index = torch.zeros(1, 1, dtype=torch.int64, device="cpu") if first == 0 else None
+    output, hidden, table = torch.empty_like(query), _hidden(inputs, sequence), _table(sequence, tables, inputs.past)
+    exact = [ExactTokens.of(*pair) for pair in (sequence.sink() if first == 0 else None, inputs.new) if pair]
+    rope, counting = rope_tables(inputs.rope, inputs.rope_state, 1), counting_to(inputs.past)
     sink_logits = None if inputs.sink_logits is None else inputs.sink_logits.float().contiguous()
     problem = _kernels.Problem(
         keys=tables.sides[0],
         values=tables.sides[1],
-        rotation=angles.rotation,
-        chunk=min(max(len(table) * layout.kv_heads // SPLITS, SHORTEST_SPLIT), LONGEST_SPLIT) // 4 * 4,
-        shape=[1, query.shape[1], layout.kv_heads, inputs.queries, head_dim],
+        rotation=rope.rotation,
+        chunk=min(max(len(table) * heads // SPLITS, SHORTEST_SPLIT), LONGEST_SPLIT) // 4 * 4,
+        shape=[1, query.shape[1], heads, inputs.queries, head_dim],
         blocks=len(table),
         tokens=tokens,
         tail=0,
-        dense=keys.shape[2],
+        stored=tokens,
         output=address(output, torch.float32),
-        totals=address(totals, torch.float32),
         packed_query=address(query, torch.float32),
-        dense_query=address(query, torch.float32),
-        dense_keys=address(keys, torch.float32, shape=(1, layout.kv_heads, keys.shape[2], head_dim)),
-        dense_values=address(values, torch.float32, shape=keys.shape),
+        exact_query=address(query, torch.float32),
+        exact=[part.place() for part in exact],
         keys_tail=NOTHING,
         values_tail=NOTHING,
-        positions=0 if positions is None else address(positions[0], torch.int32),
-        position_stride=0 if positions is None else positions.stride(0),
-        angles=0,
+        positions=rope.positions,
+        position_stride=rope.position_stride,
+        angles=address(rope.angles, torch.float32),
         table=address(table, torch.int64),
-        starts=address(starts, torch.int64),
+        starts=address(counting.starts, torch.int64),
         hidden=address(hidden, torch.bool),
         hidden_batch=0 if hidden is None else 1,
-        sink_index=address(sink_index, torch.int64),
-        sinks=0 if sink_index is None else 1,
+        sink_index=address(counting.sink, torch.int64),
+        sinks=1 if first == 0 else 0,
         sink_logits=address(sink_logits, torch.float32, shape=[query.shape[1]]),
         key_offsets=0,
         value_bias=0,
+        value_matrix=address(tables.values.matrix.matrix, torch.float32),
+        value_mean=address(tables.values.matrix.mean, torch.float32),
+        value_rows=tables.values.matrix.rows,
         scaling=inputs.scaling,
         softcap=inputs.softcap or 0.0,
     )
-    used = [query, keys, values, hidden, table, positions, starts, sink_index, sink_logits]
-    return Prepared(kernel, problem, output, totals, tables.values, used)
-
-
-def _exact(inputs: AttentionInputs, sequence: PagedSequence) -> tuple[Tensor, Tensor]:
-    """Keys and values that are not read in blocks: the first token's, if it is stored, and new ones."""
-    layout = sequence.layer.layout
-    nothing = inputs.query.new_zeros(1, layout.kv_heads, 0, layout.head_dim)
-    pairs = [*([sequence.sink()] if sequence.first == 0 else []), inputs.new or (nothing, nothing)]
-    keys, values = (torch.cat([part.float() for part in side], dim=2).contiguous() for side in zip(*pairs, strict=True))
-    return keys, values
+    return Prepared(kernel, problem, output, [query, exact, hidden, table, rope, counting, sink_logits, tables])
 
 
 def _hidden(inputs: AttentionInputs, sequence: PagedSequence) -> Tensor | None:
@@ -211,33 +188,27 @@ def _table(sequence: PagedSequence, tables: PagedTables, past: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Counting:
-    """Rows that all sequences share. anchors: [n] int32, by `steps_to_anchors` where positions follow each other from 0.
-    starts: [n] int64, the first token of each block.
+    """Rows that all sequences share, [n] each. positions: int32, from 0 on. starts: int64, the first token of each block.
+    sink: [1, 1] int64, the first token.
     """
 
-    anchors: Tensor
+    positions: Tensor
     starts: Tensor
+    sink: Tensor
 
     def tensors(self) -> list[Tensor]:
         """All stored tensors."""
-        return [self.anchors, self.starts]
+        return [self.positions, self.starts, self.sink]
 
 
 _plans = Plans()
 
 
-def _counting(tokens: int) -> Counting:
+def counting_to(tokens: int) -> Counting:
+    """For sequences of up to this many tokens."""
     known = _plans.get(Counting)
-    if known is None or tokens > len(known.anchors):
+    if known is None or tokens > len(known.positions):
         every = torch.arange(2 * tokens, dtype=torch.int32, device="cpu")
         starts = torch.arange(2 * tokens // BLOCK + 2, dtype=torch.int64, device="cpu") * BLOCK
-        known = _plans.put(Counting(every + FRAME - every % FRAME, starts))
+        known = _plans.put(Counting(every, starts, torch.zeros(1, 1, dtype=torch.int64, device="cpu")))
     return known
-
-
-def _anchors(tokens: int) -> Tensor:
-    return _counting(tokens).anchors
-
-
-def _starts(blocks: int) -> Tensor:
-    return _counting(blocks * BLOCK).starts[: blocks + 1]
