@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from narrowkv import Calibration, PackedCache, calibrate, get_recipe, tensor_file
+from narrowkv import Calibration, PackedCache, __version__, calibrate, get_recipe, tensor_file
 from narrowkv.calibration.calibration import FILE
 from narrowkv.errors import CalibrationError, FileFormatError, OutputError
 
@@ -33,7 +33,7 @@ def test_saving_and_loading_is_bit_exact(calibration, model, tmp_path):
     assert loaded != dataclasses.replace(calibration, shapes={})
     assert loaded.recipe == calibration.recipe
     assert loaded.fingerprint == calibration.fingerprint
-    assert loaded.provenance == calibration.provenance == {"narrowkv": "0.1.0", "sequences": 4, "tokens": 256}
+    assert loaded.provenance == calibration.provenance == {"narrowkv": __version__, "sequences": 4, "tokens": 256}
     for ours, theirs in zip(loaded.layers.values(), calibration.layers.values(), strict=True):
         for mine, other in zip(ours, theirs, strict=True):
             assert mine.scheme == other.scheme

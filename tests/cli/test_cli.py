@@ -13,6 +13,7 @@ from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
 from narrowkv import Calibration
+from narrowkv import __version__ as VERSION
 
 
 @pytest.fixture
@@ -45,8 +46,8 @@ def test_recipes(narrowkv, tmp_path):
 def test_env(narrowkv, tmp_path):
     status, out, _ = narrowkv("env", "--json", tmp_path / "env.json")
     assert status == 0 and "transformers" in out
-    assert json.loads((tmp_path / "env.json").read_text())["narrowkv"] == "0.1.0"
-    assert narrowkv("--version")[1].strip() == "0.1.0"
+    assert json.loads((tmp_path / "env.json").read_text())["narrowkv"] == VERSION
+    assert narrowkv("--version")[1].strip() == VERSION
 
 
 @pytest.mark.parametrize("model", ["stories260K", "babyllama-tok105"])
