@@ -28,7 +28,8 @@ from narrowkv.integrations.hold import PREFIX, SERVED, hold_of, plain_name
 from narrowkv.integrations.masks import LazyMask, lazy_mask
 from narrowkv.integrations.probe import identity
 
-KNOWN_TENSORS = ("position_ids", "s_aux", "cache_position")  # the last is of transformers 4, and ignored as models ignore it
+# cache_position is of transformers 4, num_items_in_batch a Trainer's for the loss; both are ignored as models ignore them
+KNOWN_TENSORS = ("position_ids", "s_aux", "cache_position", "num_items_in_batch")
 GIVEN_TENSORS = {"hidden_states", "attention_mask", "past_key_values", "cache", "position_embeddings", *KNOWN_TENSORS}
 TWO_DIMENSIONS = "The packed cache takes attention masks of 2 dimensions only (1 for tokens, 0 for padding); pass one or none."
 ANOTHER_MODEL = "This cache was made for another model; make one: PackedCache(model, source)."
