@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/accuracy.md", "docs/planner.md", "docs/results.md")
+PAGES = ("README.md", "docs/accuracy.md", "docs/planner.md", "docs/results.md", "docs/training.md")
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def writer(monkeypatch, tmp_path):
 
 def test_pages_are_up_to_date(writer, tmp_path):
     measured = writer.MEASURED
-    for write in ("real", "summary", "accuracy", "measured", "demo", "plan"):
+    for write in ("real", "summary", "accuracy", "measured", "demo", "plan", "training"):
         getattr(writer, f"write_{write}")()
     assert measured.read_text() == (ROOT / "src" / "narrowkv" / "methods" / "measured.json").read_text()
     for page in PAGES:

@@ -286,6 +286,34 @@ def write_plan() -> None:
     save(section.plots[0].figure, DOCS / "planner.svg")
 
 
+def write_training() -> None:
+    """The table of docs/training.md: what adapters gain, and what they cost."""
+    columns = [
+        "model",
+        "recipe",
+        "text",
+        "KLD",
+        "with adapters",
+        "perplexity",
+        "with adapters",
+        "in 16 bits",
+        "steps",
+        "minutes",
+    ]
+    cells, commands = [], []
+    for path in sorted((RESULTS / "training").glob("*.json")):
+        result = read_result(path, "adapters")
+        for row in result["rows"]:
+            before, after = row["before"], row["after"]
+            change = f"{after['kld']:.4f} ({after['kld'] / before['kld'] - 1:+.0%})"
+            perplexities = [f"{x:.2f}" for x in (before["perplexity"], after["perplexity"], before["perplexity_fp"])]
+            cost = [str(result["settings"]["steps"]), f"{row['seconds'] / 60:.0f}"]
+            names = [row["model"].removeprefix("narrowkv://"), f"`{row['recipe']}`", row["text"]]
+            cells.append([*names, f"{before['kld']:.4f}", change, *perplexities, *cost])
+        commands.append(source(result))
+    replace_block(DOCS / "training.md", "adapters", f"{markdown(columns, cells)}\n{' '.join(commands)}\n")
+
+
 if __name__ == "__main__":
     write_real()
     write_summary()
@@ -293,3 +321,4 @@ if __name__ == "__main__":
     write_measured()
     write_demo()
     write_plan()
+    write_training()
