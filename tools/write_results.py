@@ -288,30 +288,36 @@ def write_plan() -> None:
 
 def write_training() -> None:
     """The table of docs/training.md: what adapters gain, and what they cost."""
+    results = [read_result(path, "adapters") for path in sorted((RESULTS / "training").glob("*.json"))]
+    runs = [(row, result["settings"], source(result)) for result in results for row in result["rows"]]
+    runs.sort(key=lambda run: (run[0]["model"], run[0]["recipe"], tokens_trained(run[1])))
     columns = [
         "model",
         "recipe",
-        "text",
         "KLD",
         "with adapters",
         "perplexity",
         "with adapters",
         "in 16 bits",
-        "steps",
+        "rank",
+        "tokens",
         "minutes",
     ]
-    cells, commands = [], []
-    for path in sorted((RESULTS / "training").glob("*.json")):
-        result = read_result(path, "adapters")
-        for row in result["rows"]:
-            before, after = row["before"], row["after"]
-            change = f"{after['kld']:.4f} ({after['kld'] / before['kld'] - 1:+.0%})"
-            perplexities = [f"{x:.2f}" for x in (before["perplexity"], after["perplexity"], before["perplexity_fp"])]
-            cost = [str(result["settings"]["steps"]), f"{row['seconds'] / 60:.0f}"]
-            names = [row["model"].removeprefix("narrowkv://"), f"`{row['recipe']}`", row["text"]]
-            cells.append([*names, f"{before['kld']:.4f}", change, *perplexities, *cost])
-        commands.append(source(result))
-    replace_block(DOCS / "training.md", "adapters", f"{markdown(columns, cells)}\n{' '.join(commands)}\n")
+    cells = []
+    for row, settings, _ in runs:
+        before, after = row["before"], row["after"]
+        change = f"{after['kld']:.4f} ({after['kld'] / before['kld'] - 1:+.0%})"
+        perplexities = [f"{x:.2f}" for x in (before["perplexity"], after["perplexity"], before["perplexity_fp"])]
+        cost = [str(settings["rank"]), f"{tokens_trained(settings):,}", f"{row['seconds'] / 60:.0f}"]
+        name = row["model"].removeprefix("narrowkv://")
+        cells.append([name, f"`{row['recipe']}`", f"{before['kld']:.4f}", change, *perplexities, *cost])
+    commands = "".join(f"- {command}\n" for _, _, command in runs)
+    replace_block(DOCS / "training.md", "adapters", f"{markdown(columns, cells)}\nIn the same order:\n\n{commands}")
+
+
+def tokens_trained(settings: dict[str, Any]) -> int:
+    """How many tokens adapters were trained on, repeats counted."""
+    return int(settings["steps"] * settings["batch"] * settings["window"])
 
 
 if __name__ == "__main__":
