@@ -12,7 +12,8 @@ from narrowkv.attention.cpu import paged
 from narrowkv.attention.cpu.int16 import AVX2_INT16, INT16, STREAM_KERNELS
 from narrowkv.errors import ActivationError, RecipeError
 from narrowkv.store import LayerStore
-from narrowkv.store.paged import PAGE, PagedLayer, PagedSequence, PageLayout, run_groups
+from narrowkv.store.paged import PagedLayer, PagedSequence, PageLayout
+from narrowkv.store.runs import PAGE, run_groups
 
 FORMS = [*cpu.KERNELS, *STREAM_KERNELS]
 WITHIN = {INT16: 2e-3, AVX2_INT16: 2e-3}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import DeepseekV2Config, MistralConfig, MistralForCausalLM
+from transformers import DeepseekV2Config, Gemma3ForCausalLM, Gemma3TextConfig, MistralConfig, MistralForCausalLM
 
 from narrowkv import Calibration, PackedCache, calibrate, load_model
 from narrowkv.evaluate import cut_windows
@@ -153,14 +153,18 @@ def test_another_model_is_refused(changed, tables, tmp_path, demo):
     assert said[changed] in refusal(model=tmp_path, tables=tables)
 
 
-def test_windows_slide_over_packed_pages_as_over_a_packed_cache(demo, tmp_path):
-    """A window of 100 tokens in every layer: pages behind it are vLLM's again."""
+@pytest.mark.parametrize(("config", "kind"), [(MistralConfig, MistralForCausalLM), (Gemma3TextConfig, Gemma3ForCausalLM)])
+def test_windows_slide_over_packed_pages_as_over_a_packed_cache(config, kind, demo, tmp_path):
+    """Pages behind a window of 100 tokens are vLLM's again: in every layer, or in all but the last, of another rotation."""
     shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 64}
-    config = MistralConfig(**shape, num_key_value_heads=2, vocab_size=2048, sliding_window=100, max_position_embeddings=2048)
-    model, tokenizer = MistralForCausalLM(config).eval(), demo[1]
-    for part in (model, tokenizer):
+    more = {"layer_types": [*["sliding_attention"] * 2, "full_attention"]} if config is Gemma3TextConfig else {}
+    tokens = {"vocab_size": 2048, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    model = kind(
+        config(**shape, **more, **tokens, num_key_value_heads=2, sliding_window=100, max_position_embeddings=2048)
+    ).eval()
+    for part in (model, demo[1]):
         part.save_pretrained(tmp_path)
-    assert_scored_as_by_a_packed_cache(model, learned(model, tokenizer, tmp_path / "tables"), tmp_path)
+    assert_scored_as_by_a_packed_cache(model, learned(model, demo[1], tmp_path / "tables"), tmp_path)
 
 
 def test_latent_attention_is_refused(tables, demo, tmp_path):

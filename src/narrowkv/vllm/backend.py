@@ -29,7 +29,8 @@ from narrowkv.attention import AttentionInputs, AttentionMask, Rope
 from narrowkv.attention.cpu import paged
 from narrowkv.codec.scheme_parts import BLOCK
 from narrowkv.errors import UnsupportedModelError
-from narrowkv.store.paged import PAGE, PagedLayer, PagedSequence, PageLayout, RunGroup, run_groups
+from narrowkv.store.paged import PagedLayer, PagedSequence, PageLayout
+from narrowkv.store.runs import PAGE, RunGroup, run_groups
 from narrowkv.vllm import STRICT
 from narrowkv.vllm.tables import Pair, calibration, quantizers, require_model, require_plain, rope_of
 

@@ -28,8 +28,9 @@ from narrowkv.attention.inputs import AttentionInputs
 from narrowkv.attention.rope import Rope
 from narrowkv.codec.memory import address
 from narrowkv.store import BLOCK
-from narrowkv.store.paged import BLOCKS, PagedLayer, PagedSequence
+from narrowkv.store.paged import PagedLayer, PagedSequence
 from narrowkv.store.plans import Plans
+from narrowkv.store.runs import BLOCKS
 
 NOTHING = [0] * 6  # of a tail
 
