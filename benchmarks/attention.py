@@ -3,7 +3,7 @@
 One token of 32 query heads over 8 KV heads of 128 channels, one layer, keys stored before the rotary embedding where the
 recipe does so, tables drawn at random. The peer is the best of three torch forms (sdpa with `enable_gqa`, the query heads of a
 group as rows of sdpa, matmul-softmax-matmul) in the same run: all take turns, and medians are compared. Bandwidth is that of a
-sum over 256 MiB, in the same turns; the share is packed bytes read a second over it. `--plot FILE` draws how time grows.
+sum over 256 MiB, in the same turns; the share is packed bytes read a second over it.
 `--avx2` measures what a processor with AVX2 alone would: our kernel for it, against torch limited to the same, in a process of
 its own, and against torch as this machine runs it.
 """
@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.drawn import HEAD_DIM, KV_HEADS, QUERY_HEADS, attention_inputs, fill
-from benchmarks.running import medians, options, write
+from benchmarks.running import CLOCKS, medians, options, write
 from narrowkv.attention.cpu import decode as cpu
 
-RECIPES = ("nuq4-1%", "nuq3-1%", "nuq2-1%", "kivi-2", "narrow2", "narrow3")
+RECIPES = ("narrow4", "narrow3", "narrow2", "nuq4-1%", "nuq3-1%", "nuq2-1%", "kivi-2")
 BANDWIDTH_BYTES = 2**28
 # each of the libraries that torch computes with looks at its own, once; with the first alone matrices are still those of AMX
 AVX2_ALONE = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
@@ -71,6 +71,7 @@ def measure(
     repeats: int,
     kernel: str | None = None,
     avx2: bool = False,
+    clock: str = "wall",
 ) -> list[dict[str, Any]]:
     """One row for each recipe."""
     torch.set_num_threads(threads)
@@ -80,7 +81,7 @@ def measure(
     steps: dict[str, Callable[[], Any]] = {"read": block.sum, **{name: step for name, (step, _) in made.items()}}
     for forms in peers.values():
         steps.update(forms)
-    found = medians(steps, repeats)
+    found = medians(steps, repeats, CLOCKS[clock])
     bandwidth = BANDWIDTH_BYTES / found["read"]
     best = {kind: min(forms, key=lambda name: found[name]) for kind, forms in peers.items()}
     return [
@@ -102,35 +103,6 @@ def measure(
     ]
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Milliseconds over tokens, a line for each recipe and for torch, a panel for each batch and number of threads."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams["svg.hashsalt"] = "narrowkv"
-    panels = sorted({(row["batch"], row["threads"]) for row in rows})
-    figure, grid = plt.subplots(
-        1, len(panels), figsize=(4.5 * len(panels), 4), layout="constrained", sharey=True, squeeze=False
-    )
-    for axes, panel in zip(grid[0], panels, strict=True):
-        inside = [row for row in rows if (row["batch"], row["threads"]) == panel]
-        lines = {
-            name: [row for row in inside if row["recipe"] == name] for name in dict.fromkeys(row["recipe"] for row in inside)
-        }
-        for name, line in lines.items():
-            axes.loglog([row["tokens"] for row in line], [row["milliseconds"] for row in line], marker="o", label=name)
-        line = next(iter(lines.values()))
-        tokens = [row["tokens"] for row in line]
-        axes.loglog(tokens, [row["milliseconds_bfloat16"] for row in line], "k--", label="torch, bf16")
-        axes.set_title(f"batch {panel[0]}, {panel[1]} threads", fontsize=11)
-        axes.set_xlabel("tokens in the cache")
-    grid[0][0].set_ylabel("attention of one token (ms)")
-    grid[0][-1].legend(fontsize=8)
-    figure.savefig(path, metadata={"Date": None})
-
-
 def limited(arguments: list[str]) -> list[dict[str, Any]]:
     """Rows of a process with these arguments, and their printed lines, in which torch uses AVX2 alone."""
     with tempfile.TemporaryDirectory() as folder:
@@ -148,7 +120,7 @@ def main() -> None:
     parser.add_argument(
         "--kernel", choices=[cpu.INT16, cpu.AVX2_INT16, *cpu.KERNELS], help="in place of the one that would be chosen"
     )
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: for one thread on a machine in use")
     parser.add_argument("--avx2", action="store_true", help="our kernel for AVX2, against torch with AVX2 alone and as it is")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -156,7 +128,8 @@ def main() -> None:
     on_avx2 = limited(sys.argv[1:]) if arguments.avx2 and AVX2_ALONE.items() - os.environ.items() else []
     cases = [(n, batch, threads) for n in arguments.tokens for batch in arguments.batch for threads in arguments.threads]
     for tokens, batch, threads in cases:
-        found = measure(arguments.recipes, tokens, batch, threads, arguments.repeats, arguments.kernel, arguments.avx2)
+        how = (arguments.repeats, arguments.kernel, arguments.avx2, arguments.clock)
+        found = measure(arguments.recipes, tokens, batch, threads, *how)
         rows += found
         for row in found:
             print(
@@ -170,9 +143,9 @@ def main() -> None:
         arguments.json,
         on_avx2 + rows,
         kernel=arguments.kernel or f"as chosen for queries in bf16{' on AVX2' * arguments.avx2}",
+        repeats=arguments.repeats,
+        clock=arguments.clock,
     )
-    if arguments.plot:
-        draw(rows, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from narrowkv import Calibration, PackedCache, get_recipe
 from narrowkv.calibration import Fingerprint
 
 LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY = 4, 2048, 2048, 1024
-RECIPES = ("nuq4-1%", "nuq3-1%", "nuq2-1%", "narrow2", "kivi-2")
+RECIPES = ("narrow4", "narrow3", "narrow2", "nuq4-1%", "nuq2-1%", "kivi-2")
 CHUNK = 4096  # tokens filled in at a time
 QUANTIZED = {  # transformers' own, by name: package and options
     "quanto 4 bits": ("optimum.quanto", {"backend": "quanto", "nbits": 4}),
@@ -132,7 +132,7 @@ def main() -> None:
                 "of it for the cache",
                 flush=True,
             )
-    write(arguments.json, rows, threads=arguments.threads, clock=arguments.clock)
+    write(arguments.json, rows, repeats=arguments.repeats, threads=arguments.threads, clock=arguments.clock)
 
 
 if __name__ == "__main__":

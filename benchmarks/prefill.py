@@ -95,7 +95,7 @@ def main() -> None:
                     f"{row['ratio']:.2f} times torch ({row['milliseconds_torch']:.0f} ms, {row['best_torch']})",
                     flush=True,
                 )
-    write(arguments.json, rows, threads=arguments.threads, clock=arguments.clock)
+    write(arguments.json, rows, repeats=arguments.repeats, threads=arguments.threads, clock=arguments.clock)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
 """What the benchmarks share: options, clocks, steps that take turns, and the file of results."""
 
 import argparse
-import json
 import random
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from narrowkv.evaluate.results import write_result
 
 Clock = Callable[[], float]
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "processor": time.process_time}
@@ -49,7 +52,10 @@ def medians(steps: dict[str, Callable[[], Any]], repeats: int, clock: Clock = ti
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def write(path: Path | None, rows: list[dict[str, Any]], **facts: Any) -> None:
-    """Write rows, and what holds for all of them, to a file, if one is asked for."""
+def write(path: Path | None, rows: list[dict[str, Any]], **settings: Any) -> None:
+    """Write rows, and what holds for all of them, to a file of results, if one is asked for."""
     if path is not None:
-        path.write_text(json.dumps({**facts, "torch": torch.__version__, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+        kind = Path(sys.argv[0]).stem
+        arguments = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]  # not where folders are
+        command = shlex.join(["python", "-m", f"benchmarks.{kind}", *arguments])
+        write_result(path, kind, command, settings, rows)

@@ -9,21 +9,18 @@ request waits behind a long prompt, in chunks.
 
 import argparse
 import copy
-import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.running import CLOCKS, write
 from narrowkv import CacheGroup, Calibration, load_model
 from narrowkv.evaluate.results import processor
 from narrowkv.serve.engine import Engine, Limits
 from narrowkv.serve.sampling import Sampling
 from narrowkv.serve.sequences import Delta, Event, Job
-
-CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 class Run:
@@ -131,7 +128,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="int4")
     parser.add_argument("--calibration")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--clock", choices=CLOCKS, default="cpu", help="cpu: processor seconds, which other load leaves alone")
+    parser.add_argument("--clock", choices=CLOCKS, default="processor", help="processor: seconds that other load leaves alone")
     parser.add_argument("--scale", type=float, default=1.0, help="of all lengths")
     parser.add_argument("--parts", default="rows,requests,turns")
     parser.add_argument("--json", type=Path)
@@ -143,8 +140,13 @@ def main() -> None:
     for name, value in found.items():
         print(f"{name}: {value:.3g}")
     print(f"{processor()}, {torch.get_num_threads()} threads, {arguments.clock} clock, {model.dtype}, {source}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=2), encoding="utf-8")
+    settings = {
+        "model": Path(arguments.model).name,
+        "source": str(source),
+        "dtype": str(model.dtype),
+        "clock": arguments.clock,
+    }
+    write(arguments.json, [{"what": name, "value": value} for name, value in found.items()], **settings)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ from typing import Any
 import openai
 import psutil
 
+from benchmarks.running import write
+
 BOUND = 0.05  # nats between the two most likely tokens, below which rounding may decide
 WARM, FLAT = 100, 1.03  # requests before memory is looked at, and by how much it may grow after them
 TEXT = "She had been looking at the sea for a long time, and it seemed to her that the ships were going nowhere at all. "
@@ -180,8 +182,7 @@ def main() -> None:
         "exit_status": status,
     }
     print(json.dumps(results, indent=2))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2), encoding="utf-8")
+    write(arguments.json, [results], model=Path(arguments.model).name, clients=arguments.clients, options=arguments.options)
     enough = len(found.memory) > 2 * WARM  # memory of fewer requests says nothing
     if wrong or found.failures or status or (enough and growth > FLAT):
         raise SystemExit(1)

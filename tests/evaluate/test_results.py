@@ -5,7 +5,7 @@ import json
 import pytest
 
 from narrowkv.errors import FileFormatError, OutputError
-from narrowkv.evaluate.results import ResultFile, read_result
+from narrowkv.evaluate.results import ResultFile, read_result, write_result
 
 
 def opened(path, **settings):
@@ -50,3 +50,11 @@ def test_a_row_that_json_cannot_hold_leaves_the_file_as_it_was(tmp_path):
     with pytest.raises(OutputError, match="NaN"):
         saved.add({"recipe": "int3", "bits": float("nan")})
     assert len(json.loads(path.read_text())["rows"]) == 1
+
+
+def test_metrics_of_one_run_replace_those_before(tmp_path):
+    path = tmp_path / "times.json"
+    for milliseconds in (2.0, 1.0):
+        write_result(path, "attention", "python -m benchmarks.attention", {"repeats": 5}, [{"milliseconds": milliseconds}])
+    saved = read_result(path, "attention")
+    assert saved["rows"] == [{"milliseconds": 1.0}] and saved["settings"] == {"repeats": 5} and saved["environment"]["cores"]

@@ -74,16 +74,7 @@ class ResultFile:
         self.path = path
         self.seed = seed
         self.rows: list[dict[str, Any]] = []
-        self._head = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "kind": kind,
-            "command": command,
-            "seed": seed,
-            "date": date.today().isoformat(),
-            "settings": settings,
-            "environment": environment(),
-        }
+        self._head = _head(kind, command, settings, seed)
         if path.exists():
             found = read_result(path, kind)
             if (found["settings"], found["seed"]) != (settings, seed):
@@ -111,6 +102,24 @@ class ResultFile:
         """Add a row and write the file."""
         self.rows.append(row)
         write_json(self.path, self._head | {"rows": self.rows})
+
+
+def write_result(path: Path, kind: str, command: str, settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Write a file of results at once, in place of any that is there: for metrics of one run only, like times."""
+    write_json(path, _head(kind, command, settings, seed=0) | {"rows": rows})
+
+
+def _head(kind: str, command: str, settings: dict[str, Any], seed: int) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        "command": command,
+        "seed": seed,
+        "date": date.today().isoformat(),
+        "settings": settings,
+        "environment": environment(),
+    }
 
 
 def read_result(path: Path, kind: str | None = None) -> dict[str, Any]:
