@@ -34,7 +34,8 @@ def of_budget(
     rotated: keys are those after the rotary embedding. value_bits: of the values apart; `bits` is then for the keys alone.
     equal_layers: keys and values together have as many bytes in all layers. Raises RecipeError where these are no budgets.
     """
-    of_keys, of_values = (_scheme(width) for width in (bits, bits if value_bits is None else value_bits))
+    of_keys = _scheme(bits, 0.0)  # at 2 bits, outliers of keys take more than they give
+    of_values = _scheme(bits if value_bits is None else value_bits, 0.0025)
     keys = (of_keys, of_keys.with_settings(learned_rotation=True)) if rotated else (of_keys.with_settings(pre_rope=True),)
     values = tuple(of_values.with_settings(learned_rotation=rotation, token_norm=True) for rotation in (True, False))
     search_space = SearchSpace(bits, keys, values, value_bits, equal_layers)
@@ -54,8 +55,8 @@ def with_equal_layers(recipe: Recipe) -> Recipe:
     return replace(recipe, name=name, search_space=replace(recipe.search_space, equal_layers=True))
 
 
-def _scheme(bits: float) -> Scheme:
-    outliers = 0.005 if bits >= 3.5 else 0.0025 if bits >= 2.5 else 0.0  # at 2 bits those of keys take more than they give
+def _scheme(bits: float, fewest_outliers: float) -> Scheme:
+    outliers = 0.005 if bits >= 3.5 else 0.0025 if bits >= 2.5 else fewest_outliers
     return Scheme(Quantization(bits, "trellis", strategy="channel"), outliers=Outliers(outliers))
 
 
