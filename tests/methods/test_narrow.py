@@ -28,7 +28,7 @@ def test_keys_and_values_may_have_budgets_of_their_own(tiny):
     assert recipe.search_space.budgets == (4.05, 2.25) and (
         recipe.keys.outliers.fraction,
         recipe.values.outliers.fraction,
-    ) == (0.005, 0.0)
+    ) == (0.005, 0.0025)
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
     assert get_recipe("narrow-k4-v2-postrope").keys.transform.pre_rope is False
     assert narrow.of_budget(3.5, value_bits=2.25) == get_recipe("narrow-k3.5-v2.25")
