@@ -159,8 +159,11 @@ class PackedAttention(CPUAttentionBackendImpl):
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Called for each layer once the model is loaded; raises CalibrationError where it is not the calibration's."""
         super().process_weights_after_loading(act_dtype)
-        model = get_current_vllm_config().model_config
-        require_model_once(model.hf_text_config, model.model)
+        config = get_current_vllm_config()
+        require_model_once(config.model_config.hf_text_config, config.model_config.model)
+        for layer in config.compilation_config.static_forward_context.values():
+            if isinstance(getattr(layer, "impl", None), PackedAttention):
+                layer.impl._of_layer(layer)
 
     def forward(
         self,
@@ -231,7 +234,7 @@ class PackedAttention(CPUAttentionBackendImpl):
         return self._pages
 
     def _of_layer(self, layer: Any) -> tuple[Pair, Rope | None]:
-        """The layer's quantizers and the rotary embedding of its keys; found when vLLM warms up."""
+        """The layer's quantizers and the rotary embedding of its keys; found once the model is loaded."""
         if self._tables is None:
             index = extract_layer_index(layer.layer_name)
             pair = _own_tables(index, self.num_kv_heads, self.head_size)
