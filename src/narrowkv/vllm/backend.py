@@ -38,7 +38,7 @@ logger = init_logger(f"vllm.{__name__}")
 
 
 class PackedAttentionBackend(CPUAttentionBackend):
-    """What vLLM asks for in place of its own attention on a CPU."""
+    """What vLLM takes in place of its own attention on a CPU."""
 
     forward_includes_kv_cache_update = True
     supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto"]

@@ -15,7 +15,7 @@ def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 class RefusedLatentAttention(AttentionBackend):
-    """Raises UnsupportedModelError whatever it is asked for."""
+    """Raises UnsupportedModelError always."""
 
     get_name = staticmethod(_refuse)
     get_impl_cls = staticmethod(_refuse)
