@@ -226,9 +226,9 @@ class _SideViews:
         counted = torch.arange(index.shape[1], dtype=torch.int32, device="cpu") < stored[:, -1:]
         for row in (counted & (index >= first[:, None] * self.coefficients)).any(1).nonzero()[:, 0].tolist():
             at = (int(group.pages[row]), int(group.blocks[row]))
-            heads, index, values = self.outliers(*at)
-            keep = index < int(first[row]) * self.coefficients
-            self._write(at, heads[keep], index[keep], values[keep])
+            heads, own, values = self.outliers(*at)
+            keep = own < int(first[row]) * self.coefficients
+            self._write(at, heads[keep], own[keep], values[keep])
 
     def outliers(self, page: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
         """Heads [n] int64, indices in the head int64, and values of a block's outliers, in their order."""
