@@ -27,6 +27,8 @@ def test_the_search_space_is_counted():
     )
     keys, values, exact = describe(get_recipe("narrow-k4-v2-equal"))
     assert keys == "trellis4.05, per channel, pre-RoPE, outliers 0.005; under 4.05 bits"
-    assert values == "trellis2.05, per channel, token norm, learned rotation or 1 other; under 2.05 bits, equal layers"
+    assert values == (
+        "trellis2.05, per channel, token norm, learned rotation, outliers 0.0025 or 1 other; under 2.05 bits, equal layers"
+    )
     assert exact == "first 1"
     assert "or 8 others" in describe(get_recipe("nuq3.5"))[0]

@@ -245,7 +245,7 @@ def test_adapters_learn_and_the_model_beneath_them_does_not(model):
     with torch.no_grad():
         cache = PackedCache(adapted, source, strict=True)
         student = adapted(TOKENS, past_key_values=cache).logits.log_softmax(-1)
-    assert torch.nn.functional.kl_div(student, teacher, log_target=True, reduction="batchmean") < losses[-2]
+    assert torch.nn.functional.kl_div(student, teacher, log_target=True, reduction="batchmean") < 0.8 * losses[0]
 
 
 def test_dropout_and_a_packed_cache_go_on_within(model):
