@@ -91,13 +91,13 @@ def draw_at_random(store: LayerStore) -> Iterator[None]:
         object.__delattr__(quantizer, "encode")
 
 
-def fill(name: str, tokens: int, batch: int = 1) -> LayerStore:
-    """A store with random elements."""
+def fill(name: str, tokens: int, batch: int = 1, dtype: torch.dtype = torch.float32) -> LayerStore:
+    """A store with random elements of a dtype."""
     recipe = get_recipe(name)
     store = LayerStore(random_quantizer(recipe.keys), random_quantizer(recipe.values), recipe.sinks, recipe.residual_length)
     with draw_at_random(store):
         for start in range(0, tokens, 4096):
-            chunk = torch.randn(2, batch, KV_HEADS, min(4096, tokens - start), HEAD_DIM)
+            chunk = torch.randn(2, batch, KV_HEADS, min(4096, tokens - start), HEAD_DIM, dtype=dtype)
             store.append(chunk[0], chunk[1])
     return store
 

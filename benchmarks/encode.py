@@ -2,8 +2,8 @@
 
 One layer of 8 KV heads of 128 channels, keys and values, tables drawn at random as in `benchmarks.drawn`. Decoding: one
 token at a time behind 8,192 others, the mean of 128, so that two blocks are sealed. Prefill: 2,048 tokens at a time. The peer
-is the same store with the references in plain torch, in the same run: all take turns, and medians are compared. The share is
-that of one step of attention over 8,192 tokens (32 query heads).
+is the same store with the references in plain torch (but for the search of streams), in the same run: all take turns, and
+medians are compared. The share is that of one step of attention over 8,192 tokens (32 query heads).
 """
 
 from collections.abc import Callable, Iterator
@@ -21,6 +21,7 @@ from narrowkv import get_recipe
 from narrowkv.attention.cpu import decode as cpu
 from narrowkv.codec import packing
 from narrowkv.codec.cpu.encode import Encoder
+from narrowkv.codec.cpu.encode_streams import StreamEncoder
 from narrowkv.store import LayerStore
 
 CONTEXT, PREFILL, DECODED = 8192, 2048, 128
@@ -30,7 +31,8 @@ CONTEXT, PREFILL, DECODED = 8192, 2048, 128
 def plain_torch() -> Iterator[None]:
     """Within, compiled forms give way to their references."""
     with ExitStack() as stack:
-        stack.enter_context(patch.object(Encoder, "write", return_value=None))
+        for encoder in (Encoder, StreamEncoder):
+            stack.enter_context(patch.object(encoder, "write", return_value=None))
         stack.enter_context(patch("narrowkv.codec.cpu.encode.KINDS", {}))  # of `require_finite`
         stack.enter_context(patch("narrowkv.store.page.pack", packing.pack_naive))
         yield

@@ -19,7 +19,7 @@ from benchmarks.running import CLOCKS, Clock, medians, options, parse_with_clock
 from narrowkv.attention.cpu import decode as cpu
 
 RECIPES = ("narrow4", "narrow3", "narrow2", "nuq4-1%", "nuq2-1%", "kivi-2")
-SHAPES = ((0, 4096), (30_720, 2048))  # past, new
+NEW = {0: 4096, 30_720: 2048}  # tokens behind so many
 sdpa = torch.nn.functional.scaled_dot_product_attention
 
 
@@ -32,7 +32,7 @@ def draw(new: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 def ours(name: str, past: int, new: int, dtype: torch.dtype) -> Callable[[], Tensor]:
     """One chunk as the cache reads it, into a copy that shares the blocks of the past."""
-    before = fill(name, past)
+    before = fill(name, past, dtype=dtype)
     query, keys, values = draw(new, dtype)
     inputs = attention_inputs(before, query, (keys, values))
 
@@ -83,11 +83,12 @@ def measure(recipes: list[str], past: int, new: int, dtype: torch.dtype, repeats
 def main() -> None:
     parser = options(__doc__, RECIPES, repeats=5)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--past", type=int, nargs="+", choices=NEW, default=list(NEW))
     arguments = parse_with_clock(parser)
     rows = []
     for dtype in arguments.dtypes:
-        for past, new in SHAPES:
-            clock = CLOCKS[arguments.clock]
+        for past in arguments.past:
+            new, clock = NEW[past], CLOCKS[arguments.clock]
             for row in measure(arguments.recipes, past, new, getattr(torch, dtype), arguments.repeats, clock):
                 rows.append(row)
                 print(
