@@ -23,7 +23,7 @@ TRANSFORMERS := $(patsubst constraints/%.txt,build/versions/%,$(wildcard constra
 ENGINES := compressed-tensors==0.20.1 loguru==0.7.3 \
   onnxruntime-genai==0.18.0 onnxruntime==1.32.0 onnx==1.23.2 onnx-ir==1.1.0 ml_dtypes==0.6.0 protobuf==7.36.2 flatbuffers==25.12.19
 
-.PHONY: demo test test-all test-exports test-versions test-vllm lint fuzz soak sanitize wheel cross results measure measure-real gpu docs format clean
+.PHONY: demo test test-all test-exports test-versions test-vllm lint fuzz soak sanitize wheel cross results measure measure-speed measure-real gpu docs format clean
 
 $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard cpp/*)
 	$(PYTHON) -m venv $(VENV)
@@ -141,6 +141,20 @@ measure: $(TOOLS)
 	$(BIN)/narrowkv demo --recall-rows 128 --json results/demo/demo.json
 	$(if $(MODELS),$(MAKE) measure-real)
 	rm -f results/*/*.svg
+
+# what is timed, on a machine without other work (a quarter of an hour); MODELS: a folder, for the server's
+measure-speed: $(TOOLS)
+	mkdir -p results/speed
+	$(BIN)/python -m benchmarks.attention --repeats 9 --json results/speed/attention.json
+	$(BIN)/python -m benchmarks.attention --avx2 --repeats 9 --json results/speed/attention-avx2.json
+	$(BIN)/python -m benchmarks.attention --tokens 8192 --batch 8 --threads 2 --repeats 9 --json results/speed/attention-batches.json
+	$(BIN)/python -m benchmarks.attention --tokens 1024 4096 16384 65536 131072 --repeats 5 --recipes narrow3 narrow2 nuq3-1% kivi-2 \
+	  --json results/speed/attention-growth.json
+	$(BIN)/python -m benchmarks.decode --repeats 7 --json results/speed/decode.json
+	$(BIN)/python -m benchmarks.encode --repeats 3 --json results/speed/encode.json
+	$(BIN)/python -m benchmarks.calibrate --json results/speed/calibrate.json
+	$(BIN)/python -m benchmarks.prefill --past 0 --repeats 3 --json results/speed/prefill.json
+	$(if $(MODELS),$(BIN)/python -m benchmarks.serve $(firstword $(MODELS)) --dtype bfloat16 --json results/speed/serve.json)
 
 # what is lost on real models, by the package's recipes, other people's methods and each part of ours (MODELS: their folders;
 # some three hours for two models on 2 cores, goes on where it was interrupted); RUN_GENERATED_CODE=1: HumanEval too

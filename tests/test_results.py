@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/accuracy.md", "docs/planner.md", "docs/results.md", "docs/training.md")
+PAGES = ("README.md", "docs/accuracy.md", "docs/planner.md", "docs/results.md", "docs/serve.md", "docs/training.md")
 
 
 @pytest.fixture
@@ -24,17 +24,18 @@ def writer(monkeypatch, tmp_path):
     monkeypatch.setattr(write_results, "DOCS", tmp_path / "docs")
     monkeypatch.setattr(write_results, "MEASURED", tmp_path / "measured.json")
     yield write_results
-    sys.modules.pop("write_results")
+    for module in ("write_results", "speed_tables"):
+        sys.modules.pop(module)
 
 
 def test_pages_are_up_to_date(writer, tmp_path):
     measured = writer.MEASURED
-    for write in ("real", "summary", "accuracy", "measured", "demo", "plan", "training"):
+    for write in ("real", "summary", "accuracy", "measured", "demo", "plan", "training", "speed"):
         getattr(writer, f"write_{write}")()
     assert measured.read_text() == (ROOT / "src" / "narrowkv" / "methods" / "measured.json").read_text()
     for page in PAGES:
         assert (tmp_path / page).read_text() == (ROOT / page).read_text(), f"run `make results`: {page} differs"
-    for plot in ("real.svg", "demo.svg", "planner.svg"):
+    for plot in ("real.svg", "demo.svg", "planner.svg", "growth.svg"):
         assert (tmp_path / "docs" / plot).read_text().rstrip().endswith("</svg>")
 
 

@@ -9,11 +9,13 @@ from typing import Any
 
 from benchmarks.real_models import at_equal_bits
 
+import speed_tables
 from narrowkv.evaluate.results import read_result
 from narrowkv.files import write_json
 from narrowkv.report.plan import length
 from narrowkv.report.plan import sections as plan_sections
 from narrowkv.report.plots import COLORS, MARKERS, log_axis, new_figure, save
+from speed_tables import markdown, source
 
 ROOT = Path(__file__).parents[1]
 RESULTS, DOCS = ROOT / "results", ROOT / "docs"
@@ -44,18 +46,6 @@ def replace_block(path: Path, name: str, text: str) -> None:
         raise SystemExit(f"{path.name} has no marks for {name}: it needs one pair of marks {begin.strip()} and {end}.")
     before, _, rest = page.partition(begin)
     path.write_text(before + begin + text + end + rest.partition(end)[2], encoding="utf-8")
-
-
-def markdown(columns: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def source(result: dict[str, Any]) -> str:
-    """Where metrics come from: the command, the hardware, the date."""
-    found = result["environment"]
-    return f"`{result['command']}` on {found['cores']} cores of an {found['processor']}, {result['date']}."
 
 
 def draw_families(axes: Any, families: dict[str, Any], rows: dict[str, dict[str, Any]], title: str) -> None:
@@ -320,6 +310,22 @@ def tokens_trained(settings: dict[str, Any]) -> int:
     return int(settings["steps"] * settings["batch"] * settings["window"])
 
 
+def write_speed() -> None:
+    """The timed tables of docs/results.md and docs/serve.md, and the plot of growth."""
+    for block, text in {
+        "attention": speed_tables.attention("attention") + "\n" + speed_tables.bandwidth("attention"),
+        "avx2": speed_tables.attention("attention-avx2"),
+        "batches": speed_tables.attention("attention-batches"),
+        "decode": speed_tables.decode(),
+        "prefill": speed_tables.prefill(),
+        "encode": speed_tables.encode(),
+        "calibrate": speed_tables.calibrate(),
+    }.items():
+        replace_block(DOCS / "results.md", block, text)
+    replace_block(DOCS / "serve.md", "serve", speed_tables.serve())
+    speed_tables.growth(DOCS / "growth.svg")
+
+
 if __name__ == "__main__":
     write_real()
     write_summary()
@@ -328,3 +334,4 @@ if __name__ == "__main__":
     write_demo()
     write_plan()
     write_training()
+    write_speed()
