@@ -18,7 +18,7 @@ from narrowkv.attention.cpu.int16 import AVX2_INT16, INT16, STREAM_KERNELS, supp
 from narrowkv.attention.cpu.streams import Streams
 from narrowkv.attention.cpu.tables import ValueMatrix, packed_tensor_args, rope_tables, rotary_layout
 from narrowkv.attention.head_transform import bias_scores, head_rotation, rotate_query, rotate_value_bias
-from narrowkv.attention.inputs import AttentionInputs
+from narrowkv.attention.inputs import AttentionInputs, Stored
 from narrowkv.attention.rope import AnyRope, Rope
 from narrowkv.attention.support import require_supported
 from narrowkv.codec import Scheme
@@ -79,7 +79,11 @@ def attend(inputs: AttentionInputs, store: LayerStore, kernel: str | None = None
 
 def attend_each(parts: Sequence[tuple[AttentionInputs, LayerStore]], kernel: str | None = None) -> list[Tensor]:
     """`attend` of several sequences of any lengths, or batches, in one call of the kernel; bit for bit as each alone."""
-    prepared = [_prepare(inputs, store, kernel) for inputs, store in parts]
+    return run([_prepare(inputs, store, kernel) for inputs, store in parts], parts)
+
+
+def run(prepared: Sequence[Prepared | None], parts: Sequence[tuple[AttentionInputs, Stored]]) -> list[Tensor]:
+    """The results of calls of the kernel, all of a kernel in one; of parts without a call by `tiled.attend`."""
     problems: dict[str, list[_kernels.Problem]] = {}
     for one in prepared:
         if one is not None:
@@ -105,8 +109,7 @@ def _prepare(inputs: AttentionInputs, store: LayerStore, kernel: str | None) -> 
     if blocks is None or beyond or sealed <= 0:
         return None
     tables = rope_tables(rope, inputs.rope_state, len(query))
-    if kernel is None:
-        kernel = blocks.int16_kernels[0] if allows_int16(query.dtype) and blocks.int16_kernels else KERNELS[0]
+    kernel = kernel or fastest_kernel(query.dtype, blocks.int16_kernels)
     if tables.angles is not None and kernel in (INT16, AVX2_INT16):
         kernel = KERNELS[0]
     query = query.float().contiguous()
@@ -122,7 +125,7 @@ def _prepare(inputs: AttentionInputs, store: LayerStore, kernel: str | None) -> 
         keys=blocks.sides[0],
         values=blocks.sides[1],
         rotation=tables.rotation,
-        chunk=min(max(len(blocks.table) * len(query) * heads // SPLITS, SHORTEST_SPLIT), LONGEST_SPLIT) // 4 * 4,
+        chunk=split_length(len(blocks.table) * len(query) * heads),
         shape=[len(query), query.shape[1], heads, query.shape[2], query.shape[3]],
         blocks=len(blocks.table),
         tokens=sealed,
@@ -154,6 +157,16 @@ def _prepare(inputs: AttentionInputs, store: LayerStore, kernel: str | None) -> 
     )
     used = [query, packed_query, tables, hidden, sinks, sink_logits, key_offsets, exact, blocks, store]
     return Prepared(kernel, problem, output, used)
+
+
+def split_length(blocks: int) -> int:
+    """How many blocks make one split of work; blocks: of all sequences and heads."""
+    return min(max(blocks // SPLITS, SHORTEST_SPLIT), LONGEST_SPLIT) // 4 * 4
+
+
+def fastest_kernel(dtype: torch.dtype, int16_kernels: Sequence[str]) -> str:
+    """The kernel for queries of a dtype; int16_kernels: those that read the cache, fastest first."""
+    return int16_kernels[0] if int16_kernels and allows_int16(dtype) else KERNELS[0]
 
 
 def _tail(store: LayerStore, side: int) -> list[int]:

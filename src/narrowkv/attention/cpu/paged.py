@@ -11,16 +11,7 @@ from torch import Tensor
 
 import narrowkv._kernels as _kernels
 from narrowkv.attention import tiled
-from narrowkv.attention.cpu.decode import (
-    KERNELS,
-    LONGEST_SPLIT,
-    MOST_HEAD_DIM,
-    SHORTEST_SPLIT,
-    SPLITS,
-    ExactTokens,
-    Prepared,
-    allows_int16,
-)
+from narrowkv.attention.cpu.decode import MOST_HEAD_DIM, ExactTokens, Prepared, fastest_kernel, run, split_length
 from narrowkv.attention.cpu.int16 import STREAM_KERNELS
 from narrowkv.attention.cpu.streams import StreamValues, key_streams
 from narrowkv.attention.cpu.tables import compiled, rope_tables
@@ -100,17 +91,7 @@ def attend_each(parts: Sequence[tuple[AttentionInputs, PagedSequence]], kernel: 
     Queries may have rotated keys and values of their own in `new`; what is before them is read in pages. kernel: like that of
     `decode.attend`. More than 16 queries (so prompts are read), and those that nothing precedes, go to `tiled.attend`.
     """
-    prepared = [_prepare(inputs, sequence, kernel) for inputs, sequence in parts]
-    problems: dict[str, list[_kernels.Problem]] = {}
-    for one in prepared:
-        if one is not None:
-            problems.setdefault(one.kernel, []).append(one.problem)
-    for name, some in problems.items():
-        _kernels.attend(kernel=name, threads=torch.get_num_threads(), problems=some)
-    return [
-        tiled.attend(inputs, sequence) if one is None else one.output
-        for one, (inputs, sequence) in zip(prepared, parts, strict=True)
-    ]
+    return run([_prepare(inputs, sequence, kernel) for inputs, sequence in parts], parts)
 
 
 def _prepare(inputs: AttentionInputs, sequence: PagedSequence, kernel: str | None) -> Prepared | None:
@@ -119,8 +100,7 @@ def _prepare(inputs: AttentionInputs, sequence: PagedSequence, kernel: str | Non
     if tokens <= 0 or inputs.queries > tiled.FEW_QUERIES or query.dtype == torch.float64 or head_dim > MOST_HEAD_DIM:
         return None
     tables, heads = PagedTables.of(layer), layer.layout.kv_heads
-    if kernel is None:
-        kernel = tables.kernels[0] if allows_int16(query.dtype) and tables.kernels else KERNELS[0]
+    kernel = kernel or fastest_kernel(query.dtype, tables.kernels)
     query = query.float().contiguous()
     output, hidden, table = torch.empty_like(query), _hidden(inputs, sequence), _table(sequence, tables, inputs.past)
     exact = [ExactTokens.of(*pair) for pair in (sequence.sink() if first == 0 else None, inputs.new) if pair]
@@ -130,7 +110,7 @@ def _prepare(inputs: AttentionInputs, sequence: PagedSequence, kernel: str | Non
         keys=tables.sides[0],
         values=tables.sides[1],
         rotation=rope.rotation,
-        chunk=min(max(len(table) * heads // SPLITS, SHORTEST_SPLIT), LONGEST_SPLIT) // 4 * 4,
+        chunk=split_length(len(table) * heads),
         shape=[1, query.shape[1], heads, inputs.queries, head_dim],
         blocks=len(table),
         tokens=tokens,
