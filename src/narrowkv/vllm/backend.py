@@ -27,6 +27,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from narrowkv.attention import AttentionInputs, AttentionMask, Rope
 from narrowkv.attention.cpu import paged
+from narrowkv.attention.cpu.decode import KERNELS
 from narrowkv.codec.scheme_parts import BLOCK
 from narrowkv.errors import UnsupportedModelError
 from narrowkv.store.paged import PagedLayer, PagedSequence, PageLayout
@@ -98,13 +99,11 @@ def _own_tables(layer: int, kv_heads: int, head_dim: int) -> Pair:
 
 @dataclass
 class PackedMetadata(CPUAttentionMetadata):
-    """Of one step. starts: [sequences + 1], where new tokens of each begin. lengths: of each, with them. tables: its pages.
+    """Of one step. sequences: of each with new tokens, where these begin and end, its length with them, and its pages.
     groups: of the new tokens, as they are encoded.
     """
 
-    starts: tuple[int, ...] = ()
-    lengths: tuple[int, ...] = ()
-    tables: Tensor | None = None
+    sequences: tuple[tuple[int, int, int, Tensor], ...] = ()
     groups: tuple[RunGroup, ...] = ()
 
 
@@ -121,6 +120,7 @@ class PackedMetadataBuilder(CPUAttentionMetadataBuilder):
             )
         starts, lengths = common.query_start_loc.tolist(), common.seq_lens.tolist()
         tables = common.block_table_tensor.long()
+        sequences = zip(starts[:-1], starts[1:], lengths, tables, strict=True)
         return PackedMetadata(
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=common.max_query_len,
@@ -130,9 +130,7 @@ class PackedMetadataBuilder(CPUAttentionMetadataBuilder):
             block_table=common.block_table_tensor,
             slot_mapping=common.slot_mapping,
             scheduler_metadata=None,
-            starts=tuple(starts),
-            lengths=tuple(lengths),
-            tables=tables,
+            sequences=tuple(one for one in sequences if one[1] > one[0]),
             groups=tuple(run_groups(starts, lengths, tables.tolist())),
         )
 
@@ -185,20 +183,14 @@ class PackedAttention(CPUAttentionBackendImpl):
         if self._strict:
             pages.append(list(attn_metadata.groups), key, value)
         parts = []
-        for start, stop, length, table in self._sequences(attn_metadata):
+        for start, stop, length, table in attn_metadata.sequences:
             own = (part[start:stop].transpose(0, 1)[None] for part in (query, key, value))
             parts.append(self._inputs(pages, *own, length=length, table=table))
-        for (start, stop, _, _), found in zip(self._sequences(attn_metadata), paged.attend_each(parts), strict=True):
+        for (start, stop, _, _), found in zip(attn_metadata.sequences, paged.attend_each(parts), strict=True):
             output[start:stop] = found[0].transpose(0, 1)
         if not self._strict:
             pages.append(list(attn_metadata.groups), key, value)
         return output
-
-    def _sequences(self, metadata: PackedMetadata) -> list[tuple[int, int, int, Tensor]]:
-        """Where new tokens of each sequence begin and end, its length with them, and its pages."""
-        assert metadata.tables is not None
-        every = zip(metadata.starts[:-1], metadata.starts[1:], metadata.lengths, metadata.tables, strict=True)
-        return [one for one in every if one[1] > one[0]]
 
     def _inputs(
         self, pages: PagedLayer, query: Tensor, key: Tensor, value: Tensor, *, length: int, table: Tensor
@@ -241,7 +233,7 @@ class PackedAttention(CPUAttentionBackendImpl):
             self._tables = pair, rope_of(pair[0], rotations())
             if index == 0:
                 scheme = calibration().recipe.name
-                logger.info("NarrowKV packs keys and values (%s), read in place by %s.", scheme, paged.KERNELS[0])
+                logger.info("NarrowKV packs keys and values (%s), read in place by %s.", scheme, KERNELS[0])
         return self._tables
 
 
