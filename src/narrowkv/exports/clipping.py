@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from narrowkv.exports.ranges import Ranges, at_spread_positions, variances
+from narrowkv.exports.ranges import Ranges, observe_stored, variances
 from narrowkv.exports.static_scales import StaticQuantization
-from narrowkv.integrations.calibrator import observe_layers
 from narrowkv.integrations.probe import ModelInfo
 
 RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # of the largest magnitude
@@ -30,7 +29,7 @@ class _Errors:
 
     def best(self) -> Tensor:
         """The magnitudes to make scales of, [kv_heads, head_dim]: what shares a scale has one ratio."""
-        shared = {"tensor": (1, 2), "head": (2,), "channel": ()}[self.quantization.strategy]
+        shared = self.quantization.shared
         sums = self.sums.sum(shared, keepdim=True) if shared else self.sums
         ratios = torch.tensor(RATIOS, dtype=torch.float32, device=self.largest.device)
         return self.largest * ratios[sums.argmin(0)]
@@ -53,10 +52,10 @@ def fitted_ranges(
         return list(ranges)
     errors = [(_Errors(quantization, one.keys), _Errors(quantization, one.values)) for one in ranges]
 
-    def observe(i: int, keys: Tensor, rotated: Tensor, values: Tensor, rope_state: Tensor | None) -> None:
+    def see(i: int, stored: Tensor, keys: Tensor, values: Tensor) -> None:
         of_keys, of_values = errors[i]
-        of_keys.add(at_spread_positions(model, info.attention[i].rope, keys.detach(), rotated.detach()))
-        of_values.add(values.detach().float())
+        of_keys.add(stored)
+        of_values.add(values)
 
-    observe_layers(model, info, batches, observe, on_batch=on_batch)
+    observe_stored(model, info, batches, see, on_batch)
     return [Ranges(of_keys.best(), of_values.best()) for of_keys, of_values in errors]

@@ -64,6 +64,25 @@ def at_spread_positions(model: PreTrainedModel, rope: AnyRope | None, keys: Tens
     return rope.rotate(keys.float(), positions.long()[None])
 
 
+def observe_stored(
+    model: PreTrainedModel,
+    info: ModelInfo,
+    batches: Sequence[Tensor],
+    see: Callable[[int, Tensor, Tensor, Tensor], None],
+    on_batch: Callable[[], None] | None = None,
+) -> None:
+    """Call `see` with the number of each attention layer and what it would store of each batch, without gradients.
+
+    That is keys as `at_spread_positions` returns them, keys before any rotation, and values, the first and the last float32.
+    """
+
+    def observe(i: int, keys: Tensor, rotated: Tensor, values: Tensor, rope_state: Tensor | None) -> None:
+        keys = keys.detach()
+        see(i, at_spread_positions(model, info.attention[i].rope, keys, rotated.detach()), keys, values.detach().float())
+
+    observe_layers(model, info, batches, observe, on_batch=on_batch)
+
+
 def variances(x: Tensor) -> Tensor:
     """Squares of what tokens differ by from the mean of their sequence, summed: x [batch, kv_heads, tokens, head_dim].
 

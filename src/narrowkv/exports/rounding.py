@@ -10,9 +10,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from narrowkv.errors import CalibrationError
 from narrowkv.evaluate.perplexity import divergences
-from narrowkv.exports.ranges import Ranges, at_spread_positions, variances
+from narrowkv.exports.ranges import Ranges, observe_stored, variances
 from narrowkv.exports.static_scales import StaticQuantization
-from narrowkv.integrations.calibrator import observe_layers
 from narrowkv.integrations.probe import AttentionLayerInfo, ModelInfo, text_config
 from narrowkv.integrations.versions import CACHE
 
@@ -47,7 +46,7 @@ class _Sums:
 
     def add(self, stored: Tensor, projected: Tensor) -> None:
         """Elements as they are stored and, before any rotation, as projected: [batch, kv_heads, tokens, head_dim] each."""
-        projected = projected.detach().float()
+        projected = projected.float()
         rest = projected if self.bias is None else projected - self.bias.to(projected.device)[:, None]
         factor = _squares(stored).sum() / _squares(projected).sum()  # some rotary embeddings scale besides
         self.error += variances(self.quantization.rounded(stored, self.scale) - stored).sum((0, 2))
@@ -84,11 +83,11 @@ def measure_rounding(
         _Sums(quantization, one.values, layer.constants.values) for layer, one in zip(info.attention, ranges, strict=True)
     ]
 
-    def observe(i: int, keys: Tensor, rotated: Tensor, values: Tensor, rope_state: Tensor | None) -> None:
-        keys_of[i].add(at_spread_positions(model, info.attention[i].rope, keys.detach(), rotated.detach()), keys)
-        values_of[i].add(values.detach().float(), values)
+    def see(i: int, stored: Tensor, keys: Tensor, values: Tensor) -> None:
+        keys_of[i].add(stored, keys)
+        values_of[i].add(values, values)
 
-    observe_layers(model, info, batches, observe, on_batch=on_batch)
+    observe_stored(model, info, batches, see, on_batch)
     return [
         sums.rounding(layer.layer, side)
         for i, layer in enumerate(info.attention)

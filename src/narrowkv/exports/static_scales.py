@@ -34,14 +34,18 @@ class StaticQuantization:
         return BITS[self.datatype]
 
     @property
+    def shared(self) -> tuple[int, ...]:
+        """The dimensions of [..., kv_heads, head_dim] that share a scale."""
+        return {"tensor": (-2, -1), "head": (-1,), "channel": ()}[self.strategy]
+
+    @property
     def limit(self) -> float:
         """The magnitude, in scales, at which a range ends: both ends of an integer range are off by half a scale at most."""
         return LARGEST_FP8 if self.datatype == "fp8" else 2 ** (self.bits - 1) - 0.5
 
     def scales(self, largest: Tensor) -> Tensor:
         """Scales of magnitudes up to `largest` [kv_heads, head_dim]: [1, 1], [kv_heads, 1] or [kv_heads, head_dim] float32."""
-        shared = {"tensor": (0, 1), "head": (1,), "channel": ()}[self.strategy]
-        reach = largest.float().amax(shared, keepdim=True) if shared else largest.float()
+        reach = largest.float().amax(self.shared, keepdim=True) if self.shared else largest.float()
         return reach.clamp(min=SMALLEST) / self.limit
 
     def rounded(self, x: Tensor, scale: Tensor) -> Tensor:
