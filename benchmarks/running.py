@@ -19,7 +19,7 @@ CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "processor": time.process
 
 
 def options(description: str | None, recipes: Iterable[str], repeats: int) -> argparse.ArgumentParser:
-    """A parser of --json, --recipes and --turns with these defaults."""
+    """A parser of --json, --recipes and --repeats with these defaults."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--recipes", nargs="+", default=list(recipes))

@@ -70,7 +70,7 @@ def test_a_page_without_marks_is_left_alone(writer, tmp_path):
     ):
         page.write_text(text)
         with pytest.raises(SystemExit, match=words):
-            writer.replace_sentence(page, "one", "text")
+            writer.replace_block(page, "one", "text")
         assert page.read_text() == text
 
 
@@ -78,8 +78,8 @@ def test_a_sentence_stands_within_a_line_or_on_its_own(writer, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("- Today <!-- one:begin -->old<!-- one:end -->.\n\n<!-- two:begin -->\n<!-- two:end -->\n")
     for _ in range(2):
-        writer.replace_sentence(page, "one", "4 bits")
-        writer.replace_sentence(page, "two", "3 bits.")
+        writer.replace_block(page, "one", "4 bits")
+        writer.replace_block(page, "two", "3 bits.")
     expected = "- Today <!-- one:begin -->4 bits<!-- one:end -->.\n\n<!-- two:begin -->\n3 bits.\n<!-- two:end -->\n"
     assert page.read_text() == expected
 

@@ -4,8 +4,8 @@ from typing import Any
 
 from narrowkv.evaluate.results import read_result
 from narrowkv.report.plan import length
-from speed_tables import markdown, source
-from write_results import DOCS, REAL, RESULTS, real, replace_block, rows_of
+from pages import markdown, replace_block, source
+from write_results import DOCS, REAL, RESULTS, real, rows_of
 
 SHAPES = {"a 7B model": "llama-7b", "Qwen2.5-Coder-0.5B": "qwen2.5-coder-0.5b", "Gemma-3-270M": "gemma-3-270m"}
 CONTEXTS = (512, 1024, 2048, 8192, 32768)

@@ -5,21 +5,10 @@ from typing import Any
 
 from narrowkv.evaluate.results import read_result
 from narrowkv.report.plots import COLORS, log_axis, new_figure, save
+from pages import ROOT, markdown, source
 
-SPEED = Path(__file__).parents[1] / "results" / "speed"
+SPEED = ROOT / "results" / "speed"
 Result = dict[str, Any]
-
-
-def markdown(columns: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def source(result: Result) -> str:
-    """Where metrics come from: the command, the hardware, the date."""
-    found = result["environment"]
-    return f"`{result['command']}` on {found['cores']} cores of an {found['processor']}, {result['date']}."
 
 
 def timed(name: str, kind: str) -> Result:

@@ -3,14 +3,12 @@
 Every figure is computed from the committed files of results, which say by which command, where and when they were made.
 """
 
-import re
 from pathlib import Path
-from typing import Any
 
 from narrowkv.evaluate.claims import MODELS, OUT, Claim, Claims, Run, read_claims
 from narrowkv.evaluate.results import read_result
+from pages import ROOT, hardware, markdown, replace_block, source
 
-ROOT = Path(__file__).parents[1]
 PAGE = "CLAIMS.md"
 PEERS = Path("results") / "peers" / "qwen2.5-coder-0.5b.json"
 INTRODUCTION = """# Claims
@@ -26,40 +24,24 @@ def write_sentences(claims: Claims, root: Path) -> None:
     """Write each sentence with its figures between the marks `<!-- NAME:begin -->` and `<!-- NAME:end -->` of its page."""
     for claim in claims.claims.values():
         if claim.is_sentence:
-            replace_sentence(root / claim.page, claim.name, claim.written(claims.rows(claim)))
-
-
-def replace_sentence(path: Path, name: str, text: str) -> None:
-    """Put text between the marks of a page: on lines of its own where the marks are, else within the line."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    page = path.read_text(encoding="utf-8")
-    if page.count(begin) != 1 or page.count(end) != 1:
-        raise SystemExit(f"{path.name} has no marks for {name}: it needs one pair of marks {begin} and {end}.")
-    before, _, rest = page.partition(begin)
-    gap = "\n" if rest.startswith("\n") else ""
-    if not gap and re.search(r"(^|\n)[-* ]*$", before):
-        raise SystemExit(f"{path.name}: Markdown leaves a line that begins with {begin} as it is; put words in front of it.")
-    path.write_text(before + begin + gap + text + gap + end + rest.partition(end)[2], encoding="utf-8")
+            replace_block(root / claim.page, claim.name, claim.written(claims.rows(claim)))
 
 
 def write_peers(root: Path) -> None:
     """The table of other methods in docs/accuracy.md, on encyclopedia text and code."""
     result = read_result(ROOT / PEERS, "peers")
-    lines = ["| method | true bits | divergence on encyclopedia text | on code |", "| --- | --- | --- | --- |"]
-    for row in result["rows"]:
-        if row["terms"] == "ours":
-            lines.append(f"| {row['peer']} | {row['bits']:.2f} | {row['encyclopedia']:.3f} | {row['code']:.3f} |")
+    rows = [row for row in result["rows"] if row["terms"] == "ours"]
+    lines = [[row["peer"], f"{row['bits']:.2f}", f"{row['encyclopedia']:.3f}", f"{row['code']:.3f}"] for row in rows]
+    table = markdown(["method", "true bits", "divergence on encyclopedia text", "on code"], lines)
     windows = f"Qwen2.5-Coder-0.5B, {result['settings']['windows']} windows of 512 tokens of each text."
-    lines += ["", f"{windows} `{result['command']}` on {hardware(result)}, {result['date']}."]
-    replace_sentence(root / "docs" / "accuracy.md", "peers", "\n".join(lines))
+    replace_block(root / "docs" / "accuracy.md", "peers", f"{table}\n{windows} {source(result)}\n")
 
 
 def write_page(claims: Claims, root: Path) -> None:
     """CLAIMS.md: a row for each claim."""
     heads = ["name", "claim", "page", "command", "hardware", "date", "results", "status"]
-    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
-    lines += [f"| {' | '.join(cells(claims, claim))} |" for claim in claims.claims.values()]
-    (root / PAGE).write_text(INTRODUCTION + "\n".join(lines) + "\n", encoding="utf-8")
+    table = markdown(heads, [cells(claims, claim) for claim in claims.claims.values()])
+    (root / PAGE).write_text(INTRODUCTION + table, encoding="utf-8")
 
 
 def cells(claims: Claims, claim: Claim) -> list[str]:
@@ -82,12 +64,6 @@ def readable(run: Run) -> str:
     """A run's command with names of folders."""
     folder = run.result.removesuffix(f"/{run.writes}")
     return run.command.replace(OUT, folder).replace(MODELS, "MODELS")
-
-
-def hardware(result: dict[str, Any]) -> str:
-    """What a result was measured on, in words."""
-    found = result["environment"]
-    return f"an {found['gpu']}" if found.get("gpu") else f"{found['cores']} cores of an {found['processor']}"
 
 
 def write_all(root: Path) -> None:

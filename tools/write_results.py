@@ -3,7 +3,6 @@
 Every figure there was measured by the command in its file, which also has versions, hardware and date.
 """
 
-from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
@@ -15,9 +14,8 @@ from narrowkv.files import write_json
 from narrowkv.report.plan import length
 from narrowkv.report.plan import sections as plan_sections
 from narrowkv.report.plots import COLORS, MARKERS, log_axis, new_figure, save
-from speed_tables import markdown, source
+from pages import ROOT, markdown, replace_block, source
 
-ROOT = Path(__file__).parents[1]
 RESULTS, DOCS = ROOT / "results", ROOT / "docs"
 MEASURED = ROOT / "src" / "narrowkv" / "methods" / "measured.json"
 FAMILIES = {  # recipes, and where their labels stand in points
@@ -36,16 +34,6 @@ REAL_FAMILIES = {
 HALF_A_BIT_LESS = {"nuq4-1%": "narrow4", "nuq3-1%": "narrow3", "nuq2-1%": "narrow2"}
 TEXTS, WINDOWS = ("encyclopedia", "code"), (512, 2048)
 PLANNED = ("llama-7b", "llama-13b", "llama-30b", "llama-65b")
-
-
-def replace_block(path: Path, name: str, text: str) -> None:
-    """Put text between the marks `<!-- name:begin -->` and `<!-- name:end -->` of a page."""
-    begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
-    page = path.read_text(encoding="utf-8")
-    if page.count(begin) != 1 or page.count(end) != 1:
-        raise SystemExit(f"{path.name} has no marks for {name}: it needs one pair of marks {begin.strip()} and {end}.")
-    before, _, rest = page.partition(begin)
-    path.write_text(before + begin + text + end + rest.partition(end)[2], encoding="utf-8")
 
 
 def draw_families(axes: Any, families: dict[str, Any], rows: dict[str, dict[str, Any]], title: str) -> None:
