@@ -146,10 +146,14 @@ def _plain_weights(decoder: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield name.replace(".base_layer.", ".").replace(".original_module.", "."), part
 
 
+def sampled_positions(size: int) -> torch.Tensor:
+    """Which of a weight's elements, in the order of its rows, are compared: [8] int64."""
+    return torch.linspace(0, size - 1, SAMPLES, dtype=torch.float64, device="cpu").long()
+
+
 def _sample(matrix: torch.Tensor) -> list[float]:
     flat = matrix.detach().flatten()
-    sampled = torch.linspace(0, len(flat) - 1, SAMPLES, dtype=torch.float64, device="cpu").long().to(flat.device)
-    return flat[sampled].float().tolist()
+    return flat[sampled_positions(len(flat)).to(flat.device)].float().tolist()
 
 
 def _alike(expected: list[float], found: list[float]) -> bool:

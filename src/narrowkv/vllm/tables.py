@@ -13,7 +13,7 @@ from torch import Tensor
 
 from narrowkv.attention import Rope
 from narrowkv.calibration import Calibration, Fingerprint
-from narrowkv.calibration.fingerprint import SAMPLES
+from narrowkv.calibration.fingerprint import sampled_positions
 from narrowkv.codec import AnyQuantizer, TrellisQuantizer
 from narrowkv.codec.frames import Frames
 from narrowkv.errors import CalibrationError, RecipeError, UnsupportedModelError
@@ -108,7 +108,7 @@ def _samples(folder: Path, names: list[str]) -> Iterator[tuple[str, list[float]]
     """Elements of those weights that a folder has in safetensors, as `Fingerprint` samples them."""
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as weights:
-            stored = {name: name for name in weights.keys()}  # noqa: SIM118
+            stored = list(weights.keys())
             for name in names:
                 full = next((own for own in stored if own == name or own.endswith(f".{name}")), None)
                 if full is not None:
@@ -120,7 +120,7 @@ def _sample(part: Any) -> list[float]:
     rows = part[:] if len(shape) == 1 else None
     width = shape[-1]
     size = width if rows is not None else shape[0] * width
-    at = torch.linspace(0, size - 1, SAMPLES, dtype=torch.float64, device="cpu").long().tolist()
+    at = sampled_positions(size).tolist()
     if rows is not None:
         return rows[at].float().tolist()
     return [float(part[i // width : i // width + 1][0, i % width]) for i in at]
