@@ -146,10 +146,8 @@ struct Problem {
 // Those of one call, attended to in one parallel region: sequences of different lengths, say.
 using Problems = std::vector<const Problem*>;
 
-void attend_generic(const Problems& problems, int threads);
-void attend_avx2(const Problems& problems, int threads);
-void attend_avx512(const Problems& problems, int threads);
-void attend_int16(const Problems& problems, int threads);
-void attend_avx2_int16(const Problems& problems, int threads);
+using AttendProblems = void(const Problems& problems, int threads);
+
+AttendProblems attend_generic, attend_avx2, attend_avx512, attend_int16, attend_avx2_int16;
 
 }  // namespace narrowkv

@@ -13,7 +13,9 @@
 
 #include "arrays.h"
 #include "attention.h"
+#include "module_attention.h"
 #include "module_encode.h"
+#include "module_pages.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -157,12 +159,6 @@ ExactTokens exact_from(const std::vector<int64_t>& parts) {
     return found;
 }
 
-// A problem, and whether it can be read in int16. What it points into is of whoever makes it, for as long as it is used.
-struct OwnedProblem {
-    Problem problem{};
-    bool int16 = false;
-};
-
 void make_problem(OwnedProblem* owned, const OwnedPackedTensor& keys, const OwnedPackedTensor& values, const OwnedRotation& rotation, int chunk,
                   const std::vector<int>& shape, int blocks, int64_t tokens, int tail, int64_t stored, uintptr_t output, uintptr_t packed_query,
                   uintptr_t exact_query, const std::vector<std::vector<int64_t>>& exact, const std::vector<int64_t>& keys_tail,
@@ -223,22 +219,33 @@ void make_problem(OwnedProblem* owned, const OwnedPackedTensor& keys, const Owne
 void attend(const std::string& kernel, int threads, const std::vector<const OwnedProblem*>& owned) {
     Problems problems;
     for (const OwnedProblem* one : owned) {
-        require(one && (kernel != "int16" || one->int16), "there is no kernel int16 for what is attended to");
-        require(kernel != "avx2-int16" || (one->int16 && one->problem.keys.streams), "there is no kernel avx2-int16 for what is attended to");
+        require(one, "a problem is missing");
+        require_kernel(*one, kernel);
         problems.push_back(&one->problem);
     }
+    AttendProblems& attend_all = attention_kernel(kernel);
     nb::gil_scoped_release release;
-#if defined(__x86_64__)
-    if (kernel == "int16") return attend_int16(problems, threads);
-    if (kernel == "avx2-int16") return attend_avx2_int16(problems, threads);
-    if (kernel == "avx512") return attend_avx512(problems, threads);
-    if (kernel == "avx2") return attend_avx2(problems, threads);
-#endif
-    if (kernel == "generic") return attend_generic(problems, threads);
-    throw std::invalid_argument("there is no kernel " + kernel);
+    attend_all(problems, threads);
 }
 
 }  // namespace
+
+void require_kernel(const OwnedProblem& problem, const std::string& kernel) {
+    require(kernel != "int16" || problem.int16, "there is no kernel int16 for what is attended to");
+    require(kernel != "avx2-int16" || (problem.int16 && problem.problem.keys.streams), "there is no kernel avx2-int16 for what is attended to");
+}
+
+AttendProblems& attention_kernel(const std::string& kernel) {
+#if defined(__x86_64__)
+    if (kernel == "int16") return attend_int16;
+    if (kernel == "avx2-int16") return attend_avx2_int16;
+    if (kernel == "avx512") return attend_avx512;
+    if (kernel == "avx2") return attend_avx2;
+#endif
+    if (kernel == "generic") return attend_generic;
+    throw std::invalid_argument("there is no kernel " + kernel);
+}
+
 }  // namespace narrowkv
 
 NB_MODULE(_kernels, module) {
@@ -267,4 +274,5 @@ NB_MODULE(_kernels, module) {
              "value_mean"_a, "value_rows"_a, "scaling"_a, "softcap"_a);
     module.def("attend", &attend, nb::kw_only(), "kernel"_a, "threads"_a, "problems"_a,
                "Attention of all problems, whose splits fill one parallel region; each is computed as if it were alone.");
+    define_pages(module);
 }

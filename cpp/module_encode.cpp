@@ -11,10 +11,8 @@
 #include <string>
 #include <vector>
 
-#include "arrays.h"
 #include "encode.h"
 #include "pack.h"
-#include "stream_encode.h"
 #include "trellis.h"
 
 namespace nb = nanobind;
@@ -115,17 +113,6 @@ void decode_streams(uint64_t codes, uint64_t levels, uint64_t elements, std::arr
     decode_trellis({shape[0], shape[1], n, counts, at<const uint8_t>(codes), at<const float>(levels), at<float>(elements), threads});
 }
 
-// A StreamCodec and the tables that it points into.
-struct OwnedStreamCodec {
-    StreamCodec codec{};
-    Array<const int8_t> high, low;
-    Table mean, steps, scales, weight;
-    std::optional<Array<const int32_t>> channels, order;
-    std::optional<Array<const double>> turns, pairs;
-    std::optional<Table> matrix, norms;
-    std::vector<uint16_t> search_weight;
-};
-
 template <typename Part>
 bool holds(const std::optional<Part>& part, int64_t elements) {
     return !part || int64_t(part->size()) == elements;
@@ -184,20 +171,22 @@ std::array<int64_t, 2> encode_stream_tokens(const OwnedStreamCodec& owned, const
             ++stored_outliers[size_t(sequence)];
         }
     }
-    const auto call = [&](EncodeStreams& encode) -> std::array<int64_t, 2> {
-        nb::gil_scoped_release release;
-        const StreamCounts found = encode(codec, elements, at<const uint8_t>(skip), buffer, stored_outliers.empty() ? nullptr : stored_outliers.data(), halves, threads);
-        return {found.outliers, found.out_of_range};
-    };
-#if defined(__x86_64__)
-    if (kernel == "avx512") return call(encode_streams_avx512);
-    if (kernel == "avx2") return call(encode_streams_avx2);
-#endif
-    if (kernel == "generic") return call(encode_streams_generic);
-    throw std::invalid_argument("no kernel of this name");
+    EncodeStreams& encode = stream_encoder(kernel);
+    nb::gil_scoped_release release;
+    const StreamCounts found = encode(codec, elements, at<const uint8_t>(skip), buffer, stored_outliers.empty() ? nullptr : stored_outliers.data(), nullptr, halves, threads);
+    return {found.outliers, found.out_of_range};
 }
 
 }  // namespace
+
+EncodeStreams& stream_encoder(const std::string& kernel) {
+#if defined(__x86_64__)
+    if (kernel == "avx512") return encode_streams_avx512;
+    if (kernel == "avx2") return encode_streams_avx2;
+#endif
+    if (kernel == "generic") return encode_streams_generic;
+    throw std::invalid_argument("no kernel of this name");
+}
 
 void define_encode(nb::module_& module) {
     nb::class_<OwnedCodec>(module, "Codec", "What is the same for all tokens that a quantizer encodes; see codec/cpu/encode.py.")

@@ -46,9 +46,10 @@ struct StreamCounts {
 };
 
 // What `encode` of encode.h does, for codes: [batch, heads, tokens, bytes and one of a norm]. stored_outliers: [batch, heads],
-// those that the block has already, or null. halves: whether outliers are stored in float16, else in bfloat16.
+// those that the block has already, or null. row_starts: [batch], where in its block each row of new tokens begins, all of them in one
+// block, where that is not where the buffer's are; or null. halves: whether outliers are stored in float16, else in bfloat16.
 using EncodeStreams = StreamCounts(const StreamCodec& codec, const TensorView& elements, const uint8_t* skip, const EncodeBuffer& buffer,
-                                   const int32_t* stored_outliers, bool halves, int threads);
+                                   const int32_t* stored_outliers, const int64_t* row_starts, bool halves, int threads);
 
 EncodeStreams encode_streams_generic;
 #if defined(__x86_64__)

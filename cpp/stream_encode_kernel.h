@@ -74,6 +74,7 @@ struct StreamEncoder {
     const uint8_t* skip;
     const EncodeBuffer& buffer;
     const int32_t* stored_outliers;
+    const int64_t* row_starts;
     const bool halves;
     const Search search;
     std::atomic<bool> fits{true};
@@ -146,10 +147,11 @@ private:
     // Coefficients of some tokens of a head, in float64, to rows from `at` on.
     void transform(int64_t sequence, int64_t start, int64_t stop, int64_t at) {
         const int64_t dim = codec.dim, n = codec.n, head = sequence % codec.heads;
+        const int64_t begin = call.row_starts ? call.row_starts[sequence / codec.heads] : call.buffer.at;
         for (int64_t token = start; token < stop; ++token) {
             double* to = centered.data() + (at + token - start) * dim;
             center(sequence, token, to);
-            if (codec.turns) turn(to, codec.turns + (call.buffer.at + token) % kFrame * dim);
+            if (codec.turns) turn(to, codec.turns + (begin + token) % kFrame * dim);
             if (codec.pairs) multiply_pairs(to, head, found.data() + (at + token - start) * n);
         }
         if (codec.matrix) multiply_rows(centered.data() + at * dim, stop - start, dim, codec.matrix + head * n * dim, n, found.data() + at * n);
@@ -316,9 +318,9 @@ inline StreamCounts StreamEncoder::run(int threads) {
 }
 
 StreamCounts encode_all_streams(const StreamCodec& codec, const TensorView& elements, const uint8_t* skip, const EncodeBuffer& buffer,
-                                const int32_t* stored_outliers, bool halves, int threads) {
+                                const int32_t* stored_outliers, const int64_t* row_starts, bool halves, int threads) {
     if (elements.tokens == 0 || elements.batch == 0) return {0, 0};
-    return StreamEncoder{codec, elements, skip, buffer, stored_outliers, halves, Search(codec.counts, codec.high, codec.low)}.run(threads);
+    return StreamEncoder{codec, elements, skip, buffer, stored_outliers, row_starts, halves, Search(codec.counts, codec.high, codec.low)}.run(threads);
 }
 
 }  // namespace

@@ -66,8 +66,8 @@ inline Doubles product_and_sum(Doubles a, Doubles b, Doubles sum) { return Doubl
 namespace narrowkv {
 void encode_trellis_avx2(const Trellis& problem) { encode_problem(problem); }
 StreamCounts encode_streams_avx2(const StreamCodec& codec, const TensorView& elements, const uint8_t* skip, const EncodeBuffer& buffer,
-                                 const int32_t* stored_outliers, bool halves, int threads) {
-    return encode_all_streams(codec, elements, skip, buffer, stored_outliers, halves, threads);
+                                 const int32_t* stored_outliers, const int64_t* row_starts, bool halves, int threads) {
+    return encode_all_streams(codec, elements, skip, buffer, stored_outliers, row_starts, halves, threads);
 }
 }  // namespace narrowkv
 

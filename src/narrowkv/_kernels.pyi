@@ -203,3 +203,47 @@ class Problem:
 
 def attend(*, kernel: str, threads: int, problems: list[Problem]) -> None:
     """Attention of all problems, whose splits fill one parallel region; each is computed as if it were alone."""
+
+class Pages:
+    """The pages of one layer in an engine's memory; see store/paged.py."""
+
+    def __init__(
+        self,
+        *,
+        memory: int,
+        count: int,
+        stride: int,
+        block_bytes: int,
+        sink: Sequence[int],
+        kv_heads: int,
+        head_dim: int,
+        sides: Sequence[Sequence[int]],
+    ) -> None: ...
+    def write(
+        self,
+        *,
+        side: int,
+        codec: StreamCodec,
+        kernel: str,
+        elements: Sequence[int],
+        unrotation: Sequence[int],
+        runs: Sequence[int],
+        threads: int,
+    ) -> int:
+        """Write new tokens to their blocks; 0 where nothing is wrong with them."""
+
+    def attend(
+        self,
+        *,
+        kernel: str,
+        threads: int,
+        layer: Problem,
+        sequences: Sequence[int],
+        tables: Sequence[int],
+        counting: Sequence[int],
+        new_tokens: int,
+        query: int,
+        output: int,
+        elements: Sequence[Sequence[int]],
+    ) -> None:
+        """Attention of a few queries of each sequence; see attention/cpu/paged.py."""

@@ -40,7 +40,7 @@ def encoded_by(kernel, quantizer, x, skip=None, saturation=None):
     batch, heads, tokens, dim = x.shape
     buffer = EncodeBuffer(quantizer.scheme, batch, heads, tokens, dim, like=x)
     buffer.codes.fill_(255)
-    buffer.outliers = quantizer._encoder.write(buffer, 0, x, skip, saturation, kernel)
+    buffer.outliers = quantizer.encoder.write(buffer, 0, x, skip, saturation, kernel)
     return buffer.encoded()
 
 
@@ -67,7 +67,7 @@ def test_chunks_of_a_tail_equal_plain_torch(kernel, settings):
     first, counted = 0, (Saturation(), Saturation())
     for count in (1, 12, 1, 6, 40):
         piece = x[:, :, first : first + count]
-        buffers[0].outliers = quantizer._encoder.write(buffers[0], first, piece, None, counted[0], kernel)
+        buffers[0].outliers = quantizer.encoder.write(buffers[0], first, piece, None, counted[0], kernel)
         buffers[1].outliers = quantizer.encode_naive_into(buffers[1], first, piece, None, counted[1])
         first += count
     assert buffers[0].outliers > 0
@@ -158,12 +158,12 @@ def test_arguments_that_lead_outside_of_memory_are_refused():
     for elements, first in ((x[:, :1], 0), (x[..., :8], 0), (x.expand(2, -1, -1, -1), 0), (x, 62), (x, -1)):
         buffer = EncodeBuffer(quantizer.scheme, 1, elements.shape[1], 64, 16, like=x)
         with pytest.raises(ValueError, match="elements"):
-            quantizer._encoder.write(buffer, first, elements, None)
+            quantizer.encoder.write(buffer, first, elements, None)
     buffer = EncodeBuffer(quantizer.scheme, 1, 2, 64, 16, like=x)
     buffer.outliers = quantizer.encode_into(buffer, 0, x * 100)
     buffer.outlier_index[0] = 2**40
     with pytest.raises(ValueError, match="outside the buffer"):
-        quantizer._encoder.write(buffer, 3, x, None)
+        quantizer.encoder.write(buffer, 3, x, None)
 
 
 @pytest.mark.parametrize(
@@ -179,10 +179,10 @@ def test_arguments_that_lead_outside_of_memory_are_refused():
 def test_tables_that_do_not_fit_are_refused(name, spoilt):
     quantizer, _ = drawn((1, 2, 3, 16), 0.02, learned_rotation=False, pre_rope=True)
     object.__setattr__(quantizer, name, spoilt(getattr(quantizer, name)))
-    for cached in ("_encoder", "frames", "search_weight"):
+    for cached in ("encoder", "frames", "search_weight"):
         quantizer.__dict__.pop(cached, None)
     with pytest.raises((ValueError, RuntimeError)):
-        quantizer._encoder  # noqa: B018
+        quantizer.encoder  # noqa: B018
 
 
 @pytest.mark.parametrize("part", ["quantization", "transform", "outliers"])
@@ -195,7 +195,7 @@ def test_the_encoder_takes_no_scheme_with_a_field_that_it_does_not_know(part):
         for clipped in (0.0, 0.5)
     )
     assert not known.encodes_in_torch(x.device) and unknown.encodes_in_torch(x.device)
-    assert known._encoder is not None and unknown._encoder is None
+    assert known.encoder is not None and unknown.encoder is None
     require_same(unknown.encode(x), quantizer.encode_naive(x))
     buffer = EncodeBuffer(quantizer.scheme, *x.shape, like=x)
     unknown.encode_into(buffer, 0, x)

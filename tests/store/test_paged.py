@@ -1,19 +1,19 @@
 """Pages of an engine's memory: what is read back, and attention over them, against the naive reference."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from tests.stream_cases import ROPES, quantizer
 
-from narrowkv.attention import AttentionInputs, AttentionMask, naive
+from narrowkv.attention import naive
 from narrowkv.attention.cpu import decode as cpu
-from narrowkv.attention.cpu import paged
 from narrowkv.attention.cpu.int16 import AVX2_INT16, INT16, STREAM_KERNELS
+from narrowkv.attention.cpu.paged import PagedAttention, StepSequence, StepView
+from narrowkv.codec.trellis import KERNELS
 from narrowkv.errors import ActivationError, RecipeError
 from narrowkv.store import LayerStore
-from narrowkv.store.paged import PagedLayer, PagedSequence, PageLayout
-from narrowkv.store.runs import PAGE, run_groups
+from narrowkv.store.page_layout import PageLayout
+from narrowkv.store.paged import PagedLayer
+from narrowkv.store.runs import PAGE, NewTokens
 
 FORMS = [*cpu.KERNELS, *STREAM_KERNELS]
 WITHIN = {INT16: 2e-3, AVX2_INT16: 2e-3}
@@ -30,13 +30,14 @@ def layer(heads=2, dim=64, *, outliers=0.02, rope="half", dtype=torch.float32, p
     return PagedLayer(pair, turning, torch.randint(256, (pages, nbytes), dtype=torch.uint8), dtype)
 
 
-def append(paged_layer, sequences, keys, values):
+def append(paged_layer, sequences, keys, values, naive=False):
     """New tokens of sequences: (length before, new, pages) of each."""
     starts, lengths = [0], []
     for before, new, _ in sequences:
         starts.append(starts[-1] + new)
         lengths.append(before + new)
-    paged_layer.append(run_groups(starts, lengths, [pages for _, _, pages in sequences]), keys, values)
+    tokens = NewTokens.of(starts, lengths, [pages for _, _, pages in sequences])
+    (paged_layer.append_naive if naive else paged_layer.append)(tokens, keys, values)
 
 
 def tokens(length, heads=2, dim=64):
@@ -72,6 +73,23 @@ def test_the_first_token_is_exact_in_the_dtype_of_the_model(dtype):
     found = own.dequantize(torch.tensor([4]), 0, 3)
     for part, given in zip(found, (keys, values), strict=True):
         assert torch.equal(part[0, :, 0], given[0].float())
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dim", "rope", "outliers", "heads"),
+    [(64, "half", 0.02, 2), (80, "partial", 0.02, 1), (64, "none", 0.0, 3), (16, "interleaved", 0.02, 2)],
+)
+def test_compiled_pages_are_those_of_plain_torch(kernel, dtype, dim, rope, outliers, heads, monkeypatch):
+    monkeypatch.setattr("narrowkv.store.paged.KERNELS", [kernel])
+    own = layer(heads, dim, outliers=outliers, rope=rope, dtype=dtype)
+    other = PagedLayer(own.quantizers, own.rope, own.memory.clone(), dtype)
+    for given in ([(0, 70, [0]), (0, 1, [1])], [(70, 3, [0]), (1, 1, [1])], [(68, 1, [0]), (2, 200, [1, 4])], [(64, 64, [0])]):
+        keys, values = (3 * tokens(sum(new for _, new, _ in given), heads, dim)).to(dtype)
+        append(own, given, keys, values)
+        append(other, given, keys, values, naive=True)
+        assert torch.equal(own.memory, other.memory)
 
 
 def test_tokens_written_again_replace_what_was_there():
@@ -138,21 +156,28 @@ def filled(lengths, **options):
     return own, tables
 
 
-def inputs_of(own, length, queries, *, group=3, window=None, dtype=torch.float32, **options):
+def step(own, lengths, tables, queries, *, group=3, window=None, in_pages=False, dtype=torch.float32):
+    """As many new tokens of each sequence, whose lengths are without them: their view, queries, keys and values."""
     heads, dim = own.layout.kv_heads, own.layout.head_dim
-    new = torch.randn(2, 1, heads, queries, dim)
-    first = 0 if window is None else max(length + 1 - window, 0) // 64 * 64
-    at = torch.arange(first, length)[None]
-    return AttentionInputs(
-        query=torch.randn(1, group * heads, queries, dim).to(dtype),
-        past=length,
-        new=(new[0], new[1]),
-        rope=own.rope,
-        rope_state=at,
-        mask=AttentionMask(sliding_window=window),
-        scaling=dim**-0.5,
-        **options,
-    ), first
+    ends = [queries * (i + 1) for i in range(len(lengths))]
+    sequences = [StepSequence(end - queries, end, length + queries) for end, length in zip(ends, lengths, strict=True)]
+    widest = max(len(pages) for pages in tables)
+    padded = torch.tensor([[*pages, *[10**6] * (widest - len(pages))] for pages in tables])
+    query, keys, values = torch.randn(ends[-1], (group + 2) * heads, dim).to(dtype).split([group * heads, heads, heads], dim=1)
+    return StepView(sequences, padded, heads, window, in_pages), query, (keys, values)
+
+
+def assert_attends(attention, view, query, new, kernel=None, within=1e-5):
+    output = torch.full(query.shape, torch.nan, dtype=query.dtype)
+    attention.attend(view, query, new, output, kernel)
+    for i, (start, stop, _) in enumerate(view.sequences):
+        inputs, sequence = attention.inputs(view, i, query, new)
+        expected = naive.attend(inputs.with_query(inputs.query.double()), sequence)[0].transpose(0, 1).to(query.dtype)
+        torch.testing.assert_close(output[start:stop], expected, atol=within, rtol=within)
+
+
+def attention_of(own, group=3, **options):
+    return PagedAttention(own, group * own.layout.kv_heads, own.layout.head_dim**-0.5, **options)
 
 
 @pytest.mark.parametrize("kernel", FORMS)
@@ -164,51 +189,59 @@ def inputs_of(own, length, queries, *, group=3, window=None, dtype=torch.float32
 def test_the_kernel_attends_to_pages(kernel, queries, window, dim, rope, outliers, heads):
     lengths = [63, 700, 64, 200, 1]
     own, tables = filled(lengths, dim=dim, rope=rope, outliers=outliers, heads=heads)
-    parts = []
-    for length, pages in zip(lengths, tables, strict=True):
-        inputs, first = inputs_of(own, length, queries, window=window)
-        parts.append((inputs, PagedSequence(own, torch.tensor(pages), first)))
-    for found, (inputs, sequence) in zip(paged.attend_each(parts, kernel), parts, strict=True):
-        expected = naive.attend(inputs.with_query(inputs.query.double()), sequence).float()
-        torch.testing.assert_close(found, expected, atol=WITHIN.get(kernel, 1e-5), rtol=WITHIN.get(kernel, 1e-5))
+    view, query, new = step(own, lengths, tables, queries, window=window)
+    assert len(view.few) == len(lengths)
+    assert_attends(attention_of(own), view, query, new, kernel, WITHIN.get(kernel, 1e-5))
 
 
 @pytest.mark.parametrize("options", [{"softcap": 5.0}, {"sink_logits": torch.randn(6)}])
 def test_scores_that_are_capped_and_sinks_of_the_model(options):
     own, tables = filled([150])
-    inputs, first = inputs_of(own, 150, 1, **options)
-    sequence = PagedSequence(own, torch.tensor(tables[0]), first)
-    torch.testing.assert_close(
-        paged.attend_each([(inputs, sequence)])[0], naive.attend(inputs, sequence), atol=1e-5, rtol=1e-5
-    )
+    assert_attends(attention_of(own, **options), *step(own, [150], tables, 1))
 
 
 @pytest.mark.parametrize("window", [None, 90])
-@pytest.mark.parametrize("past", [0, 150])
-def test_prompts_are_read_as_by_definition(past, window):
-    own, tables = filled([150])
-    inputs, first = inputs_of(own, past, 40, window=window)
-    sequence = PagedSequence(own, torch.tensor(tables[0]), first)
-    torch.testing.assert_close(
-        paged.attend_each([(inputs, sequence)])[0], naive.attend(inputs, sequence), atol=1e-5, rtol=1e-5
-    )
+def test_prompts_are_read_as_by_definition(window):
+    own, tables = filled([150, 1])
+    view, query, new = step(own, [150, 0], tables, 40, window=window)
+    assert not view.few
+    assert_attends(attention_of(own), view, query, new)
+
+
+def test_prompts_and_tokens_are_read_in_one_step():
+    own, tables = filled([150, 200, 1])
+    sequences = [StepSequence(0, 1, 151), StepSequence(1, 41, 240), StepSequence(41, 44, 4)]
+    view = StepView(sequences, torch.tensor([[*pages, 0][:2] for pages in tables]), 2)
+    assert (view.few, view.many) == ([0, 2], [1])
+    assert_attends(attention_of(own), view, torch.randn(44, 6, 64), (torch.randn(44, 2, 64), torch.randn(44, 2, 64)))
 
 
 def test_queries_of_16_bits_are_multiplied_in_int16():
-    own, tables = filled([150])
-    inputs, first = inputs_of(own, 150, 1, dtype=torch.bfloat16)
-    prepared = paged._prepare(inputs, PagedSequence(own, torch.tensor(tables[0]), first), None)
-    assert prepared.kernel == (STREAM_KERNELS or cpu.KERNELS)[0]
+    own, _ = filled([150])
+    assert attention_of(own).kernel(torch.bfloat16) == (STREAM_KERNELS or cpu.KERNELS)[0]
+    assert attention_of(own).kernel(torch.float32) == cpu.KERNELS[0]
 
 
 @pytest.mark.parametrize("window", [None, 90])
 @pytest.mark.parametrize("queries", [1, 4, 40])
 def test_new_tokens_can_be_read_in_pages_too(queries, window):
+    own, tables = filled([150, 64])
+    assert_attends(attention_of(own), *step(own, [150 - queries, 64 - queries], tables, queries, window=window, in_pages=True))
+
+
+def test_positions_beyond_the_tables_of_angles_make_longer_ones():
+    own, tables = filled([5000])
+    attention = attention_of(own)
+    for length in (100, 5000):
+        assert_attends(attention, *step(own, [length], tables, 1))
+
+
+def test_pages_that_do_not_exist_are_refused():
     own, tables = filled([150])
-    inputs, first = inputs_of(own, 150 - queries, queries, window=window)
-    at = torch.arange(first, 150)[None]
-    inputs = replace(inputs, past=150, new=None, rope_state=at)
-    sequence = PagedSequence(own, torch.tensor(tables[0]), first)
-    torch.testing.assert_close(
-        paged.attend_each([(inputs, sequence)])[0], naive.attend(inputs, sequence), atol=1e-5, rtol=1e-5
-    )
+    attention = attention_of(own)
+    for page in (len(own.memory), -1):
+        view, query, new = step(own, [150], [[tables[0][0], page]], 1)
+        with pytest.raises(ValueError, match="no such page"):
+            attention.attend(view, query, new, torch.empty_like(query))
+        with pytest.raises(ValueError, match="no such page"):
+            append(own, [(3, 1, [page])], *tokens(1))

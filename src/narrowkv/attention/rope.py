@@ -82,9 +82,13 @@ class Rope:
 
     def unrotate(self, x: Tensor, rope_state: Tensor) -> Tensor:
         """What x was before `rotate` rotated it, in float64: the sines that it used, in the dtype of x, are undone."""
-        cos, sin = (part.to(x.dtype).double() for part in self.cos_sin(rope_state))
+        return rotate_pairs(x.double(), *self.unrotation(rope_state, x.dtype), self.interleaved)
+
+    def unrotation(self, rope_state: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [..., rotary_dim / 2] float64 that undo those which `rotate` used in a dtype."""
+        cos, sin = (part.to(dtype).double() for part in self.cos_sin(rope_state))
         size = cos.square() + sin.square()
-        return rotate_pairs(x.double(), cos / size, -sin / size, self.interleaved)
+        return cos / size, -sin / size
 
 
 @dataclass(frozen=True)

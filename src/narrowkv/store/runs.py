@@ -1,15 +1,24 @@
 """Where new tokens of several sequences go in pages: runs of tokens in one block, grouped as they are encoded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from narrowkv.codec.frames import MIDDLE
 from narrowkv.codec.scheme_parts import BLOCK
 
 BLOCKS = 2  # of a page
 PAGE = BLOCKS * BLOCK  # tokens
+
+
+class RotaryEmbedding(Protocol):
+    """A rotary embedding of fixed frequencies, as `attention.rope` has it."""
+
+    @property
+    def interleaved(self) -> bool: ...
+    def unrotation(self, rope_state: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]: ...
+    def unrotate(self, x: Tensor, rope_state: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -30,49 +39,47 @@ class Run:
 
 @dataclass(frozen=True)
 class RunGroup:
-    """Runs that are encoded in one call: of as many tokens from the same offset on, or of one token each at any offset."""
+    """Runs of equal length, encoded in one call. table: [runs, 5] int64, page, block, first, start and position."""
 
     runs: list[Run]
-    pages: Tensor  # [runs] int64
-    blocks: Tensor  # the same, of the page
-    offsets: Tensor  # [runs, tokens] int64, in the block
-    rows: Tensor  # the same, which new token each is
-    positions: Tensor  # the same, in the sequence
-    sinks: Tensor | None  # [runs, tokens] bool, which are the first of their sequence; None where none is
+    table: Tensor
 
-    @property
-    def single(self) -> bool:
-        return self.rows.shape[1] == 1
-
-    @property
-    def first(self) -> int:
-        """Where the encoder takes tokens to be: a single one is rotated to the middle of its frame before."""
-        return MIDDLE if self.single else self.runs[0].first
+    @classmethod
+    def of(cls, runs: list[Run]) -> "RunGroup":
+        rows = [(run.page, run.block, run.first, run.start, run.position) for run in runs]
+        return cls(runs, torch.tensor(rows, dtype=torch.int64, device="cpu"))
 
 
-def run_groups(starts: list[int], lengths: list[int], tables: list[list[int]]) -> list[RunGroup]:
-    """The new tokens of each sequence, by blocks.
+@dataclass(frozen=True)
+class NewTokens:
+    """The new tokens of a step. positions: [tokens] int64, in their sequences."""
 
-    starts: [sequences + 1], where each sequence's new tokens begin. lengths: of each with them. tables: the pages of each.
-    """
-    groups: dict[tuple[int, int], list[Run]] = {}
-    for start, stop, length, table in zip(starts[:-1], starts[1:], lengths, tables, strict=True):
-        at, position = start, length - (stop - start)
-        while at < stop:
-            first = position % BLOCK
-            tokens = min(BLOCK - first, stop - at)
-            run = Run(table[position // PAGE], position % PAGE // BLOCK, first, tokens, at, position)
-            groups.setdefault((first, tokens) if tokens > 1 else (0, 1), []).append(run)
-            at, position = at + tokens, position + tokens
-    return [_group(runs) for runs in groups.values()]
+    groups: list[RunGroup]
+    positions: Tensor
+    _unrotations: dict[tuple[int, torch.dtype], tuple[RotaryEmbedding, Tensor]] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, starts: list[int], lengths: list[int], tables: list[list[int]]) -> "NewTokens":
+        """starts: [sequences + 1], where each sequence's new tokens begin. lengths: of each with them. tables: the pages of
+        each.
+        """
+        groups: dict[int, list[Run]] = {}
+        positions: list[int] = []
+        for start, stop, length, table in zip(starts[:-1], starts[1:], lengths, tables, strict=True):
+            at, position = start, length - (stop - start)
+            positions += range(position, length)
+            while at < stop:
+                first = position % BLOCK
+                tokens = min(BLOCK - first, stop - at)
+                run = Run(table[position // PAGE], position % PAGE // BLOCK, first, tokens, at, position)
+                groups.setdefault(tokens, []).append(run)
+                at, position = at + tokens, position + tokens
+        return cls([RunGroup.of(runs) for runs in groups.values()], torch.tensor(positions, dtype=torch.int64, device="cpu"))
 
-def _group(runs: list[Run]) -> RunGroup:
-    steps = torch.arange(runs[0].tokens, dtype=torch.int64, device="cpu")
-    columns = [(run.page, run.block, run.first, run.start, run.position) for run in runs]
-    pages, blocks, first, start, position = torch.tensor(columns, dtype=torch.int64, device="cpu").T
-    sinks = [run for run in runs if run.position == 0]
-    positions = position[:, None] + steps
-    return RunGroup(
-        runs, pages, blocks, first[:, None] + steps, start[:, None] + steps, positions, positions == 0 if sinks else None
-    )
+    def unrotation(self, rope: RotaryEmbedding, dtype: torch.dtype) -> Tensor:
+        """What undoes the rotary embedding of keys in a dtype: cosines and sines [tokens, 2, pairs] float64; found once."""
+        known = self._unrotations.get((id(rope), dtype))
+        if known is None:
+            turns = torch.stack(rope.unrotation(self.positions, dtype), dim=1)
+            known = self._unrotations[id(rope), dtype] = rope, turns
+        return known[1]

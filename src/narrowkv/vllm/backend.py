@@ -6,7 +6,7 @@ unless it is to be strict; all before them is read in pages.
 """
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -25,13 +25,13 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from narrowkv.attention import AttentionInputs, AttentionMask, Rope
-from narrowkv.attention.cpu import paged
+from narrowkv.attention import Rope
 from narrowkv.attention.cpu.decode import KERNELS
-from narrowkv.codec.scheme_parts import BLOCK
+from narrowkv.attention.cpu.paged import PagedAttention, StepSequence, StepView
 from narrowkv.errors import UnsupportedModelError
-from narrowkv.store.paged import PagedLayer, PagedSequence, PageLayout
-from narrowkv.store.runs import PAGE, RunGroup, run_groups
+from narrowkv.store.page_layout import PageLayout
+from narrowkv.store.paged import PagedLayer
+from narrowkv.store.runs import PAGE, NewTokens
 from narrowkv.vllm import STRICT
 from narrowkv.vllm.tables import Pair, calibration, quantizers, require_model, require_plain, rope_of
 
@@ -99,12 +99,22 @@ def _own_tables(layer: int, kv_heads: int, head_dim: int) -> Pair:
 
 @dataclass
 class PackedMetadata(CPUAttentionMetadata):
-    """Of one step. sequences: of each with new tokens, where these begin and end, its length with them, and its pages.
-    groups: of the new tokens, as they are encoded.
+    """Of one step. sequences: those that have new tokens, and tables: their pages [sequences, n] int64. new: where new tokens
+    go.
     """
 
-    sequences: tuple[tuple[int, int, int, Tensor], ...] = ()
-    groups: tuple[RunGroup, ...] = ()
+    sequences: tuple[StepSequence, ...] = ()
+    tables: Tensor | None = None
+    new: NewTokens | None = None
+    views: dict[tuple[int, int | None, bool], StepView] = field(default_factory=dict)
+
+    def view(self, kv_heads: int, window: int | None, in_pages: bool) -> StepView:
+        """What layers of this window see; found once in a step."""
+        assert self.tables is not None
+        key = kv_heads, window, in_pages
+        if key not in self.views:
+            self.views[key] = StepView(self.sequences, self.tables, *key)
+        return self.views[key]
 
 
 class PackedMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -120,7 +130,8 @@ class PackedMetadataBuilder(CPUAttentionMetadataBuilder):
             )
         starts, lengths = common.query_start_loc.tolist(), common.seq_lens.tolist()
         tables = common.block_table_tensor.long()
-        sequences = zip(starts[:-1], starts[1:], lengths, tables, strict=True)
+        sequences = [StepSequence(*one) for one in zip(starts[:-1], starts[1:], lengths, strict=True)]
+        present = [i for i, one in enumerate(sequences) if one.stop > one.start]
         return PackedMetadata(
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=common.max_query_len,
@@ -130,8 +141,9 @@ class PackedMetadataBuilder(CPUAttentionMetadataBuilder):
             block_table=common.block_table_tensor,
             slot_mapping=common.slot_mapping,
             scheduler_metadata=None,
-            sequences=tuple(one for one in sequences if one[1] > one[0]),
-            groups=tuple(run_groups(starts, lengths, tables.tolist())),
+            sequences=tuple(sequences[i] for i in present),
+            tables=tables[present],
+            new=NewTokens.of(starts, lengths, tables.tolist()),
         )
 
 
@@ -151,7 +163,7 @@ class PackedAttention(CPUAttentionBackendImpl):
             }
         )
         self._strict = os.environ.get(STRICT) == "1"
-        self._pages: PagedLayer | None = None
+        self._known: PagedAttention | None = None
         self._tables: tuple[Pair, Rope | None] | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -176,45 +188,23 @@ class PackedAttention(CPUAttentionBackendImpl):
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         """query: [tokens, query_heads, head_dim], key, value: [tokens, kv_heads, head_dim], rotated; output: like query."""
-        pair, rope = self._of_layer(layer)
         if not isinstance(attn_metadata, PackedMetadata):  # vLLM warms up
             return output
-        pages = self._paged(pair, rope, kv_cache, key.dtype)
+        assert attn_metadata.new is not None
+        attention = self._attention(layer, kv_cache, key.dtype)
         if self._strict:
-            pages.append(list(attn_metadata.groups), key, value)
-        parts = []
-        for start, stop, length, table in attn_metadata.sequences:
-            own = (part[start:stop].transpose(0, 1)[None] for part in (query, key, value))
-            parts.append(self._inputs(pages, *own, length=length, table=table))
-        for (start, stop, _, _), found in zip(attn_metadata.sequences, paged.attend_each(parts), strict=True):
-            output[start:stop] = found[0].transpose(0, 1)
+            attention.layer.append(attn_metadata.new, key, value)
+        window = self.sliding_window if self.sliding_window > 0 else None
+        view = attn_metadata.view(self.num_kv_heads, window, self._strict)
+        attention.attend(view, query, (key, value), output)
         if not self._strict:
-            pages.append(list(attn_metadata.groups), key, value)
+            attention.layer.append(attn_metadata.new, key, value)
         return output
 
-    def _inputs(
-        self, pages: PagedLayer, query: Tensor, key: Tensor, value: Tensor, *, length: int, table: Tensor
-    ) -> tuple[AttentionInputs, PagedSequence]:
-        past = length if self._strict else length - query.shape[2]
-        window = self.sliding_window if self.sliding_window > 0 else None
-        first = 0 if window is None else max(length - query.shape[2] + 1 - window, 0) // BLOCK * BLOCK
-        rope = pages.rope
-        inputs = AttentionInputs(
-            query=query,
-            past=past,
-            new=None if self._strict else (key, value),
-            rope=rope if isinstance(rope, Rope) else None,
-            rope_state=None if rope is None else paged.counting_to(length).positions[None, first:past],
-            mask=AttentionMask(sliding_window=window),
-            scaling=self.scale,
-            softcap=self.logits_soft_cap or None,
-            sink_logits=self.sinks,
-        )
-        return inputs, PagedSequence(pages, table, min(first, past))
-
-    def _paged(self, pair: Pair, rope: Rope | None, kv_cache: Tensor, dtype: torch.dtype) -> PagedLayer:
-        """The layer's memory as pages."""
-        if self._pages is None or self._pages.memory.data_ptr() != kv_cache.data_ptr():
+    def _attention(self, layer: Any, kv_cache: Tensor, dtype: torch.dtype) -> PagedAttention:
+        """Attention over the layer's memory."""
+        known = self._known
+        if known is None or known.layer.memory.data_ptr() != kv_cache.data_ptr():
             count, heads, tokens, nbytes = kv_cache.shape
             if tokens != PAGE or not kv_cache[:1].is_contiguous():
                 raise UnsupportedModelError(
@@ -222,8 +212,11 @@ class PackedAttention(CPUAttentionBackendImpl):
                     "VLLM_KV_CACHE_LAYOUT."
                 )
             rows = kv_cache.as_strided((count, heads * tokens * nbytes), (kv_cache.stride(0), 1))
-            self._pages = PagedLayer(pair, rope, rows, dtype)
-        return self._pages
+            pair, rope = self._of_layer(layer)
+            pages = PagedLayer(pair, rope, rows, dtype)
+            known = PagedAttention(pages, self.num_heads, self.scale, self.logits_soft_cap or None, self.sinks)
+            self._known = known
+        return known
 
     def _of_layer(self, layer: Any) -> tuple[Pair, Rope | None]:
         """The layer's quantizers and the rotary embedding of its keys; found once the model is loaded."""

@@ -168,7 +168,7 @@ def rope_tables(rope: AnyRope | None, rope_state: Tensor | None, batch: int) -> 
     if rope_state.dtype != torch.int32 or rope_state.stride(1) != 1:
         positions = rope_state.to(torch.int32).contiguous()
     stride = positions.stride(0) if len(positions) > 1 else 0
-    return RopeTables(_rotation(rope, most + FRAME), positions.data_ptr(), stride, used=positions)
+    return RopeTables(rotation_to(rope, most + FRAME), positions.data_ptr(), stride, used=positions)
 
 
 def _tabled(least: int, most: int, tokens: int) -> bool:
@@ -189,7 +189,7 @@ class RotationTables:
         return self.tables
 
 
-def _rotation(rope: Rope, position: int) -> _kernels.Rotation:
+def rotation_to(rope: Rope, position: int) -> _kernels.Rotation:
     """Tables for positions up to one, and some more."""
     known = rope.plans.get(RotationTables)
     if known is None or position >= known.limit:

@@ -111,10 +111,10 @@ class TrellisQuantizer(BaseQuantizer):
         Codes are [batch, kv_heads, tokens, bytes of a stream], with `token_norm` and a byte for the norm; an outlier is an
         exact coefficient; coefficients are what `saturation` counts. Raises ActivationError where one does not fit 16 bits.
         """
-        if x.is_cpu and x.dtype in KINDS and self._encoder is not None:
+        if x.is_cpu and x.dtype in KINDS and self.encoder is not None:
             batch, heads, tokens, dim = x.shape
             buffer = EncodeBuffer(self.scheme, batch, heads, tokens, dim, like=x)
-            outliers = self._encoder.write(buffer, 0, x, skip, saturation)
+            outliers = self.encoder.write(buffer, 0, x, skip, saturation)
             if outliers is not None:
                 buffer.outliers = outliers
                 return buffer.encoded()
@@ -123,7 +123,7 @@ class TrellisQuantizer(BaseQuantizer):
     def encode_into(
         self, buffer: EncodeBuffer, first: int, x: Tensor, skip: Tensor | None = None, saturation: Saturation | None = None
     ) -> int:
-        found = self._encoder.write(buffer, first, x, skip, saturation) if x.is_cpu and self._encoder is not None else None
+        found = self.encoder.write(buffer, first, x, skip, saturation) if x.is_cpu and self.encoder is not None else None
         return self.encode_naive_into(buffer, first, x, skip, saturation) if found is None else found
 
     def encode_naive(self, x: Tensor, skip: Tensor | None = None, saturation: Saturation | None = None) -> QuantizedTensor:
@@ -320,7 +320,7 @@ class TrellisQuantizer(BaseQuantizer):
         return torch.linalg.pinv(self.pairs.double())
 
     @functools.cached_property
-    def _encoder(self) -> StreamEncoder | None:
+    def encoder(self) -> StreamEncoder | None:
         """The compiled form of `encode`; None if it does not support the scheme."""
         if not self.scheme.differs_only_in(StreamEncoder.SUPPORTS):
             return None
