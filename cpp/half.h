@@ -1,4 +1,4 @@
-// float16 to float32, by the processor's own instruction where the file is compiled for it, and back; bfloat16 to float32.
+// float16 to float32, by the processor's own instruction where the file is compiled for it, and back; bfloat16 likewise.
 
 #pragma once
 
@@ -50,6 +50,13 @@ inline uint16_t half_from_single(float element) {
     }
     const uint32_t odd = wide >> 13 & 1;
     return uint16_t(sign | (wide - 0x38000000 + 0xfff + odd) >> 13);
+}
+
+// Likewise; infinity where it is rounded to that.
+inline uint16_t bfloat_from_single(float element) {
+    uint32_t wide;
+    std::memcpy(&wide, &element, 4);
+    return uint16_t((wide + 0x7fff + (wide >> 16 & 1)) >> 16);
 }
 
 inline bool is_finite_half(uint16_t bits) { return (bits & 0x7c00) != 0x7c00; }

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <vector>
 
 #include "encode_loops.h"
@@ -167,6 +168,20 @@ ExactTokens new_tokens_of(const ExactTokens& all, const SequenceView& sequence) 
     return found;
 }
 
+// Heads of a sequence's queries: which, of which new token, and where it stands in [query_heads, queries] of those of each sequence.
+template <typename Take>
+void for_each_query(const SequenceView& sequence, int64_t heads, Take take) {
+    for (int64_t head = 0; head < heads; ++head)
+        for (int64_t i = 0; i < sequence.queries; ++i) take(head, sequence.start + i, sequence.start * heads + head * sequence.queries + i);
+}
+
+// The opposite of `load`.
+void put(DType kind, const float* from, int64_t dim, char* to) {
+    if (kind == DType::single) return void(std::memcpy(to, from, size_t(dim) * 4));
+    uint16_t* bits = reinterpret_cast<uint16_t*>(to);
+    for (int64_t c = 0; c < dim; ++c) bits[c] = kind == DType::half ? half_from_single(from[c]) : bfloat_from_single(from[c]);
+}
+
 // Where a block's keys and values lie.
 void locate(const Pages& pages, const uint8_t* block, Block* to) {
     for (const PageSide& side : pages.sides) {
@@ -190,13 +205,15 @@ int64_t write_pages(const Pages& pages, const PageSide& side, const StreamCodec&
 
 void attend_pages(const Pages& pages, const Problem& layer, const PagedQueries& queries, AttendProblems& attend, int threads) {
     static const int64_t first_token = 0;
+    const int64_t heads = queries.query.heads, dim = queries.query.dim;
     std::vector<Problem> all(size_t(queries.count), layer);
     std::vector<std::vector<Block>> tables(static_cast<size_t>(queries.count));
+    std::vector<float> query(size_t(queries.query.tokens * heads * dim)), output(query.size());
     Problems problems;
     for (int64_t i = 0; i < queries.count; ++i) {
         const SequenceView& sequence = queries.sequences[i];
         const int64_t* own_pages = queries.tables + sequence.row * queries.width;
-        const int64_t first = sequence.first / kBlock, stop = (sequence.past + kBlock - 1) / kBlock, width = layer.group * layer.kv_heads * layer.head_dim;
+        const int64_t first = sequence.first / kBlock, stop = (sequence.past + kBlock - 1) / kBlock;
         tables[size_t(i)].resize(size_t(2 * (stop - first)));
         for (int64_t block = first; block < stop; ++block)
             locate(pages, pages.block(own_pages[block / kPageBlocks], block % kPageBlocks), &tables[size_t(i)][size_t(2 * (block - first))]);
@@ -205,8 +222,9 @@ void attend_pages(const Pages& pages, const Problem& layer, const PagedQueries& 
         problem.tokens = problem.stored = sequence.past - sequence.first;
         problem.table = tables[size_t(i)].data(), problem.starts = queries.starts;
         problem.rotation.positions = queries.positions + sequence.first;
-        problem.packed_query = problem.exact_query = queries.query + sequence.start * width;
-        problem.output = queries.output + sequence.start * width;
+        problem.packed_query = problem.exact_query = query.data() + sequence.start * heads * dim;
+        problem.output = output.data() + sequence.start * heads * dim;
+        for_each_query(sequence, heads, [&](int64_t head, int64_t token, int64_t at) { load(queries.query.kind, row_of(queries.query, 0, head, token), dim, &query[size_t(at * dim)]); });
         problem.hidden = sequence.hidden, problem.hidden_batch = sequence.hidden ? 1 : 0;
         int parts = 0;
         if (sequence.first == 0) problem.exact_parts[parts++] = sink_of(pages, own_pages[0]), problem.sinks = 1, problem.sink_index = &first_token;
@@ -215,6 +233,10 @@ void attend_pages(const Pages& pages, const Problem& layer, const PagedQueries& 
         problems.push_back(&problem);
     }
     attend(problems, threads);
+    for (int64_t i = 0; i < queries.count; ++i)
+        for_each_query(queries.sequences[i], heads, [&](int64_t head, int64_t token, int64_t at) {
+            put(queries.output.kind, &output[size_t(at * dim)], dim, const_cast<char*>(row_of(queries.output, 0, head, token)));
+        });
 }
 
 }  // namespace narrowkv

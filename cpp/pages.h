@@ -56,16 +56,14 @@ struct SequenceView {
     const uint8_t* hidden;
 };
 
-// Queries of a step. tables: pages of each row, `width` of them. query, output: those of the new token i begin at i * query_heads *
-// head_dim, and are [query_heads, queries, head_dim] for each sequence. new_tokens: all of them; none where they are read in pages.
-// positions: all from 0 on. starts: multiples of 64.
+// Queries of a step. tables: pages of each row, `width` of them. query, output: of all new tokens, their batch is 1. new_tokens: all
+// of them; none where they are read in pages. positions: all from 0 on. starts: multiples of 64.
 struct PagedQueries {
     const SequenceView* sequences;
     int64_t count;
     const int64_t* tables;
     int64_t width;
-    const float* query;
-    float* output;
+    TensorView query, output;
     ExactTokens new_tokens;
     const int32_t* positions;
     const int64_t* starts;

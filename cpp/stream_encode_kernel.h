@@ -284,11 +284,9 @@ private:
             if (!is_finite_half(bits)) call.fits = false;
             return bits;
         }
-        uint32_t wide;
-        std::memcpy(&wide, &x, 4);
-        wide += 0x7fff + (wide >> 16 & 1);
-        if ((wide & 0x7f800000) == 0x7f800000) call.fits = false;
-        return uint16_t(wide >> 16);
+        const uint16_t bits = bfloat_from_single(x);
+        if ((bits & 0x7f80) == 0x7f80) call.fits = false;
+        return bits;
     }
 };
 

@@ -221,11 +221,12 @@ class Pages:
     ) -> None: ...
     def write(
         self,
-        *,
-        side: int,
-        codec: StreamCodec,
+        keys: StreamCodec,
+        values: StreamCodec,
         kernel: str,
-        elements: Sequence[int],
+        tokens: int,
+        of_keys: Sequence[int],
+        of_values: Sequence[int],
         unrotation: Sequence[int],
         runs: Sequence[int],
         threads: int,
@@ -234,16 +235,17 @@ class Pages:
 
     def attend(
         self,
-        *,
         kernel: str,
         threads: int,
         layer: Problem,
         sequences: Sequence[int],
         tables: Sequence[int],
         counting: Sequence[int],
-        new_tokens: int,
-        query: int,
-        output: int,
-        elements: Sequence[Sequence[int]],
+        tokens: int,
+        in_pages: bool,
+        query: Sequence[int],
+        output: Sequence[int],
+        keys: Sequence[int],
+        values: Sequence[int],
     ) -> None:
         """Attention of a few queries of each sequence; see attention/cpu/paged.py."""

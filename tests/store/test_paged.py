@@ -94,8 +94,8 @@ def test_compiled_pages_are_those_of_plain_torch(kernel, dtype, dim, rope, outli
 
 def test_tokens_written_again_replace_what_was_there():
     """Rejected drafts of speculative decoding, and whatever a page held for another sequence."""
-    own, other = layer(), layer()
-    other.quantizers, other.rope = own.quantizers, own.rope
+    own = layer()
+    other = PagedLayer(own.quantizers, own.rope, own.memory.clone(), torch.float32)
     keys, values = tokens(90)
     for new, at in (((90, 0), 0), ((30, 50), 50), ((40, 80), 80)):
         append(own, [(new[1], new[0], [3])], *(torch.randn(2, new[0], 2, 64) if at else (keys, values)))
@@ -118,8 +118,8 @@ def test_a_block_stores_no_more_outliers_than_its_budget():
 
 
 def test_sequences_are_written_at_once_as_one_by_one():
-    own, other = layer(), layer()
-    other.quantizers, other.rope = own.quantizers, own.rope
+    own = layer()
+    other = PagedLayer(own.quantizers, own.rope, own.memory.clone(), torch.float32)
     given = [(0, 70, [0]), (100, 1, [1]), (130, 1, [2, 3]), (60, 3, [4]), (40, 3, [5])]
     keys, values = tokens(sum(new for _, new, _ in given))
     for one in (own, other):
@@ -216,9 +216,11 @@ def test_prompts_and_tokens_are_read_in_one_step():
     assert_attends(attention_of(own), view, torch.randn(44, 6, 64), (torch.randn(44, 2, 64), torch.randn(44, 2, 64)))
 
 
-def test_queries_of_16_bits_are_multiplied_in_int16():
-    own, _ = filled([150])
-    assert attention_of(own).kernel(torch.bfloat16) == (STREAM_KERNELS or cpu.KERNELS)[0]
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_queries_of_16_bits_are_multiplied_in_int16(dtype):
+    own, tables = filled([150, 63], dtype=dtype)
+    assert_attends(attention_of(own), *step(own, [150, 63], tables, 3, dtype=dtype), within=2e-2)
+    assert attention_of(own).kernel(dtype) == (STREAM_KERNELS or cpu.KERNELS)[0]
     assert attention_of(own).kernel(torch.float32) == cpu.KERNELS[0]
 
 

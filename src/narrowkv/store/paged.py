@@ -14,7 +14,6 @@ from torch import Tensor
 import narrowkv._kernels as _kernels
 from narrowkv.codec import TrellisQuantizer
 from narrowkv.codec.cpu.encode import KINDS
-from narrowkv.codec.memory import address
 from narrowkv.codec.ranges import require_finite
 from narrowkv.codec.scheme_parts import BLOCK
 from narrowkv.codec.trellis import FEW, KERNELS
@@ -48,6 +47,7 @@ class PagedLayer:
                 f"A page of {PAGE} tokens takes {layout.nbytes} bytes, and the engine's has {memory.shape[1]}; "
                 "calibrate with equal layers."
             )
+        self._encoders = [quantizer.encoder for quantizer in quantizers]
         self.sides = tuple(SideViews(memory, layout, side) for side in layout.sides)
         self.compiled = _kernels.Pages(
             memory=memory.data_ptr(),
@@ -67,7 +67,7 @@ class PagedLayer:
         on outliers that do not fit float16.
         """
         for group in new.groups:
-            if not all(self._write(side, new, group, elements) for side, elements in enumerate((keys, values))):
+            if not self._write(new, group, keys, values):
                 self._append_naive(new, group, keys, values)
             self._put_sinks(group, keys, values)
 
@@ -77,26 +77,22 @@ class PagedLayer:
             self._append_naive(new, group, keys, values)
             self._put_sinks(group, keys, values)
 
-    def _write(self, side: int, new: NewTokens, group: RunGroup, x: Tensor) -> bool:
-        """Whether compiled code wrote a group's keys, or values, and had nothing to object to."""
-        encoder = self.quantizers[side].encoder
-        if encoder is None or x.dtype not in KINDS:
+    def _write(self, new: NewTokens, group: RunGroup, keys: Tensor, values: Tensor) -> bool:
+        """Whether compiled code wrote a group, and had nothing to object to."""
+        of_keys, of_values = self._encoders
+        readable = keys.dtype in KINDS and len(keys) == len(values) == len(new.positions)
+        if of_keys is None or of_values is None or not readable:
             return False
-        x = x if x.stride(2) == 1 else x.contiguous()
-        turns = None if side or self.rope is None else new.unrotation(self.rope, x.dtype)
-        unrotation = [0, 0, 0]
-        if turns is not None and self.rope is not None:
-            at = address(turns, torch.float64, shape=(len(x), 2, turns.shape[2]))
-            unrotation = [at, turns.shape[2], self.rope.interleaved]
-        tokens = len(group.runs) * group.runs[0].tokens
         return not self.compiled.write(
-            side=side,
-            codec=encoder.codec,
-            kernel=KERNELS[0],
-            elements=[x.data_ptr(), KINDS[x.dtype], len(x), x.stride(0), x.stride(1)],
-            unrotation=unrotation,
-            runs=[group.table.data_ptr(), len(group.runs), group.runs[0].tokens],
-            threads=1 if tokens * self.layout.kv_heads <= FEW else torch.get_num_threads(),
+            of_keys.codec,
+            of_values.codec,
+            KERNELS[0],
+            len(keys),
+            place(keys),
+            place(values),
+            (0, 0, 0) if self.rope is None else new.unrotation(self.rope, keys.dtype).place,
+            group.place,
+            1 if len(keys) * self.layout.kv_heads <= FEW else torch.get_num_threads(),
         )
 
     def _append_naive(self, new: NewTokens, group: RunGroup, keys: Tensor, values: Tensor) -> None:
@@ -136,6 +132,13 @@ class PagedLayer:
             at = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
             keys[:, :, :1], values[:, :, :1] = key if self.rope is None else self.rope.unrotate(key, at), value
         return keys, values
+
+
+def place(elements: Tensor) -> tuple[int, int, int, int]:
+    """Where elements [tokens, heads, head_dim] lie, of what kind, and strides of tokens and heads, for compiled code."""
+    strides = elements.stride()
+    assert strides[2] == 1
+    return elements.data_ptr(), KINDS[elements.dtype], strides[0], strides[1]
 
 
 class PagedSequence:

@@ -39,15 +39,19 @@ class Run:
 
 @dataclass(frozen=True)
 class RunGroup:
-    """Runs of equal length, encoded in one call. table: [runs, 5] int64, page, block, first, start and position."""
+    """Runs of equal length, encoded in one call. table: [runs, 5] int64, page, block, first, start and position. place: where
+    it lies, its rows, and the tokens of each.
+    """
 
     runs: list[Run]
     table: Tensor
+    place: tuple[int, int, int]
 
     @classmethod
     def of(cls, runs: list[Run]) -> "RunGroup":
         rows = [(run.page, run.block, run.first, run.start, run.position) for run in runs]
-        return cls(runs, torch.tensor(rows, dtype=torch.int64, device="cpu"))
+        table = torch.tensor(rows, dtype=torch.int64, device="cpu")
+        return cls(runs, table, (table.data_ptr(), len(runs), runs[0].tokens))
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class NewTokens:
 
     groups: list[RunGroup]
     positions: Tensor
-    _unrotations: dict[tuple[int, torch.dtype], tuple[RotaryEmbedding, Tensor]] = field(default_factory=dict)
+    _unrotations: dict[tuple[int, torch.dtype], "Unrotation"] = field(default_factory=dict)
 
     @classmethod
     def of(cls, starts: list[int], lengths: list[int], tables: list[list[int]]) -> "NewTokens":
@@ -76,10 +80,20 @@ class NewTokens:
                 at, position = at + tokens, position + tokens
         return cls([RunGroup.of(runs) for runs in groups.values()], torch.tensor(positions, dtype=torch.int64, device="cpu"))
 
-    def unrotation(self, rope: RotaryEmbedding, dtype: torch.dtype) -> Tensor:
-        """What undoes the rotary embedding of keys in a dtype: cosines and sines [tokens, 2, pairs] float64; found once."""
+    def unrotation(self, rope: RotaryEmbedding, dtype: torch.dtype) -> "Unrotation":
+        """What undoes the rotary embedding of keys in a dtype; found once."""
         known = self._unrotations.get((id(rope), dtype))
         if known is None:
             turns = torch.stack(rope.unrotation(self.positions, dtype), dim=1)
-            known = self._unrotations[id(rope), dtype] = rope, turns
-        return known[1]
+            known = Unrotation(rope, turns, (turns.data_ptr(), turns.shape[2], rope.interleaved))
+            self._unrotations[id(rope), dtype] = known
+        return known
+
+
+@dataclass(frozen=True)
+class Unrotation:
+    """turns: cosines and sines [tokens, 2, pairs] float64. place: where they lie, pairs, and whether these are neighbors."""
+
+    rope: RotaryEmbedding
+    turns: Tensor
+    place: tuple[int, int, bool]

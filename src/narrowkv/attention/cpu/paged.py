@@ -20,15 +20,13 @@ from narrowkv.attention.cpu.tables import NOTHING_ROTATES, rotation_to
 from narrowkv.attention.inputs import AttentionInputs
 from narrowkv.attention.mask import AttentionMask
 from narrowkv.attention.rope import Rope
-from narrowkv.codec.cpu.encode import KINDS
 from narrowkv.codec.frames import FRAME
 from narrowkv.codec.memory import address
 from narrowkv.store import BLOCK
-from narrowkv.store.paged import PagedLayer, PagedSequence
+from narrowkv.store.paged import PagedLayer, PagedSequence, place
 from narrowkv.store.plans import Plans
 
 NOTHING = [0] * 6  # of a tail
-ABSENT = [0] * 4  # of new tokens
 
 
 class StepSequence(NamedTuple):
@@ -43,7 +41,7 @@ class StepView:
     """What the new tokens of a step see of their sequences, in all layers of one sliding window; found once.
 
     tables: pages of each sequence, [sequences, pages] int64. in_pages: whether new tokens are read there too. few: sequences
-    that the kernel attends to.
+    that the kernel attends to; farthest: how far it reads. place, place_of_tables: where these and tables lie, for the kernel.
     """
 
     def __init__(
@@ -57,12 +55,14 @@ class StepView:
         self.sequences, self.tables, self.kv_heads = sequences, tables.contiguous(), kv_heads
         self.mask, self.in_pages = AttentionMask(sliding_window=window), in_pages
         self.few = [i for i, one in enumerate(sequences) if self._suits_the_kernel(i, one)]
-        self.several = [sequences[i] for i in self.few if sequences[i].stop - sequences[i].start > 1]
         self.many = sorted({*range(len(sequences))} - {*self.few})
         self.farthest = max((self.past(i) for i in self.few), default=0)
         self._hidden = [self._hidden_from(i) for i in self.few]
         rows = [self._row(i, hidden) for i, hidden in zip(self.few, self._hidden, strict=True)]
         self._rows = torch.tensor(rows, dtype=torch.int64, device="cpu")
+        self.counting = counting_to(self.farthest)
+        self.place = (self._rows.data_ptr(), len(self.few))
+        self.place_of_tables = (address(self.tables, torch.int64), *self.tables.shape)
 
     def _suits_the_kernel(self, i: int, one: StepSequence) -> bool:
         return one.stop - one.start <= tiled.FEW_QUERIES and self.past(i) > self.first(i)
@@ -95,10 +95,6 @@ class StepView:
         one, first, past = self.sequences[i], self.first(i), self.past(i)
         chunk = split_length((-(-past // BLOCK) - first // BLOCK) * self.kv_heads)
         return [i, one.start, one.stop - one.start, first, past, chunk, address(hidden, torch.bool)]
-
-    def place(self) -> list[int]:
-        """Where the rows of `few` lie, and how many they are."""
-        return [address(self._rows, torch.int64), len(self.few)]
 
 
 class PagedAttention:
@@ -172,30 +168,20 @@ class PagedAttention:
         return inputs, PagedSequence(self.layer, view.tables[i], first)
 
     def _attend_few(self, view: StepView, query: Tensor, new: tuple[Tensor, Tensor], output: Tensor, kernel: str) -> None:
-        by_sequence = query.float().contiguous()
-        if view.several and by_sequence.data_ptr() == query.data_ptr():
-            by_sequence = by_sequence.clone()
-        for start, stop, _ in view.several:
-            own = by_sequence[start:stop]
-            own.copy_(own.transpose(0, 1).reshape(own.shape))
-        found = torch.empty_like(by_sequence)
-        counting = counting_to(view.farthest)
         self.layer.compiled.attend(
-            kernel=kernel,
-            threads=torch.get_num_threads(),
-            layer=self._problem_to(view.farthest),
-            sequences=view.place(),
-            tables=[address(view.tables, torch.int64), *view.tables.shape],
-            counting=[counting.positions.data_ptr(), counting.starts.data_ptr(), len(counting.positions)],
-            new_tokens=len(query),
-            query=by_sequence.data_ptr(),
-            output=found.data_ptr(),
-            elements=[ABSENT, ABSENT] if view.in_pages else [_place(part) for part in new],
+            kernel,
+            torch.get_num_threads(),
+            self._problem_to(view.farthest),
+            view.place,
+            view.place_of_tables,
+            view.counting.place,
+            len(query),
+            view.in_pages,
+            place(query),
+            place(output),
+            place(new[0]),
+            place(new[1]),
         )
-        for start, stop, _ in view.several:
-            own = found[start:stop]
-            own.copy_(own.reshape(own.shape[1], own.shape[0], own.shape[2]).transpose(0, 1).clone())
-        output[: len(found)] = found
 
     def _problem_to(self, past: int) -> _kernels.Problem:
         """What all sequences of up to this many tokens have in common; made again only where tables of angles grow."""
@@ -261,18 +247,17 @@ def _side(layer: PagedLayer, streams: _kernels.Streams) -> _kernels.PackedTensor
     )
 
 
-def _place(elements: Tensor) -> list[int]:
-    """Where keys or values of new tokens lie, and in what form."""
-    assert elements.stride(2) == 1
-    return [elements.data_ptr(), KINDS[elements.dtype], elements.stride(0), elements.stride(1)]
-
-
 @dataclass(frozen=True)
 class Counting:
     """Rows that all sequences share, [n] each. positions: int32, from 0 on. starts: int64, the first token of each block."""
 
     positions: Tensor
     starts: Tensor
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """Where they lie, and how many tokens they count."""
+        return self.positions.data_ptr(), self.starts.data_ptr(), len(self.positions)
 
     def tensors(self) -> list[Tensor]:
         """All stored tensors."""
