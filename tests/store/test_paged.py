@@ -220,8 +220,8 @@ def test_prompts_and_tokens_are_read_in_one_step():
 def test_queries_of_16_bits_are_multiplied_in_int16(dtype):
     own, tables = filled([150, 63], dtype=dtype)
     assert_attends(attention_of(own), *step(own, [150, 63], tables, 3, dtype=dtype), within=2e-2)
-    assert attention_of(own).kernel(dtype) == (STREAM_KERNELS or cpu.KERNELS)[0]
-    assert attention_of(own).kernel(torch.float32) == cpu.KERNELS[0]
+    assert attention_of(own).tables.kernel(dtype) == (STREAM_KERNELS or cpu.KERNELS)[0]
+    assert attention_of(own).tables.kernel(torch.float32) == cpu.KERNELS[0]
 
 
 @pytest.mark.parametrize("window", [None, 90])

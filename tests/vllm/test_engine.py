@@ -12,9 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import DeepseekV2Config, Gemma3ForCausalLM, Gemma3TextConfig, MistralConfig, MistralForCausalLM
 
 from narrowkv import Calibration, PackedCache, calibrate, load_model
+from narrowkv.attention.cpu.decode import fastest_kernel
+from narrowkv.attention.cpu.int16 import STREAM_KERNELS
+from narrowkv.cli.main import run
 from narrowkv.evaluate import cut_windows
 from narrowkv.evaluate.sources import read_text
 from narrowkv.vllm import STRICT, VARIABLE
@@ -25,8 +29,8 @@ DEMO = ROOT / "src" / "narrowkv" / "models" / "demo"
 CHUNK = 128
 
 
-def play(scene, model=DEMO, tables=None, strict=False, **options):
-    """What a scene found; raises AssertionError with what it said if it failed."""
+def lines(scene, model=DEMO, tables=None, strict=False, **options):
+    """What a scene printed; raises AssertionError with what it said if it failed."""
     variables = {**os.environ, "NARROWKV_TEST_OPTIONS": json.dumps(options), "OMP_NUM_THREADS": "1", STRICT: str(int(strict))}
     variables.pop(VARIABLE, None)
     if tables is not None:
@@ -34,7 +38,12 @@ def play(scene, model=DEMO, tables=None, strict=False, **options):
     command = [sys.executable, "-m", "tests.vllm.scenes", scene, str(model)]
     done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=ROOT, timeout=1200, check=False)
     assert done.returncode == 0, done.stderr[-6000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout.splitlines()
+
+
+def play(*args, **options):
+    """What a scene found."""
+    return json.loads(lines(*args, **options)[-1])
 
 
 def refusal(scene="start", model=DEMO, tables=None, **options):
@@ -71,26 +80,45 @@ def test_without_a_calibration_the_plug_in_does_nothing_and_with_one_a_cache_fit
     assert packed["texts"][0][:60] == plain["texts"][0][:60]  # the password
 
 
-def assert_scored_as_by_a_packed_cache(model, tables, folder=DEMO):
-    """Chunks of 128 tokens each attend to themselves exactly and to what is packed before them, in vLLM as in transformers."""
-    found = play("scores", folder, tables)
-    cache = PackedCache(model, Calibration.from_pretrained(tables))
-    ids, logits = torch.tensor([found["prompt"]]), []
+def read(model, tables, prompt, tokens):
+    """Log-probabilities of what follows each token of a prompt, and the greedy answer to it, over a packed cache.
+
+    Chunks of 128 tokens each attend to themselves exactly and to what is packed before them, as in vLLM.
+    """
+    cache, logits, written = PackedCache(model, Calibration.from_pretrained(tables)), [], []
     with torch.inference_mode():
-        for chunk in ids.split(CHUNK, dim=1):
+        for chunk in torch.tensor([prompt]).split(CHUNK, dim=1):
             logits.append(model(chunk, past_key_values=cache).logits)
-        expected = torch.cat(logits, dim=1)[0].log_softmax(-1)
-        last, written = expected[-1], []
-        for _ in found["ids"]:
+        last = logits[-1][0, -1]
+        for _ in range(tokens):
             written.append(int(last.argmax()))
             last = model(torch.tensor([written[-1:]]), past_key_values=cache).logits[0, -1]
-    expected = expected[:-1].gather(1, ids[0, 1:, None])[:, 0]
+    return torch.cat(logits, dim=1)[0].log_softmax(-1), written
+
+
+def assert_scored_as_by_a_packed_cache(model, tables, folder=DEMO):
+    found = play("scores", folder, tables)
+    expected, written = read(model, tables, found["prompt"], len(found["ids"]))
+    expected = expected[:-1].gather(1, torch.tensor(found["prompt"])[1:, None])[:, 0]
     missed = (torch.tensor(found["prompt_logprobs"]) - expected).abs()
     assert missed.mean() < 1e-4 and found["ids"] == written
 
 
 def test_scores_are_those_of_a_packed_cache(demo, tables):
     assert_scored_as_by_a_packed_cache(demo[0], tables)
+
+
+def test_four_bits_are_those_of_a_packed_cache(demo, tmp_path):
+    assert_scored_as_by_a_packed_cache(demo[0], learned(*demo, tmp_path, "narrow4-equal"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_start_says_which_kernel_reads(tables, monkeypatch, dtype):
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+    printed = lines("start", tables=tables, dtype=str(dtype).removeprefix("torch."))
+    kernel = fastest_kernel(dtype, STREAM_KERNELS)
+    (said,) = [line for line in printed if "NarrowKV packs" in line]
+    assert said.endswith(f"NarrowKV packs keys and values (narrow3.0-equal), read in place by kernel {kernel}.")
 
 
 def test_requests_at_once_answer_as_one_by_one(shared):
@@ -127,6 +155,55 @@ def test_drafts_of_n_grams_are_accepted_and_change_nothing(tables, shared):
 def test_beams(tables):
     found = play("beams", tables=tables)
     assert found["runs"][0] == found["runs"][1] and len(found["runs"][0]) == 3
+
+
+def add_adapter(model, folder):
+    """Write a random adapter (LoRA) of all projections of attention, and add what it gives to what the model's own give."""
+    tensors = {}
+    for name, module in model.named_modules():
+        if name.endswith("_proj") and "self_attn" in name:
+            down, up = torch.randn(4, module.in_features) / 16, torch.randn(module.out_features, 4)
+            tensors |= {f"base_model.model.{name}.lora_A.weight": down, f"base_model.model.{name}.lora_B.weight": up}
+            module.register_forward_hook(lambda _, args, given, both=(up @ down).T: given + args[0] @ both)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": 4,
+        "lora_alpha": 4,
+        "target_modules": targets,
+        "bias": "none",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def test_requests_with_adapters_and_without_share_an_engine_but_no_pages(tables, tmp_path, monkeypatch):
+    """An adapter in vLLM answers as the same one does in transformers, over a packed cache."""
+    monkeypatch.setenv("NARROWKV_TEST_ADAPTER", str(tmp_path))
+    base, adapted = (load_model("narrowkv://demo", dtype="float32")[0] for _ in range(2))
+    add_adapter(adapted, tmp_path)
+    found = play("adapters", tables=tables)["alone"]
+    for one, model in zip(found, (base, adapted, base, adapted), strict=True):
+        assert one["ids"] == read(model, tables, one["prompt"], len(one["ids"]))[1]
+    assert found[0]["ids"] != found[1]["ids"] and found[2]["ids"] != found[3]["ids"]
+    assert all(one["cached"] == 0 for one in found)
+    strict = play("adapters", tables=tables, strict=True)
+    for again, several in (("again", strict["alone"]), ("together", strict["alone"][1::2])):
+        assert [one["ids"] for one in strict[again]] == [one["ids"] for one in several]
+    assert all(one["cached"] >= CHUNK for one in strict["again"][2:])
+
+
+def test_scales_of_an_export_are_read_by_vllm_without_the_plug_in(tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        run(["export", "narrowkv://demo", "--format", "vllm-scales", "--out", str(tmp_path / "out"), "--samples", "4"])
+    assert not stop.value.code
+    found, written = play("scales", tmp_path / "out"), load_file(tmp_path / "out" / "model-kv-scales.safetensors")
+    names = [f"model.layers.{i}.self_attn.{side}" for i in range(4) for side in ("k_scale", "v_scale")]
+    torch.testing.assert_close(
+        torch.tensor(found["scales"]).flatten(), torch.stack([written[name].float().squeeze() for name in names])
+    )
+    assert "silent harbour" in found["text"]
 
 
 def test_what_the_plug_in_cannot_serve_is_refused_at_start(tables, tmp_path, demo):

@@ -26,8 +26,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from narrowkv.attention import Rope
-from narrowkv.attention.cpu.decode import KERNELS
-from narrowkv.attention.cpu.paged import PagedAttention, StepSequence, StepView
+from narrowkv.attention.cpu.paged import LayerTables, PagedAttention, StepSequence, StepView
 from narrowkv.errors import UnsupportedModelError
 from narrowkv.store.page_layout import PageLayout
 from narrowkv.store.paged import PagedLayer
@@ -173,7 +172,7 @@ class PackedAttention(CPUAttentionBackendImpl):
         require_model_once(config.model_config.hf_text_config, config.model_config.model)
         for layer in config.compilation_config.static_forward_context.values():
             if isinstance(getattr(layer, "impl", None), PackedAttention):
-                layer.impl._of_layer(layer)
+                layer.impl._of_layer(layer, act_dtype)
 
     def forward(
         self,
@@ -212,21 +211,22 @@ class PackedAttention(CPUAttentionBackendImpl):
                     "VLLM_KV_CACHE_LAYOUT."
                 )
             rows = kv_cache.as_strided((count, heads * tokens * nbytes), (kv_cache.stride(0), 1))
-            pair, rope = self._of_layer(layer)
+            pair, rope = self._of_layer(layer, dtype)
             pages = PagedLayer(pair, rope, rows, dtype)
             known = PagedAttention(pages, self.num_heads, self.scale, self.logits_soft_cap or None, self.sinks)
             self._known = known
         return known
 
-    def _of_layer(self, layer: Any) -> tuple[Pair, Rope | None]:
-        """The layer's quantizers and the rotary embedding of its keys; found once the model is loaded."""
+    def _of_layer(self, layer: Any, dtype: torch.dtype) -> tuple[Pair, Rope | None]:
+        """The layer's quantizers and the rotary embedding of its keys; found once the model is loaded. dtype: of queries."""
         if self._tables is None:
             index = extract_layer_index(layer.layer_name)
             pair = _own_tables(index, self.num_kv_heads, self.head_size)
             self._tables = pair, rope_of(pair[0], rotations())
             if index == 0:
                 scheme = calibration().recipe.name
-                logger.info("NarrowKV packs keys and values (%s), read in place by %s.", scheme, KERNELS[0])
+                kernel = LayerTables.of(*self._tables).kernel(dtype)
+                logger.info("NarrowKV packs keys and values (%s), read in place by kernel %s.", scheme, kernel)
         return self._tables
 
 

@@ -20,6 +20,7 @@ from narrowkv.attention.cpu.tables import NOTHING_ROTATES, rotation_to
 from narrowkv.attention.inputs import AttentionInputs
 from narrowkv.attention.mask import AttentionMask
 from narrowkv.attention.rope import Rope
+from narrowkv.codec import TrellisQuantizer
 from narrowkv.codec.frames import FRAME
 from narrowkv.codec.memory import address
 from narrowkv.store import BLOCK
@@ -97,11 +98,35 @@ class StepView:
         return [i, one.start, one.stop - one.start, first, past, chunk, address(hidden, torch.bool)]
 
 
+@dataclass(frozen=True)
+class LayerTables:
+    """What the kernel needs of a layer besides its pages. kernels: those in int16 that read it, fastest first. used: what
+    `sides` point into.
+    """
+
+    sides: tuple[_kernels.PackedTensor, _kernels.PackedTensor]
+    values: StreamValues
+    kernels: list[str]
+    used: list[Tensor]
+
+    @classmethod
+    def of(cls, quantizers: tuple[TrellisQuantizer, TrellisQuantizer], rope: Rope | None) -> "LayerTables":
+        """rope: of keys that are stored before it."""
+        assert quantizers[0].mean is not None
+        of_keys, used = key_streams(quantizers[0], rope)
+        values, head_dim = StreamValues.of(quantizers[1]), quantizers[0].mean.shape[1]
+        sides = (_side(head_dim, of_keys), _side(head_dim, values.streams))
+        return cls(sides, values, STREAM_KERNELS if all(side.uses_int16 for side in sides) else [], used)
+
+    def kernel(self, dtype: torch.dtype) -> str:
+        """The kernel for queries of a dtype."""
+        return fastest_kernel(dtype, self.kernels)
+
+
 class PagedAttention:
     """Attention of one layer over its pages.
 
-    query_heads: of the model. scaling, softcap, sink_logits: as `AttentionInputs` has them. kernels: those in int16 that read
-    the layer, fastest first.
+    query_heads: of the model. scaling, softcap, sink_logits: as `AttentionInputs` has them.
     """
 
     def __init__(
@@ -116,16 +141,8 @@ class PagedAttention:
         assert rope is None or isinstance(rope, Rope)
         self.layer, self.rope, self.query_heads, self.scaling, self.softcap = layer, rope, query_heads, scaling, softcap
         self._sink_logits = None if sink_logits is None else sink_logits.float().contiguous()
-        of_keys, key_tables = key_streams(layer.quantizers[0], rope)
-        self._values = StreamValues.of(layer.quantizers[1])
-        self._sides = (_side(layer, of_keys), _side(layer, self._values.streams))
-        self._used = key_tables
-        self.kernels = STREAM_KERNELS if all(side.uses_int16 for side in self._sides) else []
+        self.tables = LayerTables.of(layer.quantizers, rope)
         self._problem: tuple[_kernels.Rotation, _kernels.Problem] | None = None
-
-    def kernel(self, dtype: torch.dtype) -> str:
-        """The kernel for queries of a dtype."""
-        return fastest_kernel(dtype, self.kernels)
 
     def attend(
         self,
@@ -137,11 +154,11 @@ class PagedAttention:
     ) -> None:
         """Attend to what each sequence has, and write it to `output`, which is like query [tokens, query_heads, head_dim].
 
-        new: keys, rotated, and values [tokens, kv_heads, head_dim]. kernel: by default that of `self.kernel`. More than 16
-        queries of a sequence (so prompts are read), and those that nothing precedes, go to `tiled.attend`.
+        new: keys, rotated, and values [tokens, kv_heads, head_dim]. kernel: by default that of `LayerTables.kernel`. More than
+        16 queries of a sequence (so prompts are read), and those that nothing precedes, go to `tiled.attend`.
         """
         if view.few:
-            self._attend_few(view, query, new, output, kernel or self.kernel(query.dtype))
+            self._attend_few(view, query, new, output, kernel or self.tables.kernel(query.dtype))
         for i in view.many:
             start, stop, _ = view.sequences[i]
             inputs, sequence = self.inputs(view, i, query, new)
@@ -191,10 +208,10 @@ class PagedAttention:
         return self._problem[1]
 
     def _made(self, rotation: _kernels.Rotation) -> _kernels.Problem:
-        layout, matrix = self.layer.layout, self._values.matrix
+        layout, matrix = self.layer.layout, self.tables.values.matrix
         return _kernels.Problem(
-            keys=self._sides[0],
-            values=self._sides[1],
+            keys=self.tables.sides[0],
+            values=self.tables.sides[1],
             rotation=rotation,
             chunk=0,
             shape=[1, self.query_heads, layout.kv_heads, 0, layout.head_dim],
@@ -228,10 +245,10 @@ class PagedAttention:
         )
 
 
-def _side(layer: PagedLayer, streams: _kernels.Streams) -> _kernels.PackedTensor:
+def _side(head_dim: int, streams: _kernels.Streams) -> _kernels.PackedTensor:
     return _kernels.PackedTensor(
         bits=8,
-        codes=layer.layout.head_dim,
+        codes=head_dim,
         channel_major=True,
         table=None,
         fixed=False,
