@@ -1,12 +1,15 @@
 """Samples: the same whatever the order, uniform, and a cost that is the second-order one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from narrowkv.calibration import samples as module
 from narrowkv.calibration.samples import Samples
-from narrowkv.codec import Quantization, Quantizer, Scheme
+from narrowkv.codec import Quantization, Quantizer, Scheme, quantizer_for
 from narrowkv.errors import ActivationError
+from narrowkv.methods import get_recipe
 
 
 def test_a_sample_does_not_depend_on_the_order_and_is_uniform(monkeypatch):
@@ -36,6 +39,19 @@ def test_fisher_and_cost_follow_their_formulas():
     missed = (stored - quantizer.dequantize(quantizer.encode(stored)))[0].double()
     by_hand = sum(float(missed[h, n] @ samples.fisher()[h] @ missed[h, n]) / 2 for h in range(2) for n in range(100)) / 100
     assert samples.cost(quantizer) == pytest.approx(by_hand, rel=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [500, 40])
+def test_groups_of_tokens_cost_what_whole_ones_do(tokens):
+    """100 unseen tokens fill three groups of 32, and 8 fill none."""
+    samples = Samples()
+    samples.add(torch.randn(tokens, 2, 8), None)
+    scheme = get_recipe("intrinsic-2-nearest").keys
+    quantizer = quantizer_for(replace(scheme, quantization=replace(scheme.quantization, group_size=32)))
+    stored = samples.heads(unseen=True)
+    stored = stored[:, :, :96] if tokens == 500 else stored.repeat(1, 1, 4, 1)
+    missed = (stored - quantizer.dequantize(quantizer.encode(stored)))[0]
+    assert samples.cost(quantizer) == pytest.approx(float(missed.square().sum((0, 2)).mean()) / 2, rel=1e-5)
 
 
 def test_without_gradient_all_errors_weigh_alike():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from narrowkv.calibration.samples import Samples
+from narrowkv.calibration.samples import Samples, in_whole_groups
 from narrowkv.codec import AnyQuantizer, Scheme
 from narrowkv.defaults import REFERENCE_TOKENS
 from narrowkv.errors import RecipeError
@@ -32,8 +32,7 @@ def measure(quantizer: AnyQuantizer, samples: Samples, keys: bool, tokens: float
     """What a quantizer takes and costs, found by storing a sample as a cache would; tokens: over which
     tables are counted.
     """
-    elements = samples.heads()[:, :, : 16 * BLOCK]
-    elements = elements.repeat(1, 1, -(-BLOCK // elements.shape[2]), 1) if elements.shape[2] < BLOCK else elements
+    elements = in_whole_groups(samples.heads()[:, :, : 16 * BLOCK], BLOCK)
     return Option(quantizer.scheme, stored_bits(quantizer, elements, keys, tokens), samples.cost(quantizer))
 
 

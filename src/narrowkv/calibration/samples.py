@@ -87,10 +87,17 @@ class Samples:
         """The loss that a quantizer is predicted to cost, in nats for each token of text, to the second order.
 
         Predicted on tokens that its tables were not learned from, so that a large codebook is not chosen for having seen them.
+        Where tokens are quantized in groups, those of a group lie anywhere in the text.
         """
-        elements = self.heads(unseen=True)
+        elements = in_whole_groups(self.heads(unseen=True), quantizer.scheme.tokens_per_group)
         missed = (elements - quantizer.dequantize(quantizer.encode(elements)).float())[0].double()  # [kv_heads, n, head_dim]
         return float(((missed @ self.fisher()) * missed).sum() / 2 / missed.shape[1])
+
+
+def in_whole_groups(elements: Tensor, tokens: int) -> Tensor:
+    """The first elements [1, kv_heads, n, head_dim] that fill groups of so many tokens; repeated where they fill none."""
+    n = elements.shape[2]
+    return elements[:, :, : n - n % tokens] if n >= tokens else elements.repeat(1, 1, -(-tokens // n), 1)[:, :, :tokens]
 
 
 class SampleFit:
