@@ -5,8 +5,10 @@ The last line that a scene prints is what it found, as JSON. The plug-in is ther
 
 import json
 import os
+import random
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 os.environ |= {
@@ -21,6 +23,7 @@ from vllm import LLM, SamplingParams  # reads the variables as it is imported
 
 PASSWORD = "The password of Matilda is silent harbour.\n\nThe password of Matilda is"
 TEXT = "An assignment statement binds a name to a value, and the value may be anything that an expression has. " * 12
+REQUESTS = 200  # of the soak
 PROMPTS = [PASSWORD, TEXT, TEXT + "So", "def f(x):", "for i in range(10):\n    "]
 
 
@@ -104,6 +107,47 @@ def preemption(model: str) -> Any:
     return {"together": together, "alone": alone, "preemptions": sum(counters.values())}
 
 
+def soak(model: str) -> Any:
+    """200 requests in a cache that is too small for them, a fifth cancelled while they run; then some of the rest alone."""
+    llm = engine(model, num_gpu_blocks_override=8, max_model_len=768, disable_log_stats=False)
+    core, rng = llm.llm_engine, random.Random(0)
+    wanted = {
+        f"{i}": (TEXT[: 40 * rng.randint(1, 22)] + f"In case {rng.randint(1, 40)}", rng.randint(8, 120))
+        for i in range(REQUESTS)
+    }
+    cancelled = set(rng.sample(sorted(wanted), REQUESTS // 5))
+    waiting, found, memory = list(wanted), {}, []
+    while waiting or core.has_unfinished_requests():
+        for name in waiting[: rng.randint(0, 2)]:
+            prompt, tokens = wanted[name]
+            core.add_request(name, prompt, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True))
+            waiting.remove(name)
+        found |= {one.request_id: list(one.outputs[0].token_ids) for one in core.step() if one.finished}
+        running = sorted(cancelled - found.keys() - set(waiting))
+        if running and rng.random() < 0.1:
+            core.abort_request(running[:1], internal=False)
+            cancelled -= set(running[:1])
+        memory.append(resident())
+    alone = {}
+    for name in sorted(found)[::4]:
+        prompt, tokens = wanted[name]
+        llm.reset_prefix_cache()
+        alone[name] = greedy(llm, [prompt], tokens, ignore_eos=True)[0]["ids"]
+    counters = {metric.name: metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"}
+    return {
+        "answered": len(found),
+        "compared": len(alone),
+        "differing": [name for name, ids in alone.items() if found[name] != ids],
+        "preemptions": sum(counters.values()),
+        "growth": memory[-1] / memory[len(memory) // 2],
+    }
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def drafts(model: str) -> Any:
     """Greedy answers with drafts of n-grams, and without: see `sharing`."""
     llm = engine(
@@ -183,7 +227,8 @@ def real(model: str) -> Any:
 
 
 SCENES: dict[str, Callable[[str], Any]] = {
-    scene.__name__: scene for scene in (capacity, scores, sharing, preemption, drafts, beams, start, adapters, scales, real)
+    scene.__name__: scene
+    for scene in (capacity, scores, sharing, preemption, soak, drafts, beams, start, adapters, scales, real)
 }
 
 if __name__ == "__main__":

@@ -146,6 +146,13 @@ def test_requests_that_are_preempted_answer_as_alone(tables):
     assert [one["ids"] for one in found["together"]] == [one["ids"] for one in found["alone"]]
 
 
+def test_a_soak_with_cancels_and_preemption_answers_as_alone(tables):
+    found = play("soak", tables=tables, strict=True)
+    assert found["preemptions"] > 0 and 160 <= found["answered"] < 200 and found["compared"] >= 40
+    assert found["differing"] == []
+    assert found["growth"] < 1.06  # of stock vLLM in the same scene: 1.02 to 1.04
+
+
 def test_drafts_of_n_grams_are_accepted_and_change_nothing(tables, shared):
     found = play("drafts", tables=tables, strict=True)
     assert found["accepted"] > 0
