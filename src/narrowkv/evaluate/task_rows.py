@@ -111,7 +111,7 @@ def make_rows(
     """
     start = start_tokens(tokenizer, bos)
     rng = random.Random(f"{task}-{length}-{depth}-{seed}")
-    rows = [_woven(tokenizer, filler, start, length, MAKERS[task](tokenizer, rng, depth, length), rng) for _ in range(count)]
+    rows = [woven(tokenizer, filler, start, length, MAKERS[task](tokenizer, rng, depth, length), rng) for _ in range(count)]
     ids, answers = zip(*rows, strict=True)
     return RecallBatch(
         torch.tensor(ids, dtype=torch.int64, device="cpu"), torch.tensor(answers, dtype=torch.bool, device="cpu")
@@ -122,7 +122,7 @@ def _sentence(fact: tuple[list[int], ...]) -> list[int]:
     return list(itertools.chain(*fact))
 
 
-def _woven(
+def woven(
     tokenizer: Any,
     filler: Sequence[int],
     start: list[int],
