@@ -132,13 +132,20 @@ results: $(TOOLS)
 
 # those files, measured anew; pictures are drawn by `make results`
 measure: $(TOOLS)
-	rm -rf results/llama-* results/demo $(if $(MODELS),results/real)
+	rm -rf results/llama-* results/demo* $(if $(MODELS),results/real)
 	for model in llama-7b llama-13b llama-30b llama-65b; do \
 	  $(BIN)/narrowkv plan $$model --context 32K,128K,1M,10000000 --out results/$$model \
 	    --recipes 'fp16,narrow4,narrow3,narrow2,nuq4,nuq4-1%,nuq3,nuq3-1%,nuq2,nuq2-1%' || exit 1; \
 	done
 	$(BIN)/narrowkv plan llama-7b --memory 80GiB --out results/llama-7b-80GiB
 	$(BIN)/narrowkv demo --recall-rows 128 --json results/demo/demo.json
+	$(BIN)/narrowkv inspect narrowkv://demo --out results/demo-inspect
+	$(BIN)/narrowkv compare narrowkv://demo --limit 2 --samples 8 --recall-rows 16 --out results/demo-compare
+	$(BIN)/narrowkv ablate narrowkv://demo --ablations steps --bits 4,3,2 --out results/demo-ablate
+	$(BIN)/narrowkv tasks narrowkv://demo --recipes narrow3,narrow2,nuq2-1%,int2 --tasks passkey,key-value,multi-needle \
+	  --out results/demo-tasks
+	mkdir -p results/harness
+	$(BIN)/python examples/harness.py --json results/harness/demo.json
 	$(if $(MODELS),$(MAKE) measure-real)
 	rm -f results/*/*.svg
 
@@ -157,14 +164,15 @@ measure-speed: $(TOOLS)
 	$(if $(MODELS),$(BIN)/python -m benchmarks.serve $(firstword $(MODELS)) --dtype bfloat16 --json results/speed/serve.json)
 
 # what is lost on real models, by the package's recipes, other people's methods and each part of ours (MODELS: their folders;
-# some three hours for two models on 2 cores, goes on where it was interrupted); RUN_GENERATED_CODE=1: HumanEval too
+# hours for two models on 2 cores, goes on where it was interrupted); RUN_GENERATED_CODE=1: HumanEval too
 measure-real: $(TOOLS)
 	mkdir -p build/calibrations
 	$(BIN)/python -m benchmarks.real_models $(MODELS) --out results/real --calibrations build/calibrations
 	$(BIN)/python -m benchmarks.narrow_parts $(MODELS) --out results/parts
 	$(BIN)/python -m benchmarks.peers $(MODELS) --out results/peers
-	$(if $(RUN_GENERATED_CODE),$(BIN)/python -m benchmarks.humaneval $(MODELS) --out results/humaneval \
-	  --calibrations build/calibrations --run-generated-code)
+	$(BIN)/python -m benchmarks.drift $(MODELS) --out results/drift --calibrations build/calibrations
+	$(BIN)/python -m benchmarks.tasks $(MODELS) --out results/tasks --calibrations build/calibrations \
+	  $(if $(RUN_GENERATED_CODE),--run-generated-code)
 
 # every check and measurement that waits for a GPU, in 12 minutes on one card: results/gpu-*.json and a page of it
 gpu: $(TOOLS)

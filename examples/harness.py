@@ -18,6 +18,7 @@ from lm_eval.tasks import TaskManager
 
 from narrowkv import calibrate, disable, load_model, make_default
 from narrowkv.evaluate import cut_windows
+from narrowkv.evaluate.results import write_result
 from narrowkv.evaluate.retrieval import ADJECTIVES, NAMES, NOUNS, fact_parts
 from narrowkv.evaluate.sources import read_text
 
@@ -76,7 +77,10 @@ def main() -> None:
     for name, accuracy in found.items():
         print(f"{name:>8}  {accuracy:.0%}")
     if options.json:
-        options.json.write_text(json.dumps(found), encoding="utf-8")
+        metrics = [{"recipe": name, "accuracy": accuracy} for name, accuracy in found.items()]
+        write_result(
+            options.json, "harness", "python examples/harness.py", {"rows": options.rows, "context": CONTEXT}, metrics
+        )
 
 
 if __name__ == "__main__":

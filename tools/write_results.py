@@ -8,7 +8,9 @@ from typing import Any
 
 from benchmarks.real_models import at_equal_bits
 
+import demo_tables
 import speed_tables
+import task_tables
 from narrowkv.evaluate.results import read_result
 from narrowkv.files import write_json
 from narrowkv.report.plan import length
@@ -314,6 +316,16 @@ def write_speed() -> None:
     speed_tables.growth(DOCS / "growth.svg")
 
 
+def write_tasks() -> None:
+    """Tasks and long generations of real models, in docs/tasks.md."""
+    found = [(model, task_tables.tasks(name)) for model, name in REAL.items() if (task_tables.TASKS / f"{name}.json").exists()]
+    replace_block(DOCS / "tasks.md", "real-tasks", "\n".join(f"{model}:\n\n{table}" for model, table in found))
+    drifted = {model: name for model, name in REAL.items() if (task_tables.DRIFT / f"{name}.json").exists()}
+    tables = (f"{model}:\n\n{task_tables.drift(name)}" for model, name in drifted.items())
+    replace_block(DOCS / "tasks.md", "drift", "\n".join(tables))
+    task_tables.draw_drift(drifted, DOCS / "drift.svg")
+
+
 if __name__ == "__main__":
     write_real()
     write_summary()
@@ -323,3 +335,5 @@ if __name__ == "__main__":
     write_plan()
     write_training()
     write_speed()
+    demo_tables.write_all()
+    write_tasks()
