@@ -83,7 +83,8 @@ def run(name: str, options: argparse.Namespace) -> ResultFile:
     for mode, names in reversed(missing.items()):
         for recipe, found in drift(subject.model, {name: sources[name] for name in names}, mode, ids).items():
             bins = torch.stack([part.mean(1) for part in found.split(BIN, dim=1)], dim=1).tolist()
-            results.add({"recipe": recipe, "mode": mode, **dict(zip(subject.scored, bins, strict=True))})
+            key = {"recipe": recipe, "mode": mode, "mean": found.mean().item()}
+            results.add({**key, **dict(zip(subject.scored, bins, strict=True))})
     return results
 
 

@@ -83,10 +83,11 @@ def run(name: str, options: argparse.Namespace) -> ResultFile:
         key = {"task": task, "length": length}
         if length is None:
             for kind, source in missing.items():
-                results.add({**key, "recipe": kind, **answered(task, subject, source)})
+                found = answered(task, subject, source)
+                results.add({**key, "recipe": kind, "right": sum(found["passed"]), **found})
         elif missing:
             for kind, passed in LONG[task](subject.model, subject.tokenizer, length, missing).items():
-                results.add({**key, "recipe": kind, "passed": passed})
+                results.add({**key, "recipe": kind, "right": sum(passed), "passed": passed})
     return results
 
 
