@@ -8,7 +8,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/accuracy.md", "docs/planner.md", "docs/results.md", "docs/serve.md", "docs/training.md")
+WRITTEN = ("accuracy", "evaluation", "inspect", "planner", "results", "serve", "tasks", "training")
+PAGES = ("README.md", *(f"docs/{name}.md" for name in WRITTEN))
+PLOTS = (
+    "real",
+    "demo",
+    "planner",
+    "growth",
+    "drift",
+    "evaluation-pareto",
+    "evaluation-steps",
+    "tasks-passkey",
+    "inspect-ranges",
+)
 
 
 @pytest.fixture
@@ -24,19 +36,19 @@ def writer(monkeypatch, tmp_path):
     monkeypatch.setattr(write_results, "DOCS", tmp_path / "docs")
     monkeypatch.setattr(write_results, "MEASURED", tmp_path / "measured.json")
     yield write_results
-    for module in ("write_results", "speed_tables"):
+    for module in ("write_results", "speed_tables", "demo_tables", "task_tables"):
         sys.modules.pop(module)
 
 
 def test_pages_are_up_to_date(writer, tmp_path):
     measured = writer.MEASURED
-    for write in ("real", "summary", "accuracy", "measured", "demo", "plan", "training", "speed"):
+    for write in ("real", "summary", "accuracy", "measured", "demo", "plan", "training", "speed", "builtin", "tasks"):
         getattr(writer, f"write_{write}")()
     assert measured.read_text() == (ROOT / "src" / "narrowkv" / "methods" / "measured.json").read_text()
     for page in PAGES:
         assert (tmp_path / page).read_text() == (ROOT / page).read_text(), f"run `make results`: {page} differs"
-    for plot in ("real.svg", "demo.svg", "planner.svg", "growth.svg"):
-        assert (tmp_path / "docs" / plot).read_text().rstrip().endswith("</svg>")
+    for plot in PLOTS:
+        assert (tmp_path / "docs" / f"{plot}.svg").read_text().rstrip().endswith("</svg>")
 
 
 def test_a_page_without_marks_is_left_alone(writer, tmp_path):

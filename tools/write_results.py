@@ -66,37 +66,11 @@ def rows_of(result: dict[str, Any], tables: str, text: str, window: int = 512) -
 
 
 def write_real() -> None:
-    """README's table and docs/real.svg: tables of the built-in mix, both texts scored."""
-    found = [real(name) for name in REAL.values()]
-    rows = [[rows_of(result, "mix", text) for text in TEXTS] for result in found]
+    """docs/real.svg: tables of the built-in mix, encyclopedia text scored."""
     figure, panels = new_figure(7 * len(REAL), 4, columns=len(REAL))
-    for axes, title, (scored, _) in zip(panels, REAL, rows, strict=True):
-        draw_families(axes, REAL_FAMILIES, scored, f"{title}: lower is better")
+    for axes, (title, name) in zip(panels, REAL.items(), strict=True):
+        draw_families(axes, REAL_FAMILIES, rows_of(real(name), "mix", TEXTS[0]), f"{title}: lower is better")
     save(figure, DOCS / "real.svg")
-    heads = [
-        f"{model}: {what}" if what == "bits" else what for model in REAL for what in ("bits", "KLD", "on code", "perplexity")
-    ]
-    cells = []
-    for recipe in rows[0][0]:
-        if not all(recipe in scored for scored, _ in rows):  # at the bits that another takes on one model
-            continue
-        cells.append([f"`{recipe}`"])
-        for scored, code in rows:
-            cells[-1] += [
-                f"{scored[recipe]['bits_per_element']:.2f}",
-                f"{scored[recipe]['kld_strict']:.4f}",
-                f"{code[recipe]['kld_strict']:.4f}",
-                f"{scored[recipe]['perplexity_strict']:.2f}",
-            ]
-    exact = ", ".join(
-        f"{next(iter(scored.values()))['perplexity_fp']:.2f} ({model})" for model, (scored, _) in zip(REAL, rows, strict=True)
-    )
-    first = next(iter(rows[0][0].values()))
-    tokens = f"{first['tokens']:,} tokens of WikiText-2 in windows of {first['window']}, as many of source code"
-    kinds = "tables of the built-in mix"
-    origin = " ".join(source(result) for result in found)
-    caption = f"Strict, in float32: {tokens}; {kinds}. Perplexity in 16 bits {exact}. {origin}\n"
-    replace_block(ROOT / "README.md", "real", f"{markdown(['recipe', *heads], cells)}\n{caption}")
 
 
 def write_summary() -> None:
@@ -316,6 +290,11 @@ def write_speed() -> None:
     speed_tables.growth(DOCS / "growth.svg")
 
 
+def write_builtin() -> None:
+    """Pages of the built-in model, from the commands of the CLI."""
+    demo_tables.write_all(DOCS)
+
+
 def write_tasks() -> None:
     """Tasks and long generations of real models, in docs/tasks.md."""
     found = [(model, task_tables.tasks(name)) for model, name in REAL.items() if (task_tables.TASKS / f"{name}.json").exists()]
@@ -335,5 +314,5 @@ if __name__ == "__main__":
     write_plan()
     write_training()
     write_speed()
-    demo_tables.write_all()
+    write_builtin()
     write_tasks()
