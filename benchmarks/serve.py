@@ -3,8 +3,8 @@
     python -m benchmarks.serve FOLDER --recipe int4
 
 Rows: tokens per second of 8 rows over those of one. Requests: 8 of 1,000-token prompts and 128 new tokens at once, over one by
-one. Turns: time to the first token of a second turn over that of the first, behind a long prefix. Short: how long a short
-request waits behind a long prompt, in chunks.
+one, and over transformers' continuous batching in 16 bits. Turns: time to the first token of a second turn over that of the
+first, behind a long prefix. Short: how long a short request waits behind a long prompt, in chunks.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from benchmarks.running import CLOCKS, write
 from narrowkv import CacheGroup, Calibration, load_model
@@ -95,6 +96,16 @@ def turns(fresh: Callable[..., Run], prefix: list[int], question: list[int]) -> 
     }
 
 
+def batched(model: Any, prompts: list[list[int]], tokens: int, clock: Callable[[], float]) -> float:
+    """Seconds that transformers' continuous batching takes for all prompts, in the model's dtype."""
+    greedy = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    begun = clock()
+    with torch.inference_mode(False):  # it computes in a thread of its own
+        found = model.generate_batch(inputs=prompts, generation_config=greedy, progress_bar=False)
+    assert all(len(one.generated_tokens) == tokens for one in found.values())
+    return clock() - begun
+
+
 def measure(model: Any, tokenizer: Any, source: Any, arguments: argparse.Namespace) -> dict[str, float]:
     """The ratios that are wanted."""
     clock, scale = CLOCKS[arguments.clock], arguments.scale
@@ -115,7 +126,9 @@ def measure(model: Any, tokenizer: Any, source: Any, arguments: argparse.Namespa
         run = fresh()
         for ids in prompts:
             run.submit(ids, tokens)
-        found["8 requests at once over one after another"] = apart / run.finish()
+        together = run.finish()
+        found["8 requests at once over one after another"] = apart / together
+        found["8 requests at once over transformers' generate_batch"] = batched(model, prompts, tokens, clock) / together
     if "turns" in arguments.parts:
         found |= turns(fresh, drawn(4000), drawn(20 / scale))
     return found

@@ -290,6 +290,23 @@ def write_speed() -> None:
     speed_tables.growth(DOCS / "growth.svg")
 
 
+def write_parts() -> None:
+    """The table of docs/narrow.md: what `narrow3.0` loses without each of its parts."""
+    found = {model: RESULTS / "parts" / f"{name}.json" for model, name in REAL.items()}
+    results = {model: read_result(path, "narrow-parts") for model, path in found.items() if path.exists()}
+    rows = {model: {row["variant"]: row for row in result["rows"]} for model, result in results.items()}
+    heads = [f"{model}: {what}" for model in rows for what in ("bits", *TEXTS)]
+    cells = []
+    for variant in next(iter(rows.values())):
+        cells.append([variant])
+        for by_variant in rows.values():
+            row = by_variant[variant]
+            cells[-1] += [f"{row['bits_per_element']:.2f}", *(f"{row[text]:.4f}" for text in TEXTS)]
+    windows = next(iter(results.values()))["settings"]["windows"]
+    caption = f"{windows} windows of 512 tokens of each text. {' '.join(source(result) for result in results.values())}"
+    replace_block(DOCS / "narrow.md", "parts", f"{markdown(['left out', *heads], cells)}\n{caption}\n")
+
+
 def write_builtin() -> None:
     """Pages of the built-in model, from the commands of the CLI."""
     demo_tables.write_all(DOCS)
@@ -314,5 +331,6 @@ if __name__ == "__main__":
     write_plan()
     write_training()
     write_speed()
+    write_parts()
     write_builtin()
     write_tasks()
