@@ -23,7 +23,7 @@ from narrowkv.evaluate.windows import cut_windows
 
 KIND = "drift"
 RECIPES = ("narrow4", "narrow3", "narrow2", "nuq3-1%", "nuq2-1%", "kivi-2")
-PROMPT, NEW_TOKENS, BIN, CHUNK = 1024, 2000, 250, 250
+PROMPT, NEW_TOKENS, BIN, CHUNK = 1024, 2000, 250, 50
 MODES = ("stream", "strict")
 
 
@@ -59,12 +59,13 @@ def drift(model: Any, sources: dict[str, Source], mode: str, ids: Tensor) -> dic
     caches = {name: PackedCache(model, source, strict=mode == "strict") for name, source in sources.items()}
     exact = empty(model, None)
     found: dict[str, list[Tensor]] = {name: [] for name in sources}
-    for part in (ids[:, :PROMPT], *ids[:, PROMPT:-1].split(1 if mode == "stream" else CHUNK, dim=1)):
-        last = 1 if part.shape[1] == PROMPT else 0
+    for part in (ids[:, :PROMPT], *ids[:, PROMPT:-1].split(CHUNK, dim=1)):
+        at_once, last = (part.shape[1], 1) if part.shape[1] == PROMPT else (1 if mode == "stream" else CHUNK, 0)
         expected = model(part, past_key_values=exact, use_cache=True, logits_to_keep=last).logits
         for name, cache in caches.items():
-            logits = model(part, past_key_values=cache, use_cache=True, logits_to_keep=last).logits
-            found[name].append(divergence(expected, logits))
+            steps = part.split(at_once, dim=1)
+            logits = [model(step, past_key_values=cache, use_cache=True, logits_to_keep=last).logits for step in steps]
+            found[name].append(divergence(expected, torch.cat(logits, dim=1)))
     return {name: torch.cat(parts, dim=1) for name, parts in found.items()}
 
 
