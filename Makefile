@@ -170,6 +170,7 @@ measure-real: $(TOOLS)
 	$(BIN)/python -m benchmarks.real_models $(MODELS) --out results/real --calibrations build/calibrations
 	$(BIN)/python -m benchmarks.narrow_parts $(MODELS) --out results/parts
 	$(BIN)/python -m benchmarks.peers $(MODELS) --out results/peers
+	$(BIN)/python -m benchmarks.intrinsic $(firstword $(MODELS)) --out results/intrinsic
 	$(BIN)/python -m benchmarks.drift $(MODELS) --out results/drift --calibrations build/calibrations
 	$(BIN)/python -m benchmarks.tasks $(MODELS) --out results/tasks --calibrations build/calibrations \
 	  $(if $(RUN_GENERATED_CODE),--run-generated-code)

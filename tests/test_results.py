@@ -8,7 +8,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-WRITTEN = ("accuracy", "evaluation", "inspect", "narrow", "planner", "results", "serve", "tasks", "training")
+WRITERS = (
+    "real",
+    "summary",
+    "accuracy",
+    "measured",
+    "demo",
+    "plan",
+    "training",
+    "speed",
+    "parts",
+    "intrinsic",
+    "builtin",
+    "tasks",
+)
+WRITTEN = ("accuracy", "evaluation", "inspect", "narrow", "planner", "recipes", "results", "serve", "tasks", "training")
 PAGES = ("README.md", *(f"docs/{name}.md" for name in WRITTEN))
 PLOTS = (
     "real",
@@ -42,7 +56,7 @@ def writer(monkeypatch, tmp_path):
 
 def test_pages_are_up_to_date(writer, tmp_path):
     measured = writer.MEASURED
-    for write in ("real", "summary", "accuracy", "measured", "demo", "plan", "training", "speed", "parts", "builtin", "tasks"):
+    for write in WRITERS:
         getattr(writer, f"write_{write}")()
     assert measured.read_text() == (ROOT / "src" / "narrowkv" / "methods" / "measured.json").read_text()
     for page in PAGES:

@@ -307,6 +307,19 @@ def write_parts() -> None:
     replace_block(DOCS / "narrow.md", "parts", f"{markdown(['left out', *heads], cells)}\n{caption}\n")
 
 
+def write_intrinsic() -> None:
+    """The table of docs/recipes.md: windows and blocks of the intrinsic-value codec."""
+    result = read_result(RESULTS / "intrinsic" / f"{REAL['Qwen2.5-Coder-0.5B']}.json", "intrinsic")
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        found.setdefault(row["recipe"], {})[row["text"]] = row
+    cells = [
+        [f"`{recipe}`", f"{rows[TEXTS[0]]['bits_per_element']:.2f}", *(f"{rows[text]['kld_strict']:.3f}" for text in TEXTS)]
+        for recipe, rows in found.items()
+    ]
+    replace_block(DOCS / "recipes.md", "intrinsic", f"{markdown(['recipe', 'bits', *TEXTS], cells)}\n{source(result)}\n")
+
+
 def write_builtin() -> None:
     """Pages of the built-in model, from the commands of the CLI."""
     demo_tables.write_all(DOCS)
@@ -332,5 +345,6 @@ if __name__ == "__main__":
     write_training()
     write_speed()
     write_parts()
+    write_intrinsic()
     write_builtin()
     write_tasks()
