@@ -9,7 +9,7 @@ MIX = "narrowkv://mix"  # the text to learn from where none is given
 REFERENCE_TOKENS = 32_768  # at which bits are counted: tables weigh less the longer a cache is
 STREAM_CHUNK = 128  # tokens of a chunk where a text is scored as a stream
 WINDOW, SAMPLES = 2048, 16  # tokens of a sequence and sequences to learn from
-MIX_WINDOW, MIX_SAMPLES = 512, 32  # of the mix, which has about 20,000 tokens: some are left for `--check`
+MIX_WINDOW, MIX_SAMPLES = 512, 32  # of the mix, which has about 24,000 tokens: some are left for `--check`
 
 ABLATIONS = ("steps", "grid", "outliers", "sinks", "parts", "texts", "times")
 TASKS = ("passkey", "key-value", "multi-needle", "variables", "counting")

@@ -3,7 +3,7 @@
 The topics of :mod:`pydoc_data.topics` are split into a held-out part, for evaluation, and a
 training part.  Topics quote one another, so a paragraph of the held-out part is removed wherever
 else it occurs.  The mix was written for this package: articles, stories, news, source code, conversations,
-languages, mathematics, records.
+languages, mathematics, records, and lists whose entries are looked up later.
 """
 
 from __future__ import annotations
