@@ -17,12 +17,10 @@ WRITERS = (
     "plan",
     "training",
     "speed",
-    "parts",
-    "intrinsic",
     "builtin",
     "tasks",
 )
-WRITTEN = ("accuracy", "evaluation", "inspect", "narrow", "planner", "recipes", "results", "serve", "tasks", "training")
+WRITTEN = ("accuracy", "evaluation", "inspect", "planner", "results", "serve", "tasks", "training")
 PAGES = ("README.md", *(f"docs/{name}.md" for name in WRITTEN))
 PLOTS = (
     "real",

@@ -290,36 +290,6 @@ def write_speed() -> None:
     speed_tables.growth(DOCS / "growth.svg")
 
 
-def write_parts() -> None:
-    """The table of docs/narrow.md: what `narrow3.0` loses without each of its parts."""
-    found = {model: RESULTS / "parts" / f"{name}.json" for model, name in REAL.items()}
-    results = {model: read_result(path, "narrow-parts") for model, path in found.items() if path.exists()}
-    rows = {model: {row["variant"]: row for row in result["rows"]} for model, result in results.items()}
-    heads = [f"{model}: {what}" for model in rows for what in ("bits", *TEXTS)]
-    cells = []
-    for variant in next(iter(rows.values())):
-        cells.append([variant])
-        for by_variant in rows.values():
-            row = by_variant[variant]
-            cells[-1] += [f"{row['bits_per_element']:.2f}", *(f"{row[text]:.4f}" for text in TEXTS)]
-    windows = next(iter(results.values()))["settings"]["windows"]
-    caption = f"{windows} windows of 512 tokens of each text. {' '.join(source(result) for result in results.values())}"
-    replace_block(DOCS / "narrow.md", "parts", f"{markdown(['left out', *heads], cells)}\n{caption}\n")
-
-
-def write_intrinsic() -> None:
-    """The table of docs/recipes.md: windows and blocks of the intrinsic-value codec."""
-    result = read_result(RESULTS / "intrinsic" / f"{REAL['Qwen2.5-Coder-0.5B']}.json", "intrinsic")
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in result["rows"]:
-        found.setdefault(row["recipe"], {})[row["text"]] = row
-    cells = [
-        [f"`{recipe}`", f"{rows[TEXTS[0]]['bits_per_element']:.2f}", *(f"{rows[text]['kld_strict']:.3f}" for text in TEXTS)]
-        for recipe, rows in found.items()
-    ]
-    replace_block(DOCS / "recipes.md", "intrinsic", f"{markdown(['recipe', 'bits', *TEXTS], cells)}\n{source(result)}\n")
-
-
 def write_builtin() -> None:
     """Pages of the built-in model, from the commands of the CLI."""
     demo_tables.write_all(DOCS)
@@ -344,7 +314,5 @@ if __name__ == "__main__":
     write_plan()
     write_training()
     write_speed()
-    write_parts()
-    write_intrinsic()
     write_builtin()
     write_tasks()
