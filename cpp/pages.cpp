@@ -103,14 +103,14 @@ private:
         }
         uint16_t *values = values_of(r), *index = index_of(r);
         const int64_t limit = runs[r].first * codec.n;
-        int32_t kept = 0, begin = 0;
+        int32_t left = 0, begin = 0;
         for (int64_t head = 0; head < heads; ++head) {
-            const int32_t before = kept, end = std::clamp(offsets[head + 1], begin, int32_t(heads * side.budget));
-            for (int32_t i = begin; i < end && kept - before < side.budget; ++i)
-                if (index[i] < limit) index[kept] = index[i], values[kept++] = values[i];
+            const int32_t before = left, end = std::clamp(offsets[head + 1], begin, int32_t(heads * side.budget));
+            for (int32_t i = begin; i < end && left - before < side.budget; ++i)
+                if (index[i] < limit) index[left] = index[i], values[left++] = values[i];
             begin = end;
-            offsets[head + 1] = kept;
-            stored[size_t(r * heads + head)] = kept - before;
+            offsets[head + 1] = left;
+            stored[size_t(r * heads + head)] = left - before;
         }
         offsets[0] = 0;
     }

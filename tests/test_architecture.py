@@ -107,6 +107,7 @@ def test_compiled_kernels_are_imported_by_what_runs_on_a_cpu():
         "codec.cpu.encode_streams",
         "codec.packing",
         "codec.trellis",
+        "store.paged",
     }
 
 

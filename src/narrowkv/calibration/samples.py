@@ -95,7 +95,7 @@ class Samples:
 
 
 def in_whole_groups(elements: Tensor, tokens: int) -> Tensor:
-    """The first elements [1, kv_heads, n, head_dim] that fill groups of so many tokens; repeated where they fill none."""
+    """The first elements [1, kv_heads, n, head_dim] that fill groups of `tokens`; repeated where they fill none."""
     n = elements.shape[2]
     return elements[:, :, : n - n % tokens] if n >= tokens else elements.repeat(1, 1, -(-tokens // n), 1)[:, :, :tokens]
 

@@ -39,7 +39,7 @@ class SideViews:
         heads, _, dim = x.shape
         buffer = EncodeBuffer(quantizer.scheme, 1, heads, BLOCK, dim, like=x)
         self._put_earlier(run, buffer)
-        first_token = torch.arange(run.tokens, device="cpu")[None] + run.position == 0
+        first_token = torch.arange(run.tokens, dtype=torch.int64, device="cpu")[None] + run.position == 0
         buffer.outliers = quantizer.encode_naive_into(buffer, run.first, x[None], first_token)
         self.streams[at][:, :, run.first : stop] = buffer.codes[0, :, run.first : stop].transpose(1, 2)
         self.offsets[at].zero_()

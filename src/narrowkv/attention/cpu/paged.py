@@ -42,7 +42,7 @@ class StepView:
     """What the new tokens of a step see of their sequences, in all layers of one sliding window; found once.
 
     tables: pages of each sequence, [sequences, pages] int64. in_pages: whether new tokens are read there too. few: sequences
-    that the kernel attends to; farthest: how far it reads. place, place_of_tables: where these and tables lie, for the kernel.
+    that the kernel attends to; farthest: how far it reads. place, table_address: where these and tables lie, for the kernel.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class StepView:
         self._rows = torch.tensor(rows, dtype=torch.int64, device="cpu")
         self.counting = counting_to(self.farthest)
         self.place = (self._rows.data_ptr(), len(self.few))
-        self.place_of_tables = (address(self.tables, torch.int64), *self.tables.shape)
+        self.table_address = (address(self.tables, torch.int64), *self.tables.shape)
 
     def _suits_the_kernel(self, i: int, one: StepSequence) -> bool:
         return one.stop - one.start <= tiled.FEW_QUERIES and self.past(i) > self.first(i)
@@ -190,7 +190,7 @@ class PagedAttention:
             torch.get_num_threads(),
             self._problem_to(view.farthest),
             view.place,
-            view.place_of_tables,
+            view.table_address,
             view.counting.place,
             len(query),
             view.in_pages,
