@@ -27,7 +27,6 @@ PLOTS = (
     "demo",
     "planner",
     "growth",
-    "drift",
     "evaluation-pareto",
     "evaluation-steps",
     "tasks-passkey",

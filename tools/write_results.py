@@ -296,13 +296,9 @@ def write_builtin() -> None:
 
 
 def write_tasks() -> None:
-    """Tasks and long generations of real models, in docs/tasks.md."""
+    """Tasks of real models, in docs/tasks.md."""
     found = [(model, task_tables.tasks(name)) for model, name in REAL.items() if (task_tables.TASKS / f"{name}.json").exists()]
     replace_block(DOCS / "tasks.md", "real-tasks", "\n".join(f"{model}:\n\n{table}" for model, table in found))
-    drifted = {model: name for model, name in REAL.items() if (task_tables.DRIFT / f"{name}.json").exists()}
-    tables = (f"{model}:\n\n{task_tables.drift(name)}" for model, name in drifted.items())
-    replace_block(DOCS / "tasks.md", "drift", "\n".join(tables))
-    task_tables.draw_drift(drifted, DOCS / "drift.svg")
 
 
 if __name__ == "__main__":
